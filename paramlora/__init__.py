@@ -1,0 +1,74 @@
+"""Switchable low-rank adapters for any tensor of any PyTorch model, by parametrization.
+
+>>> import torch
+>>> import paramlora as pl
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+>>> x = torch.randn(3, 8)
+>>> before = model(x)
+>>> summary = pl.attach(model, pl.LoRA(rank=2), name="digits")
+>>> torch.equal(model(x), before)
+True
+>>> optimizer = torch.optim.Adam(pl.parameters(model))
+>>> model(x).sum().backward()
+>>> optimizer.step()
+>>> with pl.disabled(model):
+...     torch.equal(model(x), before)
+True
+"""
+
+from .adapters import Delta, LoRA, LowRank, Spec, add_update, draw, factor_dtype
+from .attach import attach, detach, freeze, parameters, unfreeze
+from .checkpoint import (
+    base_state_dict,
+    load,
+    load_base_state_dict,
+    load_state_dict,
+    save,
+    state_dict,
+)
+from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
+from .merge import bake, merge, merged, unmerge
+from .summary import SiteSummary, Summary, fingerprint, summary
+from .toggle import disable, disabled, enable, enabled, scale, using
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterNameError",
+    "CheckpointError",
+    "Delta",
+    "LoRA",
+    "LowRank",
+    "ParamloraError",
+    "SiteSummary",
+    "Spec",
+    "StateError",
+    "Summary",
+    "TargetError",
+    "add_update",
+    "attach",
+    "bake",
+    "base_state_dict",
+    "detach",
+    "disable",
+    "disabled",
+    "draw",
+    "enable",
+    "enabled",
+    "factor_dtype",
+    "fingerprint",
+    "freeze",
+    "load",
+    "load_base_state_dict",
+    "load_state_dict",
+    "merge",
+    "merged",
+    "parameters",
+    "save",
+    "scale",
+    "state_dict",
+    "summary",
+    "unfreeze",
+    "unmerge",
+    "using",
+]

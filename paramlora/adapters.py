@@ -1,0 +1,214 @@
+"""The mathematics of adapters: what is learned at a tensor, and how it changes that tensor.
+
+    W' = W + λ · s · B A        A: (r, in), B: (out, r), s = alpha / r
+
+A spec is what the user writes: a small frozen dataclass that says which factors a tensor gets
+(`create`) and how they change it (`apply`). It knows tensors only: not a module, a name or a file.
+λ, the strength, is the user's dial (`pl.scale`); s belongs to the adapter.
+
+Each kind is complete in one class. A kind of your own is a frozen dataclass that derives from
+`Spec` and defines `create` and `apply`; attaching, toggling, merging and saving then work for it.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Factors = Mapping[str, Tensor]
+Strength = float | Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class LowRank(NamedTuple):
+    """An update in factored form: `scale · B A`, A: (r, in), B: (out, r)."""
+
+    A: Tensor
+    B: Tensor
+    scale: Strength
+
+
+class Spec(ABC):
+    """What to learn at a tensor. Derive a frozen dataclass from it to make a new kind of adapter.
+
+    The dataclass's fields are saved with the adapter (numbers, strings, booleans and None are),
+    and its class name is the kind that a file and a summary show.
+    """
+
+    rank: int | None = None
+
+    @abstractmethod
+    def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return new factors for `weight`, by name, on its device, in `factor_dtype(weight)`.
+
+        They must leave `weight` as it is: `apply(weight, create(weight))` equals `weight` bitwise.
+        Random ones are drawn by `draw`, so that a seed gives the same factors on every device.
+        """
+
+    @abstractmethod
+    def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:
+        """Return the adapted tensor, of the shape, dtype and device of `weight`.
+
+        `strength` is λ: at 0 the result equals `weight`, at 1 it is the trained adapter's.
+        """
+
+    def low_rank(self, factors: Factors, strength: Strength = 1.0) -> LowRank | None:
+        """Return the update as factors, or None where it has no such form.
+
+        A kind that has one is computed without W' in a layer whose forward can do so.
+        """
+        return None
+
+    def refusal(self, weight: Tensor) -> str | None:
+        """Return why this kind cannot adapt `weight`, or None where it can."""
+        return None
+
+
+def factor_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype for factors of `weight`: its own, but float32 for a half-precision one.
+
+    Factors in bfloat16 lose most of an optimizer's small steps; they are cast where they are used.
+    """
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def add_update(weight: Tensor, update: Tensor) -> Tensor:
+    """Return `weight + update` in the weight's dtype, rounded once."""
+    return (weight + update).to(weight.dtype)
+
+
+def is_finite(value: object) -> bool:
+    """Return whether a value is a finite number (a bool is none)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def draw(
+    shape: tuple[int, ...],
+    weight: Tensor,
+    fill: Callable[[Tensor, torch.Generator | None], object],
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return a factor of `weight` that `fill(tensor, generator)` has filled in place.
+
+    It is drawn in float32 (float64 for a float64 weight) on the generator's device, the CPU where
+    there is none, and then moved: a seed gives the same factors whatever the weight's device. On
+    the meta device nothing is drawn.
+    """
+    dtype = factor_dtype(weight)
+    if weight.is_meta:
+        return torch.empty(shape, dtype=dtype, device="meta")
+    device = "cpu" if generator is None else generator.device
+    factor = torch.empty(shape, dtype=dtype, device=device)
+    with torch.no_grad():
+        fill(factor, generator)
+    return factor.to(weight.device)
+
+
+_INITS: dict[str, Callable[[Tensor, torch.Generator | None], object]] = {
+    "kaiming": lambda A, g: nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=g),
+    "gaussian": lambda A, g: A.normal_(generator=g),
+    "gaussian/sqrt_r": lambda A, g: A.normal_(std=A.shape[0] ** -0.5, generator=g),
+    "orthogonal": lambda A, g: nn.init.orthogonal_(A, generator=g),
+}
+
+
+@dataclass(frozen=True)
+class LoRA(Spec):
+    """A low-rank update, W' = W + λ·(alpha/r)·BA, of any tensor with two or more dimensions.
+
+    The tensor is seen as a matrix (out, in): its first dimension, and all others together. For a
+    Linear that is the weight itself, for a convolution (out, in/groups·kernel), for an Embedding
+    (num, dim). The update's rank is at most `rank`.
+
+    Args:
+        rank: r, at least 1. One above the smaller side of the matrix is allowed, and wasted.
+        alpha: the numerator of the scale; None means `rank`, so a scale of 1.
+        init: how A starts; B starts at zero, so the update does too. "kaiming" (uniform, a = √5,
+            as in the paper's code), "gaussian" (N(0, 1)), "gaussian/sqrt_r" (N(0, 1/r)),
+            "orthogonal" (orthonormal rows), or a callable that fills A, (r, in), in place, such
+            as those of `torch.nn.init`.
+        rank_stabilized: scale by alpha/√r in place of alpha/r (Kalajdzievski 2023,
+            arXiv 2312.03732).
+
+    Raises:
+        ValueError: a rank below 1, an alpha that is no finite number, an init of no known name.
+
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models",
+    arXiv 2106.09685, section 4.1.
+
+    >>> LoRA(rank=4, alpha=8).scaling
+    2.0
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    init: str | Callable[[Tensor], object] = field(default="kaiming", kw_only=True)
+    rank_stabilized: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise ValueError(f"rank must be a whole number of at least 1, got {self.rank!r}")
+        if self.alpha is not None and not is_finite(self.alpha):
+            raise ValueError(f"alpha must be a finite number or None, got {self.alpha!r}")
+        if not callable(self.init) and self.init not in _INITS:
+            known = ", ".join(repr(name) for name in _INITS)
+            raise ValueError(f"init must be one of {known} or a callable, got {self.init!r}")
+
+    @property
+    def scaling(self) -> float:
+        """The factor s of the update: alpha/r, or alpha/√r where `rank_stabilized`."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        out, rest = weight.shape[0], weight.shape[1:].numel()
+        A = draw((self.rank, rest), weight, self._fill, generator)
+        B = torch.zeros((out, self.rank), dtype=A.dtype, device=A.device)
+        return {"A": A, "B": B}
+
+    def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:
+        A, B, scale = self.low_rank(factors, strength)
+        if isinstance(scale, Tensor):
+            return add_update(weight, (scale * (B @ A)).view(weight.shape))
+        matrix = weight.reshape(weight.shape[0], -1)
+        if matrix.dtype != A.dtype:
+            matrix = matrix.to(A.dtype)
+        # W' in one pass over W: the scale rides in the product.
+        return torch.addmm(matrix, B, A, alpha=scale).to(weight.dtype).view(weight.shape)
+
+    def low_rank(self, factors: Factors, strength: Strength = 1.0) -> LowRank:
+        return LowRank(factors["A"], factors["B"], self.scaling * strength)
+
+    def refusal(self, weight: Tensor) -> str | None:
+        if weight.dim() < 2:
+            return f"a low-rank update needs two dimensions, it has {weight.dim()}; use Delta()"
+        return None
+
+    def _fill(self, A: Tensor, generator: torch.Generator | None) -> None:
+        if callable(self.init):
+            self.init(A)
+        else:
+            _INITS[self.init](A, generator)
+
+
+@dataclass(frozen=True)
+class Delta(Spec):
+    """A full-size update, W' = W + λ·D, of any tensor; D starts at zero.
+
+    For biases, norms and heads: what is trained beside the low-rank factors can then be switched
+    off, saved and merged with them.
+
+    >>> Delta().create(torch.ones(3))
+    {'D': tensor([0., 0., 0.])}
+    """
+
+    def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        return {"D": torch.zeros_like(weight, dtype=factor_dtype(weight), requires_grad=False)}
+
+    def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:
+        return add_update(weight, strength * factors["D"])

@@ -1,0 +1,338 @@
+"""State dicts of an adapter and of the base, and one `.safetensors` file for an adapter.
+
+A file has the factors under `<site>.<factor>`, such as `fc1.weight.A`, and one metadata entry,
+`paramlora`: JSON with the format's version and, for each site, the kind, its fields, the strength
+and the tensor's shape. Nothing in it is executed or unpickled. Where a kind is not one of the
+library's, its class has to be imported before the file is loaded.
+"""
+
+import dataclasses
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .adapters import Spec
+from .attach import Planned, check_name, install
+from .errors import AdapterNameError, CheckpointError, TargetError
+from .stack import BaseKeys, Factors, Site, below, sites
+from .summary import Summary, summary
+from .targets import Place, check, nearest, places
+from .toggle import check_unmerged, names_of, select
+
+_VERSION = 1
+_ENTRY = "paramlora"
+
+
+def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Return an adapter's factors by `<site>.<factor>`: `fc1.weight.A`.
+
+    As with `nn.Module.state_dict` the tensors are detached, and share memory with the model's.
+
+    Raises:
+        AdapterNameError: no adapter of that name.
+    """
+    return {
+        f"{site.path}.{key}": parameter.detach()
+        for site in _sites_of(model, name)
+        for key, parameter in site.stack.factors[name].named_parameters()
+    }
+
+
+@torch.no_grad()
+def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
+    """Copy factors, as `state_dict` gave them, into an adapter that is attached.
+
+    Nothing else changes: no other adapter, not what is active, scaled or trained.
+
+    Raises:
+        AdapterNameError: no adapter of that name.
+        CheckpointError: missing or unexpected keys, all of them listed, or other shapes; the
+            model is then as it was.
+        StateError: the adapter is merged.
+    """
+    check_unmerged(select(model, [name]), "load")
+    own = state_dict(model, name)
+    _compare(state, own, f"the state for adapter {name!r}")
+    for key, tensor in own.items():
+        tensor.copy_(state[key])
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
+    """Save an adapter to one `.safetensors` file that says all that `load` needs.
+
+    The file is written beside its place and moved there: a crash leaves the old one or the new.
+
+    Raises:
+        AdapterNameError: no adapter of that name.
+    """
+    # Copies: safetensors refuses tensors that share memory.
+    tensors = {
+        key: tensor.to("cpu", copy=True).contiguous()
+        for key, tensor in state_dict(model, name).items()
+    }
+    described = {site.path: _describe(site, name) for site in _sites_of(model, name)}
+    content = {"version": _VERSION, "name": name, "sites": described}
+    write_atomically(path, tensors, {"format": "pt", _ENTRY: json.dumps(content)})
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> Summary:
+    """Attach the adapter of a file, or refresh the one of that name that is attached.
+
+    A new one is attached as `attach` does it: switched on, its factors trained, the base frozen.
+    Into one of the same name, sites and shapes only the values and strengths are copied.
+
+    Args:
+        model: a module with the tensors that the file names.
+        path: a file that `save` wrote.
+        name: the adapter's name here; without one, its name in the file.
+
+    Returns:
+        The model's summary.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: the file is damaged, was not written by paramlora, or belongs to another
+            model; the message names the file, the site, and the shapes expected and found. The
+            model is then as it was.
+        AdapterNameError: the name cannot be one.
+        StateError: the adapter of that name is merged.
+    """
+    tensors, content = _read(path)
+    name = content["name"] if name is None else name
+    planned = _planned(model, tensors, content["sites"], path)
+    if name in names_of(model):
+        _refresh(model, planned, name, path)
+    else:
+        check_name(model, name)
+        install(model, planned, name, freeze=True)
+    return summary(model)
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Any]:
+    """Return the base's state dict under its original keys, whatever is attached or merged.
+
+    It loads into a model of the same code without paramlora. Tensors are shared, as in
+    `nn.Module.state_dict`.
+    """
+    keys, state = BaseKeys(model), model.state_dict()
+    base = type(state)()
+    for key, value in state.items():
+        original = keys.original(key)
+        if original is not None:
+            base[original] = keys.bits(key, value)
+    base._metadata = state._metadata  # the modules' versions, for their loading code
+    return base
+
+
+def load_base_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Load the base's tensors from a state dict with original keys; adapters stay as they are.
+
+    Raises:
+        CheckpointError: missing or unexpected keys, all of them listed, or other shapes; the
+            model is then as it was.
+        StateError: an adapter is merged.
+    """
+    check_unmerged(select(model, ()), "load a base under")
+    keys, own = BaseKeys(model), model.state_dict()
+    actual = {keys.original(key): key for key in own if keys.original(key) is not None}
+    expected = {original: own[key] for original, key in actual.items()}
+    _compare(state, expected, "the state for the base")
+    model.load_state_dict({actual[key]: value for key, value in state.items()}, strict=False)
+
+
+def write_atomically(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Write a `.safetensors` file so that a crash leaves the old file or the new one, whole."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        save_file(tensors, beside, metadata)
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _sites_of(model: nn.Module, name: str) -> list[Site]:
+    """Return the sites of one adapter, tied ones once."""
+    wanted = {id(stack) for stack, _ in select(model, [name])}
+    first = {id(site.stack): site for site in reversed(sites(model))}
+    return [site for key, site in reversed(first.items()) if key in wanted]
+
+
+def _describe(site: Site, name: str) -> dict[str, Any]:
+    factors = site.stack.factors[name]
+    values = {f.name: getattr(factors.spec, f.name) for f in dataclasses.fields(factors.spec)}
+    return {
+        "kind": type(factors.spec).__name__,
+        # A callable (an init) has done its work and cannot be saved.
+        "fields": {key: value for key, value in values.items() if not callable(value)},
+        "strength": float(factors.strength),
+        "shape": list(below(site.plist, site.stack).shape),
+    }
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or no .safetensors file ({error}); save the adapter again"
+        ) from error
+    if _ENTRY not in metadata:
+        raise CheckpointError(
+            f"{path} was not written by paramlora.save: its metadata has no {_ENTRY!r}, only "
+            f"{sorted(metadata)}"
+        )
+    content = json.loads(metadata[_ENTRY])
+    if content["version"] > _VERSION:
+        raise CheckpointError(
+            f"{path} has format {content['version']}, this paramlora reads up to {_VERSION}; "
+            "update paramlora"
+        )
+    return tensors, content
+
+
+def _planned(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    described: dict[str, dict[str, Any]],
+    path: str | os.PathLike[str],
+) -> list[Planned]:
+    """Return what a file wants to attach, everything checked against the model."""
+    here = {place.path: place for place in places(model)}
+    absent = [site for site in described if site not in here]
+    if absent:
+        raise CheckpointError(
+            f"{path} belongs to another model: it adapts {', '.join(absent)}, which this one does "
+            f"not have{nearest(absent[0], here)}"
+        )
+    specs = {site: _spec(entry, site, path) for site, entry in described.items()}
+    expected = {}
+    for site, spec in specs.items():
+        _check_site(here[site], spec, described[site]["shape"], path)
+        blank = spec.create(here[site].value.detach().to("meta"))
+        expected |= {f"{site}.{key}": tensor for key, tensor in blank.items()}
+    _compare(tensors, expected, str(path))
+    return [
+        Planned(here[site], _factors(here[site], spec, described[site], site, tensors, expected))
+        for site, spec in specs.items()
+    ]
+
+
+def _factors(
+    place: Place,
+    spec: Spec,
+    entry: dict[str, Any],
+    site: str,
+    tensors: dict[str, Tensor],
+    expected: dict[str, Tensor],
+) -> Factors:
+    device = place.value.device
+    own = {
+        key.removeprefix(f"{site}."): tensors[key].to(device, blank.dtype)
+        for key, blank in expected.items()
+        if key.rpartition(".")[0] == site
+    }
+    factors = Factors(spec, own)
+    factors.set_strength(entry["strength"])
+    return factors
+
+
+def _check_site(place: Place, spec: Spec, shape: list[int], path: str | os.PathLike[str]) -> None:
+    found = list(place.value.shape)
+    if found != shape:
+        raise CheckpointError(
+            f"{path} belongs to another model: {place.path!r} has shape {shape} there and {found} "
+            "here"
+        )
+    try:
+        check(place, spec)
+    except TargetError as error:
+        raise CheckpointError(f"{path} does not fit this model: {error}") from error
+
+
+def _spec(entry: dict[str, Any], site: str, path: str | os.PathLike[str]) -> Spec:
+    kinds = {kind.__name__: kind for kind in _derived(Spec)}
+    kind = kinds.get(entry["kind"])
+    if kind is None:
+        raise CheckpointError(
+            f"{path} has an adapter of kind {entry['kind']!r} at {site!r}, and no imported class "
+            f"of that name derives from Spec (there are {', '.join(sorted(kinds))}); import it"
+        )
+    try:
+        return kind(**entry["fields"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} has settings for {site!r} that {entry['kind']} does not take: {error}"
+        ) from error
+
+
+def _derived(kind: type) -> Iterator[type]:
+    for derived in kind.__subclasses__():
+        yield derived
+        yield from _derived(derived)
+
+
+@torch.no_grad()
+def _refresh(
+    model: nn.Module,
+    planned: list[Planned],
+    name: str,
+    path: str | os.PathLike[str],
+) -> None:
+    """Copy a file's values into the adapter of that name, which must be of the same make."""
+    check_unmerged(select(model, [name]), "load")
+    attached = {site.path: site.stack.factors[name] for site in _sites_of(model, name)}
+    new = {plan.place.path: plan.factors for plan in planned}
+    same = attached.keys() == new.keys() and all(
+        type(new[site].spec) is type(attached[site].spec)
+        and _shapes(new[site]) == _shapes(attached[site])
+        for site in new
+    )
+    if not same:
+        raise AdapterNameError(
+            f"an adapter {name!r} is attached already, with other sites, kinds or ranks than "
+            f"{path} has ({', '.join(new)}); give name=, or detach it first"
+        )
+    for site, factors in attached.items():
+        factors.spec = new[site].spec
+        factors.set_strength(new[site].strength)
+        for key, parameter in factors.named_parameters():
+            parameter.copy_(new[site].get_parameter(key))
+
+
+def _shapes(factors: Factors) -> dict[str, torch.Size]:
+    return {key: parameter.shape for key, parameter in factors.named_parameters()}
+
+
+def _compare(state: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+    """Raise a CheckpointError where keys or shapes differ; every difference is listed."""
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
+    wrong = [
+        f"{key}: expected {tuple(tensor.shape)}, found {tuple(state[key].shape)}"
+        for key, tensor in expected.items()
+        if key in state and isinstance(tensor, Tensor) and state[key].shape != tensor.shape
+    ]
+    problems = [f"missing {', '.join(missing)}"] if missing else []
+    problems += [f"unexpected {', '.join(unexpected)}"] if unexpected else []
+    problems += wrong
+    if problems:
+        raise CheckpointError(f"{what} does not fit: {'; '.join(problems)}")

@@ -1,0 +1,299 @@
+"""The parametrization at a site: every adapter of one tensor, and which of them contribute.
+
+    W' = aₙ(… a₂(a₁(W)))        over the active adapters that are not merged, in attaching order
+
+A `Stack` is registered once at a tensor through `torch.nn.utils.parametrize`; all state of the
+adapters at that tensor lives in it. The functions below find the stacks of a model.
+"""
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .adapters import LowRank, Spec, Strength
+from .errors import StateError
+
+
+class Factors(nn.Module):
+    """The factors of one adapter at one site, with the spec that says what they do."""
+
+    def __init__(self, spec: Spec, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.strength: Strength = 1.0
+        for key, tensor in tensors.items():
+            self.register_parameter(key, nn.Parameter(tensor))
+
+    def set_strength(self, strength: Strength) -> None:
+        # Past nn.Module.__setattr__, which would register an nn.Parameter as one of the factors.
+        self.__dict__["strength"] = strength
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.spec.apply(weight, self._parameters, self.strength)
+
+    def low_rank(self) -> LowRank | None:
+        return self.spec.low_rank(self._parameters, self.strength)
+
+
+class Stack(nn.Module):
+    """The named adapters at a site: their factors, which are active, which are merged.
+
+    `live` is what the forward has to compute: active and not merged. It and the others are tuples
+    of names in attaching order, so that a compiled graph can be keyed on them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] = ()
+        self.live: tuple[str, ...] = ()
+        # While merged, the original bits of the stored tensors, in the list's order.
+        self.stored: tuple[Tensor, ...] = ()
+        # Paths of the sites that share this stack, where their tensors are tied.
+        self.tied: tuple[str, ...] = ()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.live:
+            return weight
+        # A weight that is read is a weight, whatever precision autocast wants for products.
+        if torch.is_autocast_enabled(weight.device.type):
+            with torch.autocast(weight.device.type, enabled=False):
+                return self._apply_live(weight)
+        return self._apply_live(weight)
+
+    def _apply_live(self, weight: Tensor) -> Tensor:
+        for name in self.live:
+            weight = self.factors[name](weight)
+        return weight
+
+    def low_rank(self) -> list[LowRank] | None:
+        """Return the live updates in factored form; None where one of them has no such form."""
+        # Past the modules' __getattr__: this runs in the forward of each layer.
+        factors = self._modules["factors"]._modules
+        terms = []
+        for name in self.live:
+            term = factors[name].low_rank()
+            if term is None:
+                return None
+            terms.append(term)
+        return terms
+
+    def set(self, active: Container[str], merged: Container[str]) -> None:
+        """Set which adapters are active and which are merged."""
+        self.active = tuple(name for name in self.factors if name in active)
+        self.merged = tuple(name for name in self.factors if name in merged)
+        self.live = tuple(name for name in self.active if name not in self.merged)
+
+    def add(self, name: str, factors: Factors) -> None:
+        self.factors[name] = factors
+        self.set((*self.active, name), self.merged)
+
+    def remove(self, name: str) -> None:
+        del self.factors[name]
+        self.set(self.active, self.merged)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        # The original bits move and are cast with the module, though they are no buffers of it.
+        super()._apply(fn, recurse)
+        self.stored = tuple(fn(tensor) for tensor in self.stored)
+        return self
+
+
+class SiteList(parametrize.ParametrizationList):
+    """The parametrizations of a tensor whose first one is a stack, safe to register more on.
+
+    torch hands a parametrization that is registered on top of another one a single tensor; one
+    that needs several (weight_norm: g and v) would fail at the next read. It goes below the stack
+    instead: the stored weight is split, and the adapters stay on top.
+    """
+
+    def append(self, module: nn.Module) -> "SiteList":
+        parts = _several(module, self)
+        if parts is None:
+            return super().append(module)
+        stack = self[0]
+        if stack.merged:
+            raise StateError(
+                f"{type(module).__name__} cannot take over a tensor into which adapter "
+                f"{stack.merged[0]!r} is merged; unmerge first"
+            )
+        requires_grad = self.original.requires_grad
+        del self.original
+        for i, part in enumerate(parts):
+            self.register_parameter(f"original{i}", nn.Parameter(part, requires_grad))
+        self.is_tensor, self.ntensors = False, len(parts)
+        self.insert(0, module)
+        return self
+
+
+def _several(module: nn.Module, plist: SiteList) -> Sequence[Tensor] | None:
+    """Return the tensors that `module` stores for the list's tensor, None where it is one."""
+    if not plist.is_tensor or not hasattr(module, "right_inverse"):
+        return None
+    with torch.no_grad():
+        try:
+            parts = module.right_inverse(plist.original)
+        except NotImplementedError:
+            return None
+    return None if isinstance(parts, Tensor) else parts
+
+
+class Site(NamedTuple):
+    """One adapted tensor: where it is, and its stack."""
+
+    path: str
+    module: nn.Module
+    tensor: str
+    stack: Stack
+
+    @property
+    def plist(self) -> parametrize.ParametrizationList:
+        return self.module.parametrizations[self.tensor]
+
+
+def dotted(*parts: str) -> str:
+    """Return the dotted path of the parts that are not empty."""
+    return ".".join(part for part in parts if part)
+
+
+def stack_of(plist: nn.Module | None) -> Stack | None:
+    """Return the stack in a list of parametrizations, None where there is none."""
+    if plist is not None:
+        for parametrization in plist._modules.values():
+            if type(parametrization) is Stack:
+                return parametrization
+    return None
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (path, module) for each module of the base, parents first, each module once.
+
+    Stacks are left out; the parametrizations of others are part of the base.
+    """
+    seen: set[int] = set()
+    todo = [("", model)]
+    while todo:
+        path, module = todo.pop()
+        if id(module) in seen or type(module) is Stack:
+            continue
+        seen.add(id(module))
+        yield path, module
+        children = reversed(module._modules.items())
+        todo += [(dotted(path, key), child) for key, child in children if child is not None]
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """Return the adapted tensors of a model in module order; tied ones each, with one stack."""
+    found = []
+    for path, module in walk(model):
+        if parametrize.is_parametrized(module):
+            for tensor, plist in module.parametrizations.items():
+                stack = stack_of(plist)
+                if stack is not None:
+                    found.append(Site(dotted(path, tensor), module, tensor, stack))
+    return found
+
+
+def stacks(model: nn.Module) -> list[Stack]:
+    """Return the stacks of a model, each once, in module order.
+
+    Every toggle calls this, so it takes the fewest steps: it looks at hosts, not into them.
+    """
+    found: dict[int, Stack] = {}
+    seen: set[int] = set()
+    todo = [model]
+    while todo:
+        inner = []
+        for key, child in todo.pop()._modules.items():
+            if key == "parametrizations":
+                for plist in child._modules.values():
+                    stack = stack_of(plist)
+                    if stack is not None:
+                        found[id(stack)] = stack
+            elif child is not None and child._modules and id(child) not in seen:
+                seen.add(id(child))
+                inner.append(child)
+        todo += reversed(inner)
+    return list(found.values())
+
+
+def stored(plist: parametrize.ParametrizationList) -> list[Tensor]:
+    """Return the tensors that a list of parametrizations stores, `original` or `original0`, …"""
+    if plist.is_tensor:
+        return [plist.original]
+    return [getattr(plist, f"original{i}") for i in range(plist.ntensors)]
+
+
+def below(plist: parametrize.ParametrizationList, stack: Stack | None) -> Tensor:
+    """Return the base's W at the stack's place in the list: what the ones before it give."""
+    before = list(plist)
+    if stack is not None:
+        before = before[: before.index(stack)]
+    return through(before, (stack and stack.stored) or stored(plist))
+
+
+def through(parametrizations: Sequence[nn.Module], values: Sequence[Tensor]) -> Tensor:
+    """Return what parametrizations, one after the other, make of the stored tensors.
+
+    In eval mode: reading a base must not advance spectral_norm's power iteration.
+    """
+    for parametrization in parametrizations:
+        training = parametrization.training
+        parametrization.eval()
+        values = (parametrization(*values),)
+        parametrization.train(training)
+    return values[0]
+
+
+class BaseKeys:
+    """What the base's tensors were called before adapters were attached.
+
+    Keys are those of `state_dict`, or names of parameters and buffers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # By every path, not only the first: state_dict names a shared module under each.
+        self._lists = {
+            path: (plist, stack)
+            for path, plist in model.named_modules(remove_duplicate=False)
+            if isinstance(plist, parametrize.ParametrizationList)
+            for stack in [stack_of(plist)]
+            if stack is not None
+        }
+
+    def original(self, key: str) -> str | None:
+        """Return the key before attaching, None for what belongs to adapters."""
+        path, rest = self._split(key)
+        if path is None:
+            return key
+        plist, stack = self._lists[path]
+        first, *more = rest
+        if first.startswith("original"):
+            host, tensor = path.rsplit("parametrizations.", 1)
+            return host + tensor if len(plist) == 1 else key
+        modules = list(plist)
+        index = modules.index(stack)
+        if int(first) == index:
+            return None
+        return ".".join([path, str(int(first) - (int(first) > index)), *more])
+
+    def bits(self, key: str, tensor: Tensor) -> Tensor:
+        """Return the base's tensor at a key: the original bits where an adapter is merged."""
+        path, rest = self._split(key)
+        if path is None or not rest[0].startswith("original"):
+            return tensor
+        originals = self._lists[path][1].stored
+        return originals[int(rest[0][len("original") :] or 0)] if originals else tensor
+
+    def _split(self, key: str) -> tuple[str | None, list[str]]:
+        parts = key.split(".")
+        if "parametrizations" in parts:
+            end = parts.index("parametrizations") + 2
+            path = ".".join(parts[:end])
+            if path in self._lists:
+                return path, parts[end:]
+        return None, parts

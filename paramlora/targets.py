@@ -1,0 +1,184 @@
+"""Targets: what the user writes, to the tensors that it means.
+
+A target is a module type (its `weight`), a glob over dotted paths (of modules, meaning their
+`weight`, or of tensors), or a callable `(path, module) -> bool` (again the `weight`).
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .adapters import FLOATS, Spec
+from .errors import TargetError
+from .stack import below, dotted, stack_of, stored, walk
+
+Target = type[nn.Module] | str | Callable[[str, nn.Module], bool]
+Targets = Target | Sequence[Target]
+
+
+class Place(NamedTuple):
+    """A tensor that can become a site."""
+
+    path: str
+    module_path: str
+    module: nn.Module
+    tensor: str
+
+    @property
+    def value(self) -> Tensor:
+        """The base's tensor, W: what is stored, or what parametrizations below a stack give."""
+        if not parametrize.is_parametrized(self.module, self.tensor):
+            return self.module._parameters[self.tensor]
+        plist = self.module.parametrizations[self.tensor]
+        return below(plist, stack_of(plist))
+
+
+def places(model: nn.Module) -> list[Place]:
+    """Return every parameter of the base of a model, parametrized ones included, in order."""
+    found = []
+    for path, module in walk(model):
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
+        names = [name for name, parameter in module._parameters.items() if parameter is not None]
+        if parametrize.is_parametrized(module):
+            plists = module.parametrizations.items()
+            names += [name for name, plist in plists if isinstance(stored(plist)[0], nn.Parameter)]
+        found += [Place(dotted(path, name), path, module, name) for name in names]
+    return found
+
+
+def resolve(
+    model: nn.Module,
+    spec: Spec | Mapping[Target, Spec],
+    targets: Targets | None,
+    exclude: Targets,
+) -> list[tuple[Place, Spec]]:
+    """Return the tensors that the targets mean, each with its spec, checked, in model order.
+
+    In a mapping the first target that matches a tensor decides its spec.
+
+    Raises:
+        TargetError: a target that matches no tensor, or one that cannot be adapted.
+        TypeError: a spec or a target that is none.
+    """
+    everywhere = places(model)
+    excluded = {place.path for one in _listed(exclude) for place in _match(one, everywhere)}
+    chosen: dict[str, Spec] = {}
+    for target, its_spec in _pairs(spec, targets):
+        matches = _match(target, everywhere)
+        if not matches:
+            raise TargetError(_nothing(target, everywhere))
+        for place in matches:
+            if place.path not in excluded:
+                chosen.setdefault(place.path, its_spec)
+    if not chosen:
+        raise TargetError(f"every tensor that matches is excluded by exclude={exclude!r}")
+    found = [(place, chosen[place.path]) for place in everywhere if place.path in chosen]
+    for place, its_spec in found:
+        check(place, its_spec)
+    return found
+
+
+def check(place: Place, spec: Spec) -> None:
+    """Raise a TargetError where `spec` cannot adapt the tensor at `place`."""
+    reason = _refusal(place, spec)
+    if reason is not None:
+        raise TargetError(
+            f"cannot adapt {place.path!r} with {type(spec).__name__}: {reason} (leave it out "
+            "with narrower targets or with exclude=)"
+        )
+
+
+def nearest(path: str, paths: Iterable[str]) -> str:
+    """Return a question that names the paths most like `path`, empty where none is."""
+    close = difflib.get_close_matches(path, list(paths), n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def _pairs(
+    spec: Spec | Mapping[Target, Spec], targets: Targets | None
+) -> list[tuple[Target, Spec]]:
+    if isinstance(spec, Mapping):
+        if targets is not None:
+            raise TypeError("with a mapping from target to spec, leave targets out")
+        pairs = list(spec.items())
+    else:
+        pairs = [(one, spec) for one in _listed(nn.Linear if targets is None else targets)]
+    for _, its_spec in pairs:
+        if not isinstance(its_spec, Spec):
+            raise TypeError(f"a spec is an instance such as LoRA(rank=8), got {its_spec!r}")
+    if not pairs:
+        raise TargetError("no targets given; name at least one, such as nn.Linear or '*.fc1'")
+    return pairs
+
+
+def _listed(targets: Targets) -> list[Target]:
+    return [targets] if isinstance(targets, str) or callable(targets) else list(targets)
+
+
+def _match(target: Target, everywhere: list[Place]) -> list[Place]:
+    if isinstance(target, type):
+        if not issubclass(target, nn.Module):
+            raise TypeError(f"a target type is a module type such as nn.Linear, got {target!r}")
+        return [
+            place
+            for place in everywhere
+            if place.tensor == "weight"
+            and issubclass(parametrize.type_before_parametrizations(place.module), target)
+        ]
+    if isinstance(target, str):
+        return [
+            place
+            for place in everywhere
+            if _glob(place.path, target)
+            or (place.tensor == "weight" and _glob(place.module_path, target))
+        ]
+    if callable(target):
+        return [
+            place
+            for place in everywhere
+            if place.tensor == "weight" and target(place.module_path, place.module)
+        ]
+    raise TypeError(f"a target is a module type, a glob or a callable, got {target!r}")
+
+
+def _glob(path: str, pattern: str) -> bool:
+    # "*.fc1" means an fc1 anywhere, at the top level too.
+    return fnmatchcase(path, pattern) or (pattern[:2] == "*." and fnmatchcase("." + path, pattern))
+
+
+def _nothing(target: Target, everywhere: list[Place]) -> str:
+    if isinstance(target, str):
+        modules = [place.module_path for place in everywhere if place.module_path]
+        paths = dict.fromkeys([*modules, *(place.path for place in everywhere)])
+        return f"no tensor matches {target!r}{nearest(target, paths)}"
+    name = target.__name__ if isinstance(target, type) else repr(target)
+    if isinstance(target, type):
+        own = [
+            place.path
+            for place in everywhere
+            if issubclass(parametrize.type_before_parametrizations(place.module), target)
+        ]
+        if own:
+            listed = ", ".join(own[:8])
+            return f"a {name} has no tensor 'weight'; it has {listed}: name those with a glob"
+    with_weight = [place for place in everywhere if place.tensor == "weight"]
+    types = {parametrize.type_before_parametrizations(p.module).__name__ for p in with_weight}
+    return f"no tensor matches {name}; modules with a weight here are {', '.join(sorted(types))}"
+
+
+def _refusal(place: Place, spec: Spec) -> str | None:
+    parameter = place.module._parameters.get(place.tensor)
+    if nn.parameter.is_lazy(parameter):
+        return "it is lazy and has no shape yet; run one batch through the model first"
+    weight = place.value
+    if weight.is_quantized or weight.dtype not in FLOATS:
+        return f"its dtype is {weight.dtype}, integer or packed; adapters need float16 to float64"
+    if weight.layout is not torch.strided:
+        return f"its layout is {weight.layout}; adapters need a strided (dense) tensor"
+    return spec.refusal(weight)
