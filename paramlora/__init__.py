@@ -18,17 +18,11 @@ True
 
 from .adapters import Delta, LoRA, LowRank, Spec, add_update, draw, factor_dtype
 from .attach import attach, detach, freeze, parameters, unfreeze
-from .checkpoint import (
-    base_state_dict,
-    load,
-    load_base_state_dict,
-    load_state_dict,
-    save,
-    state_dict,
-)
+from .base import base_state_dict, fingerprint, load_base_state_dict
+from .checkpoint import load, load_state_dict, save, state_dict
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
 from .merge import bake, merge, merged, unmerge
-from .summary import SiteSummary, Summary, fingerprint, summary
+from .summary import SiteSummary, Summary, summary
 from .toggle import disable, disabled, enable, enabled, scale, using
 
 __version__ = "0.1.0"

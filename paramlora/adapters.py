@@ -33,6 +33,7 @@ class LowRank(NamedTuple):
     scale: Strength
 
 
+@dataclass(frozen=True)
 class Spec(ABC):
     """What to learn at a tensor. Derive a frozen dataclass from it to make a new kind of adapter.
 
@@ -40,7 +41,10 @@ class Spec(ABC):
     and its class name is the kind that a file and a summary show.
     """
 
-    rank: int | None = None
+    @property
+    def rank(self) -> int | None:
+        """The rank that a summary shows; None for a kind that has none."""
+        return None
 
     @abstractmethod
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""State dicts of an adapter and of the base, and one `.safetensors` file for an adapter.
+"""State dicts of adapters, and one `.safetensors` file for an adapter.
 
 A file has the factors under `<site>.<factor>`, such as `fc1.weight.A`, and one metadata entry,
 `paramlora`: JSON with the format's version and, for each site, the kind, its fields, the strength
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from .adapters import Spec
 from .attach import Planned, check_name, install
+from .base import compare
 from .errors import AdapterNameError, CheckpointError, TargetError
-from .stack import BaseKeys, Factors, Site, below, sites
+from .stack import Factors, Site, below, sites
 from .summary import Summary, summary
 from .targets import Place, check, nearest, places
 from .toggle import check_unmerged, names_of, select
@@ -42,7 +43,7 @@ def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     return {
         f"{site.path}.{key}": parameter.detach()
         for site in _sites_of(model, name)
-        for key, parameter in site.stack.factors[name].named_parameters()
+        for key, parameter in site.stack[name].named_parameters()
     }
 
 
@@ -60,7 +61,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str = "
     """
     check_unmerged(select(model, [name]), "load")
     own = state_dict(model, name)
-    _compare(state, own, f"the state for adapter {name!r}")
+    compare(state, own, f"the state for adapter {name!r}")
     for key, tensor in own.items():
         tensor.copy_(state[key])
 
@@ -116,38 +117,6 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     return summary(model)
 
 
-def base_state_dict(model: nn.Module) -> dict[str, Any]:
-    """Return the base's state dict under its original keys, whatever is attached or merged.
-
-    It loads into a model of the same code without paramlora. Tensors are shared, as in
-    `nn.Module.state_dict`.
-    """
-    keys, state = BaseKeys(model), model.state_dict()
-    base = type(state)()
-    for key, value in state.items():
-        original = keys.original(key)
-        if original is not None:
-            base[original] = keys.bits(key, value)
-    base._metadata = state._metadata  # the modules' versions, for their loading code
-    return base
-
-
-def load_base_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Load the base's tensors from a state dict with original keys; adapters stay as they are.
-
-    Raises:
-        CheckpointError: missing or unexpected keys, all of them listed, or other shapes; the
-            model is then as it was.
-        StateError: an adapter is merged.
-    """
-    check_unmerged(select(model, ()), "load a base under")
-    keys, own = BaseKeys(model), model.state_dict()
-    actual = {keys.original(key): key for key in own if keys.original(key) is not None}
-    expected = {original: own[key] for original, key in actual.items()}
-    _compare(state, expected, "the state for the base")
-    model.load_state_dict({actual[key]: value for key, value in state.items()}, strict=False)
-
-
 def write_atomically(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> None:
@@ -173,7 +142,7 @@ def _sites_of(model: nn.Module, name: str) -> list[Site]:
 
 
 def _describe(site: Site, name: str) -> dict[str, Any]:
-    factors = site.stack.factors[name]
+    factors = site.stack[name]
     values = {f.name: getattr(factors.spec, f.name) for f in dataclasses.fields(factors.spec)}
     return {
         "kind": type(factors.spec).__name__,
@@ -224,12 +193,12 @@ def _planned(
             f"not have{nearest(absent[0], here)}"
         )
     specs = {site: _spec(entry, site, path) for site, entry in described.items()}
-    expected = {}
+    expected: dict[str, Tensor] = {}
     for site, spec in specs.items():
         _check_site(here[site], spec, described[site]["shape"], path)
         blank = spec.create(here[site].value.detach().to("meta"))
         expected |= {f"{site}.{key}": tensor for key, tensor in blank.items()}
-    _compare(tensors, expected, str(path))
+    compare(tensors, expected, str(path))
     return [
         Planned(here[site], _factors(here[site], spec, described[site], site, tensors, expected))
         for site, spec in specs.items()
@@ -269,7 +238,7 @@ def _check_site(place: Place, spec: Spec, shape: list[int], path: str | os.PathL
 
 
 def _spec(entry: dict[str, Any], site: str, path: str | os.PathLike[str]) -> Spec:
-    kinds = {kind.__name__: kind for kind in _derived(Spec)}
+    kinds = {kind.__name__: kind for kind in _derived(Spec)}  # type: ignore[type-abstract]
     kind = kinds.get(entry["kind"])
     if kind is None:
         raise CheckpointError(
@@ -284,7 +253,7 @@ def _spec(entry: dict[str, Any], site: str, path: str | os.PathLike[str]) -> Spe
         ) from error
 
 
-def _derived(kind: type) -> Iterator[type]:
+def _derived(kind: type[Spec]) -> Iterator[type[Spec]]:
     for derived in kind.__subclasses__():
         yield derived
         yield from _derived(derived)
@@ -299,7 +268,7 @@ def _refresh(
 ) -> None:
     """Copy a file's values into the adapter of that name, which must be of the same make."""
     check_unmerged(select(model, [name]), "load")
-    attached = {site.path: site.stack.factors[name] for site in _sites_of(model, name)}
+    attached = {site.path: site.stack[name] for site in _sites_of(model, name)}
     new = {plan.place.path: plan.factors for plan in planned}
     same = attached.keys() == new.keys() and all(
         type(new[site].spec) is type(attached[site].spec)
@@ -320,19 +289,3 @@ def _refresh(
 
 def _shapes(factors: Factors) -> dict[str, torch.Size]:
     return {key: parameter.shape for key, parameter in factors.named_parameters()}
-
-
-def _compare(state: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
-    """Raise a CheckpointError where keys or shapes differ; every difference is listed."""
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
-    wrong = [
-        f"{key}: expected {tuple(tensor.shape)}, found {tuple(state[key].shape)}"
-        for key, tensor in expected.items()
-        if key in state and isinstance(tensor, Tensor) and state[key].shape != tensor.shape
-    ]
-    problems = [f"missing {', '.join(missing)}"] if missing else []
-    problems += [f"unexpected {', '.join(unexpected)}"] if unexpected else []
-    problems += wrong
-    if problems:
-        raise CheckpointError(f"{what} does not fit: {'; '.join(problems)}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .adapters import LowRank, add_update
-from .stack import Stack, stored
+from .stack import Stack, lists, stored
 
 
 def forward_for(cls: type[nn.Module]) -> Callable[..., Any] | None:
@@ -37,12 +37,12 @@ def _factored(module: nn.Module) -> tuple[Tensor, list[LowRank]] | None:
 
     It reads past the modules' `__getattr__`: at small sizes that is what a forward costs.
     """
-    plist = module._modules["parametrizations"]._modules.get("weight")
+    plist = module._modules["parametrizations"]._modules.get("weight")  # type: ignore[union-attr]
     if plist is None or len(plist._modules) != 1:
         return None
     stack = plist._modules["0"]
     terms = stack.low_rank() if type(stack) is Stack else None
-    return None if terms is None else (plist._parameters["original"], terms)
+    return None if terms is None else (plist._parameters["original"], terms)  # type: ignore[return-value]
 
 
 def _linear(self: nn.Linear, input: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:
     site = _factored(self)
     # Both of these depend on the whole of W': its row norms, or how often a row occurs.
     if site is None or self.max_norm is not None or self.scale_grad_by_freq:
-        weight, terms = self.weight, []
+        weight, terms = self.weight, list[LowRank]()
     else:
         weight, terms = site
     output = F.embedding(
@@ -123,19 +123,17 @@ def _recurrent(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
     try:
         # torch's forward reads every weight three times.
         with parametrize.cached():
-            return base.forward(self, *args, **kwargs)
+            return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
     finally:
         # It leaves the weights that it used in a list; W' there would keep the graph alive, and
         # a tensor with a graph cannot be deep-copied.
-        weights = [_stored_weight(self, name) for name in self._flat_weights_names]
+        held = lists(self)
+        weights = [
+            stored(held[name])[0] if name in held else getattr(self, name, None)
+            for name in self._flat_weights_names
+        ]
         self._flat_weights = weights
-        self._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
-
-
-def _stored_weight(module: nn.Module, name: str) -> Tensor | None:
-    if parametrize.is_parametrized(module, name):
-        return stored(module.parametrizations[name])[0]
-    return getattr(module, name, None)
+        self._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]  # type: ignore[arg-type]
 
 
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {

@@ -133,7 +133,7 @@ def _folded(site: Site, names: list[str]) -> list[Tensor]:
     value = below(plist, stack)
     for name in stack.factors:
         if name in names or name in stack.merged:
-            value = stack.factors[name](value)
+            value = stack[name](value)
     value = value.detach()
     before = [p for p in plist if p is not stack][: list(plist).index(stack)]
     return _inverted(site, value, before) if before else [value]
@@ -144,7 +144,7 @@ def _inverted(site: Site, value: Tensor, before: list[nn.Module]) -> list[Tensor
     parts: Tensor | list[Tensor] = value
     try:
         for parametrization in reversed(before):
-            parts = parametrization.right_inverse(parts)
+            parts = parametrization.right_inverse(parts)  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         parts = []
     tensors = [parts] if isinstance(parts, Tensor) else list(parts)

@@ -32,10 +32,14 @@ class Factors(nn.Module):
         self.__dict__["strength"] = strength
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.spec.apply(weight, self._parameters, self.strength)
+        return self.spec.apply(weight, self._tensors, self.strength)
 
     def low_rank(self) -> LowRank | None:
-        return self.spec.low_rank(self._parameters, self.strength)
+        return self.spec.low_rank(self._tensors, self.strength)
+
+    @property
+    def _tensors(self) -> dict[str, nn.Parameter]:
+        return self._parameters  # type: ignore[return-value]
 
 
 class Stack(nn.Module):
@@ -67,16 +71,14 @@ class Stack(nn.Module):
 
     def _apply_live(self, weight: Tensor) -> Tensor:
         for name in self.live:
-            weight = self.factors[name](weight)
+            weight = self[name](weight)
         return weight
 
     def low_rank(self) -> list[LowRank] | None:
         """Return the live updates in factored form; None where one of them has no such form."""
-        # Past the modules' __getattr__: this runs in the forward of each layer.
-        factors = self._modules["factors"]._modules
         terms = []
         for name in self.live:
-            term = factors[name].low_rank()
+            term = self[name].low_rank()
             if term is None:
                 return None
             terms.append(term)
@@ -87,6 +89,10 @@ class Stack(nn.Module):
         self.active = tuple(name for name in self.factors if name in active)
         self.merged = tuple(name for name in self.factors if name in merged)
         self.live = tuple(name for name in self.active if name not in self.merged)
+
+    def __getitem__(self, name: str) -> Factors:
+        # Past ModuleDict's and its parents' own lookups: this runs in the forward of each layer.
+        return self._modules["factors"]._modules[name]  # type: ignore[union-attr, return-value]
 
     def add(self, name: str, factors: Factors) -> None:
         self.factors[name] = factors
@@ -115,8 +121,8 @@ class SiteList(parametrize.ParametrizationList):
         parts = _several(module, self)
         if parts is None:
             return super().append(module)
-        stack = self[0]
-        if stack.merged:
+        stack = stack_of(self)
+        if stack is not None and stack.merged:
             raise StateError(
                 f"{type(module).__name__} cannot take over a tensor into which adapter "
                 f"{stack.merged[0]!r} is merged; unmerge first"
@@ -136,7 +142,7 @@ def _several(module: nn.Module, plist: SiteList) -> Sequence[Tensor] | None:
         return None
     with torch.no_grad():
         try:
-            parts = module.right_inverse(plist.original)
+            parts = module.right_inverse(plist.original)  # type: ignore[operator]
         except NotImplementedError:
             return None
     return None if isinstance(parts, Tensor) else parts
@@ -152,12 +158,19 @@ class Site(NamedTuple):
 
     @property
     def plist(self) -> parametrize.ParametrizationList:
-        return self.module.parametrizations[self.tensor]
+        return lists(self.module)[self.tensor]
 
 
 def dotted(*parts: str) -> str:
     """Return the dotted path of the parts that are not empty."""
     return ".".join(part for part in parts if part)
+
+
+def lists(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    """Return a module's lists of parametrizations by tensor name, empty where it has none."""
+    if not parametrize.is_parametrized(module):
+        return {}
+    return dict(module.parametrizations.items())  # type: ignore[operator, union-attr]
 
 
 def stack_of(plist: nn.Module | None) -> Stack | None:
@@ -190,11 +203,10 @@ def sites(model: nn.Module) -> list[Site]:
     """Return the adapted tensors of a model in module order; tied ones each, with one stack."""
     found = []
     for path, module in walk(model):
-        if parametrize.is_parametrized(module):
-            for tensor, plist in module.parametrizations.items():
-                stack = stack_of(plist)
-                if stack is not None:
-                    found.append(Site(dotted(path, tensor), module, tensor, stack))
+        for tensor, plist in lists(module).items():
+            stack = stack_of(plist)
+            if stack is not None:
+                found.append(Site(dotted(path, tensor), module, tensor, stack))
     return found
 
 
@@ -209,12 +221,14 @@ def stacks(model: nn.Module) -> list[Stack]:
     while todo:
         inner = []
         for key, child in todo.pop()._modules.items():
+            if child is None or not child._modules:
+                continue
             if key == "parametrizations":
                 for plist in child._modules.values():
                     stack = stack_of(plist)
                     if stack is not None:
                         found[id(stack)] = stack
-            elif child is not None and child._modules and id(child) not in seen:
+            elif id(child) not in seen:
                 seen.add(id(child))
                 inner.append(child)
         todo += reversed(inner)
@@ -247,53 +261,3 @@ def through(parametrizations: Sequence[nn.Module], values: Sequence[Tensor]) -> 
         values = (parametrization(*values),)
         parametrization.train(training)
     return values[0]
-
-
-class BaseKeys:
-    """What the base's tensors were called before adapters were attached.
-
-    Keys are those of `state_dict`, or names of parameters and buffers.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        # By every path, not only the first: state_dict names a shared module under each.
-        self._lists = {
-            path: (plist, stack)
-            for path, plist in model.named_modules(remove_duplicate=False)
-            if isinstance(plist, parametrize.ParametrizationList)
-            for stack in [stack_of(plist)]
-            if stack is not None
-        }
-
-    def original(self, key: str) -> str | None:
-        """Return the key before attaching, None for what belongs to adapters."""
-        path, rest = self._split(key)
-        if path is None:
-            return key
-        plist, stack = self._lists[path]
-        first, *more = rest
-        if first.startswith("original"):
-            host, tensor = path.rsplit("parametrizations.", 1)
-            return host + tensor if len(plist) == 1 else key
-        modules = list(plist)
-        index = modules.index(stack)
-        if int(first) == index:
-            return None
-        return ".".join([path, str(int(first) - (int(first) > index)), *more])
-
-    def bits(self, key: str, tensor: Tensor) -> Tensor:
-        """Return the base's tensor at a key: the original bits where an adapter is merged."""
-        path, rest = self._split(key)
-        if path is None or not rest[0].startswith("original"):
-            return tensor
-        originals = self._lists[path][1].stored
-        return originals[int(rest[0][len("original") :] or 0)] if originals else tensor
-
-    def _split(self, key: str) -> tuple[str | None, list[str]]:
-        parts = key.split(".")
-        if "parametrizations" in parts:
-            end = parts.index("parametrizations") + 2
-            path = ".".join(parts[:end])
-            if path in self._lists:
-                return path, parts[end:]
-        return None, parts

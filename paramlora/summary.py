@@ -1,13 +1,10 @@
-"""What is attached to a model, and a digest that proves that its base is untouched."""
+"""What is attached to a model: as a table to print, and as data."""
 
-import ctypes
-import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
-from .stack import BaseKeys, Site, below, sites
+from .stack import Site, below, sites
 
 
 @dataclass(frozen=True)
@@ -88,41 +85,9 @@ def summary(model: nn.Module) -> Summary:
     )
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Return a digest of the base's parameters and buffers, adapters not counted.
-
-    It is the same before adapters are attached, while they train, are switched, scaled or merged,
-    and after they are gone: two equal ones prove that a base is untouched.
-
-    Returns:
-        SHA-256 over names, dtypes, shapes and bytes, as 64 hexadecimal digits.
-
-    Raises:
-        ValueError: a tensor is on the meta device and has no bytes.
-    """
-    digest = hashlib.sha256()
-    for key, tensor in sorted(base_tensors(model), key=lambda item: item[0]):
-        if tensor.is_meta:
-            raise ValueError(f"{key!r} is on the meta device and has no bytes to digest")
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        _update(digest, tensor)
-    return digest.hexdigest()
-
-
-def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the base's parameters and buffers, tied ones each, under their original keys."""
-    named = [*model.named_parameters(remove_duplicate=False)]
-    named += model.named_buffers(remove_duplicate=False)
-    keys = BaseKeys(model)
-    for key, tensor in named:
-        original = keys.original(key)
-        if original is not None:
-            yield original, keys.bits(key, tensor)
-
-
 def _row(site: Site, name: str) -> SiteSummary:
     stack = site.stack
-    factors = stack.factors[name]
+    factors = stack[name]
     stored_shape = below(site.plist, stack).shape
     low_rank = factors.low_rank()
     parameters = sum(p.numel() for p in factors.parameters())
@@ -163,11 +128,3 @@ def _cells(row: SiteSummary) -> tuple[str, ...]:
         f"{row.share:.2%}",
         row.note,
     )
-
-
-def _update(digest: "hashlib._Hash", tensor: Tensor) -> None:
-    """Feed a tensor's bytes in row-major order, without numpy and without a copy on the CPU."""
-    tensor = tensor.detach().contiguous().cpu()
-    size = tensor.numel() * tensor.element_size()
-    if size:
-        digest.update((ctypes.c_char * size).from_address(tensor.data_ptr()))

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from .adapters import FLOATS, Spec
 from .errors import TargetError
-from .stack import below, dotted, stack_of, stored, walk
+from .stack import Stack, below, dotted, lists, stack_of, stored, walk
 
 Target = type[nn.Module] | str | Callable[[str, nn.Module], bool]
 Targets = Target | Sequence[Target]
@@ -32,10 +32,19 @@ class Place(NamedTuple):
     @property
     def value(self) -> Tensor:
         """The base's tensor, W: what is stored, or what parametrizations below a stack give."""
-        if not parametrize.is_parametrized(self.module, self.tensor):
-            return self.module._parameters[self.tensor]
-        plist = self.module.parametrizations[self.tensor]
-        return below(plist, stack_of(plist))
+        plist = lists(self.module).get(self.tensor)
+        return self.stored if plist is None else below(plist, stack_of(plist))
+
+    @property
+    def stored(self) -> Tensor:
+        """What is stored for it: the tensor itself, or the first that parametrizations store."""
+        plist = lists(self.module).get(self.tensor)
+        return getattr(self.module, self.tensor) if plist is None else stored(plist)[0]
+
+    @property
+    def stack(self) -> Stack | None:
+        """The stack that is there already."""
+        return stack_of(lists(self.module).get(self.tensor))
 
 
 def places(model: nn.Module) -> list[Place]:
@@ -45,9 +54,8 @@ def places(model: nn.Module) -> list[Place]:
         if isinstance(module, parametrize.ParametrizationList):
             continue
         names = [name for name, parameter in module._parameters.items() if parameter is not None]
-        if parametrize.is_parametrized(module):
-            plists = module.parametrizations.items()
-            names += [name for name, plist in plists if isinstance(stored(plist)[0], nn.Parameter)]
+        plists = lists(module).items()
+        names += [name for name, plist in plists if isinstance(stored(plist)[0], nn.Parameter)]
         found += [Place(dotted(path, name), path, module, name) for name in names]
     return found
 
@@ -173,8 +181,7 @@ def _nothing(target: Target, everywhere: list[Place]) -> str:
 
 
 def _refusal(place: Place, spec: Spec) -> str | None:
-    parameter = place.module._parameters.get(place.tensor)
-    if nn.parameter.is_lazy(parameter):
+    if nn.parameter.is_lazy(place.stored):
         return "it is lazy and has no shape yet; run one batch through the model first"
     weight = place.value
     if weight.is_quantized or weight.dtype not in FLOATS:

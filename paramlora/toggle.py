@@ -53,7 +53,7 @@ def scale(model: nn.Module, factor: Strength, *names: str) -> None:
     _check_strength(factor)
     for stack, its_names in _select_unmerged(model, names, "scale"):
         for name in its_names:
-            stack.factors[name].set_strength(factor)
+            stack[name].set_strength(factor)
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def using(model: nn.Module, /, *names: str, **scales: Strength) -> Iterator[None
         for stack, _ in _select_unmerged(model, (), "toggle"):
             stack.set(wanted, stack.merged)
             for name in scales.keys() & stack.factors.keys():
-                stack.factors[name].set_strength(scales[name])
+                stack[name].set_strength(scales[name])
         yield
 
 
@@ -112,8 +112,7 @@ def select(model: nn.Module, names: Sequence[str]) -> list[tuple[Stack, list[str
     _check_names(model, names)
     found = []
     for stack in stacks(model):
-        held = stack._modules["factors"]._modules
-        chosen = [name for name in held if name in names] if names else list(held)
+        chosen = [name for name in stack.factors if not names or name in names]
         if chosen:
             found.append((stack, chosen))
     return found
@@ -166,7 +165,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
     What is attached inside stays as it is then, and so does what is detached or merged.
     """
     before = [
-        (stack, stack.active, {name: f.strength for name, f in stack.factors.items()})
+        (stack, stack.active, {name: stack[name].strength for name in stack.factors})
         for stack in stacks(model)
     ]
     try:
@@ -176,4 +175,4 @@ def _restored(model: nn.Module) -> Iterator[None]:
             new = [n for n in stack.active if n not in strengths or n in stack.merged]
             stack.set((*active, *new), stack.merged)
             for name in strengths.keys() & stack.factors.keys():
-                stack.factors[name].set_strength(strengths[name])
+                stack[name].set_strength(strengths[name])
