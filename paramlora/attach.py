@@ -59,8 +59,9 @@ def attach(
             packed, lazy, too few dimensions). The model is then as it was.
         AdapterNameError: the name is taken, or cannot be one.
 
+    >>> import paramlora as pl
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    >>> attach(model, LoRA(rank=2), targets="0", name="digits").trainable
+    >>> pl.attach(model, pl.LoRA(rank=2), targets="0", name="digits").trainable
     14
     """
     check_name(model, name)
@@ -85,7 +86,7 @@ def detach(model: nn.Module, *names: str) -> None:
     chosen = select(model, names)
     check_unmerged(chosen, "detach")
     here = sites(model)
-    _check_ties(here)
+    check_ties(here)
     remove(model, here, {name for _, its_names in chosen for name in its_names})
 
 
@@ -175,11 +176,11 @@ def _holders(model: nn.Module) -> dict[int, list[Place]]:
     return holders
 
 
-def _check_ties(here: list[Site]) -> None:
+def check_ties(here: list[Site]) -> None:
     count = Counter(id(site.stack) for site in here)
     for site in here:
         if len(site.stack.tied) > count[id(site.stack)]:
             raise StateError(
                 f"{site.path!r} shares its adapter with a tensor outside of this module: "
-                f"{', '.join(site.stack.tied)} are tied; detach from a module that holds them all"
+                f"{', '.join(site.stack.tied)} are tied; call it on a module that holds them all"
             )

@@ -3,9 +3,10 @@
 import ctypes
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -58,13 +59,18 @@ def fingerprint(model: nn.Module) -> str:
     Raises:
         ValueError: a tensor is on the meta device and has no bytes.
     """
-    digest = hashlib.sha256()
-    for key, tensor in sorted(_tensors(model), key=lambda item: item[0]):
+    return digest(_tensors(model))
+
+
+def digest(named: Iterable[tuple[str, Tensor]], preface: str = "") -> str:
+    """Return the SHA-256 over names, dtypes, shapes and bytes, in the names' order."""
+    total = hashlib.sha256(preface.encode())
+    for key, tensor in sorted(named, key=lambda item: item[0]):
         if tensor.is_meta:
             raise ValueError(f"{key!r} is on the meta device and has no bytes to digest")
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        _update(digest, tensor)
-    return digest.hexdigest()
+        total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        _update(total, tensor)
+    return total.hexdigest()
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -83,15 +89,26 @@ def compare(state: Mapping[str, Any], expected: Mapping[str, Any], what: str) ->
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     wrong = [
-        f"{key}: expected {tuple(tensor.shape)}, found {tuple(state[key].shape)}"
+        f"{key}: expected {tuple(tensor.shape)}, found {found}"
         for key, tensor in expected.items()
-        if key in state and isinstance(tensor, Tensor) and state[key].shape != tensor.shape
+        if key in state
+        and isinstance(tensor, Tensor)
+        and (found := _found(state[key], tensor)) != tuple(tensor.shape)
     ]
     problems = [f"missing {', '.join(missing)}"] if missing else []
     problems += [f"unexpected {', '.join(unexpected)}"] if unexpected else []
     problems += wrong
     if problems:
         raise CheckpointError(f"{what} does not fit: {'; '.join(problems)}")
+
+
+def _found(value: Any, expected: Tensor) -> tuple[int, ...] | str:
+    """Return a value's shape, or what it is where it is no tensor to copy from."""
+    if not isinstance(value, Tensor):
+        return f"no tensor but {type(value).__name__}"
+    if value.is_meta and not expected.is_meta:
+        return "a tensor on the meta device, which has no data"
+    return tuple(value.shape)
 
 
 class _Keys:
@@ -146,7 +163,10 @@ class _Keys:
 
 def _update(digest: "hashlib._Hash", tensor: Tensor) -> None:
     """Feed a tensor's bytes in row-major order, without numpy and without a copy on the CPU."""
-    tensor = tensor.detach().contiguous().cpu()
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    tensor = tensor.contiguous().cpu()
     size = tensor.numel() * tensor.element_size()
     if size:
         digest.update((ctypes.c_char * size).from_address(tensor.data_ptr()))

@@ -1,9 +1,10 @@
 """State dicts of adapters, and one `.safetensors` file for an adapter.
 
 A file has the factors under `<site>.<factor>`, such as `fc1.weight.A`, and one metadata entry,
-`paramlora`: JSON with the format's version and, for each site, the kind, its fields, the strength
-and the tensor's shape. Nothing in it is executed or unpickled. Where a kind is not one of the
-library's, its class has to be imported before the file is loaded.
+`paramlora`: JSON with the format's version, for each site the kind, its fields, the strength and
+the tensor's shape, and a digest of all that and of the factors. Nothing in it is executed or
+unpickled. Where a kind is not one of the library's, its class has to be imported before the file
+is loaded.
 """
 
 import dataclasses
@@ -16,20 +17,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
-from .adapters import Spec
+from .adapters import Spec, is_finite
 from .attach import Planned, check_name, install
-from .base import compare
+from .base import compare, digest
 from .errors import AdapterNameError, CheckpointError, TargetError
 from .stack import Factors, Site, below, sites
 from .summary import Summary, summary
-from .targets import Place, check, nearest, places
+from .targets import Place, check, check_shapes, nearest, places
 from .toggle import check_unmerged, names_of, select
 
 _VERSION = 1
 _ENTRY = "paramlora"
+_FILE = {"version": int, "name": str, "sites": dict, "digest": str}
+_SITE = {"kind": str, "fields": dict, "strength": (int, float), "shape": list}
 
 
 def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -73,6 +76,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
 
     Raises:
         AdapterNameError: no adapter of that name.
+        FileNotFoundError: no such folder.
+        TypeError: a kind of your own has a field that JSON cannot hold.
     """
     # Copies: safetensors refuses tensors that share memory.
     tensors = {
@@ -81,6 +86,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     }
     described = {site.path: _describe(site, name) for site in _sites_of(model, name)}
     content = {"version": _VERSION, "name": name, "sites": described}
+    try:
+        content["digest"] = digest(tensors.items(), json.dumps(content))
+    except TypeError as error:
+        raise TypeError(
+            f"cannot save adapter {name!r}: a spec's fields must be numbers, strings, booleans or "
+            f"None ({error})"
+        ) from error
     write_atomically(path, tensors, {"format": "pt", _ENTRY: json.dumps(content)})
 
 
@@ -103,12 +115,20 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
         CheckpointError: the file is damaged, was not written by paramlora, or belongs to another
             model; the message names the file, the site, and the shapes expected and found. The
             model is then as it was.
-        AdapterNameError: the name cannot be one.
+        AdapterNameError: the name cannot be one, or belongs to an adapter of other sites, kinds
+            or shapes.
         StateError: the adapter of that name is merged.
+        TargetError: a tensor of the model is lazy and has no shape yet.
     """
     tensors, content = _read(path)
     name = content["name"] if name is None else name
     planned = _planned(model, tensors, content["sites"], path)
+    # Last, because the checks before it say more.
+    saved = content.pop("digest")
+    if digest(tensors.items(), json.dumps(content)) != saved:
+        raise CheckpointError(
+            f"{path} is damaged: its digest is not that of what was saved; save the adapter again"
+        )
     if name in names_of(model):
         _refresh(model, planned, name, path)
     else:
@@ -124,10 +144,15 @@ def write_atomically(
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
+    # Not by safetensors' own save_file, whose files only their owner may read.
+    content = serialized(tensors, metadata)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        save_file(tensors, beside, metadata)
-        with open(beside, "rb") as file:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
@@ -154,6 +179,8 @@ def _describe(site: Site, name: str) -> dict[str, Any]:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if os.path.isdir(path):
+        raise CheckpointError(f"{path} is a folder; name the .safetensors file in it")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -169,13 +196,44 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, An
             f"{path} was not written by paramlora.save: its metadata has no {_ENTRY!r}, only "
             f"{sorted(metadata)}"
         )
-    content = json.loads(metadata[_ENTRY])
-    if content["version"] > _VERSION:
+    return tensors, _content(metadata[_ENTRY], path)
+
+
+def _content(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what the metadata says, every part of it there and of its type."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} has format {content['version']}, this paramlora reads up to {_VERSION}; "
-            "update paramlora"
+            f"{path} is damaged: its metadata {_ENTRY!r} is no JSON ({error}); save the adapter "
+            "again"
+        ) from error
+    version = content.get("version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > _VERSION:
+        raise CheckpointError(
+            f"{path} has format {version}, this paramlora reads up to {_VERSION}; update paramlora"
         )
-    return tensors, content
+    _check_parts(content, _FILE, f"its metadata {_ENTRY!r}", path)
+    for site, entry in content["sites"].items():
+        _check_parts(entry, _SITE, f"its metadata for {site!r}", path)
+        if not is_finite(entry["strength"]):
+            raise CheckpointError(
+                f"{path} is damaged: the strength for {site!r} must be a finite number, found "
+                f"{entry['strength']!r}; save the adapter again"
+            )
+    return content
+
+
+def _check_parts(
+    found: Any, parts: dict[str, Any], what: str, path: str | os.PathLike[str]
+) -> None:
+    """Raise a CheckpointError where `found` is no dict that has these parts of these types."""
+    for key, kind in parts.items():
+        if not isinstance(found, dict) or not isinstance(found.get(key), kind):
+            raise CheckpointError(
+                f"{path} is damaged: {what} must have {', '.join(map(repr, parts))}, and {key!r} "
+                f"is missing or of the wrong type in {found!s:.100}; save the adapter again"
+            )
 
 
 def _planned(
@@ -186,6 +244,7 @@ def _planned(
 ) -> list[Planned]:
     """Return what a file wants to attach, everything checked against the model."""
     here = {place.path: place for place in places(model)}
+    check_shapes(here.values())
     absent = [site for site in described if site not in here]
     if absent:
         raise CheckpointError(
@@ -196,7 +255,7 @@ def _planned(
     expected: dict[str, Tensor] = {}
     for site, spec in specs.items():
         _check_site(here[site], spec, described[site]["shape"], path)
-        blank = spec.create(here[site].value.detach().to("meta"))
+        blank = _blank(spec, here[site], path)
         expected |= {f"{site}.{key}": tensor for key, tensor in blank.items()}
     compare(tensors, expected, str(path))
     return [
@@ -222,6 +281,16 @@ def _factors(
     factors = Factors(spec, own)
     factors.set_strength(entry["strength"])
     return factors
+
+
+def _blank(spec: Spec, place: Place, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return what the factors look like, on the meta device."""
+    try:
+        return spec.create(place.value.detach().to("meta"))
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} has settings for {place.path!r} that give no factors, {spec!r}: {error}"
+        ) from error
 
 
 def _check_site(place: Place, spec: Spec, shape: list[int], path: str | os.PathLike[str]) -> None:

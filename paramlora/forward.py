@@ -1,17 +1,18 @@
-"""Layer forwards that never build W', and those that build it only once.
-
-    y = x Wᵀ + b + s · (x Aᵀ) Bᵀ        instead of        y = x (W + s · B A)ᵀ + b
+"""The forwards of adapted layers: factored where that is possible, else dense with W' built once.
 
 A host module gets one of these as the forward of its class where its own forward is torch's and
-computes the same (`forward_for`). They replace `nn.Linear.forward` and so on, and cost a look at
-the stack; where an active adapter has no factored form, or another parametrization is on the
-tensor, they fall back on torch's own forward and the dense W'.
+computes the same (`forward_for`); it costs a look at the stack. A Linear or an Embedding never
+builds W' in training (but see `lowrank.choose` for many rows); where an active adapter has no
+factored form, or another parametrization is on the tensor, and for all other layers, torch's own
+forward runs on the dense W', which is built once a forward and again for the backward.
 
-What is kept for the backward of a factored layer: x, x Aᵀ, and the factors.
+What is kept for the backward: of a factored layer x and x Aᵀ, of a dense one x, and never W'.
 """
 
+import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from . import lowrank
 from .adapters import LowRank, add_update
-from .stack import Stack, lists, stored
+from .stack import CHANGED, Stack, lists, stack_of, stored
 
 
 def forward_for(cls: type[nn.Module]) -> Callable[..., Any] | None:
@@ -45,19 +47,16 @@ def _factored(module: nn.Module) -> tuple[Tensor, list[LowRank]] | None:
     return None if terms is None else (plist._parameters["original"], terms)  # type: ignore[return-value]
 
 
+@functools.wraps(nn.Linear.forward)
 def _linear(self: nn.Linear, input: Tensor) -> Tensor:
     site = _factored(self)
     if site is None:
-        return nn.Linear.forward(self, input)
+        return _dense_linear(self, input)
     weight, terms = site
-    output = F.linear(input, weight, self.bias)
-    for A, B, scale in terms:
-        # The factors are cast, never x: x is shared with the layers beside this one.
-        hidden = F.linear(input, A.to(input.dtype)) * scale
-        output = output + F.linear(hidden, B.to(input.dtype))
-    return output
+    return lowrank.linear(input, weight, self.bias, terms)
 
 
+@functools.wraps(nn.Embedding.forward)
 def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:
     site = _factored(self)
     # Both of these depend on the whole of W': its row norms, or how often a row occurs.
@@ -87,6 +86,7 @@ def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:
     return output
 
 
+@functools.wraps(nn.EmbeddingBag.forward)
 def _embedding_bag(
     self: nn.EmbeddingBag,
     input: Tensor,
@@ -110,38 +110,93 @@ def _embedding_bag(
     )
 
 
-def _attention(self: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
-    # torch's forward reads in_proj_weight half a dozen times; the compiler finds that by itself.
-    if torch.compiler.is_compiling():
-        return nn.MultiheadAttention.forward(self, *args, **kwargs)
-    with parametrize.cached():
-        return nn.MultiheadAttention.forward(self, *args, **kwargs)
+def _dense(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward that builds each W' once, and again for the backward: it keeps none."""
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # The compiler finds repeated reads, and what to recompute, by itself.
+        if lowrank.transformed():
+            return plain(self, *args, **kwargs)
+        # torch's attention reads in_proj_weight half a dozen times.
+        with parametrize.cached(), _rebuilt(self) if torch.is_grad_enabled() else nullcontext():
+            return plain(self, *args, **kwargs)
+
+    return forward
 
 
-def _recurrent(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
-    base = parametrize.type_before_parametrizations(self)
-    try:
-        # torch's forward reads every weight three times.
-        with parametrize.cached():
-            return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-    finally:
-        # It leaves the weights that it used in a list; W' there would keep the graph alive, and
-        # a tensor with a graph cannot be deep-copied.
-        held = lists(self)
-        weights = [
-            stored(held[name])[0] if name in held else getattr(self, name, None)
-            for name in self._flat_weights_names
-        ]
-        self._flat_weights = weights
-        self._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]  # type: ignore[arg-type]
+@contextmanager
+def _rebuilt(module: nn.Module) -> Iterator[None]:
+    """Keep no W' of the module for the backward: rebuild it there from what it was made of."""
+    recipes = {}
+    for name, plist in lists(module).items():
+        stack = stack_of(plist)
+        if stack is not None and stack.live and len(plist) == 1:
+            built = getattr(module, name)
+            if type(built) is Tensor and not built.is_meta:
+                recipes[built.untyped_storage().data_ptr()] = stack.recipe(plist.original)
+    # Hooks hide the ones outside (checkpointing, offloading), so what is not W' is handed on.
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
 
+    def pack(tensor: Tensor) -> Any:
+        recipe = recipes.get(tensor.untyped_storage().data_ptr())
+        if recipe is not None:  # W' or a view of it, such as its transpose
+            return recipe, (tensor.shape, tensor.stride(), tensor.storage_offset())
+        return (None, outer[0](tensor)) if outer else (tensor._version, tensor)
+
+    def unpack(packed: Any) -> Tensor:
+        first, second = packed
+        if callable(first):
+            return first().as_strided(*second)
+        if outer:
+            return outer[1](second)
+        if second._version != first:
+            raise RuntimeError(CHANGED)
+        return second
+
+    if not recipes:
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def _recurrent(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def forward(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
+        try:
+            # torch's forward reads every weight three times.
+            with parametrize.cached():
+                return plain(self, *args, **kwargs)
+        finally:
+            # It leaves the weights that it used in a list; W' there would keep the graph alive,
+            # and a tensor with a graph cannot be deep-copied.
+            held = lists(self)
+            weights = [
+                stored(held[name])[0] if name in held else getattr(self, name, None)
+                for name in self._flat_weights_names
+            ]
+            self._flat_weights = weights
+            self._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]  # type: ignore[arg-type]
+
+    return forward
+
+
+_dense_linear = _dense(nn.Linear.forward)
 
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     nn.Linear: _linear,
     nn.Embedding: _embedding,
     nn.EmbeddingBag: _embedding_bag,
-    nn.MultiheadAttention: _attention,
-    nn.LSTM: _recurrent,
-    nn.GRU: _recurrent,
-    nn.RNN: _recurrent,
+    nn.MultiheadAttention: _dense(nn.MultiheadAttention.forward),
+    nn.Bilinear: _dense(nn.Bilinear.forward),
+    nn.Conv1d: _dense(nn.Conv1d.forward),
+    nn.Conv2d: _dense(nn.Conv2d.forward),
+    nn.Conv3d: _dense(nn.Conv3d.forward),
+    nn.ConvTranspose1d: _dense(nn.ConvTranspose1d.forward),
+    nn.ConvTranspose2d: _dense(nn.ConvTranspose2d.forward),
+    nn.ConvTranspose3d: _dense(nn.ConvTranspose3d.forward),
+    nn.LSTM: _recurrent(nn.LSTM.forward),
+    nn.GRU: _recurrent(nn.GRU.forward),
+    nn.RNN: _recurrent(nn.RNN.forward),
 }

@@ -143,6 +143,11 @@ def _copied_class(cls: type) -> type:
     return type(cls.__name__, cls.__bases__, own)
 
 
+def _tensors(cls: type) -> set[str]:
+    """Return the names of the tensors that an injected class has as properties."""
+    return {key for key, value in vars(cls).items() if isinstance(value, property)}
+
+
 def _adopt(cls: type, before: Before) -> None:
     """Give a host's own class its deepcopy, and a forward where there is one for it."""
     plain = cls.__deepcopy__  # type: ignore[attr-defined]
@@ -170,6 +175,6 @@ def _release(module: nn.Module, before: Before) -> None:
         else:
             setattr(cls, key, value)
     # The class object that was there, unless this is a copy, or more was parametrized since.
-    if before.cls and before.owner == id(module) and vars(before.cls).keys() == vars(cls).keys():
+    if before.cls and before.owner == id(module) and _tensors(before.cls) == _tensors(cls):
         module.__class__ = before.cls
     before.order, before.cls, before.owner, before.replaced = (), None, 0, {}

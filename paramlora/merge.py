@@ -5,6 +5,7 @@ Subtracting a merged update is inexact: in bfloat16 every sixth weight changes a
 adapter is merged, and come back by a swap.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attach import remove
+from .attach import check_ties, remove
 from .errors import StateError
 from .stack import Site, Stack, below, sites, stacks, stored, through
 from .toggle import check_unmerged, names_of, select
@@ -79,9 +80,11 @@ def bake(model: nn.Module) -> None:
     """Merge all adapters for good and remove every trace of them, the original bits included.
 
     Raises:
-        StateError: an adapter is switched off, and would be lost: enable or detach it first.
+        StateError: an adapter is switched off, and would be lost: enable or detach it first; or
+            it is tied to a tensor outside of `model`.
     """
     here = stacks(model)
+    check_ties(sites(model))
     for stack in here:
         for name in stack.factors:
             if name not in stack.active:
@@ -143,7 +146,8 @@ def _inverted(site: Site, value: Tensor, before: list[nn.Module]) -> list[Tensor
     """Return what the parametrizations before the stack have to store to give `value`."""
     parts: Tensor | list[Tensor] = value
     try:
-        for parametrization in reversed(before):
+        # On copies: an inverse may note where it started, as that of `orthogonal` does.
+        for parametrization in reversed(copy.deepcopy(before)):
             parts = parametrization.right_inverse(parts)  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         parts = []

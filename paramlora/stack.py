@@ -6,7 +6,7 @@ A `Stack` is registered once at a tensor through `torch.nn.utils.parametrize`; a
 adapters at that tensor lives in it. The functions below find the stacks of a model.
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,11 @@ from torch.nn.utils import parametrize
 
 from .adapters import LowRank, Spec, Strength
 from .errors import StateError
+
+CHANGED = (
+    "a tensor needed for the gradient was changed in place (an optimizer's step, a merge) between "
+    "the forward and the backward"
+)
 
 
 class Factors(nn.Module):
@@ -64,8 +69,9 @@ class Stack(nn.Module):
         if not self.live:
             return weight
         # A weight that is read is a weight, whatever precision autocast wants for products.
-        if torch.is_autocast_enabled(weight.device.type):
-            with torch.autocast(weight.device.type, enabled=False):
+        device = weight.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
                 return self._apply_live(weight)
         return self._apply_live(weight)
 
@@ -73,6 +79,26 @@ class Stack(nn.Module):
         for name in self.live:
             weight = self[name](weight)
         return weight
+
+    def recipe(self, weight: Tensor) -> Callable[[], Tensor]:
+        """Return how to build W' from `weight` again as it is now, wherever adapters are by then.
+
+        What it returns raises the RuntimeError of autograd where a tensor has changed since.
+        """
+        steps = [(f.spec, dict(f._tensors), f.strength) for f in map(self.__getitem__, self.live)]
+        sources = [weight, *(tensor for _, tensors, _ in steps for tensor in tensors.values())]
+        versions = [tensor._version for tensor in sources]
+
+        @torch.no_grad()
+        def build() -> Tensor:
+            if [tensor._version for tensor in sources] != versions:
+                raise RuntimeError(CHANGED)
+            built = weight
+            for spec, tensors, strength in steps:
+                built = spec.apply(built, tensors, strength)
+            return built
+
+        return build
 
     def low_rank(self) -> list[LowRank] | None:
         """Return the live updates in factored form; None where one of them has no such form."""

@@ -5,6 +5,7 @@ A target is a module type (its `weight`), a glob over dotted paths (of modules, 
 """
 
 import difflib
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -60,6 +61,17 @@ def places(model: nn.Module) -> list[Place]:
     return found
 
 
+def _computed(model: nn.Module) -> list[Place]:
+    """Return the tensors that a hook computes from parameters of a like name."""
+    return [
+        Place(dotted(path, name), path, module, name)
+        for path, module in walk(model)
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+        and (f"{name}_v" in module._parameters or f"{name}_orig" in module._parameters)
+    ]
+
+
 def resolve(
     model: nn.Module,
     spec: Spec | Mapping[Target, Spec],
@@ -75,12 +87,22 @@ def resolve(
         TypeError: a spec or a target that is none.
     """
     everywhere = places(model)
-    excluded = {place.path for one in _listed(exclude) for place in _match(one, everywhere)}
+    check_shapes(everywhere)
+    computed = _computed(model)
+    all_places = [*everywhere, *computed]
+    excluded = {place.path for one in _listed(exclude) for place in _match(one, all_places)}
     chosen: dict[str, Spec] = {}
     for target, its_spec in _pairs(spec, targets):
+        for place in _match(target, computed):
+            if place.path not in excluded:
+                raise TargetError(
+                    f"cannot adapt {place.path!r}: a hook computes it, as the old weight_norm and "
+                    "spectral_norm and pruning do; use those of torch.nn.utils.parametrizations, "
+                    "or leave it out with narrower targets or with exclude="
+                )
         matches = _match(target, everywhere)
         if not matches:
-            raise TargetError(_nothing(target, everywhere))
+            raise TargetError(f"no tensor matches {_nothing(target, model, everywhere)}")
         for place in matches:
             if place.path not in excluded:
                 chosen.setdefault(place.path, its_spec)
@@ -100,6 +122,16 @@ def check(place: Place, spec: Spec) -> None:
             f"cannot adapt {place.path!r} with {type(spec).__name__}: {reason} (leave it out "
             "with narrower targets or with exclude=)"
         )
+
+
+def check_shapes(everywhere: Iterable[Place]) -> None:
+    """Raise a TargetError where a parameter, adapted or not, cannot be frozen or counted yet."""
+    for place in everywhere:
+        if nn.parameter.is_lazy(place.stored):
+            raise TargetError(
+                f"{place.path!r} is lazy and has no shape yet; run one batch through the model "
+                "first, and attach then"
+            )
 
 
 def nearest(path: str, paths: Iterable[str]) -> str:
@@ -126,7 +158,9 @@ def _pairs(
 
 
 def _listed(targets: Targets) -> list[Target]:
-    return [targets] if isinstance(targets, str) or callable(targets) else list(targets)
+    if isinstance(targets, str) or callable(targets) or not isinstance(targets, Iterable):
+        return [targets]
+    return list(targets)
 
 
 def _match(target: Target, everywhere: list[Place]) -> list[Place]:
@@ -146,13 +180,17 @@ def _match(target: Target, everywhere: list[Place]) -> list[Place]:
             if _glob(place.path, target)
             or (place.tensor == "weight" and _glob(place.module_path, target))
         ]
-    if callable(target):
+    # A module can be called too, but not with a path.
+    if callable(target) and not isinstance(target, nn.Module):
         return [
             place
             for place in everywhere
             if place.tensor == "weight" and target(place.module_path, place.module)
         ]
-    raise TypeError(f"a target is a module type, a glob or a callable, got {target!r}")
+    raise TypeError(
+        "a target is a module type, a glob over paths, or a callable (path, module) -> bool, got "
+        f"{target!r}"
+    )
 
 
 def _glob(path: str, pattern: str) -> bool:
@@ -160,32 +198,46 @@ def _glob(path: str, pattern: str) -> bool:
     return fnmatchcase(path, pattern) or (pattern[:2] == "*." and fnmatchcase("." + path, pattern))
 
 
-def _nothing(target: Target, everywhere: list[Place]) -> str:
+def _nothing(target: Target, model: nn.Module, everywhere: list[Place]) -> str:
+    """Return a target that matches nothing, and what there is in its place."""
+    name = repr(target) if isinstance(target, str) else getattr(target, "__name__", repr(target))
+    meant = {path: module for path, module in walk(model) if _means(target, path, module)}
+    # Quantized modules of torch have a method of that name.
+    packed = [p for p, m in meant.items() or walk(model) if callable(getattr(m, "weight", None))]
+    if packed:
+        return f"{name}; packed (quantized) weights cannot be adapted, as those of {_some(packed)}"
+    if meant:
+        own = [place.path for place in everywhere if place.module in meant.values()]
+        only = f", only {_some(own)}: name those with a glob" if own else ""
+        return f"{name}; there is no parameter 'weight' in {_some(meant)}{only}"
     if isinstance(target, str):
         modules = [place.module_path for place in everywhere if place.module_path]
         paths = dict.fromkeys([*modules, *(place.path for place in everywhere)])
-        return f"no tensor matches {target!r}{nearest(target, paths)}"
-    name = target.__name__ if isinstance(target, type) else repr(target)
+        return name + (nearest(target, paths) or f"; there are {_some(paths) or 'no parameters'}")
+    with_weight = [place.module for place in everywhere if place.tensor == "weight"]
+    types = {parametrize.type_before_parametrizations(module).__name__ for module in with_weight}
+    return f"{name}; modules with a weight here are {_some(sorted(types)) or 'none'}"
+
+
+def _means(target: Target, path: str, module: nn.Module) -> bool:
+    """Return whether a type or a glob means a module, whatever tensors that has."""
     if isinstance(target, type):
-        own = [
-            place.path
-            for place in everywhere
-            if issubclass(parametrize.type_before_parametrizations(place.module), target)
-        ]
-        if own:
-            listed = ", ".join(own[:8])
-            return f"a {name} has no tensor 'weight'; it has {listed}: name those with a glob"
-    with_weight = [place for place in everywhere if place.tensor == "weight"]
-    types = {parametrize.type_before_parametrizations(p.module).__name__ for p in with_weight}
-    return f"no tensor matches {name}; modules with a weight here are {', '.join(sorted(types))}"
+        return issubclass(parametrize.type_before_parametrizations(module), target)
+    return isinstance(target, str) and _glob(path, target)
+
+
+def _some(names: Iterable[str]) -> str:
+    first = list(itertools.islice(names, 9))
+    return ", ".join(first[:8]) + (", …" if len(first) > 8 else "")
 
 
 def _refusal(place: Place, spec: Spec) -> str | None:
-    if nn.parameter.is_lazy(place.stored):
-        return "it is lazy and has no shape yet; run one batch through the model first"
     weight = place.value
     if weight.is_quantized or weight.dtype not in FLOATS:
-        return f"its dtype is {weight.dtype}, integer or packed; adapters need float16 to float64"
+        return (
+            f"its dtype is {weight.dtype}; only floating tensors of 16 to 64 bits can be adapted, "
+            "none that is integer, complex or packed"
+        )
     if weight.layout is not torch.strided:
         return f"its layout is {weight.layout}; adapters need a strided (dense) tensor"
     return spec.refusal(weight)

@@ -162,17 +162,22 @@ def _check_strength(factor: Strength) -> None:
 def _restored(model: nn.Module) -> Iterator[None]:
     """Put back afterwards which adapters are active, and their strengths.
 
-    What is attached inside stays as it is then, and so does what is detached or merged.
+    What is attached inside stays as it is then, and so does what is merged then, its strength
+    included: that is the one which the stored weight has.
     """
     before = [
-        (stack, stack.active, {name: stack[name].strength for name in stack.factors})
+        (stack, stack.active, {name: (stack[name], stack[name].strength) for name in stack.factors})
         for stack in stacks(model)
     ]
     try:
         yield
     finally:
-        for stack, active, strengths in before:
-            new = [n for n in stack.active if n not in strengths or n in stack.merged]
-            stack.set((*active, *new), stack.merged)
-            for name in strengths.keys() & stack.factors.keys():
-                stack[name].set_strength(strengths[name])
+        for stack, active, held in before:
+            now = set(stack.active)
+            for name in held.keys() & set(stack.factors):
+                factors, strength = held[name]
+                # By identity: what is attached inside may have the name of what was detached.
+                if stack[name] is factors and name not in stack.merged:
+                    factors.set_strength(strength)
+                    (now.add if name in active else now.discard)(name)
+            stack.set(now, stack.merged)
