@@ -18,11 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from . import lowrank
 from .adapters import LowRank, add_update
-from .stack import CHANGED, Stack, lists, stack_of, stored
+from .stack import CHANGED, Stack, exact, lists, once, stack_of, stored
 
 
 def forward_for(cls: type[nn.Module]) -> Callable[..., Any] | None:
@@ -77,7 +76,8 @@ def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:
         # Dense gradients for the factors, whatever `sparse` says of W: B has r columns only, and
         # one optimizer can then take A and B.
         rows = F.embedding(input, B, self.padding_idx)
-        update = scale * (rows @ A)
+        with exact(weight):
+            update = scale * (rows @ A)
         if self.padding_idx is not None:
             # torch gives the padding row no gradient; through A it would get one here.
             padding = (input == self.padding_idx).unsqueeze(-1)
@@ -119,10 +119,14 @@ def _dense(plain: Callable[..., Any]) -> Callable[..., Any]:
         if lowrank.transformed():
             return plain(self, *args, **kwargs)
         # torch's attention reads in_proj_weight half a dozen times.
-        with parametrize.cached(), _rebuilt(self) if torch.is_grad_enabled() else nullcontext():
+        with once(), _rebuilt(self) if torch.is_grad_enabled() else nullcontext():
             return plain(self, *args, **kwargs)
 
     return forward
+
+
+# Not there in torch 2.6, which then keeps W' for the backward.
+_outer_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 @contextmanager
@@ -135,8 +139,11 @@ def _rebuilt(module: nn.Module) -> Iterator[None]:
             built = getattr(module, name)
             if type(built) is Tensor and not built.is_meta:
                 recipes[built.untyped_storage().data_ptr()] = stack.recipe(plist.original)
+    if not recipes or _outer_hooks is None:
+        yield
+        return
     # Hooks hide the ones outside (checkpointing, offloading), so what is not W' is handed on.
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    outer = _outer_hooks(False)
 
     def pack(tensor: Tensor) -> Any:
         recipe = recipes.get(tensor.untyped_storage().data_ptr())
@@ -154,9 +161,6 @@ def _rebuilt(module: nn.Module) -> Iterator[None]:
             raise RuntimeError(CHANGED)
         return second
 
-    if not recipes:
-        yield
-        return
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 
@@ -166,20 +170,27 @@ def _recurrent(plain: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
         try:
             # torch's forward reads every weight three times.
-            with parametrize.cached():
+            with nullcontext() if lowrank.transformed() else once():
                 return plain(self, *args, **kwargs)
         finally:
-            # It leaves the weights that it used in a list; W' there would keep the graph alive,
-            # and a tensor with a graph cannot be deep-copied.
-            held = lists(self)
-            weights = [
-                stored(held[name])[0] if name in held else getattr(self, name, None)
-                for name in self._flat_weights_names
-            ]
-            self._flat_weights = weights
-            self._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]  # type: ignore[arg-type]
+            hold_stored(self)
 
     return forward
+
+
+def hold_stored(module: nn.RNNBase) -> None:
+    """Let a recurrent module's list of its weights hold what is stored.
+
+    torch's forward, and moving or casting the module, leave W' there, which would keep the graph
+    alive; and a tensor with a graph cannot be deep-copied.
+    """
+    held = lists(module)
+    weights = [
+        stored(held[name])[0] if name in held else getattr(module, name, None)
+        for name in module._flat_weights_names
+    ]
+    module._flat_weights = weights
+    module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]  # type: ignore[arg-type]
 
 
 _dense_linear = _dense(nn.Linear.forward)

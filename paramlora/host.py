@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .forward import forward_for
+from .forward import forward_for, hold_stored
 from .stack import Site, SiteList, Stack, lists, stack_of, walk
 
 _BEFORE = "_paramlora_before"
@@ -155,6 +155,8 @@ def _adopt(cls: type, before: Before) -> None:
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         if id(self) in memo:
             return memo[id(self)]
+        if isinstance(self, nn.RNNBase):
+            hold_stored(self)
         copied = plain(self, memo)
         copied.__class__ = _copied_class(type(copied))
         return copied

@@ -6,8 +6,10 @@ A `Stack` is registered once at a tensor through `torch.nn.utils.parametrize`; a
 adapters at that tensor lives in it. The functions below find the stacks of a model.
 """
 
+import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,37 @@ CHANGED = (
     "a tensor needed for the gradient was changed in place (an optimizer's step, a merge) between "
     "the forward and the backward"
 )
+
+
+def exact(weight: Tensor) -> AbstractContextManager[Any]:
+    """Return what keeps autocast out: a weight is a weight, whatever it wants for products."""
+    device = weight.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+class _Once(threading.local):
+    """What stacks have built, by their id, inside the innermost `once` of a thread."""
+
+    built: dict[int, Tensor] | None = None
+
+
+_ONCE = _Once()
+
+
+@contextmanager
+def once() -> Iterator[None]:
+    """Let each stack build W' once inside: for the forward of one module.
+
+    `parametrize.cached` would let all threads share what one has built, without a gradient maybe,
+    and would keep it while any of them is inside.
+    """
+    outer, _ONCE.built = _ONCE.built, {}
+    try:
+        yield
+    finally:
+        _ONCE.built = outer
 
 
 class Factors(nn.Module):
@@ -68,16 +101,14 @@ class Stack(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         if not self.live:
             return weight
-        # A weight that is read is a weight, whatever precision autocast wants for products.
-        device = weight.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return self._apply_live(weight)
-        return self._apply_live(weight)
-
-    def _apply_live(self, weight: Tensor) -> Tensor:
-        for name in self.live:
-            weight = self[name](weight)
+        built = None if torch.compiler.is_compiling() else _ONCE.built
+        if built is not None and id(self) in built:
+            return built[id(self)]
+        with exact(weight):
+            for name in self.live:
+                weight = self[name](weight)
+        if built is not None:
+            built[id(self)] = weight
         return weight
 
     def recipe(self, weight: Tensor) -> Callable[[], Tensor]:
@@ -87,6 +118,7 @@ class Stack(nn.Module):
         """
         steps = [(f.spec, dict(f._tensors), f.strength) for f in map(self.__getitem__, self.live)]
         sources = [weight, *(tensor for _, tensors, _ in steps for tensor in tensors.values())]
+        sources += [strength for *_, strength in steps if isinstance(strength, Tensor)]
         versions = [tensor._version for tensor in sources]
 
         @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Speed and memory against the frozen floor and against peers; run from a checkout."""

@@ -1,0 +1,141 @@
+"""`python -m benchmarks`: time and memory of a training step and of inference, beside peers.
+
+It writes a row for each contestant, cell and mode to `results.jsonl`, prints a table, and draws
+the overheads. Contestants whose package is not installed are named and left out.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .contestants import CONTESTANTS, Contestant
+from .measure import Case, Entry, check, infer, middle, peak_memory, timed, train_step
+from .shapes import SUITES, cells
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--suites", nargs="+", choices=SUITES, help="default: all that can run")
+    parser.add_argument("--modes", nargs="+", default=["eager"],
+                        choices=["eager", "compiled", "graphs"])  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds a cell")
+    parser.add_argument("--quick", action="store_true", help="the first cell of a suite, 3 rounds")
+    parser.add_argument("--threads", type=int, help="threads on the CPU")
+    parser.add_argument("--only", nargs="+", help="names of contestants, beside the floor")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="a folder")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    suites = options.suites or [s for s in SUITES if s[:3] == "cpu" or torch.cuda.is_available()]
+    there = [c for c in CONTESTANTS if c.there and _wanted(c, options.only)]
+    lacking = [c.name for c in CONTESTANTS if not c.there]
+    if lacking:
+        print(f"not installed, left out: {', '.join(lacking)}", file=sys.stderr)
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    with open(options.out / "results.jsonl", "a") as file:
+        todo = [(s, cell, mode) for s in suites for cell in cells(s, options.quick)
+                for mode in options.modes]  # fmt: skip
+        for suite, cell, mode in tqdm(todo, unit="cell"):
+            device = "cpu" if suite[:3] == "cpu" else "cuda"
+            new = _measure(
+                Case.of(cell, device), there, mode, 3 if options.quick else options.rounds
+            )
+            for row in new:
+                file.write(json.dumps(row) + "\n")
+            file.flush()
+            rows += new
+    print(table(rows))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return time over the floor, and our overhead over the best peer's, a line a cell."""
+    names = list(dict.fromkeys(row["contestant"] for row in rows))
+    groups: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        key = (row["suite"], str(row["shape"]), str(row["rank"]), row["mode"], row["work"])
+        groups.setdefault(key, {})[row["contestant"]] = row
+    head = ("suite", "x", "r", "mode", "work", "floor ms", *names[1:], "ours / PEFT")
+    lines = [head]
+    for key, group in groups.items():
+        ratios = [f"{group[n]['ratio']:.2f}" if n in group else "-" for n in names[1:]]
+        peers = [group[n]["ratio"] - 1 for n in group if n.startswith("PEFT")]
+        own = group.get("paramlora", {}).get("ratio", float("nan")) - 1
+        share = f"{own / min(peers):.2f}" if peers and min(peers) > 0 else "-"
+        lines.append((*key, f"{group['floor']['median_s'] * 1e3:.3f}", *ratios, share))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def _measure(case: Case, there: list[Contestant], mode: str, rounds: int) -> list[dict[str, Any]]:
+    torch._dynamo.reset()
+    entries: list[Entry] = []
+    errors: dict[str, float] = {}
+    for contestant in there:
+        try:
+            entry = case.enter(contestant, mode)
+            errors[contestant.name] = check(case, entry)
+            entries.append(entry)
+        except Exception as error:  # a peer that fails in a cell is a finding, not the end
+            if contestant.name in ("floor", "paramlora"):
+                raise
+            print(f"{contestant.name} in {case.cell.suite} {mode}: {error}", file=sys.stderr)
+    x = case.x.clone().requires_grad_()
+    memory = {e.contestant.name: peak_memory(e, x) for e in entries}
+    rows = []
+    for work, step in (("train", train_step), ("infer", infer)):
+        seconds = timed(entries, x, step, rounds)
+        for entry in entries:
+            name = entry.contestant.name
+            rows.append(
+                _row(case, entry.contestant, mode, work)
+                | {
+                    "median_s": middle(seconds[name]),
+                    "min_s": min(seconds[name]),
+                    "ratio": middle(seconds[name]) / middle(seconds["floor"]),
+                    "ratio_of_min": min(seconds[name]) / min(seconds["floor"]),
+                    "rounds": rounds,
+                    "error": errors[name],
+                    "peak_bytes": memory[name],
+                }
+            )
+    return rows
+
+
+def _row(case: Case, contestant: Contestant, mode: str, work: str) -> dict[str, Any]:
+    on_gpu = case.x.is_cuda
+    return {
+        "suite": case.cell.suite,
+        "shape": list(case.cell.shape),
+        "rank": case.cell.rank,
+        "dtype": str(case.cell.dtype).removeprefix("torch."),
+        "mode": mode,
+        "work": work,
+        "contestant": contestant.name,
+        "version": contestant.version,
+        "torch": torch.__version__,
+        "machine": torch.cuda.get_device_name() if on_gpu else _processor(),
+        "threads": None if on_gpu else torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _wanted(contestant: Contestant, only: list[str] | None) -> bool:
+    return not only or contestant.name in (*only, "floor")
+
+
+if __name__ == "__main__":
+    main()

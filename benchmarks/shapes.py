@@ -1,0 +1,115 @@
+"""The models and sizes that are measured: those of the digit study, of feed-forward blocks, of an
+encoder, and of a block of Llama-8B."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Self-attention of four linear layers; `key_width` below the model's width groups queries."""
+
+    def __init__(self, width: int, heads: int, key_width: int, bias: bool) -> None:
+        super().__init__()
+        self.q = nn.Linear(width, width, bias=bias)
+        self.k = nn.Linear(width, key_width, bias=bias)
+        self.v = nn.Linear(width, key_width, bias=bias)
+        self.o = nn.Linear(width, width, bias=bias)
+        self.size = width // heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, self.size)).transpose(-3, -2)
+            for layer in (self.q, self.k, self.v)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=k.shape != q.shape)
+        return self.o(mixed.transpose(-3, -2).flatten(-2))
+
+
+class Encoder(nn.Module):
+    """One layer of a transformer encoder."""
+
+    def __init__(self, width: int, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads, width, bias=True)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Llama(nn.Module):
+    """One block of Llama-8B's shape: seven linear layers without bias, grouped queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention(4096, 32, 1024, bias=False)
+        self.norm1, self.norm2 = nn.RMSNorm(4096), nn.RMSNorm(4096)
+        self.gate = nn.Linear(4096, 14336, bias=False)
+        self.up = nn.Linear(4096, 14336, bias=False)
+        self.down = nn.Linear(14336, 4096, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        y = self.norm2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+def mlp() -> nn.Module:
+    layers = [nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)]
+    return nn.Sequential(*layers)
+
+
+def feed_forward(width: int, hidden: int, times: int) -> nn.Module:
+    """width → hidden → width, `times` in a row, a GELU inside each."""
+    blocks = [
+        layer
+        for _ in range(times)
+        for layer in (nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+    ]
+    return nn.Sequential(*blocks)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of a table: a model, its input, and what is adapted with which rank."""
+
+    suite: str
+    model: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    rank: int
+    dtype: torch.dtype = torch.float32
+
+
+def cells(suite: str, quick: bool) -> Iterator[Cell]:
+    """Yield the cells of a suite, `quick` the first of each kind only."""
+    half = torch.bfloat16
+    found = {
+        "cpu-mlp": [Cell(suite, mlp, (n, 784), r) for r in (2, 4, 16) for n in (10, 100, 1000)],
+        "cpu-ffn": [
+            Cell(suite, lambda: feed_forward(1024, 4096, 1), (n, 1024), 16) for n in (32, 512, 2048)
+        ],
+        "cpu-encoder": [
+            Cell(
+                suite,
+                lambda: nn.Sequential(Encoder(256, 1024, 4), Encoder(256, 1024, 4)),
+                (8, 128, 256),
+                16,
+            )
+        ],
+        "gpu-ffn": [
+            Cell(suite, lambda: feed_forward(4096, 14336, 2), (n, 4096), 16, half)
+            for n in (16, 512, 4096, 16384)
+        ],
+        "gpu-block": [Cell(suite, Llama, (1, n, 4096), 16, half) for n in (512, 4096)],
+        "gpu-mlp": [Cell(suite, mlp, (100, 784), 4)],
+    }[suite]
+    yield from found[:1] if quick else found
+
+
+SUITES = ("cpu-mlp", "cpu-ffn", "cpu-encoder", "gpu-mlp", "gpu-ffn", "gpu-block")

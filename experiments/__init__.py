@@ -1,0 +1,1 @@
+"""Studies made with paramlora, run from a checkout: `python -m experiments --help`."""

@@ -1,0 +1,152 @@
+"""What the stages of the digit study share: the data and the base on the device, and their use."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import paramlora as pl
+
+from .bases import Base, base_path, find, keep, order_after_base, pretrain, restore
+from .data import Data
+from .environment import commit
+from .evaluate import logits_of, score
+from .forgetting import wrong_counts
+from .rundir import Row, RunDirectory
+from .settings import DigitSettings, chosen_digits
+from .train import Batches, cpu_threads, cross_entropy, seeded_order, train
+
+CURVE = 200  # points kept of a loss curve, each the mean of as many steps as that takes
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A base to fine-tune, the data to do it with, and the run that takes down what comes of it.
+
+    `inputs` and `test_inputs` are float32 (n, 784), the labels int64 (n,), all on one device.
+    """
+
+    settings: DigitSettings
+    run: RunDirectory
+    base: Base
+    inputs: Tensor
+    labels: Tensor
+    test_inputs: Tensor
+    test_labels: Tensor
+    base_logits: Tensor
+    base_fingerprint: str
+    tuned: list[int]
+    commit: str | None
+
+    @property
+    def tuned_rows(self) -> Tensor:
+        """The rows of the training images of the tuned digits, int64 (n,)."""
+        digits = torch.tensor(self.tuned, device=self.labels.device)
+        return torch.isin(self.labels, digits).nonzero().squeeze(1)
+
+    def model(self) -> nn.Module:
+        """Return a new copy of the base."""
+        return restore(self.settings, self.base, self.inputs.device)
+
+    def batches(self, generator: torch.Generator) -> Batches:
+        """Return the batches of a fine-tuning. To be drawn first, so that methods share them."""
+        settings, rows = self.settings, self.tuned_rows
+        count = settings.steps * settings.batch
+        if settings.order == "blog":
+            order = order_after_base(settings, len(self.labels), len(rows), count)
+        else:
+            order = seeded_order(len(rows), count, generator)
+        return Batches((self.inputs, self.labels), rows[order.to(rows.device)], settings.batch)
+
+    def fine_tune(
+        self, model: nn.Module, batches: Batches, parameters: list[nn.Parameter], label: str
+    ) -> Tensor:
+        """Train the parameters by a new Adam, and return the loss of each step."""
+        optimizer = torch.optim.Adam(parameters, self.settings.lr, fused=True)
+        with cpu_threads(self.settings.threads):
+            return train(model, batches, cross_entropy, optimizer, label=label)
+
+    def evaluate(self, model: nn.Module) -> Tensor:
+        """Return the model's logits of the test images, (n, 10)."""
+        return logits_of(model, self.test_inputs)
+
+    def beside_base(self, model: nn.Module, logits: Tensor) -> Row:
+        """Return whether the model's base, and these logits, are bitwise those of the base."""
+        return {
+            "same_fingerprint": pl.fingerprint(model) == self.base_fingerprint,
+            "same_logits": torch.equal(logits, self.base_logits),
+        }
+
+    def record(
+        self, stage: str, method: str, seed: int | None, logits: Tensor, **more: Any
+    ) -> None:
+        """Add a row for the evaluation that gave these logits."""
+        row = {
+            "stage": stage,
+            "method": method,
+            "base_seed": self.settings.seed,
+            "seed": seed,
+            "tuned": self.tuned,
+            "commit": self.commit,
+        }
+        self.run.record({**row, **score(logits, self.test_labels, self.tuned), **more})
+
+
+def prepare(
+    settings: DigitSettings,
+    run: RunDirectory,
+    device: torch.device,
+    data: Data,
+    say: Callable[[str], None],
+) -> Bench:
+    """Put the data on the device, find or train the base, and say which digits are tuned."""
+    train_split, test_split = data.train.to(device), data.test.to(device)
+    inputs = train_split.inputs(settings.mean, settings.std)
+    test_inputs = test_split.inputs(settings.mean, settings.std)
+    base, how = obtain(settings, inputs, train_split.labels, data.digest)
+    model = restore(settings, base, device)
+    logits = logits_of(model, test_inputs)
+    counts = wrong_counts(score(logits, test_split.labels, [0])["confusion"])
+    bench = Bench(
+        settings=settings,
+        run=run,
+        base=base,
+        inputs=inputs,
+        labels=train_split.labels,
+        test_inputs=test_inputs,
+        test_labels=test_split.labels,
+        base_logits=logits,
+        base_fingerprint=pl.fingerprint(model),
+        tuned=chosen_digits(settings.digits, counts),
+        commit=commit(),
+    )
+    say(f"base     {pl.summary(model).total:,} parameters, {how}")
+    say(f"         wrong answers by digit: {', '.join(map(str, counts))}")
+    images = len(bench.tuned_rows)
+    say(f"tuned    digits {', '.join(map(str, bench.tuned))}: {images:,} training images")
+    return bench
+
+
+def obtain(
+    settings: DigitSettings, inputs: Tensor, labels: Tensor, data_digest: str
+) -> tuple[Base, str]:
+    """Return the base, and in words how it was come by: the one that is kept, or a new one."""
+    path = base_path(settings, inputs.device, data_digest)
+    if (kept := find(path)) is not None:
+        return kept, f"trained before, from {path}"
+    began = time.perf_counter()
+    with cpu_threads(settings.threads):
+        base = pretrain(settings, inputs, labels)
+    keep(base, path)
+    seconds = time.perf_counter() - began
+    return base, f"trained for {settings.base_steps:,} steps in {seconds:.1f} s"
+
+
+def curve(losses: Tensor) -> Row:
+    """Return the mean training loss and its curve, thinned to CURVE points or fewer, in nats."""
+    every = -(-len(losses) // CURVE)
+    means = [round(float(part.mean()), 6) for part in losses.split(every)]
+    return {"train_loss": float(losses.mean()), "train_curve": means, "train_curve_every": every}

@@ -1,0 +1,207 @@
+"""Data sets as tensors: handwritten digits, MNIST's or the smaller ones inside scikit-learn.
+
+The only file that imports torchvision, and only to download: archives that are on disk are read
+here, in a third of a second. A subset of a data set is a mask or an index, never a second copy.
+"""
+
+import gzip
+import hashlib
+import socket
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import environ
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .settings import StudyError
+
+# The MD5 sums that torchvision checks too (torchvision.datasets.MNIST.resources).
+ARCHIVES = {
+    "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+    "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+}
+PATIENCE = 5.0  # seconds that a mirror has to answer, and a download to go on after a pause
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images with their labels: uint8 (n, 28, 28), 0 to 255, and int64 (n,), 0 to 9."""
+
+    images: Tensor
+    labels: Tensor
+
+    def inputs(self, mean: float, std: float) -> Tensor:
+        """Return what a network sees: float32 (n, 784), pixels in 0 to 1 less `mean`, by `std`.
+
+        Bitwise what torchvision's `ToTensor` and `Normalize(mean, std)` make of the images.
+        """
+        pixels = self.images.flatten(1).float().div_(255)
+        # As float32 tensors, as Normalize has them: a Python number would divide differently.
+        pixels.sub_(torch.tensor(mean, device=pixels.device))
+        return pixels.div_(torch.tensor(std, device=pixels.device))
+
+    def to(self, device: torch.device) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set in two splits, its `name`, and in words where it comes from and `why`."""
+
+    name: str
+    why: str
+    train: Split
+    test: Split
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of all images and labels, in hexadecimal digits."""
+        total = hashlib.sha256()
+        for split in (self.train, self.test):
+            for tensor in (split.images, split.labels):
+                total.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+                total.update(tensor.cpu().numpy().tobytes())
+        return total.hexdigest()
+
+
+def load_data(kind: str, data_dir: str = "data") -> Data:
+    """Return the data set `kind`: "mnist", "digits" or "auto", on the CPU.
+
+    MNIST is looked for in `data_dir`, in the folder that the environment variable PARAMLORA_MNIST
+    names and, failing both, at torchvision's mirrors, each tried once for a few seconds.
+    "auto" takes the digits inside scikit-learn where there is no MNIST, and `why` says so.
+
+    Raises:
+        StudyError: "mnist" is not to be had, or an archive on disk is damaged.
+    """
+    if kind == "digits":
+        return _sklearn_digits("as asked")
+    try:
+        return _mnist(data_dir)
+    except _MissingError as missing:
+        if kind == "mnist":
+            raise StudyError(
+                f"--data mnist: {missing}. Put its four archives ({', '.join(ARCHIVES)}) into a "
+                "folder and name it by --data-dir, or take --data digits"
+            ) from None
+        return _sklearn_digits(f"as {missing}")
+
+
+class _MissingError(Exception):
+    """MNIST is neither on disk nor to be downloaded."""
+
+
+def _mnist(data_dir: str) -> Data:
+    folders = [data_dir, *filter(None, [environ.get("PARAMLORA_MNIST")])]
+    for folder in folders:
+        if (found := _archive_folder(Path(folder))) is not None:
+            return _read_mnist(found, f"on disk, in {folder}")
+    mirror = _download(Path(data_dir), f"MNIST is not in {' or '.join(folders)}")
+    found = _archive_folder(Path(data_dir))
+    if found is None:
+        raise _MissingError(f"torchvision left no archives in {data_dir}")
+    return _read_mnist(found, f"downloaded from {mirror}")
+
+
+def _archive_folder(folder: Path) -> Path | None:
+    """Return where the four archives lie: in the folder, or where torchvision puts them in it."""
+    for place in (folder, folder / "MNIST" / "raw"):
+        if all((place / name).is_file() for name in ARCHIVES):
+            return place
+    return None
+
+
+def _read_mnist(folder: Path, why: str) -> Data:
+    parts = [_read_archive(folder / name) for name in ARCHIVES]
+    train, test = (Split(images, labels.long()) for images, labels in (parts[:2], parts[2:]))
+    return Data("MNIST", why, train, test)
+
+
+def _read_archive(path: Path) -> Tensor:
+    """Return the uint8 tensor in an IDX file: big-endian sizes, as many as its fourth byte says."""
+    packed = path.read_bytes()
+    found, expected = hashlib.md5(packed, usedforsecurity=False).hexdigest(), ARCHIVES[path.name]
+    if found != expected:
+        raise StudyError(f"{path} is damaged: its MD5 is {found}, not {expected}; delete it")
+    raw = gzip.decompress(packed)
+    shape = [int.from_bytes(raw[4 * i : 4 * i + 4], "big") for i in range(1, raw[3] + 1)]
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=4 + 4 * raw[3]).view(shape)
+
+
+def _download(folder: Path, before: str) -> str:
+    """Let torchvision download MNIST and check it; return the mirror, or raise _MissingError."""
+    try:
+        from torchvision.datasets import MNIST
+    except ImportError:
+        raise _MissingError(f"{before} and torchvision, which downloads it, is missing") from None
+    mirrors = _answering(MNIST.mirrors, next(iter(ARCHIVES)))
+    if not mirrors:
+        raise _MissingError(
+            f"{before} and no mirror answered within {PATIENCE:g} s ({', '.join(MNIST.mirrors)})"
+        )
+    # torchvision names its folder after the class, so the class with fewer mirrors is "MNIST" too.
+    reachable = type("MNIST", (MNIST,), {"mirrors": mirrors})
+    try:
+        with _socket_timeout(PATIENCE):
+            reachable(folder, download=True)
+    except (OSError, RuntimeError) as error:
+        raise _MissingError(f"{before} and its download failed: {error}") from None
+    return mirrors[0]
+
+
+def _answering(mirrors: list[str], name: str) -> list[str]:
+    """Return the mirrors that begin to send the file `name` within PATIENCE seconds.
+
+    Asked all at once, each by a thread: a name server that does not answer would hold up a call
+    for a minute, and no timeout of a socket covers it.
+    """
+    answered = set()
+
+    def ask(mirror: str) -> None:
+        try:
+            with urllib.request.urlopen(mirror + name, timeout=PATIENCE):
+                answered.add(mirror)
+        except (OSError, ValueError):
+            pass  # it is left out, and the message names it
+
+    threads = [threading.Thread(target=ask, args=(mirror,), daemon=True) for mirror in mirrors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    return [mirror for mirror in mirrors if mirror in answered]
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Let sockets that are opened inside give up after so many seconds of silence."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _sklearn_digits(why: str) -> Data:
+    """Return scikit-learn's 1,797 digits, 8x8 with 17 grey levels, scaled to 28x28 and 0 to 255.
+
+    A fifth of each digit's images is the test set, drawn once and for all.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    small = load_digits()
+    pixels = torch.from_numpy(small.images).float().mul(255 / 16).unsqueeze(1)
+    large = torch.nn.functional.interpolate(pixels, size=(28, 28), mode="bilinear")
+    images, labels = large.squeeze(1).round().to(torch.uint8), torch.from_numpy(small.target).long()
+    parts = train_test_split(range(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+    train, test = (Split(images[index], labels[index]) for index in map(torch.tensor, parts))
+    return Data("scikit-learn digits", why, train, test)

@@ -1,0 +1,37 @@
+"""What all tests share: threads, and what is skipped where a machine lacks something."""
+
+import os
+from pathlib import Path
+
+# Test processes run side by side (`make test`), and threads that compete for the same cores make
+# each slower. Set before torch starts, so that processes that tests start obey it too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def find_mnist() -> Path | None:
+    """Return the folder with the four MNIST archives, or None."""
+    path = Path(os.environ.get("PARAMLORA_MNIST") or ROOT.parent / "shared" / "mnist")
+    return path if path.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def mnist_dir() -> Path:
+    """The folder with the four MNIST archives."""
+    path = find_mnist()
+    if path is None:
+        pytest.skip("no MNIST here: set PARAMLORA_MNIST to a folder with its four archives")
+    return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "mnist_dir" in getattr(item, "fixturenames", ()):
+            item.add_marker("mnist")
+        if item.get_closest_marker("gpu") and not torch.accelerator.is_available():
+            item.add_marker(pytest.mark.skip(reason="no accelerator on this machine"))

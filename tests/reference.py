@@ -1,0 +1,360 @@
+"""What conformance is measured with: kinds of adapters, hosts, and a plain dense reference.
+
+The reference shares no code with paramlora: it is a copy of the host from before attaching, whose
+tensors `torch.func.functional_call` replaces by the formula of each kind, written out below.
+A new kind of adapter is one line in `KINDS`, a new host one entry in `HOSTS`.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import paramlora as pl
+
+Formula = Callable[[Tensor, dict[str, Tensor], float], Tensor]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of adapter: its spec, and W' by its formula, from W, the factors and the strength."""
+
+    spec: pl.Spec
+    formula: Formula
+    dimensions: int = 2
+
+    def takes(self, tensor: Tensor) -> bool:
+        return tensor.dim() >= self.dimensions
+
+
+KINDS = {
+    "lora": Kind(
+        pl.LoRA(rank=2, alpha=3),
+        lambda W, f, k: W + k * 3 / 2 * (f["B"] @ f["A"]).reshape(W.shape),
+    ),
+    "lora_stabilized": Kind(
+        pl.LoRA(rank=4, rank_stabilized=True),
+        lambda W, f, k: W + k * 2 * (f["B"] @ f["A"]).reshape(W.shape),
+    ),
+    "delta": Kind(pl.Delta(), lambda W, f, k: W + k * f["D"], dimensions=1),
+}
+
+
+@dataclass(frozen=True)
+class Host:
+    """A module with tensors to adapt, and inputs for it."""
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[Tensor, ...]]
+
+
+class Table(nn.Module):
+    """A user's own module with a bare parameter, which its forward reads as it likes."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensordot(x, self.table, dims=1).tanh() + self.table.square().mean()
+
+
+class Listed(nn.Module):
+    """A user's own module with parameters in a list and in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ParameterList([torch.randn(5, 6), torch.randn(6, 4)])
+        self.heads = nn.ParameterDict({"one": torch.randn(4, 3), "two": torch.randn(2, 4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.layers:
+            x = (x @ weight).tanh()
+        return x @ self.heads["one"] @ torch.ones(3, 2, dtype=x.dtype) + x @ self.heads["two"].T
+
+
+class Transposed(nn.Linear):
+    """A Linear whose own forward is not torch's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return (self.weight @ input.T).T.tanh()
+
+
+class Swap(nn.Module):
+    """Swaps the last two dimensions, so that the next layer gets a strided input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
+
+
+class Bags(nn.Module):
+    """An EmbeddingBag with bags of three, no and the remaining entries."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(11, 6, **options)
+        self.offsets = [0, 3, 3, 8] if self.bag.include_last_offset else [0, 3, 3]
+
+    def forward(self, ids: Tensor, weights: Tensor | None = None) -> Tensor:
+        return self.bag(ids, torch.tensor(self.offsets), weights)
+
+
+class Packed(nn.Module):
+    """An LSTM that gets a packed sequence, and has no biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(5, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Any:
+        lengths = torch.tensor([4, 2, 3])
+        return self.rnn(pack_padded_sequence(x, lengths, enforce_sorted=False))
+
+
+def _x(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (torch.randn(shape),)
+
+
+def _ids(*shape: int, high: int = 11) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (torch.randint(high, shape),)
+
+
+def _pair(one: Sequence[int], two: Sequence[int]) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (torch.randn(one), torch.randn(two))
+
+
+def _three(*width: int) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: tuple(torch.randn(5, 3, w) for w in width)
+
+
+def _embedding(**options: Any) -> Host:
+    return Host(lambda: nn.Embedding(11, 6, **options), _ids(4, 5))
+
+
+def _bag(*, weighted: bool = False, **options: Any) -> Host:
+    inputs = (lambda: (torch.randint(11, (8,)), torch.randn(8))) if weighted else _ids(8)
+    return Host(lambda: Bags(**options), inputs)
+
+
+def _attention(inputs: Callable[[], tuple[Tensor, ...]], **options: Any) -> Host:
+    return Host(lambda: nn.MultiheadAttention(8, 2, **options), inputs)
+
+
+def _encoder_layer(**options: Any) -> Host:
+    return Host(
+        # Not ReLU: in low precision it flips at zero, and a gradient then jumps.
+        lambda: nn.TransformerEncoderLayer(
+            8, 2, 12, dropout=0.0, activation="gelu", batch_first=True, **options
+        ),
+        _x(3, 5, 8),
+    )
+
+
+HOSTS = {
+    "linear": Host(lambda: nn.Linear(7, 5), _x(3, 7)),
+    "linear_no_bias": Host(lambda: nn.Linear(7, 5, bias=False), _x(2, 3, 7)),
+    "linear_one_row": Host(lambda: nn.Linear(7, 5), _x(7)),
+    # Many rows: W' is worth building in the forward, in the backward, or in both.
+    "linear_wide": Host(lambda: nn.Linear(3, 16), _x(5, 8, 3)),
+    "linear_narrow": Host(lambda: nn.Linear(16, 3), _x(40, 16)),
+    "linear_small": Host(lambda: nn.Linear(4, 3), _x(40, 4)),
+    "linear_strided": Host(lambda: nn.Sequential(Swap(), nn.Linear(7, 5), Swap()), _x(2, 7, 3)),
+    "linear_no_rows": Host(lambda: nn.Linear(7, 5), _x(0, 7)),
+    "linear_own_forward": Host(lambda: Transposed(7, 5), _x(3, 7)),
+    "linear_in_place": Host(
+        lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU(inplace=True), nn.Linear(5, 4)), _x(3, 7)
+    ),
+    "conv1d": Host(lambda: nn.Conv1d(4, 6, 3), _x(2, 4, 9)),
+    "conv1d_groups": Host(lambda: nn.Conv1d(4, 6, 3, groups=2, padding="same"), _x(2, 4, 9)),
+    "conv2d": Host(lambda: nn.Conv2d(3, 5, (2, 3), stride=2), _x(2, 3, 6, 7)),
+    "conv2d_groups": Host(
+        lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1, padding_mode="circular"), _x(2, 4, 5, 5)
+    ),
+    "conv2d_depthwise": Host(lambda: nn.Conv2d(4, 4, 3, groups=4, dilation=2), _x(2, 4, 6, 6)),
+    "conv3d": Host(lambda: nn.Conv3d(2, 3, 2), _x(2, 2, 4, 4, 4)),
+    "conv3d_groups": Host(lambda: nn.Conv3d(4, 6, 2, groups=2), _x(1, 4, 3, 4, 3)),
+    "conv_transpose1d": Host(lambda: nn.ConvTranspose1d(4, 6, 3, stride=2), _x(2, 4, 5)),
+    "conv_transpose2d": Host(
+        lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, stride=2, output_padding=1), _x(2, 4, 4, 3)
+    ),
+    "conv_transpose3d": Host(lambda: nn.ConvTranspose3d(3, 2, 2), _x(2, 3, 3, 2, 3)),
+    "embedding": _embedding(),
+    "embedding_padding": _embedding(padding_idx=3),
+    "embedding_sparse": _embedding(sparse=True),
+    "embedding_sparse_padding": _embedding(sparse=True, padding_idx=-1),
+    "embedding_max_norm": _embedding(max_norm=1.5, padding_idx=2),
+    "embedding_by_freq": _embedding(scale_grad_by_freq=True),
+    "bag_sum": _bag(mode="sum"),
+    "bag_mean": _bag(padding_idx=3),
+    "bag_max": _bag(mode="max"),
+    "bag_weighted": _bag(weighted=True, mode="sum", padding_idx=1),
+    "bag_sparse": _bag(sparse=True, mode="sum"),
+    "bag_max_norm": _bag(max_norm=1.5),
+    "bag_by_freq": _bag(scale_grad_by_freq=True, mode="mean"),
+    "bag_last_offset": _bag(include_last_offset=True, mode="sum"),
+    "bilinear": Host(lambda: nn.Bilinear(4, 3, 5), _pair((6, 4), (6, 3))),
+    "lstm": Host(lambda: nn.LSTM(5, 4), _x(3, 2, 5)),
+    "lstm_deep": Host(
+        lambda: nn.LSTM(5, 4, num_layers=2, bidirectional=True, proj_size=3, batch_first=True),
+        _x(2, 3, 5),
+    ),
+    "lstm_packed": Host(Packed, _x(4, 3, 5)),
+    "gru": Host(lambda: nn.GRU(5, 4), _x(3, 2, 5)),
+    "gru_deep": Host(lambda: nn.GRU(5, 4, num_layers=2, bidirectional=True), _x(3, 2, 5)),
+    "rnn": Host(lambda: nn.RNN(5, 4, nonlinearity="relu"), _x(3, 2, 5)),
+    "lstm_cell": Host(lambda: nn.LSTMCell(5, 4), _x(3, 5)),
+    "gru_cell": Host(lambda: nn.GRUCell(5, 4), _pair((3, 5), (3, 4))),
+    "attention": _attention(_three(8, 8, 8)),
+    "attention_separate": _attention(_three(8, 6, 7), kdim=6, vdim=7),
+    "attention_bias_kv": _attention(_three(8, 8, 8), add_bias_kv=True, batch_first=True),
+    "encoder_layer": _encoder_layer(),
+    "encoder_layer_norm_first": _encoder_layer(norm_first=True),
+    "bare_2d": Host(lambda: Table(5, 4), _x(3, 5)),
+    "bare_3d": Host(lambda: Table(5, 4, 2), _x(3, 5)),
+    "bare_4d": Host(lambda: Table(5, 1, 3, 2), _x(3, 5)),
+    "bare_listed": Host(Listed, _x(3, 5)),
+    "layer_norm": Host(lambda: nn.LayerNorm((4, 3)), _x(5, 4, 3)),
+    "layer_norm_1d": Host(lambda: nn.LayerNorm(4), _x(5, 4)),
+    "group_norm": Host(lambda: nn.GroupNorm(2, 4), _x(3, 4, 5)),
+    "batch_norm": Host(lambda: nn.BatchNorm1d(4), _x(6, 4)),
+    "batch_norm_eval": Host(lambda: nn.BatchNorm2d(4).eval(), _x(2, 4, 3, 3)),
+    "prelu": Host(lambda: nn.PReLU(4), _x(3, 4)),
+}
+
+
+def floats(found: Any) -> list[Tensor]:
+    """Return the floating tensors in whatever a module returned, in order."""
+    if isinstance(found, Tensor):
+        return [found] if found.is_floating_point() else []
+    return [x for one in found for x in floats(one)] if isinstance(found, tuple | list) else []
+
+
+def loss(outputs: Iterable[Tensor]) -> Tensor:
+    """Return a sum of outputs with weights that every dtype holds exactly."""
+    parts = []
+    for out in outputs:
+        weights = (torch.arange(out.numel(), device=out.device) % 7 - 2.5) / 2
+        parts.append((out * weights.to(out.dtype).view(out.shape)).sum())
+    return torch.stack(parts).sum()
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Return a tensor without its sparse layout."""
+    return tensor.to_dense() if tensor.is_sparse else tensor
+
+
+def shake(model: nn.Module, *names: str) -> None:
+    """Fill the factors with random numbers, none of them zero: a zero B would hide errors in A."""
+    with torch.no_grad():
+        for parameter in pl.parameters(model, *names):
+            parameter.copy_(torch.randn(parameter.shape) / 4)
+
+
+@dataclass
+class Result:
+    """What a model computed: outputs, and gradients by what they belong to."""
+
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor]
+
+
+@dataclass
+class Case:
+    """A host with adapters, beside the plain copy of it that the reference runs on."""
+
+    host: Host
+    plain: nn.Module
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    strengths: dict[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def of(host: Host, dtype: torch.dtype = torch.float64) -> "Case":
+        torch.default_generator.manual_seed(0)  # five times as fast as torch.manual_seed
+        plain = host.make().to(dtype)
+        with torch.no_grad():
+            for parameter in plain.parameters():  # some start at 0 or 1
+                parameter.add_(torch.randn(parameter.shape) / 4)
+        inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in host.inputs())
+        return Case(host, plain, copy.deepcopy(plain), inputs)
+
+    def sites(self, kind: Kind) -> list[str]:
+        """Return the paths of all tensors that a kind of adapter takes."""
+        return [path for path, p in self.plain.named_parameters() if kind.takes(p)]
+
+    def attach(self, kind: Kind, name: str = "one", strength: float = 1.0, **options: Any) -> None:
+        """Attach an adapter to all tensors that it takes, its factors random."""
+        pl.attach(self.model, kind.spec, name=name, **({"targets": self.sites(kind)} | options))
+        shake(self.model, name)
+        pl.scale(self.model, strength, name)
+        self.kinds[name], self.strengths[name] = kind, strength
+
+    def actual(self, call: Callable[..., Any] | None = None) -> Result:
+        """Return what the model computes, and the gradients of all that requires one.
+
+        `call` is what runs it, such as the compiled model; the model itself where nothing is given.
+        """
+        leaves = {
+            f"{name} {key}": parameter
+            for name in self.kinds
+            for key, parameter in zip(
+                pl.state_dict(self.model, name), pl.parameters(self.model, name), strict=True
+            )
+        }
+        # The base's own parameters, under the names from before attaching.
+        known = dict(self.plain.named_parameters())
+        for key, parameter in self.model.named_parameters():
+            path = re.sub(r"parametrizations\.(\w+)\.original$", r"\1", key)
+            if path in known:
+                leaves[path] = parameter
+        return _run(self.model if call is None else call, self.inputs, leaves)
+
+    def base(self) -> Result:
+        """Return what the base computes, frozen as attaching freezes it."""
+        return _run(copy.deepcopy(self.plain).requires_grad_(False), self.inputs, {})
+
+    def expected(self, *active: str, dtype: torch.dtype = torch.float64) -> Result:
+        """Return what the dense reference computes with these adapters, in order.
+
+        In half precision W' is computed in float32, the dtype of the factors.
+        """
+        wide = torch.promote_types(dtype, torch.float32)
+        plain = copy.deepcopy(self.plain).to(dtype)
+        for module in plain.modules():
+            if hasattr(module, "sparse"):
+                module.sparse = False  # torch has no sparse gradient through a computed tensor
+        leaves: dict[str, Tensor] = dict(plain.named_parameters())
+        weights = dict(leaves)
+        for name in self.kinds:
+            factors: dict[str, dict[str, Tensor]] = {}
+            for key, value in pl.state_dict(self.model, name).items():
+                site, _, factor = key.rpartition(".")
+                leaves[f"{name} {key}"] = value.to(wide, copy=True).requires_grad_()
+                factors.setdefault(site, {})[factor] = leaves[f"{name} {key}"]
+            for site, own in factors.items() if name in active else ():
+                W = weights[site].to(wide)
+                weights[site] = self.kinds[name].formula(W, own, self.strengths[name])
+        weights = {path: weight.to(dtype) for path, weight in weights.items()}
+        inputs = [x.to(dtype) if x.is_floating_point() else x for x in self.inputs]
+        return _run(lambda *x: functional_call(plain, weights, x), inputs, leaves)
+
+
+def _run(call: Callable[..., Any], inputs: Iterable[Tensor], leaves: dict[str, Tensor]) -> Result:
+    arguments = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    leaves = leaves | {f"input {i}": x for i, x in enumerate(arguments)}
+    leaves = {key: leaf for key, leaf in leaves.items() if leaf.requires_grad}
+    outputs = floats(call(*arguments))
+    total = loss(outputs)
+    if not total.requires_grad:
+        return Result(outputs, {key: torch.zeros_like(leaf) for key, leaf in leaves.items()})
+    found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+    return Result(
+        [out.detach() for out in outputs], dict(zip(leaves, map(dense, found), strict=True))
+    )

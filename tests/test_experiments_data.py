@@ -1,0 +1,158 @@
+"""The study's data: MNIST from disk, by a true download, or the digits that stand in for it."""
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from experiments import data as data_module
+from experiments.data import ARCHIVES, Data, Split, load_data
+from experiments.settings import StudyError
+
+
+@pytest.fixture
+def mirrors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """torchvision's list of mirrors, empty for the test to fill; no MNIST named otherwise."""
+    from torchvision.datasets import MNIST
+
+    asked: list[str] = []
+    monkeypatch.setattr(MNIST, "mirrors", asked)
+    monkeypatch.delenv("PARAMLORA_MNIST", raising=False)
+    return asked
+
+
+def same(one: Data, other: Data) -> bool:
+    return one.digest == other.digest
+
+
+def test_mnist_on_disk_is_what_torchvision_reads(mnist_dir, mirrors, tmp_path):
+    """Archives read here give the tensors that torchvision downloads, checks and reads."""
+    from torchvision.datasets import MNIST
+
+    mirrors.append(mnist_dir.resolve().as_uri() + "/")
+    downloaded = load_data("auto", str(tmp_path))
+    assert downloaded.why == f"downloaded from {mirrors[0]}"
+    for split, is_train in ((downloaded.train, True), (downloaded.test, False)):
+        theirs = MNIST(tmp_path, train=is_train)
+        assert torch.equal(split.images, theirs.data)
+        assert torch.equal(split.labels, theirs.targets)
+    on_disk = load_data("mnist", str(tmp_path))
+    assert on_disk.why == f"on disk, in {tmp_path}"
+    assert same(downloaded, on_disk)
+    assert same(downloaded, load_data("mnist", str(mnist_dir)))
+
+
+def test_the_environment_variable_names_mnist(mnist_dir, mirrors, tmp_path, monkeypatch):
+    """Archives in the folder that PARAMLORA_MNIST names are taken without a download."""
+    monkeypatch.setenv("PARAMLORA_MNIST", str(mnist_dir))
+    data = load_data("auto", str(tmp_path / "none"))
+    assert data.name == "MNIST"
+    assert data.why == f"on disk, in {mnist_dir}"
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_damaged_download_is_not_taken(mnist_dir, mirrors, tmp_path):
+    """A mirror that sends other bytes fails torchvision's checksum, and the digits stand in."""
+    shutil.copytree(mnist_dir, tmp_path / "mirror")
+    damaged = tmp_path / "mirror" / "t10k-labels-idx1-ubyte.gz"
+    damaged.chmod(0o600)
+    damaged.write_bytes(b"no archive")
+    mirrors.append((tmp_path / "mirror").as_uri() + "/")
+    data = load_data("auto", str(tmp_path / "data"))
+    assert data.name == "scikit-learn digits"
+    assert "its download failed" in data.why
+
+
+def test_without_mnist_the_digits_stand_in_and_say_why(mirrors, tmp_path):
+    """Where no mirror answers, auto takes scikit-learn's digits, and names what it tried."""
+    mirrors += ["http://127.0.0.1:9/", (tmp_path / "nothing").as_uri() + "/"]
+    data = load_data("auto", str(tmp_path / "data"))
+    assert data.name == "scikit-learn digits"
+    assert data.why.startswith(f"as MNIST is not in {tmp_path / 'data'} and no mirror answered")
+    assert all(mirror in data.why for mirror in mirrors)
+
+
+def test_a_silent_mirror_is_given_up_within_seconds(mirrors, tmp_path, monkeypatch):
+    """A mirror that takes the call and says nothing costs PATIENCE seconds, not minutes."""
+    monkeypatch.setattr(data_module, "PATIENCE", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        mirrors += [address + "one/", address + "two/", address + "three/"]
+        began = time.monotonic()
+        assert data_module._answering(mirrors, "file") == []
+        assert time.monotonic() - began < 3
+        with pytest.raises(StudyError, match="--data mnist: .* no mirror answered within 0.3 s"):
+            load_data("mnist", str(tmp_path))
+
+
+def test_without_mnist_asking_for_it_is_an_error(mirrors, tmp_path):
+    """--data mnist where there is none names the archives and the way out."""
+    with pytest.raises(StudyError, match=r"t10k-labels-idx1-ubyte.gz.*--data-dir, or take --data"):
+        load_data("mnist", str(tmp_path))
+
+
+def test_a_damaged_archive_is_refused_by_name(mirrors, tmp_path):
+    """An archive on disk with another MD5 is an error that names it, whatever was asked for."""
+    for name in ARCHIVES:
+        (tmp_path / name).write_bytes(b"no archive")
+    with pytest.raises(StudyError, match=r"train-images-idx3-ubyte.gz is damaged: its MD5 is"):
+        load_data("auto", str(tmp_path))
+
+
+def test_mnist_on_disk_needs_no_torchvision(mnist_dir):
+    """Reading archives from disk does not import torchvision, which takes seconds."""
+    code = (
+        "import sys; from experiments.data import load_data; load_data('mnist', sys.argv[1]);"
+        "sys.exit('torchvision' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(mnist_dir)], check=True)
+
+
+def test_the_digits_are_split_alike_and_large_enough():
+    """scikit-learn's digits come as 28x28 bytes, a fifth of each digit's images for testing."""
+    data = load_data("digits")
+    assert data.why == "as asked"
+    for split, size in ((data.train, 1437), (data.test, 360)):
+        assert split.images.shape == (size, 28, 28)
+        assert split.images.dtype == torch.uint8
+        assert split.labels.dtype == torch.int64
+    total = torch.bincount(torch.cat([data.train.labels, data.test.labels]), minlength=10)
+    share = torch.bincount(data.test.labels, minlength=10) / total
+    assert total.sum() == 1797
+    assert share.sub(0.2).abs().max() < 0.01
+    assert data.train.images.amax() == 255
+    assert same(data, load_data("digits"))
+
+
+def test_inputs_are_those_of_torchvisions_transforms():
+    """Tensors normalised at once are bitwise what ToTensor and Normalize make of each image."""
+    from PIL import Image
+    from torchvision import transforms
+
+    split = load_data("digits").test
+    both = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize((0.1301,), (0.3081,))]
+    )
+    theirs = torch.stack([both(Image.fromarray(image.numpy())).flatten() for image in split.images])
+    assert torch.equal(split.inputs(0.1301, 0.3081), theirs)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
+def test_the_digest_depends_on_every_tensor(which):
+    """One changed byte in any of the four tensors gives another digest."""
+
+    def made(changed: int) -> str:
+        parts: list[Tensor] = []
+        for place, shape in enumerate([(4, 28, 28), (4,), (2, 28, 28), (2,)]):
+            part = torch.zeros(shape, dtype=torch.uint8 if len(shape) == 3 else torch.int64)
+            part.view(-1)[-1] = int(place == changed)
+            parts.append(part)
+        return Data("made", "here", Split(*parts[:2]), Split(*parts[2:])).digest
+
+    assert made(which) != made(-1)
+    assert made(which) == made(which)

@@ -1,0 +1,173 @@
+"""The study's settings: the dataclass, its options on the command line, the presets, bad values."""
+
+import dataclasses
+import doctest
+import importlib
+import json
+
+import pytest
+
+from experiments.__main__ import main, parser
+from experiments.settings import (
+    PRESETS,
+    DigitSettings,
+    StudyError,
+    chosen_digits,
+    deciding,
+    preset,
+)
+
+COUNTS = [33, 12, 147, 115, 69, 196, 98, 91, 185, 148]
+OTHER = {
+    "preset": "relu",
+    "seed": 3,
+    "seeds": 2,
+    "hidden": (20, 30),
+    "activation": "relu",
+    "relu_logits": False,
+    "mean": 0.5,
+    "std": 0.25,
+    "base_steps": 7,
+    "base_lr": 0.5,
+    "batch": 4,
+    "digits": "worst:2",
+    "order": "seeded",
+    "steps": 5,
+    "lr": 0.01,
+    "rank": 4,
+    "alpha": 8.0,
+    "init": "kaiming",
+    "compat": "none",
+    "data": "digits",
+    "data_dir": "elsewhere",
+    "device": "cpu",
+    "threads": 2,
+    "out": "somewhere",
+    "bases": "kept",
+}
+
+
+def parsed(*words: str) -> dict[str, object]:
+    return vars(parser().parse_args(["digits", *words]))
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(DigitSettings)])
+def test_every_field_is_an_option(name):
+    """Each field of the settings is a command-line option that gives it a value of its type."""
+    value = OTHER[name]
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        words = ["--no-relu-logits"]
+    else:
+        words = [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    given = parsed(*words)
+    assert given.pop("command")
+    assert given == {name: value}
+    assert getattr(preset(**{"name": "blog", **given} if name != "preset" else {"name": value}), name) == value
+
+
+def test_every_option_has_its_unit_or_meaning_in_the_help(capsys):
+    """The help names every option, says what it is, and shows the default."""
+    with pytest.raises(SystemExit):
+        main(["digits", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for entry in dataclasses.fields(DigitSettings):
+        assert "--" + entry.name.replace("_", "-") in shown
+        assert " ".join(entry.metadata["help"].split()) in shown
+    assert "optimizer steps [200]" in shown
+
+
+def test_presets_are_those_of_the_published_studies():
+    """The presets have the networks, digits, ranks and lengths of what was published."""
+    assert DigitSettings() == preset("blog")
+    blog, relu, nine = map(preset, PRESETS)
+    assert (blog.hidden, blog.mean, blog.activation, blog.relu_logits) == (
+        (256, 128),
+        0.1301,
+        "none",
+        True,
+    )
+    assert (blog.rank, blog.alpha, blog.steps, blog.batch) == (2, 1.0, 200, 10)
+    assert (relu.mean, relu.activation, relu.digits) == (0.1307, "relu", blog.digits)
+    assert (nine.hidden, nine.rank, nine.digits, nine.steps) == ((1000, 2000), 1, "9", 100)
+
+
+def test_an_option_outweighs_the_preset():
+    """What is given on the command line replaces the preset's value, and nothing else."""
+    given = parsed("--preset", "nine", "--rank", "3")
+    del given["command"]
+    assert preset(str(given.pop("preset")), **given) == dataclasses.replace(
+        preset("nine"), rank=3
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rank", "0"], "--rank must be a whole number of at least 1, got '0'"),
+        (["--steps", "-5"], "--steps must be a whole number of at least 1, got '-5'"),
+        (["--seed", "-1"], "--seed must be a whole number from 0 to 2^63 - 1, got '-1'"),
+        (["--alpha", "nan"], "--alpha must be a finite number, got 'nan'"),
+        (["--lr", "0"], "--lr must be a finite number above 0, got '0.0'"),
+        (["--hidden", "256,0"], "--hidden must be one or more whole numbers of at least 1"),
+        (["--digits", "2,3,3"], "--digits must be 1 to 9 different digits or worst:K, got '2,3,3'"),
+        (["--digits", "12"], "--digits must be 1 to 9 different digits or worst:K, got '12'"),
+        (["--digits", "worst:10"], "--digits must be 1 to 9 different digits or worst:K"),
+        (["--digits", "0,1,2,3,4,5,6,7,8,9"], "--digits must be 1 to 9 different digits"),
+        (["--preset", "red"], "--preset must be blog or relu or nine, got 'red'"),
+        (["--data", "cifar"], "--data must be auto or mnist or digits, got 'cifar'"),
+        (["--init", "zero"], "--init must be kaiming or gaussian or gaussian/sqrt_r or orthogonal"),
+        (["--device", "abacus"], "--device must be auto or a device that torch knows"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used here: "),
+    ],
+)
+def test_bad_values_are_refused_by_name(words, message, capsys, tmp_path):
+    """A bad value ends with status 2 and a message with the option, the value and what is allowed."""
+    assert main(["digits", "--out", str(tmp_path / "run"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_value_of_another_type_is_refused():
+    """Settings made in Python check types too: a rank of 2.5 is no rank."""
+    with pytest.raises(StudyError, match=r"--rank must be of type int, got '2.5'"):
+        DigitSettings(rank=2.5)  # type: ignore[arg-type]
+    assert DigitSettings(alpha=1).alpha == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen"),
+    [("9", [9]), ("8,2", [2, 8]), ("worst:1", [5]), ("worst:5", [2, 3, 5, 8, 9])],
+)
+def test_digits_are_those_given_or_the_worst(asked, chosen):
+    """The digits to tune are those listed, or the K that the base gets wrong most often."""
+    assert chosen_digits(asked, COUNTS) == chosen
+
+
+def test_equally_bad_digits_are_taken_in_order():
+    """Of two digits with as many wrong answers the smaller one counts as worse."""
+    assert chosen_digits("worst:2", [1, 5, 9, 5, 0, 0, 0, 0, 0, 0]) == [1, 2]
+
+
+def test_the_folder_is_named_after_what_differs_from_the_preset():
+    """Runs of different settings have different folders by default, places not counted."""
+    assert preset("blog").folder == "runs/digits-blog"
+    assert preset("blog", data_dir="x").folder == "runs/digits-blog"
+    assert preset("nine", rank=4, hidden=(8, 9)).folder == "runs/digits-nine-hidden_8,9-rank_4"
+    assert preset("blog", out="x").folder == "x"
+
+
+def test_what_decides_a_result_is_plain_json():
+    """The settings that are kept with a run survive JSON, and leave out where things lie."""
+    kept = deciding(preset("nine", out="somewhere"))
+    assert json.loads(json.dumps(kept)) == kept
+    assert not kept.keys() & {"out", "bases", "data_dir"}
+    assert len(kept) == len(dataclasses.fields(DigitSettings)) - 3
+
+
+@pytest.mark.parametrize("name", ["settings", "models", "forgetting", "tables"])
+def test_examples_in_docstrings_run(name):
+    """The examples in the experiments' docstrings give what they say."""
+    result = doctest.testmod(importlib.import_module(f"experiments.{name}"))
+    assert result.attempted
+    assert not result.failed

@@ -1,0 +1,193 @@
+"""Every path of a factored Linear against the dense product in float64."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import paramlora as pl
+from paramlora import lowrank
+from paramlora.adapters import LowRank
+
+# Rows and widths (n, k, m) that lead each direction to each of its paths on the CPU.
+SHAPES = {
+    ("factored", "factored"): (3, 7, 5),
+    ("dense", "factored"): (40, 7, 12),
+    ("factored", "dense"): (40, 12, 7),
+    ("dense", "dense"): (60, 7, 5),
+}
+# ‖found − reference‖ / ‖reference‖ that a dtype's rounding explains.
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@pytest.fixture(params=["function", "composite"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(lowrank, "worth_a_function", lambda *_: request.param == "function")
+    return request.param
+
+
+def leaves(n: int, k: int, m: int, dtype: torch.dtype, rank: int = 3) -> list[Tensor]:
+    torch.manual_seed(0)
+    half = dtype in (torch.bfloat16, torch.float16)
+    factor = torch.float32 if half else dtype
+    shapes = [(n, k), (m, k), (m,)]
+    plain = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+    factors = [torch.randn(s, dtype=torch.float64).to(factor) for s in ((rank, k), (m, rank))]
+    return [tensor.requires_grad_() for tensor in (*plain, *factors)]
+
+
+def error(found: Tensor, reference: Tensor) -> float:
+    return float((found.detach().double() - reference).norm() / reference.norm())
+
+
+class TestPaths:
+    def test_shapes_lead_to_their_paths(self) -> None:
+        """Each shape of this file takes the path that it is listed under."""
+        for (forward, backward), (n, k, m) in SHAPES.items():
+            assert lowrank.choose(n, k, "cpu") == forward
+            assert lowrank.choose(n, m, "cpu") == backward
+
+    @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+    @pytest.mark.parametrize("paths", SHAPES, ids="-".join)
+    def test_values_and_gradients(
+        self, way: str, paths: tuple[str, str], dtype: torch.dtype
+    ) -> None:
+        """Output and gradients are those of the dense product in float64."""
+        x, W, b, A, B = tensors = leaves(*SHAPES[paths], dtype)
+        y = lowrank.linear(x, W, b, [LowRank(A, B, 0.7)])
+        dy = torch.randn(y.shape, dtype=torch.float64).to(dtype)
+        grads = torch.autograd.grad(y, tensors, dy)
+        exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+        reference = F.linear(exact[0], exact[1] + 0.7 * exact[4] @ exact[3], exact[2])
+        expected = torch.autograd.grad(reference, exact, dy.double())
+        assert y.dtype == dtype
+        assert error(y, reference.detach()) < BOUNDS[dtype]
+        for tensor, grad, its_reference in zip(tensors, grads, expected, strict=True):
+            assert grad.dtype == tensor.dtype
+            assert grad.shape == tensor.shape
+            assert error(grad, its_reference) < BOUNDS[dtype]
+
+    @pytest.mark.parametrize("paths", SHAPES, ids="-".join)
+    def test_first_and_second_derivatives(self, way: str, paths: tuple[str, str]) -> None:
+        """Gradients, and gradients of gradients, are those of finite differences."""
+        tensors = leaves(*SHAPES[paths], torch.float64, rank=1)
+
+        def call(*leaves: Tensor) -> Tensor:
+            x, W, b, A, B = leaves
+            return lowrank.linear(x, W, b, [LowRank(A, B, 0.7)])
+
+        assert torch.autograd.gradcheck(call, tensors, fast_mode=True)
+        assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
+
+    @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=5))[1:])
+    def test_only_what_is_wanted(self, way: str, wanted: tuple[bool, ...]) -> None:
+        """Whatever requires a gradient gets the right one, and nothing else gets any."""
+        x, W, b, A, B = tensors = leaves(60, 7, 5, torch.float64)
+        for tensor, needed in zip(tensors, wanted, strict=True):
+            tensor.requires_grad_(needed)
+        lowrank.linear(x, W, b, [LowRank(A, B, 0.7)]).square().sum().backward()
+        exact = [tensor.detach().requires_grad_() for tensor in tensors]
+        dense = F.linear(exact[0], exact[1] + 0.7 * exact[4] @ exact[3], exact[2])
+        expected = torch.autograd.grad(dense.square().sum(), exact)
+        for tensor, needed, gradient in zip(tensors, wanted, expected, strict=True):
+            if needed:
+                assert_close(tensor.grad, gradient)
+            else:
+                assert tensor.grad is None
+
+    @pytest.mark.parametrize("shape", [(0, 7), (2, 0, 7), (1, 7), (2, 3, 7), (2, 30, 7)])
+    def test_batch_shapes(self, way: str, shape: tuple[int, ...]) -> None:
+        """Any number of batch dimensions, empty ones too, in training and in inference."""
+        _, W, b, A, B = leaves(1, 7, 5, torch.float64)
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        dense = F.linear(x, W + 0.7 * B @ A, b)
+        y = lowrank.linear(x, W, b, [LowRank(A, B, 0.7)])
+        assert_close(y, dense)
+        assert_close(torch.autograd.grad(y.sum(), [x, A]), torch.autograd.grad(dense.sum(), [x, A]))
+        with torch.no_grad():
+            assert_close(lowrank.linear(x, W, b, [LowRank(A, B, 0.7)]), dense.detach())
+
+    def test_strides(self, way: str) -> None:
+        """Transposed, expanded and sliced inputs, and such a gradient of the output."""
+        _, W, b, A, B = leaves(1, 7, 5, torch.float64)
+        base = torch.randn(7, 60, dtype=torch.float64)
+        for x in (base.T, base.T[::2], base.T[:1].expand(40, 7)):
+            x = x.detach().requires_grad_()
+            y = lowrank.linear(x, W, b, [LowRank(A, B, 0.7)])
+            dense = F.linear(x, W + 0.7 * B @ A, b)
+            dy = torch.ones(5, len(x), dtype=torch.float64).T
+            found, expected = (torch.autograd.grad(out, [x, A, B], dy) for out in (y, dense))
+            assert_close(found, expected)
+
+    def test_several_updates(self, way: str) -> None:
+        """Updates of different ranks and scales, one of them a tensor, add up."""
+        x, W, b, A, B = leaves(60, 7, 5, torch.float64)
+        _, _, _, C, D = leaves(60, 7, 5, torch.float64, rank=1)
+        s = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        y = lowrank.linear(x, W, b, [LowRank(A, B, 0.7), LowRank(C, D, s)])
+        dense = F.linear(x, W + 0.7 * B @ A + s * D @ C, b)
+        assert_close(y, dense)
+        tensors = [x, A, B, C, D, s]
+        found, expected = (torch.autograd.grad(out.square().sum(), tensors) for out in (y, dense))
+        assert_close(found, expected)
+
+
+class TestKept:
+    def test_function_keeps_x_and_the_hidden_rows(self, way: str) -> None:
+        """Kept for the backward are x itself and x Aᵀ, beside the parameters."""
+        layer = nn.Linear(64, 48)
+        pl.attach(layer, pl.LoRA(rank=4), "weight")
+        x = torch.randn(32, 64, requires_grad=True)
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            layer(x)
+        parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+        others = {t.untyped_storage().data_ptr(): t for t in kept}
+        sizes = sorted(t.numel() for ptr, t in others.items() if ptr not in parameters)
+        assert x.untyped_storage().data_ptr() in others
+        assert sizes == [32 * 4, 32 * 64]
+
+    def test_update_is_one_rounding(self) -> None:
+        """The update of a matrix is C + s·PQ, in place or not, for factors of another dtype."""
+        C = torch.randn(6, 5, dtype=torch.float64)
+        P, Q = torch.randn(6, 2), torch.randn(2, 5)
+        expected = C + 0.5 * P.double() @ Q.double()
+        assert_close(lowrank.update(C, P, Q, 0.5), expected)
+        assert lowrank.update(C, P, Q, 0.5, inplace=True) is C
+        assert_close(C, expected)
+
+
+@pytest.mark.gpu
+class TestKernel:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("rank", [1, 4, 16, 33, 128])
+    @pytest.mark.parametrize("shape", [(4096, 4096), (2051, 4099)])
+    def test_kernel_is_its_plain_twin(
+        self, shape: tuple[int, int], rank: int, dtype: torch.dtype
+    ) -> None:
+        """The Triton kernel gives C + s·PQ of float64, for every rank, ragged sizes and strides."""
+        n, m = shape
+        C = torch.randn(n, m, device="cuda", dtype=dtype)
+        P, Q = torch.randn(n, rank, device="cuda"), torch.randn(m, rank, device="cuda").T
+        assert lowrank._kernel_can(C, P)
+        expected = C.double() + 0.3 * P.to(dtype).double() @ Q.to(dtype).double()
+        assert error(lowrank.update(C, P, Q, 0.3), expected) < BOUNDS[dtype]
+        assert lowrank.update(C, P, Q, 0.3, inplace=True) is C
+        assert error(C, expected) < BOUNDS[dtype]
+
+    def test_training_step(self) -> None:
+        """A large bfloat16 layer through the kernel: values and gradients of the dense one."""
+        drawn = leaves(5000, 1500, 2048, torch.bfloat16, rank=16)
+        x, W, b, A, B = tensors = [tensor.detach().cuda().requires_grad_() for tensor in drawn]
+        y = lowrank.linear(x, W, b, [LowRank(A, B, 0.1)])
+        exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+        dense = F.linear(exact[0], exact[1] + 0.1 * exact[4] @ exact[3], exact[2])
+        assert error(y, dense.detach()) < BOUNDS[torch.bfloat16]
+        dy = torch.randn_like(y)
+        found = torch.autograd.grad(y, tensors, dy)
+        expected = torch.autograd.grad(dense, exact, dy.double())
+        for a, e in zip(found, expected, strict=True):
+            assert error(a, e) < BOUNDS[torch.bfloat16]

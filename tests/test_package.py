@@ -1,0 +1,55 @@
+"""The package as others meet it: what it imports, and what its wheel installs."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+IMPORTS = """
+import sys, time
+import torch, safetensors.torch
+before, start = set(sys.modules), time.perf_counter()
+import paramlora
+took = time.perf_counter() - start
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(took, *sorted(new - sys.stdlib_module_names))
+"""
+
+
+def run(*command: str, cwd: Path) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_needs_torch_and_safetensors_only(
+    record_property: Callable[[str, object], None],
+) -> None:
+    """`import paramlora` imports nothing beyond torch, safetensors and the standard library."""
+    took, *packages = run(sys.executable, "-c", IMPORTS, cwd=ROOT).split()
+    # Seconds beyond torch's own, for the record: a shared machine is no place to assert on time.
+    record_property("import_seconds", took)
+    assert set(packages) <= {"paramlora", "safetensors", "torch"}
+
+
+def test_wheel_installs_paramlora_alone(tmp_path: Path) -> None:
+    """The wheel holds the package with its `py.typed`, and no experiments, tests or benchmarks."""
+    pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77")
+    source, out = tmp_path / "source", tmp_path / "out"
+    unwanted = shutil.ignore_patterns(
+        ".*", "venv*", "build", "dist", "runs", "data", "*.egg-info", "__pycache__"
+    )
+    shutil.copytree(ROOT, source, ignore=unwanted)
+    code = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    run(sys.executable, "-c", code, str(out), cwd=source)
+    (wheel,) = out.glob("*.whl")
+    names = ZipFile(wheel).namelist()
+    package = {f"paramlora/{path.name}" for path in (ROOT / "paramlora").glob("*.py")}
+    installed = {name for name in names if ".dist-info/" not in name}
+    assert installed == package | {"paramlora/py.typed"}

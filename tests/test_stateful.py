@@ -1,0 +1,844 @@
+"""Random sequences of verbs on random models, against plain dense models kept beside them.
+
+A `Book` knows by itself what was attached, what it is worth and what state it is in, as float64
+tensors and flags, and shares no code with paramlora. After every step a model must agree with its
+book in its outputs, weights, flags, base and summary, and so must a second model that was copied
+or loaded from it and set aside.
+
+`PARAMLORA_EXAMPLES=2000` runs so many sequences, other ones each time.
+"""
+
+import copy
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
+
+import paramlora as pl
+
+NAMES = "abc"
+EXAMPLES = int(os.environ.get("PARAMLORA_EXAMPLES", "0"))
+SETTINGS = settings(
+    max_examples=EXAMPLES or 60,
+    derandomize=not EXAMPLES,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+class Bare(nn.Module):
+    """A user's own module with a bare parameter of three dimensions, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4, 2, 2) / 2)
+        self.shift = nn.Buffer(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.table.flatten(1) + self.shift
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(4, 4),
+    "conv": lambda: nn.Conv2d(1, 2, 3, padding=1),
+    "lstm": lambda: nn.LSTM(4, 4, batch_first=True),
+    "attention": lambda: nn.MultiheadAttention(4, 2, batch_first=True),
+    "norm": lambda: nn.LayerNorm(4),
+    "bare": Bare,
+}
+
+
+class Net(nn.Module):
+    """Ids through an embedding, layers that each add to what is there, and a head."""
+
+    def __init__(self, layers: list[str], tied: bool) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(5, 4, padding_idx=1)
+        self.layers = nn.ModuleList(LAYERS[layer]() for layer in layers)
+        self.head = nn.Linear(4, 5, bias=False)
+        if tied:
+            self.head.weight = self.emb.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.emb(ids)
+        for layer in self.layers:
+            if isinstance(layer, nn.LSTM):
+                x = x + layer(x)[0]
+            elif isinstance(layer, nn.MultiheadAttention):
+                x = x + layer(x, x, x)[0]
+            elif isinstance(layer, nn.Conv2d):
+                x = x + layer(x.unsqueeze(1)).sum(1)
+            else:
+                x = x + layer(x)
+        return self.head(x)
+
+
+# The book.
+
+
+@dataclass(eq=False)
+class Part:
+    """What is known of an adapter at one tensor."""
+
+    spec: pl.Spec
+    factors: dict[str, Tensor]
+    strength: float = 1.0
+    active: bool = True
+    trainable: bool = True
+    merged: bool = False
+
+    @property
+    def scale(self) -> float:
+        """All that multiplies the update."""
+        if not isinstance(self.spec, pl.LoRA):
+            return self.strength
+        rank = self.spec.rank
+        alpha = rank if self.spec.alpha is None else self.spec.alpha
+        return self.strength * alpha / (math.sqrt(rank) if self.spec.rank_stabilized else rank)
+
+    def update(self, factors: dict[str, Tensor]) -> Tensor:
+        if isinstance(self.spec, pl.LoRA):
+            return self.scale * (factors["B"] @ factors["A"])
+        return self.scale * factors["D"]
+
+
+@dataclass
+class Book:
+    """What a model must be: a plain copy of its base, and all that is known of its adapters.
+
+    A tied tensor is known by its first path; `paths` has all of each.
+    """
+
+    plain: nn.Module
+    paths: dict[str, list[str]]
+    trained: dict[str, bool]
+    parts: dict[str, dict[str, Part]]
+    frozen_by: dict[str, set[str]]
+    fingerprint: str = ""
+    training: bool = True
+
+    @staticmethod
+    def of(plain: nn.Module) -> "Book":
+        paths: dict[int, list[str]] = {}
+        for path, parameter in plain.named_parameters(remove_duplicate=False):
+            paths.setdefault(id(parameter), []).append(path)
+        firsts = [same[0] for same in paths.values()]
+        trained = {path: plain.get_parameter(path).requires_grad for path in firsts}
+        book = Book(
+            plain,
+            {same[0]: same for same in paths.values()},
+            trained,
+            {path: {} for path in firsts},
+            {path: set() for path in firsts},
+            training=plain.training,
+        )
+        book.rebase({})
+        return book
+
+    @torch.no_grad()
+    def rebase(self, base: dict[str, Tensor]) -> None:
+        """Take over another base; the fingerprint is that of a model that never had adapters."""
+        for path, tensor in base.items():
+            self.plain.get_parameter(path).copy_(tensor)
+        self.fingerprint = pl.fingerprint(self.plain)
+
+    def base(self, path: str) -> Tensor:
+        return self.plain.get_parameter(path).detach()
+
+    def dense(self, path: str, leaves: dict[Part, dict[str, Tensor]] | None = None) -> Tensor:
+        """Return W + Σ λ·s·B A in float64."""
+        weight = self.base(path).double()
+        for part in self.parts[path].values():
+            if part.active:
+                factors = part.factors if leaves is None else leaves.get(part, part.factors)
+                weight = weight + part.update(factors).view(weight.shape)
+        return weight
+
+    def outputs(self, ids: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """Return what the plain model gives with these weights; tied ones are set everywhere."""
+        dtype = self.base("emb.weight").dtype
+        self.plain.train(self.training)
+        in_dtype = {path: weight.to(dtype) for path, weight in weights.items()}
+        return functional_call(self.plain, in_dtype, (ids,))
+
+    def all_parts(self) -> Iterator[tuple[str, str, Part]]:
+        for path, held in self.parts.items():
+            for name, part in held.items():
+                yield path, name, part
+
+    def select(self, scope: str, names: Any) -> list[tuple[str, Part]]:
+        """Return the parts that a verb on a part of the model means, by name."""
+        return [
+            (name, part)
+            for path, name, part in self.all_parts()
+            if not names or name in names
+            if any(same.startswith(scope) for same in self.paths[path])
+        ]
+
+    def names(self, scope: str = "") -> list[str]:
+        return list(dict.fromkeys(name for name, _ in self.select(scope, ())))
+
+    def merged(self, scope: str = "", names: Any = ()) -> bool:
+        return any(part.merged for _, part in self.select(scope, names))
+
+    def flag(self, path: str) -> bool:
+        """Return whether a tensor of the base must require a gradient."""
+        return self.trained[path] and not self.frozen_by[path]
+
+    def freeze_base(self, name: str) -> None:
+        for path, trained in self.trained.items():
+            if trained:
+                self.frozen_by[path].add(name)
+
+    def detach(self, names: Any) -> None:
+        for held in self.parts.values():
+            for name in names:
+                held.pop(name, None)
+        for holders in self.frozen_by.values():
+            holders.difference_update(names)
+
+
+# What is compared.
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    """Assert that a tensor of the model is the book's one, to rounding in the model's dtype."""
+    bound = {torch.float64: 1e-10, torch.float32: 2e-4}[actual.dtype]
+    top = float(expected.detach().abs().max()) + 1
+    torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=bound, atol=bound * top)
+
+
+def same(actual: Tensor, expected: Tensor) -> None:
+    """Assert that two tensors are equal bit for bit."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def exactly(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return outputs to compare bit for bit.
+
+    In training, some of torch's own layers take other kernels, with other last bits, where their
+    parameters do not require a gradient; freezing a plain `nn.MultiheadAttention` shows it.
+    """
+    training = model.training
+    outputs = model.eval()(ids)
+    model.train(training)
+    return outputs
+
+
+def stored(model: nn.Module, path: str) -> nn.Parameter:
+    """Return the parameter that a model stores for a path, adapted or not."""
+    owner, _, name = path.rpartition(".")
+    module = model.get_submodule(owner)
+    if parametrize.is_parametrized(module, name):
+        return module.parametrizations[name].original  # type: ignore[union-attr, index]
+    return module.get_parameter(name)
+
+
+def weight_of(model: nn.Module, path: str) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(owner), name)
+
+
+@dataclass
+class World:
+    """A model, its book, and the contexts that it is in, with what the book does at their ends."""
+
+    model: nn.Module
+    book: Book
+    contexts: list[tuple[AbstractContextManager[None], Callable[[], None]]] = field(
+        default_factory=list
+    )
+
+    def __post_init__(self) -> None:
+        self.stored = {path: stored(self.model, path) for path in self.book.parts}
+
+    def leave(self, error: Exception | None = None) -> None:
+        """Leave the innermost context, by an exception where one is given."""
+        context, end = self.contexts.pop()
+        if error is None:
+            context.__exit__(None, None, None)
+        else:
+            assert not context.__exit__(type(error), error, error.__traceback__)
+        end()
+
+    def copied(self) -> "World":
+        """Return a deep copy; it is in no context, but looks as the original does in them."""
+        return World(copy.deepcopy(self.model), copy.deepcopy(self.book))
+
+    @torch.no_grad()
+    def agree(self, ids: Tensor) -> None:
+        """Assert that the model is what the book says."""
+        self._agree_factors()
+        self._agree_base()
+        self._agree_weights(ids)
+        self._agree_summary()
+        self._agree_modules()
+
+    def _agree_factors(self) -> None:
+        for name in self.book.names():
+            state = pl.state_dict(self.model, name)
+            flags = {}
+            for path, held in self.book.parts.items():
+                for key, factor in held[name].factors.items() if name in held else ():
+                    actual = state.pop(f"{path}.{key}")
+                    flags[actual.data_ptr()] = held[name].trainable
+                    close(actual, factor)
+                    # From here on the model's bits, or rounding would add up.
+                    held[name].factors[key] = actual.double().clone()
+            assert not state
+            for parameter in pl.parameters(self.model, name):
+                assert parameter.requires_grad == flags.pop(parameter.data_ptr())
+            assert not flags
+
+    def _agree_base(self) -> None:
+        expected = self.book.plain.state_dict()
+        actual = pl.base_state_dict(self.model)
+        assert actual.keys() == expected.keys()
+        for key, tensor in expected.items():
+            same(actual[key], tensor)
+        assert pl.fingerprint(self.model) == self.book.fingerprint
+        for path, parameter in self.stored.items():
+            assert stored(self.model, path) is parameter
+            assert parameter.requires_grad == self.book.flag(path)
+            if not any(part.merged for part in self.book.parts[path].values()):
+                same(parameter.detach(), self.book.base(path))
+
+    def _agree_weights(self, ids: Tensor) -> None:
+        weights = {path: self.book.dense(path) for path in self.book.parts}
+        for first, expected in weights.items():
+            active = any(part.active for part in self.book.parts[first].values())
+            for path in self.book.paths[first]:
+                actual = weight_of(self.model, path)
+                assert type(actual) in (Tensor, nn.Parameter)
+                (close if active else same)(
+                    actual.detach(), expected if active else self.book.base(first)
+                )
+        close(self.model(ids), self.book.outputs(ids, weights))
+        if not any(part.active for _, _, part in self.book.all_parts()):
+            same(exactly(self.model, ids), exactly(self.book.plain, ids))
+
+    def _agree_summary(self) -> None:
+        summary = pl.summary(self.model)
+        rows = {(row.site, row.adapter): row for row in summary.sites}
+        assert len(rows) == len(summary.sites)
+        for path, held in self.book.parts.items():
+            assert [adapter for site, adapter in rows if site == path] == list(held)
+        factors = 0
+        for path, name, part in self.book.all_parts():
+            row = rows.pop((path, name))
+            numel = sum(factor.numel() for factor in part.factors.values())
+            assert row.shape == self.book.base(path).shape
+            assert row.kind == type(part.spec).__name__
+            assert row.rank == part.spec.rank
+            assert row.scale == pytest.approx(part.scale)
+            assert (row.active, row.trainable, row.merged) == (
+                part.active,
+                part.trainable,
+                part.merged,
+            )
+            assert (row.parameters, row.share) == (numel, numel / self.book.base(path).numel())
+            factors += numel * part.trainable
+        assert not rows
+        sizes = {path: self.book.base(path).numel() for path in self.book.parts}
+        assert summary.total == sum(sizes.values())
+        assert summary.trainable == factors + sum(
+            size for path, size in sizes.items() if self.book.flag(path)
+        )
+
+    def _agree_modules(self) -> None:
+        """A module without adapters is what it was: class, attributes, order of parameters."""
+        adapted = {
+            path.rpartition(".")[0]
+            for first, held in self.book.parts.items()
+            for path in self.book.paths[first]
+            if held
+        }
+        for path, plain in self.book.plain.named_modules():
+            module = self.model.get_submodule(path)
+            assert isinstance(module, type(plain))
+            if path not in adapted:
+                assert type(module) is type(plain)
+                assert list(module._parameters) == list(plain._parameters)
+                assert list(module._modules) == list(plain._modules)
+                kept = {"_paramlora_before"} if any(self.book.frozen_by.values()) else set()
+                assert vars(module).keys() - kept == vars(plain).keys()
+        if not adapted:
+            assert list(self.model.state_dict()) == list(self.book.plain.state_dict())
+
+
+# The machine.
+
+BAD_NAME = (pl.AdapterNameError, r"^no adapter '.' here; attached are: ")
+IS_MERGED = (pl.StateError, r"^cannot .* adapter '.' while it is merged; unmerge first$")
+ALREADY_MERGED = (pl.StateError, r"^adapter '.' is merged already; unmerge first$")
+IS_OFF = (pl.StateError, r"^adapter '.' is switched off")
+NOTHING = (pl.StateError, r"^nothing to merge")
+IS_TAKEN = (pl.AdapterNameError, r"^an adapter '.' is attached already")
+Refusal = tuple[type[Exception], str]
+
+# Names that are mostly attached, and parts of the model that are mostly all of it.
+a_name = st.runner().flatmap(lambda m: st.sampled_from([*m.book.names() * 4, *NAMES]))
+some_names = st.lists(a_name, max_size=2, unique=True)
+a_scope = st.runner().flatmap(lambda m: st.sampled_from(["", "", "", *m.scopes]))
+a_strength = st.sampled_from([0.0, 0.5, 1.0, -1.0, 2.0])
+a_seed = st.integers(0, 2**16)
+a_spec = st.one_of(
+    st.just(pl.Delta()),
+    st.builds(
+        pl.LoRA,
+        rank=st.integers(1, 5),
+        alpha=st.sampled_from([None, 1, 0.5, 3.0]),
+        init=st.sampled_from(
+            ["kaiming", "gaussian", "gaussian/sqrt_r", "orthogonal", nn.init.ones_]
+        ),
+        rank_stabilized=st.booleans(),
+    ),
+)
+
+
+@dataclass
+class File:
+    """A file, and what the book says of the adapter in it."""
+
+    path: Path
+    name: str
+    parts: dict[str, Part]
+
+
+class Machine(RuleBasedStateMachine):
+    """Calls verbs on a model and does the same to its book."""
+
+    world: World
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.files: list[File] = []
+        self.aside: World | None = None
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+
+    @initialize(
+        layers=st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=3),
+        tied=st.booleans(),
+        double=st.booleans(),
+        untrained=st.sets(st.integers(0, 40), max_size=2),
+        seed=a_seed,
+    )
+    def build(
+        self, layers: list[str], tied: bool, double: bool, untrained: set[int], seed: int
+    ) -> None:
+        torch.manual_seed(seed)
+        plain = Net(layers, tied).to(torch.float64 if double else torch.float32)
+        parameters = list(plain.parameters())
+        for index in untrained:
+            parameters[index % len(parameters)].requires_grad_(False)
+        self.ids = torch.tensor([[0, 1, 2], [4, 3, 2]])
+        self.world = World(copy.deepcopy(plain), Book.of(plain))
+        self.scopes = ["emb.", "head.", *(f"layers.{i}." for i in range(len(layers)))]
+
+    @invariant()
+    def agrees(self) -> None:
+        self.world.agree(self.ids)
+        if self.aside is not None:
+            self.aside.agree(self.ids)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.world.model
+
+    @property
+    def book(self) -> Book:
+        return self.world.book
+
+    def part(self, scope: str) -> nn.Module:
+        """Return the part of the model in which paths scope so."""
+        return self.model.get_submodule(scope.rstrip("."))
+
+    def bad_name(self, names: Any, scope: str = "") -> Refusal | None:
+        return BAD_NAME if set(names) - set(self.book.names(scope)) else None
+
+    def attempt(self, call: Callable[[], Any], *refusals: Refusal | None) -> bool:
+        """Call; expect the first refusal that there is, and return whether there was none."""
+        refusal = next(filter(None, refusals), None)
+        if refusal is None:
+            call()
+            return True
+        error, message = refusal
+        with pytest.raises(error, match=message):
+            call()
+        return False
+
+    def factors(self, name: str) -> dict[str, dict[str, Tensor]]:
+        """Return the model's own values of an adapter's factors, by site."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in pl.state_dict(self.model, name).items():
+            site, _, factor = key.rpartition(".")
+            found.setdefault(site, {})[factor] = tensor.double().clone()
+        return found
+
+    def fill(self, name: str, seed: int) -> None:
+        """Load random numbers into an adapter, of the model and of the book."""
+        state = pl.state_dict(self.model, name)
+        generator = torch.Generator().manual_seed(seed)
+        values = {
+            key: torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) / 2
+            for key, tensor in state.items()
+        }
+        pl.load_state_dict(self.model, values, name)
+        for path, held in self.book.parts.items():
+            for key in held[name].factors if name in held else ():
+                held[name].factors[key] = values[f"{path}.{key}"].double()
+
+    @rule(
+        name=st.sampled_from(NAMES),
+        to=st.lists(st.tuples(st.integers(0, 40), a_spec), min_size=1, max_size=4),
+        freeze=st.booleans(),
+        filled=st.booleans(),
+        seed=a_seed,
+    )
+    def attach(
+        self, name: str, to: list[tuple[int, pl.Spec]], freeze: bool, filled: bool, seed: int
+    ) -> None:
+        firsts = {path: first for first, same in self.book.paths.items() for path in same}
+        specs: dict[Any, pl.Spec] = {}
+        for index, spec in to:
+            path = list(firsts)[index % len(firsts)]
+            specs[path] = spec if self.book.base(firsts[path]).dim() > 1 else pl.Delta()
+        before = exactly(self.model, self.ids)
+        generator = torch.Generator().manual_seed(seed)
+        if not self.attempt(
+            lambda: pl.attach(self.model, specs, name=name, freeze=freeze, generator=generator),
+            IS_TAKEN if name in self.book.names() else None,
+        ):
+            return
+        # Beside others that are active, sums may be rounded in another order.
+        others = any(part.active for _, _, part in self.book.all_parts())
+        (close if others else same)(exactly(self.model, self.ids), before)
+        factors = self.factors(name)
+        for path, first in firsts.items():
+            # Of the two paths of a tied tensor the first counts.
+            if path in specs and name not in self.book.parts[first]:
+                own, spec, base = factors.pop(first), specs[path], self.book.base(first)
+                if isinstance(spec, pl.LoRA):
+                    assert own["A"].shape == (spec.rank, base[0].numel())
+                    same(own["B"], torch.zeros(len(base), spec.rank, dtype=torch.float64))
+                else:
+                    same(own["D"], torch.zeros_like(base).double())
+                self.book.parts[first][name] = Part(spec, own)
+        assert not factors
+        if freeze:
+            self.book.freeze_base(name)
+        if filled:
+            self.fill(name, seed)
+
+    @precondition(lambda self: self.book.names())
+    @rule(names=some_names)
+    def detach(self, names: list[str]) -> None:
+        if self.attempt(
+            lambda: pl.detach(self.model, *names),
+            self.bad_name(names),
+            IS_MERGED if self.book.merged("", names) else None,
+        ):
+            self.book.detach(names or self.book.names())
+
+    @precondition(lambda self: self.book.names())
+    @rule(
+        verb=st.sampled_from(["enable", "disable", "scale"]),
+        names=some_names,
+        scope=a_scope,
+        strength=a_strength,
+    )
+    def toggle(self, verb: str, names: list[str], scope: str, strength: float) -> None:
+        options = [strength] if verb == "scale" else []
+        if self.attempt(
+            lambda: getattr(pl, verb)(self.part(scope), *options, *names),
+            self.bad_name(names, scope),
+            IS_MERGED if self.book.merged(scope, names) else None,
+        ):
+            self.do_toggle(verb, scope, names, strength)
+
+    def do_toggle(self, verb: str, scope: str, names: Any, strength: float = 1.0) -> None:
+        for _, part in self.book.select(scope, names):
+            if verb == "scale":
+                part.strength = strength
+            else:
+                part.active = verb.startswith("enable")
+
+    @precondition(lambda self: self.book.names())
+    @rule(verb=st.sampled_from(["freeze", "unfreeze"]), names=some_names, scope=a_scope)
+    def train_or_not(self, verb: str, names: list[str], scope: str) -> None:
+        if self.attempt(
+            lambda: getattr(pl, verb)(self.part(scope), *names), self.bad_name(names, scope)
+        ):
+            for _, one in self.book.select(scope, names):
+                one.trainable = verb == "unfreeze"
+
+    def enter(
+        self, context: AbstractContextManager[None], scope: str, *refusals: Refusal | None
+    ) -> bool:
+        """Enter a context, at whose end what is active and its strengths are put back."""
+        if not self.attempt(context.__enter__, *refusals):
+            return False
+        before = [(one, one.active, one.strength) for _, one in self.book.select(scope, ())]
+
+        def end() -> None:
+            for one, active, strength in before:
+                if not one.merged:
+                    one.active, one.strength = active, strength
+
+        self.world.contexts.append((context, end))
+        return True
+
+    @precondition(lambda self: self.book.names() and len(self.world.contexts) < 4)
+    @rule(verb=st.sampled_from(["enabled", "disabled"]), names=some_names, scope=a_scope)
+    def enter_toggled(self, verb: str, names: list[str], scope: str) -> None:
+        if self.enter(
+            getattr(pl, verb)(self.part(scope), *names),
+            scope,
+            self.bad_name(names, scope),
+            IS_MERGED if self.book.merged(scope, names) else None,
+        ):
+            self.do_toggle(verb, scope, names)
+
+    @precondition(lambda self: self.book.names() and len(self.world.contexts) < 4)
+    @rule(names=some_names, scales=st.dictionaries(a_name, a_strength, max_size=2), scope=a_scope)
+    def enter_using(self, names: list[str], scales: dict[str, float], scope: str) -> None:
+        if self.enter(
+            pl.using(self.part(scope), *names, **scales),
+            scope,
+            self.bad_name([*names, *scales], scope),
+            IS_MERGED if self.book.merged(scope) else None,
+        ):
+            for name, one in self.book.select(scope, ()):
+                one.active = name in names or name in scales
+                one.strength = scales.get(name, one.strength)
+
+    @precondition(lambda self: self.book.names() and len(self.world.contexts) < 4)
+    @rule(names=some_names, scope=a_scope)
+    def enter_merged(self, names: list[str], scope: str) -> None:
+        context = pl.merged(self.part(scope), *names)
+        already = ALREADY_MERGED if self.book.merged(scope) else None
+        if self.attempt(context.__enter__, already, *self.cannot_merge(names, scope)):
+            self.do_merge(names, scope)
+            self.world.contexts.append((context, lambda: self.do_unmerge(scope)))
+
+    @precondition(lambda self: self.world.contexts)
+    @rule(fails=st.booleans())
+    def leave(self, fails: bool) -> None:
+        self.world.leave(ZeroDivisionError() if fails else None)
+
+    def cannot_merge(self, names: list[str], scope: str) -> list[Refusal | None]:
+        chosen = [one for _, one in self.book.select(scope, names)]
+        live = [one for one in chosen if one.active and not one.merged]
+        return [
+            self.bad_name(names, scope),
+            # Site by site, so either can come first.
+            (pl.StateError, f"{IS_MERGED[1]}|{IS_OFF[1]}")
+            if names and len(live) < len(chosen)
+            else None,
+            None if live else NOTHING,
+        ]
+
+    def do_merge(self, names: list[str], scope: str) -> None:
+        for _, one in self.book.select(scope, names):
+            one.merged = one.merged or one.active
+
+    def do_unmerge(self, scope: str) -> None:
+        for _, one in self.book.select(scope, ()):
+            one.merged = False
+
+    @precondition(lambda self: self.book.names())
+    @rule(names=some_names, scope=a_scope)
+    def merge(self, names: list[str], scope: str) -> None:
+        if self.attempt(
+            lambda: pl.merge(self.part(scope), *names), *self.cannot_merge(names, scope)
+        ):
+            self.do_merge(names, scope)
+
+    @precondition(lambda self: self.book.merged())
+    @rule(scope=a_scope)
+    def unmerge(self, scope: str) -> None:
+        pl.unmerge(self.part(scope))
+        self.do_unmerge(scope)
+
+    @precondition(lambda self: self.book.names())
+    @rule()
+    def bake(self) -> None:
+        before = {path: self.book.dense(path) for path in self.book.parts if self.book.parts[path]}
+        off = any(not part.active for _, _, part in self.book.all_parts())
+        if self.attempt(lambda: pl.bake(self.model), IS_OFF if off else None):
+            self.book.detach(self.book.names())
+            for path, expected in before.items():
+                close(stored(self.model, path).detach(), expected)
+            self.book.rebase({path: stored(self.model, path).detach() for path in before})
+
+    @rule(training=st.booleans())
+    def mode(self, training: bool) -> None:
+        self.model.train(training)
+        self.book.training = training
+
+    @precondition(
+        lambda self: any(
+            part.active and part.trainable and not part.merged
+            for _, _, part in self.world.book.all_parts()
+        )
+    )
+    @rule()
+    def train_step(self) -> None:
+        """One step of SGD on the factors; gradients of the base, where it has them, agree too."""
+        optimizer = torch.optim.SGD(pl.parameters(self.model), lr=0.5)
+        optimizer.zero_grad()
+        self.model(self.ids).tanh().mean().backward()
+        optimizer.step()
+        leaves = {
+            part: {key: value.clone().requires_grad_() for key, value in part.factors.items()}
+            for _, _, part in self.book.all_parts()
+            if part.active and part.trainable and not part.merged
+        }
+        weights = {path: self.book.dense(path, leaves) for path in self.book.parts}
+        for weight in weights.values():
+            weight.requires_grad_() if weight.is_leaf else weight.retain_grad()
+        self.book.outputs(self.ids, weights).tanh().mean().backward()
+        for path, weight in weights.items():
+            actual = stored(self.model, path).grad
+            assert (actual is None) != self.book.flag(path)
+            if actual is not None:
+                assert weight.grad is not None
+                close(actual, weight.grad)
+        for part, factors in leaves.items():
+            for key, leaf in factors.items():
+                assert leaf.grad is not None
+                part.factors[key] = leaf.detach() - 0.5 * leaf.grad
+        self.model.zero_grad()
+
+    @rule(onward=st.booleans())
+    def deepcopy(self, onward: bool) -> None:
+        """Go on with a copy, or with the original; the other one is set aside."""
+        self.set_aside(self.world.copied(), onward)
+
+    def set_aside(self, other: World, onward: bool) -> None:
+        while self.aside is not None and self.aside.contexts:
+            self.aside.leave()
+        self.world, self.aside = (other, self.world) if onward else (self.world, other)
+
+    @precondition(lambda self: self.aside is not None)
+    @rule()
+    def swap(self) -> None:
+        assert self.aside is not None
+        self.world, self.aside = self.aside, self.world
+
+    @precondition(lambda self: self.book.names())
+    @rule(name=a_name)
+    def save(self, name: str) -> None:
+        path = Path(self.folder.name) / f"{len(self.files)}.safetensors"
+        if not self.attempt(lambda: pl.save(self.model, path, name), self.bad_name([name])):
+            assert not path.exists()
+            return
+        held = {site: parts[name] for site, parts in self.book.parts.items() if name in parts}
+        with safe_open(path, framework="pt") as file:
+            content = json.loads(file.metadata()["paramlora"])
+            assert content["name"] == name
+            assert content["sites"].keys() == held.keys()
+            keys = {f"{site}.{key}" for site, part in held.items() for key in part.factors}
+            assert set(file.keys()) == keys
+            for site, part in held.items():
+                assert content["sites"][site]["strength"] == part.strength
+                assert content["sites"][site]["kind"] == type(part.spec).__name__
+                for key, factor in part.factors.items():
+                    same(file.get_tensor(f"{site}.{key}").double(), factor)
+        self.files.append(File(path, name, copy.deepcopy(held)))
+
+    @precondition(lambda self: self.files)
+    @rule(index=st.integers(0, 9), name=st.one_of(st.none(), st.sampled_from(NAMES)))
+    def load(self, index: int, name: str | None) -> None:
+        """Load a file as a new adapter, or into the one of that name."""
+        file = self.files[index % len(self.files)]
+        known = name or file.name
+        attached = {site: held[known] for site, held in self.book.parts.items() if known in held}
+        fits = attached.keys() == file.parts.keys() and all(
+            (type(part.spec), part.spec.rank)
+            == (type(attached[site].spec), attached[site].spec.rank)
+            for site, part in file.parts.items()
+        )
+        if self.attempt(
+            lambda: pl.load(self.model, file.path, name=name),
+            IS_MERGED if self.book.merged("", [known]) and attached else None,
+            IS_TAKEN if attached and not fits else None,
+        ):
+            self.do_load(self.book, file, known)
+
+    def do_load(self, book: Book, file: File, name: str) -> None:
+        if name not in book.names():
+            book.freeze_base(name)
+        for site, part in file.parts.items():
+            there = book.parts[site].setdefault(name, Part(part.spec, {}))
+            there.spec, there.factors = part.spec, dict(part.factors)
+            there.strength = part.strength
+
+    @precondition(lambda self: self.files)
+    @rule(index=st.integers(0, 9), onward=st.booleans())
+    def load_fresh(self, index: int, onward: bool) -> None:
+        """Load a file into a model that never had an adapter."""
+        file = self.files[index % len(self.files)]
+        fresh = World(copy.deepcopy(self.book.plain), Book.of(copy.deepcopy(self.book.plain)))
+        pl.load(fresh.model, file.path)
+        self.do_load(fresh.book, file, file.name)
+        self.set_aside(fresh, onward)
+
+    @precondition(lambda self: self.book.names())
+    @rule(name=a_name, seed=a_seed)
+    def load_values(self, name: str, seed: int) -> None:
+        self.attempt(
+            lambda: self.fill(name, seed),
+            self.bad_name([name]),
+            IS_MERGED if self.book.merged("", [name]) else None,
+        )
+
+    @rule(seed=a_seed)
+    def load_base(self, seed: int) -> None:
+        """Load another base under the adapters."""
+        torch.manual_seed(seed)
+        state = {
+            key: value + torch.randn_like(value) / 8
+            for key, value in pl.base_state_dict(self.model).items()
+        }
+        for first, paths in self.book.paths.items():
+            state |= dict.fromkeys(paths, state[first])
+        if self.attempt(
+            lambda: pl.load_base_state_dict(self.model, state),
+            IS_MERGED if self.book.merged() else None,
+        ):
+            self.book.plain.load_state_dict(state)
+            self.book.rebase({})
+
+
+@pytest.mark.slow
+def test_any_sequence_of_verbs_agrees_with_a_dense_model() -> None:
+    """Whatever verbs are called in whatever order, a model agrees with its dense book."""
+    run_state_machine_as_test(Machine, settings=SETTINGS)
