@@ -9,13 +9,14 @@ import json
 import platform
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from .contestants import CONTESTANTS, Contestant
-from .measure import Case, Entry, check, infer, middle, peak_memory, timed, train_step
+from .measure import Case, Entry, check, infer, peak_memory, timed, train_step
 from .shapes import SUITES, cells
 
 
@@ -61,14 +62,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         key = (row["suite"], str(row["shape"]), str(row["rank"]), row["mode"], row["work"])
         groups.setdefault(key, {})[row["contestant"]] = row
-    head = ("suite", "x", "r", "mode", "work", "floor ms", *names[1:], "ours / PEFT")
-    lines = [head]
-    for key, group in groups.items():
+    head: tuple[str, ...] = (
+        "suite",
+        "x",
+        "r",
+        "mode",
+        "work",
+        "floor ms",
+        *names[1:],
+        "ours / PEFT",
+    )
+    lines: list[tuple[str, ...]] = [head]
+    for cell, group in groups.items():
         ratios = [f"{group[n]['ratio']:.2f}" if n in group else "-" for n in names[1:]]
         peers = [group[n]["ratio"] - 1 for n in group if n.startswith("PEFT")]
         own = group.get("paramlora", {}).get("ratio", float("nan")) - 1
         share = f"{own / min(peers):.2f}" if peers and min(peers) > 0 else "-"
-        lines.append((*key, f"{group['floor']['median_s'] * 1e3:.3f}", *ratios, share))
+        lines.append((*cell, f"{group['floor']['median_s'] * 1e3:.3f}", *ratios, share))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
@@ -96,9 +106,9 @@ def _measure(case: Case, there: list[Contestant], mode: str, rounds: int) -> lis
             rows.append(
                 _row(case, entry.contestant, mode, work)
                 | {
-                    "median_s": middle(seconds[name]),
+                    "median_s": median(seconds[name]),
                     "min_s": min(seconds[name]),
-                    "ratio": middle(seconds[name]) / middle(seconds["floor"]),
+                    "ratio": median(seconds[name]) / median(seconds["floor"]),
                     "ratio_of_min": min(seconds[name]) / min(seconds["floor"]),
                     "rounds": rounds,
                     "error": errors[name],

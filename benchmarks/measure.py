@@ -6,10 +6,10 @@ The floor is the same model, frozen, no adapter, with the gradient of its input 
 """
 
 import copy
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +63,9 @@ class Case:
         give(factors, self.values)
         if mode == "eager":
             return Entry(contestant, model, factors, model)
-        options = {"mode": "reduce-overhead"} if mode == "graphs" else {}
-        return Entry(contestant, model, factors, torch.compile(model, dynamic=False, **options))
+        plan = "reduce-overhead" if mode == "graphs" else "default"
+        run = torch.compile(model, dynamic=False, mode=plan)
+        return Entry(contestant, model, factors, run)
 
 
 def train_step(entry: Entry, x: Tensor) -> Tensor:
@@ -93,18 +94,17 @@ def check(case: Case, entry: Entry) -> float:
     y = train_step(entry, x)
     reference = copy.deepcopy(case.base).double()
     s = case.alpha / case.cell.rank
-    weights = {}
     if entry.factors:
         for path, layer in linears(reference).items():
             A, B = (value.double() for value in case.values[path])
-            weights[path] = (layer.weight + s * B @ A).requires_grad_()
-            layer.weight = nn.Parameter(weights[path])
+            layer.weight = nn.Parameter(layer.weight + s * B @ A)
     x64 = case.x.double().requires_grad_()
     y64 = reference(x64)
     y64.backward(torch.ones_like(y64))
-    pairs = [(y, y64), (x.grad, x64.grad)]
+    pairs: list[Any] = [(y, y64), (x.grad, x64.grad)]
     for path, (A, B) in entry.factors.items():
-        dW = reference.get_submodule(path).weight.grad
+        dW = reference.get_parameter(f"{path}.weight").grad
+        assert dW is not None
         A64, B64 = (value.double() for value in case.values[path])
         pairs += [(A.grad, s * B64.T @ dW), (B.grad, s * dW @ A64.T)]
     worst = max(float((a.detach().double() - b).norm() / b.norm()) for a, b in pairs)
@@ -139,17 +139,12 @@ def peak_memory(entry: Entry, x: Tensor) -> int | None:
     """Return the bytes that a training step adds to what is there, on a GPU."""
     if x.device.type != "cuda":
         return None
-    step = train_step(entry, x)
-    del step
+    train_step(entry, x)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     train_step(entry, x)
     return torch.cuda.max_memory_allocated() - before
-
-
-def middle(seconds: list[float]) -> float:
-    return statistics.median(seconds)
 
 
 def _now(device: str) -> float:

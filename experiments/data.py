@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import environ
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,12 +128,17 @@ def _read_mnist(folder: Path, why: str) -> Data:
 def _read_archive(path: Path) -> Tensor:
     """Return the uint8 tensor in an IDX file: big-endian sizes, as many as its fourth byte says."""
     packed = path.read_bytes()
-    found, expected = hashlib.md5(packed, usedforsecurity=False).hexdigest(), ARCHIVES[path.name]
-    if found != expected:
-        raise StudyError(f"{path} is damaged: its MD5 is {found}, not {expected}; delete it")
+    if (found := _md5(packed)) != ARCHIVES[path.name]:
+        raise StudyError(
+            f"{path} is damaged: its MD5 is {found}, not {ARCHIVES[path.name]}; delete it"
+        )
     raw = gzip.decompress(packed)
     shape = [int.from_bytes(raw[4 * i : 4 * i + 4], "big") for i in range(1, raw[3] + 1)]
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=4 + 4 * raw[3]).view(shape)
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _download(folder: Path, before: str) -> str:
@@ -142,18 +148,40 @@ def _download(folder: Path, before: str) -> str:
     except ImportError:
         raise _MissingError(f"{before} and torchvision, which downloads it, is missing") from None
     mirrors = _answering(MNIST.mirrors, next(iter(ARCHIVES)))
-    if not mirrors:
-        raise _MissingError(
-            f"{before} and no mirror answered within {PATIENCE:g} s ({', '.join(MNIST.mirrors)})"
-        )
-    # torchvision names its folder after the class, so the class with fewer mirrors is "MNIST" too.
-    reachable = type("MNIST", (MNIST,), {"mirrors": mirrors})
-    try:
-        with _socket_timeout(PATIENCE):
-            reachable(folder, download=True)
-    except (OSError, RuntimeError) as error:
-        raise _MissingError(f"{before} and its download failed: {error}") from None
-    return mirrors[0]
+    failures = []
+    for mirror in mirrors:
+        try:
+            with _socket_timeout(PATIENCE):
+                _fetch(MNIST, mirror, folder)
+            return mirror
+        except (OSError, RuntimeError) as error:
+            failures.append(f"{before} and the download from {mirror} failed: {error}")
+            _delete_damaged(folder / "MNIST" / "raw")
+    silent = f"{before} and no mirror answered within {PATIENCE:g} s ({', '.join(MNIST.mirrors)})"
+    raise _MissingError(failures[0] if failures else silent)
+
+
+def _fetch(torchvisions: Any, mirror: str, folder: Path) -> None:
+    """Put MNIST from a mirror where torchvision puts it, and let torchvision check it."""
+    raw = folder / "MNIST" / "raw"
+    if mirror.startswith("file:"):
+        # torchvision asks for the length that HTTP announces, and so fails on a local mirror. It
+        # takes archives that lie there already, once their sums are right.
+        raw.mkdir(parents=True, exist_ok=True)
+        for name, md5 in ARCHIVES.items():
+            with urllib.request.urlopen(mirror + name) as file:
+                (raw / name).write_bytes(content := file.read())
+            if _md5(content) != md5:
+                raise RuntimeError(f"{name} fails its MD5")
+    # torchvision names its folder after the class, so the one with a single mirror is "MNIST" too.
+    type("MNIST", (torchvisions,), {"mirrors": [mirror]})(folder, download=True)
+
+
+def _delete_damaged(raw: Path) -> None:
+    """Delete archives that a failed download left in part: they would be found the next time."""
+    for path in (raw / name for name in ARCHIVES):
+        if path.is_file() and _md5(path.read_bytes()) != ARCHIVES[path.name]:
+            path.unlink()
 
 
 def _answering(mirrors: list[str], name: str) -> list[str]:

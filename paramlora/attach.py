@@ -10,7 +10,7 @@ from torch import nn
 from . import host
 from .adapters import Spec
 from .errors import AdapterNameError, StateError
-from .stack import Factors, Site, Stack, sites
+from .stack import Factors, Site, Stack, sites, stored
 from .summary import Summary, summary
 from .targets import Place, Target, Targets, places, resolve
 from .toggle import check_unmerged, names_of, select
@@ -81,12 +81,13 @@ def detach(model: nn.Module, *names: str) -> None:
 
     Raises:
         AdapterNameError: no adapter of that name.
-        StateError: an adapter is merged, or tied to a tensor outside of `model`.
+        StateError: an adapter is merged, tied to a tensor outside of `model`, or sharded.
     """
     chosen = select(model, names)
     check_unmerged(chosen, "detach")
     here = sites(model)
     check_ties(here)
+    check_whole(here)
     remove(model, here, {name for _, its_names in chosen for name in its_names})
 
 
@@ -174,6 +175,16 @@ def _holders(model: nn.Module) -> dict[int, list[Place]]:
     for place in places(model):
         holders.setdefault(id(place.stored), []).append(place)
     return holders
+
+
+def check_whole(here: list[Site]) -> None:
+    """Raise a StateError where FSDP has sharded a tensor: it keeps a copy that would stay."""
+    for site in here:
+        if any(hasattr(tensor, "full_tensor") for tensor in stored(site.plist)):
+            raise StateError(
+                f"{site.path!r} is sharded over processes; merge or detach before fully_shard, or "
+                "save the adapter and load it where the model is whole"
+            )
 
 
 def check_ties(here: list[Site]) -> None:

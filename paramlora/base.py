@@ -84,6 +84,11 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield original, keys.bits(key, tensor)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor in one piece: one that FSDP has sharded is gathered, by all processes."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def compare(state: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
     """Raise a CheckpointError where keys or shapes differ; every difference is listed."""
     missing = [key for key in expected if key not in state]
@@ -163,7 +168,7 @@ class _Keys:
 
 def _update(digest: "hashlib._Hash", tensor: Tensor) -> None:
     """Feed a tensor's bytes in row-major order, without numpy and without a copy on the CPU."""
-    tensor = tensor.detach()
+    tensor = whole(tensor.detach())
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
     tensor = tensor.contiguous().cpu()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .adapters import Spec, is_finite
 from .attach import Planned, check_name, install
-from .base import compare, digest
+from .base import compare, digest, whole
 from .errors import AdapterNameError, CheckpointError, TargetError
 from .stack import Factors, Site, below, sites
 from .summary import Summary, summary
@@ -81,7 +81,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     """
     # Copies: safetensors refuses tensors that share memory.
     tensors = {
-        key: tensor.to("cpu", copy=True).contiguous()
+        key: whole(tensor).to("cpu", copy=True).contiguous()
         for key, tensor in state_dict(model, name).items()
     }
     described = {site.path: _describe(site, name) for site in _sites_of(model, name)}
@@ -160,10 +160,12 @@ def write_atomically(
 
 
 def _sites_of(model: nn.Module, name: str) -> list[Site]:
-    """Return the sites of one adapter, tied ones once."""
+    """Return the sites of one adapter, tied ones once, in the order of `parameters`."""
     wanted = {id(stack) for stack, _ in select(model, [name])}
-    first = {id(site.stack): site for site in reversed(sites(model))}
-    return [site for key, site in reversed(first.items()) if key in wanted]
+    first: dict[int, Site] = {}
+    for site in sites(model):
+        first.setdefault(id(site.stack), site)
+    return [site for key, site in first.items() if key in wanted]
 
 
 def _describe(site: Site, name: str) -> dict[str, Any]:
@@ -273,8 +275,9 @@ def _factors(
     expected: dict[str, Tensor],
 ) -> Factors:
     device = place.value.device
+    # Copies: what was read is the file's memory, mapped, aligned as it happens to be.
     own = {
-        key.removeprefix(f"{site}."): tensors[key].to(device, blank.dtype)
+        key.removeprefix(f"{site}."): tensors[key].to(device, blank.dtype, copy=True)
         for key, blank in expected.items()
         if key.rpartition(".")[0] == site
     }

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attach import check_ties, remove
+from .attach import check_ties, check_whole, remove
 from .errors import StateError
 from .stack import Site, Stack, below, sites, stacks, stored, through
 from .toggle import check_unmerged, names_of, select
@@ -39,7 +39,7 @@ def merge(model: nn.Module, *names: str) -> None:
         AdapterNameError: no adapter of that name.
         StateError: an adapter is merged already or switched off, there is nothing to merge, or
             another parametrization below the adapter cannot hold the merged weight
-            (spectral_norm). The model is then as it was.
+            (spectral_norm), or a tensor is sharded or no longer tied. The model is then as it was.
     """
     folds = _plan(model, names)
     for site, its_names, tensors in folds:
@@ -55,12 +55,16 @@ def unmerge(model: nn.Module) -> None:
     """Take every merged adapter out again: the stored weights get their original bits back.
 
     The adapters are as before the merge, switched on. Where nothing is merged, nothing happens.
+
+    Raises:
+        StateError: a tensor is sharded.
     """
-    for site in _first_sites(model):
-        if site.stack.merged:
-            _write(site, site.stack.stored)
-            site.stack.stored = ()
-            site.stack.set(site.stack.active, ())
+    here = [site for site in _first_sites(model) if site.stack.merged]
+    check_whole(here)
+    for site in here:
+        _write(site, site.stack.stored)
+        site.stack.stored = ()
+        site.stack.set(site.stack.active, ())
 
 
 @contextmanager
@@ -94,6 +98,7 @@ def bake(model: nn.Module) -> None:
     if any(stack.live for stack in here):
         merge(model)
     names = set(names_of(model))
+    check_whole(sites(model))
     for stack in here:
         stack.stored = ()
         stack.set(stack.active, ())
@@ -104,6 +109,8 @@ def _plan(model: nn.Module, names: tuple[str, ...]) -> list[_Fold]:
     """Return what to write where, everything checked, nothing written."""
     chosen = {id(stack): its_names for stack, its_names in select(model, names)}
     folds = []
+    _check_tied(sites(model))
+    check_whole(sites(model))
     for site in _first_sites(model):
         its_names = chosen.get(id(site.stack), [])
         if not names:
@@ -118,6 +125,19 @@ def _plan(model: nn.Module, names: tuple[str, ...]) -> list[_Fold]:
             "switched off; unmerge or enable first"
         )
     return folds
+
+
+def _check_tied(here: list[Site]) -> None:
+    """Raise a StateError where sites share an adapter and no more the tensor that it was for."""
+    first: dict[int, Site] = {}
+    for site in here:
+        other = first.setdefault(id(site.stack), site)
+        if stored(site.plist)[0] is not stored(other.plist)[0]:
+            raise StateError(
+                f"cannot merge: {site.path!r} and {other.path!r} were tied when their adapter was "
+                "attached, and are not any more (to_empty unties, for one); detach, tie them again "
+                "and attach"
+            )
 
 
 def _check(stack: Stack, names: list[str]) -> None:

@@ -25,7 +25,7 @@ class SiteSummary:
     note: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Summary:
     """The adapters of a model; prints as a table.
 
@@ -64,6 +64,8 @@ class Summary:
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         return "\n".join([*lines, end])
+
+    __repr__ = __str__  # a notebook's last line shows the table too
 
 
 def summary(model: nn.Module) -> Summary:

@@ -202,8 +202,7 @@ def _nothing(target: Target, model: nn.Module, everywhere: list[Place]) -> str:
     """Return a target that matches nothing, and what there is in its place."""
     name = repr(target) if isinstance(target, str) else getattr(target, "__name__", repr(target))
     meant = {path: module for path, module in walk(model) if _means(target, path, module)}
-    # Quantized modules of torch have a method of that name.
-    packed = [p for p, m in meant.items() or walk(model) if callable(getattr(m, "weight", None))]
+    packed = [path for path, module in meant.items() or walk(model) if _is_packed(module)]
     if packed:
         return f"{name}; packed (quantized) weights cannot be adapted, as those of {_some(packed)}"
     if meant:
@@ -217,6 +216,12 @@ def _nothing(target: Target, model: nn.Module, everywhere: list[Place]) -> str:
     with_weight = [place.module for place in everywhere if place.tensor == "weight"]
     types = {parametrize.type_before_parametrizations(module).__name__ for module in with_weight}
     return f"{name}; modules with a weight here are {_some(sorted(types)) or 'none'}"
+
+
+def _is_packed(module: nn.Module) -> bool:
+    # Quantized modules of torch have a method of that name.
+    weight = getattr(module, "weight", None)
+    return callable(weight) and not isinstance(weight, nn.Module)
 
 
 def _means(target: Target, path: str, module: nn.Module) -> bool:
@@ -238,6 +243,8 @@ def _refusal(place: Place, spec: Spec) -> str | None:
             f"its dtype is {weight.dtype}; only floating tensors of 16 to 64 bits can be adapted, "
             "none that is integer, complex or packed"
         )
+    if hasattr(weight, "full_tensor"):
+        return "it is sharded over processes; attach first, and call fully_shard after that"
     if weight.layout is not torch.strided:
         return f"its layout is {weight.layout}; adapters need a strided (dense) tensor"
     return spec.refusal(weight)

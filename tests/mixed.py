@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from reference import loss
+from reference import loss, shake
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -45,6 +45,15 @@ class Mixed(nn.Module):
 def mixed(dtype: torch.dtype = torch.float32) -> tuple[Mixed, Tensor]:
     torch.default_generator.manual_seed(0)
     return Mixed().to(dtype), torch.randint(11, (4, 5))
+
+
+def small() -> Any:
+    """Two Linears with an adapter each, its factors random."""
+    torch.default_generator.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    pl.attach(model, pl.LoRA(rank=2, alpha=3))
+    shake(model)
+    return model
 
 
 def attach_two(model: nn.Module, **options: Any) -> None:

@@ -296,12 +296,9 @@ class Case:
         pl.scale(self.model, strength, name)
         self.kinds[name], self.strengths[name] = kind, strength
 
-    def actual(self, call: Callable[..., Any] | None = None) -> Result:
-        """Return what the model computes, and the gradients of all that requires one.
-
-        `call` is what runs it, such as the compiled model; the model itself where nothing is given.
-        """
-        leaves = {
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the factors and the base's parameters, by the keys that gradients have here."""
+        leaves: dict[str, Tensor] = {
             f"{name} {key}": parameter
             for name in self.kinds
             for key, parameter in zip(
@@ -314,7 +311,14 @@ class Case:
             path = re.sub(r"parametrizations\.(\w+)\.original$", r"\1", key)
             if path in known:
                 leaves[path] = parameter
-        return _run(self.model if call is None else call, self.inputs, leaves)
+        return leaves
+
+    def actual(self, call: Callable[..., Any] | None = None) -> Result:
+        """Return what the model computes, and the gradients of all that requires one.
+
+        `call` is what runs it, such as the compiled model; the model itself where nothing is given.
+        """
+        return _run(self.model if call is None else call, self.inputs, self.leaves())
 
     def base(self) -> Result:
         """Return what the base computes, frozen as attaching freezes it."""
@@ -328,7 +332,7 @@ class Case:
         wide = torch.promote_types(dtype, torch.float32)
         plain = copy.deepcopy(self.plain).to(dtype)
         for module in plain.modules():
-            if hasattr(module, "sparse"):
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 module.sparse = False  # torch has no sparse gradient through a computed tensor
         leaves: dict[str, Tensor] = dict(plain.named_parameters())
         weights = dict(leaves)

@@ -135,6 +135,7 @@ class TestCopies:
         assert_close(pl.base_state_dict(averaged.module), case.plain.state_dict(), **EXACT)
 
 
+@pytest.mark.usefixtures("as_large")
 class TestHooks:
     def test_values(self) -> None:
         """Forward, pre- and backward hooks, from before or after attach, see the dense values."""
@@ -221,12 +222,9 @@ class Backward:
     """A forward that has run, and what its backward will find."""
 
     def __init__(self, case: Case, call: Callable[..., Any] | None = None) -> None:
-        self.case = case
-        state = pl.state_dict(case.model, "one")
-        pairs = zip(state, pl.parameters(case.model), strict=True)
-        self.leaves: dict[str, Tensor] = {f"one {key}": parameter for key, parameter in pairs}
         inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in case.inputs]
-        self.leaves |= {f"input {i}": x for i, x in enumerate(inputs) if x.requires_grad}
+        leaves = case.leaves() | {f"input {i}": x for i, x in enumerate(inputs)}
+        self.leaves = {key: leaf for key, leaf in leaves.items() if leaf.requires_grad}
         self.total = loss(floats((case.model if call is None else call)(*inputs)))
 
     def check(self, expected: dict[str, Tensor]) -> None:
@@ -253,6 +251,7 @@ EVERY_PATH = [
 ]
 
 
+@pytest.mark.usefixtures("as_large")
 @pytest.mark.parametrize("host", EVERY_PATH, ids=["mlp", "many_rows", *map(str, EVERY_PATH[2:])])
 class TestBackward:
     """What happens between a forward and its backward."""
@@ -262,18 +261,17 @@ class TestBackward:
     def test_checkpoint(self, host: str | Host, on: bool, reentrant: bool) -> None:
         """Recomputed by torch.utils.checkpoint, gradients are those of the dense reference."""
         case = case_of(host)
-        if reentrant and not case.inputs[0].is_floating_point():
-            pytest.skip("torch's reentrant kind needs an input that requires a gradient")
         if not on:
             pl.disable(case.model)
-            if not case.inputs[0].is_floating_point():
-                pytest.skip("switched off and frozen there is nothing to differentiate")
+            case.model.requires_grad_()
+        # torch's reentrant kind needs an input that requires a gradient, and passes over tensors
+        # in nested tuples.
+        key = torch.ones((), requires_grad=True)
 
-        def call(*inputs: Tensor) -> Any:
-            # Flat: torch's reentrant kind passes over tensors in nested tuples.
+        def call(_: Tensor, *inputs: Tensor) -> Any:
             return tuple(floats(case.model(*inputs)))
 
-        ran = Backward(case, lambda *x: checkpoint(call, *x, use_reentrant=reentrant))
+        ran = Backward(case, lambda *x: checkpoint(call, key, *x, use_reentrant=reentrant))
         ran.check((case.expected("one") if on else case.expected()).gradients)
 
     def test_checkpoint_of_what_was_toggled(self, host: str | Host) -> None:
@@ -298,13 +296,12 @@ class TestBackward:
     def test_off_in_the_forward_only(self, host: str | Host) -> None:
         """A forward that ran with adapters off has the gradients of the base, on by then or not."""
         case = case_of(host)
+        case.model.requires_grad_()
         with pl.disabled(case.model):
             ran = Backward(case)
-        if not ran.total.requires_grad:
-            pytest.skip("switched off and frozen there is nothing to differentiate")
         ran.check(case.expected().gradients)
 
-    @pytest.mark.parametrize("what", ["factors", "strength", "base"])
+    @pytest.mark.parametrize("what", ["factors", "strength", "base", "merge"])
     def test_overwritten_before_the_backward(self, host: str | Host, what: str) -> None:
         """A tensor that the backward needs and that changed since is an error, as in all of torch.
 
@@ -321,6 +318,8 @@ class TestBackward:
                 shake(case.model)
             elif what == "strength":
                 strength.fill_(5.0)
+            elif what == "merge":
+                pl.merge(case.model)
             else:
                 for tensor in pl.base_state_dict(case.model).values():
                     tensor.mul_(2)
@@ -604,8 +603,22 @@ class TestTied:
         assert_bits(outputs(case, case.plain), outputs(case))
         assert pl.base_state_dict(case.plain).keys() == Tied().state_dict().keys()
 
+    def test_untied(self) -> None:
+        """torch's `to_empty` unties; a merge, which would reach one side only, is then refused."""
+        model = Tied().to("meta")
+        assert model.to_empty(device="cpu").head.weight is not model.embed.weight
+        model.head.weight = model.embed.weight
+        pl.attach(model, pl.LoRA(rank=2), "embed")
+        model.to("meta").to_empty(device="cpu")
+        refused = pytest.raises(
+            pl.StateError, match=r"'head\.weight' and 'embed\.weight' were tied"
+        )
+        with unchanged(model), refused:
+            pl.merge(model)
+        pl.detach(model)
+        assert type(model.head) is nn.Linear
 
-# bfloat16 has 8 bits, float16 11: half a unit in the last place for each rounding.
+
 HALVES = [torch.bfloat16, torch.float16]
 
 

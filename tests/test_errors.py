@@ -126,6 +126,12 @@ ATTACHING: dict[str, Row] = {
         "no tensor matches 'h.*.c_attn'; there are emb, rnn, fc1, norm, fc2, gain, emb.weight, "
         "rnn.weight_ih_l0, …",
     ),
+    "typo in a path of an adapted model": (
+        attached,
+        lambda m: pl.attach(m, LoRA(2), "fc9", name="two"),
+        pl.TargetError,
+        "no tensor matches 'fc9'; did you mean fc2, fc1?",
+    ),
     "the second of a list": (
         plain,
         lambda m: pl.attach(m, LoRA(2), ["fc1", "fc3"]),

@@ -1,10 +1,14 @@
 """The study's data: MNIST from disk, by a true download, or the digits that stand in for it."""
 
-import shutil
+import functools
+import http.server
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,17 +30,38 @@ def mirrors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder and does not log."""
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def served(mnist_dir: Path) -> Iterator[str]:
+    """The address of a web server on this machine that has MNIST's archives."""
+    handler = functools.partial(Quiet, directory=str(mnist_dir))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
 def same(one: Data, other: Data) -> bool:
     return one.digest == other.digest
 
 
-def test_mnist_on_disk_is_what_torchvision_reads(mnist_dir, mirrors, tmp_path):
-    """Archives read here give the tensors that torchvision downloads, checks and reads."""
+@pytest.mark.parametrize("scheme", ["http", "file"])
+def test_mnist_is_what_torchvision_downloads_and_reads(
+    mnist_dir, mirrors, served, tmp_path, scheme
+):
+    """From a mirror of either kind, the tensors are those that torchvision's own class reads."""
     from torchvision.datasets import MNIST
 
-    mirrors.append(mnist_dir.resolve().as_uri() + "/")
+    good = served if scheme == "http" else mnist_dir.resolve().as_uri() + "/"
+    mirrors += ["http://127.0.0.1:9/", good]
     downloaded = load_data("auto", str(tmp_path))
-    assert downloaded.why == f"downloaded from {mirrors[0]}"
+    assert downloaded.why == f"downloaded from {good}"
     for split, is_train in ((downloaded.train, True), (downloaded.test, False)):
         theirs = MNIST(tmp_path, train=is_train)
         assert torch.equal(split.images, theirs.data)
@@ -56,16 +81,23 @@ def test_the_environment_variable_names_mnist(mnist_dir, mirrors, tmp_path, monk
     assert not (tmp_path / "none").exists()
 
 
-def test_a_damaged_download_is_not_taken(mnist_dir, mirrors, tmp_path):
-    """A mirror that sends other bytes fails torchvision's checksum, and the digits stand in."""
-    shutil.copytree(mnist_dir, tmp_path / "mirror")
-    damaged = tmp_path / "mirror" / "t10k-labels-idx1-ubyte.gz"
-    damaged.chmod(0o600)
-    damaged.write_bytes(b"no archive")
-    mirrors.append((tmp_path / "mirror").as_uri() + "/")
-    data = load_data("auto", str(tmp_path / "data"))
+@pytest.mark.parametrize("scheme", ["http", "file"])
+def test_a_damaged_download_is_not_taken(mirrors, tmp_path, scheme):
+    """Other bytes from a mirror fail the checksum: the digits stand in, and nothing is left."""
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    for name in ARCHIVES:
+        (folder / name).write_bytes(b"no archive")
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        web = f"http://127.0.0.1:{server.server_port}/"
+        mirrors.append(web if scheme == "http" else folder.as_uri() + "/")
+        data = load_data("auto", str(tmp_path / "data"))
+        server.shutdown()
     assert data.name == "scikit-learn digits"
-    assert "its download failed" in data.why
+    assert f"the download from {mirrors[0]} failed" in data.why
+    assert list((tmp_path / "data" / "MNIST" / "raw").iterdir()) == []
 
 
 def test_without_mnist_the_digits_stand_in_and_say_why(mirrors, tmp_path):
@@ -86,7 +118,7 @@ def test_a_silent_mirror_is_given_up_within_seconds(mirrors, tmp_path, monkeypat
         began = time.monotonic()
         assert data_module._answering(mirrors, "file") == []
         assert time.monotonic() - began < 3
-        with pytest.raises(StudyError, match="--data mnist: .* no mirror answered within 0.3 s"):
+        with pytest.raises(StudyError, match=r"--data mnist: .* no mirror answered within 0\.3 s"):
             load_data("mnist", str(tmp_path))
 
 
@@ -135,9 +167,7 @@ def test_inputs_are_those_of_torchvisions_transforms():
     from torchvision import transforms
 
     split = load_data("digits").test
-    both = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize((0.1301,), (0.3081,))]
-    )
+    both = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1301,), (0.3081,))])
     theirs = torch.stack([both(Image.fromarray(image.numpy())).flatten() for image in split.images])
     assert torch.equal(split.inputs(0.1301, 0.3081), theirs)
 

@@ -63,7 +63,10 @@ def test_every_field_is_an_option(name):
     given = parsed(*words)
     assert given.pop("command")
     assert given == {name: value}
-    assert getattr(preset(**{"name": "blog", **given} if name != "preset" else {"name": value}), name) == value
+    assert (
+        getattr(preset(**{"name": "blog", **given} if name != "preset" else {"name": value}), name)
+        == value
+    )
 
 
 def test_every_option_has_its_unit_or_meaning_in_the_help(capsys):
@@ -96,9 +99,7 @@ def test_an_option_outweighs_the_preset():
     """What is given on the command line replaces the preset's value, and nothing else."""
     given = parsed("--preset", "nine", "--rank", "3")
     del given["command"]
-    assert preset(str(given.pop("preset")), **given) == dataclasses.replace(
-        preset("nine"), rank=3
-    )
+    assert preset(str(given.pop("preset")), **given) == dataclasses.replace(preset("nine"), rank=3)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_an_option_outweighs_the_preset():
     ],
 )
 def test_bad_values_are_refused_by_name(words, message, capsys, tmp_path):
-    """A bad value ends with status 2 and a message with the option, the value and what is allowed."""
+    """A bad value ends with status 2 and a message of the option, the value, what is allowed."""
     assert main(["digits", "--out", str(tmp_path / "run"), *words]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -131,7 +132,7 @@ def test_bad_values_are_refused_by_name(words, message, capsys, tmp_path):
 def test_a_value_of_another_type_is_refused():
     """Settings made in Python check types too: a rank of 2.5 is no rank."""
     with pytest.raises(StudyError, match=r"--rank must be of type int, got '2.5'"):
-        DigitSettings(rank=2.5)  # type: ignore[arg-type]
+        DigitSettings(rank=2.5)
     assert DigitSettings(alpha=1).alpha == 1
 
 

@@ -71,7 +71,7 @@ class TestInvariant3:
         x = torch.randn(3, 7, dtype=torch.float64)
         self.check(lambda layer, x: torch.func.vmap(layer)(x), x)
         layer, W, A, B = self.layer()
-        params = dict(layer.named_parameters())
+        params: dict[str, Tensor] = dict(layer.named_parameters())
 
         def total(params: dict[str, Tensor]) -> Tensor:
             return loss([torch.func.functional_call(layer, params, (x,))])

@@ -142,7 +142,12 @@ class TestKept:
         pl.attach(layer, pl.LoRA(rank=4), "weight")
         x = torch.randn(32, 64, requires_grad=True)
         kept: list[Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             layer(x)
         parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
         others = {t.untyped_storage().data_ptr(): t for t in kept}

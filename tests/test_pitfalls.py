@@ -1,35 +1,29 @@
-"""What goes wrong around `torch.nn.utils.parametrize`, each by a name of its own."""
+"""What goes wrong around `torch.nn.utils.parametrize`, each by its number: the module's side.
+
+Those on what is computed, from 9 on, are in `test_pitfalls_computed.py`; the one on sharding, 13,
+is in `test_sharding.py`.
+"""
 
 import copy
 import io
 import pickle
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import unchanged
-from mixed import assert_bits, attach_two, mixed, train
+from mixed import assert_bits, attach_two, mixed, small, train
 from reference import floats, loss, shake
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
 import paramlora as pl
-
-
-def small(*, bias: bool = True) -> nn.Sequential:
-    """Two Linears with an adapter each, its factors random."""
-    torch.default_generator.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5, bias=bias), nn.Tanh(), nn.Linear(5, 3, bias=bias))
-    pl.attach(model, pl.LoRA(rank=2, alpha=3))
-    shake(model)
-    return model
 
 
 def test_01_a_copy_has_a_class_of_its_own() -> None:
@@ -101,7 +95,7 @@ def shake_base(model: nn.Module) -> None:
 
 def test_04_weight_norm_on_top_keeps_g_and_v() -> None:
     """Removing ours from the middle leaves the others: weight_norm keeps g, v and their values."""
-    layer = nn.Linear(4, 3)
+    layer: Any = nn.Linear(4, 3)
     weight = layer.weight.detach().clone()
     pl.attach(layer, pl.LoRA(rank=2), "weight")
     weight_norm(layer)
@@ -124,7 +118,7 @@ def test_04_weight_norm_on_top_keeps_g_and_v() -> None:
 
 def test_04_many_sites_of_one_module_are_removed() -> None:
     """Removing while there are several parametrized tensors in one module removes them all."""
-    model = nn.LSTM(4, 4, num_layers=2)
+    model: Any = nn.LSTM(4, 4, num_layers=2)
     names = [name for name, _ in model.named_parameters()]
     pl.attach(model, pl.Delta(), "*")
     assert len(model.parametrizations) == len(names) == 8
@@ -225,7 +219,7 @@ def test_06_other_threads_share_nothing(host: str) -> None:
 
 
 def test_07_writing_past_a_weight() -> None:
-    """Writing to an adapted `.weight` changes nothing; what is written to W or A is seen at once."""
+    """Writing to an adapted `.weight` changes nothing; what is written to W or A shows."""
     model = small()
     with unchanged(model), torch.no_grad():
         nn.init.zeros_(model[0].weight)
@@ -258,139 +252,3 @@ def test_08_types_are_those_before() -> None:
         off = layer(torch.ones(2, 3, 8))
     assert not torch.equal(layer(torch.ones(2, 3, 8)), before)
     assert_close(off, before)
-
-
-def test_09_toggling_compiles_two_graphs() -> None:
-    """However often adapters are toggled, there are two graphs, and values and gradients agree."""
-    torch._dynamo.reset()
-    model, x = small(), torch.randn(4, 6)
-    counter = CompileCounter()
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for _ in range(3):
-        for toggle in (pl.disable, pl.enable):
-            toggle(model)
-            assert_close(compiled(x), model(x))
-    assert counter.frame_count == 2
-
-
-def test_10_the_weight_is_no_subclass() -> None:
-    """`.weight` holds W' also for code that goes past `__torch_function__`."""
-    model = small()
-    weight = model[0].weight
-    assert type(weight) is Tensor
-    factors = pl.state_dict(model)
-    A, B = factors["0.weight.A"], factors["0.weight.B"]
-    wanted = pl.base_state_dict(model)["0.weight"] + 1.5 * B @ A
-    with torch._C.DisableTorchFunctionSubclass():
-        assert_close(weight * 1, wanted)
-    assert_close(torch.tensor(weight.tolist()), wanted)
-    assert weight.untyped_storage().nbytes() == 4 * weight.numel()
-
-
-@pytest.mark.parametrize("needs_dx", [True, False])
-def test_11_compiled_gradients(needs_dx: bool) -> None:
-    """Under the compiler the gradients, dx too, are those of the dense reference."""
-    torch._dynamo.reset()
-    model, x = small(), torch.randn(4, 6)
-    state, factors = pl.base_state_dict(model), pl.state_dict(model)
-    leaves = {key: value.clone().requires_grad_() for key, value in factors.items()}
-    ours, theirs = (x.clone().requires_grad_(needs_dx) for _ in range(2))
-    hidden = theirs
-    for i in (0, 2):
-        weight = state[f"{i}.weight"]
-        weight = weight + 1.5 * leaves[f"{i}.weight.B"] @ leaves[f"{i}.weight.A"]
-        hidden = F.linear(torch.tanh(hidden) if i else hidden, weight, state[f"{i}.bias"])
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    inputs = [ours] if needs_dx else []
-    actual = torch.autograd.grad(loss([compiled(ours)]), [*pl.parameters(model), *inputs])
-    inputs = [theirs] if needs_dx else []
-    assert_close(actual, torch.autograd.grad(loss([hidden]), [*leaves.values(), *inputs]))
-
-
-def test_12_transforms_go_through() -> None:
-    """torch.func sees plain operations: per-sample gradients agree with a loop over samples."""
-    model, x = small(), torch.randn(4, 6)
-    params = {name: p.detach() for name, p in model.named_parameters() if "factors" in name}
-
-    def one(params: dict[str, Tensor], row: Tensor) -> Tensor:
-        return torch.func.functional_call(model, params, (row,)).square().sum()
-
-    each = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0))(params, x)
-    for i, row in enumerate(x):
-        grads = torch.autograd.grad(model(row).square().sum(), pl.parameters(model))
-        assert_close([grad[i] for grad in each.values()], list(grads))
-
-
-def test_14_drift_of_running_statistics_shows() -> None:
-    """BatchNorm's statistics drift in train mode, frozen or not: `fingerprint` shows it."""
-    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-    pl.attach(model, pl.LoRA(rank=2))
-    before = pl.fingerprint(model)
-    train(model.eval(), torch.randn(5, 6))
-    assert pl.fingerprint(model) == before
-    train(model.train(), torch.randn(5, 6))
-    assert pl.fingerprint(model) != before
-
-
-def test_15_merging_a_tied_head_spares_the_embedding() -> None:
-    """A tied head and embedding are adapted and merged as the one tensor that they are."""
-    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
-    model["head"].weight = model["embed"].weight
-    bits = model["embed"].weight.detach().clone()
-    pl.attach(model, pl.LoRA(rank=2), "head")
-    shake(model)
-    adapted, ids = model["head"].weight.detach().clone(), torch.arange(7)
-    for _ in range(2):
-        assert_close(model["embed"](ids), adapted)
-        with pl.merged(model):
-            assert_bits(model["embed"](ids).detach(), adapted)
-            assert_bits(model["head"].weight.detach(), adapted)
-        with pl.disabled(model):
-            assert_bits(model["embed"](ids).detach(), bits)
-
-
-def test_16_unmerging_does_not_subtract() -> None:
-    """Where subtracting a bfloat16 update would change a weight in ten, unmerging changes none."""
-    layer = nn.Linear(100, 100, dtype=torch.bfloat16)
-    W = layer.weight.detach().clone()
-    pl.attach(layer, pl.LoRA(rank=4), "weight")
-    shake(layer)
-    factors = pl.state_dict(layer)
-    update = (factors["weight.B"] @ factors["weight.A"]).bfloat16()
-    subtracted = (W + update) - update
-    assert (subtracted != W).float().mean() > 0.1
-    pl.merge(layer)
-    pl.unmerge(layer)
-    pl.detach(layer)
-    assert_bits(layer.weight.detach(), W)
-
-
-@pytest.mark.parametrize(("size", "lost"), [(1e-5, 0.5), (1e-4, 0.1)])
-def test_17_small_updates_survive_half_precision(size: float, lost: float) -> None:
-    """A bfloat16 layer applies an update to 3 % that rounding W + ΔW loses to `lost` and more."""
-    torch.default_generator.manual_seed(0)
-    layer = nn.Linear(256, 256, bias=False, dtype=torch.bfloat16)
-    with torch.no_grad():
-        # Two equal halves, so that W maps (x, −x) to zero: its output then shows ΔW alone.
-        layer.weight.copy_((torch.randn(256, 128) * 0.02).repeat(1, 2))
-    W, x = layer.weight.detach().double(), torch.randn(8, 128).bfloat16()
-    pl.attach(layer, pl.LoRA(rank=4), "weight")
-    assert all(parameter.dtype == torch.float32 for parameter in pl.parameters(layer))
-    with torch.no_grad():
-        for parameter in pl.parameters(layer):
-            parameter.normal_(std=(size / 2) ** 0.5)
-        actual = layer(torch.cat([x, -x], dim=1)).double()
-    factors = {key: value.double() for key, value in pl.state_dict(layer).items()}
-    update = factors["weight.B"] @ factors["weight.A"]
-    rounded = layer.weight.detach().double() - W
-    assert float((rounded - update).norm() / update.norm()) > lost
-    expected = torch.cat([x, -x], dim=1).double() @ update.T
-    assert float((actual - expected).norm() / expected.norm()) < 0.03
-
-
-def test_18_there_is_no_dropout() -> None:
-    """Dropout on a layer's input cannot be said in weight space, so no spec takes one."""
-    for spec in (pl.LoRA, pl.Delta):
-        make: Callable[..., pl.Spec] = spec
-        with pytest.raises(TypeError, match="unexpected keyword argument 'dropout'"):
-            make(dropout=0.1)

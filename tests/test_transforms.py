@@ -416,6 +416,7 @@ class TestFunc:
             alone = torch.autograd.grad(out, pl.parameters(case.model), retain_graph=True)
             assert_close([value[i] for value in found.values()], list(alone), **EXACT)
 
+    @pytest.mark.usefixtures("as_large")
     @pytest.mark.parametrize(("host", "kind"), SMOOTH, ids=host_name)
     def test_derivatives(self, host: str | Host, kind: str) -> None:
         """First derivatives (backward, forward, batched) and second ones are the numeric ones."""

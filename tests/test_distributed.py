@@ -1,0 +1,227 @@
+"""Data parallel and sharded training of adapters on two CPU processes is that of one process.
+
+Each process gets every other row of a batch, so the mean of their losses, and of their gradients,
+is that of the whole batch. A scenario runs in both processes and leaves in a file what it found;
+what is expected comes from a plain dense model, in the one process of the test.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+import paramlora as pl
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not dist.is_available() or not dist.is_gloo_available(),
+    reason="needs torch.distributed with gloo",
+)
+
+WORLD, STEPS = 2, 4
+# Half a million times the rounding of one operation at most: sums of some ten terms in float64.
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
+Factors = list[Tensor]
+# Which adapters are on in each step.
+ALWAYS, IN_TURN = [("one",)] * STEPS, [("one",), ("two",)] * (STEPS // 2)
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def base() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    model.load_state_dict(
+        {k: drawn(i, *v.shape) for i, (k, v) in enumerate(model.state_dict().items())}
+    )
+    return model
+
+
+def adapted() -> nn.Sequential:
+    model = base()
+    for i, name in enumerate(("one", "two")):
+        pl.attach(model, pl.LoRA(rank=2, alpha=3), name=name)
+        state = pl.state_dict(model, name)
+        state = {
+            key: drawn(10 * i + j, *value.shape) / 2 for j, (key, value) in enumerate(state.items())
+        }
+        pl.load_state_dict(model, state, name)
+    return model
+
+
+def factors_of(model: nn.Module) -> dict[str, Factors]:
+    return {
+        name: [p.detach().clone() for p in pl.parameters(model, name)] for name in ("one", "two")
+    }
+
+
+def dense(x: Tensor, *active: Factors) -> Tensor:
+    """Return what the plain model computes with W + s·BA written out; s = 3/2."""
+    plain = base()
+    first, second = plain[0].weight, plain[2].weight
+    for A, B, A2, B2 in active:
+        first, second = first + 1.5 * B @ A, second + 1.5 * B2 @ A2
+    return F.linear(F.linear(x, first, plain[0].bias).tanh(), second, plain[2].bias)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    return drawn(100 + step, 8, 6), drawn(200 + step, 8, 3)
+
+
+def trained_alone(plan: list[tuple[str, ...]]) -> tuple[list[Tensor], dict[str, Factors]]:
+    """Return the losses, and the factors in the end, of training the dense model in one process."""
+    factors = factors_of(adapted())
+    leaves = [factor.requires_grad_() for own in factors.values() for factor in own]
+    optimizer, losses = torch.optim.Adam(leaves, lr=0.1), []
+    for step, active in enumerate(plan):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        loss = (dense(x, *(factors[name] for name in active)) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses, {name: [f.detach() for f in own] for name, own in factors.items()}
+
+
+def train(model: nn.Module, plan: list[tuple[str, ...]]) -> list[Tensor]:
+    """Train on this process's rows; return the losses, each the mean over the processes."""
+    optimizer, losses = torch.optim.Adam(pl.parameters(model), lr=0.1), []
+    for step, active in enumerate(plan):
+        x, y = (tensor[dist.get_rank() :: WORLD] for tensor in batch(step))
+        optimizer.zero_grad()
+        with pl.using(model, *active):
+            loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(total / WORLD)
+    return losses
+
+
+def data_parallel(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, plan in (("always", ALWAYS), ("in turn", IN_TURN)):
+        # What is off gets no gradient: DDP has to be told that this can be.
+        model = DistributedDataParallel(adapted(), find_unused_parameters=True)
+        found[key] = train(model, plan), factors_of(model)
+    x, _ = batch(0)
+    found["digest"] = pl.fingerprint(model.module)
+    with torch.no_grad():
+        found["on"] = model(x)
+        with pl.merged(model):
+            found["merged"] = model(x)
+        with pl.disabled(model):
+            found["off"] = model(x)
+        pl.detach(model)
+        found["detached"] = model(x)
+    return found
+
+
+def sharded(folder: Path) -> dict[str, Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    model = adapted()
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh)
+    losses, whole = train(model, ALWAYS), {}
+    for name in ("one", "two"):
+        shards: list[Any] = list(pl.parameters(model, name))
+        whole[name] = [shard.detach().full_tensor() for shard in shards]
+    found: dict[str, Any] = {"always": (losses, whole)}
+    found["types"] = {type(p).__name__ for p in pl.parameters(model)}
+    found["digest"] = pl.fingerprint(model)
+    pl.save(model, folder / "one.safetensors", "one")
+    x, _ = batch(0)
+    with torch.no_grad():
+        found["on"] = model(x)
+        with pl.disabled(model):
+            found["off"] = model(x)
+        with pl.using(model, one=0.5):
+            found["half"] = model(x)
+    found["refused"] = []
+    for verb in (
+        pl.merge,
+        pl.bake,
+        pl.detach,
+        lambda m: pl.attach(m, pl.LoRA(), "0", name="three"),
+    ):
+        try:
+            verb(model)
+        except pl.ParamloraError as error:
+            found["refused"].append(str(error))
+    with torch.no_grad():
+        found["after"] = model(x)
+    return found
+
+
+def process(rank: int, scenario: Callable[[Path], dict[str, Any]], folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD
+    )
+    torch.save(scenario(folder), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(scenario: Callable[[Path], dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Run a scenario in the processes; return what each of them found."""
+    torch.multiprocessing.spawn(process, (scenario, folder), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.mark.slow
+def test_data_parallel(tmp_path: Path) -> None:
+    """With DistributedDataParallel losses and factors are those of one process on whole batches.
+
+    Also where two adapters are trained in turn; and afterwards the verbs act on what DDP wraps.
+    """
+    for found in run(data_parallel, tmp_path):
+        for key, plan in (("always", ALWAYS), ("in turn", IN_TURN)):
+            assert_close(tuple(found[key]), trained_alone(plan), **EXACT)
+        x, _ = batch(0)
+        _, factors = trained_alone(IN_TURN)
+        expected = dense(x, *factors.values()).detach()
+        assert_close([found["on"], found["merged"]], [expected] * 2, **EXACT)
+        plain = dense(x).detach()
+        assert_close([found["off"], found["detached"]], [plain] * 2, rtol=0, atol=0)
+        assert found["digest"] == pl.fingerprint(base())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on the CPU"
+)
+def test_sharded(tmp_path: Path) -> None:
+    """With fully_shard after attach losses and factors are those of one process.
+
+    Toggling, scaling, saving and the digest work on the shards; what would have to write behind
+    FSDP's back is refused, and nothing is changed by that.
+    """
+    for found in run(sharded, tmp_path):
+        assert found["types"] == {"DTensor"}
+        losses, factors = trained_alone(ALWAYS)
+        assert_close(tuple(found["always"]), (losses, factors), **EXACT)
+        x, _ = batch(0)
+        expected = dense(x, *factors.values()).detach()
+        assert_close([found["on"], found["after"]], [expected] * 2, **EXACT)
+        assert_close(found["off"], dense(x).detach(), **EXACT)
+        A, B, A2, B2 = factors["one"]
+        assert_close(found["half"], dense(x, [A, B / 2, A2, B2 / 2]).detach(), **EXACT)
+        assert found["digest"] == pl.fingerprint(base())
+        assert len(found["refused"]) == 4
+        assert all("'0.weight'" in message and "shard" in message for message in found["refused"])
+    model = base()
+    pl.load(model, tmp_path / "one.safetensors")
+    assert_close([p.detach() for p in pl.parameters(model)], factors["one"], **EXACT)
