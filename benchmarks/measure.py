@@ -107,7 +107,9 @@ def check(case: Case, entry: Entry) -> float:
         assert dW is not None
         A64, B64 = (value.double() for value in case.values[path])
         pairs += [(A.grad, s * B64.T @ dW), (B.grad, s * dW @ A64.T)]
-    worst = max(float((a.detach().double() - b).norm() / b.norm()) for a, b in pairs)
+    worst = max(
+        float((a.detach().double() - b.detach()).norm() / b.detach().norm()) for a, b in pairs
+    )
     assert worst < BOUNDS[case.cell.dtype], (
         f"{entry.contestant.name} is off by {worst:.1e} in {case.cell}; not timed"
     )

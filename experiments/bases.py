@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from .adam import SmallAdam
 from .models import DigitNet
 from .rundir import replace_file
 from .settings import DigitSettings, StudyError, deciding
@@ -57,7 +58,7 @@ def pretrain(settings: DigitSettings, inputs: Tensor, labels: Tensor) -> Base:
         model, order = _drawn(settings, len(labels))
     model.to(inputs.device)
     batches = Batches((inputs, labels), order, settings.batch)
-    optimizer = torch.optim.Adam(model.parameters(), settings.base_lr, fused=True)
+    optimizer = SmallAdam(model.parameters(), settings.base_lr)
     losses = train(model, batches, cross_entropy, optimizer, label="pre-training")
     return Base({key: value.cpu() for key, value in model.state_dict().items()}, losses)
 

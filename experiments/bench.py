@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import paramlora as pl
 
+from .adam import SmallAdam
 from .bases import Base, base_path, find, keep, order_after_base, pretrain, restore
 from .data import Data
 from .environment import commit
@@ -65,7 +66,7 @@ class Bench:
         self, model: nn.Module, batches: Batches, parameters: list[nn.Parameter], label: str
     ) -> Tensor:
         """Train the parameters by a new Adam, and return the loss of each step."""
-        optimizer = torch.optim.Adam(parameters, self.settings.lr, fused=True)
+        optimizer = SmallAdam(parameters, self.settings.lr)
         with cpu_threads(self.settings.threads):
             return train(model, batches, cross_entropy, optimizer, label=label)
 

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from os import environ
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Data:
     train: Split
     test: Split
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The SHA-256 of all images and labels, in hexadecimal digits."""
         total = hashlib.sha256()

@@ -105,6 +105,11 @@ def legend(run: RunDirectory) -> str:
         )
     if "scrambled" in methods:
         said.append("scrambled: as on, with the blog's scrambled update.")
+    if silent := never_answered(run):
+        said.append(
+            f"The base answers {' or '.join(map(str, silent))} to no image: the ReLU on its logits "
+            "has put out that output for good, which --no-relu-logits avoids."
+        )
     if known := published_for(run):
         same = list(known["base"].wrong_counts) == base_of(run)["wrong_counts"]
         said.append(
@@ -113,6 +118,13 @@ def legend(run: RunDirectory) -> str:
             + ("all the same here." if same else "not the same here.")
         )
     return " ".join(said)
+
+
+def never_answered(run: RunDirectory) -> list[int]:
+    """Return the digits that a base with a ReLU on its logits gives as an answer to no image."""
+    if not run.settings["relu_logits"]:
+        return []
+    return [d for d in range(10) if not any(row[d] for row in base_of(run)["confusion"])]
 
 
 def order(run: RunDirectory) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +12,19 @@ from tqdm import tqdm
 Objective = Callable[..., Tensor]
 
 
+class Optimizer(Protocol):
+    """What training asks of an optimizer; those of `torch.optim` have it."""
+
+    def step(self) -> object: ...
+
+    def zero_grad(self) -> object: ...
+
+
 def train(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, ...]],
     objective: Objective,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     *,
     label: str = "training",
 ) -> Tensor:
@@ -26,7 +35,7 @@ def train(
         batches: tuples of tensors on the model's device.
         objective: `(model, *batch) -> loss`, such as `cross_entropy`; whatever is to be added to
             the loss is said here.
-        optimizer: holds the parameters that are trained.
+        optimizer: holds the parameters that are trained; one of `torch.optim`, or alike.
         label: what the progress bar is called.
     """
     losses = []

@@ -189,7 +189,9 @@ def _scaled(tensor: Tensor, s: float) -> Tensor:
 
 def _plain(x: Tensor) -> bool:
     """Return whether to say it in plain operations; see this file's first docstring."""
-    if x.is_meta or x.dim() < 2:  # torch knows no autocast for the meta device
+    # A subclass may be an exporter's fake one, whose sizes must not be asked for; and torch knows
+    # no autocast for the meta device.
+    if type(x) is not Tensor or x.is_meta or x.dim() < 2:
         return True
     return transformed() or torch.is_autocast_enabled(x.device.type)
 

@@ -74,9 +74,9 @@ def at_step(step: str, generation: int) -> None:
     write(generation)
 
 
-def after_a_kill(last: int) -> tuple[int, bool]:
+def after_a_kill(last: int, seconds: float) -> tuple[int, bool]:
     """Return the generation in the file after saving was killed, and whether a save was cut off."""
-    killed(lambda: save_on(last), random.uniform(0.002, 0.02))
+    killed(lambda: save_on(last), random.uniform(0, 6 * seconds))
     left = leftovers()
     for path in left:
         path.unlink()
@@ -87,7 +87,10 @@ def main() -> None:
     torch.set_num_threads(1)
     random.seed(0)
     pl.attach(MODEL, pl.LoRA(rank=16))
-    write(1)
+    start = time.perf_counter()
+    for _ in range(5):
+        write(1)
+    seconds = (time.perf_counter() - start) / 5
     for step in ("fsync", "replace") if HOW != "directly" else ():
         killed(functools.partial(at_step, step, 99), None)
         assert read() == 1, step
@@ -97,7 +100,7 @@ def main() -> None:
     last = 1
     for _ in range(ROUNDS):
         try:
-            found, cut = after_a_kill(last)
+            found, cut = after_a_kill(last, seconds)
         except (SafetensorError, ValueError):
             damaged += 1
             write(last)

@@ -13,10 +13,16 @@ from torch.testing import assert_close
 import paramlora as pl
 
 PAIRS = [
-    pytest.param(kind, host, id=f"{kind_name}-{host_name}")
+    pytest.param(kind, host, False, id=f"{kind_name}-{host_name}")
     for kind_name, kind in KINDS.items()
     for host_name, host in HOSTS.items()
     if any(map(kind.takes, host.make().parameters()))
+]
+# A large Linear is computed by a Function of its own; here small ones are, too.
+PAIRS += [
+    pytest.param(KINDS["lora"], host, True, id=f"lora-{host_name}_as_large")
+    for host_name, host in HOSTS.items()
+    if host_name.startswith(("linear", "encoder"))
 ]
 # Half a million times the rounding of one operation at most: sums of some ten terms in float64.
 assert_exact = functools.partial(assert_close, rtol=1e-10, atol=1e-10)
@@ -48,9 +54,14 @@ def bits(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("kind", "host"), PAIRS)
+@pytest.mark.parametrize(("kind", "host", "large"), PAIRS)
 class TestConformance:
     """What holds for every kind of adapter at every host; a new kind is one line in KINDS."""
+
+    @pytest.fixture(autouse=True)
+    def _as_large(self, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        if large:
+            monkeypatch.setattr("paramlora.lowrank.worth_a_function", lambda *_: True)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_a_new_adapter_changes_no_output(

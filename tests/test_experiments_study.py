@@ -394,6 +394,17 @@ def test_published_counts_are_set_beside_the_bands(finished):
     assert table["on", "all digits, %"] == ["", ""]
 
 
+def test_an_output_that_is_put_out_is_named(finished):
+    """A digit that a base with a ReLU on its logits never answers is named in the report."""
+    run = on_mnist(finished)
+    assert "to no image" not in markdown(run, {})
+    for row in run.rows[0]["confusion"]:
+        row[1], row[4], row[8] = row[1] + row[4] + row[8], 0, 0
+    assert "The base answers 4 or 8 to no image" in markdown(run, {})
+    run.settings["relu_logits"] = False
+    assert "to no image" not in markdown(run, {})
+
+
 def test_a_band_is_mean_and_sample_deviation():
     """A band's figures are those of the statistics module's definitions, one value alone bare."""
     band = Band((1.0, 2.0, 4.0))

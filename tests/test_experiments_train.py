@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
+from experiments.adam import SmallAdam
 from experiments.bases import base_path, find, keep, network, order_after_base, pretrain, restore
 from experiments.evaluate import logits_of, score
 from experiments.forgetting import Change, accuracy, change, old_and_new
@@ -80,7 +82,7 @@ def test_batches_are_rows_in_order(count):
 
 
 def test_training_is_the_plain_loop():
-    """The loop gives bitwise the losses and weights of the loop that everybody writes."""
+    """Loop and optimizer give bitwise the losses and weights of the loop that everybody writes."""
     inputs, labels = examples(60)
     model = DigitNet([12, 8], "relu")
     plain = copy.deepcopy(model).train()
@@ -97,9 +99,26 @@ def test_training_is_the_plain_loop():
         model,
         Batches((inputs, labels), order, 7),
         cross_entropy,
-        torch.optim.Adam(model.parameters(), 1e-2, fused=True),
+        SmallAdam(model.parameters(), 1e-2),
     )
     assert ours.tolist() == theirs
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_training_takes_torchs_optimizers_too():
+    """The loop is the same for an optimizer of torch.optim, with its own momentum and decay."""
+    inputs, labels = examples(30)
+    model = DigitNet([12, 8])
+    plain = copy.deepcopy(model).train()
+    batches = Batches((inputs, labels), torch.arange(30), 10)
+    kind = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
+    train(model, batches, cross_entropy, kind(model.parameters()))
+    optimizer = kind(plain.parameters())
+    for x, y in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        optimizer.step()
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, other)
 

@@ -163,7 +163,8 @@ class TestInvariant7:
     def test_7_loading_one_leaves_the_others(self, tmp_path: Path) -> None:
         """Loading an adapter, from a file or a state dict, changes its own values alone."""
         model, _ = self.model()
-        pl.disable(model, "full")
+        pl.attach(model, pl.LoRA(rank=1), "head", name="off")
+        pl.disable(model, "off")
         pl.scale(model, 0.25, "full")
         pl.save(model, tmp_path / "low.safetensors", "low")
         saved, other = values(model, "low"), values(model, "full")

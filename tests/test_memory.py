@@ -1,13 +1,15 @@
 """A factored layer never builds W' in training, and keeps no more than x, x Aᵀ and the factors."""
 
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import floats, loss, shake
+from reference import HOSTS, KINDS, Case, floats, loss, shake
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
@@ -170,6 +172,47 @@ def test_siblings_keep_a_half_precision_x_once() -> None:
             layer(x)
     beside = kept.elements_beside(*layers.parameters())
     assert beside <= N * IN + 3 * RANK * (N + IN + OUT)
+
+
+@pytest.mark.parametrize("host", ["conv2d", "conv_transpose1d", "bilinear", "attention"])
+@pytest.mark.parametrize("spec", [pl.LoRA(rank=RANK), pl.Delta()])
+def test_layers_that_build_the_weight_keep_none(host: str, spec: pl.Spec) -> None:
+    """A layer that needs W' dense keeps W and the factors for the backward, and no W'."""
+    case = Case.of(HOSTS[host], torch.float32)
+    shapes = {tuple(p.shape) for p in case.plain.parameters() if p.dim() > 1}
+    pl.attach(case.model, spec, targets=[p for p in case.sites(KINDS["lora"]) if "out" not in p])
+    kept = Kept()
+    with kept.hooks:
+        case.model(*case.inputs)
+    for shape in shapes:
+        assert not kept.keeps_shape(shape, *case.model.parameters())
+
+
+class Noting(pl.Delta):
+    """A Delta that notes each W' that it makes."""
+
+    made: ClassVar[list[weakref.ref[Tensor]]] = []
+
+    def apply(
+        self, weight: Tensor, factors: Mapping[str, Tensor], strength: float | Tensor = 1.0
+    ) -> Tensor:
+        adapted = super().apply(weight, factors, strength)
+        self.made.append(weakref.ref(adapted))
+        return adapted
+
+
+@pytest.mark.parametrize("host", ["lstm", "gru_deep", "attention", "conv2d", "bare_3d"])
+def test_nothing_is_held_after_a_forward(host: str) -> None:
+    """When a forward's outputs are gone, no W' is alive any more, nor the graph that made it."""
+    case = Case.of(HOSTS[host], torch.float32)
+    pl.attach(case.model, Noting(), targets="*")
+    for mode in (nullcontext, torch.no_grad):
+        Noting.made.clear()
+        with mode():
+            case.model(*case.inputs)
+        assert Noting.made
+        gc.collect()
+        assert [made() for made in Noting.made if made() is not None] == []
 
 
 def test_embedding_keeps_ids_rows_and_factors() -> None:

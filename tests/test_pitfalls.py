@@ -1,7 +1,7 @@
 """What goes wrong around `torch.nn.utils.parametrize`, each by its number: the module's side.
 
 Those on what is computed, from 9 on, are in `test_pitfalls_computed.py`; the one on sharding, 13,
-is in `test_sharding.py`.
+is in `test_distributed.py`.
 """
 
 import copy

@@ -42,6 +42,13 @@ def test_10_the_weight_is_no_subclass() -> None:
     assert weight.untyped_storage().nbytes() == 4 * weight.numel()
 
 
+@pytest.fixture
+def as_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small layers are computed as large ones are, by a Function where nothing is looking on."""
+    monkeypatch.setattr("paramlora.lowrank.worth_a_function", lambda *_: True)
+
+
+@pytest.mark.usefixtures("as_large")
 @pytest.mark.parametrize("needs_dx", [True, False])
 def test_11_compiled_gradients(needs_dx: bool) -> None:
     """Under the compiler the gradients, dx too, are those of the dense reference."""
@@ -62,6 +69,7 @@ def test_11_compiled_gradients(needs_dx: bool) -> None:
     assert_close(actual, torch.autograd.grad(loss([hidden]), [*leaves.values(), *inputs]))
 
 
+@pytest.mark.usefixtures("as_large")
 def test_12_transforms_go_through() -> None:
     """torch.func sees plain operations: per-sample gradients agree with a loop over samples."""
     model, x = small(), torch.randn(4, 6)

