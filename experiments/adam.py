@@ -11,7 +11,7 @@ tests compare with `torch.optim.Adam`, which stays the reference.
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim.Adam's
 
@@ -23,7 +23,8 @@ class SmallAdam:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
-        self.parameters, self.lr = list(parameters), lr
+        self.parameters: list[Tensor] = list(parameters)
+        self.lr = lr
         self.means = [torch.zeros_like(p) for p in self.parameters]
         self.squares = [torch.zeros_like(p) for p in self.parameters]
         self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
@@ -31,10 +32,11 @@ class SmallAdam:
     @torch.no_grad()
     def step(self) -> None:
         """Move every parameter by its gradient."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         torch._foreach_add_(self.steps, 1)
         torch._fused_adam_(
             self.parameters,
-            [p.grad for p in self.parameters],
+            gradients,
             self.means,
             self.squares,
             [],

@@ -168,12 +168,18 @@ def _rebuilt(module: nn.Module) -> Iterator[None]:
 def _recurrent(plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def forward(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
-        try:
-            # torch's forward reads every weight three times.
-            with nullcontext() if lowrank.transformed() else once():
+        if lowrank.transformed():
+            try:
                 return plain(self, *args, **kwargs)
-        finally:
-            hold_stored(self)
+            finally:
+                hold_stored(self)
+        # torch's forward leaves the weights that it used in a list of the module, where W' would
+        # keep the graph alive, and where another thread may be about to use its own.
+        stand_in = object.__new__(type(self))
+        stand_in.__dict__.update(vars(self))
+        # It reads every weight three times.
+        with once():
+            return plain(stand_in, *args, **kwargs)
 
     return forward
 

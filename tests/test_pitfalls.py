@@ -218,6 +218,37 @@ def test_06_other_threads_share_nothing(host: str) -> None:
         thread.join()
 
 
+class Pausing(nn.LSTM):
+    """An LSTM that pauses between reading its weights and using them, where it is told to."""
+
+    paused, inside, go_on = False, threading.Event(), threading.Event()
+
+    def check_forward_args(self, *args: Any) -> None:
+        if self.paused:
+            self.inside.set()
+            self.go_on.wait(30)
+        super().check_forward_args(*args)
+
+
+def test_06_threads_share_a_recurrent_module() -> None:
+    """A forward in one thread leaves the weights alone that another thread is about to use."""
+    model, x = Pausing(4, 4), torch.randn(3, 2, 4)
+    pl.attach(model, pl.LoRA(rank=2), "weight*")
+    shake(model)
+    expected, found = model(x)[0].detach(), []
+    model.paused = True
+    thread = threading.Thread(target=lambda: found.append(model(x)[0].detach()))
+    thread.start()
+    try:
+        assert model.inside.wait(30)
+        model.paused = False
+        model(x)
+    finally:
+        model.go_on.set()
+        thread.join()
+    assert_close(found, [expected])
+
+
 def test_07_writing_past_a_weight() -> None:
     """Writing to an adapted `.weight` changes nothing; what is written to W or A shows."""
     model = small()

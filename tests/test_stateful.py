@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +204,10 @@ class Book:
 
     def merged(self, scope: str = "", names: Any = ()) -> bool:
         return any(part.merged for _, part in self.select(scope, names))
+
+    def firsts(self) -> dict[str, str]:
+        """Return all paths, each with the one by which its tensor is known."""
+        return {path: first for first, paths in self.paths.items() for path in paths}
 
     def flag(self, path: str) -> bool:
         """Return whether a tensor of the base must require a gradient."""
@@ -423,10 +427,25 @@ NOTHING = (pl.StateError, r"^nothing to merge")
 IS_TAKEN = (pl.AdapterNameError, r"^an adapter '.' is attached already")
 Refusal = tuple[type[Exception], str]
 
-# Names that are mostly attached, and parts of the model that are mostly all of it.
-a_name = st.runner().flatmap(lambda m: st.sampled_from([*m.book.names() * 8, *NAMES]))
-some_names = st.lists(a_name, max_size=2, unique=True)
-a_scope = st.runner().flatmap(lambda m: st.sampled_from([""] * 8 + m.scopes))
+
+def now(strategy: Callable[["Machine"], st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
+    """Return a strategy that depends on what the machine's model is like then."""
+    return st.runner().flatmap(strategy)
+
+
+def mostly(good: st.SearchStrategy[Any], other: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.integers(0, 9).flatmap(lambda i: other if i == 9 else good)
+
+
+# Names that are mostly attached or mostly free, and parts of the model that are mostly all of it.
+any_name = st.sampled_from(NAMES)
+a_name = mostly(now(lambda m: st.sampled_from(m.book.names() or NAMES)), any_name)
+some_names = mostly(
+    now(lambda m: st.lists(st.sampled_from(m.book.names() or NAMES), max_size=2, unique=True)),
+    st.lists(any_name, max_size=2, unique=True),
+)
+a_free_name = now(lambda m: st.sampled_from(sorted({*NAMES} - {*m.book.names()}) or NAMES))
+a_scope = mostly(st.just(""), now(lambda m: st.sampled_from(m.scopes)))
 a_strength = st.sampled_from([0.0, 0.5, 1.0, -1.0, 2.0])
 a_seed = st.integers(0, 2**16)
 a_spec = st.one_of(
@@ -500,7 +519,7 @@ class Machine(RuleBasedStateMachine):
         return self.world.book
 
     def part(self, scope: str) -> nn.Module:
-        """Return the part of the model in which paths scope so."""
+        """Return the part of the model in which paths start so."""
         return self.model.get_submodule(scope.rstrip("."))
 
     def bad_name(self, names: Any, scope: str = "") -> Refusal | None:
@@ -538,33 +557,39 @@ class Machine(RuleBasedStateMachine):
             for key in held[name].factors if name in held else ():
                 held[name].factors[key] = values[f"{path}.{key}"].double()
 
+    @precondition(lambda self: len(self.book.names()) < len(NAMES))
     @rule(
-        name=st.sampled_from(NAMES),
+        name=mostly(a_free_name, any_name),
         to=st.lists(st.tuples(st.integers(0, 40), a_spec), min_size=2, max_size=6),
-        freeze=st.booleans(),
+        freeze=st.sampled_from([True, True, False]),
         filled=st.booleans(),
         seed=a_seed,
     )
     def attach(
         self, name: str, to: list[tuple[int, pl.Spec]], freeze: bool, filled: bool, seed: int
     ) -> None:
-        firsts = {path: first for first, same in self.book.paths.items() for path in same}
+        firsts = self.book.firsts()
         specs: dict[Any, pl.Spec] = {}
         for index, spec in to:
             path = list(firsts)[index % len(firsts)]
             specs[path] = spec if self.book.base(firsts[path]).dim() > 1 else pl.Delta()
         before = exactly(self.model, self.ids)
         generator = torch.Generator().manual_seed(seed)
-        if not self.attempt(
+        if self.attempt(
             lambda: pl.attach(self.model, specs, name=name, freeze=freeze, generator=generator),
             IS_TAKEN if name in self.book.names() else None,
         ):
-            return
-        # Beside others that are active, sums may be rounded in another order.
-        others = any(part.active for _, _, part in self.book.all_parts())
-        (close if others else same)(exactly(self.model, self.ids), before)
+            # Beside others that are active, sums may be rounded in another order.
+            others = any(part.active for _, _, part in self.book.all_parts())
+            (close if others else same)(exactly(self.model, self.ids), before)
+            self.note(name, specs, freeze)
+            if filled:
+                self.fill(name, seed)
+
+    def note(self, name: str, specs: dict[Any, pl.Spec], freeze: bool) -> None:
+        """Put an adapter that was attached into the book, after a look at its factors."""
         factors = self.factors(name)
-        for path, first in firsts.items():
+        for path, first in self.book.firsts().items():
             # Of the two paths of a tied tensor the first counts.
             if path in specs and name not in self.book.parts[first]:
                 own, spec, base = factors.pop(first), specs[path], self.book.base(first)
@@ -577,7 +602,21 @@ class Machine(RuleBasedStateMachine):
         assert not factors
         if freeze:
             self.book.freeze_base(name)
-        if filled:
+
+    @precondition(lambda self: self.book.names() and not self.book.merged())
+    @rule(name=a_name, alpha=st.sampled_from([2.0, None]), freeze=st.booleans(), seed=a_seed)
+    def attach_anew(self, name: str, alpha: float | None, freeze: bool, seed: int) -> None:
+        """Detach an adapter and attach it to the same tensors again, with another alpha."""
+        held = {path: parts[name] for path, parts in self.book.parts.items() if name in parts}
+        if held:
+            specs: dict[Any, pl.Spec] = {path: part.spec for path, part in held.items()}
+            for path, spec in specs.items():
+                if isinstance(spec, pl.LoRA):
+                    specs[path] = replace(spec, alpha=alpha)
+            pl.detach(self.model, name)
+            self.book.detach([name])
+            pl.attach(self.model, specs, name=name, freeze=freeze)
+            self.note(name, specs, freeze)
             self.fill(name, seed)
 
     @precondition(lambda self: self.book.names())
@@ -767,7 +806,7 @@ class Machine(RuleBasedStateMachine):
         assert self.aside is not None
         self.world, self.aside = self.aside, self.world
 
-    @precondition(lambda self: self.book.names())
+    @precondition(lambda self: self.book.names() and len(self.files) < 5)
     @rule(name=a_name)
     def save(self, name: str) -> None:
         path = Path(self.folder.name) / f"{len(self.files)}.safetensors"
@@ -789,7 +828,7 @@ class Machine(RuleBasedStateMachine):
         self.files.append(File(path, name, copy.deepcopy(held)))
 
     @precondition(lambda self: self.files)
-    @rule(index=st.integers(0, 9), name=st.one_of(st.none(), st.sampled_from(NAMES)))
+    @rule(index=st.integers(0, 9), name=st.one_of(st.none(), any_name))
     def load(self, index: int, name: str | None) -> None:
         """Load a file as a new adapter, or into the one of that name."""
         file = self.files[index % len(self.files)]

@@ -20,6 +20,12 @@ from torch.testing import assert_close
 
 import paramlora as pl
 
+# torch says of itself what it does not do fast, and what it writes down while it traces an LSTM.
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:::torch\..*"),
+    pytest.mark.filterwarnings(r"ignore:The tensor attributes self\..*_flat_weights:UserWarning"),
+]
+
 SMALL = Host(
     lambda: nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3)),
     lambda: (torch.randn(4, 7),),
