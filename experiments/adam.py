@@ -27,28 +27,29 @@ class SmallAdam:
         self.lr = lr
         self.means = [torch.zeros_like(p) for p in self.parameters]
         self.squares = [torch.zeros_like(p) for p in self.parameters]
-        self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
+        # The kernel wants a counter a parameter and only reads them: one serves all.
+        self.count = torch.zeros((), device=self.parameters[0].device)
 
-    @torch.no_grad()
     def step(self) -> None:
         """Move every parameter by its gradient."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        torch._foreach_add_(self.steps, 1)
-        torch._fused_adam_(
-            self.parameters,
-            gradients,
-            self.means,
-            self.squares,
-            [],
-            self.steps,
-            lr=self.lr,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
-            weight_decay=0.0,
-            eps=EPS,
-            amsgrad=False,
-            maximize=False,
-        )
+        with torch.no_grad():
+            self.count += 1
+            torch._fused_adam_(
+                self.parameters,
+                gradients,
+                self.means,
+                self.squares,
+                [],
+                [self.count] * len(gradients),
+                lr=self.lr,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                weight_decay=0.0,
+                eps=EPS,
+                amsgrad=False,
+                maximize=False,
+            )
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

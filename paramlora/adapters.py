@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -88,7 +89,7 @@ def add_update(weight: Tensor, update: Tensor) -> Tensor:
 
 def is_finite(value: object) -> bool:
     """Return whether a value is a finite number (a bool is none)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def draw(
@@ -107,9 +108,14 @@ def draw(
     if weight.is_meta:
         return torch.empty(shape, dtype=dtype, device="meta")
     device = "cpu" if generator is None else generator.device
-    factor = torch.empty(shape, dtype=dtype, device=device)
+    factor = torch.full(shape, math.nan, dtype=dtype, device=device)
     with torch.no_grad():
         fill(factor, generator)
+    if not factor.isfinite().all():
+        raise ValueError(
+            f"init did not fill a factor of shape {shape} with finite numbers; it has to do so in "
+            "place, as torch.nn.init.normal_ does"
+        )
     return factor.to(weight.device)
 
 
@@ -134,13 +140,14 @@ class LoRA(Spec):
         alpha: the numerator of the scale; None means `rank`, so a scale of 1.
         init: how A starts; B starts at zero, so the update does too. "kaiming" (uniform, a = √5,
             as in the paper's code), "gaussian" (N(0, 1)), "gaussian/sqrt_r" (N(0, 1/r)),
-            "orthogonal" (orthonormal rows), or a callable that fills A, (r, in), in place, such
-            as those of `torch.nn.init`.
+            "orthogonal" (orthonormal rows, or columns where r is above in), or a callable that
+            fills A, (r, in), in place, such as those of `torch.nn.init`.
         rank_stabilized: scale by alpha/√r in place of alpha/r (Kalajdzievski 2023,
             arXiv 2312.03732).
 
     Raises:
-        ValueError: a rank below 1, an alpha that is no finite number, an init of no known name.
+        ValueError: a rank below 1, an alpha that is no finite number, an init of no known name,
+            or, when it is used, one that does not fill A with finite numbers.
 
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models",
     arXiv 2106.09685, section 4.1.
@@ -155,13 +162,17 @@ class LoRA(Spec):
     rank_stabilized: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+        if not isinstance(self.rank, Integral) or isinstance(self.rank, bool) or self.rank < 1:
             raise ValueError(f"rank must be a whole number of at least 1, got {self.rank!r}")
         if self.alpha is not None and not is_finite(self.alpha):
             raise ValueError(f"alpha must be a finite number or None, got {self.alpha!r}")
         if not callable(self.init) and self.init not in _INITS:
             known = ", ".join(repr(name) for name in _INITS)
             raise ValueError(f"init must be one of {known} or a callable, got {self.init!r}")
+        # numpy's numbers, too: as Python's they can be saved.
+        object.__setattr__(self, "rank", int(self.rank))
+        if not isinstance(self.alpha, int | float | None):
+            object.__setattr__(self, "alpha", float(self.alpha))
 
     @property
     def scaling(self) -> float:

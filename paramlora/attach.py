@@ -1,7 +1,7 @@
 """Attaching adapters to a model, detaching them, and which of their factors are trained."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,8 @@ def attach(
         TargetError: a target matches nothing, or a tensor that cannot be adapted (integer or
             packed, lazy, too few dimensions). The model is then as it was.
         AdapterNameError: the name is taken, or cannot be one.
+        StateError: a tensor is tied, and has adapters on one side only.
+        TypeError: a spec is no instance of one, or a target none of the forms above.
 
     >>> import paramlora as pl
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -65,9 +67,11 @@ def attach(
     14
     """
     check_name(model, name)
+    chosen = list(_once_each(resolve(model, spec, targets, exclude)))
+    check_tied(model, [place for place, _ in chosen])
     planned = [
         Planned(place, Factors(its_spec, its_spec.create(place.value.detach(), generator)))
-        for place, its_spec in _once_each(model, resolve(model, spec, targets, exclude))
+        for place, its_spec in chosen
     ]
     install(model, planned, name, freeze)
     return summary(model)
@@ -77,18 +81,21 @@ def detach(model: nn.Module, *names: str) -> None:
     """Take adapters away, all where none is named: the exact inverse of `attach`.
 
     A module that has no adapter left is what it was: class, parameters with their identity, order,
-    bits and requires_grad, hooks.
+    bits and requires_grad, hooks. On a part of a model it gives back that part's flags only.
 
     Raises:
         AdapterNameError: no adapter of that name.
         StateError: an adapter is merged, tied to a tensor outside of `model`, or sharded.
     """
-    chosen = select(model, names)
-    check_unmerged(chosen, "detach")
+    check_unmerged(select(model, names), "detach")
     here = sites(model)
     check_ties(here)
     check_whole(here)
-    remove(model, here, {name for _, its_names in chosen for name in its_names})
+    remove(model, here, set(names or names_of(model)))
+    if not names:
+        # Also what was frozen for an adapter that a part of the model lost before.
+        host.unfreeze_base(model, None)
+        host.forget(model)
 
 
 def freeze(model: nn.Module, *names: str) -> None:
@@ -159,7 +166,7 @@ def remove(model: nn.Module, here: list[Site], names: set[str]) -> None:
     host.forget(model)
 
 
-def _once_each(model: nn.Module, chosen: list[tuple[Place, Spec]]) -> Iterator[tuple[Place, Spec]]:
+def _once_each(chosen: list[tuple[Place, Spec]]) -> Iterator[tuple[Place, Spec]]:
     """Yield the chosen places, tied ones once."""
     seen = set()
     for place, spec in chosen:
@@ -177,6 +184,20 @@ def _holders(model: nn.Module) -> dict[int, list[Place]]:
     return holders
 
 
+def check_tied(model: nn.Module, chosen: Iterable[Place]) -> None:
+    """Raise a StateError where a tensor is tied, and the adapters on it are on one side only."""
+    holders = _holders(model)
+    for place in chosen:
+        shared = holders[id(place.stored)]
+        stacks = {id(other.stack) for other in shared}
+        if len(stacks) > 1:
+            raise StateError(
+                f"{' and '.join(repr(other.path) for other in shared)} are tied, and adapters were "
+                "attached to one side alone, through a part of the model; detach those, and attach "
+                "to the whole"
+            )
+
+
 def check_whole(here: list[Site]) -> None:
     """Raise a StateError where FSDP has sharded a tensor: it keeps a copy that would stay."""
     for site in here:
@@ -188,6 +209,7 @@ def check_whole(here: list[Site]) -> None:
 
 
 def check_ties(here: list[Site]) -> None:
+    """Raise a StateError where a stack is also at a tensor outside of these sites."""
     count = Counter(id(site.stack) for site in here)
     for site in here:
         if len(site.stack.tied) > count[id(site.stack)]:

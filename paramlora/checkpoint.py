@@ -21,10 +21,10 @@ from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
 from .adapters import Spec, is_finite
-from .attach import Planned, check_name, install
+from .attach import Planned, check_name, check_tied, install
 from .base import compare, digest, whole
 from .errors import AdapterNameError, CheckpointError, TargetError
-from .stack import Factors, Site, below, sites
+from .stack import Factors, Site, below, first_sites
 from .summary import Summary, summary
 from .targets import Place, check, check_shapes, nearest, places
 from .toggle import check_unmerged, names_of, select
@@ -123,6 +123,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     tensors, content = _read(path)
     name = content["name"] if name is None else name
     planned = _planned(model, tensors, content["sites"], path)
+    check_tied(model, [plan.place for plan in planned])
     # Last, because the checks before it say more.
     saved = content.pop("digest")
     if digest(tensors.items(), json.dumps(content)) != saved:
@@ -162,10 +163,7 @@ def write_atomically(
 def _sites_of(model: nn.Module, name: str) -> list[Site]:
     """Return the sites of one adapter, tied ones once, in the order of `parameters`."""
     wanted = {id(stack) for stack, _ in select(model, [name])}
-    first: dict[int, Site] = {}
-    for site in sites(model):
-        first.setdefault(id(site.stack), site)
-    return [site for key, site in first.items() if key in wanted]
+    return [site for site in first_sites(model) if id(site.stack) in wanted]
 
 
 def _describe(site: Site, name: str) -> dict[str, Any]:

@@ -73,17 +73,20 @@ def freeze_base(model: nn.Module, adapter: str) -> None:
     """Stop the base's parameters from requiring a gradient, on behalf of an adapter."""
     for module in _base_modules(model):
         for key, parameter in _stored_parameters(module):
-            if parameter.requires_grad or key in _frozen(module):
-                _before(module).frozen.setdefault(key, set()).add(adapter)
+            if parameter.requires_grad:
+                # Whoever froze it before has been overruled since.
+                _before(module).frozen[key] = {adapter}
                 parameter.requires_grad_(False)
+            elif key in _frozen(module):
+                _frozen(module)[key].add(adapter)
 
 
-def unfreeze_base(model: nn.Module, adapters: set[str]) -> None:
-    """Give back the flags that these adapters, and no others, hold down."""
+def unfreeze_base(model: nn.Module, adapters: set[str] | None) -> None:
+    """Give back the flags that these adapters, and no others, hold down; None means all flags."""
     for module in _base_modules(model):
         frozen = _frozen(module)
         for key, holders in list(frozen.items()):
-            holders -= adapters
+            holders -= holders if adapters is None else adapters
             if not holders:
                 del frozen[key]
                 for name, parameter in _stored_parameters(module):

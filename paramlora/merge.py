@@ -13,9 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attach import check_ties, check_whole, remove
+from . import host
+from .attach import check_tied, check_ties, check_whole, remove
 from .errors import StateError
-from .stack import Site, Stack, below, sites, stacks, stored, through
+from .stack import Site, Stack, below, first_sites, sites, stacks, stored, through
+from .targets import Place
 from .toggle import check_unmerged, names_of, select
 
 
@@ -30,6 +32,8 @@ class _Fold(NamedTuple):
 @torch.no_grad()
 def merge(model: nn.Module, *names: str) -> None:
     """Fold adapters into the stored weights: the outputs stay, and cost what the base costs.
+
+    The model's own `state_dict` has the merged weights then; `base_state_dict` has the base's.
 
     Args:
         model: a module with adapters.
@@ -57,13 +61,22 @@ def unmerge(model: nn.Module) -> None:
     The adapters are as before the merge, switched on. Where nothing is merged, nothing happens.
 
     Raises:
-        StateError: a tensor is sharded.
+        StateError: a tensor is sharded, or was written to since the merge, by an optimizer or
+            load_state_dict, which unmerging would lose. The model is then as it was.
     """
-    here = [site for site in _first_sites(model) if site.stack.merged]
+    here = [site for site in first_sites(model) if site.stack.merged]
     check_whole(here)
     for site in here:
+        now = {id(parameter): parameter._version for parameter in stored(site.plist)}
+        # Of a deep copy, whose parameters are others, nothing is known.
+        if any(now.get(key, version) != version for key, version in site.stack.written):
+            raise StateError(
+                f"{site.path!r} was written to since the merge, and unmerging would lose that; "
+                "bake keeps it"
+            )
+    for site in here:
         _write(site, site.stack.stored)
-        site.stack.stored = ()
+        site.stack.stored = site.stack.written = ()
         site.stack.set(site.stack.active, ())
 
 
@@ -83,7 +96,7 @@ def merged(model: nn.Module, *names: str) -> Iterator[None]:
 def bake(model: nn.Module) -> None:
     """Merge all adapters for good and remove every trace of them, the original bits included.
 
-    Raises:
+    Raises, beside what `merge` raises:
         StateError: an adapter is switched off, and would be lost: enable or detach it first; or
             it is tied to a tensor outside of `model`.
     """
@@ -100,9 +113,11 @@ def bake(model: nn.Module) -> None:
     names = set(names_of(model))
     check_whole(sites(model))
     for stack in here:
-        stack.stored = ()
+        stack.stored = stack.written = ()
         stack.set(stack.active, ())
     remove(model, sites(model), names)
+    host.unfreeze_base(model, None)
+    host.forget(model)
 
 
 def _plan(model: nn.Module, names: tuple[str, ...]) -> list[_Fold]:
@@ -110,8 +125,9 @@ def _plan(model: nn.Module, names: tuple[str, ...]) -> list[_Fold]:
     chosen = {id(stack): its_names for stack, its_names in select(model, names)}
     folds = []
     _check_tied(sites(model))
+    check_tied(model, [Place(s.path, "", s.module, s.tensor) for s in first_sites(model)])
     check_whole(sites(model))
-    for site in _first_sites(model):
+    for site in first_sites(model):
         its_names = chosen.get(id(site.stack), [])
         if not names:
             its_names = list(site.stack.live)
@@ -119,10 +135,12 @@ def _plan(model: nn.Module, names: tuple[str, ...]) -> list[_Fold]:
         if its_names:
             folds.append(_Fold(site, its_names, _folded(site, its_names)))
     if not folds:
-        listed = ", ".join(map(repr, names_of(model))) or "none"
+        listed = ", ".join(map(repr, names_of(model)))
         raise StateError(
             f"nothing to merge: of the adapters here ({listed}) each is merged already or "
             "switched off; unmerge or enable first"
+            if listed
+            else "nothing to merge: no adapter is attached here"
         )
     return folds
 
@@ -157,7 +175,8 @@ def _folded(site: Site, names: list[str]) -> list[Tensor]:
     for name in stack.factors:
         if name in names or name in stack.merged:
             value = stack[name](value)
-    value = value.detach()
+    # In the stored tensor's strides (channels_last, say), which the update may not have kept.
+    value = torch.empty_like(below(plist, stack)).copy_(value)
     before = [p for p in plist if p is not stack][: list(plist).index(stack)]
     return _inverted(site, value, before) if before else [value]
 
@@ -189,8 +208,4 @@ def _write(site: Site, tensors: list[Tensor] | tuple[Tensor, ...]) -> None:
         parameter.data = tensor
         # A backward that still needs the old weight must notice; `.data` alone does not tell it.
         torch.autograd.graph.increment_version(parameter)
-
-
-def _first_sites(model: nn.Module) -> list[Site]:
-    """Return the sites, those with tied tensors once."""
-    return list({id(site.stack): site for site in reversed(sites(model))}.values())[::-1]
+    site.stack.written = tuple((id(p), p._version) for p in stored(site.plist))

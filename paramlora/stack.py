@@ -95,6 +95,8 @@ class Stack(nn.Module):
         self.live: tuple[str, ...] = ()
         # While merged, the original bits of the stored tensors, in the list's order.
         self.stored: tuple[Tensor, ...] = ()
+        # And which parameters have the merged weight, each as it was when that was written.
+        self.written: tuple[tuple[int, int], ...] = ()
         # Paths of the sites that share this stack, where their tensors are tied.
         self.tied: tuple[str, ...] = ()
 
@@ -110,6 +112,12 @@ class Stack(nn.Module):
         if built is not None:
             built[id(self)] = weight
         return weight
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        raise NotImplementedError(
+            "a tensor with adapters cannot be assigned to: write to the base with "
+            "load_base_state_dict, or detach first"
+        )
 
     def recipe(self, weight: Tensor) -> Callable[[], Tensor]:
         """Return how to build W' from `weight` again as it is now, wherever adapters are by then.
@@ -266,6 +274,14 @@ def sites(model: nn.Module) -> list[Site]:
             if stack is not None:
                 found.append(Site(dotted(path, tensor), module, tensor, stack))
     return found
+
+
+def first_sites(model: nn.Module) -> list[Site]:
+    """Return the adapted tensors of a model in module order, tied ones once."""
+    first: dict[int, Site] = {}
+    for site in sites(model):
+        first.setdefault(id(site.stack), site)
+    return list(first.values())
 
 
 def stacks(model: nn.Module) -> list[Stack]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .stack import Site, below, sites
+from .stack import Site, below, first_sites
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,10 @@ def summary(model: nn.Module) -> Summary:
     >>> print(summary(nn.Linear(4, 3)))
     no adapters; trainable 15 of the base's 15 (100.00%)
     """
-    rows, seen = [], set()
-    for site in sites(model):
-        if id(site.stack) not in seen:
-            seen.add(id(site.stack))
-            rows += [_row(site, name) for name in site.stack.factors]
-    factors = {id(p) for site in sites(model) for p in site.stack.parameters()}
+    here = first_sites(model)
+    factors = {id(p) for site in here for p in site.stack.parameters()}
     return Summary(
-        sites=tuple(rows),
+        sites=tuple(_row(site, name) for site in here for name in site.stack.factors),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=sum(p.numel() for p in model.parameters() if id(p) not in factors),
     )

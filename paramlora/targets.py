@@ -52,7 +52,8 @@ def places(model: nn.Module) -> list[Place]:
     """Return every parameter of the base of a model, parametrized ones included, in order."""
     found = []
     for path, module in walk(model):
-        if isinstance(module, parametrize.ParametrizationList):
+        # What parametrizations of others consist of is not the model's to adapt.
+        if "parametrizations" in path.split("."):
             continue
         names = [name for name, parameter in module._parameters.items() if parameter is not None]
         plists = lists(module).items()
@@ -90,7 +91,12 @@ def resolve(
     check_shapes(everywhere)
     computed = _computed(model)
     all_places = [*everywhere, *computed]
-    excluded = {place.path for one in _listed(exclude) for place in _match(one, all_places)}
+    excluded: set[str] = set()
+    for one in _listed(exclude):
+        left_out = {place.path for place in _match(one, all_places)}
+        if isinstance(one, str) and not left_out:
+            raise TargetError(f"exclude= matches nothing: no {_nothing(one, model, everywhere)}")
+        excluded |= left_out
     chosen: dict[str, Spec] = {}
     for target, its_spec in _pairs(spec, targets):
         for place in _match(target, computed):

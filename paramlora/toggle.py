@@ -140,6 +140,8 @@ def _check_names(model: nn.Module, names: Iterable[str]) -> None:
     wanted = list(names)
     known = names_of(model) if wanted else []
     for name in wanted:
+        if not isinstance(name, str):
+            raise TypeError(f"adapter names are separate arguments, each a string, got {name!r}")
         if name not in known:
             listed = ", ".join(map(repr, known)) or "none"
             close = difflib.get_close_matches(str(name), known, n=1)
@@ -154,6 +156,8 @@ def _check_strength(factor: Strength) -> None:
                 "a strength given as a tensor must be floating and without dimensions, got "
                 f"{factor.dtype} of shape {tuple(factor.shape)}"
             )
+        if not factor.is_meta and not factor.isfinite():
+            raise ValueError(f"a strength must be a finite number, got {factor!r}")
     elif not is_finite(factor):
         raise ValueError(f"a strength must be a finite number, got {factor!r}")
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+collect_ignore = ["crash.py"]  # a program that a test runs, no module to look for doctests in
 
 
 def find_mnist() -> Path | None:

@@ -41,7 +41,9 @@ def written_out(case: Case) -> nn.Module:
     state = pl.state_dict(case.model, "one")
     with torch.no_grad():
         for path, tensor in plain.named_parameters():
-            own = {key.rpartition(".")[2]: v for key, v in state.items() if key.startswith(path)}
+            own = {
+                key.rpartition(".")[2]: v for key, v in state.items() if key.startswith(path + ".")
+            }
             if own:
                 tensor.copy_(case.kinds["one"].formula(tensor, own, case.strengths["one"]))
     return plain

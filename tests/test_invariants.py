@@ -5,6 +5,7 @@ on what must not touch what, 6 to 8, are in `test_independence.py`.
 """
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -165,22 +166,21 @@ def test_9_a_bad_file_changes_nothing(tmp_path: Path) -> None:
     pl.save(model, path, "low")
     good = path.read_bytes()
     other = nn.ModuleDict({"head": nn.Linear(9, 3)})
-    with unchanged(other), pytest.raises(pl.CheckpointError) as caught:
+    words = rf"{path}.*'head\.weight'.*\[3, 8\].*\[3, 9\]"
+    with unchanged(other), pytest.raises(pl.CheckpointError, match=words):
         pl.load(other, path)
-    for words in (str(path), "head.weight", "[3, 8]", "[3, 9]"):
-        assert words in str(caught.value)
-    for content, words in {
-        good[: len(good) // 2]: "damaged",
-        good[:-1] + bytes([good[-1] ^ 1]): "damaged",
-        b"": "damaged",
-        pickle.dumps(Bomb(tmp_path / "exploded")): "damaged",
-    }.items():
+    bomb = io.BytesIO()
+    torch.save(Bomb(tmp_path / "exploded"), bomb)
+    for content in (
+        good[: len(good) // 2],
+        good[:-1] + bytes([good[-1] ^ 1]),
+        b"",
+        pickle.dumps(Bomb(tmp_path / "exploded")),
+        bomb.getvalue(),
+    ):
         path.write_bytes(content)
-        with unchanged(model), pytest.raises(pl.CheckpointError, match=f"{path}.*{words}"):
+        with unchanged(model), pytest.raises(pl.CheckpointError, match=f"{path}.*damaged"):
             pl.load(model, path)
-    torch.save(Bomb(tmp_path / "exploded"), path)
-    with unchanged(model), pytest.raises(pl.CheckpointError, match=f"{path}.*damaged"):
-        pl.load(model, path)
     assert not (tmp_path / "exploded").exists()
     save_file({"head.weight.A": torch.zeros(2, 8)}, path)
     with unchanged(model), pytest.raises(pl.CheckpointError, match="not written by paramlora"):

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, in a small mode that the environment asks for."""
+"""The notebooks run from top to bottom."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,6 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
-    monkeypatch.setenv("PARAMLORA_SMALL", "1")
     folder = tmp_path / "work"
     folder.mkdir()
     notebook = nbformat.read(path, as_version=4)
