@@ -67,6 +67,8 @@ def unmerge(model: nn.Module) -> None:
     here = [site for site in first_sites(model) if site.stack.merged]
     check_whole(here)
     for site in here:
+        if getattr(site.module, "max_norm", None) is not None:
+            continue  # such an embedding writes to its weight whenever it is read
         now = {id(parameter): parameter._version for parameter in stored(site.plist)}
         # Of a deep copy, whose parameters are others, nothing is known.
         if any(now.get(key, version) != version for key, version in site.stack.written):

@@ -50,6 +50,7 @@ class Failing(nn.Module):
         self.calls += 1
         if self.calls == 2:
             raise FloatingPointError("the init failed")
+        nn.init.zeros_(tensor)
 
 
 def tied() -> nn.Module:
@@ -477,8 +478,7 @@ USING: dict[str, Row] = {
         plain,
         lambda m: pl.merge(m),
         pl.StateError,
-        "nothing to merge: of the adapters here (none) each is merged already or switched off; "
-        "unmerge or enable first",
+        "nothing to merge: no adapter is attached here",
     ),
     "merging all when all are off or merged": (
         half_merged,

@@ -176,7 +176,7 @@ class TestInputs:
         model = net()
         pl.attach(model, pl.LoRA(2))
         with pytest.raises(TypeError, match=r"separate arguments.*\['default'\]"):
-            pl.disable(model, ["default"])  # type: ignore[arg-type]
+            pl.disable(model, ["default"])
 
     def test_assigning_a_tensor(self) -> None:
         """Assigning to an adapted tensor is refused with what to do in its place."""
