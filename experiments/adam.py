@@ -2,8 +2,8 @@
 
 Replaces `torch.optim.Adam(parameters, lr, fused=True)`, whose weights it gives bit by bit. With
 tensors as small as a digit network's, what torch's class does around the kernel at every step
-(profiler ranges, hooks, grouping by device and dtype, a look for graph capture) takes more time
-than the kernel, and a quarter of the whole training step. Left out for it: parameter groups, weight
+(profiler ranges, hooks, grouping by device and dtype, a look for graph capture) takes as much time
+as the kernel, a fifth of the whole training step. Left out for it: parameter groups, weight
 decay, state dicts, hooks, gradients that are missing. `torch._fused_adam_` is not documented; the
 tests compare with `torch.optim.Adam`, which stays the reference.
 """

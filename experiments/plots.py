@@ -68,8 +68,9 @@ def wrong_counts(run: RunDirectory) -> tuple[Figure, str]:
         method = next((m for m in methods_in(run) if LABEL[m] == name), "base")
         if method in published_for(run):
             theirs = published_for(run)[method].wrong_counts
-            label = "published" if number == len(series) - 1 else None
-            axes.plot(places, theirs, "D", color=COLOUR["published"], ms=3, label=label)
+            axes.plot(places, theirs, "D", color=COLOUR["published"], ms=3)
+    if published_for(run):
+        axes.plot([], [], "D", color=COLOUR["published"], ms=3, label="published")
     axes.set(xlabel="digit (shaded: tuned)", ylabel="wrong answers, test images", xlim=(-0.6, 9.6))
     axes.set_ylim(bottom=0)
     axes.set_xticks(range(10))
@@ -102,14 +103,14 @@ def confusion(run: RunDirectory) -> tuple[Figure, str]:
 
 
 def training_loss(run: RunDirectory) -> tuple[Figure, str]:
-    """The loss of pre-training, and of each method's fine-tuning with its extent over the seeds."""
+    """The loss of pre-training, and of each method's fine-tuning, mean ± sd over the seeds."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     base = base_of(run)
-    left.plot(*_curve([base])[:2], color=COLOUR["base"], label="base")
+    left.plot(*_curve([base])[:2], color=COLOUR["base"])
     for method in methods_in(run):
-        steps, middle, low, high = _curve(rows_of(run, method))
-        colour = COLOUR[LABEL[method]]
-        right.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+        steps, middle, spread = _curve(rows_of(run, method))
+        colour, extent = COLOUR[LABEL[method]], (middle - spread, middle + spread)
+        right.fill_between(steps, *extent, color=colour, alpha=0.15, linewidth=0)
         # on and wrapped all but coincide: dashes let the one below show.
         dashes = "--" if method == "wrapped" else "-"
         right.plot(steps, middle, dashes, color=colour, label=LABEL[method])
@@ -119,10 +120,11 @@ def training_loss(run: RunDirectory) -> tuple[Figure, str]:
         axes.set(xlabel="optimizer step", ylabel="cross-entropy, nats")
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
-        axes.legend(frameon=False)
+    right.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.0))
+    right.set_ylim(top=right.get_ylim()[1] * 1.12)  # room for the legend
     return figure, (
-        "Training loss, a running mean: pre-training, and fine-tuning by each method, mean over "
-        f"{len(rows_of(run, 'lora'))} adapter seeds and the extent from lowest to highest."
+        "Training loss, a running mean: pre-training, and fine-tuning by each method, mean ± sd "
+        f"over {len(rows_of(run, 'lora'))} adapter seeds."
     )
 
 
@@ -157,11 +159,11 @@ def _root(values: np.ndarray) -> np.ndarray:
     return np.sign(values) * np.sqrt(np.abs(values))
 
 
-def _curve(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return steps, and the mean, the lowest and the highest of the smoothed curves."""
+def _curve(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return steps, and the mean and the standard deviation of the smoothed curves."""
     curves = np.array([row["train_curve"] for row in rows])
     window = max(1, curves.shape[1] // 20)
     kernel = np.ones(window) / window
     smooth = np.array([np.convolve(curve, kernel, mode="valid") for curve in curves])
     steps = (np.arange(smooth.shape[1]) + window) * rows[0]["train_curve_every"]
-    return steps, smooth.mean(0), smooth.min(0), smooth.max(0)
+    return steps, smooth.mean(0), smooth.std(0, ddof=1) if len(rows) > 1 else 0 * smooth[0]

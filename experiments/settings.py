@@ -183,10 +183,15 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
         if isinstance(default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         else:
-            reader: Any = _integers if isinstance(default, tuple) else type(default)
-            word = {"int": "N", "float": "X"}.get(reader.__name__, entry.name.upper())
+            reader: Any = type(default)
+            word = {int: "N", float: "X"}.get(reader, entry.name.upper())
             word = f"{{{','.join(choices)}}}" if choices else word
-            parser.add_argument(flag, type=reader, metavar=word, **common)
+            whole = isinstance(default, tuple)
+            if whole or "," in str(default):
+                common |= {"action": _Listed, "nargs": "+", "whole": whole}
+            else:
+                common["type"] = reader
+            parser.add_argument(flag, metavar=word, **common)
 
 
 def listed(value: Any) -> str:
@@ -194,8 +199,20 @@ def listed(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+class _Listed(argparse.Action):
+    """Takes a list with commas, with spaces or with both; as whole numbers where `whole`."""
+
+    def __init__(self, *args: Any, whole: bool, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.whole = whole
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        parts = [part for part in ",".join(values).split(",") if part]
+        try:
+            given = tuple(map(int, parts)) if self.whole else ",".join(parts)
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+        setattr(namespace, self.dest, given)
 
 
 def _plain(value: Any) -> Any:

@@ -80,6 +80,13 @@ def test_every_option_has_its_unit_or_meaning_in_the_help(capsys):
     assert "optimizer steps [200]" in shown
 
 
+@pytest.mark.parametrize("words", [["2,3"], ["2", "3"], ["2,", "3"]])
+def test_lists_are_typed_with_commas_or_spaces(words):
+    """Digits and layers can be given with commas, with spaces, or with both."""
+    assert parsed("--digits", *words)["digits"] == "2,3"
+    assert parsed("--hidden", *words)["hidden"] == (2, 3)
+
+
 def test_presets_are_those_of_the_published_studies():
     """The presets have the networks, digits, ranks and lengths of what was published."""
     assert DigitSettings() == preset("blog")
@@ -100,6 +107,22 @@ def test_an_option_outweighs_the_preset():
     given = parsed("--preset", "nine", "--rank", "3")
     del given["command"]
     assert preset(str(given.pop("preset")), **given) == dataclasses.replace(preset("nine"), rank=3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rank", "two"], "argument --rank: invalid int value: 'two'"),
+        (["--hidden", "2,x"], "argument --hidden: invalid literal for int() with base 10: 'x'"),
+        (["--ranks", "2"], "unrecognized arguments: --ranks 2"),
+    ],
+)
+def test_what_is_no_option_or_no_number_is_refused(words, message, capsys):
+    """A word that cannot be read as the option's type ends with status 2, naming both."""
+    with pytest.raises(SystemExit) as ended:
+        main(["digits", *words])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -461,11 +461,12 @@ class Machine(RuleBasedStateMachine):
         self.files.append(File(path, name, copy.deepcopy(held)))
 
     @precondition(lambda self: self.files)
-    @rule(index=st.integers(0, 9), name=st.one_of(st.none(), any_name))
-    def load(self, index: int, name: str | None) -> None:
-        """Load a file as a new adapter, or into the one of that name."""
+    @rule(index=st.integers(0, 9), name=mostly(st.none(), any_name), strength=a_strength)
+    def load(self, index: int, name: str | None, strength: float) -> None:
+        """Load a file as a new adapter, or into the one of that name, at whatever strength."""
         file = self.files[index % len(self.files)]
         known = name or file.name
+        self.toggle("scale", [known], "", strength)
         attached = {site: held[known] for site, held in self.book.parts.items() if known in held}
         fits = attached.keys() == file.parts.keys() and all(
             (type(part.spec), part.spec.rank)
