@@ -141,7 +141,8 @@ class LoRA(Spec):
         init: how A starts; B starts at zero, so the update does too. "kaiming" (uniform, a = √5,
             as in the paper's code), "gaussian" (N(0, 1)), "gaussian/sqrt_r" (N(0, 1/r)),
             "orthogonal" (orthonormal rows, or columns where r is above in), or a callable that
-            fills A, (r, in), in place, such as those of `torch.nn.init`.
+            fills A, (r, in), in place, such as those of `torch.nn.init`; it draws where it
+            likes, from torch's global generator as a rule.
         rank_stabilized: scale by alpha/√r in place of alpha/r (Kalajdzievski 2023,
             arXiv 2312.03732).
 

@@ -19,7 +19,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Any]:
     """Return the base's state dict under its original keys, whatever is attached or merged.
 
     It loads into a model of the same code without paramlora. Tensors are shared, as in
-    `nn.Module.state_dict`.
+    `nn.Module.state_dict`; the adapted ones come after the others of their module.
     """
     keys, state = _Keys(model), model.state_dict()
     base: OrderedDict[str, Any] = OrderedDict()
