@@ -6,6 +6,7 @@ adapter is merged, and come back by a swap.
 """
 
 import copy
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -69,9 +70,12 @@ def unmerge(model: nn.Module) -> None:
     for site in here:
         if getattr(site.module, "max_norm", None) is not None:
             continue  # such an embedding writes to its weight whenever it is read
-        now = {id(parameter): parameter._version for parameter in stored(site.plist)}
         # Of a deep copy, whose parameters are others, nothing is known.
-        if any(now.get(key, version) != version for key, version in site.stack.written):
+        if any(
+            written() is parameter and parameter._version != version
+            for parameter in stored(site.plist)
+            for written, version in site.stack.written
+        ):
             raise StateError(
                 f"{site.path!r} was written to since the merge, and unmerging would lose that; "
                 "bake keeps it"
@@ -210,4 +214,4 @@ def _write(site: Site, tensors: list[Tensor] | tuple[Tensor, ...]) -> None:
         parameter.data = tensor
         # A backward that still needs the old weight must notice; `.data` alone does not tell it.
         torch.autograd.graph.increment_version(parameter)
-    site.stack.written = tuple((id(p), p._version) for p in stored(site.plist))
+    site.stack.written = tuple((weakref.ref(p), p._version) for p in stored(site.plist))

@@ -7,6 +7,7 @@ adapters at that tensor lives in it. The functions below find the stacks of a mo
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -96,7 +97,7 @@ class Stack(nn.Module):
         # While merged, the original bits of the stored tensors, in the list's order.
         self.stored: tuple[Tensor, ...] = ()
         # And which parameters have the merged weight, each as it was when that was written.
-        self.written: tuple[tuple[int, int], ...] = ()
+        self.written: tuple[tuple[weakref.ref[Tensor], int], ...] = ()
         # Paths of the sites that share this stack, where their tensors are tied.
         self.tied: tuple[str, ...] = ()
 

@@ -58,6 +58,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
                 stack.live,
                 stack.tied,
                 [bits(tensor) for tensor in stack.stored],
+                stack.written,
                 [(name, stack[name].spec, stack[name].strength) for name in stack.factors],
             )
             for stack in stacks

@@ -59,6 +59,37 @@ def tied() -> nn.Module:
     return model
 
 
+def one_sided() -> nn.Module:
+    """A tied model to one side of which an adapter was attached through a part."""
+    model = Tied()
+    pl.attach(model.head, LoRA(rank=2), "weight")
+    return model
+
+
+def untied() -> nn.Module:
+    """A tied model whose tie was cut under the adapter, as `to_empty` does on another device."""
+    model = tied()
+    held: Any = model.get_submodule("head.parametrizations.weight")
+    held.original = nn.Parameter(held.original.detach().clone(), requires_grad=False)
+    return model
+
+
+def overwritten() -> nn.Module:
+    """The model of `half_merged` with a merged weight that was written to."""
+    model = half_merged()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key == "fc1.parametrizations.weight.original":
+                parameter.add_(1)
+    return model
+
+
+def hooked() -> nn.Module:
+    with warnings.catch_warnings():  # the old weight_norm, which torch advises against
+        warnings.simplefilter("ignore")
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(5, 4)), nn.Linear(4, 3))
+
+
 def lazy() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 4), nn.LazyLinear(3))
 
@@ -187,6 +218,34 @@ ATTACHING: dict[str, Row] = {
         lambda m: pl.attach(m, LoRA(2), "fc?", exclude="fc*"),
         pl.TargetError,
         "every tensor that matches is excluded by exclude='fc*'",
+    ),
+    "typo in exclude": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), exclude=["fc2", "fc9"]),
+        pl.TargetError,
+        "exclude= matches nothing: no 'fc9'; did you mean fc2, fc1?",
+    ),
+    "a weight that a hook computes": (
+        hooked,
+        lambda m: pl.attach(m, LoRA(2)),
+        pl.TargetError,
+        "cannot adapt '0.weight': a hook computes it, as the old weight_norm and spectral_norm and "
+        "pruning do; use those of torch.nn.utils.parametrizations, or leave it out with narrower "
+        "targets or with exclude=",
+    ),
+    "a tie with an adapter on one side": (
+        one_sided,
+        lambda m: pl.attach(m, LoRA(2), "emb", name="two"),
+        pl.StateError,
+        "'emb.weight' and 'head.weight' are tied, and adapters were attached to one side alone, "
+        "through a part of the model; detach those, and attach to the whole",
+    ),
+    "an init that fills nothing": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2, init=torch.zeros_like)),
+        ValueError,
+        "init did not fill a factor of shape (2, 5) with finite numbers; it has to do so in place, "
+        "as torch.nn.init.normal_ does",
     ),
     "an empty list": (
         plain,
@@ -417,6 +476,12 @@ USING: dict[str, Row] = {
         pl.AdapterNameError,
         "no adapter 'digit' here; attached are: 'digits', 'letters'; did you mean 'digits'?",
     ),
+    "names in a list": (
+        attached,
+        lambda m: pl.enable(m, ["digits"]),  # type: ignore[arg-type]
+        TypeError,
+        "adapter names are separate arguments, each a string, got ['digits']",
+    ),
     "an adapter of another part": (
         attached,
         lambda m: pl.enable(m.fc1, "letters"),
@@ -453,6 +518,12 @@ USING: dict[str, Row] = {
         ValueError,
         "a strength must be a finite number, got True",
     ),
+    "strength a tensor that is no number": (
+        attached,
+        lambda m: pl.scale(m, torch.tensor(math.nan)),
+        ValueError,
+        "a strength must be a finite number, got tensor(nan)",
+    ),
     "strength a vector": (
         attached,
         lambda m: pl.scale(m, torch.ones(2)),
@@ -486,6 +557,33 @@ USING: dict[str, Row] = {
         pl.StateError,
         "nothing to merge: of the adapters here ('digits', 'letters') each is merged already or "
         "switched off; unmerge or enable first",
+    ),
+    "merging a tie with an adapter on one side": (
+        one_sided,
+        lambda m: pl.merge(m),
+        pl.StateError,
+        "'emb.weight' and 'head.weight' are tied, and adapters were attached to one side alone, "
+        "through a part of the model; detach those, and attach to the whole",
+    ),
+    "merging a tie that was cut": (
+        untied,
+        lambda m: pl.merge(m),
+        pl.StateError,
+        "cannot merge: 'head.weight' and 'emb.weight' were tied when their adapter was attached, "
+        "and are not any more (to_empty unties, for one); detach, tie them again and attach",
+    ),
+    "unmerging what was written to": (
+        overwritten,
+        lambda m: pl.unmerge(m),
+        pl.StateError,
+        "'fc1.weight' was written to since the merge, and unmerging would lose that; bake keeps it",
+    ),
+    "normalising what is merged": (
+        half_merged,
+        lambda m: parametrizations.weight_norm(m.fc1),
+        pl.StateError,
+        "_WeightNorm cannot take over a tensor into which adapter 'digits' is merged; unmerge "
+        "first",
     ),
     "merging inside of merged": (
         half_merged,
