@@ -59,9 +59,9 @@ class TestConformance:
     """What holds for every kind of adapter at every host; a new kind is one line in KINDS."""
 
     @pytest.fixture(autouse=True)
-    def _as_large(self, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _as_large(self, large: bool, request: pytest.FixtureRequest) -> None:
         if large:
-            monkeypatch.setattr("paramlora.lowrank.worth_a_function", lambda *_: True)
+            request.getfixturevalue("as_large")
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_a_new_adapter_changes_no_output(
