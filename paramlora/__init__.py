@@ -22,7 +22,7 @@ from .base import base_state_dict, fingerprint, load_base_state_dict
 from .checkpoint import load, load_state_dict, save, state_dict
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
 from .merge import bake, merge, merged, unmerge
-from .summary import SiteSummary, Summary, summary
+from .summary import SiteSummary, Skipped, Summary, summary
 from .toggle import disable, disabled, enable, enabled, scale, using
 
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ __all__ = [
     "LowRank",
     "ParamloraError",
     "SiteSummary",
+    "Skipped",
     "Spec",
     "StateError",
     "Summary",

@@ -47,6 +47,11 @@ class Spec(ABC):
         """The rank that a summary shows; None for a kind that has none."""
         return None
 
+    @property
+    def scaling(self) -> float:
+        """The factor s that multiplies the update beside the strength; 1 for a kind without."""
+        return 1.0
+
     @abstractmethod
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return new factors for `weight`, by name, on its device, in `factor_dtype(weight)`.

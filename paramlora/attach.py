@@ -1,7 +1,8 @@
 """Attaching adapters to a model, detaching them, and which of their factors are trained."""
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +10,11 @@ from torch import nn
 
 from . import host
 from .adapters import Spec
+from .block import split
 from .errors import AdapterNameError, StateError
-from .stack import Factors, Site, Stack, sites, stored
-from .summary import Summary, summary
-from .targets import Place, Target, Targets, places, resolve
+from .stack import Factors, Site, Stack, lists, sites, stored, walk
+from .summary import Skipped, Summary, report, row, skip, summary
+from .targets import Place, Resolved, Target, Targets, places, resolve
 from .toggle import check_unmerged, names_of, select
 
 
@@ -33,6 +35,7 @@ def attach(
     exclude: Targets = (),
     freeze: bool = True,
     generator: torch.Generator | None = None,
+    dry_run: bool = False,
 ) -> Summary:
     """Attach an adapter to every tensor that matches, switched on, its outputs those of the base.
 
@@ -52,9 +55,11 @@ def attach(
             flags that were there.
         generator: where the factors' random numbers come from; without one, torch's global CPU
             generator. The same seed gives the same factors whatever the model's device.
+        dry_run: change nothing, draw nothing, and print what the model would be.
 
     Returns:
-        The model's summary.
+        The model's summary; its `skipped` has the tensors without this adapter, each with the
+        reason.
 
     Raises:
         TargetError: a target matches nothing, or a tensor that cannot be adapted (integer or
@@ -70,14 +75,20 @@ def attach(
     14
     """
     check_name(model, name)
-    chosen = resolve(model, spec, targets, exclude)
-    check_tied(model, [place for place, _ in chosen])
+    resolved = resolve(model, spec, targets, exclude)
+    check_tied(model, [place for place, _ in resolved.found])
+    skipped = tuple(_skipped(model, resolved, freeze))
+    if dry_run:
+        expected = _expected(model, resolved, name, freeze)
+        found = dataclasses.replace(expected, skipped=skipped, dry_run=True)
+        print(found)
+        return found
     planned = [
         Planned(place, Factors(spec, spec.create(place.value.detach(), generator), place.block))
-        for place, spec in chosen
+        for place, spec in resolved.found
     ]
     install(model, planned, name, freeze)
-    return summary(model)
+    return dataclasses.replace(report(model, fresh=name), skipped=skipped)
 
 
 def detach(model: nn.Module, *names: str) -> None:
@@ -167,6 +178,43 @@ def remove(model: nn.Module, here: list[Site], names: set[str]) -> None:
         if not site.stack.factors:
             host.unregister(site)
     host.forget(model)
+
+
+def _skipped(model: nn.Module, resolved: Resolved, freeze: bool) -> Iterator[Skipped]:
+    """Yield what does not get the adapter, in model order, and whether it is trained then."""
+    taken = {id(place.stored) for place, _ in resolved.found}
+    for place in places(model):
+        if id(place.stored) not in taken:
+            _, reason = resolved.left_out.get(place.path, (place, "matching no target"))
+            yield skip(place, reason, place.stored.requires_grad and not freeze)
+    for place, reason in resolved.left_out.values():
+        if id(place.stored) in taken:
+            yield skip(place, reason, place.stored.requires_grad and not freeze)
+
+
+def _expected(model: nn.Module, resolved: Resolved, name: str, freeze: bool) -> Summary:
+    """Return the summary of what `install` would make, from factors without values."""
+    now, holders = summary(model), _holders(model)
+    # Within a module those that are parametrized already come first.
+    modules = {id(module): i for i, (_, module) in enumerate(walk(model))}
+    in_order = sorted(
+        places(model), key=lambda p: (modules[id(p.module)], p.tensor not in lists(p.module))
+    )
+    order = {place.path: i for i, place in enumerate(in_order)}
+    rows = [(order[r.site if r.site in order else split(r.site)[0]], r) for r in now.sites]
+    with torch.random.fork_rng(devices=[]):
+        for place, spec in resolved.found:
+            factors = Factors(spec, spec.create(place.value.detach().to("meta")), place.block)
+            shared, stack = [p.path for p in holders[id(place.stored)]], Stack()
+            stack.tied = tuple(shared) if len(shared) > 1 else ()
+            path = f"{shared[0]}{place.block or ''}"
+            rows.append((order[shared[0]], row(path, name, factors, stack, place.whole, False)))
+    rows.sort(key=lambda pair: pair[0])
+    sites = tuple(row for _, row in rows)
+    trained = sum(row.parameters for row in sites if row.adapter == name)
+    kept = {id(p) for p in parameters(model)} if freeze else {id(p) for p in model.parameters()}
+    trained += sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) in kept)
+    return dataclasses.replace(now, sites=sites, trainable=trained)
 
 
 def _holders(model: nn.Module) -> dict[int, list[Place]]:

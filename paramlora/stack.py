@@ -85,12 +85,6 @@ class Factors(nn.Module):
         return term if term is None or self.block is None else self.block.widen(term)
 
     @property
-    def scale(self) -> Strength:
-        """All that multiplies the update, the strength included."""
-        term = self.spec.low_rank(self._tensors, self.strength)
-        return self.strength if term is None else term.scale
-
-    @property
     def _tensors(self) -> dict[str, nn.Parameter]:
         return self._parameters  # type: ignore[return-value]
 

@@ -121,15 +121,22 @@ def _computed(model: nn.Module) -> list[Place]:
     ]
 
 
+class Resolved(NamedTuple):
+    """The tensors that targets mean, each with its spec, and those left out, with the reason."""
+
+    found: list[tuple[Place, Spec]]
+    left_out: dict[str, tuple[Place, str]]
+
+
 def resolve(
     model: nn.Module,
     spec: Spec | Mapping[Target, Spec],
     targets: Targets | None,
     exclude: Targets,
-) -> list[tuple[Place, Spec]]:
+) -> Resolved:
     """Return the tensors that the targets mean, each with its spec, checked, in model order.
 
-    In a mapping the first target that matches a tensor decides its spec.
+    In a mapping the first target that matches a tensor, or blocks of it, decides its spec.
 
     Raises:
         TargetError: a target that matches no tensor, or one that cannot be adapted.
@@ -142,12 +149,13 @@ def resolve(
     excluded: dict[str, Place] = {}
     for asked in _listed(exclude):
         target, index = _split(asked, all_places)
-        left_out = [p if index is None else p.at(index) for p in _match(target, all_places)]
-        if isinstance(target, str) and not left_out:
+        matches = [p if index is None else p.at(index) for p in _match(target, all_places)]
+        if isinstance(target, str) and not matches:
             raise TargetError(f"exclude= matches nothing: no {_nothing(asked, model, everywhere)}")
-        excluded |= {place.path: place for place in left_out}
+        excluded |= {place.path: place for place in matches}
     # By tensor, not by path: tied ones are one.
     claims: dict[int, list[tuple[Place, Spec]]] = {}
+    left_out: dict[str, tuple[Place, str]] = {}
     for asked, its_spec in _pairs(spec, targets):
         target, index = _split(asked, all_places)
         for place in _match(target, computed):
@@ -161,11 +169,15 @@ def resolve(
         if not matches:
             raise TargetError(f"no tensor matches {_nothing(asked, model, everywhere)}")
         for place in matches:
-            if place.path not in excluded:
-                place = place if index is None else place.at(index)
-                own = claims.setdefault(id(place.stored), [])
-                if not _is_out(place, excluded) and not any(place.claimed(by) for by, _ in own):
-                    own.append((place, its_spec))
+            if index is not None and place.path not in excluded:
+                place = place.at(index)
+            own = claims.setdefault(id(place.stored), [])
+            if _is_out(place, excluded):
+                left_out[place.path] = place, "left out by exclude="
+            elif not any(place.claimed(by) for by, _ in own):
+                own.append((place, its_spec))
+            elif all(place.block != by.block for by, _ in own):
+                left_out[place.path] = place, "decided by an earlier target"
     found = [pair for own in claims.values() for pair in own]
     if not found:
         raise TargetError(f"every tensor that matches is excluded by exclude={exclude!r}")
@@ -173,7 +185,7 @@ def resolve(
     found.sort(key=lambda pair: (order[id(pair[0].module), pair[0].tensor], pair[0].ranges))
     for place, its_spec in found:
         check(place, its_spec)
-    return found
+    return Resolved(found, left_out)
 
 
 def _is_out(place: Place, excluded: Mapping[str, Place]) -> bool:
@@ -303,18 +315,18 @@ def _nothing(asked: Target, model: nn.Module, everywhere: list[Place]) -> str:
     meant = {path: module for path, module in walk(model) if _means(target, path, module)}
     packed = [path for path, module in meant.items() or walk(model) if _is_packed(module)]
     if packed:
-        return f"{name}; packed (quantized) weights cannot be adapted, as those of {_some(packed)}"
+        return f"{name}; packed (quantized) weights cannot be adapted, as those of {some(packed)}"
     if meant:
         own = [place.path for place in everywhere if place.module in meant.values()]
-        only = f", only {_some(own)}: name those with a glob" if own else ""
-        return f"{name}; there is no parameter 'weight' in {_some(meant)}{only}"
+        only = f", only {some(own)}: name those with a glob" if own else ""
+        return f"{name}; there is no parameter 'weight' in {some(meant)}{only}"
     if isinstance(target, str):
         modules = [place.module_path for place in everywhere if place.module_path]
         paths = dict.fromkeys([*modules, *(place.path for place in everywhere)])
-        return name + (nearest(target, paths) or f"; there are {_some(paths) or 'no parameters'}")
+        return name + (nearest(target, paths) or f"; there are {some(paths) or 'no parameters'}")
     with_weight = [place.module for place in everywhere if place.tensor == "weight"]
     types = {parametrize.type_before_parametrizations(module).__name__ for module in with_weight}
-    return f"{name}; modules with a weight here are {_some(sorted(types)) or 'none'}"
+    return f"{name}; modules with a weight here are {some(sorted(types)) or 'none'}"
 
 
 def _is_packed(module: nn.Module) -> bool:
@@ -330,7 +342,8 @@ def _means(target: Target, path: str, module: nn.Module) -> bool:
     return isinstance(target, str) and _glob(path, target)
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """Return the first of some names, as a list to read."""
     first = list(itertools.islice(names, 9))
     return ", ".join(first[:8]) + (", …" if len(first) > 8 else "")
 
