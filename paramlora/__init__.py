@@ -21,6 +21,7 @@ from .attach import attach, detach, freeze, parameters, unfreeze
 from .base import base_state_dict, fingerprint, load_base_state_dict
 from .checkpoint import load, load_state_dict, save, state_dict
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
+from .hold import hold_statistics
 from .merge import bake, merge, merged, unmerge
 from .summary import SiteSummary, Skipped, Summary, summary
 from .toggle import disable, disabled, enable, enabled, scale, using
@@ -53,6 +54,7 @@ __all__ = [
     "factor_dtype",
     "fingerprint",
     "freeze",
+    "hold_statistics",
     "load",
     "load_base_state_dict",
     "load_state_dict",

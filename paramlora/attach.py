@@ -12,6 +12,7 @@ from . import host
 from .adapters import Spec
 from .block import split
 from .errors import AdapterNameError, StateError
+from .hold import hold, is_held, release, with_statistics
 from .stack import Factors, Site, Stack, lists, sites, stored, walk
 from .summary import Skipped, Summary, report, row, skip, summary
 from .targets import Place, Resolved, Target, Targets, places, resolve
@@ -35,6 +36,7 @@ def attach(
     exclude: Targets = (),
     freeze: bool = True,
     generator: torch.Generator | None = None,
+    hold_statistics: bool = False,
     dry_run: bool = False,
 ) -> Summary:
     """Attach an adapter to every tensor that matches, switched on, its outputs those of the base.
@@ -55,6 +57,8 @@ def attach(
             flags that were there.
         generator: where the factors' random numbers come from; without one, torch's global CPU
             generator. The same seed gives the same factors whatever the model's device.
+        hold_statistics: keep BatchNorm and its like in eval mode until this adapter is detached,
+            so that their running statistics stay as they are; see `hold_statistics`.
         dry_run: change nothing, draw nothing, and print what the model would be.
 
     Returns:
@@ -79,7 +83,7 @@ def attach(
     check_tied(model, [place for place, _ in resolved.found])
     skipped = tuple(_skipped(model, resolved, freeze))
     if dry_run:
-        expected = _expected(model, resolved, name, freeze)
+        expected = _expected(model, resolved, name, freeze, hold_statistics)
         found = dataclasses.replace(expected, skipped=skipped, dry_run=True)
         print(found)
         return found
@@ -88,6 +92,8 @@ def attach(
         for place, spec in resolved.found
     ]
     install(model, planned, name, freeze)
+    if hold_statistics:
+        hold(model, name)
     return dataclasses.replace(report(model, fresh=name), skipped=skipped)
 
 
@@ -109,6 +115,7 @@ def detach(model: nn.Module, *names: str) -> None:
     if not names:
         # Also what was frozen for an adapter that a part of the model lost before.
         host.unfreeze_base(model, None)
+        release(model, None)
         host.forget(model)
 
 
@@ -171,6 +178,7 @@ def install(model: nn.Module, planned: list[Planned], name: str, freeze: bool) -
 def remove(model: nn.Module, here: list[Site], names: set[str]) -> None:
     """Take the named adapters from the sites, and give back what they froze."""
     host.unfreeze_base(model, names)
+    release(model, set(names))
     for site in here:
         for name in names.intersection(site.stack.factors):
             site.stack.remove(name)
@@ -192,7 +200,9 @@ def _skipped(model: nn.Module, resolved: Resolved, freeze: bool) -> Iterator[Ski
             yield skip(place, reason, place.stored.requires_grad and not freeze)
 
 
-def _expected(model: nn.Module, resolved: Resolved, name: str, freeze: bool) -> Summary:
+def _expected(
+    model: nn.Module, resolved: Resolved, name: str, freeze: bool, hold_statistics: bool
+) -> Summary:
     """Return the summary of what `install` would make, from factors without values."""
     now, holders = summary(model), _holders(model)
     # Within a module those that are parametrized already come first.
@@ -214,7 +224,10 @@ def _expected(model: nn.Module, resolved: Resolved, name: str, freeze: bool) -> 
     trained = sum(row.parameters for row in sites if row.adapter == name)
     kept = {id(p) for p in parameters(model)} if freeze else {id(p) for p in model.parameters()}
     trained += sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) in kept)
-    return dataclasses.replace(now, sites=sites, trainable=trained)
+    norms = with_statistics(model)
+    held = tuple(path for path, module in norms if hold_statistics or is_held(module))
+    moving = tuple(path for path, _ in norms if path not in held)
+    return dataclasses.replace(now, sites=sites, trainable=trained, held=held, moving=moving)
 
 
 def _holders(model: nn.Module) -> dict[int, list[Place]]:

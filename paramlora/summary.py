@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .adapters import Spec
+from .hold import is_held, with_statistics
 from .stack import Factors, Stack, below, first_sites
 from .targets import Place, places, some
 
@@ -55,6 +56,8 @@ class Summary:
         total: how many elements the base's parameters have, the adapters not counted.
         skipped: a `Skipped` for each tensor of the base without an adapter; of `attach`, without
             the one that it attached, and with the reason.
+        held: the paths of the layers whose running statistics are held still.
+        moving: of those whose statistics move in training mode, base or not.
         dry_run: whether it says what `attach` would do.
     """
 
@@ -62,6 +65,8 @@ class Summary:
     trainable: int
     total: int
     skipped: tuple[Skipped, ...] = ()
+    held: tuple[str, ...] = ()
+    moving: tuple[str, ...] = ()
     dry_run: bool = False
 
     def __str__(self) -> str:
@@ -87,6 +92,8 @@ class Summary:
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         start = ["dry run: nothing is changed; attached, it would be"] if self.dry_run else []
+        for what, paths in (("held still", self.held), ("that move in training", self.moving)):
+            lines += [f"running statistics {what}: {len(paths)} ({some(paths)})"] if paths else []
         return "\n".join([*start, *lines, *_reasons(self.skipped), end])
 
     __repr__ = __str__  # a notebook's last line shows the table too
@@ -115,12 +122,15 @@ def report(model: nn.Module, fresh: str | None = None) -> Summary:
         for name in site.stack.factors
         for path, part in site.parts(name).items()
     ]
+    norms = with_statistics(model) if here else []
     bare = [place for place in places(model) if place.stack is None] if here else []
     return Summary(
         sites=tuple(rows),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=sum(p.numel() for p in model.parameters() if id(p) not in factors),
         skipped=tuple(skip(p, "without an adapter", p.stored.requires_grad) for p in bare),
+        held=tuple(path for path, module in norms if is_held(module)),
+        moving=tuple(path for path, module in norms if not is_held(module)),
     )
 
 
