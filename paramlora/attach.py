@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +10,13 @@ from torch import nn
 
 from . import host
 from .adapters import Spec
-from .block import split
 from .errors import AdapterNameError, StateError
-from .hold import hold, is_held, release, with_statistics
-from .stack import Factors, Site, Stack, lists, sites, stored, walk
-from .summary import Skipped, Summary, report, row, skip, summary
-from .targets import Place, Resolved, Target, Targets, places, resolve
+from .hold import hold, release
+from .place import Place, holders
+from .preview import left_out, preview
+from .stack import Factors, Site, Stack, sites, stored
+from .summary import Summary, report
+from .targets import Target, Targets, resolve
 from .toggle import check_unmerged, names_of, select
 
 
@@ -81,9 +82,9 @@ def attach(
     check_name(model, name)
     resolved = resolve(model, spec, targets, exclude)
     check_tied(model, [place for place, _ in resolved.found])
-    skipped = tuple(_skipped(model, resolved, freeze))
+    skipped = tuple(left_out(model, resolved, freeze))
     if dry_run:
-        expected = _expected(model, resolved, name, freeze, hold_statistics)
+        expected = preview(model, resolved, name, freeze, hold_statistics)
         found = dataclasses.replace(expected, skipped=skipped, dry_run=True)
         print(found)
         return found
@@ -162,9 +163,9 @@ def check_name(model: nn.Module, name: str) -> None:
 
 def install(model: nn.Module, planned: list[Planned], name: str, freeze: bool) -> None:
     """Put new factors at their places; nothing here can fail for what a user wrote."""
-    holders = _holders(model)
+    found = holders(model)
     for plan in planned:
-        shared = holders[id(plan.place.stored)]
+        shared = found[id(plan.place.stored)]
         stack = next((place.stack for place in shared if place.stack is not None), None) or Stack()
         for place in shared:
             if place.stack is None:
@@ -188,61 +189,11 @@ def remove(model: nn.Module, here: list[Site], names: set[str]) -> None:
     host.forget(model)
 
 
-def _skipped(model: nn.Module, resolved: Resolved, freeze: bool) -> Iterator[Skipped]:
-    """Yield what does not get the adapter, in model order, and whether it is trained then."""
-    taken = {id(place.stored) for place, _ in resolved.found}
-    for place in places(model):
-        if id(place.stored) not in taken:
-            _, reason = resolved.left_out.get(place.path, (place, "matching no target"))
-            yield skip(place, reason, place.stored.requires_grad and not freeze)
-    for place, reason in resolved.left_out.values():
-        if id(place.stored) in taken:
-            yield skip(place, reason, place.stored.requires_grad and not freeze)
-
-
-def _expected(
-    model: nn.Module, resolved: Resolved, name: str, freeze: bool, hold_statistics: bool
-) -> Summary:
-    """Return the summary of what `install` would make, from factors without values."""
-    now, holders = summary(model), _holders(model)
-    # Within a module those that are parametrized already come first.
-    modules = {id(module): i for i, (_, module) in enumerate(walk(model))}
-    in_order = sorted(
-        places(model), key=lambda p: (modules[id(p.module)], p.tensor not in lists(p.module))
-    )
-    order = {place.path: i for i, place in enumerate(in_order)}
-    rows = [(order[r.site if r.site in order else split(r.site)[0]], r) for r in now.sites]
-    with torch.random.fork_rng(devices=[]):
-        for place, spec in resolved.found:
-            factors = Factors(spec, spec.create(place.value.detach().to("meta")), place.block)
-            shared, stack = [p.path for p in holders[id(place.stored)]], Stack()
-            stack.tied = tuple(shared) if len(shared) > 1 else ()
-            path = f"{shared[0]}{place.block or ''}"
-            rows.append((order[shared[0]], row(path, name, factors, stack, place.whole, False)))
-    rows.sort(key=lambda pair: pair[0])
-    sites = tuple(row for _, row in rows)
-    trained = sum(row.parameters for row in sites if row.adapter == name)
-    kept = {id(p) for p in parameters(model)} if freeze else {id(p) for p in model.parameters()}
-    trained += sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) in kept)
-    norms = with_statistics(model)
-    held = tuple(path for path, module in norms if hold_statistics or is_held(module))
-    moving = tuple(path for path, _ in norms if path not in held)
-    return dataclasses.replace(now, sites=sites, trainable=trained, held=held, moving=moving)
-
-
-def _holders(model: nn.Module) -> dict[int, list[Place]]:
-    """Return the places of each stored parameter, by its id: more than one where it is tied."""
-    holders: dict[int, list[Place]] = {}
-    for place in places(model):
-        holders.setdefault(id(place.stored), []).append(place)
-    return holders
-
-
 def check_tied(model: nn.Module, chosen: Iterable[Place]) -> None:
     """Raise a StateError where a tensor is tied, and the adapters on it are on one side only."""
-    holders = _holders(model)
+    found = holders(model)
     for place in chosen:
-        shared = holders[id(place.stored)]
+        shared = found[id(place.stored)]
         stacks = {id(other.stack) for other in shared}
         if len(stacks) > 1:
             raise StateError(

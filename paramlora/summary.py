@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from .adapters import Spec
 from .hold import is_held, with_statistics
+from .place import Place, places
 from .stack import Factors, Stack, below, first_sites
-from .targets import Place, places, some
+from .targets import some
 
 
 @dataclass(frozen=True)
