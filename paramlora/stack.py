@@ -154,16 +154,24 @@ class Stack(nn.Module):
         if not self.live:
             return weight
         built = None if torch.compiler.is_compiling() else _ONCE.built
-        # What is built without a gradient does not serve where one is wanted.
-        key = id(self), self.live, torch.is_grad_enabled()
-        if built is not None and key in built:
+        if built is not None:
+            key = self._key()
+            if key not in built:
+                built[key] = self._build(weight)
             return built[key]
+        return self._build(weight)
+
+    def _build(self, weight: Tensor) -> Tensor:
         with exact(weight):
             for name in self.live:
                 weight = self[name](weight)
-        if built is not None:
-            built[key] = weight
         return weight
+
+    def _key(self) -> object:
+        """Return what W' may serve for: toggled inside a forward, or no_grad, it is another."""
+        parts = [part for name in self.live for part in self.parts(name)]
+        strengths = [id(s) if isinstance(s, Tensor) else s for s in (p.strength for p in parts)]
+        return id(self), self.live, torch.is_grad_enabled(), *strengths
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         raise NotImplementedError(

@@ -158,6 +158,37 @@ def test_a_loop_over_experts_builds_the_stack_once() -> None:
     assert not torch.allclose(model(x), before)
 
 
+class Toggling(nn.Module):
+    """A module that toggles its own adapters between its reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(2, 3, 3))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            parts = [x @ self.W[0]]
+        parts.append(x @ self.W[0])
+        for strength in (2.0, 0.5):
+            with pl.using(self, default=strength):
+                parts.append(x @ self.W[0])
+        with pl.disabled(self):
+            parts.append(x @ self.W[0])
+        return [*parts, x @ self.W[0]]
+
+
+def test_nothing_stale_is_read_in_a_forward() -> None:
+    """What is toggled between two reads shows, and a read under no_grad spoils none after it."""
+    model, x = Toggling(), torch.eye(3)
+    W = model.W.detach().clone()[0]
+    pl.attach(model, LoRA(1, batch_dims=1), "W")
+    shake(model)
+    D = model.W.detach()[0] - W
+    found = model(x)
+    assert [part.requires_grad for part in found] == [False, True, True, True, False, True]
+    assert_close([p.detach() for p in found], [W + k * D for k in (1, 1, 2, 0.5, 0, 1)])
+
+
 def test_transposed_is_for_layers_that_store_it_so() -> None:
     """On transformers' Conv1D, (in, out), A is (r, in) and acts on the input, as on a Linear."""
     utils = pytest.importorskip("transformers.pytorch_utils")
