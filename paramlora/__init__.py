@@ -22,6 +22,7 @@ from .base import base_state_dict, fingerprint, load_base_state_dict
 from .checkpoint import load, load_state_dict, save, state_dict
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
 from .merge import bake, merge, merged, unmerge
+from .route import routed
 from .summary import SiteSummary, Summary, summary
 from .toggle import disable, disabled, enable, enabled, scale, using
 
@@ -58,6 +59,7 @@ __all__ = [
     "merge",
     "merged",
     "parameters",
+    "routed",
     "save",
     "scale",
     "state_dict",
