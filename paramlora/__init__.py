@@ -21,9 +21,10 @@ from .attach import attach, detach, freeze, parameters, unfreeze
 from .base import base_state_dict, fingerprint, load_base_state_dict
 from .checkpoint import load, load_state_dict, save, state_dict
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
+from .hold import hold_statistics
 from .merge import bake, merge, merged, unmerge
 from .route import routed
-from .summary import SiteSummary, Summary, summary
+from .summary import SiteSummary, Skipped, Summary, summary
 from .toggle import disable, disabled, enable, enabled, scale, using
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "LowRank",
     "ParamloraError",
     "SiteSummary",
+    "Skipped",
     "Spec",
     "StateError",
     "Summary",
@@ -53,6 +55,7 @@ __all__ = [
     "factor_dtype",
     "fingerprint",
     "freeze",
+    "hold_statistics",
     "load",
     "load_base_state_dict",
     "load_state_dict",

@@ -47,6 +47,11 @@ class Spec(ABC):
         """The rank that a summary shows; None for a kind that has none."""
         return None
 
+    @property
+    def scaling(self) -> float:
+        """The factor s that multiplies the update beside the strength; 1 for a kind without."""
+        return 1.0
+
     @abstractmethod
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return new factors for `weight`, by name, on its device, in `factor_dtype(weight)`.
@@ -133,7 +138,8 @@ class LoRA(Spec):
 
     The tensor is seen as a matrix (out, in): its first dimension, and all others together. For a
     Linear that is the weight itself, for a convolution (out, in/groups·kernel), for an Embedding
-    (num, dim). The update's rank is at most `rank`.
+    (num, dim). The update's rank is at most `rank`. With `batch_dims` it is a batch of matrices,
+    such as one for each expert, and with `transposed` a matrix is (in, out).
 
     Args:
         rank: r, at least 1. One above the smaller side of the matrix is allowed, and wasted.
@@ -145,10 +151,15 @@ class LoRA(Spec):
             likes, from torch's global generator as a rule.
         rank_stabilized: scale by alpha/√r in place of alpha/r (Kalajdzievski 2023,
             arXiv 2312.03732).
+        batch_dims: how many leading dimensions count matrices, each with an update of its own:
+            with 1, experts (E, out, in) get A: (E, r, in) and B: (E, out, r).
+        transposed: a matrix is stored as (in, out), so that W' = W + λ·s·(BA)ᵀ: as in
+            transformers' Conv1D, and where experts are (E, in, out).
 
     Raises:
         ValueError: a rank below 1, an alpha that is no finite number, an init of no known name,
-            or, when it is used, one that does not fill A with finite numbers.
+            or, when it is used, one that does not fill A with finite numbers; a `batch_dims` that
+            is no count, a `transposed` that is no bool.
 
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models",
     arXiv 2106.09685, section 4.1.
@@ -161,8 +172,14 @@ class LoRA(Spec):
     alpha: float | None = None
     init: str | Callable[[Tensor], object] = field(default="kaiming", kw_only=True)
     rank_stabilized: bool = field(default=False, kw_only=True)
+    batch_dims: int = field(default=0, kw_only=True)
+    transposed: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        if type(self.batch_dims) is not int or self.batch_dims < 0:
+            raise ValueError(f"batch_dims must be a number from 0, got {self.batch_dims!r}")
+        if type(self.transposed) is not bool:
+            raise ValueError(f"transposed must be True or False, got {self.transposed!r}")
         if not isinstance(self.rank, Integral) or isinstance(self.rank, bool) or self.rank < 1:
             raise ValueError(f"rank must be a whole number of at least 1, got {self.rank!r}")
         if self.alpha is not None and not is_finite(self.alpha):
@@ -182,34 +199,56 @@ class LoRA(Spec):
         return alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        out, rest = weight.shape[0], weight.shape[1:].numel()
-        A = draw((self.rank, rest), weight, self._fill, generator)
-        B = torch.zeros((out, self.rank), dtype=A.dtype, device=A.device)
+        *batch, rows, columns = self._matrices(weight).shape
+        out, into = (columns, rows) if self.transposed else (rows, columns)
+        A = draw((*batch, self.rank, into), weight, self._fill, generator)
+        B = torch.zeros((*batch, out, self.rank), dtype=A.dtype, device=A.device)
         return {"A": A, "B": B}
 
     def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:
-        A, B, scale = self.low_rank(factors, strength)
+        A, B, scale = self._terms(factors, strength)
         if isinstance(scale, Tensor):
             return add_update(weight, (scale * (B @ A)).view(weight.shape))
-        matrix = weight.reshape(weight.shape[0], -1)
-        if matrix.dtype != A.dtype:
-            matrix = matrix.to(A.dtype)
+        matrices = self._matrices(weight)
+        if matrices.dtype != A.dtype:
+            matrices = matrices.to(A.dtype)
         # W' in one pass over W: the scale rides in the product.
-        return torch.addmm(matrix, B, A, alpha=scale).to(weight.dtype).view(weight.shape)
+        if self.batch_dims == 0:
+            matrices = torch.addmm(matrices, B, A, alpha=scale)
+        else:
+            flat = matrices.flatten(0, -3), B.flatten(0, -3), A.flatten(0, -3)
+            matrices = torch.baddbmm(*flat, alpha=scale)
+        return matrices.to(weight.dtype).view(weight.shape)
 
-    def low_rank(self, factors: Factors, strength: Strength = 1.0) -> LowRank:
-        return LowRank(factors["A"], factors["B"], self.scaling * strength)
+    def low_rank(self, factors: Factors, strength: Strength = 1.0) -> LowRank | None:
+        return None if self.batch_dims else self._terms(factors, strength)
 
     def refusal(self, weight: Tensor) -> str | None:
         if weight.dim() < 2:
             return f"a low-rank update needs two dimensions, it has {weight.dim()}; use Delta()"
+        if weight.dim() < 2 + self.batch_dims:
+            return (
+                f"with batch_dims={self.batch_dims} it needs {2 + self.batch_dims} dimensions, it "
+                f"has {weight.dim()}"
+            )
         return None
 
+    def _matrices(self, weight: Tensor) -> Tensor:
+        """Return a tensor as matrices of rows and columns, in its batch dimensions."""
+        return weight.reshape(*weight.shape[: self.batch_dims + 1], -1)
+
+    def _terms(self, factors: Factors, strength: Strength) -> LowRank:
+        """Return the update as it is added to the stored rows and columns."""
+        A, B, scale = factors["A"], factors["B"], self.scaling * strength
+        return LowRank(B.mT, A.mT, scale) if self.transposed else LowRank(A, B, scale)
+
     def _fill(self, A: Tensor, generator: torch.Generator | None) -> None:
-        if callable(self.init):
-            self.init(A)
-        else:
-            _INITS[self.init](A, generator)
+        # Each matrix by itself: an init may depend on its shape.
+        for one in A.view(-1, *A.shape[-2:]):
+            if callable(self.init):
+                self.init(one)
+            else:
+                _INITS[self.init](one, generator)
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,9 @@ def exact(weight: Tensor) -> AbstractContextManager[Any]:
 
 
 class _Once(threading.local):
-    """What stacks have built, by their id, inside the innermost `once` of a thread."""
+    """What stacks have built, by what they were then, inside the innermost `once` of a thread."""
 
-    built: dict[int, Tensor] | None = None
+    built: dict[object, Tensor] | None = None
 
 
 _ONCE = _Once()
@@ -93,12 +93,6 @@ class Factors(nn.Module):
     def low_rank(self) -> LowRank | None:
         term = self.spec.low_rank(self._tensors, self.strength)
         return term if term is None or self.block is None else self.block.widen(term)
-
-    @property
-    def scale(self) -> Strength:
-        """All that multiplies the update, the strength included."""
-        term = self.spec.low_rank(self._tensors, self.strength)
-        return self.strength if term is None else term.scale
 
     @property
     def _tensors(self) -> dict[str, nn.Parameter]:
@@ -190,13 +184,15 @@ class Stack(nn.Module):
         if not self.live:
             return weight
         built = None if torch.compiler.is_compiling() else _ONCE.built
-        if built is not None and id(self) in built:
-            return built[id(self)]
+        # What is built without a gradient does not serve where one is wanted.
+        key = id(self), self.live, torch.is_grad_enabled()
+        if built is not None and key in built:
+            return built[key]
         with exact(weight):
             for name in self.live:
                 weight = self[name](weight)
         if built is not None:
-            built[id(self)] = weight
+            built[key] = weight
         return weight
 
     def right_inverse(self, weight: Tensor) -> Tensor:
