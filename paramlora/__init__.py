@@ -23,6 +23,7 @@ from .checkpoint import load, load_state_dict, save, state_dict
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
 from .hold import hold_statistics
 from .merge import bake, merge, merged, unmerge
+from .route import routed
 from .summary import SiteSummary, Skipped, Summary, summary
 from .toggle import disable, disabled, enable, enabled, scale, using
 
@@ -61,6 +62,7 @@ __all__ = [
     "merge",
     "merged",
     "parameters",
+    "routed",
     "save",
     "scale",
     "state_dict",

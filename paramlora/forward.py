@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import lowrank
-from .adapters import LowRank, add_update
+from . import lowrank, route
+from .adapters import add_update
 from .stack import CHANGED, Stack, exact, lists, once, stack_of, stored
 
 
@@ -37,8 +37,8 @@ def forward_for(cls: type[nn.Module], *, alone: bool) -> Callable[..., Any] | No
     return _read_once(cls.forward) if alone and not cls.__module__.startswith("torch.") else None
 
 
-def _factored(module: nn.Module) -> tuple[Tensor, list[LowRank]] | None:
-    """Return the stored weight and the live updates of a module's `weight`, None if not factored.
+def _alone(module: nn.Module) -> tuple[Tensor, Stack] | None:
+    """Return the stored weight and its stack, None where that is not all there is at the weight.
 
     It reads past the modules' `__getattr__`: at small sizes that is what a forward costs.
     """
@@ -46,48 +46,66 @@ def _factored(module: nn.Module) -> tuple[Tensor, list[LowRank]] | None:
     if plist is None or len(plist._modules) != 1:
         return None
     stack = plist._modules["0"]
-    terms = stack.low_rank() if type(stack) is Stack else None
-    return None if terms is None else (plist._parameters["original"], terms)  # type: ignore[return-value]
+    return (plist._parameters["original"], stack) if type(stack) is Stack else None  # type: ignore[return-value]
 
 
 @functools.wraps(nn.Linear.forward)
 def _linear(self: nn.Linear, input: Tensor) -> Tensor:
-    site = _factored(self)
-    if site is None:
-        return _dense_linear(self, input)
-    weight, terms = site
-    return lowrank.linear(input, weight, self.bias, terms)
+    site = _alone(self)
+    if site is not None:
+        weight, stack = site
+        if stack.route is None:
+            terms = stack.low_rank()
+            if terms is not None:
+                return lowrank.linear(input, weight, self.bias, terms)
+        elif len(lists(self)) == 1:
+            output = route.linear(input, weight, self.bias, stack)
+            if output is not None:
+                return output
+    return _dense_linear(self, input)
 
 
 @functools.wraps(nn.Embedding.forward)
 def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:
-    site = _factored(self)
+    weight = update = None
     # Both of these depend on the whole of W': its row norms, or how often a row occurs.
-    if site is None or self.max_norm is not None or self.scale_grad_by_freq:
-        weight, terms = self.weight, list[LowRank]()
-    else:
-        weight, terms = site
+    site = None if self.max_norm is not None or self.scale_grad_by_freq else _alone(self)
+    if site is not None:
+        weight, stack = site
+        with exact(weight):
+            update = _embedding_update(input, stack, self.padding_idx)
+    if update is None:
+        if route.route_of(self) is not None:
+            return route.by_group(self, (input,), {})
+        weight = self.weight
     output = F.embedding(
         input,
-        weight,
+        weight,  # type: ignore[arg-type]
         self.padding_idx,
         self.max_norm,
         self.norm_type,
         self.scale_grad_by_freq,
-        self.sparse and weight.is_leaf,
+        self.sparse and weight.is_leaf,  # type: ignore[union-attr]
     )
-    for A, B, scale in terms:
+    return output if update is None else add_update(output, update)
+
+
+def _embedding_update(input: Tensor, stack: Stack, padding_idx: int | None) -> Tensor | None:
+    """Return what the stack adds to the rows of an embedding, None where it takes W' for that."""
+    if stack.route is not None:
+        update = route.embedding(input, stack, padding_idx)
+    else:
         # Dense gradients for the factors, whatever `sparse` says of W: B has r columns only, and
         # one optimizer can then take A and B.
-        rows = F.embedding(input, B, self.padding_idx)
-        with exact(weight):
-            update = scale * (rows @ A)
-        if self.padding_idx is not None:
-            # torch gives the padding row no gradient; through A it would get one here.
-            padding = (input == self.padding_idx).unsqueeze(-1)
-            update = torch.where(padding, update.detach(), update)
-        output = add_update(output, update)
-    return output
+        parts = [
+            scale * (F.embedding(input, B, padding_idx) @ A)
+            for A, B, scale in stack.low_rank() or ()
+        ]
+        update = sum(parts[1:], parts[0]) if parts else None
+    if update is None or padding_idx is None:
+        return update
+    # torch gives the padding row no gradient; through A it would get one here.
+    return torch.where((input == padding_idx).unsqueeze(-1), update.detach(), update)
 
 
 @functools.wraps(nn.EmbeddingBag.forward)
@@ -97,6 +115,9 @@ def _embedding_bag(
     offsets: Tensor | None = None,
     per_sample_weights: Tensor | None = None,
 ) -> Tensor:
+    if route.route_of(self) is not None:
+        kwargs = {"offsets": offsets, "per_sample_weights": per_sample_weights}
+        return route.by_group(self, (input,), kwargs)
     weight = self.weight
     return F.embedding_bag(
         input,
@@ -119,6 +140,8 @@ def _dense(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if route.route_of(self) is not None:
+            return route.by_group(self, args, kwargs)
         # The compiler finds repeated reads, and what to recompute, by itself.
         if lowrank.transformed():
             return plain(self, *args, **kwargs)
@@ -185,6 +208,8 @@ def _rebuilt(module: nn.Module) -> Iterator[None]:
 def _recurrent(plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def forward(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
+        if route.route_of(self) is not None:
+            return route.by_group(self, args, kwargs)
         if lowrank.transformed():
             try:
                 return plain(self, *args, **kwargs)

@@ -139,6 +139,8 @@ def _plan(model: nn.Module, names: tuple[str, ...]) -> list[_Fold]:
         its_names = chosen.get(id(site.stack), [])
         if not names:
             its_names = list(site.stack.live)
+        if site.stack.route is not None:
+            raise StateError("cannot merge inside of routed(): every row would get the adapter")
         _check(site.stack, its_names)
         if its_names:
             folds.append(_Fold(site, its_names, _folded(site, its_names)))
