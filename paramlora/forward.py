@@ -24,17 +24,13 @@ from .adapters import add_update
 from .stack import CHANGED, Stack, exact, lists, once, stack_of, stored
 
 
-def forward_for(cls: type[nn.Module], *, alone: bool) -> Callable[..., Any] | None:
-    """Return the forward for adapted modules of class `cls`, None where its own will do.
-
-    `alone` says that the module has all its parameters itself, none in modules inside.
-    """
+def forward_for(cls: type[nn.Module]) -> Callable[..., Any] | None:
+    """Return the forward for adapted modules of class `cls`, None where its own has to run."""
     for base, forward in _FORWARDS.items():
         # Not for a subclass with a forward of its own: that one has to run, and reads W'.
         if issubclass(cls, base) and cls.forward is base.forward:
             return forward
-    # A loop over experts reads the stack of their weights once for each.
-    return _read_once(cls.forward) if alone and not cls.__module__.startswith("torch.") else None
+    return None
 
 
 def _alone(module: nn.Module) -> tuple[Tensor, Stack] | None:
@@ -152,8 +148,8 @@ def _dense(plain: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _read_once(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward that builds each W' once, however often it reads it."""
+def read_once(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward that builds each W' once: a loop over experts reads it for each of them."""
 
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
