@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,18 @@ class LowRank(NamedTuple):
     scale: Strength
 
 
+class Rescaled(NamedTuple):
+    """A tensor rescaled along one dimension: W' = (1 + change) ⊙ (W + update).
+
+    `change` has one entry for each index of dimension `dim`, 0 or 1, of W. It is kept apart from
+    the 1, so that half precision rounds it by itself.
+    """
+
+    change: Tensor
+    dim: int
+    update: LowRank | None
+
+
 @dataclass(frozen=True)
 class Spec(ABC):
     """What to learn at a tensor. Derive a frozen dataclass from it to make a new kind of adapter.
@@ -46,6 +58,11 @@ class Spec(ABC):
     def rank(self) -> int | None:
         """The rank that a summary shows; None for a kind that has none."""
         return None
+
+    @property
+    def scaling(self) -> float:
+        """The factor s that multiplies the update beside the strength; 1 for a kind without."""
+        return 1.0
 
     @abstractmethod
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -66,6 +83,15 @@ class Spec(ABC):
         """Return the update as factors, or None where it has no such form.
 
         A kind that has one is computed without W' in a layer whose forward can do so.
+        """
+        return None
+
+    def rescaled(
+        self, weight: Tensor, factors: Factors, strength: Strength = 1.0
+    ) -> Rescaled | None:
+        """Return W' as `weight`, perhaps with a low-rank update, rescaled along a dimension.
+
+        None where it has no such form. Like `low_rank` it lets layers do without W'.
         """
         return None
 
@@ -119,6 +145,58 @@ def draw(
     return factor.to(weight.device)
 
 
+def check_rank(spec: Any) -> None:
+    """Raise a ValueError where the rank or the alpha of a spec is none; make them Python's own."""
+    rank, alpha = spec.rank, spec.alpha
+    if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
+    if alpha is not None and not is_finite(alpha):
+        raise ValueError(f"alpha must be a finite number or None, got {alpha!r}")
+    # numpy's numbers, too: as Python's they can be saved.
+    object.__setattr__(spec, "rank", int(rank))
+    if not isinstance(alpha, int | float | None):
+        object.__setattr__(spec, "alpha", float(alpha))
+
+
+def scaling_of(spec: Any) -> float:
+    """Return alpha/r, or alpha/√r where the spec is `rank_stabilized`; alpha None means r."""
+    alpha = spec.rank if spec.alpha is None else spec.alpha
+    return alpha / (math.sqrt(spec.rank) if spec.rank_stabilized else spec.rank)
+
+
+def check_init(init: object) -> None:
+    """Raise a ValueError where `init` is neither a known name nor a callable."""
+    if not callable(init) and init not in _INITS:
+        known = ", ".join(repr(name) for name in _INITS)
+        raise ValueError(f"init must be one of {known} or a callable, got {init!r}")
+
+
+def start(
+    weight: Tensor,
+    rank: int,
+    init: str | Callable[[Tensor], object],
+    generator: torch.Generator | None,
+) -> dict[str, Tensor]:
+    """Return new factors A, (r, in), as `init` fills it, and B, (out, r), of zeros."""
+
+    def fill(A: Tensor, generator: torch.Generator | None) -> None:
+        if callable(init):
+            init(A)
+        else:
+            _INITS[init](A, generator)
+
+    A = draw((rank, weight.shape[1:].numel()), weight, fill, generator)
+    B = torch.zeros((weight.shape[0], rank), dtype=A.dtype, device=A.device)
+    return {"A": A, "B": B}
+
+
+def low_rank_refusal(weight: Tensor) -> str | None:
+    """Return why a tensor has no low-rank update, None where it has."""
+    if weight.dim() < 2:
+        return f"a low-rank update needs two dimensions, it has {weight.dim()}; use Delta()"
+    return None
+
+
 _INITS: dict[str, Callable[[Tensor, torch.Generator | None], object]] = {
     "kaiming": lambda A, g: nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=g),
     "gaussian": lambda A, g: A.normal_(generator=g),
@@ -163,29 +241,16 @@ class LoRA(Spec):
     rank_stabilized: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, Integral) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"rank must be a whole number of at least 1, got {self.rank!r}")
-        if self.alpha is not None and not is_finite(self.alpha):
-            raise ValueError(f"alpha must be a finite number or None, got {self.alpha!r}")
-        if not callable(self.init) and self.init not in _INITS:
-            known = ", ".join(repr(name) for name in _INITS)
-            raise ValueError(f"init must be one of {known} or a callable, got {self.init!r}")
-        # numpy's numbers, too: as Python's they can be saved.
-        object.__setattr__(self, "rank", int(self.rank))
-        if not isinstance(self.alpha, int | float | None):
-            object.__setattr__(self, "alpha", float(self.alpha))
+        check_rank(self)
+        check_init(self.init)
 
     @property
     def scaling(self) -> float:
         """The factor s of the update: alpha/r, or alpha/√r where `rank_stabilized`."""
-        alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        return scaling_of(self)
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        out, rest = weight.shape[0], weight.shape[1:].numel()
-        A = draw((self.rank, rest), weight, self._fill, generator)
-        B = torch.zeros((out, self.rank), dtype=A.dtype, device=A.device)
-        return {"A": A, "B": B}
+        return start(weight, self.rank, self.init, generator)
 
     def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:
         A, B, scale = self.low_rank(factors, strength)
@@ -201,15 +266,7 @@ class LoRA(Spec):
         return LowRank(factors["A"], factors["B"], self.scaling * strength)
 
     def refusal(self, weight: Tensor) -> str | None:
-        if weight.dim() < 2:
-            return f"a low-rank update needs two dimensions, it has {weight.dim()}; use Delta()"
-        return None
-
-    def _fill(self, A: Tensor, generator: torch.Generator | None) -> None:
-        if callable(self.init):
-            self.init(A)
-        else:
-            _INITS[self.init](A, generator)
+        return low_rank_refusal(weight)
 
 
 @dataclass(frozen=True)

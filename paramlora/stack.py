@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .adapters import Factors as Tensors
-from .adapters import LowRank, Spec, Strength
+from .adapters import LowRank, Rescaled, Spec, Strength
 from .block import Block
 
 CHANGED = (
@@ -87,8 +87,12 @@ class Factors(nn.Module):
     @property
     def scale(self) -> Strength:
         """All that multiplies the update, the strength included."""
-        term = self.spec.low_rank(self._tensors, self.strength)
-        return self.strength if term is None else term.scale
+        return self.strength * self.spec.scaling
+
+    def rescaled(self, weight: Tensor) -> Rescaled | None:
+        if self.block is not None:
+            return None
+        return self.spec.rescaled(weight, self._tensors, self.strength)
 
     @property
     def _tensors(self) -> dict[str, nn.Parameter]:
@@ -206,6 +210,14 @@ class Stack(nn.Module):
                 return None
             terms.append(term)
         return terms
+
+    def rescaled(self, weight: Tensor) -> Rescaled | None:
+        """Return W' as the rescaled `weight`, None where what is live has no such form."""
+        factors = self[self.live[0]] if len(self.live) == 1 else None
+        if not isinstance(factors, Factors):
+            return None
+        with exact(weight):
+            return factors.rescaled(weight)
 
     def set(self, active: Container[str], merged: Container[str]) -> None:
         """Set which adapters are active and which are merged."""

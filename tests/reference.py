@@ -28,6 +28,8 @@ class Kind:
     spec: pl.Spec
     formula: Formula
     dimensions: int = 2
+    # The most that the update's rank can be; None where nothing limits it.
+    rank: int | None = None
     # At two blocks of each tensor, which leave some of it, in place of the whole.
     blocks: bool = False
 
@@ -44,15 +46,33 @@ class Kind:
         return tensor.dim() >= self.dimensions
 
 
+def dora(s: float, dim: int = 0, *, constant: bool = True) -> Formula:
+    """Return W' = (‖W‖ + k·d) ⊙ V / ‖V‖ with V = W + k·s·BA, norms over all but `dim`."""
+
+    def formula(W: Tensor, f: dict[str, Tensor], k: float) -> Tensor:
+        V = W + k * s * (f["B"] @ f["A"]).reshape(W.shape)
+        others = [i for i in range(W.dim()) if i != dim]
+        before, after = (torch.linalg.vector_norm(M, dim=others, keepdim=True) for M in (W, V))
+        if constant:
+            before, after = before.detach(), after.detach()
+        return (before + k * f["d"].view(before.shape)) * V / after
+
+    return formula
+
+
 KINDS = {
     "lora": Kind(
         pl.LoRA(rank=2, alpha=3),
         lambda W, f, k: W + k * 3 / 2 * (f["B"] @ f["A"]).reshape(W.shape),
+        rank=2,
     ),
     "lora_stabilized": Kind(
         pl.LoRA(rank=4, rank_stabilized=True),
         lambda W, f, k: W + k * 2 * (f["B"] @ f["A"]).reshape(W.shape),
+        rank=4,
     ),
+    "dora": Kind(pl.DoRA(rank=2, alpha=3), dora(3 / 2)),
+    "dora_exact": Kind(pl.DoRA(rank=3, dim=1, exact_gradient=True), dora(1, dim=1, constant=False)),
     "delta": Kind(pl.Delta(), lambda W, f, k: W + k * f["D"], dimensions=1),
 }
 BLOCKS = {f"{name}_blocks": replace(KINDS[name], blocks=True) for name in ("lora", "delta")}
@@ -370,9 +390,10 @@ class Case:
                 factors.setdefault(site, {})[factor] = leaves[f"{name} {key}"]
             for site, own in factors.items() if name in active else ():
                 path, index = parted(site)
-                W = weights[path].to(wide, copy=True)
-                W[index] = self.kinds[name].formula(W[index], own, self.strengths[name])
-                weights[path] = W
+                W = weights[path].to(wide)
+                # A copy: the formula's gradient may need W.
+                weights[path] = W.clone()
+                weights[path][index] = self.kinds[name].formula(W[index], own, self.strengths[name])
         weights = {path: weight.to(dtype) for path, weight in weights.items()}
         inputs = [x.to(dtype) if x.is_floating_point() else x for x in self.inputs]
         return _run(lambda *x: functional_call(plain, weights, x), inputs, leaves)

@@ -209,7 +209,7 @@ class TestConformance:
         for path in case.sites(kind):
             update = read(case.model, path).detach() - read(case.plain, path).detach()
             matrix = update.reshape(update.shape[0], -1)
-            expected = min(kind.spec.rank or max(matrix.shape), *matrix.shape)
+            expected = min(kind.rank or max(matrix.shape), *matrix.shape)
             assert torch.linalg.matrix_rank(matrix, rtol=1e-9) == expected
 
     def test_detach_gives_back(self, kind: Kind, host: Host) -> None:
