@@ -12,7 +12,7 @@ Each kind is complete in one class. A kind of your own is a frozen dataclass tha
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -63,6 +63,11 @@ class Spec(ABC):
     def scaling(self) -> float:
         """The factor s that multiplies the update beside the strength; 1 for a kind without."""
         return 1.0
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """The names of the factors that are never trained: saved and moved with the others."""
+        return ()
 
     @abstractmethod
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -164,10 +169,11 @@ def scaling_of(spec: Any) -> float:
     return alpha / (math.sqrt(spec.rank) if spec.rank_stabilized else spec.rank)
 
 
-def check_init(init: object) -> None:
-    """Raise a ValueError where `init` is neither a known name nor a callable."""
-    if not callable(init) and init not in _INITS:
-        known = ", ".join(repr(name) for name in _INITS)
+def check_init(init: object, others: Iterable[str] = ()) -> None:
+    """Raise a ValueError where `init` is neither a known name, nor of the others, nor callable."""
+    names = [*_INITS, *others]
+    if not callable(init) and init not in names:
+        known = ", ".join(map(repr, names))
         raise ValueError(f"init must be one of {known} or a callable, got {init!r}")
 
 
@@ -205,6 +211,22 @@ _INITS: dict[str, Callable[[Tensor, torch.Generator | None], object]] = {
 }
 
 
+def principal(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A, B with the best approximation BA of W, a matrix, its singular values in halves."""
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    root = S[:rank].sqrt()
+    return root.unsqueeze(1) * Vh[:rank], U[:, :rank] * root
+
+
+def orthonormal(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A, B with the first columns of Q in B and the first rows of R in A, where W = QR."""
+    Q, R = torch.linalg.qr(W)
+    return R[:rank].contiguous(), Q[:, :rank].contiguous()
+
+
+_FROM_WEIGHT = {"pissa": principal, "olora": orthonormal}
+
+
 @dataclass(frozen=True)
 class LoRA(Spec):
     """A low-rank update, W' = W + λ·(alpha/r)·BA, of any tensor with two or more dimensions.
@@ -220,13 +242,24 @@ class LoRA(Spec):
             as in the paper's code), "gaussian" (N(0, 1)), "gaussian/sqrt_r" (N(0, 1/r)),
             "orthogonal" (orthonormal rows, or columns where r is above in), or a callable that
             fills A, (r, in), in place, such as those of `torch.nn.init`; it draws where it
-            likes, from torch's global generator as a rule.
+            likes, from torch's global generator as a rule. "pissa" and "olora" start from W
+            itself: see below.
         rank_stabilized: scale by alpha/√r in place of alpha/r (Kalajdzievski 2023,
             arXiv 2312.03732).
 
     Raises:
         ValueError: a rank below 1, an alpha that is no finite number, an init of no known name,
             or, when it is used, one that does not fill A with finite numbers.
+
+    "pissa" trains the principal part of W, s·BA = Σ over the r largest singular values (Meng et
+    al. 2024, arXiv 2404.02948, equations 2 and 3), "olora" s times the first columns of Q and rows
+    of R of its QR decomposition (Büyükakyüz 2024, arXiv 2406.01775). Both papers take that part
+    out of the stored W. Here W stays, and what is taken out is kept beside as constants A₀, B₀:
+
+        W' = W + λ·s·(BA − B₀A₀) = W + λ·s·[B − B₀, B₀] [A; A − A₀]
+
+    which is trained alike, is exactly W at the start and when switched off, and is again a
+    low-rank update of the original W, of rank 2r.
 
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models",
     arXiv 2106.09685, section 4.1.
@@ -242,15 +275,27 @@ class LoRA(Spec):
 
     def __post_init__(self) -> None:
         check_rank(self)
-        check_init(self.init)
+        check_init(self.init, _FROM_WEIGHT)
+        if self.init == "pissa" and self.scaling <= 0:
+            raise ValueError(f"init='pissa' needs an alpha above 0, got {self.alpha!r}")
 
     @property
     def scaling(self) -> float:
         """The factor s of the update: alpha/r, or alpha/√r where `rank_stabilized`."""
         return scaling_of(self)
 
+    @property
+    def constants(self) -> tuple[str, ...]:
+        return ("A0", "B0") if self.init in ("pissa", "olora") else ()
+
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        return start(weight, self.rank, self.init, generator)
+        if not self.constants:
+            return start(weight, self.rank, self.init, generator)
+        W = weight.reshape(weight.shape[0], -1).to(factor_dtype(weight))
+        if self.init == "pissa":
+            W = W / self.scaling
+        A, B = _FROM_WEIGHT[self.init](W, self.rank)  # type: ignore[index]
+        return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
 
     def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:
         A, B, scale = self.low_rank(factors, strength)
@@ -263,9 +308,17 @@ class LoRA(Spec):
         return torch.addmm(matrix, B, A, alpha=scale).to(weight.dtype).view(weight.shape)
 
     def low_rank(self, factors: Factors, strength: Strength = 1.0) -> LowRank:
-        return LowRank(factors["A"], factors["B"], self.scaling * strength)
+        A, B = factors["A"], factors["B"]
+        if "A0" in factors:
+            A0, B0 = factors["A0"], factors["B0"]
+            A, B = torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
+        return LowRank(A, B, self.scaling * strength)
 
     def refusal(self, weight: Tensor) -> str | None:
+        if self.constants and weight.dim() >= 2:
+            most = min(weight.shape[0], weight.shape[1:].numel())
+            if self.rank > most:
+                return f"init={self.init!r} at rank {self.rank} needs a matrix of that rank, {most}"
         return low_rank_refusal(weight)
 
 
