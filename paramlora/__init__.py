@@ -16,12 +16,13 @@ True
 True
 """
 
-from .adapters import Delta, LoRA, LowRank, Spec, add_update, draw, factor_dtype
+from .adapters import Delta, LoRA, LowRank, Rescaled, Spec, add_update, draw, factor_dtype
 from .attach import attach, detach, freeze, parameters, unfreeze
 from .base import base_state_dict, fingerprint, load_base_state_dict
 from .checkpoint import load, load_state_dict, save, state_dict
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
 from .hold import hold_statistics
+from .kinds import DoRA
 from .merge import bake, merge, merged, unmerge
 from .route import routed
 from .summary import SiteSummary, Skipped, Summary, summary
@@ -33,9 +34,11 @@ __all__ = [
     "AdapterNameError",
     "CheckpointError",
     "Delta",
+    "DoRA",
     "LoRA",
     "LowRank",
     "ParamloraError",
+    "Rescaled",
     "SiteSummary",
     "Skipped",
     "Spec",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .errors import StateError
-from .forward import forward_for, hold_stored, read_once
+from .forward import forward_for, hold_stored
 from .stack import Site, Stack, lists, stack_of, walk
 
 _BEFORE = "_paramlora_before"
@@ -55,7 +55,9 @@ def register(module: nn.Module, tensor: str, stack: Stack) -> None:
         # Not by register_parametrization: its checks would run the ones that are there.
         plist.append(stack.train(module.training))
     if first:
-        _adopt(module, before)
+        inside = (child for key, child in module.named_children() if key != "parametrizations")
+        alone = not any(True for child in inside for _ in child.parameters())
+        _adopt(type(module), before, alone)
 
 
 def unregister(site: Site) -> None:
@@ -192,10 +194,9 @@ def _tensors(cls: type) -> set[str]:
     return {key for key, value in vars(cls).items() if isinstance(value, property)}
 
 
-def _adopt(module: nn.Module, before: Before) -> None:
+def _adopt(cls: type, before: Before, alone: bool) -> None:
     """Give a host's own class its deepcopy, and a forward where there is one for it."""
-    cls: Any = type(module)
-    plain = cls.__deepcopy__
+    plain = cls.__deepcopy__  # type: ignore[attr-defined]
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         if id(self) in memo:
@@ -206,20 +207,11 @@ def _adopt(module: nn.Module, before: Before) -> None:
         copied.__class__ = _copied_class(type(copied))
         return copied
 
-    base = cls.__bases__[0]
-    forward = forward_for(base)
-    if forward is None and _is_alone(module) and not base.__module__.startswith("torch."):
-        forward = read_once(base.forward)
+    forward = forward_for(cls.__bases__[0], alone=alone)
     added = {"__deepcopy__": deepcopy} | ({} if forward is None else {"forward": forward})
     before.replaced = {key: vars(cls).get(key) for key in added}
     for key, value in added.items():
         setattr(cls, key, value)
-
-
-def _is_alone(module: nn.Module) -> bool:
-    """Return whether a module has all its parameters itself, none in modules inside."""
-    inside = (child for key, child in module.named_children() if key != "parametrizations")
-    return not any(True for child in inside for _ in child.parameters())
 
 
 def _release(module: nn.Module, before: Before) -> None:
