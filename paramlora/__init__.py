@@ -22,6 +22,7 @@ from .base import base_state_dict, fingerprint, load_base_state_dict
 from .checkpoint import load, load_state_dict, save, state_dict
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
 from .merge import bake, merge, merged, unmerge
+from .peft import load_peft, save_peft
 from .summary import SiteSummary, Summary, summary
 from .toggle import disable, disabled, enable, enabled, scale, using
 
@@ -54,11 +55,13 @@ __all__ = [
     "freeze",
     "load",
     "load_base_state_dict",
+    "load_peft",
     "load_state_dict",
     "merge",
     "merged",
     "parameters",
     "save",
+    "save_peft",
     "scale",
     "state_dict",
     "summary",

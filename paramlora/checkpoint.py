@@ -45,7 +45,7 @@ def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """
     return {
         f"{site.path}.{key}": parameter.detach()
-        for site in _sites_of(model, name)
+        for site in sites_of(model, name)
         for key, parameter in site.stack[name].named_parameters()
     }
 
@@ -84,7 +84,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         key: whole(tensor).to("cpu", copy=True).contiguous()
         for key, tensor in state_dict(model, name).items()
     }
-    described = {site.path: _describe(site, name) for site in _sites_of(model, name)}
+    described = {site.path: _describe(site, name) for site in sites_of(model, name)}
     content = {"version": _VERSION, "name": name, "sites": described}
     try:
         content["digest"] = digest(tensors.items(), json.dumps(content))
@@ -93,7 +93,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
             f"cannot save adapter {name!r}: a spec's fields must be numbers, strings, booleans or "
             f"None ({error})"
         ) from error
-    write_atomically(path, tensors, {"format": "pt", _ENTRY: json.dumps(content)})
+    # Not by safetensors' own save_file, whose files only their owner may read.
+    write_atomically(path, serialized(tensors, {"format": "pt", _ENTRY: json.dumps(content)}))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> Summary:
@@ -131,24 +132,20 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
             f"{path} is damaged: its digest is not that of what was saved; save the adapter again"
         )
     if name in names_of(model):
-        _refresh(model, planned, name, path)
+        refresh(model, planned, name, path)
     else:
         check_name(model, name)
         install(model, planned, name, freeze=True)
     return summary(model)
 
 
-def write_atomically(
-    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
-) -> None:
-    """Write a `.safetensors` file so that a crash leaves the old file or the new one, whole."""
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new, whole."""
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
-    # Not by safetensors' own save_file, whose files only their owner may read.
-    content = serialized(tensors, metadata)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(beside, "wb") as file:
@@ -160,7 +157,7 @@ def write_atomically(
         beside.unlink(missing_ok=True)
 
 
-def _sites_of(model: nn.Module, name: str) -> list[Site]:
+def sites_of(model: nn.Module, name: str) -> list[Site]:
     """Return the sites of one adapter, tied ones once, in the order of `parameters`."""
     wanted = {id(stack) for stack, _ in select(model, [name])}
     return [site for site in first_sites(model) if id(site.stack) in wanted]
@@ -179,24 +176,29 @@ def _describe(site: Site, name: str) -> dict[str, Any]:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if os.path.isdir(path):
-        raise CheckpointError(f"{path} is a folder; name the .safetensors file in it")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or no .safetensors file ({error}); save the adapter again"
-        ) from error
+    tensors, metadata = read_tensors(path)
     if _ENTRY not in metadata:
         raise CheckpointError(
             f"{path} was not written by paramlora.save: its metadata has no {_ENTRY!r}, only "
             f"{sorted(metadata)}"
         )
     return tensors, _content(metadata[_ENTRY], path)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a `.safetensors` file, and its metadata."""
+    if os.path.isdir(path):
+        raise CheckpointError(f"{path} is a folder; name the .safetensors file in it")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or no .safetensors file ({error}); save the adapter again"
+        ) from error
 
 
 def _content(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -330,7 +332,7 @@ def _derived(kind: type[Spec]) -> Iterator[type[Spec]]:
 
 
 @torch.no_grad()
-def _refresh(
+def refresh(
     model: nn.Module,
     planned: list[Planned],
     name: str,
@@ -338,7 +340,7 @@ def _refresh(
 ) -> None:
     """Copy a file's values into the adapter of that name, which must be of the same make."""
     check_unmerged(select(model, [name]), "load")
-    attached = {site.path: site.stack[name] for site in _sites_of(model, name)}
+    attached = {site.path: site.stack[name] for site in sites_of(model, name)}
     new = {plan.place.path: plan.factors for plan in planned}
     same = attached.keys() == new.keys() and all(
         type(new[site].spec) is type(attached[site].spec)
