@@ -154,7 +154,9 @@ def read(path: Path) -> Config:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: it is no JSON ({error})") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged: it must hold settings by name, found a list")
+        raise CheckpointError(
+            f"{path} is damaged: it must hold settings by name, found {content!s:.50}"
+        )
     if content.get("peft_type") != "LORA":
         raise CheckpointError(
             f"{path} has peft_type {content.get('peft_type')!r}; only 'LORA' is read here"

@@ -39,7 +39,7 @@ def planned(
         if not tensor.is_floating_point() and _FACTOR.fullmatch(key):
             raise CheckpointError(f"{path} is damaged: {key} has dtype {tensor.dtype}")
     try:
-        config = _resolved(model, config)
+        config = resolved(model, config)
         found = _low_rank(model, config, state, path) + _full(model, config, state, path)
     except re.error as error:
         raise CheckpointError(f"{path} has a setting that is no regular expression: {error}") from (
@@ -55,7 +55,7 @@ def names(model: nn.Module) -> list[str]:
     return [path for path, _ in walk(model) if path and "parametrizations" not in path.split(".")]
 
 
-def _resolved(model: nn.Module, config: Config) -> Config:
+def resolved(model: nn.Module, config: Config) -> Config:
     """Return the settings with "all-linear" spelt out: every linear layer but the output's."""
     modules = config.target_modules
     if not isinstance(modules, str) or modules.lower() != "all-linear":
