@@ -70,8 +70,8 @@ class Config:
     exclude_modules: str | list[str] = field(default_factory=list)
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] = field(default_factory=list)
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
     bias: str = "none"

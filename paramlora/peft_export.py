@@ -1,6 +1,6 @@
 """From an adapter to what a folder of PEFT's says, or why PEFT cannot say it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from math import sqrt
 from typing import Any
@@ -26,14 +26,14 @@ def exported(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Ten
         TargetError: what PEFT cannot say, by the tensor's path.
     """
     here = {site.path: site for site in sites_of(model, name)}
-    for site in here.values():
-        _check_site(model, site)
+    _check_sites(model, here.values())
     full = {path: site for path, site in here.items() if _is_full(site, name)}
     low = {path: site for path, site in here.items() if path not in full}
-    targets, tensors, settings = _low_rank(model, low, name)
+    by_module = parts(model)
+    targets, tensors, settings = _low_rank(model, by_module, low, name)
     values = {path: _value(site, name) for path, site in full.items()}
     biases, modules = _split(full)
-    wrapped = {part.wrapped for path in targets for part in parts(model)[path]}
+    wrapped = {part.wrapped for path in targets for part in by_module[path]}
     tensors |= {_key(path, wrapped): values[path] for path in biases}
     if biases:
         only = all(path.removesuffix(".bias") in wrapped for path in biases)
@@ -49,13 +49,15 @@ def _refuse(path: str, reason: str) -> TargetError:
     )
 
 
-def _check_site(model: nn.Module, site: Site) -> None:
-    """Raise a TargetError where PEFT, that wraps modules, does not get to a tensor as we do."""
-    others = shared(model).get(site.path)
-    if others:
-        raise _refuse(site.path, f"it is {' and '.join(others)} as well, PEFT adapts one alone")
-    if list(site.plist)[-1] is not site.stack:
-        raise _refuse(site.path, "another parametrization is on top of the adapter")
+def _check_sites(model: nn.Module, here: Iterable[Site]) -> None:
+    """Raise a TargetError where PEFT, which wraps modules, does not get to a tensor as we do."""
+    others = shared(model)
+    for site in here:
+        if site.path in others:
+            also = " and ".join(others[site.path])
+            raise _refuse(site.path, f"it is {also} as well, PEFT adapts one alone")
+        if list(site.plist)[-1] is not site.stack:
+            raise _refuse(site.path, "another parametrization is on top of the adapter")
 
 
 def _is_full(site: Site, name: str) -> bool:
@@ -71,12 +73,12 @@ def _value(site: Site, name: str) -> Tensor:
 
 
 def _low_rank(
-    model: nn.Module, low: Mapping[str, Site], name: str
+    model: nn.Module, by_module: Mapping[str, list[Part]], low: Mapping[str, Site], name: str
 ) -> tuple[Targets, dict[str, Tensor], dict[str, Any]]:
     """Return PEFT's rank and alpha by module, its tensors, and what else its settings say."""
     if not low:
         raise TargetError(f"adapter {name!r} has no low-rank update, and PEFT's LoRA needs one")
-    by_site = {part.site: part for its_parts in parts(model).values() for part in its_parts}
+    by_site = {part.site: part for its_parts in by_module.values() for part in its_parts}
     specs = [site.stack[name].spec for site in low.values()]
     rslora = all(isinstance(spec, LoRA) and spec.rank_stabilized for spec in specs)
     targets: Targets = {}
@@ -88,7 +90,7 @@ def _low_rank(
         setting = (rank, _alpha(site.stack[name], update, rank, rslora))
         if targets.setdefault(part.module_path, setting) != setting:
             raise _refuse(path, "PEFT has one rank and one scale for both projections there")
-    adapted = [part for path in targets for part in parts(model)[path]]
+    adapted = [part for path in targets for part in by_module[path]]
     for part in adapted:
         if part.site not in low:  # PEFT adapts both projections of a MultiheadAttention
             weight = model.get_parameter(part.site)

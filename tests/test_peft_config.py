@@ -56,7 +56,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("settings", TARGETS.values(), ids=TARGETS.keys())
 def test_the_modules_are_those_of_peft(settings: dict[str, Any]) -> None:
-    """Lists match by the end of a path, expressions all of it, with every exception that PEFT has."""
+    """Lists match by the end of a path, expressions all of it, with PEFT's exceptions."""
     theirs, ours = peft.LoraConfig(**settings), Config(**settings)
     expected = [path for path in PATHS if check_target_module_exists(theirs, path)]
     assert [path for path in PATHS if ours.targets(path)] == expected

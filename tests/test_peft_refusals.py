@@ -151,8 +151,9 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
         "{path} does not fit: missing last_fc.lora_A.weight, last_fc.lora_B.weight",
     ),
     "fewer modules than tensors": (
-        lambda config, tensors: (config.update(target_modules="head"), tensors.clear()),
-        "{path} does not fit: missing head.lora_A.weight, head.lora_B.weight",
+        setting(target_modules="last_fc"),
+        "{path} does not fit: missing last_fc.lora_A.weight, last_fc.lora_B.weight; unexpected "
+        "fc.lora_A.weight, fc.lora_B.weight",
     ),
     "a module without factors": (
         setting(target_modules="fc|rnn"),
