@@ -14,7 +14,7 @@ from .errors import TargetError
 from .peft_config import Config, written
 from .peft_import import names
 from .peft_layout import Part, is_conv1d, parts, shared
-from .stack import Factors, Site, below
+from .stack import Blocks, Factors, Site, below
 
 Targets = dict[str, tuple[int, float]]
 
@@ -26,7 +26,7 @@ def exported(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Ten
         TargetError: what PEFT cannot say, by the tensor's path.
     """
     here = {site.path: site for site in sites_of(model, name)}
-    _check_sites(model, here.values())
+    _check_sites(model, here.values(), name)
     full = {path: site for path, site in here.items() if _is_full(site, name)}
     low = {path: site for path, site in here.items() if path not in full}
     by_module = parts(model)
@@ -49,19 +49,21 @@ def _refuse(path: str, reason: str) -> TargetError:
     )
 
 
-def _check_sites(model: nn.Module, here: Iterable[Site]) -> None:
+def _check_sites(model: nn.Module, here: Iterable[Site], name: str) -> None:
     """Raise a TargetError where PEFT, which wraps modules, does not get to a tensor as we do."""
     others = shared(model)
     for site in here:
         if site.path in others:
             also = " and ".join(others[site.path])
             raise _refuse(site.path, f"it is {also} as well, PEFT adapts one alone")
+        if isinstance(site.stack[name], Blocks):
+            raise _refuse(site.path, "it is one of blocks of the tensor")
         if list(site.plist)[-1] is not site.stack:
             raise _refuse(site.path, "another parametrization is on top of the adapter")
 
 
 def _is_full(site: Site, name: str) -> bool:
-    if not isinstance(site.stack[name].spec, Delta):
+    if not isinstance(site.stack.parts(name)[0].spec, Delta):
         return False
     if len(site.plist) > 1:
         raise _refuse(site.path, "it is parametrized, so there is no such tensor in PEFT's model")
@@ -79,7 +81,7 @@ def _low_rank(
     if not low:
         raise TargetError(f"adapter {name!r} has no low-rank update, and PEFT's LoRA needs one")
     by_site = {part.site: part for its_parts in by_module.values() for part in its_parts}
-    specs = [site.stack[name].spec for site in low.values()]
+    specs = [site.stack.parts(name)[0].spec for site in low.values()]
     rslora = all(isinstance(spec, LoRA) and spec.rank_stabilized for spec in specs)
     targets: Targets = {}
     tensors: dict[str, Tensor] = {}
@@ -87,7 +89,7 @@ def _low_rank(
         part, update = _expressible(by_site.get(path), site, name)
         tensors |= part.to_peft(below(site.plist, site.stack), update.A, update.B)
         rank = update.A.shape[0] * part.groups
-        setting = (rank, _alpha(site.stack[name], update, rank, rslora))
+        setting = (rank, _alpha(site.stack.parts(name)[0], update, rank, rslora))
         if targets.setdefault(part.module_path, setting) != setting:
             raise _refuse(path, "PEFT has one rank and one scale for both projections there")
     adapted = [part for path in targets for part in by_module[path]]
@@ -102,7 +104,7 @@ def _low_rank(
 
 
 def _expressible(part: Part | None, site: Site, name: str) -> tuple[Part, LowRank]:
-    factors = site.stack[name]
+    (factors,) = site.stack.parts(name)
     update = factors.low_rank()
     if part is None:
         raise _refuse(

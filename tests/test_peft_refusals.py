@@ -364,6 +364,10 @@ SPECS: dict[str, tuple[Any, str]] = {
         {"last_fc": LoRA(2), "fc.weight": Delta()},
         hold("last_fc", "PEFT keeps adapters off modules_to_save, here ['fc']"),
     ),
+    "a block of a weight": (
+        {"fc.weight[:2]": LoRA(1)},
+        hold("fc.weight", "it is one of blocks of the tensor"),
+    ),
     "projections of two ranks": (
         {"mha.in_proj_weight": LoRA(2), "mha.out_proj": LoRA(3)},
         hold("mha.out_proj.weight", "PEFT has one rank and one scale for both projections there"),
