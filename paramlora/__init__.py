@@ -20,7 +20,9 @@ from .adapters import Delta, LoRA, LowRank, Spec, add_update, draw, factor_dtype
 from .attach import attach, detach, freeze, parameters, unfreeze
 from .base import base_state_dict, fingerprint, load_base_state_dict
 from .checkpoint import load, load_state_dict, save, state_dict
+from .combine import combine
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
+from .extract import extract
 from .merge import bake, merge, merged, unmerge
 from .peft import load_peft, save_peft
 from .summary import SiteSummary, Summary, summary
@@ -44,12 +46,14 @@ __all__ = [
     "attach",
     "bake",
     "base_state_dict",
+    "combine",
     "detach",
     "disable",
     "disabled",
     "draw",
     "enable",
     "enabled",
+    "extract",
     "factor_dtype",
     "fingerprint",
     "freeze",

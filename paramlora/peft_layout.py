@@ -57,7 +57,7 @@ class Part(NamedTuple):
 
     @property
     def swapped(self) -> bool:
-        return isinstance(self.module, nn.Embedding) or is_conv1d(self.module)
+        return is_swapped(self.module)
 
     def shapes(self, weight: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of PEFT's A and B, by key, at a rank as PEFT counts it."""
@@ -128,6 +128,11 @@ def _parts_of(path: str, module: nn.Module) -> list[Part]:
 def is_linear(module: nn.Module) -> bool:
     """Return whether PEFT's "all-linear" means a module."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Return whether PEFT's A and B of a module's weight are our B and A, transposed."""
+    return isinstance(module, nn.Embedding) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:

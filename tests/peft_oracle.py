@@ -44,14 +44,6 @@ def outputs(model: nn.Module, inputs: Any) -> Tensor:
     return getattr(result, "logits", result)
 
 
-def shake(model: nn.Module) -> None:
-    """Fill all factors with random numbers, so that none is zero."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in pl.parameters(model):
-            parameter.normal_(std=0.3, generator=generator)
-
-
 def bound(model: nn.Module) -> dict[str, Any]:
     """Return the tolerance: sums of some tens of terms of order one, in the model's dtype."""
     dtype = next(model.parameters()).dtype

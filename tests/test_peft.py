@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import refuses
+from helpers import refuses, shake
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -18,7 +18,7 @@ import paramlora as pl
 from paramlora import Delta, LoRA
 
 peft = pytest.importorskip("peft", reason="the oracle of these tests is PEFT")
-from peft_oracle import bound, comes_in, goes_out, loaded, outputs, same_merged, shake, trained  # noqa: E402
+from peft_oracle import bound, comes_in, goes_out, loaded, outputs, same_merged, trained  # noqa: E402
 
 # Of PEFT's about what is tried here on purpose, and ours about `out_proj`, which has its own test.
 pytestmark = pytest.mark.filterwarnings("ignore")

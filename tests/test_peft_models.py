@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import shake
 from torch import Tensor, nn
 
 import paramlora as pl
@@ -14,7 +15,7 @@ from paramlora import Delta, LoRA
 
 peft = pytest.importorskip("peft", reason="the oracle of these tests is PEFT")
 transformers = pytest.importorskip("transformers")
-from peft_oracle import comes_in, goes_out, loaded, same_merged, shake, trained  # noqa: E402
+from peft_oracle import comes_in, goes_out, loaded, same_merged, trained  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, about what is tried here on purpose
 
