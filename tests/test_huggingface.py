@@ -23,7 +23,7 @@ def test_there_are_sections() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("title", SECTIONS)
 def test_the_examples_run(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All Python blocks of a section run, each after those before it, and what they assert holds."""
+    """All blocks of a section run, each after those before it, and what they assert holds."""
     section = SECTIONS[title]
     for package in re.findall(r"^(?:import|from) (\w+)", section[2], re.MULTILINE):
         if find_spec(package) is None:
