@@ -16,13 +16,14 @@ True
 True
 """
 
-from .adapters import Delta, LoRA, LowRank, Spec, add_update, draw, factor_dtype
+from .adapters import Delta, LoRA, LowRank, Rescaled, Spec, add_update, draw, factor_dtype
 from .attach import attach, detach, freeze, parameters, unfreeze
 from .base import base_state_dict, fingerprint, load_base_state_dict
 from .checkpoint import load, load_state_dict, save, state_dict
 from .combine import combine
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
 from .extract import extract
+from .kinds import DoRA
 from .merge import bake, merge, merged, unmerge
 from .peft import load_peft, save_peft
 from .summary import SiteSummary, Summary, summary
@@ -34,9 +35,11 @@ __all__ = [
     "AdapterNameError",
     "CheckpointError",
     "Delta",
+    "DoRA",
     "LoRA",
     "LowRank",
     "ParamloraError",
+    "Rescaled",
     "SiteSummary",
     "Spec",
     "StateError",

@@ -45,9 +45,9 @@ def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
         AdapterNameError: no adapter of that name.
     """
     return {
-        f"{path}.{key}": parameter.detach()
+        f"{path}.{key}": tensor.detach()
         for path, factors in _parts(model, name).items()
-        for key, parameter in factors.named_parameters()
+        for key, tensor in factors.tensors.items()
     }
 
 
@@ -418,9 +418,9 @@ def refresh(
     for site, factors in attached.items():
         factors.spec = new[site].spec
         factors.set_strength(new[site].strength)
-        for key, parameter in factors.named_parameters():
-            parameter.copy_(new[site].get_parameter(key))
+        for key, tensor in factors.tensors.items():
+            tensor.copy_(new[site].tensors[key])
 
 
 def _shapes(factors: Factors) -> dict[str, torch.Size]:
-    return {key: parameter.shape for key, parameter in factors.named_parameters()}
+    return {key: tensor.shape for key, tensor in factors.tensors.items()}

@@ -158,7 +158,7 @@ def _updates(path: str, parts: list[Factors]) -> tuple[dict[str, Any], list[LowR
     if layouts[0] is not None and all(layout == layouts[0] for layout in layouts):
         own = [LowRank(p.get_parameter("A"), p.get_parameter("B"), p.scale) for p in parts]
         return layouts[0], own
-    terms = [part.spec.low_rank(dict(part.named_parameters()), part.strength) for part in parts]
+    terms = [part.spec.low_rank(part.tensors, part.strength) for part in parts]
     updates = [term for term in terms if term is not None]
     if len(updates) < len(terms):
         kinds = ", ".join(dict.fromkeys(type(part.spec).__name__ for part in parts))
@@ -171,7 +171,7 @@ def _updates(path: str, parts: list[Factors]) -> tuple[dict[str, Any], list[LowR
 
 def _layout(part: Factors) -> dict[str, Any] | None:
     """Return the fields of a LoRA beside those of its size and start, None for another kind."""
-    if type(part.spec) is not LoRA or {key for key, _ in part.named_parameters()} != {"A", "B"}:
+    if type(part.spec) is not LoRA or part.tensors.keys() != {"A", "B"}:
         return None
     values = {field.name: getattr(part.spec, field.name) for field in fields(part.spec)}
     return {key: value for key, value in values.items() if key not in _SIZE}

@@ -3,8 +3,8 @@
 A host module gets one of these as the forward of its class where its own forward is torch's and
 computes the same (`forward_for`); it costs a look at the stack. A Linear or an Embedding never
 builds W' in training (but see `lowrank.choose` for many rows); where an active adapter has no
-factored form, or another parametrization is on the tensor, and for all other layers, torch's own
-forward runs on the dense W', which is built once a forward and again for the backward.
+factored or rescaled form, or another parametrization is on the tensor, and for all other layers,
+torch's own forward runs on the dense W', which is built once a forward and again for the backward.
 
 What is kept for the backward: of a factored layer x and x Aᵀ, of a dense one x, and never W'.
 """
@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import lowrank
-from .adapters import LowRank, add_update
+from . import lowrank, rescale
+from .adapters import LowRank, Rescaled, add_update
 from .stack import CHANGED, Stack, exact, lists, once, stack_of, stored
 
 
@@ -46,23 +46,43 @@ def _factored(module: nn.Module) -> tuple[Tensor, list[LowRank]] | None:
     return None if terms is None else (plist._parameters["original"], terms)  # type: ignore[return-value]
 
 
+def _rescaled(module: nn.Module) -> tuple[Tensor, list[LowRank], Rescaled] | None:
+    """Return what `_factored` does, and how that is rescaled, None if it is not."""
+    plist = lists(module).get("weight")
+    stack = stack_of(plist)
+    if plist is None or stack is None or len(plist) != 1:
+        return None
+    term = stack.rescaled(plist.original)
+    if term is None:
+        return None
+    return plist.original, [] if term.update is None else [term.update], term
+
+
 @functools.wraps(nn.Linear.forward)
 def _linear(self: nn.Linear, input: Tensor) -> Tensor:
     site = _factored(self)
     if site is None:
-        return _dense_linear(self, input)
+        return _no_low_rank_linear(self, input)
     weight, terms = site
     return lowrank.linear(input, weight, self.bias, terms)
 
 
+def _no_low_rank_linear(self: nn.Linear, input: Tensor) -> Tensor:
+    site = _rescaled(self)
+    if site is None:
+        return _dense_linear(self, input)
+    return rescale.linear(input, self.bias, *site)
+
+
 @functools.wraps(nn.Embedding.forward)
 def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:
-    site = _factored(self)
     # Both of these depend on the whole of W': its row norms, or how often a row occurs.
-    if site is None or self.max_norm is not None or self.scale_grad_by_freq:
-        weight, terms = self.weight, list[LowRank]()
-    else:
-        weight, terms = site
+    whole = self.max_norm is not None or self.scale_grad_by_freq
+    site = None if whole else _factored(self)
+    rescaled = _rescaled(self) if site is None and not whole else None
+    if rescaled is not None:
+        site = rescaled[:2]
+    weight, terms = (self.weight, []) if site is None else site
     output = F.embedding(
         input,
         weight,
@@ -83,7 +103,9 @@ def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:
             padding = (input == self.padding_idx).unsqueeze(-1)
             update = torch.where(padding, update.detach(), update)
         output = add_update(output, update)
-    return output
+    return (
+        output if rescaled is None else rescale.rows(output, input, rescaled[2], self.padding_idx)
+    )
 
 
 @functools.wraps(nn.EmbeddingBag.forward)

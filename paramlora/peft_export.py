@@ -11,9 +11,10 @@ from .adapters import Delta, LoRA, LowRank
 from .base import base_state_dict
 from .checkpoint import sites_of
 from .errors import TargetError
+from .kinds import DoRA
 from .peft_config import Config, written
 from .peft_import import names
-from .peft_layout import Part, is_conv1d, parts, shared
+from .peft_layout import Part, is_conv1d, norms, parts, shared
 from .stack import Blocks, Factors, Site, below
 
 Targets = dict[str, tuple[int, float]]
@@ -82,14 +83,17 @@ def _low_rank(
         raise TargetError(f"adapter {name!r} has no low-rank update, and PEFT's LoRA needs one")
     by_site = {part.site: part for its_parts in by_module.values() for part in its_parts}
     specs = [site.stack.parts(name)[0].spec for site in low.values()]
-    rslora = all(isinstance(spec, LoRA) and spec.rank_stabilized for spec in specs)
+    rslora = all(isinstance(spec, LoRA | DoRA) and spec.rank_stabilized for spec in specs)
     targets: Targets = {}
     tensors: dict[str, Tensor] = {}
     for path, site in low.items():
         part, update = _expressible(by_site.get(path), site, name)
-        tensors |= part.to_peft(below(site.plist, site.stack), update.A, update.B)
+        (factors,), weight = site.stack.parts(name), below(site.plist, site.stack)
+        tensors |= part.to_peft(weight, update.A, update.B)
+        if isinstance(factors.spec, DoRA):
+            tensors |= _magnitude(part, weight, factors)
         rank = update.A.shape[0] * part.groups
-        setting = (rank, _alpha(site.stack.parts(name)[0], update, rank, rslora))
+        setting = (rank, _alpha(factors, update, rank, rslora))
         if targets.setdefault(part.module_path, setting) != setting:
             raise _refuse(path, "PEFT has one rank and one scale for both projections there")
     adapted = [part for path in targets for part in by_module[path]]
@@ -100,21 +104,43 @@ def _low_rank(
             shapes = part.shapes(weight, rank)
             tensors |= {key: weight.new_zeros(shape) for key, shape in shapes.items()}
     transposed = all(is_conv1d(part.module) for part in adapted)
-    return targets, tensors, {"use_rslora": rslora, "fan_in_fan_out": transposed}
+    dora = _is_dora(low, name)
+    settings = {"use_rslora": rslora, "use_dora": dora, "fan_in_fan_out": transposed}
+    return targets, tensors, settings
+
+
+def _is_dora(low: Mapping[str, Site], name: str) -> bool:
+    """Return whether an adapter is a DoRA at all its sites; one that is at some is refused."""
+    found = {path: isinstance(site.stack.parts(name)[0].spec, DoRA) for path, site in low.items()}
+    if len(set(found.values())) > 1:
+        path = next(path for path, dora in found.items() if dora)
+        raise _refuse(path, "it is a DoRA, and PEFT has those at all sites or at none")
+    return all(found.values())
+
+
+def _magnitude(part: Part, weight: Tensor, factors: Factors) -> dict[str, Tensor]:
+    """Return a DoRA's magnitudes, ‖W‖ + λ·d, by key."""
+    d = factors.get_parameter("d")
+    magnitude = norms(weight.to(d.dtype), part.dim) + float(factors.strength) * d
+    return {part.magnitude: magnitude.view(part.magnitude_shape(weight))}
 
 
 def _expressible(part: Part | None, site: Site, name: str) -> tuple[Part, LowRank]:
     (factors,) = site.stack.parts(name)
-    update = factors.low_rank()
+    spec, update = factors.spec, factors.low_rank()
+    if isinstance(spec, DoRA):
+        update = LowRank(factors.tensors["A"], factors.tensors["B"], factors.scale)
     if part is None:
         raise _refuse(
             site.path,
             "PEFT adapts the weights of Linear, Conv1d, Conv2d, Conv3d, Embedding and Conv1D below "
             "the model itself, and the projections of MultiheadAttention",
         )
-    reason = part.refusal()
+    reason = part.refusal(isinstance(spec, DoRA))
     if update is None:
-        reason = f"a {type(factors.spec).__name__} is no low-rank update"
+        reason = f"a {type(spec).__name__} is no low-rank update there"
+    if isinstance(spec, DoRA) and spec.dim != part.dim:
+        reason = f"PEFT has a DoRA's magnitudes along dimension {part.dim} there, not {spec.dim}"
     if reason is not None or update is None:
         raise _refuse(site.path, str(reason))
     return part, update
@@ -123,7 +149,7 @@ def _expressible(part: Part | None, site: Site, name: str) -> tuple[Part, LowRan
 def _alpha(factors: Factors, update: LowRank, rank: int, rslora: bool) -> float:
     """Return the alpha that gives the update its scale at PEFT's rank, strength included."""
     spec = factors.spec
-    if not isinstance(spec, LoRA) or spec.rank != update.A.shape[0]:
+    if not isinstance(spec, LoRA | DoRA) or spec.rank != update.A.shape[0]:
         return float(update.scale) * (sqrt(rank) if rslora else rank)
     # From the alpha that the user wrote: alpha/r times r need not be alpha.
     alpha = (spec.rank if spec.alpha is None else spec.alpha) * float(factors.strength)

@@ -13,8 +13,9 @@ from .adapters import Delta, LoRA, Spec, factor_dtype
 from .attach import Planned
 from .base import base_state_dict, compare
 from .errors import CheckpointError, TargetError
+from .kinds import DoRA
 from .peft_config import Config
-from .peft_layout import Part, is_linear, parts, shared
+from .peft_layout import Part, is_linear, norms, parts, shared
 from .stack import Factors, walk
 from .targets import Place, check, nearest, places
 
@@ -89,8 +90,11 @@ def _low_rank(
         )
     expected: dict[str, Tensor] = {}
     for part in (part for name in targets for part in adaptable[name]):
-        _check_part(part, here, config.rank(part.module_path), path)
-        shapes = part.shapes(here[part.site].value, config.rank(part.module_path))
+        _check_part(part, here, config, path)
+        weight = here[part.site].value
+        shapes = part.shapes(weight, config.rank(part.module_path))
+        if config.use_dora:
+            shapes[part.magnitude] = part.magnitude_shape(weight)
         expected |= {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     factors = {key: tensor for key, tensor in state.items() if _FACTOR.fullmatch(key)}
     compare(factors, expected, str(path))
@@ -103,8 +107,8 @@ def _low_rank(
     ]
 
 
-def _check_part(part: Part, here: Mapping[str, Place], rank: int, path: Path) -> None:
-    reason = part.refusal()
+def _check_part(part: Part, here: Mapping[str, Place], config: Config, path: Path) -> None:
+    reason, rank = part.refusal(config.use_dora), config.rank(part.module_path)
     if part.site not in here:
         reason = f"it has no parameter {part.tensor!r}"
     elif rank % part.groups:
@@ -126,8 +130,15 @@ def _factors(
     ours = pair[0].shape[0]
     if ours != rank:  # so that alpha/r, or alpha/√r, stays what it is
         alpha *= (ours / rank) ** 0.5 if config.use_rslora else ours / rank
-    spec = LoRA(ours, alpha, rank_stabilized=config.use_rslora)
-    return _planned(place, spec, dict(zip("AB", pair, strict=True)), path)
+    tensors = dict(zip("AB", pair, strict=True))
+    if not config.use_dora:
+        spec: Spec = LoRA(ours, alpha, rank_stabilized=config.use_rslora)
+        return _planned(place, spec, tensors, path)
+    weight = place.value.detach()
+    magnitude = state[part.magnitude].flatten().to(weight.device, factor_dtype(weight))
+    tensors["d"] = magnitude - norms(weight, part.dim)
+    spec = DoRA(ours, alpha, rank_stabilized=config.use_rslora, dim=part.dim)
+    return _planned(place, spec, tensors, path)
 
 
 def _planned(place: Place, spec: Spec, tensors: Mapping[str, Tensor], path: Path) -> Planned:

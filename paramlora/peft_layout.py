@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .adapters import factor_dtype
 from .stack import dotted, walk
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -47,6 +48,15 @@ class Part(NamedTuple):
         return dotted(self.module_path, self.below, "lora_" + self._ending("B"))
 
     @property
+    def magnitude(self) -> str:
+        return dotted(self.module_path, self.below, "lora_magnitude_vector")
+
+    @property
+    def dim(self) -> int:
+        """The dimension of the weight that a DoRA's magnitudes lie along: that of the outputs."""
+        return int(self.swapped)
+
+    @property
     def wrapped(self) -> str:
         """The path of the module that PEFT wraps for this site."""
         return self.site.rpartition(".")[0] if self.below else self.module_path
@@ -68,6 +78,11 @@ class Part(NamedTuple):
             self.B: (out, rank // self.groups, *(1 for _ in kernel)),
         }
 
+    def magnitude_shape(self, weight: Tensor) -> tuple[int, ...]:
+        if isinstance(self.module, _CONVS):
+            return (1, weight.shape[0], *(1 for _ in weight.shape[2:]))
+        return (weight.shape[self.dim],)
+
     def to_peft(self, weight: Tensor, A: Tensor, B: Tensor) -> dict[str, Tensor]:
         """Return PEFT's tensors, by key, for the update B A, A: (r, in), B: (out, r)."""
         rank = A.shape[0] * self.groups
@@ -85,9 +100,11 @@ class Part(NamedTuple):
             return B.T, A.T
         return (A, B) if self.groups == 1 else _gathered(A, B, self.groups)
 
-    def refusal(self) -> str | None:
+    def refusal(self, use_dora: bool = False) -> str | None:
         """Return why PEFT computes something else at this module than its weight's update."""
         module = self.module
+        if use_dora and (isinstance(module, nn.MultiheadAttention) or self.groups > 1):
+            return "PEFT has no DoRA for a MultiheadAttention or a grouped convolution"
         if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
             return "PEFT needs queries, keys and values of one size in a MultiheadAttention"
         if isinstance(module, _CONVS) and _is_dilated(module):
@@ -185,3 +202,9 @@ def shared(model: nn.Module) -> dict[str, list[str]]:
 def _plain(path: str) -> str:
     """Return a parameter's path without the list of parametrizations that stores it."""
     return path.replace("parametrizations.", "").removesuffix(".original")
+
+
+def norms(weight: Tensor, dim: int) -> Tensor:
+    """Return the norm of a weight for each index of a dimension, in the dtype of factors."""
+    others = [i for i in range(weight.dim()) if i != dim]
+    return torch.linalg.vector_norm(weight.detach(), dim=others, dtype=factor_dtype(weight))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .adapters import Factors as Tensors
-from .adapters import LowRank, Spec, Strength
+from .adapters import LowRank, Rescaled, Spec, Strength
 from .block import Block
 
 CHANGED = (
@@ -71,27 +71,37 @@ class Factors(nn.Module):
         self.block = block
         self.strength: Strength = 1.0
         for key, tensor in tensors.items():
-            self.register_parameter(key, nn.Parameter(tensor))
+            if key in spec.constants:
+                self.register_buffer(key, tensor)
+            else:
+                self.register_parameter(key, nn.Parameter(tensor))
 
     def set_strength(self, strength: Strength) -> None:
         # Past nn.Module.__setattr__, which would register an nn.Parameter as one of the factors.
         self.__dict__["strength"] = strength
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _applied(self.spec, self.block, weight, self._tensors, self.strength)
+        return _applied(self.spec, self.block, weight, self.tensors, self.strength)
 
     def low_rank(self) -> LowRank | None:
-        term = self.spec.low_rank(self._tensors, self.strength)
+        term = self.spec.low_rank(self.tensors, self.strength)
         return term if term is None or self.block is None else self.block.widen(term)
 
     @property
     def scale(self) -> Strength:
         """All that multiplies the update, the strength included."""
-        term = self.spec.low_rank(self._tensors, self.strength)
-        return self.strength if term is None else term.scale
+        return self.strength * self.spec.scaling
+
+    def rescaled(self, weight: Tensor) -> Rescaled | None:
+        if self.block is not None:
+            return None
+        return self.spec.rescaled(weight, self.tensors, self.strength)
 
     @property
-    def _tensors(self) -> dict[str, nn.Parameter]:
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors by name, constants last."""
+        if self._buffers:
+            return {**self._parameters, **self._buffers}  # type: ignore[dict-item]
         return self._parameters  # type: ignore[return-value]
 
 
@@ -181,7 +191,7 @@ class Stack(nn.Module):
         What it returns raises the RuntimeError of autograd where a tensor has changed since.
         """
         live = [factors for name in self.live for factors in self.parts(name)]
-        steps = [(f.spec, f.block, dict(f._tensors), f.strength) for f in live]
+        steps = [(f.spec, f.block, dict(f.tensors), f.strength) for f in live]
         sources = [weight, *(tensor for _, _, tensors, _ in steps for tensor in tensors.values())]
         sources += [strength for *_, strength in steps if isinstance(strength, Tensor)]
         versions = [tensor._version for tensor in sources]
@@ -206,6 +216,14 @@ class Stack(nn.Module):
                 return None
             terms.append(term)
         return terms
+
+    def rescaled(self, weight: Tensor) -> Rescaled | None:
+        """Return W' as the rescaled `weight`, None where what is live has no such form."""
+        factors = self[self.live[0]] if len(self.live) == 1 else None
+        if not isinstance(factors, Factors):
+            return None
+        with exact(weight):
+            return factors.rescaled(weight)
 
     def set(self, active: Container[str], merged: Container[str]) -> None:
         """Set which adapters are active and which are merged."""

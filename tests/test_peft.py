@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import paramlora as pl
-from paramlora import Delta, LoRA
+from paramlora import Delta, DoRA, LoRA
 
 peft = pytest.importorskip("peft", reason="the oracle of these tests is PEFT")
 from peft_oracle import bound, comes_in, goes_out, loaded, outputs, same_merged, trained  # noqa: E402
@@ -79,6 +79,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "all": {"target_modules": ALL},
     "rslora": {"target_modules": ALL, "use_rslora": True},
     "a regular expression": {"target_modules": r"conv\d|fc", "lora_dropout": 0.5},
+    "dora": {"target_modules": ["conv1", "conv2", "conv3", "fc"], "use_dora": True},
+    "dora of an embedding": {
+        "target_modules": ["emb", "fc"],
+        "use_dora": True,
+        "use_rslora": True,
+        "rank_pattern": {"emb": 2},
+        "bias": "all",
+    },
     "patterns": {
         "target_modules": ALL,
         "rank_pattern": {"conv.": 2, "fc": 5},
@@ -127,6 +135,10 @@ SPECS: dict[str, Any] = {
         "conv1": LoRA(2, 3, rank_stabilized=True),
         "head": LoRA(5, rank_stabilized=True),
     },
+    "dora": {"conv?": DoRA(2, 3), "fc": DoRA(3), "emb": DoRA(2, dim=1)},
+    "dora, rank_stabilized": {"fc": DoRA(3, 4, rank_stabilized=True)},
+    "pissa": {"conv1": LoRA(2, 3, init="pissa"), "fc": LoRA(2, 3)},
+    "olora, rank_stabilized": {"fc": LoRA(2, 3, init="olora", rank_stabilized=True)},
     "a bias": {"fc": LoRA(3), "fc.bias": Delta()},
     "biases": {"fc": LoRA(3), "mha.out_proj.bias": Delta(), "norm.bias": Delta()},
     "bias of a projection": {

@@ -11,7 +11,7 @@ from helpers import shake
 from torch import Tensor, nn
 
 import paramlora as pl
-from paramlora import Delta, LoRA
+from paramlora import Delta, DoRA, LoRA
 
 peft = pytest.importorskip("peft", reason="the oracle of these tests is PEFT")
 transformers = pytest.importorskip("transformers")
@@ -93,6 +93,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "gpt2, all linear": ("gpt2", {"target_modules": "all-linear", "use_rslora": True}),
     "gpt2, positions": ("gpt2", {"target_modules": ["wpe", "c_fc"]}),
+    "gpt2, dora": ("gpt2", {"target_modules": ["c_attn", "wpe"], "use_dora": True}),
+    "llama, dora": ("llama", {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
     "llama": ("llama", {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 1}}),
     "llama, all linear": ("llama", {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
     "llama, tokens": ("llama", {"target_modules": ["embed_tokens", "lm_head"]}),
@@ -121,6 +123,8 @@ SPECS: dict[str, tuple[str, Any]] = {
     "bert, biases": ("bert", {"*.value": LoRA(3), "*.bias": Delta()}),
     "gpt2": ("gpt2", {"*.c_attn": LoRA(3, 5), "*.c_proj": LoRA(4), "*wpe": LoRA(2)}),
     "gpt2, norms": ("gpt2", {"*.c_fc": LoRA(3, 5, rank_stabilized=True), "*.ln_?.*": Delta()}),
+    "gpt2, dora": ("gpt2", {"*.c_*.weight": DoRA(3, 5, dim=1), "*wpe": DoRA(2, dim=1)}),
+    "vit, dora": ("vit", {nn.Linear: DoRA(3, 5), "*.projection": DoRA(2)}),
     "llama": ("llama", {"*_proj": LoRA(3, 5), "*embed_tokens": LoRA(2), "lm_head": LoRA(1)}),
     "llama, norms": ("llama", {"*.mlp.*_proj": LoRA(3, 5), "*norm.weight": Delta()}),
     "vit": ("vit", {nn.Linear: LoRA(3, 5), "*.projection": LoRA(2)}),

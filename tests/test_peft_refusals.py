@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import paramlora as pl
-from paramlora import CheckpointError, Delta, LoRA, TargetError
+from paramlora import CheckpointError, Delta, DoRA, LoRA, TargetError
 
 PREFIX = "base_model.model."
 
@@ -378,6 +378,27 @@ SPECS: dict[str, tuple[Any, str]] = {
             "cross.out_proj.weight",
             "PEFT needs queries, keys and values of one size in a MultiheadAttention",
         ),
+    ),
+    "a DoRA beside a LoRA": (
+        {"fc": LoRA(2), "last_fc": DoRA(2)},
+        hold("last_fc.weight", "it is a DoRA, and PEFT has those at all sites or at none"),
+    ),
+    "a DoRA of projections": (
+        {"mha.in_proj_weight": DoRA(2)},
+        hold(
+            "mha.in_proj_weight",
+            "PEFT has no DoRA for a MultiheadAttention or a grouped convolution",
+        ),
+    ),
+    "a DoRA of a grouped convolution": (
+        {"grouped": DoRA(2)},
+        hold(
+            "grouped.weight", "PEFT has no DoRA for a MultiheadAttention or a grouped convolution"
+        ),
+    ),
+    "magnitudes of rows of an embedding": (
+        {"emb": DoRA(2)},
+        hold("emb.weight", "PEFT has a DoRA's magnitudes along dimension 1 there, not 0"),
     ),
     "a dilated convolution": (
         {"dilated": LoRA(2)},
