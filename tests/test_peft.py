@@ -73,6 +73,7 @@ def grouped() -> nn.Module:
     return Grouped().double().eval()
 
 
+FILE = "adapter_model.safetensors"
 ALL = ["emb", "conv1", "conv2", "conv3", "mha", "fc"]
 CONFIGS: dict[str, dict[str, Any]] = {
     **{name: {"target_modules": [name]} for name in ALL},
@@ -219,3 +220,49 @@ def test_a_grouped_convolution_that_mixes_groups_is_refused(tmp_path: Path) -> N
         "trains it; no weight of a grouped convolution can hold it"
     )
     refuses(base, lambda m: pl.load_peft(m, tmp_path), pl.CheckpointError, message)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_round_trip_keeps_bits_and_settings(dtype: torch.dtype, tmp_path: Path) -> None:
+    """What goes out and comes back has the same factors, bit for bit, and the same settings."""
+    base = mixed(dtype)
+    model = copy.deepcopy(base)
+    spec = {
+        "conv?": LoRA(49, 1),
+        "fc": LoRA(3),
+        "emb": LoRA(2, 0.1),
+        "mha.*weight": LoRA(2, 3),
+        "head.*": Delta(),
+    }
+    pl.attach(model, spec, name="digits")
+    shake(model)
+    pl.save_peft(model, tmp_path / "digits", "digits")
+    again = copy.deepcopy(base)
+    rows = pl.load_peft(again, tmp_path / "digits", name="digits").sites
+    assert rows == pl.summary(model).sites
+    expected = pl.state_dict(model, "digits")
+    for key, factor in pl.state_dict(again, "digits").items():
+        assert factor.dtype == expected[key].dtype
+        if key.endswith(".D"):  # a whole tensor is saved in the model's dtype
+            assert_close(factor, expected[key], rtol=0, atol=4 * torch.finfo(dtype).eps)
+        else:
+            assert torch.equal(factor, expected[key]), key
+
+
+def test_an_adapter_of_a_merged_or_disabled_model_goes_out_alike(tmp_path: Path) -> None:
+    """What is saved does not hang on what is on, merged or attached beside it."""
+    model = mixed()
+    pl.attach(model, {"fc": LoRA(3), "head.*": Delta()}, name="digits")
+    pl.attach(model, LoRA(2), "fc", name="letters")
+    shake(model)
+    folders = [tmp_path / name for name in ("plain", "merged", "disabled")]
+    pl.save_peft(model, folders[0], "digits")
+    with pl.merged(model):
+        pl.save_peft(model, folders[1], "digits")
+    with pl.disabled(model):
+        pl.save_peft(model, folders[2], "digits")
+    first, *others = [
+        [(folder / file).read_bytes() for file in ("adapter_config.json", FILE)]
+        for folder in folders
+    ]
+    assert others == [first, first]
