@@ -169,11 +169,3 @@ def assert_agrees(actual: Result, expected: Result, **tolerance: Any) -> None:
     tolerance = tolerance or EXACT
     assert_close(actual.outputs, expected.outputs, check_dtype=False, **tolerance)
     assert_close(actual.gradients, ours, check_dtype=False, **tolerance)
-
-
-def shake(model: nn.Module) -> None:
-    """Fill all factors with random numbers, so that none is zero."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in pl.parameters(model):
-            parameter.normal_(std=0.3, generator=generator)

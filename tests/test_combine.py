@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import EXACT, attached, plain, refuses, shake, unchanged
+from helpers import EXACT, attached, plain, refuses, unchanged
+from reference import shake
 from torch import Tensor, nn
 from torch.testing import assert_close
 

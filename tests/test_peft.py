@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import refuses, shake
+from helpers import refuses
+from reference import shake
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -227,7 +228,7 @@ def test_a_round_trip_keeps_bits_and_settings(dtype: torch.dtype, tmp_path: Path
     """What goes out and comes back has the same factors, bit for bit, and the same settings."""
     base = mixed(dtype)
     model = copy.deepcopy(base)
-    spec = {
+    spec: dict[Any, pl.Spec] = {
         "conv?": LoRA(49, 1),
         "fc": LoRA(3),
         "emb": LoRA(2, 0.1),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import shake
+from reference import shake
 from torch import Tensor, nn
 
 import paramlora as pl
