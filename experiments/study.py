@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 import paramlora as pl
 
-from .bench import Bench, curve, prepare
+from .bench import ADAPTER, Bench, curve, prepare
 from .data import load_data
 from .environment import DECIDING, describe, resolve_device
 from .methods import BlogScrambled, attached_ranks, wrap, wrapped_ranks
+from .recipe import answers, factors_of, recipe
 from .rundir import RunDirectory
 from .settings import DigitSettings, deciding
 from .stages import Stage, run_stages
+from .train import Batches
 
-ADAPTER = "digits"
 ATTACHED = ("off", "on", "merged", "unmerged")
 
 
@@ -34,6 +35,8 @@ def stages(settings: DigitSettings) -> Iterator[Stage[Bench]]:
     yield Stage(_key("base", None), ("base",), count_base)
     for seed in range(settings.seeds):
         yield Stage(_key("lora", seed), ATTACHED, partial(tune_attached, "lora", lora, seed))
+        if settings.remedied:
+            continue  # the methods beside it are plain: they would be compared with something else
         yield Stage(_key("wrapped", seed), ("wrapped",), partial(tune_wrapped, lora, seed))
         if settings.compat == "blog":
             make = partial(tune_attached, "scrambled", scrambled, seed)
@@ -81,15 +84,28 @@ def tune_attached(method: str, spec: pl.Spec, seed: int, bench: Bench) -> None:
     model, generator = bench.model(), torch.Generator().manual_seed(seed)
     batches = bench.batches(generator)
     attached = pl.attach(model, spec, nn.Linear, name=ADAPTER, generator=generator)
-    parameters = pl.parameters(model, ADAPTER)
-    losses = bench.fine_tune(model, batches, parameters, f"{method} {seed}")
+    factors = factors_of(model)
+    if method == "lora" and bench.settings.remedied:
+        losses = remedied(bench, model, batches, seed, f"{method} {seed}")
+    else:
+        losses = bench.fine_tune(model, batches, list(factors.values()), f"{method} {seed}")
     pl.save(model, bench.run.folder / "adapters" / f"{method}-{seed}.safetensors", ADAPTER)
 
     on, off = bench.evaluate(model), evaluate_off(bench, model)
     bench.record("off", method, seed, off, **bench.beside_base(model, off))
     learned = {"trainable": attached.trainable, "ranks": attached_ranks(model, ADAPTER)}
-    bench.record("on", method, seed, on, **learned, **curve(losses))
+    counted = answers(bench, on, seed) if method == "lora" else on
+    bench.record("on", method, seed, counted, **learned, **curve(losses))
     merge_and_unmerge(bench, model, method, seed, on)
+
+
+def remedied(bench: Bench, model: nn.Module, plain: Batches, seed: int, label: str) -> Tensor:
+    """Fine-tune with the settings' remedies, set the strength; return the loss of each step."""
+    made = recipe(bench, model, factors_of(model), plain, seed)
+    losses = bench.train(model, made.batches, made.objective, made.optimizer, label, made.hooks)
+    made.finish()
+    pl.scale(model, bench.settings.strength, ADAPTER)
+    return losses
 
 
 def merge_and_unmerge(bench: Bench, model: nn.Module, method: str, seed: int, on: Tensor) -> None:
