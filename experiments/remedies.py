@@ -202,8 +202,10 @@ def principal(rows: Tensor, energy: float) -> Tensor:
     """
     _, sizes, right = torch.linalg.svd(rows, full_matrices=False)
     share = (sizes**2).cumsum(0) / (sizes**2).sum()
-    kept = 0 if energy == 0 else int((share < energy - 1e-6).sum()) + 1
-    return right[:kept]
+    # As torch's matrix_rank: what is smaller than that is the rounding of zero.
+    rank = int((sizes > sizes[0] * max(rows.shape) * torch.finfo(rows.dtype).eps).sum())
+    kept = int((share < energy).sum()) + 1 if energy > 0 else 0
+    return right[: min(kept, rank)]
 
 
 @torch.no_grad()

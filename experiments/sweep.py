@@ -53,7 +53,9 @@ class Cell:
     together: bool = True
 
 
-def cells(settings: DigitSettings, grid: Grid, base_seeds: int, together: bool) -> Iterator[Cell]:
+def cells(
+    settings: DigitSettings, grid: Grid, base_seeds: int = 1, together: bool = True
+) -> Iterator[Cell]:
     """Yield the jobs of a sweep, in order.
 
     Args:
