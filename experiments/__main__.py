@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .options import StudyError, add_options, deciding, listed
 from .settings import PRESETS, DigitSettings, preset
+from .streams import TaskSettings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,6 +64,11 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_pool(remedies)
     remedies.set_defaults(command=run_selection)
+    tasks = commands.add_parser(
+        "tasks", help="learn a sequence of tasks, an adapter a stage, and draw the accuracy matrix"
+    )
+    add_options(tasks, TaskSettings)
+    tasks.set_defaults(command=run_sequence)
     report = commands.add_parser("report", help="make report and figures of a run again")
     report.add_argument("folder", type=Path, metavar="DIR", help="the run's folder")
     report.set_defaults(command=make_report)
@@ -100,6 +106,18 @@ def run_selection(floor: tuple[float, float], base_seeds: int, jobs: int, **give
     folder = Path(settings.out or f"runs/remedies-{settings.preset}")
     run_remedies(settings, folder, base_seeds=base_seeds, floor=floor, jobs=jobs)
     print((folder / "remedies.md").read_text())
+    return 0
+
+
+def run_sequence(**given: object) -> int:
+    """Learn a sequence of tasks, and show the table of metrics."""
+    from .taskreport import table, write_task_report
+    from .tasks import run_tasks
+
+    settings = TaskSettings.of_preset(str(given.pop("preset", "split")), **given)
+    run = write_task_report(run_tasks(settings).folder)
+    print(table(run).text())
+    print(f"report   {run.folder / 'tasks.md'}")
     return 0
 
 
