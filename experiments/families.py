@@ -14,6 +14,8 @@ LONG: Row = {
     "steps": 600,
     "lr": 3e-3,
 }
+# Experience replay with asymmetric cross-entropy.
+ACE: Row = {"margin": INF, "replay": 100, "replay_of": "all"}
 WIDE: Row = {**LONG, "rank": 8, "alpha": 8.0}
 
 
@@ -82,12 +84,22 @@ def families() -> tuple[Family, ...]:
         ),
         Family("gate learned from 100", "100 a digit", (short | replay | {"route": "gate"},)),
         Family(
+            "masked, and a balanced replay of 100 (ER-ACE), longer",
+            "100 a digit",
+            (
+                LONG | ACE | {"tune_batch": 32, "steps": 400, "lr": 2e-3},
+                LONG | ACE | {"steps": 400, "lr": 2e-3},
+                LONG | ACE,
+                WIDE | ACE | {"lr": 2e-3},
+            ),
+        ),
+        Family(
             "replay of 100 with a margin, longer",
             "100 a digit",
             tuple(
                 LONG | replay | {"margin": m, "tune_batch": b, "steps": s, "lr": 2e-3}
-                for m in (2.0, 4.0)
-                for b, s in ((32, 400), (64, 400))
+                for m in (0.0, 1.0, 2.0)
+                for b, s in ((32, 400), (32, 600))
             ),
         ),
         Family(

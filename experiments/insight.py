@@ -151,10 +151,10 @@ def learning_and_forgetting(curve: Sequence[tuple[float, Answers]], tuned: Seque
 
     As "LoRA Learns Less and Forgets Less" plots them (Biderman et al. 2024, arXiv 2405.09673).
     """
-    points = []
+    points: list[tuple[float, float]] = []
     for _, answers in curve:
-        new = torch.isin(answers.labels, torch.tensor(list(tuned)))
-        points.append(tuple(float(answers.right[side].float().mean()) for side in (new, ~new)))
+        new, right = torch.isin(answers.labels, torch.tensor(list(tuned))), answers.right.float()
+        points.append((float(right[new].mean()), float(right[~new].mean())))
     base = min(zip(curve, points, strict=True), key=lambda entry: abs(entry[0][0]))[1]
     return Front(points, front(points), area(points, (base[0], 0.0)))
 

@@ -84,10 +84,14 @@ def memory_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed + 2**40)
 
 
-def memory(bench: Bench, generator: torch.Generator) -> Tensor:
-    """Return the rows of the old images that are replayed, the same number a digit, int64 (n,)."""
+def memory(bench: Bench, generator: torch.Generator, digits: str = "old") -> Tensor:
+    """Return the rows of the images that are replayed, the same number a digit, int64 (n,).
+
+    Those of the old digits come first, and are the same with and without the tuned ones.
+    """
     rows = []
-    for digit in sorted(set(bench.labels.unique().tolist()) - set(bench.tuned)):
+    old = sorted(set(bench.labels.unique().tolist()) - set(bench.tuned))
+    for digit in old + (bench.tuned if digits == "all" else []):
         its = (bench.labels == digit).nonzero().squeeze(1)
         chosen = torch.randperm(len(its), generator=generator)[: bench.settings.replay]
         rows.append(its[chosen.to(its.device)])
@@ -131,6 +135,8 @@ def objective_of(
     """Return the loss that the settings ask for, in nats:
 
         CE(z lowered by m, y) + β · distillation + μ · kept mass + CE of replayed images + penalty
+
+    An infinite m and a replay of all digits is ER-ACE (`remedies.lowered`).
 
     It is called with a batch of `draw_batches`; every term is a mean over its images.
     """
@@ -213,12 +219,15 @@ def recipe(bench: Bench, model: nn.Module, factors: Factors, plain: Batches, see
     """
     settings, parameters = bench.settings, list(factors.values())
     generator = memory_generator(seed)
-    old = memory(bench, generator) if settings.replay else bench.tuned_rows[:0]
+    rows = memory(bench, generator, settings.replay_of) if settings.replay else None
+    replayed = bench.tuned_rows[:0] if rows is None else rows
+    others = ~torch.isin(bench.labels[replayed], torch.tensor(bench.tuned, device=replayed.device))
+    old = replayed[others]
     seen = old if settings.replay else bench.tuned_rows
     penalty = penalty_of(bench, bench.inputs[seen[:FISHER_IMAGES]])
     made = Recipe(
         objective_of(settings, bench.tuned, penalty),
-        draw_batches(bench, plain, old, generator),
+        draw_batches(bench, plain, replayed, generator),
         [],
         SmallAdam(parameters, settings.lr),  # type: ignore[arg-type]
     )

@@ -96,6 +96,12 @@ class DigitSettings(Settings):
         0.0, "remedy: weight of distilling only whether an image shows a tuned digit at all"
     )
     replay: int = option(0, "remedy: old images a digit that are replayed, a batch of them a step")
+    replay_of: str = option(
+        "old",
+        "which digits' images are replayed; all: as many of each tuned digit beside them, so that "
+        "what is replayed is balanced",
+        choices=("old", "all"),
+    )
     ewc: float = option(0.0, "remedy: weight of elastic weight consolidation on ΔW")
     null_space: float = option(
         0.0, "remedy: share of energy of the directions that A may not read, 0 to 1"

@@ -239,6 +239,7 @@ REMEDIES: list[dict[str, Any]] = [
     {"mass": 1.0, "schedule": "cosine"},
     {"replay": 5},
     {"replay": 5, "margin": 2.0, "distill": 1.0, "mass": 0.5, "tune_batch": 7},
+    {"replay": 5, "replay_of": "all", "margin": math.inf},
     {"ewc": 10.0},
     {"null_space": 0.5},
     {"replay": 5, "null_space": 0.9, "null_space_of": "old"},
@@ -284,7 +285,7 @@ def test_a_remedy_changes_the_training_and_leaves_the_base(bench, remedy):
     assert torch.equal(switched_off(model, bench.test_inputs), bench.base_logits)
 
 
-@pytest.mark.parametrize("remedy", [{}, *REMEDIES[:7], REMEDIES[8]], ids=lambda r: " ".join(r))
+@pytest.mark.parametrize("remedy", [{}, *REMEDIES[:8], REMEDIES[9]], ids=lambda r: " ".join(r))
 def test_seeds_trained_together_come_out_as_one_by_one(bench, remedy):
     """Stacked factors under vmap give each seed's factors and losses, to rounding."""
     its = having(bench, **remedy)
@@ -318,6 +319,9 @@ def test_replayed_images_are_as_many_of_each_other_digit(bench):
     old = memory(its, memory_generator(0))
     assert torch.bincount(its.labels[old], minlength=10).tolist() == [5, 5, 0, 0, 5, 0, 5, 5, 0, 0]
     assert torch.equal(old, memory(its, memory_generator(0)))
+    every = memory(its, memory_generator(0), "all")
+    assert torch.bincount(its.labels[every]).tolist() == [5] * 10
+    assert torch.equal(every[:25], old)
     assert not torch.equal(old, memory(its, memory_generator(1)))
 
 
