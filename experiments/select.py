@@ -37,13 +37,13 @@ def choose(run: RunDirectory, family: Family, floor: tuple[float, float]) -> tup
     """Return the number of the best candidate, and its strength, by the selection's rows.
 
     The best has the highest mean gain over its own bases among those whose tuned and other digits
-    gain at least `floor`, in points; where none does, the least short of it.
+    gain at least `floor`, in points; where none does, of all.
     """
 
-    def merit(entry: tuple[int, float]) -> tuple[float, float]:
+    def merit(entry: tuple[int, float]) -> tuple[bool, float]:
         every, tuned, other = gains(run, f"{family.name} #{entry[0]}", entry[1])
-        short = max(0.0, floor[0] - mean(tuned)) + max(0.0, floor[1] - mean(other))
-        return -short, mean(every)
+        meets = mean(tuned) >= floor[0] and mean(other) >= floor[1]
+        return meets, mean(every)
 
     tried = [(n, λ) for n in range(len(family.candidates)) for λ in family.strengths]
     return max(tried, key=merit)
@@ -135,7 +135,8 @@ def markdown(
         f"Chosen by {VALIDATION} validation images a digit, on bases pre-trained without them, "
         f"over {selection.settings['selection_seeds']} adapter seeds on each base: of those "
         f"candidates whose tuned and other digits gain at least {points} the one with most right "
-        "answers. `validation` is its gain there, `of` the number of candidates.",
+        "answers, and where none does, of all. `validation` is its gain there, `of` the number of "
+        "candidates.",
     ]
     return "\n\n".join(parts) + "\n"
 
