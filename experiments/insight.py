@@ -8,7 +8,7 @@ them. All leave the model as it was.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -167,18 +167,30 @@ def sites_of(model: nn.Module, *names: str) -> list[str]:
 
 
 @contextmanager
-def only_at(model: nn.Module, sites: Sequence[str], *names: str) -> Iterator[None]:
+def only_at(
+    model: nn.Module, sites: Sequence[str], *names: str, strength: float | None = None
+) -> Iterator[None]:
     """Inside, adapters are on at these sites alone; afterwards all is as it was.
 
     A site is switched by the module that has it: of one with several adapted tensors all are.
+
+    Args:
+        model: with adapters.
+        sites: the paths of the tensors, `sites_of`.
+        names: the adapters, all where none is named.
+        strength: λ inside, by default what each has.
     """
     chosen = names or _names(model)
-    modules = {site: model.get_submodule(site.rpartition(".")[0]) for site in sites_of(model)}
-    on = [module for site, module in modules.items() if site in set(sites)]
-    with pl.using(model):
-        for module in on:
-            its = [row.adapter for row in pl.summary(module).sites]
-            pl.enable(module, *[name for name in dict.fromkeys(its) if name in chosen])
+    with ExitStack() as switched:
+        switched.enter_context(pl.using(model))
+        for path in dict.fromkeys(site.rpartition(".")[0] for site in sites):
+            module = model.get_submodule(path)
+            its = {row.adapter for row in pl.summary(module).sites}
+            here = [name for name in chosen if name in its]
+            if strength is None:
+                switched.enter_context(pl.using(module, *here))
+            else:
+                switched.enter_context(pl.using(module, **dict.fromkeys(here, strength)))
         yield
 
 

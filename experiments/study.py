@@ -5,8 +5,9 @@ Every fine-tuning starts from the same base, and for one adapter seed all method
 images in the same order, so that they can be compared in pairs.
 """
 
+import json
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ import paramlora as pl
 from .bench import ADAPTER, Bench, curve, prepare
 from .data import load_data
 from .environment import DECIDING, describe, resolve_device
+from .explore import explore
 from .methods import BlogScrambled, attached_ranks, wrap, wrapped_ranks
 from .recipe import answers, factors_of, recipe
-from .rundir import RunDirectory
+from .rundir import RunDirectory, replace_file
 from .settings import DigitSettings, deciding
 from .stages import Stage, run_stages
 from .train import Batches
 
+EXPLORED, EXPLORED_SEEDS = "explore.json", 3
 ATTACHED = ("off", "on", "merged", "unmerged")
 
 
@@ -64,13 +67,33 @@ def run_digits(settings: DigitSettings, say: Callable[[str], None] = print) -> R
     say(f"run      {run.folder}, on {device}")
     say(f"data     {data.name}: {data.why}")
 
+    @lru_cache(maxsize=1)
     def prepared() -> Bench:
         bench = prepare(settings, run, device, data, say)
         show_parameters(bench, lora_of(settings), say)
         return bench
 
     run_stages(run, stages(settings), prepared, say)
+    if not (run.folder / EXPLORED).exists():
+        explore_adapters(prepared(), data.test.images, run.folder)
     return run
+
+
+def explore_adapters(bench: Bench, images: Tensor, folder: Path) -> None:
+    """Write what the report's page lets its reader try: the first adapters, at every strength."""
+    model, names = bench.model(), []
+    for seed in range(min(bench.settings.seeds, EXPLORED_SEEDS)):
+        names.append(f"seed {seed}")
+        pl.load(model, folder / "adapters" / f"lora-{seed}.safetensors", name=names[-1])
+    found = explore(
+        model,
+        [(bench.test_inputs, bench.test_labels)],
+        list("0123456789"),
+        tuned=bench.tuned,
+        images=images if len(images) == len(bench.test_labels) else None,
+        every_layer=names[:1],
+    )
+    replace_file(folder / EXPLORED, json.dumps(found).encode())
 
 
 def count_base(bench: Bench) -> None:
