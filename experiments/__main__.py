@@ -62,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
         metavar=("TUNED", "OTHER"),
         help="what tuned and other digits must gain for a candidate to be chosen, points [0 0]",
     )
+    remedies.add_argument(
+        "--selection-bases", type=int, default=0, metavar="N", help="0: as many as --base-seeds [0]"
+    )
     _add_pool(remedies)
     remedies.set_defaults(command=run_selection)
     tasks = commands.add_parser(
@@ -98,13 +101,22 @@ def run_grid(vary: list[str], base_seeds: int, jobs: int, **given: object) -> in
     return 0
 
 
-def run_selection(floor: tuple[float, float], base_seeds: int, jobs: int, **given: object) -> int:
+def run_selection(
+    floor: tuple[float, float], selection_bases: int, base_seeds: int, jobs: int, **given: object
+) -> int:
     """Choose and measure the remedies, and show the table."""
     from .select import run_remedies
 
     settings = preset(str(given.pop("preset", "blog")), **given)
     folder = Path(settings.out or f"runs/remedies-{settings.preset}")
-    run_remedies(settings, folder, base_seeds=base_seeds, floor=floor, jobs=jobs)
+    run_remedies(
+        settings,
+        folder,
+        base_seeds=base_seeds,
+        selection_bases=selection_bases,
+        floor=floor,
+        jobs=jobs,
+    )
     print((folder / "remedies.md").read_text())
     return 0
 

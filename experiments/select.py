@@ -83,6 +83,7 @@ def run_remedies(
     chosen: Sequence[Family] | None = None,
     base_seeds: int = 5,
     selection_seeds: int = 2,
+    selection_bases: int = 0,
     floor: tuple[float, float] = (0.0, 0.0),
     jobs: int = 1,
     say: Callable[[str], None] = print,
@@ -93,8 +94,9 @@ def run_remedies(
         settings: the preset, with as many adapter seeds as the measurement has.
         folder: of both runs; what is there is not made again.
         chosen: the remedies, by default all `families`.
-        base_seeds: bases of both, counted from the settings' seed.
+        base_seeds: bases, counted from the settings' seed.
         selection_seeds: adapter seeds of the selection, on each base.
+        selection_bases: bases of the selection; 0: as many as `base_seeds`.
         floor: what tuned and other digits must gain, in points, for a candidate to be chosen.
         jobs: processes at a time.
         say: gets each line of what happens.
@@ -105,8 +107,10 @@ def run_remedies(
         "base_seeds": base_seeds,
         "floor": list(floor),
         "selection_seeds": selection_seeds,
+        "selection_bases": selection_bases or base_seeds,
     }
-    todo = list(candidates(settings, chosen, bases, selection_seeds))
+    few = bases[: selection_bases or base_seeds]
+    todo = list(candidates(settings, chosen, few, selection_seeds))
     selection = run_sweep(todo, folder / "selection", asked, jobs, say)
     final = list(measured(settings, selection, chosen, bases, floor))
     test = run_sweep(final, folder / "test", asked, jobs, say)
@@ -133,7 +137,8 @@ def markdown(
         f"{seeds}, test images; `needs` says what it takes of the digits not tuned.",
         table(selection, test, chosen, floor).markdown(),
         f"Chosen by {VALIDATION} validation images a digit, on bases pre-trained without them, "
-        f"over {selection.settings['selection_seeds']} adapter seeds on each base: of those "
+        f"over {selection.settings['selection_seeds']} adapter seeds on each of "
+        f"{selection.settings['selection_bases']} bases: of those "
         f"candidates whose tuned and other digits gain at least {points} the one with most right "
         "answers, and where none does, of all. `validation` is its gain there, `of` the number of "
         "candidates.",

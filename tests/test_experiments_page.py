@@ -54,7 +54,7 @@ def explored() -> dict[str, Any]:
 
 def test_every_state_is_what_the_model_answers(explored):
     """Each confusion matrix is that of the model with the adapter on so strong, at those layers."""
-    model, loader, images = made()
+    model, loader, _ = made()
     assert explored["sites"] == ["0.weight", "2.weight"]
     assert set(explored["adapters"]["one"]) == {"1", "2", "3"}
     assert set(explored["adapters"]["two"]) == {"3"}
@@ -72,7 +72,7 @@ def test_every_state_is_what_the_model_answers(explored):
 
 
 def test_pictures_have_their_own_answers(explored):
-    """The sprite's images are those of their labels, and their answers the model's at each state."""
+    """The sprite's images have their labels, and their answers are the model's at each state."""
     from PIL import Image
 
     model, loader, _ = made()
@@ -101,7 +101,7 @@ def test_a_sprite_is_the_images_side_by_side():
     images = torch.randint(256, (5, 3, 4, 3), dtype=torch.uint8)
     sheet = Image.open(io.BytesIO(base64.b64decode(sprite(images, 2).split(",")[1])))
     assert sheet.size == (8, 9)
-    pixels = torch.tensor(list(sheet.getdata())).view(9, 8, 3)
+    pixels = torch.tensor(list(sheet.tobytes())).view(9, 8, 3)
     assert torch.equal(pixels[3:6, 4:8].to(torch.uint8), images[3])
 
 
@@ -159,14 +159,12 @@ def opened(browser: Any, explored: dict[str, Any], tmp_path: Path) -> Iterator[A
     )
     tab, errors = browser.new_page(viewport={"width": 390, "height": 844}), []
     tab.on("pageerror", lambda error: errors.append(str(error)))
-    tab.on(
-        "request",
-        lambda request: (
+
+    def fetched(request: Any) -> None:
+        if not request.url.startswith(("file:", "data:")):
             errors.append(request.url)
-            if "file:" not in request.url and "data:" not in request.url
-            else None
-        ),
-    )
+
+    tab.on("request", fetched)
     tab.goto((tmp_path / "report.html").as_uri())
     yield tab
     tab.close()
