@@ -5,7 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .settings import PRESETS, DigitSettings, StudyError, add_options, listed, preset
+from .options import StudyError, add_options, deciding, listed
+from .settings import PRESETS, DigitSettings, preset
+from .streams import TaskSettings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +37,41 @@ def parser() -> argparse.ArgumentParser:
     )
     add_options(digits, DigitSettings)
     digits.set_defaults(command=run)
+    sweep = commands.add_parser(
+        "sweep",
+        help="the digit study over a grid of settings, seeds and bases, in parallel",
+        description="Every combination of the values of --vary, on --base-seeds bases, with as "
+        "many adapter seeds as --seeds says. A sweep that was stopped goes on from its rows.",
+    )
+    add_options(sweep, DigitSettings)
+    sweep.add_argument(
+        "--vary", action="append", default=[], metavar="SETTING=V,V", help="such as rank=1,2,4"
+    )
+    _add_pool(sweep)
+    sweep.set_defaults(command=run_grid)
+    remedies = commands.add_parser(
+        "remedies",
+        help="choose each remedy's settings on validation images, measure them on the test images",
+    )
+    add_options(remedies, DigitSettings)
+    remedies.add_argument(
+        "--floor",
+        type=float,
+        nargs=2,
+        default=(0.0, 0.0),
+        metavar=("TUNED", "OTHER"),
+        help="what tuned and other digits must gain for a candidate to be chosen, points [0 0]",
+    )
+    remedies.add_argument(
+        "--selection-bases", type=int, default=0, metavar="N", help="0: as many as --base-seeds [0]"
+    )
+    _add_pool(remedies)
+    remedies.set_defaults(command=run_selection)
+    tasks = commands.add_parser(
+        "tasks", help="learn a sequence of tasks, an adapter a stage, and draw the accuracy matrix"
+    )
+    add_options(tasks, TaskSettings)
+    tasks.set_defaults(command=run_sequence)
     report = commands.add_parser("report", help="make report and figures of a run again")
     report.add_argument("folder", type=Path, metavar="DIR", help="the run's folder")
     report.set_defaults(command=make_report)
@@ -47,6 +84,60 @@ def run(**given: object) -> int:
 
     settings = preset(str(given.pop("preset", "blog")), **given)
     return make_report(run_digits(settings).folder)
+
+
+def run_grid(vary: list[str], base_seeds: int, jobs: int, **given: object) -> int:
+    """Run a sweep and write its rows as CSV."""
+    from .loggers import rows_to_csv
+    from .sweep import cells, parse_grid, run_sweep
+
+    settings = preset(str(given.pop("preset", "blog")), **given)
+    grid = parse_grid(vary)
+    folder = Path(settings.out or "-".join(["runs/sweep", settings.preset, *sorted(grid)]))
+    asked = deciding(settings) | {"vary": sorted(vary), "base_seeds": base_seeds}
+    run = run_sweep(list(cells(settings, grid, base_seeds)), folder, asked, jobs)
+    (folder / "results.csv").write_text(rows_to_csv(run.rows))
+    print(f"rows     {folder / 'results.csv'}")
+    return 0
+
+
+def run_selection(
+    floor: tuple[float, float], selection_bases: int, base_seeds: int, jobs: int, **given: object
+) -> int:
+    """Choose and measure the remedies, and show the table."""
+    from .select import run_remedies
+
+    settings = preset(str(given.pop("preset", "blog")), **given)
+    folder = Path(settings.out or f"runs/remedies-{settings.preset}")
+    run_remedies(
+        settings,
+        folder,
+        base_seeds=base_seeds,
+        selection_bases=selection_bases,
+        floor=floor,
+        jobs=jobs,
+    )
+    print((folder / "remedies.md").read_text())
+    return 0
+
+
+def run_sequence(**given: object) -> int:
+    """Learn a sequence of tasks, and show the table of metrics."""
+    from .taskreport import table, write_task_report
+    from .tasks import run_tasks
+
+    settings = TaskSettings.of_preset(str(given.pop("preset", "split")), **given)
+    run = write_task_report(run_tasks(settings).folder)
+    print(table(run).text())
+    print(f"report   {run.folder / 'tasks.md'}")
+    return 0
+
+
+def _add_pool(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base-seeds", type=int, default=1, metavar="N", help="bases, from --seed on [1]"
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time [1]")
 
 
 def make_report(folder: Path) -> int:
