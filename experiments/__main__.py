@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .settings import PRESETS, DigitSettings, StudyError, add_options, listed, preset
+from .options import StudyError, add_options, listed
+from .settings import PRESETS, DigitSettings, preset
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

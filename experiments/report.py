@@ -7,20 +7,18 @@ a run's directory, and comes out the same.
 from collections.abc import Iterator
 from pathlib import Path
 
+from .bands import Band, pairs, percent
 from .forgetting import accuracy
 from .plots import draw
 from .rundir import Row, RunDirectory, replace_file
-from .settings import StudyError, listed
+from .settings import StudyError
 from .tables import (
-    Band,
-    Table,
     band_table,
     base_of,
     confusion_like,
     digit_table,
     images_of,
     methods_in,
-    percent,
     published_for,
     rows_of,
 )
@@ -66,7 +64,12 @@ def markdown(run: RunDirectory, captions: dict[str, str]) -> str:
         parts += ["## What separates the blog's two methods", scrambling(run)]
     parts += ["## Proofs", "\n".join(f"- {line}" for line in proofs(run)), "## Figures"]
     parts += [f"![{caption}]({name})\n\n{caption}" for name, caption in captions.items()]
-    parts += ["## Settings", _pairs(run.settings), "## Environment", _pairs(run.environment)]
+    parts += [
+        "## Settings",
+        pairs(run.settings).markdown(),
+        "## Environment",
+        pairs(run.environment).markdown(),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -215,8 +218,3 @@ def _ranks(rows: list[Row]) -> str:
     sites = [[row["ranks"][site] for row in rows] for site in rows[0]["ranks"]]
     cells = [str(r[0]) if len(set(r)) == 1 else f"{min(r)} to {max(r)}" for r in sites]
     return f"{', '.join(cells[:-1])} and {cells[-1]}"
-
-
-def _pairs(values: Row) -> str:
-    rows = [[key, listed(value)] for key, value in values.items()]
-    return Table(["what", "value"], rows).markdown()

@@ -1,35 +1,45 @@
-"""One frozen dataclass a study, its presets, and the command-line options made of its fields.
+"""The settings of the digit study and their presets; every field is a command-line option too."""
 
-Every field is written with `option(default, help)`: the help names the unit, and the option's name
-and type follow from the field's. A new setting is one line here.
-"""
-
-import argparse
-import dataclasses
 import math
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import torch
+from .options import Settings, StudyError, deciding, is_device, listed, option
+
+__all__ = [
+    "INITS",
+    "PRESETS",
+    "DigitSettings",
+    "StudyError",
+    "chosen_digits",
+    "deciding",
+    "listed",
+    "preset",
+]
 
 INITS = ("kaiming", "gaussian", "gaussian/sqrt_r", "orthogonal")
 
 
-class StudyError(ValueError):
-    """Something a user asked for cannot be done; the message says what, why, and what can."""
-
-
-def option(default: Any, help: str, *, choices: tuple[str, ...] = (), place: bool = False) -> Any:
-    """Return a dataclass field that is a command-line option too.
-
-    `place` marks a field that only says where things lie: no result depends on it.
-    """
-    return field(default=default, metadata={"help": help, "choices": choices, "place": place})
+_WITH_RELU: dict[str, Any] = {
+    "mean": 0.1307,
+    "activation": "relu",
+    # A ReLU on the logits, after ReLUs inside, kills whole classes within an epoch.
+    "relu_logits": False,
+    "order": "seeded",
+    "compat": "none",
+}
+_PRESETS: dict[str, dict[str, Any]] = {
+    # A blog post of 2024-04-17; its mean is a slip for 0.1307, kept as its counts depend on it.
+    "blog": {},
+    "relu": _WITH_RELU,
+    # The script that the blog starts from, hkproj/pytorch-lora.
+    "nine": {**_WITH_RELU, "hidden": (1000, 2000), "digits": "9", "steps": 100, "rank": 1},
+}
 
 
 @dataclass(frozen=True)
-class DigitSettings:
+class DigitSettings(Settings):
     """All settings of the digit study: what is learned first, what is tuned, where it goes.
 
     The defaults are the preset "blog"; `preset` makes the others.
@@ -40,6 +50,9 @@ class DigitSettings:
     >>> DigitSettings(rank=4).alpha
     1.0
     """
+
+    STUDY: ClassVar[str] = "digits"
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = _PRESETS
 
     preset: str = option("blog", "the settings to start from", choices=("blog", "relu", "nine"))
     seed: int = option(0, "seed of the base: its first weights and the order of its images")
@@ -87,51 +100,21 @@ class DigitSettings:
     bases: str = option("runs/bases", "folder of trained bases, which runs share", place=True)
 
     def __post_init__(self) -> None:
-        for entry in dataclasses.fields(self):
-            value, choices = getattr(self, entry.name), entry.metadata["choices"]
-            kind = type(entry.default)
-            right = type(value) in ((int, float) if kind is float else (kind,))
-            _require(self, entry.name, right, f"of type {kind.__name__}")
-            _require(self, entry.name, not choices or value in choices, " or ".join(choices))
+        super().__post_init__()
         for name in ("seeds", "base_steps", "batch", "steps", "rank", "threads"):
-            _require(self, name, getattr(self, name) >= 1, "a whole number of at least 1")
+            self.require(name, getattr(self, name) >= 1, "a whole number of at least 1")
         for name in ("base_lr", "lr", "std"):
-            _require(self, name, 0 < getattr(self, name) < math.inf, "a finite number above 0")
+            self.require(name, 0 < getattr(self, name) < math.inf, "a finite number above 0")
         for name in ("mean", "alpha"):
-            _require(self, name, math.isfinite(getattr(self, name)), "a finite number")
+            self.require(name, math.isfinite(getattr(self, name)), "a finite number")
         wide = self.hidden and all(type(units) is int and units >= 1 for units in self.hidden)
-        _require(self, "seed", 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1")
-        _require(self, "hidden", wide, "one or more whole numbers of at least 1")
-        _require(self, "digits", _are_digits(self.digits), "1 to 9 different digits or worst:K")
-        _require(self, "device", _is_device(self.device), "auto or a device that torch knows")
-
-    @property
-    def folder(self) -> str:
-        """The run's folder: `out`, or one named after the preset and whatever differs from it."""
-        if self.out:
-            return self.out
-        parts, usual = [f"digits-{self.preset}"], deciding(preset(self.preset))
-        for name, value in deciding(self).items():
-            if value != usual[name]:
-                parts.append(re.sub(r"[^\w.,-]+", "_", f"{name}={listed(value)}"))
-        return "runs/" + "-".join(parts)
+        self.require("seed", 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1")
+        self.require("hidden", wide, "one or more whole numbers of at least 1")
+        self.require("digits", _are_digits(self.digits), "1 to 9 different digits or worst:K")
+        self.require("device", is_device(self.device), "auto or a device that torch knows")
 
 
-_WITH_RELU: dict[str, Any] = {
-    "mean": 0.1307,
-    "activation": "relu",
-    # A ReLU on the logits, after ReLUs inside, kills whole classes within an epoch.
-    "relu_logits": False,
-    "order": "seeded",
-    "compat": "none",
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    # A blog post of 2024-04-17; its mean is a slip for 0.1307, kept as its counts depend on it.
-    "blog": {},
-    "relu": _WITH_RELU,
-    # The script that the blog starts from, hkproj/pytorch-lora.
-    "nine": {**_WITH_RELU, "hidden": (1000, 2000), "digits": "9", "steps": 100, "rank": 1},
-}
+PRESETS = DigitSettings.PRESETS
 
 
 def preset(name: str, **changes: Any) -> DigitSettings:
@@ -140,7 +123,7 @@ def preset(name: str, **changes: Any) -> DigitSettings:
     >>> preset("nine").hidden
     (1000, 2000)
     """
-    return DigitSettings(**{"preset": name, **PRESETS.get(name, {}), **changes})
+    return DigitSettings.of_preset(name, **changes)
 
 
 def chosen_digits(digits: str, wrong_counts: list[int]) -> list[int]:
@@ -157,84 +140,9 @@ def chosen_digits(digits: str, wrong_counts: list[int]) -> list[int]:
     return sorted(worst_first[: int(digits.removeprefix("worst:"))])
 
 
-def deciding(settings: DigitSettings) -> dict[str, Any]:
-    """Return the settings that a result can depend on, in the types that JSON has."""
-    return {
-        entry.name: _plain(getattr(settings, entry.name))
-        for entry in dataclasses.fields(settings)
-        if not entry.metadata["place"]
-    }
-
-
-def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
-    """Give `parser` an option for each field of the settings class `kind`.
-
-    Options that are not given are absent from what it parses, so that a preset can fill them in.
-    """
-    for entry in dataclasses.fields(kind):
-        flag, default = "--" + entry.name.replace("_", "-"), entry.default
-        choices = entry.metadata["choices"]
-        shown = f" [{listed(default)}]" if default != "" else ""
-        common: dict[str, Any] = {
-            "dest": entry.name,
-            "default": argparse.SUPPRESS,
-            "help": (entry.metadata["help"] + shown).replace("%", "%%"),
-        }
-        if isinstance(default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-        else:
-            reader: Any = type(default)
-            word = {int: "N", float: "X"}.get(reader, entry.name.upper())
-            word = f"{{{','.join(choices)}}}" if choices else word
-            whole = isinstance(default, tuple)
-            if whole or "," in str(default):
-                common |= {"action": _Listed, "nargs": "+", "whole": whole}
-            else:
-                common["type"] = reader
-            parser.add_argument(flag, metavar=word, **common)
-
-
-def listed(value: Any) -> str:
-    """Return a setting as it is typed: 256,128 for a tuple or a list."""
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-
-
-class _Listed(argparse.Action):
-    """Takes a list with commas, with spaces or with both; as whole numbers where `whole`."""
-
-    def __init__(self, *args: Any, whole: bool, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self.whole = whole
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        parts = [part for part in ",".join(values).split(",") if part]
-        try:
-            given = tuple(map(int, parts)) if self.whole else ",".join(parts)
-        except ValueError as error:
-            raise argparse.ArgumentError(self, str(error)) from None
-        setattr(namespace, self.dest, given)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _require(settings: Any, name: str, holds: object, allowed: str) -> None:
-    if not holds:
-        flag = "--" + name.replace("_", "-")
-        raise StudyError(f"{flag} must be {allowed}, got {listed(getattr(settings, name))!r}")
-
-
 def _are_digits(text: str) -> bool:
     if re.fullmatch(r"worst:[1-9]", text):
         return True
     parts = text.split(",")
     single = all(re.fullmatch(r"[0-9]", part) for part in parts)
     return single and len(parts) == len(set(parts)) <= 9
-
-
-def _is_device(name: str) -> bool:
-    try:
-        return name == "auto" or torch.device(name) is not None
-    except RuntimeError:
-        return False

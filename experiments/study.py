@@ -6,13 +6,12 @@ images in the same order, so that they can be compared in pairs.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import paramlora as pl
 
@@ -22,36 +21,27 @@ from .environment import DECIDING, describe, resolve_device
 from .methods import BlogScrambled, attached_ranks, wrap, wrapped_ranks
 from .rundir import RunDirectory
 from .settings import DigitSettings, deciding
+from .stages import Stage, run_stages
 
 ADAPTER = "digits"
 ATTACHED = ("off", "on", "merged", "unmerged")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A part of the study that is made as a whole: the rows it leaves, and what makes them."""
-
-    method: str
-    seed: int | None
-    rows: tuple[str, ...]
-    make: Callable[[Bench], None]
-
-    def done(self, run: RunDirectory) -> bool:
-        """Whether all of its rows are there."""
-        return all(run.has(stage=row, method=self.method, seed=self.seed) for row in self.rows)
-
-
-def stages(settings: DigitSettings) -> Iterator[Stage]:
+def stages(settings: DigitSettings) -> Iterator[Stage[Bench]]:
     """Yield what a run consists of, in order."""
     lora = lora_of(settings)
     scrambled = BlogScrambled(settings.rank, settings.alpha)
-    yield Stage("base", None, ("base",), count_base)
+    yield Stage(_key("base", None), ("base",), count_base)
     for seed in range(settings.seeds):
-        yield Stage("lora", seed, ATTACHED, partial(tune_attached, "lora", lora, seed))
-        yield Stage("wrapped", seed, ("wrapped",), partial(tune_wrapped, lora, seed))
+        yield Stage(_key("lora", seed), ATTACHED, partial(tune_attached, "lora", lora, seed))
+        yield Stage(_key("wrapped", seed), ("wrapped",), partial(tune_wrapped, lora, seed))
         if settings.compat == "blog":
             make = partial(tune_attached, "scrambled", scrambled, seed)
-            yield Stage("scrambled", seed, ATTACHED, make)
+            yield Stage(_key("scrambled", seed), ATTACHED, make)
+
+
+def _key(method: str, seed: int | None) -> dict[str, Any]:
+    return {"method": method, "seed": seed}
 
 
 def run_digits(settings: DigitSettings, say: Callable[[str], None] = print) -> RunDirectory:
@@ -70,14 +60,13 @@ def run_digits(settings: DigitSettings, say: Callable[[str], None] = print) -> R
     run = RunDirectory.start(Path(settings.folder), deciding(settings), environment, DECIDING)
     say(f"run      {run.folder}, on {device}")
     say(f"data     {data.name}: {data.why}")
-    left = [stage for stage in stages(settings) if not stage.done(run)]
-    if run.rows:
-        say(f"resumed  {len(run.rows)} rows are there, {len(left)} stages are left")
-    if left:
+
+    def prepared() -> Bench:
         bench = prepare(settings, run, device, data, say)
         show_parameters(bench, lora_of(settings), say)
-        for stage in tqdm(left, desc="stages", unit="stage", leave=False, disable=None):
-            stage.make(bench)
+        return bench
+
+    run_stages(run, stages(settings), prepared, say)
     return run
 
 

@@ -189,7 +189,9 @@ def test_what_decides_a_result_is_plain_json():
     assert len(kept) == len(dataclasses.fields(DigitSettings)) - 3
 
 
-@pytest.mark.parametrize("name", ["settings", "models", "forgetting", "tables"])
+@pytest.mark.parametrize(
+    "name", ["settings", "models", "forgetting", "bands", "train", "data", "loggers"]
+)
 def test_examples_in_docstrings_run(name):
     """The examples in the experiments' docstrings give what they say."""
     result = doctest.testmod(importlib.import_module(f"experiments.{name}"))

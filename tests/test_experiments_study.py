@@ -12,6 +12,7 @@ import paramlora as pl
 from experiments import bench as bench_module
 from experiments import report as report_module
 from experiments.__main__ import main
+from experiments.bands import Band
 from experiments.bases import find, restore
 from experiments.bench import prepare
 from experiments.data import load_data
@@ -21,7 +22,7 @@ from experiments.report import markdown, scrambling
 from experiments.rundir import RunDirectory
 from experiments.settings import DigitSettings, preset
 from experiments.study import run_digits
-from experiments.tables import Band, band_table, digit_table, published_for
+from experiments.tables import band_table, digit_table, published_for
 
 OPTIONS = (
     "--data digits --device cpu --hidden 24,16 --no-relu-logits --base-steps 300 --steps 30 "
