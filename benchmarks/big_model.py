@@ -29,6 +29,7 @@ import paramlora as pl
 from .contestants import CONTESTANTS, Contestant, Factors, give, linears
 
 Row = dict[str, Any]
+BACKEND = "inductor"
 MODES = ("eager", "checkpointed", "compiled")
 # In the shape of TinyLlama 1.1B, of Llama 3 8B with five of its layers, and one for tests.
 SHAPES: dict[str, dict[str, int]] = {
@@ -57,7 +58,8 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 96,
     },
 }
-# ‖found - reference‖ / ‖reference‖ that rounding to bfloat16 at every layer explains.
+# ‖found - reference‖ / ‖reference‖ that rounding to bfloat16 at every layer explains. What is above
+# is said and not timed.
 BOUND = 0.1
 
 
@@ -107,7 +109,9 @@ def enter(
     learned = [factor for pair in factors.values() for factor in pair]
     on_gpu = next(model.parameters()).is_cuda
     optimizer = torch.optim.AdamW(learned, lr=1e-5, fused=on_gpu) if learned else None
-    call = torch.compile(model, dynamic=False) if mode == "compiled" else model
+    call: Any = model
+    if mode == "compiled":
+        call = torch.compile(model, dynamic=False, backend=BACKEND)
     return Runner(contestant, model, factors, optimizer, call)
 
 
@@ -129,10 +133,10 @@ def loss_of(runner: Runner, ids: Tensor) -> Tensor:
 
 
 def check(runner: Runner, base: nn.Module, values: dict[str, Any], ids: Tensor) -> float:
-    """Return the largest relative error of loss and factors' gradients against dense float32.
+    """Return the largest relative error, against dense float32, of the loss and of all gradients.
 
-    Raises:
-        AssertionError: it is above BOUND.
+    Of the gradients of all A together, and of all B: in an attention that has learned nothing
+    those of single queries and keys are differences of almost equal numbers.
     """
     dense = copy.deepcopy(base).float()
     s = 2.0 if runner.factors else 0.0
@@ -141,18 +145,22 @@ def check(runner: Runner, base: nn.Module, values: dict[str, Any], ids: Tensor) 
         layer.weight = nn.Parameter(layer.weight + s * B @ A)
     expected = dense(input_ids=ids, labels=ids).loss
     loss = loss_of(runner, ids)
-    pairs = [(loss, expected)]
+    pairs: list[Any] = [(loss, expected)]
+    found: tuple[list[Any], list[Any]] = ([], [])
     if runner.factors:
         expected.backward()
         loss.backward()
         for path, (A, B) in runner.factors.items():
             dW = dense.get_parameter(f"{path}.weight").grad
+            assert dW is not None
             A32, B32 = values[path]
-            pairs += [(A.grad, s * B32.T @ dW), (B.grad, s * dW @ A32.T)]
+            found[0].append((A.grad, s * B32.T @ dW))
+            found[1].append((B.grad, s * dW @ A32.T))
             A.grad = B.grad = None
-    worst = max(float((a.detach().float() - b).norm() / b.norm()) for a, b in pairs)
-    assert worst < BOUND, f"{runner.contestant.name} is off by {worst:.1e}; not timed"
-    return worst
+        pairs += [tuple(torch.cat([t.flatten() for t in side]) for side in zip(*its, strict=True))
+                  for its in found]  # fmt: skip
+    with torch.no_grad():
+        return max(float((a.float() - b).norm() / b.norm()) for a, b in pairs)
 
 
 def measure(
@@ -161,7 +169,8 @@ def measure(
     """Return a row for each contestant: seconds a step, and the memory that a step adds."""
     torch._dynamo.reset()
     values = values_for(base, rank)
-    runners, rows = [], []
+    runners: list[Runner] = []
+    rows: list[Row] = []
     for contestant in there:
         runner = enter(contestant, base, values, rank, mode)
         began = now(ids)
@@ -170,6 +179,9 @@ def measure(
         give(runner.factors, values)
         # Compiled for one shape, it is checked at that one.
         error = check(runner, base, values, ids if mode == "compiled" else ids[:1, :64])
+        if error > BOUND:
+            print(f"{contestant.name}, {mode}, is off by {error:.1e}: not timed", file=sys.stderr)
+            continue
         train_step(runner, ids)
         runners.append(runner)
         rows.append(
@@ -217,7 +229,8 @@ def peak(runner: Runner, ids: Tensor) -> int | None:
 
 def verbs(base: nn.Module, rank: int, ids: Tensor) -> list[Row]:
     """Return the seconds that each verb of paramlora takes on the model, and what they prove."""
-    model, rows = copy.deepcopy(base), []
+    model = copy.deepcopy(base)
+    rows: list[Row] = []
 
     def clock(name: str, act: Callable[[], object]) -> None:
         began = now(ids)
@@ -235,7 +248,7 @@ def verbs(base: nn.Module, rank: int, ids: Tensor) -> list[Row]:
         on = model(input_ids=ids[:1]).logits
         clock("save", lambda: pl.save(model, path))
         clock("disable", lambda: pl.disable(model))
-        proofs = {"off_is_base": torch.equal(model(input_ids=ids[:1]).logits, plain)}
+        proofs: Row = {"off_is_base": torch.equal(model(input_ids=ids[:1]).logits, plain)}
         clock("enable", lambda: pl.enable(model))
         clock("scale", lambda: pl.scale(model, 1.0))
         clock("merge", lambda: pl.merge(model))
@@ -258,7 +271,8 @@ def peft_verbs(base: nn.Module, rank: int, ids: Tensor) -> list[Row]:
     """Return the seconds that PEFT takes for the same."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    model, rows = copy.deepcopy(base), []
+    model = copy.deepcopy(base)
+    rows: list[Row] = []
 
     def clock(name: str, act: Callable[[], Any]) -> Any:
         began = now(ids)
@@ -295,7 +309,7 @@ def from_meta(shape: str, base: nn.Module, rank: int, ids: Tensor) -> list[Row]:
     model = llama(shape, "meta")
     pl.attach(model, pl.LoRA(rank))
     attached = now(ids)
-    buffers = {name: buffer for name, buffer in base.named_buffers()}
+    buffers = dict(base.named_buffers())
     model.to_empty(device=ids.device)
     pl.load_base_state_dict(model, base.state_dict())
     pl.load_state_dict(model, pl.state_dict(whole))
@@ -364,20 +378,23 @@ def main(arguments: list[str] | None = None) -> None:
     base = llama(options.model, options.device)
     vocabulary, size = SHAPES[options.model]["vocab_size"], (options.batch, options.length)
     ids = torch.randint(vocabulary, size, device=options.device)
-    rows: list[Row] = []
-    if options.verbs:
-        rows += verbs(base, options.rank, ids) + from_meta(options.model, base, options.rank, ids)
-        if any(c.package == "peft" for c in there):
-            rows += peft_verbs(base, options.rank, ids)
-    for mode in options.modes:
-        rows += measure(base, there, mode, ids, options.rank, options.rounds)
-        print(table(rows), file=sys.stderr, flush=True)
     machine = torch.cuda.get_device_name() if ids.is_cuda else "cpu"
+    common = {"model": options.model, "torch": torch.__version__, "machine": machine}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.out, "a") as file:
-        for row in rows:
-            row |= {"model": options.model, "torch": torch.__version__, "machine": machine}
-            file.write(json.dumps(row) + "\n")
+    rows: list[Row] = []
+
+    def keep(new: list[Row]) -> None:
+        rows.extend(new)
+        with open(options.out, "a") as file:
+            file.writelines(json.dumps(row | common) + "\n" for row in new)
+
+    if options.verbs:
+        keep(verbs(base, options.rank, ids))
+        keep(from_meta(options.model, base, options.rank, ids))
+        if any(c.package == "peft" for c in there):
+            keep(peft_verbs(base, options.rank, ids))
+    for mode in options.modes:
+        keep(measure(base, there, mode, ids, options.rank, options.rounds))
     print(table(rows))
 
 

@@ -23,6 +23,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from os import environ
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Corpus:
     labels: tuple[str, ...]
     splits: dict[str, Rows]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The SHA-256 of all rows, in hexadecimal digits."""
         total = hashlib.sha256()
@@ -62,7 +63,8 @@ def load_corpus(settings: TextSettings) -> Corpus:
     Raises:
         StudyError: it is not to be found, or a row of it cannot be read; the message says where.
     """
-    train, test, why = _read(settings)
+    where = (Path(settings.data_dir), settings.text_column, settings.label_column)
+    train, test, why = _read(settings.data, *where)
     if settings.balanced:
         train, test = _balance(train), _balance(test)
     splits = _split(train, test, settings)
@@ -75,24 +77,18 @@ def load_corpus(settings: TextSettings) -> Corpus:
     return Corpus(settings.data, why, labels, splits)
 
 
-def _read(settings: TextSettings) -> tuple[Rows, Rows, str]:
+# Kept for the next run of a sweep: unpacking and reading takes seconds.
+@lru_cache(maxsize=1)
+def _read(data: str, folder: Path, text: str, label: str) -> tuple[Rows, Rows, str]:
     """Return the rows for training, those of the test set if there is one, and where they lie."""
-    if settings.data == "imdb":
-        return _imdb(_folders(settings, "PARAMLORA_IMDB"))
-    if settings.data == "spam":
-        return _spam(_folders(settings, "PARAMLORA_SPAM"))
-    path = Path(settings.data)
+    if data in ("imdb", "spam"):
+        named = environ.get(f"PARAMLORA_{data.upper()}")
+        folders = [*([Path(named)] if named else []), folder, folder / data]
+        return _imdb(folders) if data == "imdb" else _spam(folders)
+    path = Path(data)
     if not path.is_file():
         raise StudyError(f"--data must be imdb, spam or the path of a file; there is no {path}")
-    rows = list(_table(path, settings.text_column, settings.label_column))
-    return rows, [], f"on disk, in {path}"
-
-
-def _folders(settings: TextSettings, variable: str) -> list[Path]:
-    """Return where to look for a data set, the first place first."""
-    base = Path(settings.data_dir)
-    named = [Path(environ[variable])] if environ.get(variable) else []
-    return [*named, base, base / settings.data]
+    return list(_table(path, text, label)), [], f"on disk, in {path}"
 
 
 def _imdb(folders: list[Path]) -> tuple[Rows, Rows, str]:
@@ -149,7 +145,9 @@ def _sms(text: str, path: Path) -> Rows:
     for number, line in enumerate(text.rstrip("\n").split("\n"), start=1):
         label, tab, message = line.partition("\t")
         if not tab or label not in ("ham", "spam"):
-            raise StudyError(f"{path}, line {number}: no 'ham' or 'spam', tab and text: {line!r:.60}")
+            raise StudyError(
+                f"{path}, line {number}: no 'ham' or 'spam', tab and text: {line!r:.60}"
+            )
         rows.append((message.rstrip("\r"), label))
     return rows
 
@@ -311,7 +309,9 @@ def _identity(tokenizer: Any) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def by_length(lengths: Tensor, order: Tensor, size: int, generator: torch.Generator) -> list[Tensor]:
+def by_length(
+    lengths: Tensor, order: Tensor, size: int, generator: torch.Generator
+) -> list[Tensor]:
     """Return an epoch's batches, int64 rows each, of texts of like length, in a random order.
 
     The rows are taken in the given random order, some fifty batches at a time, sorted by length in

@@ -1,10 +1,10 @@
 """Sequence classifiers from transformers checkpoints, and what each method trains of them.
 
-    full          everything
-    last-layers   the last two nn.Linear of the model, in its order
-    lora          low-rank updates of the targets; the head stays frozen at its random start
-    lora+head     the same, and a full-size update (`pl.Delta`) of all that lies outside the
-                  backbone, so that one switch gives the checkpoint back
+full          everything
+last-layers   the last two nn.Linear of the model, in its order
+lora          low-rank updates of the targets; the head stays frozen at its random start
+lora+head     the same, and a full-size update (`pl.Delta`) of all that lies outside the
+              backbone, so that one switch gives the checkpoint back
 """
 
 import re
@@ -137,7 +137,9 @@ def prepare(
         model.requires_grad_(False)
         linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
         last = [p for module in linear[-2:] for p in module.parameters()]
-        return [p.requires_grad_(True) for p in last]
+        for parameter in last:
+            parameter.requires_grad_(True)
+        return last
     spec: dict[Any, pl.Spec] = {target: lora_of(settings) for target in globs(settings.targets)}
     if method == "lora+head":
         # First, for of the targets that match a tensor the first one counts.

@@ -10,6 +10,18 @@ METHODS = ("full", "last-layers", "lora", "lora+head")
 INITS = ("kaiming", "gaussian", "gaussian/sqrt_r", "orthogonal")
 
 
+# all-MiniLM-L6-v2: 22.7 M parameters, small enough to be studied in minutes.
+MINILM: dict[str, Any] = {
+    "model": "sentence-transformers/all-MiniLM-L6-v2",
+    "targets": "*.query,*.key,*.value,*.dense",
+    "methods": "full,last-layers,lora,lora+head",
+    "rank": 8,
+    "alpha": 16.0,
+    "scale": "alpha/r",
+    "init": "kaiming",
+}
+
+
 @dataclass(frozen=True)
 class TextSettings(Settings):
     """All settings of the text study: the checkpoint, the texts, and how each method is trained.
@@ -80,6 +92,9 @@ class TextSettings(Settings):
         choices=("auto", "fp32", "bf16"),
     )
     seeds: int = option(3, "number of seeds, counted from 0; each is one fine-tuning a method")
+    forgetting: bool = option(
+        True, "measure what the checkpoint could do before, at several strengths of the adapter"
+    )
     parallel: str = option(
         "ddp",
         "under torchrun: ddp, each process has a whole model; fsdp, each has a part of it",
@@ -87,7 +102,9 @@ class TextSettings(Settings):
         place=True,
     )
     data_dir: str = option(
-        "data", "folder with the data sets; else that of PARAMLORA_IMDB or PARAMLORA_SPAM", place=True
+        "data",
+        "folder with the data sets; else that of PARAMLORA_IMDB or PARAMLORA_SPAM",
+        place=True,
     )
     device: str = option("auto", "a torch device such as cpu or cuda:1; auto: a GPU if any, or cpu")
     out: str = option(
@@ -153,4 +170,6 @@ class TextSettings(Settings):
             "patience": 0,
             "max_length": 120,
         },
+        "minilm-imdb": MINILM,
+        "minilm-spam": {**MINILM, "data": "spam", "max_length": 128, "epochs": 5},
     }
