@@ -1,7 +1,7 @@
 """Attaching adapters to a model, detaching them, and which of their factors are trained."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,9 @@ def attach(
         targets: a module type (its `weight`; `nn.Linear` where nothing is given), a glob over
             dotted paths of modules (their `weight`) or tensors, a callable
             `(path, module) -> bool`, or a list of those. `*` crosses dots, and `*.fc1` also means
-            an `fc1` at the top.
+            an `fc1` at the top. A glob may end with an index, `*.c_attn.weight[:, :768]`: that
+            block alone is adapted, with factors of its own, and one adapter may have several that
+            do not overlap.
         name: the adapter's name; any that the model does not have yet.
         exclude: what to leave out, in the same forms.
         freeze: stop the base's parameters from requiring a gradient; `detach` gives back the
@@ -56,7 +58,8 @@ def attach(
 
     Raises:
         TargetError: a target matches nothing, or a tensor that cannot be adapted (integer or
-            packed, lazy, too few dimensions). The model is then as it was.
+            packed, lazy, too few dimensions), or that does not have the block; or blocks overlap.
+            The model is then as it was.
         AdapterNameError: the name is taken, or cannot be one.
         StateError: a tensor is tied, and has adapters on one side only.
         TypeError: a spec is no instance of one, or a target none of the forms above.
@@ -67,11 +70,11 @@ def attach(
     14
     """
     check_name(model, name)
-    chosen = list(_once_each(resolve(model, spec, targets, exclude)))
+    chosen = resolve(model, spec, targets, exclude)
     check_tied(model, [place for place, _ in chosen])
     planned = [
-        Planned(place, Factors(its_spec, its_spec.create(place.value.detach(), generator)))
-        for place, its_spec in chosen
+        Planned(place, Factors(spec, spec.create(place.value.detach(), generator), place.block))
+        for place, spec in chosen
     ]
     install(model, planned, name, freeze)
     return summary(model)
@@ -164,16 +167,6 @@ def remove(model: nn.Module, here: list[Site], names: set[str]) -> None:
         if not site.stack.factors:
             host.unregister(site)
     host.forget(model)
-
-
-def _once_each(chosen: list[tuple[Place, Spec]]) -> Iterator[tuple[Place, Spec]]:
-    """Yield the chosen places, tied ones once."""
-    seen = set()
-    for place, spec in chosen:
-        key = id(place.stored)
-        if key not in seen:
-            seen.add(key)
-            yield place, spec
 
 
 def _holders(model: nn.Module) -> dict[int, list[Place]]:

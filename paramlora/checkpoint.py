@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .adapters import Spec, is_finite
 from .attach import Planned, check_name, check_tied, install
 from .base import compare, digest, whole
+from .block import Part, split
 from .errors import AdapterNameError, CheckpointError, TargetError
 from .stack import Factors, Site, below, first_sites
 from .summary import Summary, summary
@@ -44,9 +45,9 @@ def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
         AdapterNameError: no adapter of that name.
     """
     return {
-        f"{site.path}.{key}": parameter.detach()
-        for site in _sites_of(model, name)
-        for key, parameter in site.stack[name].named_parameters()
+        f"{path}.{key}": parameter.detach()
+        for path, factors in _parts(model, name).items()
+        for key, parameter in factors.named_parameters()
     }
 
 
@@ -84,7 +85,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         key: whole(tensor).to("cpu", copy=True).contiguous()
         for key, tensor in state_dict(model, name).items()
     }
-    described = {site.path: _describe(site, name) for site in _sites_of(model, name)}
+    described = {
+        path: _describe(factors, site)
+        for site in _sites_of(model, name)
+        for path, factors in site.parts(name).items()
+    }
     content = {"version": _VERSION, "name": name, "sites": described}
     try:
         content["digest"] = digest(tensors.items(), json.dumps(content))
@@ -166,14 +171,23 @@ def _sites_of(model: nn.Module, name: str) -> list[Site]:
     return [site for site in first_sites(model) if id(site.stack) in wanted]
 
 
-def _describe(site: Site, name: str) -> dict[str, Any]:
-    factors = site.stack[name]
+def _parts(model: nn.Module, name: str) -> dict[str, Factors]:
+    """Return one adapter's factors by the path of the site or block, in the same order."""
+    return {
+        path: factors
+        for site in _sites_of(model, name)
+        for path, factors in site.parts(name).items()
+    }
+
+
+def _describe(factors: Factors, site: Site) -> dict[str, Any]:
     values = {f.name: getattr(factors.spec, f.name) for f in dataclasses.fields(factors.spec)}
     return {
         "kind": type(factors.spec).__name__,
         # A callable (an init) has done its work and cannot be saved.
         "fields": {key: value for key, value in values.items() if not callable(value)},
         "strength": float(factors.strength),
+        # Of the whole tensor, also for a block, whose place in it the path has.
         "shape": list(below(site.plist, site.stack).shape),
     }
 
@@ -243,18 +257,11 @@ def _planned(
     path: str | os.PathLike[str],
 ) -> list[Planned]:
     """Return what a file wants to attach, everything checked against the model."""
-    here = {place.path: place for place in places(model)}
-    check_shapes(here.values())
-    absent = [site for site in described if site not in here]
-    if absent:
-        raise CheckpointError(
-            f"{path} belongs to another model: it adapts {', '.join(absent)}, which this one does "
-            f"not have{nearest(absent[0], here)}"
-        )
+    here = _here(model, described, path)
     specs = {site: _spec(entry, site, path) for site, entry in described.items()}
     expected: dict[str, Tensor] = {}
     for site, spec in specs.items():
-        _check_site(here[site], spec, described[site]["shape"], path)
+        _check_site(here[site], spec, path)
         blank = _blank(spec, here[site], path)
         expected |= {f"{site}.{key}": tensor for key, tensor in blank.items()}
     compare(tensors, expected, str(path))
@@ -262,6 +269,59 @@ def _planned(
         Planned(here[site], _factors(here[site], spec, described[site], site, tensors, expected))
         for site, spec in specs.items()
     ]
+
+
+def _here(
+    model: nn.Module, described: dict[str, dict[str, Any]], path: str | os.PathLike[str]
+) -> dict[str, Place]:
+    """Return the places of the sites that a file has, blocks of tensors among them."""
+    everywhere = {place.path: place for place in places(model)}
+    check_shapes(everywhere.values())
+    parted = {site: (site, None) if site in everywhere else _split(site) for site in described}
+    absent = [site for site, (tensor, _) in parted.items() if tensor not in everywhere]
+    if absent:
+        raise CheckpointError(
+            f"{path} belongs to another model: it adapts {', '.join(absent)}, which this one does "
+            f"not have{nearest(absent[0], everywhere)}"
+        )
+    here: dict[str, Place] = {}
+    for site, (tensor, index) in parted.items():
+        place = everywhere[tensor]
+        _check_shape(place, described[site]["shape"], path)
+        if index is not None:
+            place = _block(place, index, site, path)
+        _check_apart(place, here.values(), path)
+        here[site] = place
+    return here
+
+
+def _split(site: str) -> tuple[str, tuple[Part, ...] | None]:
+    try:
+        return split(site)
+    except ValueError:
+        return site, None
+
+
+def _block(place: Place, index: tuple[Part, ...], site: str, path: str | os.PathLike[str]) -> Place:
+    try:
+        block = place.at(index)
+    except TargetError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; save the adapter again") from error
+    if block.path != site:
+        raise CheckpointError(
+            f"{path} is damaged: it calls {block.path!r} {site!r}; save the adapter again"
+        )
+    return block
+
+
+def _check_apart(place: Place, others: Iterable[Place], path: str | os.PathLike[str]) -> None:
+    """Raise a CheckpointError where two sites of a file are in part the same here."""
+    for other in others:
+        if other.stored is place.stored and place.meets(other):
+            raise CheckpointError(
+                f"{path} does not fit: {other.path!r} and {place.path!r} are, or share, one tensor "
+                "here"
+            )
 
 
 def _factors(
@@ -279,7 +339,7 @@ def _factors(
         for key, blank in expected.items()
         if key.rpartition(".")[0] == site
     }
-    factors = Factors(spec, own)
+    factors = Factors(spec, own, place.block)
     factors.set_strength(entry["strength"])
     return factors
 
@@ -294,13 +354,16 @@ def _blank(spec: Spec, place: Place, path: str | os.PathLike[str]) -> dict[str, 
         ) from error
 
 
-def _check_site(place: Place, spec: Spec, shape: list[int], path: str | os.PathLike[str]) -> None:
-    found = list(place.value.shape)
+def _check_shape(place: Place, shape: list[int], path: str | os.PathLike[str]) -> None:
+    found = list(place.whole.shape)
     if found != shape:
         raise CheckpointError(
             f"{path} belongs to another model: {place.path!r} has shape {shape} there and {found} "
             "here"
         )
+
+
+def _check_site(place: Place, spec: Spec, path: str | os.PathLike[str]) -> None:
     try:
         check(place, spec)
     except TargetError as error:
@@ -338,7 +401,7 @@ def _refresh(
 ) -> None:
     """Copy a file's values into the adapter of that name, which must be of the same make."""
     check_unmerged(select(model, [name]), "load")
-    attached = {site.path: site.stack[name] for site in _sites_of(model, name)}
+    attached = _parts(model, name)
     new = {plan.place.path: plan.factors for plan in planned}
     same = attached.keys() == new.keys() and all(
         type(new[site].spec) is type(attached[site].spec)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .adapters import Factors as Tensors
 from .adapters import LowRank, Spec, Strength
-from .errors import StateError
+from .block import Block
 
 CHANGED = (
     "a tensor needed for the gradient was changed in place (an optimizer's step, a merge) between "
@@ -57,11 +58,17 @@ def once() -> Iterator[None]:
 
 
 class Factors(nn.Module):
-    """The factors of one adapter at one site, with the spec that says what they do."""
+    """The factors of one adapter at one site, with the spec that says what they do.
 
-    def __init__(self, spec: Spec, tensors: Mapping[str, Tensor]) -> None:
+    A `block` is the part of the tensor that they are for, None for all of it.
+    """
+
+    def __init__(
+        self, spec: Spec, tensors: Mapping[str, Tensor], block: Block | None = None
+    ) -> None:
         super().__init__()
         self.spec = spec
+        self.block = block
         self.strength: Strength = 1.0
         for key, tensor in tensors.items():
             self.register_parameter(key, nn.Parameter(tensor))
@@ -71,14 +78,62 @@ class Factors(nn.Module):
         self.__dict__["strength"] = strength
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.spec.apply(weight, self._tensors, self.strength)
+        return _applied(self.spec, self.block, weight, self._tensors, self.strength)
 
     def low_rank(self) -> LowRank | None:
-        return self.spec.low_rank(self._tensors, self.strength)
+        term = self.spec.low_rank(self._tensors, self.strength)
+        return term if term is None or self.block is None else self.block.widen(term)
+
+    @property
+    def scale(self) -> Strength:
+        """All that multiplies the update, the strength included."""
+        term = self.spec.low_rank(self._tensors, self.strength)
+        return self.strength if term is None else term.scale
 
     @property
     def _tensors(self) -> dict[str, nn.Parameter]:
         return self._parameters  # type: ignore[return-value]
+
+
+class Blocks(nn.Module):
+    """The factors of one adapter at several blocks of a tensor, of which no two overlap."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        for factors in self.parts:
+            weight = factors(weight)
+        return weight
+
+    def low_rank(self) -> LowRank | None:
+        terms = []
+        for factors in self.parts:
+            term = factors.low_rank()
+            if term is None:
+                return None
+            terms.append(term)
+        scales = [term.scale for term in terms]
+        Bs = [term.B for term in terms]
+        if all(type(scale) is float and scale == scales[0] for scale in scales):
+            scale = scales[0]
+        else:
+            Bs, scale = [B * scale for B, scale in zip(Bs, scales, strict=True)], 1.0
+        return LowRank(torch.cat([term.A for term in terms]), torch.cat(Bs, dim=1), scale)
+
+    def set_strength(self, strength: Strength) -> None:
+        for factors in self.parts:
+            factors.set_strength(strength)
+
+    @property
+    def parts(self) -> list[Factors]:
+        return list(self._modules.values())  # type: ignore[arg-type]
+
+
+def _applied(
+    spec: Spec, block: Block | None, weight: Tensor, tensors: Tensors, strength: Strength
+) -> Tensor:
+    """Return the tensor of which a spec has changed a block, or all."""
+    if block is None:
+        return spec.apply(weight, tensors, strength)
+    return block.put(weight, spec.apply(block.cut(weight), tensors, strength))
 
 
 class Stack(nn.Module):
@@ -125,8 +180,9 @@ class Stack(nn.Module):
 
         What it returns raises the RuntimeError of autograd where a tensor has changed since.
         """
-        steps = [(f.spec, dict(f._tensors), f.strength) for f in map(self.__getitem__, self.live)]
-        sources = [weight, *(tensor for _, tensors, _ in steps for tensor in tensors.values())]
+        live = [factors for name in self.live for factors in self.parts(name)]
+        steps = [(f.spec, f.block, dict(f._tensors), f.strength) for f in live]
+        sources = [weight, *(tensor for _, _, tensors, _ in steps for tensor in tensors.values())]
         sources += [strength for *_, strength in steps if isinstance(strength, Tensor)]
         versions = [tensor._version for tensor in sources]
 
@@ -135,8 +191,8 @@ class Stack(nn.Module):
             if [tensor._version for tensor in sources] != versions:
                 raise RuntimeError(CHANGED)
             built = weight
-            for spec, tensors, strength in steps:
-                built = spec.apply(built, tensors, strength)
+            for spec, block, tensors, strength in steps:
+                built = _applied(spec, block, built, tensors, strength)
             return built
 
         return build
@@ -157,12 +213,23 @@ class Stack(nn.Module):
         self.merged = tuple(name for name in self.factors if name in merged)
         self.live = tuple(name for name in self.active if name not in self.merged)
 
-    def __getitem__(self, name: str) -> Factors:
+    def __getitem__(self, name: str) -> Factors | Blocks:
         # Past ModuleDict's and its parents' own lookups: this runs in the forward of each layer.
         return self._modules["factors"]._modules[name]  # type: ignore[union-attr, return-value]
 
+    def parts(self, name: str) -> list[Factors]:
+        """Return an adapter's factors here: one for the whole tensor, or one for each block."""
+        own = self[name]
+        return own.parts if isinstance(own, Blocks) else [own]
+
     def add(self, name: str, factors: Factors) -> None:
-        self.factors[name] = factors
+        """Add an adapter, active; one of blocks is added block by block."""
+        if factors.block is None:
+            self.factors[name] = factors
+        else:
+            if name not in self.factors:
+                self.factors[name] = Blocks()
+            self[name].add_module(str(factors.block), factors)
         self.set((*self.active, name), self.merged)
 
     def remove(self, name: str) -> None:
@@ -176,45 +243,6 @@ class Stack(nn.Module):
         return self
 
 
-class SiteList(parametrize.ParametrizationList):
-    """The parametrizations of a tensor whose first one is a stack, safe to register more on.
-
-    torch hands a parametrization that is registered on top of another one a single tensor; one
-    that needs several (weight_norm: g and v) would fail at the next read. It goes below the stack
-    instead: the stored weight is split, and the adapters stay on top.
-    """
-
-    def append(self, module: nn.Module) -> "SiteList":
-        parts = _several(module, self)
-        if parts is None:
-            return super().append(module)
-        stack = stack_of(self)
-        if stack is not None and stack.merged:
-            raise StateError(
-                f"{type(module).__name__} cannot take over a tensor into which adapter "
-                f"{stack.merged[0]!r} is merged; unmerge first"
-            )
-        requires_grad = self.original.requires_grad
-        del self.original
-        for i, part in enumerate(parts):
-            self.register_parameter(f"original{i}", nn.Parameter(part, requires_grad))
-        self.is_tensor, self.ntensors = False, len(parts)
-        self.insert(0, module)
-        return self
-
-
-def _several(module: nn.Module, plist: SiteList) -> Sequence[Tensor] | None:
-    """Return the tensors that `module` stores for the list's tensor, None where it is one."""
-    if not plist.is_tensor or not hasattr(module, "right_inverse"):
-        return None
-    with torch.no_grad():
-        try:
-            parts = module.right_inverse(plist.original)  # type: ignore[operator]
-        except NotImplementedError:
-            return None
-    return None if isinstance(parts, Tensor) else parts
-
-
 class Site(NamedTuple):
     """One adapted tensor: where it is, and its stack."""
 
@@ -226,6 +254,10 @@ class Site(NamedTuple):
     @property
     def plist(self) -> parametrize.ParametrizationList:
         return lists(self.module)[self.tensor]
+
+    def parts(self, name: str) -> dict[str, Factors]:
+        """Return an adapter's factors here by their path, which has the index of a block."""
+        return {f"{self.path}{part.block or ''}": part for part in self.stack.parts(name)}
 
 
 def dotted(*parts: str) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .stack import Site, below, first_sites
+from .stack import Factors, Site, below, first_sites
 
 
 @dataclass(frozen=True)
@@ -77,35 +77,37 @@ def summary(model: nn.Module) -> Summary:
     here = first_sites(model)
     factors = {id(p) for site in here for p in site.stack.parameters()}
     return Summary(
-        sites=tuple(_row(site, name) for site in here for name in site.stack.factors),
+        sites=tuple(
+            _row(site, name, path, factors)
+            for site in here
+            for name in site.stack.factors
+            for path, factors in site.parts(name).items()
+        ),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=sum(p.numel() for p in model.parameters() if id(p) not in factors),
     )
 
 
-def _row(site: Site, name: str) -> SiteSummary:
+def _row(site: Site, name: str, path: str, factors: Factors) -> SiteSummary:
     stack = site.stack
-    factors = stack[name]
-    stored_shape = below(site.plist, stack).shape
-    low_rank = factors.low_rank()
+    weight = below(site.plist, stack)
+    shape = (weight if factors.block is None else factors.block.cut(weight)).shape
     parameters = sum(p.numel() for p in factors.parameters())
-    wasted = factors.spec.rank is not None and factors.spec.rank > min(
-        stored_shape[0], stored_shape[1:].numel()
-    )
+    wasted = factors.spec.rank is not None and factors.spec.rank > min(shape[0], shape[1:].numel())
     notes = ["rank above the smaller side"] if wasted else []
     notes += [f"tied: {', '.join(stack.tied)}"] if stack.tied else []
     return SiteSummary(
-        site=site.path,
+        site=path,
         adapter=name,
-        shape=tuple(stored_shape),
+        shape=tuple(shape),
         kind=type(factors.spec).__name__,
         rank=factors.spec.rank,
-        scale=float(factors.strength if low_rank is None else low_rank.scale),
+        scale=float(factors.scale),
         active=name in stack.active,
         trainable=any(p.requires_grad for p in factors.parameters()),
         merged=name in stack.merged,
         parameters=parameters,
-        share=parameters / stored_shape.numel(),
+        share=parameters / shape.numel(),
         note="; ".join(notes),
     )
 

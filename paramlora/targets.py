@@ -1,7 +1,8 @@
 """Targets: what the user writes, to the tensors that it means.
 
 A target is a module type (its `weight`), a glob over dotted paths (of modules, meaning their
-`weight`, or of tensors), or a callable `(path, module) -> bool` (again the `weight`).
+`weight`, or of tensors), or a callable `(path, module) -> bool` (again the `weight`). A glob with
+a trailing index, `*.c_attn.weight[:, :768]`, means that block of each tensor.
 """
 
 import difflib
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .adapters import FLOATS, Spec
+from .block import Block, Part, split
 from .errors import TargetError
 from .stack import Stack, below, dotted, lists, stack_of, stored, walk
 
@@ -23,18 +25,64 @@ Targets = Target | Sequence[Target]
 
 
 class Place(NamedTuple):
-    """A tensor that can become a site."""
+    """A tensor that can become a site, or a block of one, whose index ends the path then."""
 
     path: str
     module_path: str
     module: nn.Module
     tensor: str
+    block: Block | None = None
 
     @property
-    def value(self) -> Tensor:
+    def whole(self) -> Tensor:
         """The base's tensor, W: what is stored, or what parametrizations below a stack give."""
         plist = lists(self.module).get(self.tensor)
         return self.stored if plist is None else below(plist, stack_of(plist))
+
+    @property
+    def value(self) -> Tensor:
+        """What an adapter here sees as its weight: W, or the block of it."""
+        return self.whole if self.block is None else self.block.cut(self.whole)
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """What it takes of each dimension; empty for the whole tensor."""
+        return [] if self.block is None else self.block.ranges
+
+    def at(self, index: Sequence[Part]) -> "Place":
+        """Return the place of a block of this tensor.
+
+        Raises:
+            TargetError: the tensor has no such block.
+        """
+        shape = self.whole.shape
+        try:
+            block = Block.of(index, shape)
+        except ValueError as error:
+            raise TargetError(
+                f"cannot take a block of {self.path!r}, which has shape {tuple(shape)}: {error}"
+            ) from error
+        return self._replace(path=f"{self.path}{block or ''}", block=block)
+
+    def meets(self, other: "Place") -> bool:
+        """Return whether this has an element in common with another place of the same tensor."""
+        whole = self.block is None or other.block is None
+        return whole or self.block.overlaps(other.block)  # type: ignore[union-attr, arg-type]
+
+    def claimed(self, other: "Place") -> bool:
+        """Return whether an adapter at `other`, of the same tensor, leaves none of it for this.
+
+        Raises:
+            TargetError: both are blocks, and one is a part of the other or they overlap.
+        """
+        if self.block is None or other.block is None or self.block == other.block:
+            return True
+        if self.meets(other):
+            raise TargetError(
+                f"{other.path!r} and {self.path!r} overlap; give one adapter blocks that do not, "
+                "or attach another adapter under a name of its own"
+            )
+        return False
 
     @property
     def stored(self) -> Tensor:
@@ -91,14 +139,17 @@ def resolve(
     check_shapes(everywhere)
     computed = _computed(model)
     all_places = [*everywhere, *computed]
-    excluded: set[str] = set()
-    for one in _listed(exclude):
-        left_out = {place.path for place in _match(one, all_places)}
-        if isinstance(one, str) and not left_out:
-            raise TargetError(f"exclude= matches nothing: no {_nothing(one, model, everywhere)}")
-        excluded |= left_out
-    chosen: dict[str, Spec] = {}
-    for target, its_spec in _pairs(spec, targets):
+    excluded: dict[str, Place] = {}
+    for asked in _listed(exclude):
+        target, index = _split(asked, all_places)
+        left_out = [p if index is None else p.at(index) for p in _match(target, all_places)]
+        if isinstance(target, str) and not left_out:
+            raise TargetError(f"exclude= matches nothing: no {_nothing(asked, model, everywhere)}")
+        excluded |= {place.path: place for place in left_out}
+    # By tensor, not by path: tied ones are one.
+    claims: dict[int, list[tuple[Place, Spec]]] = {}
+    for asked, its_spec in _pairs(spec, targets):
+        target, index = _split(asked, all_places)
         for place in _match(target, computed):
             if place.path not in excluded:
                 raise TargetError(
@@ -108,16 +159,38 @@ def resolve(
                 )
         matches = _match(target, everywhere)
         if not matches:
-            raise TargetError(f"no tensor matches {_nothing(target, model, everywhere)}")
+            raise TargetError(f"no tensor matches {_nothing(asked, model, everywhere)}")
         for place in matches:
             if place.path not in excluded:
-                chosen.setdefault(place.path, its_spec)
-    if not chosen:
+                place = place if index is None else place.at(index)
+                own = claims.setdefault(id(place.stored), [])
+                if not _is_out(place, excluded) and not any(place.claimed(by) for by, _ in own):
+                    own.append((place, its_spec))
+    found = [pair for own in claims.values() for pair in own]
+    if not found:
         raise TargetError(f"every tensor that matches is excluded by exclude={exclude!r}")
-    found = [(place, chosen[place.path]) for place in everywhere if place.path in chosen]
+    order = {(id(place.module), place.tensor): i for i, place in enumerate(everywhere)}
+    found.sort(key=lambda pair: (order[id(pair[0].module), pair[0].tensor], pair[0].ranges))
     for place, its_spec in found:
         check(place, its_spec)
     return found
+
+
+def _is_out(place: Place, excluded: Mapping[str, Place]) -> bool:
+    """Return whether a place is excluded, which may be a block that is.
+
+    Raises:
+        TargetError: a block is excluded, and the place is more or another part of its tensor.
+    """
+    for other in excluded.values():
+        if other.block is None or other.stored is not place.stored or place.path in excluded:
+            continue
+        if place.meets(other):
+            raise TargetError(
+                f"cannot leave {other.path!r} out of {place.path!r}: exclude= takes whole tensors, "
+                "or a block that a target names; name the other blocks as targets"
+            )
+    return place.path in excluded
 
 
 def check(place: Place, spec: Spec) -> None:
@@ -169,6 +242,16 @@ def _listed(targets: Targets) -> list[Target]:
     return list(targets)
 
 
+def _split(target: Target, everywhere: list[Place]) -> tuple[Target, tuple[Part, ...] | None]:
+    """Return a target without its trailing index, and that; a path that there is has none."""
+    if not isinstance(target, str) or any(target in (p.path, p.module_path) for p in everywhere):
+        return target, None
+    try:
+        return split(target)
+    except ValueError as error:
+        raise TargetError(f"target {target!r}: {error}") from error
+
+
 def _match(target: Target, everywhere: list[Place]) -> list[Place]:
     if isinstance(target, type):
         if not issubclass(target, nn.Module):
@@ -200,13 +283,23 @@ def _match(target: Target, everywhere: list[Place]) -> list[Place]:
 
 
 def _glob(path: str, pattern: str) -> bool:
-    # "*.fc1" means an fc1 anywhere, at the top level too.
-    return fnmatchcase(path, pattern) or (pattern[:2] == "*." and fnmatchcase("." + path, pattern))
+    # "*.fc1" means an fc1 anywhere, at the top level too; and a path, whatever is in it, itself.
+    return (
+        fnmatchcase(path, pattern)
+        or path == pattern
+        or (pattern[:2] == "*." and fnmatchcase("." + path, pattern))
+    )
 
 
-def _nothing(target: Target, model: nn.Module, everywhere: list[Place]) -> str:
+def _nothing(asked: Target, model: nn.Module, everywhere: list[Place]) -> str:
     """Return a target that matches nothing, and what there is in its place."""
-    name = repr(target) if isinstance(target, str) else getattr(target, "__name__", repr(target))
+    name = repr(asked) if isinstance(asked, str) else getattr(asked, "__name__", repr(asked))
+    target, index = _split(asked, everywhere)
+    if isinstance(asked, str) and index is not None and (like := _match(asked, everywhere)):
+        return (
+            f"{target!r}, of which {name} would be a block; for characters of a glob, name the "
+            f"tensor as well: {asked + '.' + like[0].tensor!r}"
+        )
     meant = {path: module for path, module in walk(model) if _means(target, path, module)}
     packed = [path for path, module in meant.items() or walk(model) if _is_packed(module)]
     if packed:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .adapters import Strength, is_finite
 from .errors import AdapterNameError, StateError
-from .stack import Stack, stacks
+from .stack import Factors, Stack, stacks
 
 
 def enable(model: nn.Module, *names: str) -> None:
@@ -169,19 +169,21 @@ def _restored(model: nn.Module) -> Iterator[None]:
     What is attached inside stays as it is then, and so does what is merged then, its strength
     included: that is the one which the stored weight has.
     """
-    before = [
-        (stack, stack.active, {name: (stack[name], stack[name].strength) for name in stack.factors})
-        for stack in stacks(model)
-    ]
+    before = [(stack, stack.active, _strengths(stack)) for stack in stacks(model)]
     try:
         yield
     finally:
         for stack, active, held in before:
             now = set(stack.active)
             for name in held.keys() & set(stack.factors):
-                factors, strength = held[name]
                 # By identity: what is attached inside may have the name of what was detached.
-                if stack[name] is factors and name not in stack.merged:
-                    factors.set_strength(strength)
+                same = stack.parts(name) == [factors for factors, _ in held[name]]
+                if same and name not in stack.merged:
+                    for factors, strength in held[name]:
+                        factors.set_strength(strength)
                     (now.add if name in active else now.discard)(name)
             stack.set(now, stack.merged)
+
+
+def _strengths(stack: Stack) -> dict[str, list[tuple[Factors, Strength]]]:
+    return {name: [(f, f.strength) for f in stack.parts(name)] for name in stack.factors}

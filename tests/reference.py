@@ -8,7 +8,7 @@ A new kind of adapter is one line in `KINDS`, a new host one entry in `HOSTS`.
 import copy
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,17 @@ class Kind:
     spec: pl.Spec
     formula: Formula
     dimensions: int = 2
+    # At two blocks of each tensor, which leave some of it, in place of the whole.
+    blocks: bool = False
+
+    def sites(self, path: str, tensor: Tensor) -> list[str]:
+        """Return the sites at which a kind is tried in a tensor."""
+        rows, *others = tensor.shape
+        if not self.blocks:
+            return [path]
+        columns = "1:" if others and others[0] > 1 else ":"
+        lower = f"{path}[{rows // 2}:" + (f", {columns}]" if others else "]")
+        return [f"{path}[:{rows // 2}]", lower] if rows > 1 else [lower]
 
     def takes(self, tensor: Tensor) -> bool:
         return tensor.dim() >= self.dimensions
@@ -44,6 +55,7 @@ KINDS = {
     ),
     "delta": Kind(pl.Delta(), lambda W, f, k: W + k * f["D"], dimensions=1),
 }
+BLOCKS = {f"{name}_blocks": replace(KINDS[name], blocks=True) for name in ("lora", "delta")}
 
 
 @dataclass(frozen=True)
@@ -235,6 +247,19 @@ def floats(found: Any) -> list[Tensor]:
     return [x for one in found for x in floats(one)] if isinstance(found, tuple | list) else []
 
 
+def parted(site: str) -> tuple[str, Any]:
+    """Return a site's path without the index of a block, and that index as Python reads it."""
+    path, bracket, index = site.partition("[")
+    return path, eval(f"Index()[{index}", {"Index": Index}) if bracket else ...
+
+
+class Index:
+    """Gives back what it is indexed with."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return index
+
+
 def loss(outputs: Iterable[Tensor]) -> Tensor:
     """Return a sum of outputs with weights that every dtype holds exactly."""
     parts = []
@@ -287,7 +312,8 @@ class Case:
 
     def sites(self, kind: Kind) -> list[str]:
         """Return the paths of all tensors that a kind of adapter takes."""
-        return [path for path, p in self.plain.named_parameters() if kind.takes(p)]
+        tensors = self.plain.named_parameters()
+        return [site for path, p in tensors if kind.takes(p) for site in kind.sites(path, p)]
 
     def attach(self, kind: Kind, name: str = "one", strength: float = 1.0, **options: Any) -> None:
         """Attach an adapter to all tensors that it takes, its factors random."""
@@ -343,8 +369,10 @@ class Case:
                 leaves[f"{name} {key}"] = value.to(wide, copy=True).requires_grad_()
                 factors.setdefault(site, {})[factor] = leaves[f"{name} {key}"]
             for site, own in factors.items() if name in active else ():
-                W = weights[site].to(wide)
-                weights[site] = self.kinds[name].formula(W, own, self.strengths[name])
+                path, index = parted(site)
+                W = weights[path].to(wide, copy=True)
+                W[index] = self.kinds[name].formula(W[index], own, self.strengths[name])
+                weights[path] = W
         weights = {path: weight.to(dtype) for path, weight in weights.items()}
         inputs = [x.to(dtype) if x.is_floating_point() else x for x in self.inputs]
         return _run(lambda *x: functional_call(plain, weights, x), inputs, leaves)

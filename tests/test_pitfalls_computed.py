@@ -42,12 +42,6 @@ def test_10_the_weight_is_no_subclass() -> None:
     assert weight.untyped_storage().nbytes() == 4 * weight.numel()
 
 
-@pytest.fixture
-def as_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small layers are computed as large ones are, by a Function where nothing is looking on."""
-    monkeypatch.setattr("paramlora.lowrank.worth_a_function", lambda *_: True)
-
-
 @pytest.mark.usefixtures("as_large")
 @pytest.mark.parametrize("needs_dx", [True, False])
 def test_11_compiled_gradients(needs_dx: bool) -> None:
