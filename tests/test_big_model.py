@@ -18,11 +18,9 @@ def test_rows_proofs_and_table(
     # The graphs of the compiler without its code, which takes minutes to build on a CPU.
     monkeypatch.setattr(big_model, "BACKEND", "eager")
     out = tmp_path / "rows.jsonl"
-    big_model.main(
-        ["--model", "tiny", "--modes", "eager", "checkpointed", "compiled", "--batch", "2"]
-        + ["--length", "16", "--rank", "4", "--rounds", "1", "--verbs", "--device", "cpu"]
-        + ["--only", "paramlora", "--out", str(out)]
-    )
+    options = "--model tiny --modes eager checkpointed compiled --batch 2 --length 16 --rank 4"
+    options += f" --rounds 1 --verbs --device cpu --only paramlora --out {out}"
+    big_model.main(options.split())
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     trained = [row for row in rows if row["what"] == "train"]
     assert {(row["mode"], row["contestant"]) for row in trained} == {
