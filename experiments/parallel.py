@@ -32,14 +32,13 @@ class Group:
         """Whether this process writes files and talks."""
         return self.rank == 0
 
-    def share(self, rows: Tensor) -> tuple[Tensor, float]:
-        """Return this process's rows of a batch, and the weight of their mean.
+    def share(self, rows: Tensor) -> tuple[Tensor, bool]:
+        """Return this process's rows of a batch, and whether they count.
 
-        The weighed means, averaged over the processes, are the mean over the batch. Of a batch
-        smaller than the group some get a row of weight zero: all have to take part.
+        Of a batch smaller than the group some get a row that does not: all have to take part.
         """
         mine = rows[self.rank :: self.size]
-        return (mine, len(mine) * self.size / len(rows)) if len(mine) else (rows[:1], 0.0)
+        return (mine, True) if len(mine) else (rows[:1], False)
 
     def wait(self) -> None:
         """Wait until every process is here."""

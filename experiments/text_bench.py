@@ -114,16 +114,19 @@ class TextBench:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
         clock.start()
-        losses = train(
-            spread_out,
-            batches,
-            cross_entropy,
-            optimizer,
-            label=f"{method} {seed}",
-            hooks=hooks,
-            accumulate=settings.accumulate,
-            autocast=self.dtype,
-        )
+        # Dropout draws from the global generators, and each process must drop something else.
+        with torch.random.fork_rng([self.device] if on_gpu else []):
+            torch.manual_seed(seed * self.group.size + self.group.rank)
+            losses = train(
+                spread_out,
+                batches,
+                cross_entropy,
+                optimizer,
+                label=f"{method} {seed}",
+                hooks=hooks,
+                accumulate=settings.accumulate,
+                autocast=self.dtype,
+            )
         seconds = clock.stop()
         if not early.best:  # fewer steps than an evaluation waits for
             early(len(losses), model)
@@ -181,8 +184,9 @@ def autocast_dtype(settings: TextSettings, device: torch.device) -> torch.dtype 
 class TextBatches:
     """All batches of a fine-tuning, of this process: (ids, mask, labels, weight) each.
 
-    A batch is given out in `accumulate` parts. `weight` is what the mean over the part's rows
-    counts, of its share over the processes; a batch too small for that many parts is left out.
+    A batch is given out in `accumulate` parts; one too small for so many is left out. `weight`
+    multiplies a part's mean, so that the mean over processes of what `train` makes of the parts,
+    which it weighs by their rows here, is the mean over the rows of the batch everywhere.
     """
 
     def __init__(self, bench: TextBench, seed: int) -> None:
@@ -207,10 +211,12 @@ class TextBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         tokens, group = self.bench.tokens["train"], self.bench.group
         for rows in self.rows:
-            for part in rows.tensor_split(self.parts):
-                mine, weight = group.share(part)
+            shares = [group.share(part) for part in rows.tensor_split(self.parts)]
+            weight = group.size * sum(len(mine) for mine, _ in shares) / len(rows)
+            for mine, counts in shares:
                 batch = tokens.batch(mine)
-                yield (*batch, torch.full((), weight, device=batch[0].device))
+                factor = weight if counts else 0.0
+                yield (*batch, torch.full((), factor, device=batch[0].device))
 
 
 def cross_entropy(
