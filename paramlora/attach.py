@@ -10,6 +10,7 @@ from torch import nn
 from . import host
 from .adapters import Spec
 from .errors import AdapterNameError, StateError
+from .sharded import is_sharded, settle
 from .stack import Factors, Site, Stack, sites, stored
 from .summary import Summary, summary
 from .targets import Place, Target, Targets, places, resolve
@@ -119,6 +120,7 @@ def parameters(model: nn.Module, *names: str) -> list[nn.Parameter]:
     Raises:
         AdapterNameError: no adapter of that name.
     """
+    settle(model)
     return [
         parameter
         for stack, its_names in select(model, names)
@@ -194,7 +196,7 @@ def check_tied(model: nn.Module, chosen: Iterable[Place]) -> None:
 def check_whole(here: list[Site]) -> None:
     """Raise a StateError where FSDP has sharded a tensor: it keeps a copy that would stay."""
     for site in here:
-        if any(hasattr(tensor, "full_tensor") for tensor in stored(site.plist)):
+        if any(is_sharded(site.module, tensor) for tensor in stored(site.plist)):
             raise StateError(
                 f"{site.path!r} is sharded over processes; merge or detach before fully_shard, or "
                 "save the adapter and load it where the model is whole"

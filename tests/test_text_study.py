@@ -193,7 +193,7 @@ def test_global_stream_is_left_alone(world: Path) -> None:
 def test_parts_of_a_batch_add_up(world: Path, parts: int) -> None:
     """Accumulated over parts and processes, the gradient is that of the whole batch's mean."""
     bench = bench_in(world, epochs=1, accumulate=parts, by_length=False)
-    model = bench.model(0).double()
+    model: Any = bench.model(0).double()
     batches = TextBatches(bench, 0)
     whole = bench.tokens["train"].batch(batches.rows[0])
     logits = model(input_ids=whole[0], attention_mask=whole[1]).logits
@@ -238,7 +238,7 @@ def test_similarity_measures() -> None:
 def test_similarity_is_the_mean_over_tokens(world: Path) -> None:
     """An embedding is the mean of the last hidden states over a text's own tokens, normalised."""
     bench = bench_in(world)
-    model = bench.model(0)
+    model: Any = bench.model(0)
     found = similarity(bench, model).embeddings
     first = bench.corpus.splits["test"][0][0].split()
     half = " ".join(first[: len(first) // 2])
