@@ -85,7 +85,7 @@ TRANSPOSED = Kind(
     lambda W, f, k: W + k * 3 / 2 * (f["B"] @ f["A"]).T.reshape(W.shape),
     rank=2,
 )
-BLOCKS = {f"{name}_blocks": replace(KINDS[name], blocks=True) for name in ("lora", "delta")}
+BLOCKS = {f"{name}_blocks": replace(KINDS[name], blocks=True) for name in ("lora", "dora", "delta")}
 # Settings of kinds that take a path of their own.
 VARIANTS = {
     "dora_exact": Kind(pl.DoRA(rank=3, dim=1, exact_gradient=True), dora(1, dim=1, constant=False)),

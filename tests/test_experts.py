@@ -131,6 +131,21 @@ def test_each_matrix_starts_by_itself(init: Any) -> None:
     assert_close(found, torch.stack(expected), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_each_matrix_starts_from_itself(init: str, transposed: bool) -> None:
+    """An init from the weight takes each expert's own, and the function is the base's at first."""
+    W = torch.randn(3, 6, 4)
+    spec = LoRA(2, 3, init=init, batch_dims=1, transposed=transposed)
+    factors = spec.create(W)
+    assert torch.equal(spec.apply(W, factors), W)
+    for i, one in enumerate(W):
+        expected = LoRA(2, 3, init=init).create(one.T if transposed else one)
+        own = {key: factor[i] for key, factor in factors.items()}
+        assert_close(own["B"] @ own["A"], expected["B"] @ expected["A"])
+        assert_close(own["A0"], own["A"], rtol=0, atol=0)
+
+
 class Counting(LoRA):
     """A LoRA that counts how often W' is built."""
 
