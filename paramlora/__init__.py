@@ -21,7 +21,7 @@ from .attach import attach, detach, freeze, parameters, unfreeze
 from .base import base_state_dict, fingerprint, load_base_state_dict
 from .checkpoint import load, load_state_dict, save, state_dict
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
-from .kinds import DoRA
+from .kinds import IA3, DoRA, LoHa, LoKr
 from .merge import bake, merge, merged, unmerge
 from .summary import SiteSummary, Summary, summary
 from .toggle import disable, disabled, enable, enabled, scale, using
@@ -29,10 +29,13 @@ from .toggle import disable, disabled, enable, enabled, scale, using
 __version__ = "0.1.0"
 
 __all__ = [
+    "IA3",
     "AdapterNameError",
     "CheckpointError",
     "Delta",
     "DoRA",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LowRank",
     "ParamloraError",
