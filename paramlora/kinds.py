@@ -264,7 +264,7 @@ class LoKr(Spec):
         if not self._is_low(out, rest):
             return factors | {"W2": zeros(out, rest, *weight.shape[2:])}
         B2 = drawn(out, self.rank)  # type: ignore[arg-type]
-        return factors | {"B2": B2, "A2": zeros(self.rank, rest * weight.shape[2:].numel())}
+        return factors | {"B2": B2, "A2": zeros(B2.shape[1], rest * weight.shape[2:].numel())}
 
     def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:
         W1 = factors["W1"] if "W1" in factors else factors["B1"] @ factors["A1"]
