@@ -21,9 +21,11 @@ from .attach import attach, detach, freeze, parameters, unfreeze
 from .base import base_state_dict, fingerprint, load_base_state_dict
 from .checkpoint import load, load_state_dict, save, state_dict
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
+from .hold import hold_statistics
 from .kinds import IA3, DoRA, LoHa, LoKr
 from .merge import bake, merge, merged, unmerge
-from .summary import SiteSummary, Summary, summary
+from .route import routed
+from .summary import SiteSummary, Skipped, Summary, summary
 from .toggle import disable, disabled, enable, enabled, scale, using
 
 __version__ = "0.1.0"
@@ -41,6 +43,7 @@ __all__ = [
     "ParamloraError",
     "Rescaled",
     "SiteSummary",
+    "Skipped",
     "Spec",
     "StateError",
     "Summary",
@@ -58,12 +61,14 @@ __all__ = [
     "factor_dtype",
     "fingerprint",
     "freeze",
+    "hold_statistics",
     "load",
     "load_base_state_dict",
     "load_state_dict",
     "merge",
     "merged",
     "parameters",
+    "routed",
     "save",
     "scale",
     "state_dict",

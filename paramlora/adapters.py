@@ -12,7 +12,7 @@ Each kind is complete in one class. A kind of your own is a frozen dataclass tha
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -179,20 +179,27 @@ def check_init(init: object, others: Iterable[str] = ()) -> None:
 
 def start(
     weight: Tensor,
+    shape: Sequence[int],
     rank: int,
     init: str | Callable[[Tensor], object],
     generator: torch.Generator | None,
 ) -> dict[str, Tensor]:
-    """Return new factors A, (r, in), as `init` fills it, and B, (out, r), of zeros."""
+    """Return new factors A, (…, r, in), as `init` fills it, and B, (…, out, r), of zeros.
+
+    They are for `weight` seen in the shape (…, out, in).
+    """
 
     def fill(A: Tensor, generator: torch.Generator | None) -> None:
-        if callable(init):
-            init(A)
-        else:
-            _INITS[init](A, generator)
+        # Each matrix by itself: an init may depend on its shape.
+        for one in A.view(-1, *A.shape[-2:]):
+            if callable(init):
+                init(one)
+            else:
+                _INITS[init](one, generator)
 
-    A = draw((rank, weight.shape[1:].numel()), weight, fill, generator)
-    B = torch.zeros((weight.shape[0], rank), dtype=A.dtype, device=A.device)
+    *batch, out, into = shape
+    A = draw((*batch, rank, into), weight, fill, generator)
+    B = torch.zeros((*batch, out, rank), dtype=A.dtype, device=A.device)
     return {"A": A, "B": B}
 
 
@@ -212,16 +219,16 @@ _INITS: dict[str, Callable[[Tensor, torch.Generator | None], object]] = {
 
 
 def principal(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A, B with the best approximation BA of W, a matrix, its singular values in halves."""
+    """Return A, B with the best approximation BA of W, (…, out, in), each value's root in both."""
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    root = S[:rank].sqrt()
-    return root.unsqueeze(1) * Vh[:rank], U[:, :rank] * root
+    root = S[..., :rank].sqrt()
+    return root.unsqueeze(-1) * Vh[..., :rank, :], U[..., :rank] * root.unsqueeze(-2)
 
 
 def orthonormal(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A, B with the first columns of Q in B and the first rows of R in A, where W = QR."""
+    """Return A, B with the first rows of R in A and the first columns of Q in B, where W = QR."""
     Q, R = torch.linalg.qr(W)
-    return R[:rank].contiguous(), Q[:, :rank].contiguous()
+    return R[..., :rank, :].contiguous(), Q[..., :rank].contiguous()
 
 
 _FROM_WEIGHT = {"pissa": principal, "olora": orthonormal}
@@ -233,7 +240,8 @@ class LoRA(Spec):
 
     The tensor is seen as a matrix (out, in): its first dimension, and all others together. For a
     Linear that is the weight itself, for a convolution (out, in/groups·kernel), for an Embedding
-    (num, dim). The update's rank is at most `rank`.
+    (num, dim). The update's rank is at most `rank`. With `batch_dims` it is a batch of matrices,
+    such as one for each expert, and with `transposed` a matrix is (in, out).
 
     Args:
         rank: r, at least 1. One above the smaller side of the matrix is allowed, and wasted.
@@ -246,10 +254,15 @@ class LoRA(Spec):
             itself: see below.
         rank_stabilized: scale by alpha/√r in place of alpha/r (Kalajdzievski 2023,
             arXiv 2312.03732).
+        batch_dims: how many leading dimensions count matrices, each with an update of its own:
+            with 1, experts (E, out, in) get A: (E, r, in) and B: (E, out, r).
+        transposed: a matrix is stored as (in, out), so that W' = W + λ·s·(BA)ᵀ: as in
+            transformers' Conv1D, and where experts are (E, in, out).
 
     Raises:
         ValueError: a rank below 1, an alpha that is no finite number, an init of no known name,
-            or, when it is used, one that does not fill A with finite numbers.
+            or, when it is used, one that does not fill A with finite numbers; a `batch_dims` that
+            is no count, a `transposed` that is no bool.
 
     "pissa" trains the principal part of W, s·BA = Σ over the r largest singular values (Meng et
     al. 2024, arXiv 2404.02948, equations 2 and 3), "olora" s times the first columns of Q and rows
@@ -272,8 +285,14 @@ class LoRA(Spec):
     alpha: float | None = None
     init: str | Callable[[Tensor], object] = field(default="kaiming", kw_only=True)
     rank_stabilized: bool = field(default=False, kw_only=True)
+    batch_dims: int = field(default=0, kw_only=True)
+    transposed: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        if type(self.batch_dims) is not int or self.batch_dims < 0:
+            raise ValueError(f"batch_dims must be a number from 0, got {self.batch_dims!r}")
+        if type(self.transposed) is not bool:
+            raise ValueError(f"transposed must be True or False, got {self.transposed!r}")
         check_rank(self)
         check_init(self.init, _FROM_WEIGHT)
         if self.init == "pissa" and self.scaling <= 0:
@@ -289,37 +308,57 @@ class LoRA(Spec):
         return ("A0", "B0") if self.init in ("pissa", "olora") else ()
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        W = self._matrices(weight)
+        W = W.mT if self.transposed else W
         if not self.constants:
-            return start(weight, self.rank, self.init, generator)
-        W = weight.reshape(weight.shape[0], -1).to(factor_dtype(weight))
-        if self.init == "pissa":
-            W = W / self.scaling
+            return start(weight, W.shape, self.rank, self.init, generator)
+        W = W.to(factor_dtype(weight)) / (self.scaling if self.init == "pissa" else 1)
         A, B = _FROM_WEIGHT[self.init](W, self.rank)  # type: ignore[index]
         return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
 
     def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:
-        A, B, scale = self.low_rank(factors, strength)
+        A, B, scale = self._terms(factors, strength)
         if isinstance(scale, Tensor):
             return add_update(weight, (scale * (B @ A)).view(weight.shape))
-        matrix = weight.reshape(weight.shape[0], -1)
-        if matrix.dtype != A.dtype:
-            matrix = matrix.to(A.dtype)
+        matrices = self._matrices(weight)
+        if matrices.dtype != A.dtype:
+            matrices = matrices.to(A.dtype)
         # W' in one pass over W: the scale rides in the product.
-        return torch.addmm(matrix, B, A, alpha=scale).to(weight.dtype).view(weight.shape)
+        if self.batch_dims == 0:
+            matrices = torch.addmm(matrices, B, A, alpha=scale)
+        else:
+            flat = matrices.flatten(0, -3), B.flatten(0, -3), A.flatten(0, -3)
+            matrices = torch.baddbmm(*flat, alpha=scale)
+        return matrices.to(weight.dtype).view(weight.shape)
 
-    def low_rank(self, factors: Factors, strength: Strength = 1.0) -> LowRank:
-        A, B = factors["A"], factors["B"]
-        if "A0" in factors:
-            A0, B0 = factors["A0"], factors["B0"]
-            A, B = torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
-        return LowRank(A, B, self.scaling * strength)
+    def low_rank(self, factors: Factors, strength: Strength = 1.0) -> LowRank | None:
+        return None if self.batch_dims else self._terms(factors, strength)
 
     def refusal(self, weight: Tensor) -> str | None:
-        if self.constants and weight.dim() >= 2:
-            most = min(weight.shape[0], weight.shape[1:].numel())
-            if self.rank > most:
-                return f"init={self.init!r} at rank {self.rank} needs a matrix of that rank, {most}"
-        return low_rank_refusal(weight)
+        refused = low_rank_refusal(weight)
+        if refused is not None:
+            return refused
+        if weight.dim() < 2 + self.batch_dims:
+            return (
+                f"with batch_dims={self.batch_dims} it needs {2 + self.batch_dims} dimensions, it "
+                f"has {weight.dim()}"
+            )
+        most = min(self._matrices(weight).shape[-2:])
+        if self.constants and self.rank > most:
+            return f"init={self.init!r} at rank {self.rank} needs a matrix of that rank, not {most}"
+        return None
+
+    def _matrices(self, weight: Tensor) -> Tensor:
+        """Return a tensor as matrices of rows and columns, in its batch dimensions."""
+        return weight.reshape(*weight.shape[: self.batch_dims + 1], -1)
+
+    def _terms(self, factors: Factors, strength: Strength) -> LowRank:
+        """Return the update as it is added to the stored rows and columns."""
+        A, B, scale = factors["A"], factors["B"], self.scaling * strength
+        if "A0" in factors:
+            A0, B0 = factors["A0"], factors["B0"]
+            A, B = torch.cat([A, A - A0], dim=-2), torch.cat([B - B0, B0], dim=-1)
+        return LowRank(B.mT, A.mT, scale) if self.transposed else LowRank(A, B, scale)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ What is kept for the backward: of a factored layer x and x Aᵀ, of a dense one 
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,22 +19,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import lowrank, rescale
+from . import lowrank, rescale, route
 from .adapters import LowRank, Rescaled, add_update
 from .stack import CHANGED, Stack, exact, lists, once, stack_of, stored
 
 
-def forward_for(cls: type[nn.Module]) -> Callable[..., Any] | None:
-    """Return the forward for adapted modules of class `cls`, None where its own will do."""
+def forward_for(cls: type[nn.Module], *, alone: bool) -> Callable[..., Any] | None:
+    """Return the forward for adapted modules of class `cls`, None where its own will do.
+
+    `alone` says that the module has all its parameters itself, none in modules inside.
+    """
     for base, forward in _FORWARDS.items():
         # Not for a subclass with a forward of its own: that one has to run, and reads W'.
         if issubclass(cls, base) and cls.forward is base.forward:
             return forward
-    return None
+    # A loop over experts reads the stack of their weights once for each.
+    return _read_once(cls.forward) if alone and not cls.__module__.startswith("torch.") else None
 
 
-def _factored(module: nn.Module) -> tuple[Tensor, list[LowRank]] | None:
-    """Return the stored weight and the live updates of a module's `weight`, None if not factored.
+def _alone(module: nn.Module) -> tuple[Tensor, Stack] | None:
+    """Return the stored weight and its stack, None where that is not all there is at the weight.
 
     It reads past the modules' `__getattr__`: at small sizes that is what a forward costs.
     """
@@ -42,70 +46,89 @@ def _factored(module: nn.Module) -> tuple[Tensor, list[LowRank]] | None:
     if plist is None or len(plist._modules) != 1:
         return None
     stack = plist._modules["0"]
-    terms = stack.low_rank() if type(stack) is Stack else None
-    return None if terms is None else (plist._parameters["original"], terms)  # type: ignore[return-value]
-
-
-def _rescaled(module: nn.Module) -> tuple[Tensor, list[LowRank], Rescaled] | None:
-    """Return what `_factored` does, and how that is rescaled, None if it is not."""
-    plist = lists(module).get("weight")
-    stack = stack_of(plist)
-    if plist is None or stack is None or len(plist) != 1:
-        return None
-    term = stack.rescaled(plist.original)
-    if term is None:
-        return None
-    return plist.original, [] if term.update is None else [term.update], term
+    return (plist._parameters["original"], stack) if type(stack) is Stack else None  # type: ignore[return-value]
 
 
 @functools.wraps(nn.Linear.forward)
 def _linear(self: nn.Linear, input: Tensor) -> Tensor:
-    site = _factored(self)
-    if site is None:
-        return _no_low_rank_linear(self, input)
-    weight, terms = site
-    return lowrank.linear(input, weight, self.bias, terms)
-
-
-def _no_low_rank_linear(self: nn.Linear, input: Tensor) -> Tensor:
-    site = _rescaled(self)
-    if site is None:
-        return _dense_linear(self, input)
-    return rescale.linear(input, self.bias, *site)
+    site = _alone(self)
+    if site is not None:
+        weight, stack = site
+        if stack.route is None:
+            terms = stack.low_rank()
+            if terms is not None:
+                return lowrank.linear(input, weight, self.bias, terms)
+            term = stack.rescaled(weight)
+            if term is not None:
+                return rescale.linear(input, weight, self.bias, term)
+        elif len(lists(self)) == 1:
+            output = route.linear(input, weight, self.bias, stack)
+            if output is not None:
+                return output
+    return _dense_linear(self, input)
 
 
 @functools.wraps(nn.Embedding.forward)
 def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:
+    weight = update = None
     # Both of these depend on the whole of W': its row norms, or how often a row occurs.
-    whole = self.max_norm is not None or self.scale_grad_by_freq
-    site = None if whole else _factored(self)
-    rescaled = _rescaled(self) if site is None and not whole else None
-    if rescaled is not None:
-        site = rescaled[:2]
-    weight, terms = (self.weight, []) if site is None else site
+    site = None if self.max_norm is not None or self.scale_grad_by_freq else _alone(self)
+    if site is not None:
+        weight, stack = site
+        with exact(weight):
+            update = _embedding_update(input, stack, self.padding_idx)
+    if update is None:
+        if route.route_of(self) is not None:
+            return route.by_group(self, (input,), {})
+        term = None if site is None else stack.rescaled(site[0])
+        if term is not None:
+            return _rescaled_embedding(self, input, site[0], term)  # type: ignore[index]
+        weight = self.weight
     output = F.embedding(
         input,
-        weight,
+        weight,  # type: ignore[arg-type]
         self.padding_idx,
         self.max_norm,
         self.norm_type,
         self.scale_grad_by_freq,
-        self.sparse and weight.is_leaf,
+        self.sparse and weight.is_leaf,  # type: ignore[union-attr]
     )
-    for A, B, scale in terms:
-        # Dense gradients for the factors, whatever `sparse` says of W: B has r columns only, and
-        # one optimizer can then take A and B.
-        rows = F.embedding(input, B, self.padding_idx)
-        with exact(weight):
-            update = scale * (rows @ A)
-        if self.padding_idx is not None:
-            # torch gives the padding row no gradient; through A it would get one here.
-            padding = (input == self.padding_idx).unsqueeze(-1)
-            update = torch.where(padding, update.detach(), update)
+    return output if update is None else add_update(output, update)
+
+
+def _embedding_update(input: Tensor, stack: Stack, padding_idx: int | None) -> Tensor | None:
+    """Return what the stack adds to the rows of an embedding, None where it takes W' for that."""
+    if stack.route is not None:
+        update = route.embedding(input, stack, padding_idx)
+    else:
+        update = _looked_up(input, stack.low_rank() or (), padding_idx)
+    return _but_padding(update, input, padding_idx)
+
+
+def _looked_up(input: Tensor, terms: Iterable[LowRank], padding_idx: int | None) -> Tensor | None:
+    # Dense gradients for the factors, whatever `sparse` says of W: B has r columns only, and one
+    # optimizer can then take A and B.
+    parts = [scale * (F.embedding(input, B, padding_idx) @ A) for A, B, scale in terms]
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def _but_padding(rows: Tensor | None, input: Tensor, padding_idx: int | None) -> Tensor | None:
+    """Return rows without the gradient of the padding row, to which torch gives none."""
+    if rows is None or padding_idx is None:
+        return rows
+    return torch.where((input == padding_idx).unsqueeze(-1), rows.detach(), rows)
+
+
+def _rescaled_embedding(
+    self: nn.Embedding, input: Tensor, weight: Tensor, term: Rescaled
+) -> Tensor:
+    sparse = self.sparse and weight.is_leaf
+    output = F.embedding(input, weight, self.padding_idx, sparse=sparse)
+    with exact(weight):
+        update = _looked_up(input, [term.update] if term.update else [], self.padding_idx)
+    if update is not None:
         output = add_update(output, update)
-    return (
-        output if rescaled is None else rescale.rows(output, input, rescaled[2], self.padding_idx)
-    )
+    return _but_padding(rescale.rows(output, input, term), input, self.padding_idx)  # type: ignore[return-value]
 
 
 @functools.wraps(nn.EmbeddingBag.forward)
@@ -115,6 +138,9 @@ def _embedding_bag(
     offsets: Tensor | None = None,
     per_sample_weights: Tensor | None = None,
 ) -> Tensor:
+    if route.route_of(self) is not None:
+        kwargs = {"offsets": offsets, "per_sample_weights": per_sample_weights}
+        return route.by_group(self, (input,), kwargs)
     weight = self.weight
     return F.embedding_bag(
         input,
@@ -137,11 +163,26 @@ def _dense(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if route.route_of(self) is not None:
+            return route.by_group(self, args, kwargs)
         # The compiler finds repeated reads, and what to recompute, by itself.
         if lowrank.transformed():
             return plain(self, *args, **kwargs)
         # torch's attention reads in_proj_weight half a dozen times.
         with once(), _rebuilt(self) if torch.is_grad_enabled() else nullcontext():
+            return plain(self, *args, **kwargs)
+
+    return forward
+
+
+def _read_once(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward that builds each W' once, however often it reads it."""
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if lowrank.transformed():
+            return plain(self, *args, **kwargs)
+        with once():
             return plain(self, *args, **kwargs)
 
     return forward
@@ -190,6 +231,8 @@ def _rebuilt(module: nn.Module) -> Iterator[None]:
 def _recurrent(plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def forward(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
+        if route.route_of(self) is not None:
+            return route.by_group(self, args, kwargs)
         if lowrank.transformed():
             try:
                 return plain(self, *args, **kwargs)

@@ -80,7 +80,8 @@ class DoRA(Spec):
         return scaling_of(self)
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        factors = start(weight, self.rank, self.init, generator)
+        shape = weight.shape[0], weight.shape[1:].numel()
+        factors = start(weight, shape, self.rank, self.init, generator)
         return factors | {"d": factors["A"].new_zeros(weight.shape[self.dim])}
 
     def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:

@@ -10,6 +10,7 @@ from reference import (
     BLOCKS,
     HOSTS,
     KINDS,
+    TRANSPOSED,
     VARIANTS,
     Case,
     Host,
@@ -40,6 +41,13 @@ PAIRS += [
     )
 ]
 PAIRS += [pytest.param(BLOCKS["lora_blocks"], HOSTS["linear"], True, id="lora_blocks-as_large")]
+PAIRS += [
+    pytest.param(TRANSPOSED, HOSTS[name], as_large, id=f"lora_transposed-{name}-{as_large}")
+    for name, as_large in (
+        *(("linear", False), ("linear", True), ("linear_wide", True), ("embedding_padding", False)),
+        *(("conv2d_groups", False), ("bare_3d", False)),
+    )
+]
 # A large Linear is computed by a Function of its own; here small ones are, too.
 PAIRS += [
     pytest.param(KINDS["lora"], host, True, id=f"lora-{host_name}_as_large")
