@@ -20,10 +20,13 @@ from .adapters import Delta, LoRA, LowRank, Rescaled, Spec, add_update, draw, fa
 from .attach import attach, detach, freeze, parameters, unfreeze
 from .base import base_state_dict, fingerprint, load_base_state_dict
 from .checkpoint import load, load_state_dict, save, state_dict
+from .combine import combine
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
+from .extract import extract
 from .hold import hold_statistics
 from .kinds import IA3, DoRA, LoHa, LoKr
 from .merge import bake, merge, merged, unmerge
+from .peft import load_peft, save_peft
 from .route import routed
 from .summary import SiteSummary, Skipped, Summary, summary
 from .toggle import disable, disabled, enable, enabled, scale, using
@@ -52,24 +55,28 @@ __all__ = [
     "attach",
     "bake",
     "base_state_dict",
+    "combine",
     "detach",
     "disable",
     "disabled",
     "draw",
     "enable",
     "enabled",
+    "extract",
     "factor_dtype",
     "fingerprint",
     "freeze",
     "hold_statistics",
     "load",
     "load_base_state_dict",
+    "load_peft",
     "load_state_dict",
     "merge",
     "merged",
     "parameters",
     "routed",
     "save",
+    "save_peft",
     "scale",
     "state_dict",
     "summary",

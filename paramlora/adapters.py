@@ -12,7 +12,7 @@ Each kind is complete in one class. A kind of your own is a frozen dataclass tha
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -32,6 +32,10 @@ class LowRank(NamedTuple):
     A: Tensor
     B: Tensor
     scale: Strength
+
+    def transposed(self) -> "LowRank":
+        """Return the update of the transposed weight."""
+        return LowRank(self.B.mT, self.A.mT, self.scale)
 
 
 class Rescaled(NamedTuple):
@@ -178,26 +182,26 @@ def check_init(init: object, others: Iterable[str] = ()) -> None:
 
 
 def start(
+    matrices: Tensor,
     weight: Tensor,
-    shape: Sequence[int],
     rank: int,
     init: str | Callable[[Tensor], object],
     generator: torch.Generator | None,
 ) -> dict[str, Tensor]:
-    """Return new factors A, (…, r, in), as `init` fills it, and B, (…, out, r), of zeros.
+    """Return new factors of `weight`, seen as matrices (…, out, in), with an update of zero.
 
-    They are for `weight` seen in the shape (…, out, in).
+    A, (…, r, in), is filled by `init`, each matrix by itself, for an init may depend on its shape;
+    B, (…, out, r), is zero.
     """
+    *batch, out, into = matrices.shape
 
     def fill(A: Tensor, generator: torch.Generator | None) -> None:
-        # Each matrix by itself: an init may depend on its shape.
         for one in A.view(-1, *A.shape[-2:]):
             if callable(init):
                 init(one)
             else:
                 _INITS[init](one, generator)
 
-    *batch, out, into = shape
     A = draw((*batch, rank, into), weight, fill, generator)
     B = torch.zeros((*batch, out, rank), dtype=A.dtype, device=A.device)
     return {"A": A, "B": B}
@@ -219,14 +223,14 @@ _INITS: dict[str, Callable[[Tensor, torch.Generator | None], object]] = {
 
 
 def principal(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A, B with the best approximation BA of W, (…, out, in), each value's root in both."""
+    """Return A, B with the best approximation BA of W, (…, out, in), singular values in halves."""
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     root = S[..., :rank].sqrt()
     return root.unsqueeze(-1) * Vh[..., :rank, :], U[..., :rank] * root.unsqueeze(-2)
 
 
 def orthonormal(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A, B with the first rows of R in A and the first columns of Q in B, where W = QR."""
+    """Return A, B with the first columns of Q in B and the first rows of R in A, where W = QR."""
     Q, R = torch.linalg.qr(W)
     return R[..., :rank, :].contiguous(), Q[..., :rank].contiguous()
 
@@ -289,12 +293,12 @@ class LoRA(Spec):
     transposed: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_rank(self)
+        check_init(self.init, _FROM_WEIGHT)
         if type(self.batch_dims) is not int or self.batch_dims < 0:
             raise ValueError(f"batch_dims must be a number from 0, got {self.batch_dims!r}")
         if type(self.transposed) is not bool:
             raise ValueError(f"transposed must be True or False, got {self.transposed!r}")
-        check_rank(self)
-        check_init(self.init, _FROM_WEIGHT)
         if self.init == "pissa" and self.scaling <= 0:
             raise ValueError(f"init='pissa' needs an alpha above 0, got {self.alpha!r}")
 
@@ -309,10 +313,11 @@ class LoRA(Spec):
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         W = self._matrices(weight)
-        W = W.mT if self.transposed else W
         if not self.constants:
-            return start(weight, W.shape, self.rank, self.init, generator)
-        W = W.to(factor_dtype(weight)) / (self.scaling if self.init == "pissa" else 1)
+            return start(W, weight, self.rank, self.init, generator)
+        W = W.to(factor_dtype(weight))
+        if self.init == "pissa":
+            W = W / self.scaling
         A, B = _FROM_WEIGHT[self.init](W, self.rank)  # type: ignore[index]
         return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
 
@@ -320,7 +325,7 @@ class LoRA(Spec):
         A, B, scale = self._terms(factors, strength)
         if isinstance(scale, Tensor):
             return add_update(weight, (scale * (B @ A)).view(weight.shape))
-        matrices = self._matrices(weight)
+        matrices = weight.reshape(*weight.shape[: self.batch_dims + 1], -1)
         if matrices.dtype != A.dtype:
             matrices = matrices.to(A.dtype)
         # W' in one pass over W: the scale rides in the product.
@@ -335,9 +340,8 @@ class LoRA(Spec):
         return None if self.batch_dims else self._terms(factors, strength)
 
     def refusal(self, weight: Tensor) -> str | None:
-        refused = low_rank_refusal(weight)
-        if refused is not None:
-            return refused
+        if low_rank_refusal(weight):
+            return low_rank_refusal(weight)
         if weight.dim() < 2 + self.batch_dims:
             return (
                 f"with batch_dims={self.batch_dims} it needs {2 + self.batch_dims} dimensions, it "
@@ -345,12 +349,13 @@ class LoRA(Spec):
             )
         most = min(self._matrices(weight).shape[-2:])
         if self.constants and self.rank > most:
-            return f"init={self.init!r} at rank {self.rank} needs a matrix of that rank, not {most}"
+            return f"init={self.init!r} at rank {self.rank} needs a matrix of that rank, {most}"
         return None
 
     def _matrices(self, weight: Tensor) -> Tensor:
-        """Return a tensor as matrices of rows and columns, in its batch dimensions."""
-        return weight.reshape(*weight.shape[: self.batch_dims + 1], -1)
+        """Return a tensor as matrices (out, in), in its batch dimensions."""
+        matrices = weight.reshape(*weight.shape[: self.batch_dims + 1], -1)
+        return matrices.mT if self.transposed else matrices
 
     def _terms(self, factors: Factors, strength: Strength) -> LowRank:
         """Return the update as it is added to the stored rows and columns."""
@@ -358,7 +363,8 @@ class LoRA(Spec):
         if "A0" in factors:
             A0, B0 = factors["A0"], factors["B0"]
             A, B = torch.cat([A, A - A0], dim=-2), torch.cat([B - B0, B0], dim=-1)
-        return LowRank(B.mT, A.mT, scale) if self.transposed else LowRank(A, B, scale)
+        update = LowRank(A, B, scale)
+        return update.transposed() if self.transposed else update
 
 
 @dataclass(frozen=True)

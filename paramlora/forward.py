@@ -11,7 +11,7 @@ What is kept for the backward: of a factored layer x and x Aᵀ, of a dense one 
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import lowrank, rescale, route
-from .adapters import LowRank, Rescaled, add_update
+from .adapters import LowRank, add_update
 from .stack import CHANGED, Stack, exact, lists, once, stack_of, stored
 
 
@@ -33,6 +33,9 @@ def forward_for(cls: type[nn.Module], *, alone: bool) -> Callable[..., Any] | No
         # Not for a subclass with a forward of its own: that one has to run, and reads W'.
         if issubclass(cls, base) and cls.forward is base.forward:
             return forward
+    # Told by its name: to import transformers only to look would take seconds.
+    if (cls.__module__, cls.__qualname__) == ("transformers.pytorch_utils", "Conv1D"):
+        return _conv1d(cls.forward)
     # A loop over experts reads the stack of their weights once for each.
     return _read_once(cls.forward) if alone and not cls.__module__.startswith("torch.") else None
 
@@ -58,9 +61,9 @@ def _linear(self: nn.Linear, input: Tensor) -> Tensor:
             terms = stack.low_rank()
             if terms is not None:
                 return lowrank.linear(input, weight, self.bias, terms)
-            term = stack.rescaled(weight)
-            if term is not None:
-                return rescale.linear(input, weight, self.bias, term)
+            rescaled = stack.rescaled(weight)
+            if rescaled is not None:
+                return rescale.linear(input, weight, self.bias, rescaled)
         elif len(lists(self)) == 1:
             output = route.linear(input, weight, self.bias, stack)
             if output is not None:
@@ -68,21 +71,47 @@ def _linear(self: nn.Linear, input: Tensor) -> Tensor:
     return _dense_linear(self, input)
 
 
+def _conv1d(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward of transformers' Conv1D: a Linear whose weight is stored as (in, out)."""
+    dense = _dense(plain)
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        site = _alone(self)
+        output = None
+        if site is not None:
+            W, stack = site[0].t(), site[1]
+            if stack.route is None:
+                terms = stack.low_rank()
+                if terms is not None:
+                    terms = [term.transposed() for term in terms]
+                    output = lowrank.linear(x, W, self.bias, terms)  # type: ignore[arg-type]
+            elif len(lists(self)) == 1:
+                output = route.linear(x, W, self.bias, stack, transposed=True)  # type: ignore[arg-type]
+        return dense(self, x) if output is None else output
+
+    return forward
+
+
 @functools.wraps(nn.Embedding.forward)
 def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:
-    weight = update = None
+    weight = update = rescaled = None
     # Both of these depend on the whole of W': its row norms, or how often a row occurs.
     site = None if self.max_norm is not None or self.scale_grad_by_freq else _alone(self)
     if site is not None:
         weight, stack = site
         with exact(weight):
-            update = _embedding_update(input, stack, self.padding_idx)
-    if update is None:
+            if stack.route is not None:
+                update = route.embedding(input, stack, self.padding_idx)
+            else:
+                terms = stack.low_rank()
+                if terms is None:
+                    rescaled = stack.rescaled(weight)
+                    terms = [rescaled.update] if rescaled and rescaled.update else []
+                update = _looked_up(input, terms, self.padding_idx)
+    if update is None and rescaled is None:
         if route.route_of(self) is not None:
             return route.by_group(self, (input,), {})
-        term = None if site is None else stack.rescaled(site[0])
-        if term is not None:
-            return _rescaled_embedding(self, input, site[0], term)  # type: ignore[index]
         weight = self.weight
     output = F.embedding(
         input,
@@ -93,42 +122,23 @@ def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:
         self.scale_grad_by_freq,
         self.sparse and weight.is_leaf,  # type: ignore[union-attr]
     )
-    return output if update is None else add_update(output, update)
+    if update is not None:
+        if self.padding_idx is not None:
+            # torch gives the padding row no gradient; through A it would get one here.
+            padding = (input == self.padding_idx).unsqueeze(-1)
+            update = torch.where(padding, update.detach(), update)
+        output = add_update(output, update)
+    if rescaled is not None:
+        output = rescale.rows(output, input, rescaled, self.padding_idx)
+    return output
 
 
-def _embedding_update(input: Tensor, stack: Stack, padding_idx: int | None) -> Tensor | None:
-    """Return what the stack adds to the rows of an embedding, None where it takes W' for that."""
-    if stack.route is not None:
-        update = route.embedding(input, stack, padding_idx)
-    else:
-        update = _looked_up(input, stack.low_rank() or (), padding_idx)
-    return _but_padding(update, input, padding_idx)
-
-
-def _looked_up(input: Tensor, terms: Iterable[LowRank], padding_idx: int | None) -> Tensor | None:
+def _looked_up(input: Tensor, terms: list[LowRank], padding_idx: int | None) -> Tensor | None:
+    """Return what low-rank updates add to the rows of an embedding, None where there are none."""
     # Dense gradients for the factors, whatever `sparse` says of W: B has r columns only, and one
     # optimizer can then take A and B.
     parts = [scale * (F.embedding(input, B, padding_idx) @ A) for A, B, scale in terms]
     return sum(parts[1:], parts[0]) if parts else None
-
-
-def _but_padding(rows: Tensor | None, input: Tensor, padding_idx: int | None) -> Tensor | None:
-    """Return rows without the gradient of the padding row, to which torch gives none."""
-    if rows is None or padding_idx is None:
-        return rows
-    return torch.where((input == padding_idx).unsqueeze(-1), rows.detach(), rows)
-
-
-def _rescaled_embedding(
-    self: nn.Embedding, input: Tensor, weight: Tensor, term: Rescaled
-) -> Tensor:
-    sparse = self.sparse and weight.is_leaf
-    output = F.embedding(input, weight, self.padding_idx, sparse=sparse)
-    with exact(weight):
-        update = _looked_up(input, [term.update] if term.update else [], self.padding_idx)
-    if update is not None:
-        output = add_update(output, update)
-    return _but_padding(rescale.rows(output, input, term), input, self.padding_idx)  # type: ignore[return-value]
 
 
 @functools.wraps(nn.EmbeddingBag.forward)

@@ -80,8 +80,7 @@ class DoRA(Spec):
         return scaling_of(self)
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        shape = weight.shape[0], weight.shape[1:].numel()
-        factors = start(weight, shape, self.rank, self.init, generator)
+        factors = start(weight.flatten(1), weight, self.rank, self.init, generator)
         return factors | {"d": factors["A"].new_zeros(weight.shape[self.dim])}
 
     def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:

@@ -22,20 +22,26 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, term: Rescaled) -> Tensor:
         x: (…, k).
         W: (m, k), of the dtype of x but under autocast.
         b: (m,) or None.
-        term: how W is rescaled: m changes along its dimension 0, or k along 1.
+        term: how W is updated and rescaled: m changes along its dimension 0, or k along 1.
     """
     if term.dim == 1:
         x = _rescaled(x, x, term.change)
-    y = lowrank.linear(x, W, b, [term.update] if term.update else [])
+    y = lowrank.linear(x, W, b, [] if term.update is None else [term.update])
     if term.dim == 0:
         y = _rescaled(y, y if b is None else y - b.to(y.dtype), term.change)
     return y
 
 
-def rows(y: Tensor, ids: Tensor, term: Rescaled) -> Tensor:
+def rows(y: Tensor, ids: Tensor, term: Rescaled, padding_idx: int | None) -> Tensor:
     """Return rows y, (…, k), of W + s · B A, looked up by `ids`, as those of W'."""
     g = term.change
-    return _rescaled(y, y, F.embedding(ids, g.unsqueeze(-1)) if term.dim == 0 else g)
+    if term.dim == 0:
+        g = F.embedding(ids, g.unsqueeze(-1))
+    found = _rescaled(y, y, g)
+    if padding_idx is None:
+        return found
+    # torch gives the padding row no gradient.
+    return torch.where((ids == padding_idx).unsqueeze(-1), found.detach(), found)
 
 
 def _rescaled(y: Tensor, by: Tensor, g: Tensor) -> Tensor:

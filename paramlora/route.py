@@ -157,10 +157,12 @@ def route_of(module: nn.Module) -> Route | None:
     return next((stack.route for stack in _read_by(module) if stack.route is not None), None)
 
 
-def linear(x: Tensor, W: Tensor, b: Tensor | None, stack: Stack) -> Tensor | None:
+def linear(
+    x: Tensor, W: Tensor, b: Tensor | None, stack: Stack, *, transposed: bool = False
+) -> Tensor | None:
     """Return the output of a Linear, (n, …, m), None where an adapter is not factored.
 
-    x: (n, …, k), W: (m, k), b: (m,) or None.
+    x: (n, …, k), W: (m, k), b: (m,) or None. `transposed`: what is stored, and the stack's, is Wᵀ.
     """
     route = stack.route
     terms = route.terms(stack)
@@ -170,6 +172,8 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, stack: Stack) -> Tensor | Non
     y = F.linear(x, W, b)
     if not terms:
         return y
+    if transposed:
+        terms = [(index, term.transposed()) for index, term in terms]
     m, k = W.shape
     ranks = [len(term.A) for _, term in terms]
     if stacks_well(x.numel() // max(k, 1), k, m, ranks, "cpu" if x.is_cpu else "cuda"):
@@ -238,8 +242,9 @@ def _check_hosts(model: nn.Module, chosen: Sequence[Stack]) -> None:
 
     mine = {id(stack) for stack in chosen}
     for site in sites(model):
-        if id(site.stack) in mine and forward_for(type(site.module).__bases__[0]) is None:
-            kind = type(site.module).__bases__[0].__name__
+        cls = type(site.module).__bases__[0]
+        if id(site.stack) in mine and forward_for(cls, alone=False) is None:
+            kind = cls.__name__
             raise StateError(
                 f"cannot route {site.path!r}: {kind} reads it in its own forward, where all rows "
                 "get the same tensor; detach that adapter, or name= another for that site"
@@ -289,7 +294,6 @@ def _attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _dimensions(module: nn.Module, given: dict[str, Any], stack: Stack) -> tuple[Any, Any]:
     """Return the batch dimensions of a module's arguments, by name, and those of its outputs."""
-    batched: int | tuple[int, ...]
     if isinstance(module, nn.MultiheadAttention):
         if given["query"].dim() == 3 and (given.get("attn_mask") is None or _is_shared(given)):
             dim = 0 if module.batch_first else 1
@@ -305,9 +309,8 @@ def _dimensions(module: nn.Module, given: dict[str, Any], stack: Stack) -> tuple
         return {"input1": 0, "input2": 0}, 0
     else:
         spatial = getattr(module, "kernel_size", None)
-        batched = given["input"].dim()
-        if spatial is None or batched == len(spatial) + 2:
-            return {"input": 0}, 0
+        if spatial is None or given["input"].dim() == len(spatial) + 2:
+            return {"x" if "x" in given else "input": 0}, 0
     raise ValueError(
         f"cannot route the rows of this call of {stack.route.paths[id(stack)]!r}: give it a batch "
         "as one dense tensor with a batch dimension, and no mask or offsets of each row's own"

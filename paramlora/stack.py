@@ -97,6 +97,11 @@ class Factors(nn.Module):
         term = self.spec.low_rank(self.tensors, self.strength)
         return term if term is None or self.block is None else self.block.widen(term)
 
+    @property
+    def scale(self) -> Strength:
+        """All that multiplies the update, the strength included."""
+        return self.strength * self.spec.scaling
+
     def rescaled(self, weight: Tensor) -> Rescaled | None:
         if self.block is not None:
             return None

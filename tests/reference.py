@@ -109,6 +109,7 @@ KINDS = {
 TRANSPOSED = Kind(
     pl.LoRA(rank=2, alpha=3, transposed=True),
     lambda W, f, k: W + k * 3 / 2 * (f["B"] @ f["A"]).T.reshape(W.shape),
+    rank=2,
 )
 BLOCKS = {f"{name}_blocks": replace(KINDS[name], blocks=True) for name in ("lora", "delta")}
 # Settings of kinds that take a path of their own.
