@@ -23,6 +23,7 @@ from .checkpoint import load, load_state_dict, save, state_dict
 from .combine import combine
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
 from .extract import extract
+from .groups import parameter_groups
 from .hold import hold_statistics
 from .kinds import IA3, DoRA, LoHa, LoKr
 from .merge import bake, merge, merged, unmerge
@@ -73,6 +74,7 @@ __all__ = [
     "load_state_dict",
     "merge",
     "merged",
+    "parameter_groups",
     "parameters",
     "routed",
     "save",

@@ -79,6 +79,10 @@ class DoRA(Spec):
     def scaling(self) -> float:
         return scaling_of(self)
 
+    @property
+    def fast(self) -> tuple[str, ...]:
+        return ("B", "d")
+
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         factors = start(weight.flatten(1), weight, self.rank, self.init, generator)
         return factors | {"d": factors["A"].new_zeros(weight.shape[self.dim])}
