@@ -22,6 +22,7 @@ from .base import base_state_dict, fingerprint, load_base_state_dict
 from .checkpoint import load, load_state_dict, save, state_dict
 from .combine import combine
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
+from .eva import eva
 from .extract import extract
 from .groups import parameter_groups
 from .hold import hold_statistics
@@ -63,6 +64,7 @@ __all__ = [
     "draw",
     "enable",
     "enabled",
+    "eva",
     "extract",
     "factor_dtype",
     "fingerprint",
