@@ -26,9 +26,10 @@ from .eva import eva
 from .extract import extract
 from .groups import parameter_groups
 from .hold import hold_statistics
-from .kinds import IA3, DoRA, LoHa, LoKr
+from .kinds import IA3, DoRA
 from .merge import bake, merge, merged, unmerge
 from .peft import load_peft, save_peft
+from .products import LoHa, LoKr
 from .route import routed
 from .summary import SiteSummary, Skipped, Summary, summary
 from .toggle import disable, disabled, enable, enabled, scale, using

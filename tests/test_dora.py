@@ -222,7 +222,12 @@ def test_kept_for_the_backward() -> None:
     spec = pl.DoRA(rank=2)
     factors = {key: torch.randn_like(f).requires_grad_() for key, f in spec.create(W).items()}
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         spec.apply(W, factors)
     known = {tensor.untyped_storage().data_ptr() for tensor in (W, *factors.values())}
     others = {t.untyped_storage().data_ptr(): t.numel() for t in kept} | dict.fromkeys(known, 0)
