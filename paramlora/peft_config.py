@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .adapters import is_finite
 from .errors import CheckpointError
 
 # Settings without an effect on what a trained adapter computes. Dropout acts in training only, and
@@ -46,6 +45,11 @@ _OF_LISTS = {"layers_to_transform", "layers_pattern"}
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    # JSON has NaN and Infinity in Python, and whole numbers that no float can hold.
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) < 1e308
 
 
 def _is_rank(value: Any) -> bool:
@@ -116,7 +120,7 @@ class Config:
 _TEXTS = ("a string or a list of strings", lambda v: isinstance(v, str) or _is_names(v))
 _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "r": ("a whole number of at least 1", _is_rank),
-    "lora_alpha": ("a finite number", is_finite),
+    "lora_alpha": ("a finite number", _is_number),
     "target_modules": (
         "a string or a list of strings",
         lambda v: isinstance(v, str) or _is_names(v),
@@ -134,7 +138,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda v: isinstance(v, str) or _is_names(v),
     ),
     "rank_pattern": ("whole numbers by name", _is_pattern(_is_rank)),
-    "alpha_pattern": ("finite numbers by name", _is_pattern(is_finite)),
+    "alpha_pattern": ("finite numbers by name", _is_pattern(_is_number)),
     "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
     "use_dora": ("true or false", lambda v: isinstance(v, bool)),
     "bias": ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),

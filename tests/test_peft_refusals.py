@@ -125,6 +125,10 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
         setting(lora_alpha=float("nan")),
         DAMAGED + "'lora_alpha' must be a finite number, found nan",
     ),
+    "an alpha that no float holds": (
+        setting(lora_alpha=10**400),
+        DAMAGED + "'lora_alpha' must be a finite number, found 1000[...]",
+    ),
     "a pattern of a wrong type": (
         setting(rank_pattern={"fc": "2"}),
         DAMAGED + "'rank_pattern' must be whole numbers by name, found {{'fc': '2'}}",
