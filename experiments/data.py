@@ -49,6 +49,10 @@ class Split:
         pixels.sub_(torch.tensor(mean, device=pixels.device))
         return pixels.div_(torch.tensor(std, device=pixels.device))
 
+    def rows(self, rows: Tensor) -> "Split":
+        """Return some of the images, by index."""
+        return Split(self.images[rows], self.labels[rows])
+
     def to(self, device: torch.device) -> "Split":
         return Split(self.images.to(device), self.labels.to(device))
 
@@ -71,6 +75,36 @@ class Data:
                 total.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
                 total.update(tensor.cpu().numpy().tobytes())
         return total.hexdigest()
+
+
+def hold_out(labels: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the rows that stay and the rows held out, both ascending, `count` held out a class.
+
+    For a validation split of training images: drawn by `generator`, the same number of each class.
+
+    Args:
+        labels: int64 (n,).
+        count: rows held out of each class, at least 0 and fewer than the class has.
+        generator: where the choice comes from, on the CPU.
+
+    Raises:
+        StudyError: a class that has not more than `count` rows.
+
+    >>> labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    >>> stay, held = hold_out(labels, 1, torch.Generator().manual_seed(0))
+    >>> labels[stay].tolist(), labels[held].tolist()
+    ([0, 0, 1, 1], [0, 1])
+    """
+    held = []
+    for label in labels.unique().tolist():
+        rows = (labels == label).nonzero().squeeze(1).cpu()
+        if len(rows) <= count:
+            raise StudyError(f"class {label} has {len(rows)} examples: {count} cannot be held out")
+        held.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
+    out = torch.zeros(len(labels), dtype=torch.bool)
+    out[torch.cat(held)] = True
+    rows = torch.arange(len(labels))
+    return rows[~out].to(labels.device), rows[out].to(labels.device)
 
 
 def load_data(kind: str, data_dir: str = "data") -> Data:

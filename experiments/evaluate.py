@@ -24,28 +24,30 @@ def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
         model.train(training)
 
 
-def score(logits: Tensor, labels: Tensor, tuned: Collection[int]) -> dict[str, Any]:
+def score(logits: Tensor, labels: Tensor, tuned: Collection[int] = ()) -> dict[str, Any]:
     """Return what a row says of an evaluation, as plain numbers and lists.
 
     Args:
-        logits: (n, 10).
-        labels: int64 (n,), 0 to 9.
-        tuned: the digits that count as tuned; all others are "other".
+        logits: (n, classes).
+        labels: int64 (n,), 0 to classes - 1.
+        tuned: the classes that count as tuned; all others are "other".
 
     Returns:
-        `n`, `accuracy`, `tuned_accuracy` and `other_accuracy` (fractions), `loss` (mean
-        cross-entropy, nats), `wrong_counts` (of ten) and `confusion` (10 rows, by digit, of 10
-        counts, by answer).
+        `n`, `accuracy`, `tuned_accuracy` and `other_accuracy` (fractions; the two are left out
+        where one has no examples), `loss` (mean cross-entropy, nats), `wrong_counts` (by class) and
+        `confusion` (a row a class, of counts by answer).
     """
-    answers = logits.argmax(1)
-    confusion = torch.bincount(labels * 10 + answers, minlength=100).view(10, 10).tolist()
-    other, new = old_and_new(confusion, tuned)
-    return {
+    classes = logits.shape[1]
+    pairs = torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2)
+    confusion = pairs.view(classes, classes).tolist()
+    row = {
         "n": len(labels),
         "accuracy": accuracy(confusion),
-        "tuned_accuracy": new,
-        "other_accuracy": other,
         "loss": float(F.cross_entropy(logits, labels)),
         "wrong_counts": wrong_counts(confusion),
         "confusion": confusion,
     }
+    sizes = [sum(counts) for counts in confusion]
+    if 0 < sum(sizes[label] for label in tuned) < len(labels):
+        row["other_accuracy"], row["tuned_accuracy"] = old_and_new(confusion, tuned)
+    return row

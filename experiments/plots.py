@@ -6,8 +6,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from .bands import Band
 from .rundir import Row, RunDirectory
-from .tables import LABEL, Band, base_of, methods_in, published_for, rows_of
+from .tables import LABEL, base_of, methods_in, published_for, rows_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

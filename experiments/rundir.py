@@ -26,6 +26,9 @@ class RunDirectory:
     Make one with `RunDirectory.start` to write to it, `RunDirectory.read` to report on it.
     """
 
+    # Of two rows that agree in these, one is the other made anew; a study can have others.
+    key: tuple[str, ...] = KEY
+
     def __init__(self, folder: Path, settings: Row, environment: Row, rows: list[Row]) -> None:
         self.folder, self.settings, self.environment = folder, settings, environment
         self.rows = rows
@@ -77,7 +80,7 @@ class RunDirectory:
 
     def has(self, **key: Any) -> bool:
         """Whether a row with these values is there."""
-        return any(all(row[name] == key[name] for name in key) for row in self.rows)
+        return any(all(row.get(name) == key[name] for name in key) for row in self.rows)
 
     def record(self, row: Row) -> None:
         """Append a row, or check that the one that is there says the same.
@@ -87,8 +90,8 @@ class RunDirectory:
         """
         row = json.loads(json.dumps(row))
         for there in self.rows:
-            if all(there[name] == row[name] for name in KEY):
-                _same_again(self.folder, there, row)
+            if all(there.get(name) == row.get(name) for name in self.key):
+                _same_again(self.folder, self.key, there, row)
                 return
         with open(self.folder / "results.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -127,10 +130,10 @@ def _same(folder: Path, there: Row, mine: Row) -> None:
         raise StudyError(f"{folder} has a run with other settings: {said}. Choose another --out")
 
 
-def _same_again(folder: Path, there: Row, row: Row) -> None:
-    differing = [key for key in row if there.get(key) != row[key] and key != "commit"]
+def _same_again(folder: Path, key: tuple[str, ...], there: Row, row: Row) -> None:
+    differing = [k for k in row if there.get(k) != row[k] and k != "commit"]
     if differing:
-        name = " ".join(str(row[key]) for key in KEY)
+        name = " ".join(str(row.get(part)) for part in key)
         raise StudyError(
             f"the row '{name}' in {folder} was made anew and differs in {', '.join(differing)}: "
             "the code or the machine has changed since; choose another --out"

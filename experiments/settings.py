@@ -1,35 +1,45 @@
-"""One frozen dataclass a study, its presets, and the command-line options made of its fields.
+"""The settings of the digit study and their presets; every field is a command-line option too."""
 
-Every field is written with `option(default, help)`: the help names the unit, and the option's name
-and type follow from the field's. A new setting is one line here.
-"""
-
-import argparse
-import dataclasses
 import math
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import torch
+from .options import Settings, StudyError, deciding, is_device, listed, option
+
+__all__ = [
+    "INITS",
+    "PRESETS",
+    "DigitSettings",
+    "StudyError",
+    "chosen_digits",
+    "deciding",
+    "listed",
+    "preset",
+]
 
 INITS = ("kaiming", "gaussian", "gaussian/sqrt_r", "orthogonal")
 
 
-class StudyError(ValueError):
-    """Something a user asked for cannot be done; the message says what, why, and what can."""
-
-
-def option(default: Any, help: str, *, choices: tuple[str, ...] = (), place: bool = False) -> Any:
-    """Return a dataclass field that is a command-line option too.
-
-    `place` marks a field that only says where things lie: no result depends on it.
-    """
-    return field(default=default, metadata={"help": help, "choices": choices, "place": place})
+_WITH_RELU: dict[str, Any] = {
+    "mean": 0.1307,
+    "activation": "relu",
+    # A ReLU on the logits, after ReLUs inside, kills whole classes within an epoch.
+    "relu_logits": False,
+    "order": "seeded",
+    "compat": "none",
+}
+_PRESETS: dict[str, dict[str, Any]] = {
+    # A blog post of 2024-04-17; its mean is a slip for 0.1307, kept as its counts depend on it.
+    "blog": {},
+    "relu": _WITH_RELU,
+    # The script that the blog starts from, hkproj/pytorch-lora.
+    "nine": {**_WITH_RELU, "hidden": (1000, 2000), "digits": "9", "steps": 100, "rank": 1},
+}
 
 
 @dataclass(frozen=True)
-class DigitSettings:
+class DigitSettings(Settings):
     """All settings of the digit study: what is learned first, what is tuned, where it goes.
 
     The defaults are the preset "blog"; `preset` makes the others.
@@ -40,6 +50,9 @@ class DigitSettings:
     >>> DigitSettings(rank=4).alpha
     1.0
     """
+
+    STUDY: ClassVar[str] = "digits"
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = _PRESETS
 
     preset: str = option("blog", "the settings to start from", choices=("blog", "relu", "nine"))
     seed: int = option(0, "seed of the base: its first weights and the order of its images")
@@ -64,6 +77,59 @@ class DigitSettings:
     rank: int = option(2, "rank r of the update, columns of B")
     alpha: float = option(1.0, "numerator of the update's scale alpha/r, a plain number")
     init: str = option("gaussian", "how A starts; B starts at zero", choices=INITS)
+    schedule: str = option(
+        "constant",
+        "learning rate over the steps; cosine: falls to zero by half a cosine",
+        choices=("constant", "cosine"),
+    )
+    tune_batch: int = option(0, "batch size of fine-tuning, images; 0: as that of pre-training")
+    average: float = option(0.0, "share of the last steps over which the factors are averaged")
+    strength: float = option(1.0, "remedy: λ in W' = W + λ·ΔW when answering; 0 is the base")
+    margin: float = option(
+        0.0,
+        "remedy: by how much the other digits' logits are lowered in the training loss; inf masks "
+        "them",
+    )
+    distill: float = option(0.0, "remedy: weight β of distillation from the switched-off model")
+    temperature: float = option(2.0, "temperature T of distillation")
+    mass: float = option(
+        0.0, "remedy: weight of distilling only whether an image shows a tuned digit at all"
+    )
+    replay: int = option(0, "remedy: old images a digit that are replayed, a batch of them a step")
+    replay_of: str = option(
+        "old",
+        "which digits' images are replayed; all: as many of each tuned digit beside them, so that "
+        "what is replayed is balanced",
+        choices=("old", "all"),
+    )
+    ewc: float = option(0.0, "remedy: weight of elastic weight consolidation on ΔW")
+    null_space: float = option(
+        0.0, "remedy: share of energy of the directions that A may not read, 0 to 1"
+    )
+    null_space_of: str = option(
+        "weights",
+        "whose directions; weights: the base's, by their singular values; old: the activations of "
+        "the replayed images",
+        choices=("weights", "old"),
+    )
+    route: str = option(
+        "none",
+        "remedy: where the adapter answers; base: where the base answers a tuned digit; soft: "
+        "the base says whether tuned, the adapter which; gate: by a logistic regression on the "
+        "base's logits, learned from tuned and replayed images",
+        choices=("none", "base", "soft", "gate"),
+    )
+    validation: int = option(0, "training images a digit that fine-tuning does without")
+    patience: int = option(
+        0,
+        "remedy: stop early, after so many looks, one every 10 steps, at the accuracy on the "
+        "validation images without a new best; 0: never",
+    )
+    selection: bool = option(
+        False,
+        "for choosing settings: pre-train without the validation images too, and count wrong "
+        "answers on them in place of the test images",
+    )
     compat: str = option(
         "blog",
         "blog: beside the correct update, also train the blog's scrambled one (its B A comes out "
@@ -87,51 +153,54 @@ class DigitSettings:
     bases: str = option("runs/bases", "folder of trained bases, which runs share", place=True)
 
     def __post_init__(self) -> None:
-        for entry in dataclasses.fields(self):
-            value, choices = getattr(self, entry.name), entry.metadata["choices"]
-            kind = type(entry.default)
-            right = type(value) in ((int, float) if kind is float else (kind,))
-            _require(self, entry.name, right, f"of type {kind.__name__}")
-            _require(self, entry.name, not choices or value in choices, " or ".join(choices))
+        super().__post_init__()
         for name in ("seeds", "base_steps", "batch", "steps", "rank", "threads"):
-            _require(self, name, getattr(self, name) >= 1, "a whole number of at least 1")
+            self.require(name, getattr(self, name) >= 1, "a whole number of at least 1")
         for name in ("base_lr", "lr", "std"):
-            _require(self, name, 0 < getattr(self, name) < math.inf, "a finite number above 0")
+            self.require(name, 0 < getattr(self, name) < math.inf, "a finite number above 0")
         for name in ("mean", "alpha"):
-            _require(self, name, math.isfinite(getattr(self, name)), "a finite number")
+            self.require(name, math.isfinite(getattr(self, name)), "a finite number")
+        for name in ("tune_batch", "replay", "validation", "patience"):
+            self.require(name, getattr(self, name) >= 0, "a whole number of at least 0")
+        for name in ("margin", "distill", "mass", "ewc", "null_space", "average"):
+            self.require(name, getattr(self, name) >= 0, "a number of at least 0")
+        self.require("strength", math.isfinite(self.strength), "a finite number")
+        self.require("temperature", 0 < self.temperature < math.inf, "a finite number above 0")
+        self.require("average", self.average <= 1, "at most 1")
+        self.require("null_space", self.null_space <= 1, "at most 1")
+        for name, needs in (("selection", "validation"), ("patience", "validation")):
+            holds = self.validation > 0 or not getattr(self, name)
+            self.require(name, holds, f"used with --{needs} above 0")
+        old = self.route == "gate" or (self.null_space > 0 and self.null_space_of == "old")
+        self.require("replay", self.replay > 0 or not old, "above 0 for what needs old images")
         wide = self.hidden and all(type(units) is int and units >= 1 for units in self.hidden)
-        _require(self, "seed", 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1")
-        _require(self, "hidden", wide, "one or more whole numbers of at least 1")
-        _require(self, "digits", _are_digits(self.digits), "1 to 9 different digits or worst:K")
-        _require(self, "device", _is_device(self.device), "auto or a device that torch knows")
+        self.require("seed", 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1")
+        self.require("hidden", wide, "one or more whole numbers of at least 1")
+        self.require("digits", _are_digits(self.digits), "1 to 9 different digits or worst:K")
+        self.require("device", is_device(self.device), "auto or a device that torch knows")
 
     @property
-    def folder(self) -> str:
-        """The run's folder: `out`, or one named after the preset and whatever differs from it."""
-        if self.out:
-            return self.out
-        parts, usual = [f"digits-{self.preset}"], deciding(preset(self.preset))
-        for name, value in deciding(self).items():
-            if value != usual[name]:
-                parts.append(re.sub(r"[^\w.,-]+", "_", f"{name}={listed(value)}"))
-        return "runs/" + "-".join(parts)
+    def remedied(self) -> bool:
+        """Whether fine-tuning is other than the plain one, by a remedy or otherwise."""
+        return any(getattr(self, name) != getattr(DigitSettings, name) for name in REMEDIES)
 
 
-_WITH_RELU: dict[str, Any] = {
-    "mean": 0.1307,
-    "activation": "relu",
-    # A ReLU on the logits, after ReLUs inside, kills whole classes within an epoch.
-    "relu_logits": False,
-    "order": "seeded",
-    "compat": "none",
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    # A blog post of 2024-04-17; its mean is a slip for 0.1307, kept as its counts depend on it.
-    "blog": {},
-    "relu": _WITH_RELU,
-    # The script that the blog starts from, hkproj/pytorch-lora.
-    "nine": {**_WITH_RELU, "hidden": (1000, 2000), "digits": "9", "steps": 100, "rank": 1},
-}
+# What only paramlora's own adapter is fine-tuned with: the methods beside it stay plain.
+REMEDIES = (
+    "schedule",
+    "tune_batch",
+    "average",
+    "strength",
+    "margin",
+    "distill",
+    "mass",
+    "replay",
+    "ewc",
+    "null_space",
+    "route",
+    "patience",
+)
+PRESETS = DigitSettings.PRESETS
 
 
 def preset(name: str, **changes: Any) -> DigitSettings:
@@ -140,7 +209,7 @@ def preset(name: str, **changes: Any) -> DigitSettings:
     >>> preset("nine").hidden
     (1000, 2000)
     """
-    return DigitSettings(**{"preset": name, **PRESETS.get(name, {}), **changes})
+    return DigitSettings.of_preset(name, **changes)
 
 
 def chosen_digits(digits: str, wrong_counts: list[int]) -> list[int]:
@@ -157,84 +226,9 @@ def chosen_digits(digits: str, wrong_counts: list[int]) -> list[int]:
     return sorted(worst_first[: int(digits.removeprefix("worst:"))])
 
 
-def deciding(settings: DigitSettings) -> dict[str, Any]:
-    """Return the settings that a result can depend on, in the types that JSON has."""
-    return {
-        entry.name: _plain(getattr(settings, entry.name))
-        for entry in dataclasses.fields(settings)
-        if not entry.metadata["place"]
-    }
-
-
-def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
-    """Give `parser` an option for each field of the settings class `kind`.
-
-    Options that are not given are absent from what it parses, so that a preset can fill them in.
-    """
-    for entry in dataclasses.fields(kind):
-        flag, default = "--" + entry.name.replace("_", "-"), entry.default
-        choices = entry.metadata["choices"]
-        shown = f" [{listed(default)}]" if default != "" else ""
-        common: dict[str, Any] = {
-            "dest": entry.name,
-            "default": argparse.SUPPRESS,
-            "help": (entry.metadata["help"] + shown).replace("%", "%%"),
-        }
-        if isinstance(default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-        else:
-            reader: Any = type(default)
-            word = {int: "N", float: "X"}.get(reader, entry.name.upper())
-            word = f"{{{','.join(choices)}}}" if choices else word
-            whole = isinstance(default, tuple)
-            if whole or "," in str(default):
-                common |= {"action": _Listed, "nargs": "+", "whole": whole}
-            else:
-                common["type"] = reader
-            parser.add_argument(flag, metavar=word, **common)
-
-
-def listed(value: Any) -> str:
-    """Return a setting as it is typed: 256,128 for a tuple or a list."""
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-
-
-class _Listed(argparse.Action):
-    """Takes a list with commas, with spaces or with both; as whole numbers where `whole`."""
-
-    def __init__(self, *args: Any, whole: bool, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self.whole = whole
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        parts = [part for part in ",".join(values).split(",") if part]
-        try:
-            given = tuple(map(int, parts)) if self.whole else ",".join(parts)
-        except ValueError as error:
-            raise argparse.ArgumentError(self, str(error)) from None
-        setattr(namespace, self.dest, given)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _require(settings: Any, name: str, holds: object, allowed: str) -> None:
-    if not holds:
-        flag = "--" + name.replace("_", "-")
-        raise StudyError(f"{flag} must be {allowed}, got {listed(getattr(settings, name))!r}")
-
-
 def _are_digits(text: str) -> bool:
     if re.fullmatch(r"worst:[1-9]", text):
         return True
     parts = text.split(",")
     single = all(re.fullmatch(r"[0-9]", part) for part in parts)
     return single and len(parts) == len(set(parts)) <= 9
-
-
-def _is_device(name: str) -> bool:
-    try:
-        return name == "auto" or torch.device(name) is not None
-    except RuntimeError:
-        return False

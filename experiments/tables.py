@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
 from typing import Any
 
+from .bands import Band, Table, percent
 from .forgetting import accuracy, change, old_and_new
 from .published import PUBLISHED, Published
 from .rundir import Row, RunDirectory
@@ -13,60 +13,6 @@ from .settings import deciding, preset
 # A method's fine-tuned rows, by the stage that they have, and what tables and figures call it.
 STAGE = {"lora": "on", "wrapped": "wrapped", "scrambled": "on"}
 LABEL = {"base": "base", "lora": "on", "wrapped": "wrapped", "scrambled": "scrambled"}
-
-
-@dataclass(frozen=True)
-class Band:
-    """The same figure over several seeds. `sd` is the sample standard deviation, None for one."""
-
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return mean(self.values)
-
-    @property
-    def sd(self) -> float | None:
-        return stdev(self.values) if len(self.values) > 1 else None
-
-    def shown(self, digits: int) -> str:
-        """Return `mean ± sd`, or the value alone where all are the same.
-
-        >>> Band((1.0, 2.0)).shown(1), Band((2.0, 2.0)).shown(0)
-        ('1.5 ± 0.7', '2')
-        """
-        one = len(set(self.values)) == 1
-        return f"{self.mean:.{digits}f}" + ("" if one else f" ± {self.sd:.{digits}f}")
-
-    def extent(self, digits: int) -> str:
-        return f"{min(self.values):.{digits}f} to {max(self.values):.{digits}f}"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells under a head, the first column to the left and all others to the right.
-
-    A line break in the head is kept in text, and is a space in Markdown.
-    """
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def text(self) -> str:
-        heads = [cell.split("\n") for cell in self.head]
-        tall = max(map(len, heads))
-        heads = [[""] * (tall - len(cell)) + cell for cell in heads]
-        lines: list[Sequence[str]] = [*zip(*heads, strict=True), *self.rows]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.head))]
-        lines = [
-            [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines
-        ]
-        return "\n".join("  ".join(line) for line in lines)
-
-    def markdown(self) -> str:
-        head = [cell.replace("\n", " ") for cell in self.head]
-        lines = [head, ["---", *["---:"] * (len(head) - 1)], *self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def rows_of(run: RunDirectory, method: str, stage: str | None = None) -> list[Row]:
@@ -138,12 +84,6 @@ def digit_table(run: RunDirectory) -> Table:
         cells += [percent(tuple(row[key] for row in its)) for _, its in columns]
         rows.append(cells + [f"{100 * accuracy(matrices[m], chosen):.2f}" for m in known])
     return Table(head, rows)
-
-
-def percent(fractions: tuple[float, ...]) -> str:
-    """Return fractions in %: to two places where they are one figure, else mean ± sd to one."""
-    band = Band(tuple(100 * value for value in fractions))
-    return band.shown(2 if len(set(fractions)) == 1 else 1)
 
 
 @dataclass(frozen=True)

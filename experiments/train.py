@@ -1,8 +1,11 @@
 """The training loop of every study, and the order in which it sees its examples."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Protocol
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from itertools import islice
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 Objective = Callable[..., Tensor]
+# Called with the number of steps made, the model and the step's loss; True ends the training.
+Hook = Callable[[int, nn.Module, Tensor], "bool | None"]
 
 
 class Optimizer(Protocol):
@@ -27,26 +32,135 @@ def train(
     optimizer: Optimizer,
     *,
     label: str = "training",
+    hooks: Sequence[Hook] = (),
+    accumulate: int = 1,
+    clip: float | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Tensor:
     """Train on each batch once, and return the loss of each step, float32 (steps,), on the CPU.
 
     Args:
         model: trained in place, and left in training mode.
-        batches: tuples of tensors on the model's device.
+        batches: tuples of tensors on the model's device, one example a row.
         objective: `(model, *batch) -> loss`, such as `cross_entropy`; whatever is to be added to
             the loss is said here.
         optimizer: holds the parameters that are trained; one of `torch.optim`, or alike.
         label: what the progress bar is called.
+        hooks: called after every step, in order, with the number of steps made, the model and
+            the step's loss, a number still on the device. Training ends after the step at which
+            one of them returns True. `every` calls a hook now and then only.
+        accumulate: batches a step. Their gradients are added up, each weighed by its examples, so
+            that a mean over examples gives the step of one large batch.
+        clip: the most that the norm of all gradients together may be before a step; longer ones
+            are scaled down (Pascanu et al. 2013, arXiv 1211.5063).
+        autocast: the dtype that the objective is computed in where torch.autocast thinks it safe;
+            with float16 the loss is scaled (Micikevicius et al. 2018, arXiv 1710.03740), which
+            takes an optimizer of `torch.optim`.
     """
-    losses = []
+    device = next(model.parameters()).device.type
+    scaler = torch.amp.GradScaler(device) if autocast == torch.float16 else None
+    context: Callable[[], AbstractContextManager] = nullcontext
+    if autocast is not None:
+        context = partial(torch.autocast, device, dtype=autocast)
+    losses: list[Tensor] = []
     model.train()
-    for batch in tqdm(batches, desc=label, unit="step", leave=False, disable=None):
-        loss = objective(model, *batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
+    for group in _groups(batches, accumulate, label):
+        losses.append(_backward(model, objective, group, context, scaler))
+        _update(model, optimizer, clip, scaler)
+        stop = [hook(len(losses), model, losses[-1]) for hook in hooks]
+        if any(stop):
+            break
     return torch.stack(losses).float().cpu()
+
+
+def _groups(
+    batches: Iterable[tuple[Tensor, ...]], size: int, label: str
+) -> Iterable[list[tuple[Tensor, ...]]]:
+    """Yield the batches of each step, and show how far they are; the last may be fewer."""
+    source = iter(batches)
+    groups = iter(lambda: list(islice(source, size)), [])
+    steps = -(-len(batches) // size) if isinstance(batches, Sized) else None
+    return tqdm(groups, total=steps, desc=label, unit="step", leave=False, disable=None)
+
+
+def _backward(
+    model: nn.Module,
+    objective: Objective,
+    group: list[tuple[Tensor, ...]],
+    context: Callable[[], AbstractContextManager],
+    scaler: torch.amp.GradScaler | None,
+) -> Tensor:
+    """Add up the gradients of a step's batches, each by its share of rows; return the loss."""
+    rows, total = sum(len(batch[0]) for batch in group), None
+    for batch in group:
+        with context():
+            loss = objective(model, *batch)
+        if len(group) > 1:
+            loss = loss * (len(batch[0]) / rows)
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        total = loss.detach() if total is None else total + loss.detach()
+    assert total is not None
+    return total
+
+
+def _update(
+    model: nn.Module,
+    optimizer: Optimizer,
+    clip: float | None,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    """Clip the gradients where asked for, make the step, and forget the gradients."""
+    if clip is not None:
+        if scaler is not None:
+            scaler.unscale_(cast(torch.optim.Optimizer, optimizer))
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(cast(torch.optim.Optimizer, optimizer))
+        scaler.update()
+    optimizer.zero_grad()
+
+
+def every(steps: int, hook: Hook) -> Hook:
+    """Return a hook that calls `hook` after every so many steps only, the first time after them."""
+    return lambda step, model, loss: hook(step, model, loss) if step % steps == 0 else None
+
+
+def learning_rate(optimizer: Optimizer, of: Callable[[int], float]) -> Hook:
+    """Set the optimizer's learning rate to `of(1)` now; return a hook that keeps it to a schedule.
+
+    Args:
+        optimizer: `SmallAdam`, or one of `torch.optim`, all of whose groups get the same rate.
+        of: the number of a step, from 1 on, to the rate that this step is made with.
+    """
+
+    def assign(rate: float) -> None:
+        for group in getattr(optimizer, "param_groups", None) or [vars(optimizer)]:
+            group["lr"] = rate
+
+    def hook(step: int, model: nn.Module, loss: Tensor) -> None:
+        assign(of(step + 1))
+
+    assign(of(1))
+    return hook
+
+
+def cosine(peak: float, steps: int, warmup: int = 0) -> Callable[[int], float]:
+    """Return a schedule: up to `peak` in a line over `warmup` steps, then half a cosine to zero.
+
+    Source: Loshchilov and Hutter 2017, "SGDR", arXiv 1608.03983, without restarts.
+
+    >>> [round(cosine(1.0, 6, warmup=2)(step), 3) for step in range(1, 7)]
+    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+    """
+
+    def of(step: int) -> float:
+        if step <= warmup:
+            return peak * step / warmup
+        return peak * (1 + math.cos(math.pi * (step - 1 - warmup) / max(1, steps - warmup))) / 2
+
+    return of
 
 
 def cross_entropy(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from .errors import AdapterNameError, StateError
 from .hold import hold, release
 from .place import Place, holders
 from .preview import left_out, preview
+from .sharded import is_sharded, settle
 from .stack import Factors, Site, Stack, sites, stored
 from .summary import Summary, report
 from .targets import Target, Targets, resolve
@@ -138,6 +139,7 @@ def parameters(model: nn.Module, *names: str) -> list[nn.Parameter]:
     Raises:
         AdapterNameError: no adapter of that name.
     """
+    settle(model)
     return [
         parameter
         for stack, its_names in select(model, names)
@@ -206,7 +208,7 @@ def check_tied(model: nn.Module, chosen: Iterable[Place]) -> None:
 def check_whole(here: list[Site]) -> None:
     """Raise a StateError where FSDP has sharded a tensor: it keeps a copy that would stay."""
     for site in here:
-        if any(hasattr(tensor, "full_tensor") for tensor in stored(site.plist)):
+        if any(is_sharded(site.module, tensor) for tensor in stored(site.plist)):
             raise StateError(
                 f"{site.path!r} is sharded over processes; merge or detach before fully_shard, or "
                 "save the adapter and load it where the model is whole"

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from .adapters import Spec, is_finite
 from .attach import Planned, check_name, check_tied, install
-from .base import compare, digest, whole
+from .base import check_real, compare, digest, whole
 from .block import Part, split
 from .errors import AdapterNameError, CheckpointError, TargetError
+from .sharded import check_settled, fill, is_sharded, settle, writes_files
 from .stack import Factors, Site, below, first_sites
 from .summary import Summary, summary
 from .targets import Place, check, check_shapes, nearest, places
@@ -39,11 +40,13 @@ _SITE = {"kind": str, "fields": dict, "strength": (int, float), "shape": list}
 def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """Return an adapter's factors by `<site>.<factor>`: `fc1.weight.A`.
 
-    As with `nn.Module.state_dict` the tensors are detached, and share memory with the model's.
+    As with `nn.Module.state_dict` the tensors are detached, and share memory with the model's;
+    of a model that FSDP has sharded they are in parts (DTensors).
 
     Raises:
         AdapterNameError: no adapter of that name.
     """
+    settle(model)
     return {
         f"{path}.{key}": tensor.detach()
         for path, factors in _parts(model, name).items()
@@ -55,35 +58,40 @@ def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
     """Copy factors, as `state_dict` gave them, into an adapter that is attached.
 
-    Nothing else changes: no other adapter, not what is active, scaled or trained.
+    Nothing else changes: no other adapter, not what is active, scaled or trained. Where the model
+    is sharded all processes call it, with whole tensors or with parts.
 
     Raises:
         AdapterNameError: no adapter of that name.
         CheckpointError: missing or unexpected keys, all of them listed, or other shapes; the
             model is then as it was.
-        StateError: the adapter is merged.
+        StateError: the adapter is merged, or the model is on the meta device.
     """
     check_unmerged(select(model, [name]), "load")
     own = state_dict(model, name)
     compare(state, own, f"the state for adapter {name!r}")
+    _check_writable(model, name)
     for key, tensor in own.items():
-        tensor.copy_(state[key])
+        fill(tensor, state[key])
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
     """Save an adapter to one `.safetensors` file that says all that `load` needs.
 
     The file is written beside its place and moved there: a crash leaves the old one or the new.
+    Where the model is sharded all processes call it, and the first one writes.
 
     Raises:
         AdapterNameError: no adapter of that name.
         FileNotFoundError: no such folder.
         TypeError: a kind of your own has a field that JSON cannot hold.
     """
+    state = state_dict(model, name)
+    for key, tensor in state.items():
+        check_real(key, tensor)
     # Copies: safetensors refuses tensors that share memory.
     tensors = {
-        key: whole(tensor).to("cpu", copy=True).contiguous()
-        for key, tensor in state_dict(model, name).items()
+        key: whole(tensor).to("cpu", copy=True).contiguous() for key, tensor in state.items()
     }
     described = {
         path: _describe(factors, site)
@@ -98,15 +106,17 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
             f"cannot save adapter {name!r}: a spec's fields must be numbers, strings, booleans or "
             f"None ({error})"
         ) from error
-    # Not by safetensors' own save_file, whose files only their owner may read.
-    write_atomically(path, serialized(tensors, {"format": "pt", _ENTRY: json.dumps(content)}))
+    if writes_files(list(state.values())):
+        # Not by safetensors' own save_file, whose files only their owner may read.
+        write_atomically(path, serialized(tensors, {"format": "pt", _ENTRY: json.dumps(content)}))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> Summary:
     """Attach the adapter of a file, or refresh the one of that name that is attached.
 
     A new one is attached as `attach` does it: switched on, its factors trained, the base frozen.
-    Into one of the same name, sites and shapes only the values and strengths are copied.
+    Into one of the same name, sites and shapes only the values and strengths are copied; that can
+    be done in a model that is sharded, too, by all processes.
 
     Args:
         model: a module with the tensors that the file names.
@@ -123,12 +133,14 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
             model is then as it was.
         AdapterNameError: the name cannot be one, or belongs to an adapter of other sites, kinds
             or shapes.
-        StateError: the adapter of that name is merged.
+        StateError: the adapter of that name is merged, or the model is on the meta device.
         TargetError: a tensor of the model is lazy and has no shape yet.
     """
     tensors, content = _read(path)
     name = content["name"] if name is None else name
-    planned = _planned(model, tensors, content["sites"], path)
+    planned = _planned(model, tensors, content["sites"], path, name in names_of(model))
+    for plan in planned:
+        check_real(plan.place.path, plan.place.stored)
     check_tied(model, [plan.place for plan in planned])
     # Last, because the checks before it say more.
     saved = content.pop("digest")
@@ -257,13 +269,18 @@ def _planned(
     tensors: dict[str, Tensor],
     described: dict[str, dict[str, Any]],
     path: str | os.PathLike[str],
+    there: bool,
 ) -> list[Planned]:
-    """Return what a file wants to attach, everything checked against the model."""
+    """Return what a file wants to attach, everything checked against the model.
+
+    Where an adapter is `there` that only gets its values, the model may be sharded.
+    """
     here = _here(model, described, path)
     specs = {site: _spec(entry, site, path) for site, entry in described.items()}
     expected: dict[str, Tensor] = {}
     for site, spec in specs.items():
-        _check_site(here[site], spec, path)
+        if not (there and is_sharded(here[site].module, here[site].stored)):
+            _check_site(here[site], spec, path)
         blank = _blank(spec, here[site], path)
         expected |= {f"{site}.{key}": tensor for key, tensor in blank.items()}
     compare(tensors, expected, str(path))
@@ -349,7 +366,8 @@ def _factors(
 def _blank(spec: Spec, place: Place, path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return what the factors look like, on the meta device."""
     try:
-        return spec.create(place.value.detach().to("meta"))
+        value = place.value
+        return spec.create(torch.empty(value.shape, dtype=value.dtype, device="meta"))
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} has settings for {place.path!r} that give no factors, {spec!r}: {error}"
@@ -415,11 +433,22 @@ def refresh(
             f"an adapter {name!r} is attached already, with other sites, kinds or ranks than "
             f"{path} has ({', '.join(new)}); give name=, or detach it first"
         )
+    settle(model)
+    _check_writable(model, name)
     for site, factors in attached.items():
         factors.spec = new[site].spec
         factors.set_strength(new[site].strength)
         for key, tensor in factors.tensors.items():
-            tensor.copy_(new[site].tensors[key])
+            fill(tensor, new[site].tensors[key])
+
+
+def _check_writable(model: nn.Module, name: str) -> None:
+    """Raise a StateError where what is written to an adapter's factors would be lost."""
+    for site in sites_of(model, name):
+        for path, factors in site.parts(name).items():
+            for key, tensor in factors.tensors.items():
+                check_settled(site.module, tensor, path)
+                check_real(f"{path}.{key}", tensor)
 
 
 def _shapes(factors: Factors) -> dict[str, torch.Size]:

@@ -19,6 +19,7 @@ from .adapters import FLOATS, Spec
 from .block import Part, split
 from .errors import TargetError
 from .place import Place, check_shapes, places
+from .sharded import is_sharded
 from .stack import dotted, walk
 
 Target = type[nn.Module] | str | Callable[[str, nn.Module], bool]
@@ -260,7 +261,7 @@ def _refusal(place: Place, spec: Spec) -> str | None:
             f"its dtype is {weight.dtype}; only floating tensors of 16 to 64 bits can be adapted, "
             "none that is integer, complex or packed"
         )
-    if hasattr(weight, "full_tensor"):
+    if is_sharded(place.module, weight):
         return "it is sharded over processes; attach first, and call fully_shard after that"
     if weight.layout is not torch.strided:
         return f"its layout is {weight.layout}; adapters need a strided (dense) tensor"

@@ -12,14 +12,25 @@ from torch.utils.data import DataLoader
 
 from experiments.adam import SmallAdam
 from experiments.bases import base_path, find, keep, network, order_after_base, pretrain, restore
+from experiments.data import hold_out
 from experiments.evaluate import logits_of, score
 from experiments.forgetting import Change, accuracy, change, old_and_new
+from experiments.loggers import (
+    CsvLog,
+    Curve,
+    EarlyStopping,
+    TensorBoardLog,
+    logging,
+    rows_to_csv,
+)
 from experiments.models import DigitNet
 from experiments.settings import StudyError, preset
 from experiments.train import (
     Batches,
     cpu_threads,
     cross_entropy,
+    every,
+    learning_rate,
     loader_order,
     seeded_order,
     train,
@@ -224,3 +235,204 @@ def test_bases_are_told_apart():
     assert len({path, *others}) == len(others) + 1
     tuning = {"rank": 4, "digits": "1", "steps": 3, "lr": 0.1, "alpha": 2.0, "seeds": 1}
     assert base_path(type(SMALL)(**{**values, **tuning}), cpu, "data") == path
+
+
+def updates(**options) -> list[torch.Tensor]:
+    """Return the weights of a small network after training with these options."""
+    torch.manual_seed(0)
+    model = DigitNet([12, 8], "relu").double()
+    inputs, labels = examples(24)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    size = options.pop("size", 6)
+    batches = Batches((inputs.double(), labels), torch.arange(24), size)
+    train(model, batches, cross_entropy, sgd, **options)
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("size", [6, 5])
+def test_accumulated_batches_are_one_large_batch(size):
+    """Batches a step, the last one smaller, give the weights that their union gives."""
+    per_step = -(-24 // size)
+    torch.testing.assert_close(updates(size=size, accumulate=per_step), updates(size=24))
+    halves = updates(size=6, accumulate=2)
+    torch.testing.assert_close(halves, updates(size=12))
+    assert not torch.equal(halves[0], updates(size=24)[0])
+
+
+def test_accumulation_counts_steps_and_means_losses():
+    """A step's loss is the mean over its examples, and the last step takes what is left."""
+    model, (inputs, labels) = DigitNet([12, 8]).double(), examples(25)
+    batches = Batches((inputs.double(), labels), torch.arange(25), 5)
+    still = torch.optim.SGD(model.parameters(), 0.0)
+    losses = train(model, batches, cross_entropy, still, accumulate=2)
+    whole = [F.cross_entropy(model(x), y).item() for x, y in list(batches)]
+    means = [(whole[0] + whole[1]) / 2, (whole[2] + whole[3]) / 2, whole[4]]
+    torch.testing.assert_close(losses, torch.tensor(means))
+
+
+def test_clipping_bounds_the_step():
+    """The gradients' norm is at most the bound, so that a step of rate 1 is as long as that."""
+    inputs, labels = examples(10)
+    batches = Batches((inputs, labels), torch.arange(10), 10)
+    moved = []
+    for clip in (0.01, 1e6, None):
+        torch.manual_seed(0)
+        model = DigitNet([12, 8], "relu").double()
+        before = nn.utils.parameters_to_vector(model.parameters()).detach()
+        x = batches.tensors[0].double()
+        train(
+            model,
+            [(x, labels)],
+            cross_entropy,
+            torch.optim.SGD(model.parameters(), 1.0),
+            clip=clip,
+        )
+        moved.append(nn.utils.parameters_to_vector(model.parameters()).detach() - before)
+    assert float(moved[0].norm()) == pytest.approx(0.01, rel=1e-4)
+    assert torch.equal(moved[1], moved[2])
+    torch.testing.assert_close(moved[0], moved[2] * (0.01 / moved[2].norm()), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_the_dtype_and_keeps_the_weights(dtype):
+    """Layers compute in the low dtype, weights stay float32, and the loss falls all the same."""
+    model, (inputs, labels) = DigitNet([12, 8]), examples(40)
+    seen = set()
+    model.linear1.register_forward_hook(lambda *call: seen.add(call[2].dtype))
+    batches = Batches((inputs, labels), torch.arange(40).repeat(10), 20)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    losses = train(model, batches, cross_entropy, optimizer, autocast=dtype, clip=5.0)
+    assert seen == {dtype}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert losses.dtype == torch.float32
+    assert losses[-1] < losses[0] / 2
+
+
+def test_hooks_see_every_step_and_can_end_the_training():
+    """Hooks get step, model and loss in order; one that returns True ends it after its step."""
+    model, (inputs, labels) = DigitNet([12, 8]), examples(30)
+    calls: list[tuple[str, int, float]] = []
+
+    def first(step: int, of: nn.Module, loss: torch.Tensor) -> None:
+        assert of is model
+        calls.append(("first", step, float(loss)))
+
+    def second(step: int, of: nn.Module, loss: torch.Tensor) -> bool:
+        calls.append(("second", step, float(loss)))
+        return step == 4
+
+    batches = Batches((inputs, labels), torch.arange(30), 5)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    losses = train(model, batches, cross_entropy, sgd, hooks=[first, every(2, second)])
+    assert [(name, step) for name, step, _ in calls] == [
+        ("first", 1),
+        ("first", 2),
+        ("second", 2),
+        ("first", 3),
+        ("first", 4),
+        ("second", 4),
+    ]
+    assert [value for name, _, value in calls if name == "first"] == losses.tolist()
+
+
+@pytest.mark.parametrize("kind", [SmallAdam, functools.partial(torch.optim.Adam, fused=True)])
+def test_learning_rates_follow_the_schedule(kind):
+    """Each step is made with the rate that the schedule gives its number, for either Adam."""
+    model, (inputs, labels) = DigitNet([12, 8]), examples(30)
+    optimizer, rates = kind(model.parameters(), lr=1.0), []
+    plain = optimizer.step
+
+    def step() -> None:
+        groups = getattr(optimizer, "param_groups", None)
+        rates.append(optimizer.lr if groups is None else groups[0]["lr"])
+        plain()
+
+    optimizer.step = step
+    hook = learning_rate(optimizer, lambda number: number / 100)
+    batches = Batches((inputs, labels), torch.arange(30), 10)
+    train(model, batches, cross_entropy, optimizer, hooks=[hook])
+    assert rates == [0.01, 0.02, 0.03]
+
+
+def test_hooks_leave_the_training_as_it_is():
+    """A curve and a log on the way, evaluation included, change no bit of losses and weights."""
+    inputs, labels = examples(60)
+    runs = []
+    for hooks in ([], [logging(Curve(), lambda m: {"a": float(logits_of(m, inputs).mean())})]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(784, 12), nn.Dropout(0.5), nn.Linear(12, 10))
+        batches = Batches((inputs, labels), torch.arange(60), 10)
+        sgd = torch.optim.SGD(model.parameters(), 0.1)
+        losses = train(model, batches, cross_entropy, sgd, hooks=hooks)
+        runs.append([losses, *model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+def test_early_stopping_goes_back_to_the_best_step():
+    """After so many looks without a new best it ends, and restoring gives the best weights."""
+    figures = iter([0.5, 0.7, 0.6, 0.7, 0.9])
+    model, (inputs, labels) = DigitNet([12, 8]), examples(60)
+    kept = []
+    stopping = EarlyStopping(lambda m: next(figures), model.parameters(), patience=2)
+    batches = Batches((inputs, labels), torch.arange(60), 5)
+
+    def keep_weights(step: int, of: nn.Module, loss: torch.Tensor) -> None:
+        kept.append(nn.utils.parameters_to_vector(of.parameters()).detach().clone())
+
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    hooks = [keep_weights, every(2, stopping)]
+    losses = train(model, batches, cross_entropy, sgd, hooks=hooks)
+    assert len(losses) == 8
+    assert (stopping.best, stopping.highest) == (4, 0.7)
+    stopping.restore()
+    assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), kept[3])
+
+
+def test_logs_on_disk_hold_what_was_logged(tmp_path):
+    """CSV and TensorBoard files give back the figures of each step."""
+    log = CsvLog(tmp_path / "deep" / "log.csv")
+    for step in (5, 10):
+        log(step, {"loss": 1 / step, "other": 2.0 * step})
+    assert (
+        tmp_path / "deep" / "log.csv"
+    ).read_text() == "step,loss,other\n5,0.2,10.0\n10,0.1,20.0\n"
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with TensorBoardLog(tmp_path / "board") as board:
+        board(3, {"loss": 0.25})
+        board(6, {"loss": 0.125})
+    events = reader.EventAccumulator(str(tmp_path / "board")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(3, 0.25), (6, 0.125)]
+
+
+def test_rows_as_csv_keep_what_is_plain():
+    """A table of rows has a column a name that any row has, without lists and mappings."""
+    rows = [{"stage": "on", "n": 3, "wrong": [1, 2]}, {"stage": "off, again", "loss": 0.5}]
+    assert rows_to_csv(rows) == 'stage,n,loss\non,3,\n"off, again",,0.5\n'
+
+
+def test_held_out_rows_are_as_many_of_each_class():
+    """A validation split has the asked number of each class, the rest stays, nothing is in both."""
+    labels = torch.randint(4, (200,), generator=torch.Generator().manual_seed(1))
+    stay, held = hold_out(labels, 7, torch.Generator().manual_seed(2))
+    assert torch.bincount(labels[held]).tolist() == [7] * 4
+    assert sorted([*stay.tolist(), *held.tolist()]) == list(range(200))
+    assert stay.tolist() == sorted(stay.tolist())
+    again = hold_out(labels, 7, torch.Generator().manual_seed(2))[1]
+    assert torch.equal(held, again)
+    assert not torch.equal(held, hold_out(labels, 7, torch.Generator().manual_seed(3))[1])
+    with pytest.raises(StudyError, match="class 0 has 3 examples: 3 cannot be held out"):
+        hold_out(torch.tensor([0, 0, 0, 1]), 3, torch.Generator())
+
+
+def test_scores_of_any_number_of_classes():
+    """Two classes or four, tuned ones or none: counts are a plain loop's, and what has no examples
+    is left out."""
+    logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [5.0, 4.0]])
+    row = score(logits, torch.tensor([0, 1, 1]))
+    assert row["confusion"] == [[1, 0], [1, 1]]
+    assert row["wrong_counts"] == [0, 1]
+    assert row["accuracy"] == 2 / 3
+    assert not row.keys() & {"tuned_accuracy", "other_accuracy"}
+    row = score(torch.eye(4)[[0, 1, 1, 3]], torch.tensor([0, 1, 2, 3]), [2, 3])
+    assert (row["tuned_accuracy"], row["other_accuracy"]) == (0.5, 1.0)
+    assert "tuned_accuracy" not in score(torch.eye(4)[:2], torch.tensor([0, 1]), [2, 3])
