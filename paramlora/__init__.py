@@ -23,8 +23,9 @@ from .checkpoint import load, load_state_dict, save, state_dict
 from .combine import combine
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
 from .extract import extract
+from .groups import parameter_groups
 from .hold import hold_statistics
-from .kinds import DoRA
+from .kinds import IA3, DoRA, LoHa, LoKr
 from .merge import bake, merge, merged, unmerge
 from .peft import load_peft, save_peft
 from .route import routed
@@ -34,10 +35,13 @@ from .toggle import disable, disabled, enable, enabled, scale, using
 __version__ = "0.1.0"
 
 __all__ = [
+    "IA3",
     "AdapterNameError",
     "CheckpointError",
     "Delta",
     "DoRA",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LowRank",
     "ParamloraError",
@@ -70,6 +74,7 @@ __all__ = [
     "load_state_dict",
     "merge",
     "merged",
+    "parameter_groups",
     "parameters",
     "routed",
     "save",

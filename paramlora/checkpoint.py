@@ -391,19 +391,31 @@ def _check_site(place: Place, spec: Spec, path: str | os.PathLike[str]) -> None:
 
 
 def _spec(entry: dict[str, Any], site: str, path: str | os.PathLike[str]) -> Spec:
-    kinds = {kind.__name__: kind for kind in _derived(Spec)}  # type: ignore[type-abstract]
-    kind = kinds.get(entry["kind"])
-    if kind is None:
+    imported = list(_derived(Spec))  # type: ignore[type-abstract]
+    # By their places: a notebook's cell that runs again defines its class again.
+    named = {_full_name(kind): kind for kind in imported if kind.__name__ == entry["kind"]}
+    if not named:
+        known = sorted({kind.__name__ for kind in imported})
         raise CheckpointError(
             f"{path} has an adapter of kind {entry['kind']!r} at {site!r}, and no imported class "
-            f"of that name derives from Spec (there are {', '.join(sorted(kinds))}); import it"
+            f"of that name derives from Spec (there are {', '.join(known)}); import it"
         )
+    if len(named) > 1:
+        raise CheckpointError(
+            f"{path} has an adapter of kind {entry['kind']!r} at {site!r}, and there are several "
+            f"classes of that name: {', '.join(sorted(named))}; rename your own"
+        )
+    [kind] = named.values()
     try:
         return kind(**entry["fields"])
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} has settings for {site!r} that {entry['kind']} does not take: {error}"
         ) from error
+
+
+def _full_name(kind: type[Spec]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _derived(kind: type[Spec]) -> Iterator[type[Spec]]:
