@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import paramlora as pl
-from paramlora import CheckpointError, Delta, DoRA, LoRA, TargetError
+from paramlora import CheckpointError, Delta, DoRA, LoHa, LoRA, TargetError
 
 PREFIX = "base_model.model."
 
@@ -382,6 +382,10 @@ SPECS: dict[str, tuple[Any, str]] = {
             "cross.out_proj.weight",
             "PEFT needs queries, keys and values of one size in a MultiheadAttention",
         ),
+    ),
+    "another kind": (
+        {"fc": LoRA(2), "last_fc": LoHa(2)},
+        hold("last_fc.weight", "LoHa is no low-rank update of it"),
     ),
     "a DoRA beside a LoRA": (
         {"fc": LoRA(2), "last_fc": DoRA(2)},
