@@ -36,8 +36,10 @@ _IDLE = {
     "task_type",
 }
 
-# What A and B were at the start; others (PiSSA, OLoRA, …) change the stored base when PEFT loads.
-_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+# What A and B were at the start. Others change the stored base when PEFT loads: two of them by what
+# can be computed from the base alone, and is here.
+_PLAIN = ("gaussian", "orthogonal", "eva")
+_FROM_BASE = ("pissa", "olora")
 
 # Settings that go with a list of target_modules.
 _OF_LISTS = {"layers_to_transform", "layers_pattern"}
@@ -80,6 +82,7 @@ class Config:
     use_dora: bool = False
     bias: str = "none"
     modules_to_save: list[str] = field(default_factory=list)
+    init: str = "kaiming"
 
     def targets(self, path: str) -> bool:
         """Return whether the module at `path` is adapted, as PEFT's check_target_module_exists."""
@@ -178,7 +181,8 @@ def read(path: Path) -> Config:
             f"{path} is damaged: target_modules is a string, which goes without "
             f"{' and '.join(sorted(settings.keys() & _OF_LISTS))}"
         )
-    return Config(**settings)
+    init = content.get("init_lora_weights")
+    return Config(**settings, init=init if init in _FROM_BASE else "kaiming")
 
 
 def written(targets: Mapping[str, tuple[int, float]], **settings: Any) -> dict[str, Any]:
@@ -202,7 +206,8 @@ def written(targets: Mapping[str, tuple[int, float]], **settings: Any) -> dict[s
 
 def _refuse_others(path: Path, content: dict[str, Any]) -> None:
     init = content.get("init_lora_weights")
-    if not any(init is known or (isinstance(init, str) and init == known) for known in _INITS):
+    switched = init is None or isinstance(init, bool)
+    if not switched and init not in (*_PLAIN, *_FROM_BASE):
         raise CheckpointError(
             f"{path} has init_lora_weights {init!r}, which changes the base where it is loaded; "
             "save it from PEFT as a plain LoRA, by path_initial_model_for_weight_conversion="

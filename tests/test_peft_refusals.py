@@ -103,6 +103,23 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
         "where it is loaded; save it from PEFT as a plain LoRA, by "
         "path_initial_model_for_weight_conversion=",
     ),
+    "a start from the base for another layer": (
+        setting(init_lora_weights="olora", target_modules="emb"),
+        "{path} adapts 'emb', and its start, 'olora', is carried out for LoRA of a Linear alone",
+    ),
+    "a start from the base without a scale": (
+        setting(init_lora_weights="pissa", lora_alpha=0),
+        "{path} adapts 'fc', and init='pissa' needs an alpha above 0, got 0",
+    ),
+    "a start from the base of too large a rank": (
+        lambda config, tensors: (
+            config.update(init_lora_weights="pissa", r=4),
+            tensors.update({f"{PREFIX}fc.lora_A.weight": torch.ones(4, 4)}),
+            tensors.update({f"{PREFIX}fc.lora_B.weight": torch.ones(3, 4)}),
+        ),
+        "{path} does not fit this model: cannot adapt 'fc.weight' with LoRA: init='pissa' at rank "
+        "4 needs a matrix of that rank, 3 [...]",
+    ),
     "no targets": (
         lambda config, tensors: config.pop("target_modules"),
         "{path}/adapter_config.json names no target_modules; write them there",
