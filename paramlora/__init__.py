@@ -22,12 +22,14 @@ from .base import base_state_dict, fingerprint, load_base_state_dict
 from .checkpoint import load, load_state_dict, save, state_dict
 from .combine import combine
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
+from .eva import eva
 from .extract import extract
 from .groups import parameter_groups
 from .hold import hold_statistics
-from .kinds import IA3, DoRA, LoHa, LoKr
+from .kinds import IA3, DoRA
 from .merge import bake, merge, merged, unmerge
 from .peft import load_peft, save_peft
+from .products import LoHa, LoKr
 from .route import routed
 from .summary import SiteSummary, Skipped, Summary, summary
 from .toggle import disable, disabled, enable, enabled, scale, using
@@ -63,6 +65,7 @@ __all__ = [
     "draw",
     "enable",
     "enabled",
+    "eva",
     "extract",
     "factor_dtype",
     "fingerprint",
