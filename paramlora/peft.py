@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from . import peft_config, peft_export, peft_import
 from .attach import check_name, install
 from .base import whole
-from .checkpoint import read_tensors, refresh, write_atomically
+from .checkpoint import refresh
 from .errors import CheckpointError
+from .file import read_tensors, write_atomically
 from .summary import Summary, summary
 from .targets import check_shapes, places
 from .toggle import names_of

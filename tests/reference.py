@@ -111,7 +111,7 @@ TRANSPOSED = Kind(
     lambda W, f, k: W + k * 3 / 2 * (f["B"] @ f["A"]).T.reshape(W.shape),
     rank=2,
 )
-BLOCKS = {f"{name}_blocks": replace(KINDS[name], blocks=True) for name in ("lora", "delta")}
+BLOCKS = {f"{name}_blocks": replace(KINDS[name], blocks=True) for name in ("lora", "dora", "delta")}
 # Settings of kinds that take a path of their own.
 VARIANTS = {
     "ia3_inputs": Kind(
