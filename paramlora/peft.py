@@ -57,6 +57,15 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "defau
             written then.
         FileExistsError: the folder has other files, or is none.
         FileNotFoundError: there is no folder to put it in.
+
+    >>> import tempfile
+    >>> import paramlora as pl
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2, alpha=4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pl.save_peft(model, f"{folder}/digits")
+    ...     pl.load_peft(nn.Sequential(nn.Linear(4, 3)), f"{folder}/digits").sites[0].scale
+    2.0
     """
     path = Path(path)
     _check_place(path)
