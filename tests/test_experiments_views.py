@@ -135,9 +135,8 @@ def test_the_examples_network_is_torchvisions_resnet18(tmp_path):
     torch.manual_seed(3)
     model = own_model.resnet()
     assert sum(p.numel() for p in model.parameters()) == 11_181_642
-    save_file(
-        {k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "w.safetensors"
-    )
+    path = tmp_path / "w.safetensors"
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
     again = own_model.resnet(path)
     for one, two in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, two)
