@@ -35,19 +35,26 @@ def resolve_device(name: str) -> torch.device:
 
 def describe(device: torch.device, data: Data) -> dict[str, Any]:
     """Return the contents of environment.json: plain values, one level deep."""
-    on_gpu = device.type == "cuda"
     return {
-        "python": platform.python_version(),
-        **{package: _version(package) for package in PACKAGES},
-        "platform": platform.platform(),
-        "device": str(device),
-        "processor": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        **machine(device),
         "data": data.name,
         "data_why": data.why,
         "data_digest": data.digest,
         "train_images": len(data.train.labels),
         "test_images": len(data.test.labels),
         "commit": commit(),
+    }
+
+
+def machine(device: torch.device, *packages: str) -> dict[str, Any]:
+    """Return versions, those of `packages` too, and the processor: a part of environment.json."""
+    on_gpu = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        **{package: _version(package) for package in (*PACKAGES, *packages)},
+        "platform": platform.platform(),
+        "device": str(device),
+        "processor": torch.cuda.get_device_name(device) if on_gpu else _processor(),
     }
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .errors import CheckpointError
+from .errors import CheckpointError, StateError
+from .sharded import check_settled, in_parts
 from .stack import stack_of
 from .toggle import check_unmerged, select
 
@@ -34,17 +35,42 @@ def base_state_dict(model: nn.Module) -> dict[str, Any]:
 def load_base_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Load the base's tensors from a state dict with original keys; adapters stay as they are.
 
+    Where the model is sharded all processes call it, with whole tensors or with parts.
+
     Raises:
         CheckpointError: missing or unexpected keys, all of them listed, or other shapes; the
             model is then as it was.
-        StateError: an adapter is merged.
+        StateError: an adapter is merged, or the model is on the meta device.
     """
     check_unmerged(select(model, ()), "load a base under")
     keys, own = _Keys(model), model.state_dict()
     actual = {name: key for key in own if (name := keys.original(key)) is not None}
     expected = {original: own[key] for original, key in actual.items()}
     compare(state, expected, "the state for the base")
-    model.load_state_dict({actual[key]: value for key, value in state.items()}, strict=False)
+    for key, own_value in expected.items():
+        check_real(key, own_value)
+    _check_settled(model)
+    fitting = {
+        actual[key]: in_parts(value, expected[key]) if isinstance(value, Tensor) else value
+        for key, value in state.items()
+    }
+    model.load_state_dict(fitting, strict=False)
+
+
+def check_real(path: str, tensor: Any) -> None:
+    """Raise a StateError where a tensor is on the meta device, and holds no values."""
+    if isinstance(tensor, Tensor) and tensor.is_meta:
+        raise StateError(
+            f"{path!r} is on the meta device and holds no values: materialise the model first, by "
+            "to_empty(device=...), then load_base_state_dict, then load"
+        )
+
+
+def _check_settled(model: nn.Module) -> None:
+    """Raise a StateError where a parameter is a gathered copy, which a write would be lost in."""
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            check_settled(module, parameter, f"{path}.{name}")
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from .adapters import Spec, is_finite
 from .attach import Planned, check_name, check_tied, install
-from .base import compare, digest, whole
+from .base import check_real, compare, digest, whole
+from .block import Part, split
 from .errors import AdapterNameError, CheckpointError, TargetError
+from .sharded import check_settled, fill, is_sharded, settle, writes_files
 from .stack import Factors, Site, below, first_sites
 from .summary import Summary, summary
 from .targets import Place, check, check_shapes, nearest, places
@@ -38,15 +40,17 @@ _SITE = {"kind": str, "fields": dict, "strength": (int, float), "shape": list}
 def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """Return an adapter's factors by `<site>.<factor>`: `fc1.weight.A`.
 
-    As with `nn.Module.state_dict` the tensors are detached, and share memory with the model's.
+    As with `nn.Module.state_dict` the tensors are detached, and share memory with the model's;
+    of a model that FSDP has sharded they are in parts (DTensors).
 
     Raises:
         AdapterNameError: no adapter of that name.
     """
+    settle(model)
     return {
-        f"{site.path}.{key}": parameter.detach()
-        for site in _sites_of(model, name)
-        for key, parameter in site.stack[name].named_parameters()
+        f"{path}.{key}": tensor.detach()
+        for path, factors in _parts(model, name).items()
+        for key, tensor in factors.tensors.items()
     }
 
 
@@ -54,37 +58,46 @@ def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
     """Copy factors, as `state_dict` gave them, into an adapter that is attached.
 
-    Nothing else changes: no other adapter, not what is active, scaled or trained.
+    Nothing else changes: no other adapter, not what is active, scaled or trained. Where the model
+    is sharded all processes call it, with whole tensors or with parts.
 
     Raises:
         AdapterNameError: no adapter of that name.
         CheckpointError: missing or unexpected keys, all of them listed, or other shapes; the
             model is then as it was.
-        StateError: the adapter is merged.
+        StateError: the adapter is merged, or the model is on the meta device.
     """
     check_unmerged(select(model, [name]), "load")
     own = state_dict(model, name)
     compare(state, own, f"the state for adapter {name!r}")
+    _check_writable(model, name)
     for key, tensor in own.items():
-        tensor.copy_(state[key])
+        fill(tensor, state[key])
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
     """Save an adapter to one `.safetensors` file that says all that `load` needs.
 
     The file is written beside its place and moved there: a crash leaves the old one or the new.
+    Where the model is sharded all processes call it, and the first one writes.
 
     Raises:
         AdapterNameError: no adapter of that name.
         FileNotFoundError: no such folder.
         TypeError: a kind of your own has a field that JSON cannot hold.
     """
+    state = state_dict(model, name)
+    for key, tensor in state.items():
+        check_real(key, tensor)
     # Copies: safetensors refuses tensors that share memory.
     tensors = {
-        key: whole(tensor).to("cpu", copy=True).contiguous()
-        for key, tensor in state_dict(model, name).items()
+        key: whole(tensor).to("cpu", copy=True).contiguous() for key, tensor in state.items()
     }
-    described = {site.path: _describe(site, name) for site in _sites_of(model, name)}
+    described = {
+        path: _describe(factors, site)
+        for site in sites_of(model, name)
+        for path, factors in site.parts(name).items()
+    }
     content = {"version": _VERSION, "name": name, "sites": described}
     try:
         content["digest"] = digest(tensors.items(), json.dumps(content))
@@ -93,14 +106,17 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
             f"cannot save adapter {name!r}: a spec's fields must be numbers, strings, booleans or "
             f"None ({error})"
         ) from error
-    write_atomically(path, tensors, {"format": "pt", _ENTRY: json.dumps(content)})
+    if writes_files(list(state.values())):
+        # Not by safetensors' own save_file, whose files only their owner may read.
+        write_atomically(path, serialized(tensors, {"format": "pt", _ENTRY: json.dumps(content)}))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> Summary:
     """Attach the adapter of a file, or refresh the one of that name that is attached.
 
     A new one is attached as `attach` does it: switched on, its factors trained, the base frozen.
-    Into one of the same name, sites and shapes only the values and strengths are copied.
+    Into one of the same name, sites and shapes only the values and strengths are copied; that can
+    be done in a model that is sharded, too, by all processes.
 
     Args:
         model: a module with the tensors that the file names.
@@ -117,12 +133,14 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
             model is then as it was.
         AdapterNameError: the name cannot be one, or belongs to an adapter of other sites, kinds
             or shapes.
-        StateError: the adapter of that name is merged.
+        StateError: the adapter of that name is merged, or the model is on the meta device.
         TargetError: a tensor of the model is lazy and has no shape yet.
     """
     tensors, content = _read(path)
     name = content["name"] if name is None else name
-    planned = _planned(model, tensors, content["sites"], path)
+    planned = _planned(model, tensors, content["sites"], path, name in names_of(model))
+    for plan in planned:
+        check_real(plan.place.path, plan.place.stored)
     check_tied(model, [plan.place for plan in planned])
     # Last, because the checks before it say more.
     saved = content.pop("digest")
@@ -131,24 +149,20 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
             f"{path} is damaged: its digest is not that of what was saved; save the adapter again"
         )
     if name in names_of(model):
-        _refresh(model, planned, name, path)
+        refresh(model, planned, name, path)
     else:
         check_name(model, name)
         install(model, planned, name, freeze=True)
     return summary(model)
 
 
-def write_atomically(
-    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
-) -> None:
-    """Write a `.safetensors` file so that a crash leaves the old file or the new one, whole."""
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new, whole."""
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
-    # Not by safetensors' own save_file, whose files only their owner may read.
-    content = serialized(tensors, metadata)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(beside, "wb") as file:
@@ -160,43 +174,57 @@ def write_atomically(
         beside.unlink(missing_ok=True)
 
 
-def _sites_of(model: nn.Module, name: str) -> list[Site]:
+def sites_of(model: nn.Module, name: str) -> list[Site]:
     """Return the sites of one adapter, tied ones once, in the order of `parameters`."""
     wanted = {id(stack) for stack, _ in select(model, [name])}
     return [site for site in first_sites(model) if id(site.stack) in wanted]
 
 
-def _describe(site: Site, name: str) -> dict[str, Any]:
-    factors = site.stack[name]
+def _parts(model: nn.Module, name: str) -> dict[str, Factors]:
+    """Return one adapter's factors by the path of the site or block, in the same order."""
+    return {
+        path: factors
+        for site in sites_of(model, name)
+        for path, factors in site.parts(name).items()
+    }
+
+
+def _describe(factors: Factors, site: Site) -> dict[str, Any]:
     values = {f.name: getattr(factors.spec, f.name) for f in dataclasses.fields(factors.spec)}
     return {
         "kind": type(factors.spec).__name__,
         # A callable (an init) has done its work and cannot be saved.
         "fields": {key: value for key, value in values.items() if not callable(value)},
         "strength": float(factors.strength),
+        # Of the whole tensor, also for a block, whose place in it the path has.
         "shape": list(below(site.plist, site.stack).shape),
     }
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if os.path.isdir(path):
-        raise CheckpointError(f"{path} is a folder; name the .safetensors file in it")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or no .safetensors file ({error}); save the adapter again"
-        ) from error
+    tensors, metadata = read_tensors(path)
     if _ENTRY not in metadata:
         raise CheckpointError(
             f"{path} was not written by paramlora.save: its metadata has no {_ENTRY!r}, only "
             f"{sorted(metadata)}"
         )
     return tensors, _content(metadata[_ENTRY], path)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a `.safetensors` file, and its metadata."""
+    if os.path.isdir(path):
+        raise CheckpointError(f"{path} is a folder; name the .safetensors file in it")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or no .safetensors file ({error}); save the adapter again"
+        ) from error
 
 
 def _content(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -241,20 +269,18 @@ def _planned(
     tensors: dict[str, Tensor],
     described: dict[str, dict[str, Any]],
     path: str | os.PathLike[str],
+    there: bool,
 ) -> list[Planned]:
-    """Return what a file wants to attach, everything checked against the model."""
-    here = {place.path: place for place in places(model)}
-    check_shapes(here.values())
-    absent = [site for site in described if site not in here]
-    if absent:
-        raise CheckpointError(
-            f"{path} belongs to another model: it adapts {', '.join(absent)}, which this one does "
-            f"not have{nearest(absent[0], here)}"
-        )
+    """Return what a file wants to attach, everything checked against the model.
+
+    Where an adapter is `there` that only gets its values, the model may be sharded.
+    """
+    here = _here(model, described, path)
     specs = {site: _spec(entry, site, path) for site, entry in described.items()}
     expected: dict[str, Tensor] = {}
     for site, spec in specs.items():
-        _check_site(here[site], spec, described[site]["shape"], path)
+        if not (there and is_sharded(here[site].module, here[site].stored)):
+            _check_site(here[site], spec, path)
         blank = _blank(spec, here[site], path)
         expected |= {f"{site}.{key}": tensor for key, tensor in blank.items()}
     compare(tensors, expected, str(path))
@@ -262,6 +288,59 @@ def _planned(
         Planned(here[site], _factors(here[site], spec, described[site], site, tensors, expected))
         for site, spec in specs.items()
     ]
+
+
+def _here(
+    model: nn.Module, described: dict[str, dict[str, Any]], path: str | os.PathLike[str]
+) -> dict[str, Place]:
+    """Return the places of the sites that a file has, blocks of tensors among them."""
+    everywhere = {place.path: place for place in places(model)}
+    check_shapes(everywhere.values())
+    parted = {site: (site, None) if site in everywhere else _split(site) for site in described}
+    absent = [site for site, (tensor, _) in parted.items() if tensor not in everywhere]
+    if absent:
+        raise CheckpointError(
+            f"{path} belongs to another model: it adapts {', '.join(absent)}, which this one does "
+            f"not have{nearest(absent[0], everywhere)}"
+        )
+    here: dict[str, Place] = {}
+    for site, (tensor, index) in parted.items():
+        place = everywhere[tensor]
+        _check_shape(place, described[site]["shape"], path)
+        if index is not None:
+            place = _block(place, index, site, path)
+        _check_apart(place, here.values(), path)
+        here[site] = place
+    return here
+
+
+def _split(site: str) -> tuple[str, tuple[Part, ...] | None]:
+    try:
+        return split(site)
+    except ValueError:
+        return site, None
+
+
+def _block(place: Place, index: tuple[Part, ...], site: str, path: str | os.PathLike[str]) -> Place:
+    try:
+        block = place.at(index)
+    except TargetError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; save the adapter again") from error
+    if block.path != site:
+        raise CheckpointError(
+            f"{path} is damaged: it calls {block.path!r} {site!r}; save the adapter again"
+        )
+    return block
+
+
+def _check_apart(place: Place, others: Iterable[Place], path: str | os.PathLike[str]) -> None:
+    """Raise a CheckpointError where two sites of a file are in part the same here."""
+    for other in others:
+        if other.stored is place.stored and place.meets(other):
+            raise CheckpointError(
+                f"{path} does not fit: {other.path!r} and {place.path!r} are, or share, one tensor "
+                "here"
+            )
 
 
 def _factors(
@@ -279,7 +358,7 @@ def _factors(
         for key, blank in expected.items()
         if key.rpartition(".")[0] == site
     }
-    factors = Factors(spec, own)
+    factors = Factors(spec, own, place.block)
     factors.set_strength(entry["strength"])
     return factors
 
@@ -287,20 +366,24 @@ def _factors(
 def _blank(spec: Spec, place: Place, path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return what the factors look like, on the meta device."""
     try:
-        return spec.create(place.value.detach().to("meta"))
+        value = place.value
+        return spec.create(torch.empty(value.shape, dtype=value.dtype, device="meta"))
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} has settings for {place.path!r} that give no factors, {spec!r}: {error}"
         ) from error
 
 
-def _check_site(place: Place, spec: Spec, shape: list[int], path: str | os.PathLike[str]) -> None:
-    found = list(place.value.shape)
+def _check_shape(place: Place, shape: list[int], path: str | os.PathLike[str]) -> None:
+    found = list(place.whole.shape)
     if found != shape:
         raise CheckpointError(
             f"{path} belongs to another model: {place.path!r} has shape {shape} there and {found} "
             "here"
         )
+
+
+def _check_site(place: Place, spec: Spec, path: str | os.PathLike[str]) -> None:
     try:
         check(place, spec)
     except TargetError as error:
@@ -330,7 +413,7 @@ def _derived(kind: type[Spec]) -> Iterator[type[Spec]]:
 
 
 @torch.no_grad()
-def _refresh(
+def refresh(
     model: nn.Module,
     planned: list[Planned],
     name: str,
@@ -338,7 +421,7 @@ def _refresh(
 ) -> None:
     """Copy a file's values into the adapter of that name, which must be of the same make."""
     check_unmerged(select(model, [name]), "load")
-    attached = {site.path: site.stack[name] for site in _sites_of(model, name)}
+    attached = _parts(model, name)
     new = {plan.place.path: plan.factors for plan in planned}
     same = attached.keys() == new.keys() and all(
         type(new[site].spec) is type(attached[site].spec)
@@ -350,12 +433,23 @@ def _refresh(
             f"an adapter {name!r} is attached already, with other sites, kinds or ranks than "
             f"{path} has ({', '.join(new)}); give name=, or detach it first"
         )
+    settle(model)
+    _check_writable(model, name)
     for site, factors in attached.items():
         factors.spec = new[site].spec
         factors.set_strength(new[site].strength)
-        for key, parameter in factors.named_parameters():
-            parameter.copy_(new[site].get_parameter(key))
+        for key, tensor in factors.tensors.items():
+            fill(tensor, new[site].tensors[key])
+
+
+def _check_writable(model: nn.Module, name: str) -> None:
+    """Raise a StateError where what is written to an adapter's factors would be lost."""
+    for site in sites_of(model, name):
+        for path, factors in site.parts(name).items():
+            for key, tensor in factors.tensors.items():
+                check_settled(site.module, tensor, path)
+                check_real(f"{path}.{key}", tensor)
 
 
 def _shapes(factors: Factors) -> dict[str, torch.Size]:
-    return {key: parameter.shape for key, parameter in factors.named_parameters()}
+    return {key: tensor.shape for key, tensor in factors.tensors.items()}

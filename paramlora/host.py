@@ -8,15 +8,17 @@ Note [a class for each module]
     own, and a host that had such a class before, perhaps shared already, gets a new one first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .errors import StateError
 from .forward import forward_for, hold_stored
-from .stack import Site, SiteList, Stack, lists, stack_of, walk
+from .stack import Site, Stack, lists, stack_of, walk
 
 _BEFORE = "_paramlora_before"
 
@@ -53,7 +55,9 @@ def register(module: nn.Module, tensor: str, stack: Stack) -> None:
         # Not by register_parametrization: its checks would run the ones that are there.
         plist.append(stack.train(module.training))
     if first:
-        _adopt(type(module), before)
+        inside = (child for key, child in module.named_children() if key != "parametrizations")
+        alone = not any(True for child in inside for _ in child.parameters())
+        _adopt(type(module), before, alone)
 
 
 def unregister(site: Site) -> None:
@@ -100,6 +104,45 @@ def forget(model: nn.Module) -> None:
     for _, module in walk(model):
         if _BEFORE in vars(module) and not _frozen(module) and not _is_host(module):
             delattr(module, _BEFORE)
+
+
+class SiteList(parametrize.ParametrizationList):
+    """The parametrizations of a tensor whose first one is a stack, safe to register more on.
+
+    torch hands a parametrization that is registered on top of another one a single tensor; one
+    that needs several (weight_norm: g and v) would fail at the next read. It goes below the stack
+    instead: the stored weight is split, and the adapters stay on top.
+    """
+
+    def append(self, module: nn.Module) -> "SiteList":
+        parts = _several(module, self)
+        if parts is None:
+            return super().append(module)
+        stack = stack_of(self)
+        if stack is not None and stack.merged:
+            raise StateError(
+                f"{type(module).__name__} cannot take over a tensor into which adapter "
+                f"{stack.merged[0]!r} is merged; unmerge first"
+            )
+        requires_grad = self.original.requires_grad
+        del self.original
+        for i, part in enumerate(parts):
+            self.register_parameter(f"original{i}", nn.Parameter(part, requires_grad))
+        self.is_tensor, self.ntensors = False, len(parts)
+        self.insert(0, module)
+        return self
+
+
+def _several(module: nn.Module, plist: SiteList) -> Sequence[Tensor] | None:
+    """Return the tensors that `module` stores for the list's tensor, None where it is one."""
+    if not plist.is_tensor or not hasattr(module, "right_inverse"):
+        return None
+    with torch.no_grad():
+        try:
+            parts = module.right_inverse(plist.original)  # type: ignore[operator]
+        except NotImplementedError:
+            return None
+    return None if isinstance(parts, Tensor) else parts
 
 
 def _is_host(module: nn.Module) -> bool:
@@ -151,7 +194,7 @@ def _tensors(cls: type) -> set[str]:
     return {key for key, value in vars(cls).items() if isinstance(value, property)}
 
 
-def _adopt(cls: type, before: Before) -> None:
+def _adopt(cls: type, before: Before, alone: bool) -> None:
     """Give a host's own class its deepcopy, and a forward where there is one for it."""
     plain = cls.__deepcopy__  # type: ignore[attr-defined]
 
@@ -164,7 +207,7 @@ def _adopt(cls: type, before: Before) -> None:
         copied.__class__ = _copied_class(type(copied))
         return copied
 
-    forward = forward_for(cls.__bases__[0])
+    forward = forward_for(cls.__bases__[0], alone=alone)
     added = {"__deepcopy__": deepcopy} | ({} if forward is None else {"forward": forward})
     before.replaced = {key: vars(cls).get(key) for key in added}
     for key, value in added.items():

@@ -6,19 +6,19 @@
 
     x: (n, k), A: (r, k), B: (m, r), W: (m, k), y: (n, m)
 
-Forward and backward choose by themselves (`choose`). Neither computes the dense gradient of W',
-which is what makes a plain parametrization half as fast again, and none keeps W': for the backward
-there are x itself, and x Aᵀ where the forward had it.
+`choose` is the rule. Neither path computes the dense gradient of W', which is what makes a plain
+parametrization half as fast again, and none keeps W': for the backward there are x itself, and
+x Aᵀ where the forward had it.
 
-Plain operations (`_composite`) say the same for small layers, where a Python Function costs more
-than it saves, and under torch.compile, torch.func, autocast and double backward: a Function that
-reads `ctx.needs_input_grad` loses gradients under the compiler, one without `setup_context` cannot
-be transformed, and the compiler plans its own memory anyway.
+`_plain` says the same in operations that autograd records, for small layers, where a Python
+Function costs more than it saves, and under torch.compile, torch.func, autocast and double
+backward: a Function that reads `ctx.needs_input_grad` loses gradients under the compiler, one
+without `setup_context` cannot be transformed, and the compiler plans its own memory anyway.
 """
 
 import functools
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,46 +27,58 @@ from torch.autograd import forward_ad
 
 from .adapters import LowRank
 
-Path = Literal["factored", "dense"]
+Path = Literal["plain", "factored", "dense"]
 
-# Below this many elements a launch costs more than the traffic that the kernel saves.
+
+class Plan(NamedTuple):
+    """The paths of one Linear; a plain forward brings its own backward."""
+
+    forward: Path
+    backward: Path
+
+
+_PLAIN = Plan("plain", "plain")
+
+# So many elements, n (k + m), have to pass through a layer before more than plain operations pays;
+# by device and by whether a gradient may be wanted.
+_PLAIN_BELOW = {
+    ("cpu", True): 2**18,
+    ("cpu", False): 2**18,
+    ("cuda", True): 2**24,
+    ("cuda", False): 2**22,
+}
+
+# Below this many elements a launch costs more than the traffic that a kernel saves.
 _WORTH_A_KERNEL = 2**23
 
 
-def choose(rows: int, columns: int, device: str) -> Path:
-    """Return how to add a low-rank update in one direction: to the product, or to the weight.
+def choose(n: int, k: int, m: int, device: str, grad: bool) -> Plan:
+    """Return how to compute a Linear with a low-rank update, in the forward and in the backward.
 
-    Adding it to the product reads and writes `rows` × `width` elements, adding it to the weight
-    `columns` × `width`, where `width` is what both share (m in the forward, k in the backward);
-    so the smaller one of `rows` and `columns` decides. On the CPU a weight costs four times as
-    much: it is a new tensor, while the product is there in the cache.
+    Plain operations where what passes through the layer, n (k + m) elements, is so little that
+    Python costs more than a pass over it. Else the update goes to the product, n rows, or to the
+    weight, k rows of the transposed one in the forward and m in the backward: both read and write
+    as many columns, so the fewer rows decide. On the CPU a weight costs four times as much, for
+    it is a new tensor, while the product is there in the cache.
 
-    Measured on two cores of an EPYC, fp32, r 4, 1000 × 784 → 256: 19 µs for the product, 71 µs
-    for the weight. On an H200, bf16, r 16, width 14336: product 62 µs at 4096 rows and 228 µs at
-    16384; weight 72 µs for 4096 columns.
-
-    Args:
-        rows: n, the rows of x.
-        columns: k in the forward, m in the backward.
-        device: a device type, "cpu" or "cuda".
-    """
-    return "dense" if rows > (4 * columns if device == "cpu" else columns) else "factored"
-
-
-def worth_a_function(elements: int, W: Tensor) -> bool:
-    """Return whether a training step saves more by fewer passes than a Python Function costs it.
-
-    That depends on the elements that pass through the layer, n (k + m). Measured as time over the
-    frozen floor, Function against plain operations: on two cores of an EPYC, fp32, the MLP
-    784-256-128-10, r 4: 3.85 and 2.78 at n = 10, 2.09 and 1.91 at 100, 1.14 and 1.52 at 1000. On
-    an H200, bf16, 4096 → 14336 → 4096 twice, r 16: 4.3 and 3.7 at n = 512, 1.20 and 1.24 at 4096.
+    Measured, as time of a training step over the frozen floor. Two cores of an EPYC, fp32, the
+    MLP 784-256-128-10, r 4, Function against plain operations: 3.85 and 2.78 at n = 10, 2.09 and
+    1.91 at 100, 1.14 and 1.52 at 1000. An H200, bf16, 4096 → 14336 → 4096 twice, r 16: 4.3 and
+    3.7 at n = 512, 1.20 and 1.24 at 4096. The update of a product and of a weight: EPYC, 1000 ×
+    784 → 256, 19 and 71 µs; H200, width 14336, 62 µs for 4096 and 228 µs for 16384 rows of a
+    product, 72 µs for 4096 of a weight.
 
     Args:
-        elements: those of x, n k.
-        W: (m, k).
+        n: the rows of x.
+        k: the layer's inputs.
+        m: its outputs.
+        device: "cpu", or "cuda" for any accelerator.
+        grad: whether a gradient may be wanted.
     """
-    m, k = W.shape
-    return elements // max(k, 1) * (k + m) >= (2**18 if W.device.type == "cpu" else 2**24)
+    if n * (k + m) < _PLAIN_BELOW[device, grad]:
+        return _PLAIN
+    most = n / 4 if device == "cpu" else n
+    return Plan("dense" if most > k else "factored", "dense" if most > m else "factored")
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tensor:
@@ -84,11 +96,17 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tens
     A, B, s = terms[0] if len(terms) == 1 else _together(terms)
     if isinstance(s, Tensor):
         B, s = B * s, 1.0
-    if _plain(x) or (torch.is_grad_enabled() and not worth_a_function(x.numel(), W)):
-        return _composite(x, W, b, A, B, s)
-    if torch.is_grad_enabled():
-        return _Linear.apply(x, W, b, A, B, s)
-    return _forward(x, W, b, A, B, s)[0]
+    grad = torch.is_grad_enabled()
+    # Sizes first, which settles it for small layers. Those of a subclass must not be asked for: it
+    # may be an exporter's fake tensor; nor the compiler's, which would compile for each outcome.
+    if type(x) is Tensor and not torch.compiler.is_compiling():
+        m, k = W.shape
+        plan = choose(x.numel() // max(k, 1), k, m, "cpu" if x.is_cpu else "cuda", grad)
+        if plan is not _PLAIN and _untransformed(x):
+            if grad:
+                return _Linear.apply(x, W, b, A, B, s, plan)
+            return _forward(x, W, b, A, B, s, plan.forward)[0]
+    return _plain(x, W, b, A, B, s)
 
 
 def update(C: Tensor, P: Tensor, Q: Tensor, s: float = 1.0, *, inplace: bool = False) -> Tensor:
@@ -96,7 +114,7 @@ def update(C: Tensor, P: Tensor, Q: Tensor, s: float = 1.0, *, inplace: bool = F
 
     P and Q may be of another floating dtype. `inplace` writes into C.
     """
-    if _kernel_can(C, P):
+    if _kernel_can(C, P.shape[1]):
         from .kernels import update as kernel
 
         return kernel(C, P, Q, s, C if inplace else torch.empty_like(C))
@@ -104,16 +122,29 @@ def update(C: Tensor, P: Tensor, Q: Tensor, s: float = 1.0, *, inplace: bool = F
     return C.addmm_(P, Q, alpha=s) if inplace else torch.addmm(C, P, Q, alpha=s)
 
 
+def products(dy: Tensor, B: Tensor, h: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    """Return s · dy B, (n, r), in the dtype of dy, and s · dyᵀ h, (m, r), in the dtype of B.
+
+    dy: (n, m), B: (m, r), h: (n, r); in one pass over dy where that pays.
+    """
+    if _kernel_can(dy, B.shape[1]) and B.shape[1] <= 64:
+        from .kernels import products as kernel
+
+        return kernel(dy, B, h, s)
+    dh = torch.mm(dy, B.to(dy.dtype))
+    return _scaled(dh, s), _scaled(torch.mm(dy.t(), h), s).to(B.dtype)
+
+
 class _Linear(torch.autograd.Function):
     """The eager path in training: see the formulas that open this file."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, plan: Plan
     ) -> Tensor:
-        y, h = _forward(x, W, b, A, B, s)
+        y, h = _forward(x, W, b, A, B, s, plan.forward)
         ctx.save_for_backward(x, W, b, A, B, h)
-        ctx.s = s
+        ctx.s, ctx.path = s, plan.backward
         # Not a view, which nn.ReLU(inplace=True) could not change behind a Function.
         return y.detach()
 
@@ -126,33 +157,33 @@ class _Linear(torch.autograd.Function):
         x, W, _, A, B = inputs
         x2, dy = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, W.shape[0])
         dx = dW = db = dA = dB = None
-        if needs[0] or needs[3]:
-            dh = torch.mm(dy, B.to(dy.dtype))
-            if needs[3]:
-                dA = _scaled(torch.mm(dh.t(), x2), ctx.s).to(A.dtype)
-            if needs[0]:
-                if choose(x2.shape[0], W.shape[0], x.device.type) == "dense":
-                    dx = torch.mm(dy, update(W, B, A, ctx.s))
-                else:
-                    dx = update(torch.mm(dy, W), dh, A, ctx.s, inplace=True)
-                dx = dx.view(x.shape)
         if needs[4]:
             h = torch.mm(x2, A.to(x2.dtype).t()) if h is None else h
-            dB = _scaled(torch.mm(dy.t(), h), ctx.s).to(B.dtype)
+            dh, dB = products(dy, B, h, ctx.s)  # dh = s · dy B
+        elif needs[0] or needs[3]:
+            dh = _scaled(torch.mm(dy, B.to(dy.dtype)), ctx.s)
+        if needs[3]:
+            dA = torch.mm(dh.t(), x2).to(A.dtype)
+        if needs[0]:
+            if ctx.path == "dense":
+                dx = torch.mm(dy, update(W, B, A, ctx.s))
+            else:
+                dx = update(torch.mm(dy, W), dh, A, inplace=True)
+            dx = dx.view(x.shape)
         if needs[1]:
             dW = torch.mm(dy.t(), x2)
         if needs[2]:
             db = dy.sum(0)
-        return dx, dW, db, dA, dB, None
+        return dx, dW, db, dA, dB, None, None
 
 
 def _forward(
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, path: Path
 ) -> tuple[Tensor, Tensor | None]:
     """Return y, and h = x Aᵀ where it was computed; x: (…, k), h: (n, r)."""
-    x2 = x.reshape(-1, x.shape[-1])
-    if choose(x2.shape[0], x2.shape[1], x.device.type) == "dense":
+    if path == "dense":
         return F.linear(x, update(W, B, A, s), b), None
+    x2 = x.reshape(-1, x.shape[-1])
     h = torch.mm(x2, A.to(x.dtype).t())
     # Of x as it is: a strided one is rounded otherwise than its copy, and B = 0 must be the base.
     y = F.linear(x, W, b).contiguous()
@@ -160,17 +191,24 @@ def _forward(
     return y, h
 
 
-def _composite(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
-    h = _scaled(F.linear(x, A.to(x.dtype)), s)
-    return F.linear(x, W, b) + F.linear(h, B.to(x.dtype))
+def _plain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
+    if torch.compiler.is_compiling():
+        # It fuses the scale with the cast, and the sum with an activation that may follow.
+        return F.linear(x, W, b) + F.linear(F.linear(x, (A * s).to(x.dtype)), B.to(x.dtype))
+    if A.dtype is not x.dtype:
+        A, B = A.to(x.dtype), B.to(x.dtype)
+    # The fewest operations: the scale and the sum ride in the last product.
+    if x.dim() == 2:
+        return torch.addmm(F.linear(x, W, b), F.linear(x, A), B.t(), alpha=s)
+    return F.linear(x, W, b) + F.linear(_scaled(F.linear(x, A), s), B)
 
 
 def _differentiable(
     needs: tuple[bool, ...], dy: Tensor, tensors: tuple[Any, ...], s: float
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of `_composite`, themselves with a graph."""
+    """Return the gradients of `_plain`, themselves with a graph."""
     x, W, b, A, B = tensors
-    y = _composite(x, W, b, A, B, s)
+    y = _plain(x, W, b, A, B, s)
     wanted = [tensor for tensor, needed in zip(tensors, needs, strict=False) if needed]
     grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return tuple(next(grads) if needed else None for needed in needs)
@@ -187,13 +225,14 @@ def _scaled(tensor: Tensor, s: float) -> Tensor:
     return tensor if s == 1.0 else tensor * s
 
 
-def _plain(x: Tensor) -> bool:
-    """Return whether to say it in plain operations; see this file's first docstring."""
-    # A subclass may be an exporter's fake one, whose sizes must not be asked for; and torch knows
-    # no autocast for the meta device.
-    if type(x) is not Tensor or x.is_meta or x.dim() < 2:
-        return True
-    return transformed() or torch.is_autocast_enabled(x.device.type)
+def _untransformed(x: Tensor) -> bool:
+    """Return whether nothing is looking on that only understands plain operations."""
+    return (
+        not transformed()
+        and not torch._C._is_any_autocast_enabled()
+        and x.dim() > 1
+        and not x.is_meta
+    )
 
 
 def transformed() -> bool:
@@ -205,12 +244,12 @@ def transformed() -> bool:
     )
 
 
-def _kernel_can(C: Tensor, P: Tensor) -> bool:
+def _kernel_can(C: Tensor, rank: int) -> bool:
     return (
         C.is_cuda
         and C.numel() >= _WORTH_A_KERNEL
         and C.dtype in (torch.bfloat16, torch.float16)
-        and P.shape[1] <= 128
+        and rank <= 128
         and C.is_contiguous()
         and _has_triton()
     )

@@ -1,7 +1,8 @@
 """Targets: what the user writes, to the tensors that it means.
 
 A target is a module type (its `weight`), a glob over dotted paths (of modules, meaning their
-`weight`, or of tensors), or a callable `(path, module) -> bool` (again the `weight`).
+`weight`, or of tensors), or a callable `(path, module) -> bool` (again the `weight`). A glob with
+a trailing index, `*.c_attn.weight[:, :768]`, means that block of each tensor.
 """
 
 import difflib
@@ -15,51 +16,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .adapters import FLOATS, Spec
+from .block import Part, split
 from .errors import TargetError
-from .stack import Stack, below, dotted, lists, stack_of, stored, walk
+from .place import Place, check_shapes, places
+from .sharded import is_sharded
+from .stack import dotted, walk
 
 Target = type[nn.Module] | str | Callable[[str, nn.Module], bool]
 Targets = Target | Sequence[Target]
-
-
-class Place(NamedTuple):
-    """A tensor that can become a site."""
-
-    path: str
-    module_path: str
-    module: nn.Module
-    tensor: str
-
-    @property
-    def value(self) -> Tensor:
-        """The base's tensor, W: what is stored, or what parametrizations below a stack give."""
-        plist = lists(self.module).get(self.tensor)
-        return self.stored if plist is None else below(plist, stack_of(plist))
-
-    @property
-    def stored(self) -> Tensor:
-        """What is stored for it: the tensor itself, or the first that parametrizations store."""
-        plist = lists(self.module).get(self.tensor)
-        return getattr(self.module, self.tensor) if plist is None else stored(plist)[0]
-
-    @property
-    def stack(self) -> Stack | None:
-        """The stack that is there already."""
-        return stack_of(lists(self.module).get(self.tensor))
-
-
-def places(model: nn.Module) -> list[Place]:
-    """Return every parameter of the base of a model, parametrized ones included, in order."""
-    found = []
-    for path, module in walk(model):
-        # What parametrizations of others consist of is not the model's to adapt.
-        if "parametrizations" in path.split("."):
-            continue
-        names = [name for name, parameter in module._parameters.items() if parameter is not None]
-        plists = lists(module).items()
-        names += [name for name, plist in plists if isinstance(stored(plist)[0], nn.Parameter)]
-        found += [Place(dotted(path, name), path, module, name) for name in names]
-    return found
 
 
 def _computed(model: nn.Module) -> list[Place]:
@@ -73,15 +37,22 @@ def _computed(model: nn.Module) -> list[Place]:
     ]
 
 
+class Resolved(NamedTuple):
+    """The tensors that targets mean, each with its spec, and those left out, with the reason."""
+
+    found: list[tuple[Place, Spec]]
+    left_out: dict[str, tuple[Place, str]]
+
+
 def resolve(
     model: nn.Module,
     spec: Spec | Mapping[Target, Spec],
     targets: Targets | None,
     exclude: Targets,
-) -> list[tuple[Place, Spec]]:
+) -> Resolved:
     """Return the tensors that the targets mean, each with its spec, checked, in model order.
 
-    In a mapping the first target that matches a tensor decides its spec.
+    In a mapping the first target that matches a tensor, or blocks of it, decides its spec.
 
     Raises:
         TargetError: a target that matches no tensor, or one that cannot be adapted.
@@ -91,14 +62,18 @@ def resolve(
     check_shapes(everywhere)
     computed = _computed(model)
     all_places = [*everywhere, *computed]
-    excluded: set[str] = set()
-    for one in _listed(exclude):
-        left_out = {place.path for place in _match(one, all_places)}
-        if isinstance(one, str) and not left_out:
-            raise TargetError(f"exclude= matches nothing: no {_nothing(one, model, everywhere)}")
-        excluded |= left_out
-    chosen: dict[str, Spec] = {}
-    for target, its_spec in _pairs(spec, targets):
+    excluded: dict[str, Place] = {}
+    for asked in _listed(exclude):
+        target, index = _split(asked, all_places)
+        matches = [p if index is None else p.at(index) for p in _match(target, all_places)]
+        if isinstance(target, str) and not matches:
+            raise TargetError(f"exclude= matches nothing: no {_nothing(asked, model, everywhere)}")
+        excluded |= {place.path: place for place in matches}
+    # By tensor, not by path: tied ones are one.
+    claims: dict[int, list[tuple[Place, Spec]]] = {}
+    left_out: dict[str, tuple[Place, str]] = {}
+    for asked, its_spec in _pairs(spec, targets):
+        target, index = _split(asked, all_places)
         for place in _match(target, computed):
             if place.path not in excluded:
                 raise TargetError(
@@ -108,16 +83,42 @@ def resolve(
                 )
         matches = _match(target, everywhere)
         if not matches:
-            raise TargetError(f"no tensor matches {_nothing(target, model, everywhere)}")
+            raise TargetError(f"no tensor matches {_nothing(asked, model, everywhere)}")
         for place in matches:
-            if place.path not in excluded:
-                chosen.setdefault(place.path, its_spec)
-    if not chosen:
+            if index is not None and place.path not in excluded:
+                place = place.at(index)
+            own = claims.setdefault(id(place.stored), [])
+            if _is_out(place, excluded):
+                left_out[place.path] = place, "left out by exclude="
+            elif not any(place.claimed(by) for by, _ in own):
+                own.append((place, its_spec))
+            elif all(place.block != by.block for by, _ in own):
+                left_out[place.path] = place, "decided by an earlier target"
+    found = [pair for own in claims.values() for pair in own]
+    if not found:
         raise TargetError(f"every tensor that matches is excluded by exclude={exclude!r}")
-    found = [(place, chosen[place.path]) for place in everywhere if place.path in chosen]
+    order = {(id(place.module), place.tensor): i for i, place in enumerate(everywhere)}
+    found.sort(key=lambda pair: (order[id(pair[0].module), pair[0].tensor], pair[0].ranges))
     for place, its_spec in found:
         check(place, its_spec)
-    return found
+    return Resolved(found, left_out)
+
+
+def _is_out(place: Place, excluded: Mapping[str, Place]) -> bool:
+    """Return whether a place is excluded, which may be a block that is.
+
+    Raises:
+        TargetError: a block is excluded, and the place is more or another part of its tensor.
+    """
+    for other in excluded.values():
+        if other.block is None or other.stored is not place.stored or place.path in excluded:
+            continue
+        if place.meets(other):
+            raise TargetError(
+                f"cannot leave {other.path!r} out of {place.path!r}: exclude= takes whole tensors, "
+                "or a block that a target names; name the other blocks as targets"
+            )
+    return place.path in excluded
 
 
 def check(place: Place, spec: Spec) -> None:
@@ -128,16 +129,6 @@ def check(place: Place, spec: Spec) -> None:
             f"cannot adapt {place.path!r} with {type(spec).__name__}: {reason} (leave it out "
             "with narrower targets or with exclude=)"
         )
-
-
-def check_shapes(everywhere: Iterable[Place]) -> None:
-    """Raise a TargetError where a parameter, adapted or not, cannot be frozen or counted yet."""
-    for place in everywhere:
-        if nn.parameter.is_lazy(place.stored):
-            raise TargetError(
-                f"{place.path!r} is lazy and has no shape yet; run one batch through the model "
-                "first, and attach then"
-            )
 
 
 def nearest(path: str, paths: Iterable[str]) -> str:
@@ -167,6 +158,16 @@ def _listed(targets: Targets) -> list[Target]:
     if isinstance(targets, str) or callable(targets) or not isinstance(targets, Iterable):
         return [targets]
     return list(targets)
+
+
+def _split(target: Target, everywhere: list[Place]) -> tuple[Target, tuple[Part, ...] | None]:
+    """Return a target without its trailing index, and that; a path that there is has none."""
+    if not isinstance(target, str) or any(target in (p.path, p.module_path) for p in everywhere):
+        return target, None
+    try:
+        return split(target)
+    except ValueError as error:
+        raise TargetError(f"target {target!r}: {error}") from error
 
 
 def _match(target: Target, everywhere: list[Place]) -> list[Place]:
@@ -200,28 +201,38 @@ def _match(target: Target, everywhere: list[Place]) -> list[Place]:
 
 
 def _glob(path: str, pattern: str) -> bool:
-    # "*.fc1" means an fc1 anywhere, at the top level too.
-    return fnmatchcase(path, pattern) or (pattern[:2] == "*." and fnmatchcase("." + path, pattern))
+    # "*.fc1" means an fc1 anywhere, at the top level too; and a path, whatever is in it, itself.
+    return (
+        fnmatchcase(path, pattern)
+        or path == pattern
+        or (pattern[:2] == "*." and fnmatchcase("." + path, pattern))
+    )
 
 
-def _nothing(target: Target, model: nn.Module, everywhere: list[Place]) -> str:
+def _nothing(asked: Target, model: nn.Module, everywhere: list[Place]) -> str:
     """Return a target that matches nothing, and what there is in its place."""
-    name = repr(target) if isinstance(target, str) else getattr(target, "__name__", repr(target))
+    name = repr(asked) if isinstance(asked, str) else getattr(asked, "__name__", repr(asked))
+    target, index = _split(asked, everywhere)
+    if isinstance(asked, str) and index is not None and (like := _match(asked, everywhere)):
+        return (
+            f"{target!r}, of which {name} would be a block; for characters of a glob, name the "
+            f"tensor as well: {asked + '.' + like[0].tensor!r}"
+        )
     meant = {path: module for path, module in walk(model) if _means(target, path, module)}
     packed = [path for path, module in meant.items() or walk(model) if _is_packed(module)]
     if packed:
-        return f"{name}; packed (quantized) weights cannot be adapted, as those of {_some(packed)}"
+        return f"{name}; packed (quantized) weights cannot be adapted, as those of {some(packed)}"
     if meant:
         own = [place.path for place in everywhere if place.module in meant.values()]
-        only = f", only {_some(own)}: name those with a glob" if own else ""
-        return f"{name}; there is no parameter 'weight' in {_some(meant)}{only}"
+        only = f", only {some(own)}: name those with a glob" if own else ""
+        return f"{name}; there is no parameter 'weight' in {some(meant)}{only}"
     if isinstance(target, str):
         modules = [place.module_path for place in everywhere if place.module_path]
         paths = dict.fromkeys([*modules, *(place.path for place in everywhere)])
-        return name + (nearest(target, paths) or f"; there are {_some(paths) or 'no parameters'}")
+        return name + (nearest(target, paths) or f"; there are {some(paths) or 'no parameters'}")
     with_weight = [place.module for place in everywhere if place.tensor == "weight"]
     types = {parametrize.type_before_parametrizations(module).__name__ for module in with_weight}
-    return f"{name}; modules with a weight here are {_some(sorted(types)) or 'none'}"
+    return f"{name}; modules with a weight here are {some(sorted(types)) or 'none'}"
 
 
 def _is_packed(module: nn.Module) -> bool:
@@ -237,7 +248,8 @@ def _means(target: Target, path: str, module: nn.Module) -> bool:
     return isinstance(target, str) and _glob(path, target)
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """Return the first of some names, as a list to read."""
     first = list(itertools.islice(names, 9))
     return ", ".join(first[:8]) + (", …" if len(first) > 8 else "")
 
@@ -249,7 +261,7 @@ def _refusal(place: Place, spec: Spec) -> str | None:
             f"its dtype is {weight.dtype}; only floating tensors of 16 to 64 bits can be adapted, "
             "none that is integer, complex or packed"
         )
-    if hasattr(weight, "full_tensor"):
+    if is_sharded(place.module, weight):
         return "it is sharded over processes; attach first, and call fully_shard after that"
     if weight.layout is not torch.strided:
         return f"its layout is {weight.layout}; adapters need a strided (dense) tensor"

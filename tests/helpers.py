@@ -59,7 +59,11 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
                 stack.tied,
                 [bits(tensor) for tensor in stack.stored],
                 stack.written,
-                [(name, stack[name].spec, stack[name].strength) for name in stack.factors],
+                [
+                    (name, part.block, part.spec, part.strength)
+                    for name in stack.factors
+                    for part in stack.parts(name)
+                ],
             )
             for stack in stacks
         ],

@@ -6,7 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import HOSTS, KINDS, Case, Host, Kind, Result, floats, shake
+from reference import (
+    BLOCKS,
+    HOSTS,
+    KINDS,
+    TRANSPOSED,
+    VARIANTS,
+    Case,
+    Host,
+    Kind,
+    Result,
+    floats,
+    parted,
+    shake,
+)
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -17,6 +30,23 @@ PAIRS = [
     for kind_name, kind in KINDS.items()
     for host_name, host in HOSTS.items()
     if any(map(kind.takes, host.make().parameters()))
+]
+# Blocks of tensors, and variants of kinds, in all the ways in which a forward gets at W'.
+PAIRS += [
+    pytest.param(kind, HOSTS[host_name], False, id=f"{kind_name}-{host_name}")
+    for kind_name, kind in (BLOCKS | VARIANTS).items()
+    for host_name in (
+        *("linear", "linear_wide", "linear_own_forward", "conv2d_groups", "conv_transpose1d"),
+        *("embedding_padding", "bag_weighted", "lstm_deep", "attention", "bare_3d", "bare_listed"),
+    )
+]
+PAIRS += [pytest.param(BLOCKS["lora_blocks"], HOSTS["linear"], True, id="lora_blocks-as_large")]
+PAIRS += [
+    pytest.param(TRANSPOSED, HOSTS[name], as_large, id=f"lora_transposed-{name}-{as_large}")
+    for name, as_large in (
+        *(("linear", False), ("linear", True), ("linear_wide", True), ("embedding_padding", False)),
+        *(("conv2d_groups", False), ("bare_3d", False)),
+    )
 ]
 # A large Linear is computed by a Function of its own; here small ones are, too.
 PAIRS += [
@@ -45,9 +75,11 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 
 
 def read(model: nn.Module, path: str) -> Tensor:
-    """Return a tensor as any reader of the module's attribute gets it."""
+    """Return a tensor, or the block of it, as any reader of the module's attribute gets it."""
+    path, index = parted(path)
     owner, _, name = path.rpartition(".")
-    return getattr(model.get_submodule(owner), name)
+    value = getattr(model.get_submodule(owner), name)
+    return value if index is ... else value[index]
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
@@ -59,9 +91,9 @@ class TestConformance:
     """What holds for every kind of adapter at every host; a new kind is one line in KINDS."""
 
     @pytest.fixture(autouse=True)
-    def _as_large(self, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _as_large(self, large: bool, request: pytest.FixtureRequest) -> None:
         if large:
-            monkeypatch.setattr("paramlora.lowrank.worth_a_function", lambda *_: True)
+            request.getfixturevalue("as_large")
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_a_new_adapter_changes_no_output(
@@ -85,7 +117,7 @@ class TestConformance:
         case = Case.of(host)
         case.attach(kind, strength=0.7)
         actual = case.actual()
-        factors = {f"one {key}" for key in pl.state_dict(case.model, "one")}
+        factors = {f"one {key}" for key in case.trained("one")}
         inputs = {f"input {i}" for i, x in enumerate(case.inputs) if x.is_floating_point()}
         assert actual.gradients.keys() == factors | inputs
         assert_conforms(actual, case.expected("one"))
@@ -143,7 +175,7 @@ class TestConformance:
         wanted = {path: read(case.model, path).detach().clone() for path in case.sites(kind)}
         with pl.merged(case.model):
             for path, value in wanted.items():
-                assert isinstance(read(case.model, path), nn.Parameter)
+                assert isinstance(read(case.model, parted(path)[0]), nn.Parameter)
                 assert_bits(read(case.model, path).detach(), value)
             actual = case.actual()
         assert_exact(actual.outputs, expected.outputs)
@@ -178,7 +210,7 @@ class TestConformance:
             case = Case.of(host, dtype)
             case.attach(kind, strength=0.7)
             for path in case.sites(kind):
-                value, W = read(case.model, path), case.plain.get_parameter(path)
+                value, W = read(case.model, path), read(case.plain, path)
                 assert type(value) is Tensor
                 assert (value.dtype, value.shape) == (W.dtype, W.shape)
                 factors = {
@@ -195,9 +227,9 @@ class TestConformance:
         case = Case.of(host)
         case.attach(kind)
         for path in case.sites(kind):
-            update = read(case.model, path).detach() - case.plain.get_parameter(path).detach()
+            update = read(case.model, path).detach() - read(case.plain, path).detach()
             matrix = update.reshape(update.shape[0], -1)
-            expected = min(kind.spec.rank or max(matrix.shape), *matrix.shape)
+            expected = min(kind.rank or max(matrix.shape), *matrix.shape)
             assert torch.linalg.matrix_rank(matrix, rtol=1e-9) == expected
 
     def test_detach_gives_back(self, kind: Kind, host: Host) -> None:

@@ -8,7 +8,7 @@ what is expected comes from a plain dense model, in the one process of the test.
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -165,6 +165,57 @@ def sharded(folder: Path) -> dict[str, Any]:
     return found
 
 
+def gathered(folder: Path) -> dict[str, Any]:
+    """The root alone is sharded: after a forward without gradients FSDP leaves copies in place."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    x, _ = batch(0)
+    model, other = adapted(), adapted()
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return model(x)
+
+    found: dict[str, Any] = {"refused": []}
+
+    def refused(verb: Callable[[], object]) -> None:
+        forward()
+        try:
+            verb()
+        except pl.ParamloraError as error:
+            found["refused"].append(str(error))
+
+    state = {
+        key: drawn(7 + i, *t.shape)
+        for i, (key, t) in enumerate(pl.state_dict(other, "one").items())
+    }
+    part = {key[2:]: tensor for key, tensor in state.items() if key[0] == "0"}
+    refused(lambda: pl.merge(model))
+    refused(lambda: pl.bake(model))
+    refused(lambda: pl.detach(model))
+    refused(lambda: pl.attach(model, pl.LoRA(), "0", name="three"))
+    refused(lambda: pl.load_state_dict(model[0], part, "one"))
+    forward()
+    found["parts"] = {type(p).__name__ for p in pl.parameters(model)}
+    forward()
+    pl.save(model, folder / "before.safetensors", "one")
+    forward()
+    pl.load_state_dict(model, state, "one")
+    # Training puts the copies back: a write into them would be lost by now.
+    found["loss"] = train(model, [("one", "two")])[0]
+    pl.load_state_dict(model, state, "one")
+    found["on"] = forward()
+    base_state = {key: value + 1 for key, value in base().state_dict().items()}
+    pl.load_base_state_dict(model, base_state)
+    found["other base"] = forward()
+    dist.barrier()  # until the first process has written the file
+    pl.load(model, folder / "before.safetensors")
+    found["one"] = [cast(Any, p).detach().full_tensor() for p in pl.parameters(model, "one")]
+    return found
+
+
 def process(rank: int, scenario: Callable[[Path], dict[str, Any]], folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -225,3 +276,37 @@ def test_sharded(tmp_path: Path) -> None:
     model = base()
     pl.load(model, tmp_path / "one.safetensors")
     assert_close([p.detach() for p in pl.parameters(model)], factors["one"], **EXACT)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on the CPU"
+)
+def test_gathered(tmp_path: Path) -> None:
+    """What FSDP has gathered for a forward is never written to, where the write would be lost.
+
+    Whole factors, whole bases and files are loaded into the parts; a file is written once, by the
+    first process; what cannot be done is refused.
+    """
+    x, _ = batch(0)
+    other = adapted()
+    before = [p.detach().clone() for p in pl.parameters(other, "one")]
+    state = {
+        key: drawn(7 + i, *t.shape)
+        for i, (key, t) in enumerate(pl.state_dict(other, "one").items())
+    }
+    pl.load_state_dict(other, state, "one")
+    with torch.no_grad():
+        on = other(x)
+        loss = (on - batch(0)[1]).square().mean()
+    for found in run(gathered, tmp_path):
+        assert len(found["refused"]) == 5
+        assert all("shard" in message for message in found["refused"])
+        assert found["parts"] == {"DTensor"}
+        assert_close(found["loss"], loss, **EXACT)
+        assert found["on"].shape == on.shape
+        assert_close(found["one"], before, **EXACT)
+        assert not torch.equal(found["on"], found["other base"])
+    model = base()
+    pl.load(model, tmp_path / "before.safetensors")
+    assert_close([p.detach() for p in pl.parameters(model)], before, **EXACT)

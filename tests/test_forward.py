@@ -20,10 +20,10 @@ class TestInvariant3:
     """
 
     @pytest.fixture(autouse=True, params=["small", "large"])
-    def _as_large(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _as_large(self, request: pytest.FixtureRequest) -> None:
         # A large Linear is computed by a Function of its own where nothing is looking on.
         if request.param == "large":
-            monkeypatch.setattr("paramlora.lowrank.worth_a_function", lambda *_: True)
+            request.getfixturevalue("as_large")
 
     @staticmethod
     def layer() -> tuple[nn.Linear, Tensor, Tensor, Tensor]:

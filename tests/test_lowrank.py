@@ -1,6 +1,7 @@
 """Every path of a factored Linear against the dense product in float64."""
 
 import itertools
+from collections import defaultdict
 
 import pytest
 import torch
@@ -23,9 +24,10 @@ SHAPES = {
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
-@pytest.fixture(params=["function", "composite"])
+@pytest.fixture(params=["function", "plain"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(lowrank, "worth_a_function", lambda *_: request.param == "function")
+    below = 0 if request.param == "function" else 2**63
+    monkeypatch.setattr(lowrank, "_PLAIN_BELOW", defaultdict(lambda: below))
     return request.param
 
 
@@ -44,11 +46,23 @@ def error(found: Tensor, reference: Tensor) -> float:
 
 
 class TestPaths:
-    def test_shapes_lead_to_their_paths(self) -> None:
+    @pytest.mark.usefixtures("as_large")
+    @pytest.mark.parametrize("grad", [True, False])
+    def test_shapes_lead_to_their_paths(self, grad: bool) -> None:
         """Each shape of this file takes the path that it is listed under."""
-        for (forward, backward), (n, k, m) in SHAPES.items():
-            assert lowrank.choose(n, k, "cpu") == forward
-            assert lowrank.choose(n, m, "cpu") == backward
+        for paths, (n, k, m) in SHAPES.items():
+            assert lowrank.choose(n, k, m, "cpu", grad) == paths
+
+    def test_rule(self) -> None:
+        """Little work is plain; else the fewer rows decide, the CPU's weights counting fourfold."""
+        plain, factored, dense = "plain", "factored", "dense"
+        assert lowrank.choose(10, 784, 256, "cpu", True) == (plain, plain)
+        assert lowrank.choose(1000, 784, 256, "cpu", True) == (factored, factored)
+        assert lowrank.choose(2000, 784, 256, "cpu", True) == (factored, dense)
+        assert lowrank.choose(512, 4096, 14336, "cuda", True) == (plain, plain)
+        assert lowrank.choose(512, 4096, 14336, "cuda", False) == (factored, factored)
+        assert lowrank.choose(4096, 4096, 14336, "cuda", True) == (factored, factored)
+        assert lowrank.choose(16384, 4096, 14336, "cuda", True) == (dense, dense)
 
     @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
     @pytest.mark.parametrize("paths", SHAPES, ids="-".join)
@@ -177,11 +191,29 @@ class TestKernel:
         n, m = shape
         C = torch.randn(n, m, device="cuda", dtype=dtype)
         P, Q = torch.randn(n, rank, device="cuda"), torch.randn(m, rank, device="cuda").T
-        assert lowrank._kernel_can(C, P)
+        assert lowrank._kernel_can(C, rank)
         expected = C.double() + 0.3 * P.to(dtype).double() @ Q.to(dtype).double()
         assert error(lowrank.update(C, P, Q, 0.3), expected) < BOUNDS[dtype]
         assert lowrank.update(C, P, Q, 0.3, inplace=True) is C
         assert error(C, expected) < BOUNDS[dtype]
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("rank", [1, 4, 16, 33, 64])
+    @pytest.mark.parametrize("shape", [(4096, 4096), (2051, 4099), (16384, 1024)])
+    def test_products_are_their_plain_twin(
+        self, shape: tuple[int, int], rank: int, dtype: torch.dtype
+    ) -> None:
+        """The kernel gives s·dyB and s·dyᵀh of float64, and the same bits each time."""
+        n, m = shape
+        dy = torch.randn(n, m, device="cuda", dtype=dtype)
+        B, h = torch.randn(rank, m, device="cuda").T, torch.randn(n, rank, device="cuda").to(dtype)
+        assert lowrank._kernel_can(dy, rank)
+        found = lowrank.products(dy, B, h, 0.3)
+        assert [t.dtype for t in found] == [dtype, torch.float32]
+        exact = 0.3 * dy.double() @ B.to(dtype).double(), 0.3 * dy.double().T @ h.double()
+        for a, e in zip(found, exact, strict=True):
+            assert error(a, e) < BOUNDS[dtype]
+        assert_close(found, lowrank.products(dy, B, h, 0.3), rtol=0, atol=0)
 
     def test_training_step(self) -> None:
         """A large bfloat16 layer through the kernel: values and gradients of the dense one."""

@@ -1,0 +1,49 @@
+"""The benchmark of a big model does what it says, on a tiny one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import big_model
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+def test_rows_proofs_and_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every contestant agrees with the dense model in each mode, and every verb has its inverse."""
+    # The graphs of the compiler without its code, which takes minutes to build on a CPU.
+    monkeypatch.setattr(big_model, "BACKEND", "eager")
+    out = tmp_path / "rows.jsonl"
+    options = "--model tiny --modes eager checkpointed compiled --batch 2 --length 16 --rank 4"
+    options += f" --rounds 1 --verbs --device cpu --only paramlora --out {out}"
+    big_model.main(options.split())
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    trained = [row for row in rows if row["what"] == "train"]
+    assert {(row["mode"], row["contestant"]) for row in trained} == {
+        (mode, name) for mode in big_model.MODES for name in ("floor", "paramlora")
+    }
+    assert all(row["error"] < big_model.BOUND for row in trained)
+    (proofs,) = (row for row in rows if row["what"] == "proofs")
+    claims = ("off_is_base", "on_again", "detached_is_base", "loaded_is_saved")
+    assert all(proofs[claim] for claim in claims)
+    (meta,) = (row for row in rows if row["what"] == "meta")
+    assert meta["same_logits"]
+    assert big_model.table(rows) in capsys.readouterr().out
+
+
+def test_a_wrong_contestant_is_not_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    """A contestant whose update is half of what it should be is named and left out."""
+    from benchmarks.contestants import CONTESTANTS, Built, Contestant, ours
+
+    def halved(model: torch.nn.Module, rank: int, alpha: float) -> Built:
+        return ours(model, rank, alpha / 2)
+
+    base = big_model.llama("tiny", "cpu")
+    there = [CONTESTANTS[0], Contestant("halved", halved)]
+    rows = big_model.measure(base, there, "eager", torch.ones(1, 8, dtype=torch.long), 4, 1)
+    assert [row["contestant"] for row in rows] == ["floor"]
+    assert "halved, eager, is off by" in capsys.readouterr().err
