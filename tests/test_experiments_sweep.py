@@ -218,6 +218,7 @@ def test_choices_are_made_without_the_test_images(tmp_path, monkeypatch):
         }
         kept = {key: v for key, v in tried.items() if v[1] >= 0 and v[2] >= 0} or tried
         assert kept[number, strength][0] == max(every for every, _, _ in kept.values())
+    assert (tmp_path / "run" / "remedies.png").stat().st_size > 10_000
     text = (tmp_path / "run" / "remedies.md").read_text()
     assert "| masked | nothing |" in text
     assert "over 2 adapter seeds on each of 2 bases" in text
