@@ -47,7 +47,7 @@ TUNED = [3, 5]
 STRENGTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
-def patterns(count: int, seed: int, noise: float = 2.5) -> tuple[Tensor, Tensor]:
+def patterns(count: int, seed: int, noise: float = 10.0) -> tuple[Tensor, Tensor]:
     """Return random images, float32 (n, 3, 32, 32), and labels: a fixed pattern each, and noise."""
     fixed = torch.Generator().manual_seed(0)
     coarse = torch.randn(len(CLASSES), 3, 4, 4, generator=fixed)
