@@ -1,15 +1,13 @@
 """The command line: `python -m experiments digits [options]`, or `… report DIR`."""
 
 import argparse
-import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from .options import StudyError, add_options, listed
+from .options import StudyError, add_options, deciding, listed
 from .settings import PRESETS, DigitSettings, preset
-from .text_settings import TextSettings
+from .streams import TaskSettings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,15 +37,41 @@ def parser() -> argparse.ArgumentParser:
     )
     add_options(digits, DigitSettings)
     digits.set_defaults(command=run)
-    text = commands.add_parser(
-        "text",
-        help="fine-tune a transformers checkpoint on texts, by several methods, and report",
-        description="The text study. In brackets: the value that preset distilbert-imdb has.",
-        epilog=_presets_of(TextSettings.PRESETS, "distilbert-imdb"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    sweep = commands.add_parser(
+        "sweep",
+        help="the digit study over a grid of settings, seeds and bases, in parallel",
+        description="Every combination of the values of --vary, on --base-seeds bases, with as "
+        "many adapter seeds as --seeds says. A sweep that was stopped goes on from its rows.",
     )
-    add_options(text, TextSettings)
-    text.set_defaults(command=run_text_study)
+    add_options(sweep, DigitSettings)
+    sweep.add_argument(
+        "--vary", action="append", default=[], metavar="SETTING=V,V", help="such as rank=1,2,4"
+    )
+    _add_pool(sweep)
+    sweep.set_defaults(command=run_grid)
+    remedies = commands.add_parser(
+        "remedies",
+        help="choose each remedy's settings on validation images, measure them on the test images",
+    )
+    add_options(remedies, DigitSettings)
+    remedies.add_argument(
+        "--floor",
+        type=float,
+        nargs=2,
+        default=(0.0, 0.0),
+        metavar=("TUNED", "OTHER"),
+        help="what tuned and other digits must gain for a candidate to be chosen, points [0 0]",
+    )
+    remedies.add_argument(
+        "--selection-bases", type=int, default=0, metavar="N", help="0: as many as --base-seeds [0]"
+    )
+    _add_pool(remedies)
+    remedies.set_defaults(command=run_selection)
+    tasks = commands.add_parser(
+        "tasks", help="learn a sequence of tasks, an adapter a stage, and draw the accuracy matrix"
+    )
+    add_options(tasks, TaskSettings)
+    tasks.set_defaults(command=run_sequence)
     report = commands.add_parser("report", help="make report and figures of a run again")
     report.add_argument("folder", type=Path, metavar="DIR", help="the run's folder")
     report.set_defaults(command=make_report)
@@ -62,27 +86,62 @@ def run(**given: object) -> int:
     return make_report(run_digits(settings).folder)
 
 
-def run_text_study(**given: object) -> int:
-    """Run the text study with the options given on top of a preset."""
-    from .text import run_text
+def run_grid(vary: list[str], base_seeds: int, jobs: int, **given: object) -> int:
+    """Run a sweep and write its rows as CSV."""
+    from .loggers import rows_to_csv
+    from .sweep import cells, parse_grid, run_sweep
 
-    settings = TextSettings.of_preset(str(given.pop("preset", "distilbert-imdb")), **given)
-    run = run_text(settings)
-    # Under torchrun, one process writes.
-    return make_report(run.folder) if int(os.environ.get("RANK", "0")) == 0 else 0
+    settings = preset(str(given.pop("preset", "blog")), **given)
+    grid = parse_grid(vary)
+    folder = Path(settings.out or "-".join(["runs/sweep", settings.preset, *sorted(grid)]))
+    asked = deciding(settings) | {"vary": sorted(vary), "base_seeds": base_seeds}
+    run = run_sweep(list(cells(settings, grid, base_seeds)), folder, asked, jobs)
+    (folder / "results.csv").write_text(rows_to_csv(run.rows))
+    print(f"rows     {folder / 'results.csv'}")
+    return 0
+
+
+def run_selection(
+    floor: tuple[float, float], selection_bases: int, base_seeds: int, jobs: int, **given: object
+) -> int:
+    """Choose and measure the remedies, and show the table."""
+    from .select import run_remedies
+
+    settings = preset(str(given.pop("preset", "blog")), **given)
+    folder = Path(settings.out or f"runs/remedies-{settings.preset}")
+    run_remedies(
+        settings,
+        folder,
+        base_seeds=base_seeds,
+        selection_bases=selection_bases,
+        floor=floor,
+        jobs=jobs,
+    )
+    print((folder / "remedies.md").read_text())
+    return 0
+
+
+def run_sequence(**given: object) -> int:
+    """Learn a sequence of tasks, and show the table of metrics."""
+    from .taskreport import table, write_task_report
+    from .tasks import run_tasks
+
+    settings = TaskSettings.of_preset(str(given.pop("preset", "split")), **given)
+    run = write_task_report(run_tasks(settings).folder)
+    print(table(run).text())
+    print(f"report   {run.folder / 'tasks.md'}")
+    return 0
+
+
+def _add_pool(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base-seeds", type=int, default=1, metavar="N", help="bases, from --seed on [1]"
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time [1]")
 
 
 def make_report(folder: Path) -> int:
     """Write a run's report and figures, and show its table."""
-    from .rundir import RunDirectory
-
-    if RunDirectory.read(folder).environment.get("study") == TextSettings.STUDY:
-        from . import text_report
-
-        done = text_report.write_text_report(folder)
-        print(text_report.terminal(done))
-        print(f"report   {folder / 'report.md'}")
-        return 1 if text_report.failed(done) else 0
     from .report import failed, terminal, write_report
 
     finished = write_report(folder)
@@ -93,13 +152,8 @@ def make_report(folder: Path) -> int:
 
 def _presets() -> str:
     """Return what each preset sets otherwise than blog."""
-    return _presets_of(PRESETS, "blog")
-
-
-def _presets_of(presets: Mapping[str, Mapping[str, Any]], usual: str) -> str:
-    """Return what each preset of a study sets otherwise than its usual one."""
-    lines = [f"presets other than {usual}:"]
-    for name, values in presets.items():
+    lines = ["presets other than blog:"]
+    for name, values in PRESETS.items():
         if values:
             pairs = ", ".join(f"{key} {listed(value)}" for key, value in values.items())
             lines.append(f"  {name}: {pairs}")

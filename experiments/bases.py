@@ -86,6 +86,8 @@ def base_path(settings: DigitSettings, device: torch.device, data_digest: str) -
     """Return where the base of these settings is kept: a file named after all it depends on."""
     every = deciding(settings)
     decides = [every[name] for name in FIELDS] + [device.type, data_digest, torch.__version__]
+    if settings.selection:
+        decides.append(settings.validation)  # images that this base has not seen
     name = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
     return Path(settings.bases) / f"{name}.safetensors"
 

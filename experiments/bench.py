@@ -1,7 +1,7 @@
 """What the stages of the digit study share: the data and the base on the device, and their use."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,23 @@ import paramlora as pl
 
 from .adam import SmallAdam
 from .bases import Base, base_path, find, keep, order_after_base, pretrain, restore
-from .data import Data
+from .data import Data, Split, hold_out
 from .environment import commit
 from .evaluate import logits_of, score
 from .forgetting import wrong_counts
 from .rundir import Row, RunDirectory
 from .settings import DigitSettings, chosen_digits
-from .train import Batches, cpu_threads, cross_entropy, seeded_order, train
+from .train import (
+    Batches,
+    Hook,
+    Objective,
+    cpu_threads,
+    cross_entropy,
+    seeded_order,
+    train,
+)
 
+ADAPTER = "digits"
 CURVE = 200  # points kept of a loss curve, each the mean of as many steps as that takes
 
 
@@ -41,6 +50,9 @@ class Bench:
     base_fingerprint: str
     tuned: list[int]
     commit: str | None
+    # Images that neither fine-tuning nor, in a selection, pre-training sees; none by default.
+    held_inputs: Tensor | None = None
+    held_labels: Tensor | None = None
 
     @property
     def tuned_rows(self) -> Tensor:
@@ -55,20 +67,40 @@ class Bench:
     def batches(self, generator: torch.Generator) -> Batches:
         """Return the batches of a fine-tuning. To be drawn first, so that methods share them."""
         settings, rows = self.settings, self.tuned_rows
-        count = settings.steps * settings.batch
+        size = settings.tune_batch or settings.batch
+        count = settings.steps * size
         if settings.order == "blog":
             order = order_after_base(settings, len(self.labels), len(rows), count)
         else:
             order = seeded_order(len(rows), count, generator)
-        return Batches((self.inputs, self.labels), rows[order.to(rows.device)], settings.batch)
+        return Batches((self.inputs, self.labels), rows[order.to(rows.device)], size)
 
     def fine_tune(
         self, model: nn.Module, batches: Batches, parameters: list[nn.Parameter], label: str
     ) -> Tensor:
-        """Train the parameters by a new Adam, and return the loss of each step."""
+        """Train the parameters plainly by a new Adam, and return the loss of each step."""
         optimizer = SmallAdam(parameters, self.settings.lr)
+        return self.train(model, batches, cross_entropy, optimizer, label)
+
+    def train(
+        self,
+        model: nn.Module,
+        batches: Iterable[tuple[Tensor, ...]],
+        objective: Objective,
+        optimizer: SmallAdam,
+        label: str,
+        hooks: Sequence[Hook] = (),
+    ) -> Tensor:
+        """Train on as many threads as the settings say, and return the loss of each step."""
         with cpu_threads(self.settings.threads):
-            return train(model, batches, cross_entropy, optimizer, label=label)
+            return train(model, batches, objective, optimizer, label=label, hooks=hooks)
+
+    def validated(self, model: nn.Module) -> float:
+        """Return the model's accuracy on the validation images, a fraction."""
+        assert self.held_inputs is not None
+        assert self.held_labels is not None
+        right = logits_of(model, self.held_inputs).argmax(1) == self.held_labels
+        return float(right.float().mean())
 
     def evaluate(self, model: nn.Module) -> Tensor:
         """Return the model's logits of the test images, (n, 10)."""
@@ -104,10 +136,16 @@ def prepare(
     say: Callable[[str], None],
 ) -> Bench:
     """Put the data on the device, find or train the base, and say which digits are tuned."""
-    train_split, test_split = data.train.to(device), data.test.to(device)
+    whole, test_split = data.train.to(device), data.test.to(device)
+    train_split, held = whole, None
+    if settings.validation:
+        stay, out = hold_out(whole.labels, settings.validation, torch.Generator().manual_seed(0))
+        train_split, held = whole.rows(stay), whole.rows(out)
+    if settings.selection and held is not None:
+        whole, test_split = train_split, held
     inputs = train_split.inputs(settings.mean, settings.std)
     test_inputs = test_split.inputs(settings.mean, settings.std)
-    base, how = obtain(settings, inputs, train_split.labels, data.digest)
+    base, how = obtain(settings, whole, data.digest)
     model = restore(settings, base, device)
     logits = logits_of(model, test_inputs)
     counts = wrong_counts(score(logits, test_split.labels, [0])["confusion"])
@@ -123,6 +161,8 @@ def prepare(
         base_fingerprint=pl.fingerprint(model),
         tuned=chosen_digits(settings.digits, counts),
         commit=commit(),
+        held_inputs=None if held is None else held.inputs(settings.mean, settings.std),
+        held_labels=None if held is None else held.labels,
     )
     say(f"base     {pl.summary(model).total:,} parameters, {how}")
     say(f"         wrong answers by digit: {', '.join(map(str, counts))}")
@@ -131,16 +171,14 @@ def prepare(
     return bench
 
 
-def obtain(
-    settings: DigitSettings, inputs: Tensor, labels: Tensor, data_digest: str
-) -> tuple[Base, str]:
+def obtain(settings: DigitSettings, images: Split, data_digest: str) -> tuple[Base, str]:
     """Return the base, and in words how it was come by: the one that is kept, or a new one."""
-    path = base_path(settings, inputs.device, data_digest)
+    path = base_path(settings, images.labels.device, data_digest)
     if (kept := find(path)) is not None:
         return kept, f"trained before, from {path}"
     began = time.perf_counter()
     with cpu_threads(settings.threads):
-        base = pretrain(settings, inputs, labels)
+        base = pretrain(settings, images.inputs(settings.mean, settings.std), images.labels)
     keep(base, path)
     seconds = time.perf_counter() - began
     return base, f"trained for {settings.base_steps:,} steps in {seconds:.1f} s"

@@ -49,6 +49,10 @@ class Split:
         pixels.sub_(torch.tensor(mean, device=pixels.device))
         return pixels.div_(torch.tensor(std, device=pixels.device))
 
+    def rows(self, rows: Tensor) -> "Split":
+        """Return some of the images, by index."""
+        return Split(self.images[rows], self.labels[rows])
+
     def to(self, device: torch.device) -> "Split":
         return Split(self.images.to(device), self.labels.to(device))
 

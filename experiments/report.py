@@ -4,11 +4,14 @@ Nothing is trained here and no text is parsed: a report can be made again from t
 a run's directory, and comes out the same.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from .bands import Band, pairs, percent
 from .forgetting import accuracy
+from .loggers import rows_to_csv
+from .page import figure_html, list_html, page, paragraph, table_html
 from .plots import draw
 from .rundir import Row, RunDirectory, replace_file
 from .settings import StudyError
@@ -38,7 +41,34 @@ def write_report(folder: Path) -> RunDirectory:
         raise StudyError(f"the run in {folder} has no fine-tuned network yet: go on with it first")
     captions = draw(run, folder)
     replace_file(folder / "report.md", markdown(run, captions).encode())
+    replace_file(folder / "results.csv", rows_to_csv(run.rows).encode())
+    replace_file(folder / "report.html", html(run, captions).encode())
     return run
+
+
+def html(run: RunDirectory, captions: dict[str, str]) -> str:
+    """Return report.html: what report.md says, and an explorer where the run left its results."""
+    path = run.folder / "explore.json"
+    bands = paragraph(bands_legend(run)) + table_html(band_table(run))
+    parts = [
+        (
+            "Wrong answers by digit, and accuracy",
+            table_html(digit_table(run)) + paragraph(legend(run)),
+        ),
+        ("Over the adapter seeds", bands),
+    ]
+    if "scrambled" in methods_in(run):
+        parts.append(("What separates the blog's two methods", paragraph(scrambling(run))))
+    figures = [figure_html((run.folder / n).read_bytes(), said) for n, said in captions.items()]
+    parts += [
+        ("Proofs", list_html(proofs(run))),
+        ("Figures", "\n".join(figures)),
+        ("Settings", table_html(pairs(run.settings))),
+        ("Environment", table_html(pairs(run.environment))),
+    ]
+    explored = json.loads(path.read_text()) if path.exists() else None
+    name = f"Digit study, preset {run.settings['preset']}"
+    return page(name, f"{title(run)}. {where_from(run)}", parts, explored)
 
 
 def terminal(run: RunDirectory) -> str:
@@ -57,8 +87,7 @@ def markdown(run: RunDirectory, captions: dict[str, str]) -> str:
         legend(run),
         "## Over the adapter seeds",
         band_table(run).markdown(),
-        "Learned: accuracy on the tuned digits, less the base's. Forgotten: the base's accuracy on "
-        "the other digits, less this one's. sd: the sample's. " + order(run),
+        bands_legend(run),
     ]
     if "scrambled" in methods_in(run):
         parts += ["## What separates the blog's two methods", scrambling(run)]
@@ -128,6 +157,14 @@ def never_answered(run: RunDirectory) -> list[int]:
     if not run.settings["relu_logits"]:
         return []
     return [d for d in range(10) if not any(row[d] for row in base_of(run)["confusion"])]
+
+
+def bands_legend(run: RunDirectory) -> str:
+    """Return what the figures of the second table are."""
+    return (
+        "Learned: accuracy on the tuned digits, less the base's. Forgotten: the base's accuracy on "
+        "the other digits, less this one's. sd: the sample's. " + order(run)
+    )
 
 
 def order(run: RunDirectory) -> str:

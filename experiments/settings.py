@@ -77,6 +77,59 @@ class DigitSettings(Settings):
     rank: int = option(2, "rank r of the update, columns of B")
     alpha: float = option(1.0, "numerator of the update's scale alpha/r, a plain number")
     init: str = option("gaussian", "how A starts; B starts at zero", choices=INITS)
+    schedule: str = option(
+        "constant",
+        "learning rate over the steps; cosine: falls to zero by half a cosine",
+        choices=("constant", "cosine"),
+    )
+    tune_batch: int = option(0, "batch size of fine-tuning, images; 0: as that of pre-training")
+    average: float = option(0.0, "share of the last steps over which the factors are averaged")
+    strength: float = option(1.0, "remedy: λ in W' = W + λ·ΔW when answering; 0 is the base")
+    margin: float = option(
+        0.0,
+        "remedy: by how much the other digits' logits are lowered in the training loss; inf masks "
+        "them",
+    )
+    distill: float = option(0.0, "remedy: weight β of distillation from the switched-off model")
+    temperature: float = option(2.0, "temperature T of distillation")
+    mass: float = option(
+        0.0, "remedy: weight of distilling only whether an image shows a tuned digit at all"
+    )
+    replay: int = option(0, "remedy: old images a digit that are replayed, a batch of them a step")
+    replay_of: str = option(
+        "old",
+        "which digits' images are replayed; all: as many of each tuned digit beside them, so that "
+        "what is replayed is balanced",
+        choices=("old", "all"),
+    )
+    ewc: float = option(0.0, "remedy: weight of elastic weight consolidation on ΔW")
+    null_space: float = option(
+        0.0, "remedy: share of energy of the directions that A may not read, 0 to 1"
+    )
+    null_space_of: str = option(
+        "weights",
+        "whose directions; weights: the base's, by their singular values; old: the activations of "
+        "the replayed images",
+        choices=("weights", "old"),
+    )
+    route: str = option(
+        "none",
+        "remedy: where the adapter answers; base: where the base answers a tuned digit; soft: "
+        "the base says whether tuned, the adapter which; gate: by a logistic regression on the "
+        "base's logits, learned from tuned and replayed images",
+        choices=("none", "base", "soft", "gate"),
+    )
+    validation: int = option(0, "training images a digit that fine-tuning does without")
+    patience: int = option(
+        0,
+        "remedy: stop early, after so many looks, one every 10 steps, at the accuracy on the "
+        "validation images without a new best; 0: never",
+    )
+    selection: bool = option(
+        False,
+        "for choosing settings: pre-train without the validation images too, and count wrong "
+        "answers on them in place of the test images",
+    )
     compat: str = option(
         "blog",
         "blog: beside the correct update, also train the blog's scrambled one (its B A comes out "
@@ -107,13 +160,46 @@ class DigitSettings(Settings):
             self.require(name, 0 < getattr(self, name) < math.inf, "a finite number above 0")
         for name in ("mean", "alpha"):
             self.require(name, math.isfinite(getattr(self, name)), "a finite number")
+        for name in ("tune_batch", "replay", "validation", "patience"):
+            self.require(name, getattr(self, name) >= 0, "a whole number of at least 0")
+        for name in ("margin", "distill", "mass", "ewc", "null_space", "average"):
+            self.require(name, getattr(self, name) >= 0, "a number of at least 0")
+        self.require("strength", math.isfinite(self.strength), "a finite number")
+        self.require("temperature", 0 < self.temperature < math.inf, "a finite number above 0")
+        self.require("average", self.average <= 1, "at most 1")
+        self.require("null_space", self.null_space <= 1, "at most 1")
+        for name, needs in (("selection", "validation"), ("patience", "validation")):
+            holds = self.validation > 0 or not getattr(self, name)
+            self.require(name, holds, f"used with --{needs} above 0")
+        old = self.route == "gate" or (self.null_space > 0 and self.null_space_of == "old")
+        self.require("replay", self.replay > 0 or not old, "above 0 for what needs old images")
         wide = self.hidden and all(type(units) is int and units >= 1 for units in self.hidden)
         self.require("seed", 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1")
         self.require("hidden", wide, "one or more whole numbers of at least 1")
         self.require("digits", _are_digits(self.digits), "1 to 9 different digits or worst:K")
         self.require("device", is_device(self.device), "auto or a device that torch knows")
 
+    @property
+    def remedied(self) -> bool:
+        """Whether fine-tuning is other than the plain one, by a remedy or otherwise."""
+        return any(getattr(self, name) != getattr(DigitSettings, name) for name in REMEDIES)
 
+
+# What only paramlora's own adapter is fine-tuned with: the methods beside it stay plain.
+REMEDIES = (
+    "schedule",
+    "tune_batch",
+    "average",
+    "strength",
+    "margin",
+    "distill",
+    "mass",
+    "replay",
+    "ewc",
+    "null_space",
+    "route",
+    "patience",
+)
 PRESETS = DigitSettings.PRESETS
 
 

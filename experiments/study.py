@@ -5,8 +5,9 @@ Every fine-tuning starts from the same base, and for one adapter seed all method
 images in the same order, so that they can be compared in pairs.
 """
 
+import json
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,18 @@ from torch import Tensor, nn
 
 import paramlora as pl
 
-from .bench import Bench, curve, prepare
+from .bench import ADAPTER, Bench, curve, prepare
 from .data import load_data
 from .environment import DECIDING, describe, resolve_device
+from .explore import explore
 from .methods import BlogScrambled, attached_ranks, wrap, wrapped_ranks
-from .rundir import RunDirectory
+from .recipe import answers, factors_of, recipe
+from .rundir import RunDirectory, replace_file
 from .settings import DigitSettings, deciding
 from .stages import Stage, run_stages
+from .train import Batches
 
-ADAPTER = "digits"
+EXPLORED, EXPLORED_SEEDS = "explore.json", 3
 ATTACHED = ("off", "on", "merged", "unmerged")
 
 
@@ -34,6 +38,8 @@ def stages(settings: DigitSettings) -> Iterator[Stage[Bench]]:
     yield Stage(_key("base", None), ("base",), count_base)
     for seed in range(settings.seeds):
         yield Stage(_key("lora", seed), ATTACHED, partial(tune_attached, "lora", lora, seed))
+        if settings.remedied:
+            continue  # the methods beside it are plain: they would be compared with something else
         yield Stage(_key("wrapped", seed), ("wrapped",), partial(tune_wrapped, lora, seed))
         if settings.compat == "blog":
             make = partial(tune_attached, "scrambled", scrambled, seed)
@@ -61,13 +67,33 @@ def run_digits(settings: DigitSettings, say: Callable[[str], None] = print) -> R
     say(f"run      {run.folder}, on {device}")
     say(f"data     {data.name}: {data.why}")
 
+    @lru_cache(maxsize=1)
     def prepared() -> Bench:
         bench = prepare(settings, run, device, data, say)
         show_parameters(bench, lora_of(settings), say)
         return bench
 
     run_stages(run, stages(settings), prepared, say)
+    if not (run.folder / EXPLORED).exists():
+        explore_adapters(prepared(), data.test.images, run.folder)
     return run
+
+
+def explore_adapters(bench: Bench, images: Tensor, folder: Path) -> None:
+    """Write what the report's page lets its reader try: the first adapters, at every strength."""
+    model, names = bench.model(), []
+    for seed in range(min(bench.settings.seeds, EXPLORED_SEEDS)):
+        names.append(f"seed {seed}")
+        pl.load(model, folder / "adapters" / f"lora-{seed}.safetensors", name=names[-1])
+    found = explore(
+        model,
+        [(bench.test_inputs, bench.test_labels)],
+        list("0123456789"),
+        tuned=bench.tuned,
+        images=images if len(images) == len(bench.test_labels) else None,
+        every_layer=names[:1],
+    )
+    replace_file(folder / EXPLORED, json.dumps(found).encode())
 
 
 def count_base(bench: Bench) -> None:
@@ -81,15 +107,28 @@ def tune_attached(method: str, spec: pl.Spec, seed: int, bench: Bench) -> None:
     model, generator = bench.model(), torch.Generator().manual_seed(seed)
     batches = bench.batches(generator)
     attached = pl.attach(model, spec, nn.Linear, name=ADAPTER, generator=generator)
-    parameters = pl.parameters(model, ADAPTER)
-    losses = bench.fine_tune(model, batches, parameters, f"{method} {seed}")
+    factors = factors_of(model)
+    if method == "lora" and bench.settings.remedied:
+        losses = remedied(bench, model, batches, seed, f"{method} {seed}")
+    else:
+        losses = bench.fine_tune(model, batches, list(factors.values()), f"{method} {seed}")
     pl.save(model, bench.run.folder / "adapters" / f"{method}-{seed}.safetensors", ADAPTER)
 
     on, off = bench.evaluate(model), evaluate_off(bench, model)
     bench.record("off", method, seed, off, **bench.beside_base(model, off))
     learned = {"trainable": attached.trainable, "ranks": attached_ranks(model, ADAPTER)}
-    bench.record("on", method, seed, on, **learned, **curve(losses))
+    counted = answers(bench, on, seed) if method == "lora" else on
+    bench.record("on", method, seed, counted, **learned, **curve(losses))
     merge_and_unmerge(bench, model, method, seed, on)
+
+
+def remedied(bench: Bench, model: nn.Module, plain: Batches, seed: int, label: str) -> Tensor:
+    """Fine-tune with the settings' remedies, set the strength; return the loss of each step."""
+    made = recipe(bench, model, factors_of(model), plain, seed)
+    losses = bench.train(model, made.batches, made.objective, made.optimizer, label, made.hooks)
+    made.finish()
+    pl.scale(model, bench.settings.strength, ADAPTER)
+    return losses
 
 
 def merge_and_unmerge(bench: Bench, model: nn.Module, method: str, seed: int, on: Tensor) -> None:

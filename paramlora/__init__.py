@@ -16,13 +16,19 @@ True
 True
 """
 
-from .adapters import Delta, LoRA, LowRank, Spec, add_update, draw, factor_dtype
+from .adapters import Delta, LoRA, LowRank, Rescaled, Spec, add_update, draw, factor_dtype
 from .attach import attach, detach, freeze, parameters, unfreeze
 from .base import base_state_dict, fingerprint, load_base_state_dict
 from .checkpoint import load, load_state_dict, save, state_dict
+from .combine import combine
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
+from .extract import extract
+from .hold import hold_statistics
+from .kinds import DoRA
 from .merge import bake, merge, merged, unmerge
-from .summary import SiteSummary, Summary, summary
+from .peft import load_peft, save_peft
+from .route import routed
+from .summary import SiteSummary, Skipped, Summary, summary
 from .toggle import disable, disabled, enable, enabled, scale, using
 
 __version__ = "0.1.0"
@@ -31,10 +37,13 @@ __all__ = [
     "AdapterNameError",
     "CheckpointError",
     "Delta",
+    "DoRA",
     "LoRA",
     "LowRank",
     "ParamloraError",
+    "Rescaled",
     "SiteSummary",
+    "Skipped",
     "Spec",
     "StateError",
     "Summary",
@@ -43,22 +52,28 @@ __all__ = [
     "attach",
     "bake",
     "base_state_dict",
+    "combine",
     "detach",
     "disable",
     "disabled",
     "draw",
     "enable",
     "enabled",
+    "extract",
     "factor_dtype",
     "fingerprint",
     "freeze",
+    "hold_statistics",
     "load",
     "load_base_state_dict",
+    "load_peft",
     "load_state_dict",
     "merge",
     "merged",
     "parameters",
+    "routed",
     "save",
+    "save_peft",
     "scale",
     "state_dict",
     "summary",

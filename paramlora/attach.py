@@ -1,5 +1,6 @@
 """Attaching adapters to a model, detaching them, and which of their factors are trained."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,10 +11,13 @@ from torch import nn
 from . import host
 from .adapters import Spec
 from .errors import AdapterNameError, StateError
+from .hold import hold, release
+from .place import Place, holders
+from .preview import left_out, preview
 from .sharded import is_sharded, settle
 from .stack import Factors, Site, Stack, sites, stored
-from .summary import Summary, summary
-from .targets import Place, Target, Targets, places, resolve
+from .summary import Summary, report
+from .targets import Target, Targets, resolve
 from .toggle import check_unmerged, names_of, select
 
 
@@ -34,6 +38,8 @@ def attach(
     exclude: Targets = (),
     freeze: bool = True,
     generator: torch.Generator | None = None,
+    hold_statistics: bool = False,
+    dry_run: bool = False,
 ) -> Summary:
     """Attach an adapter to every tensor that matches, switched on, its outputs those of the base.
 
@@ -53,9 +59,13 @@ def attach(
             flags that were there.
         generator: where the factors' random numbers come from; without one, torch's global CPU
             generator. The same seed gives the same factors whatever the model's device.
+        hold_statistics: keep BatchNorm and its like in eval mode until this adapter is detached,
+            so that their running statistics stay as they are; see `hold_statistics`.
+        dry_run: change nothing, draw nothing, and print what the model would be.
 
     Returns:
-        The model's summary.
+        The model's summary; its `skipped` has the tensors without this adapter, each with the
+        reason.
 
     Raises:
         TargetError: a target matches nothing, or a tensor that cannot be adapted (integer or
@@ -71,14 +81,22 @@ def attach(
     14
     """
     check_name(model, name)
-    chosen = resolve(model, spec, targets, exclude)
-    check_tied(model, [place for place, _ in chosen])
+    resolved = resolve(model, spec, targets, exclude)
+    check_tied(model, [place for place, _ in resolved.found])
+    skipped = tuple(left_out(model, resolved, freeze))
+    if dry_run:
+        expected = preview(model, resolved, name, freeze, hold_statistics)
+        found = dataclasses.replace(expected, skipped=skipped, dry_run=True)
+        print(found)
+        return found
     planned = [
         Planned(place, Factors(spec, spec.create(place.value.detach(), generator), place.block))
-        for place, spec in chosen
+        for place, spec in resolved.found
     ]
     install(model, planned, name, freeze)
-    return summary(model)
+    if hold_statistics:
+        hold(model, name)
+    return dataclasses.replace(report(model, fresh=name), skipped=skipped)
 
 
 def detach(model: nn.Module, *names: str) -> None:
@@ -99,6 +117,7 @@ def detach(model: nn.Module, *names: str) -> None:
     if not names:
         # Also what was frozen for an adapter that a part of the model lost before.
         host.unfreeze_base(model, None)
+        release(model, None)
         host.forget(model)
 
 
@@ -146,9 +165,9 @@ def check_name(model: nn.Module, name: str) -> None:
 
 def install(model: nn.Module, planned: list[Planned], name: str, freeze: bool) -> None:
     """Put new factors at their places; nothing here can fail for what a user wrote."""
-    holders = _holders(model)
+    found = holders(model)
     for plan in planned:
-        shared = holders[id(plan.place.stored)]
+        shared = found[id(plan.place.stored)]
         stack = next((place.stack for place in shared if place.stack is not None), None) or Stack()
         for place in shared:
             if place.stack is None:
@@ -162,6 +181,7 @@ def install(model: nn.Module, planned: list[Planned], name: str, freeze: bool) -
 def remove(model: nn.Module, here: list[Site], names: set[str]) -> None:
     """Take the named adapters from the sites, and give back what they froze."""
     host.unfreeze_base(model, names)
+    release(model, set(names))
     for site in here:
         for name in names.intersection(site.stack.factors):
             site.stack.remove(name)
@@ -171,19 +191,11 @@ def remove(model: nn.Module, here: list[Site], names: set[str]) -> None:
     host.forget(model)
 
 
-def _holders(model: nn.Module) -> dict[int, list[Place]]:
-    """Return the places of each stored parameter, by its id: more than one where it is tied."""
-    holders: dict[int, list[Place]] = {}
-    for place in places(model):
-        holders.setdefault(id(place.stored), []).append(place)
-    return holders
-
-
 def check_tied(model: nn.Module, chosen: Iterable[Place]) -> None:
     """Raise a StateError where a tensor is tied, and the adapters on it are on one side only."""
-    holders = _holders(model)
+    found = holders(model)
     for place in chosen:
-        shared = holders[id(place.stored)]
+        shared = found[id(place.stored)]
         stacks = {id(other.stack) for other in shared}
         if len(stacks) > 1:
             raise StateError(

@@ -95,6 +95,11 @@ class Block:
         return f"[{', '.join(texts)}]"
 
     @property
+    def inner(self) -> tuple[int, ...]:
+        """The shape of the block itself."""
+        return tuple(self.cut(torch.empty(self.shape, device="meta")).shape)
+
+    @property
     def ranges(self) -> list[tuple[int, int]]:
         """The range that it takes of each dimension."""
         parts = [*self.index, *((0, size) for size in self.shape[len(self.index) :])]

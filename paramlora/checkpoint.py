@@ -48,9 +48,9 @@ def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """
     settle(model)
     return {
-        f"{path}.{key}": parameter.detach()
+        f"{path}.{key}": tensor.detach()
         for path, factors in _parts(model, name).items()
-        for key, parameter in factors.named_parameters()
+        for key, tensor in factors.tensors.items()
     }
 
 
@@ -95,7 +95,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     }
     described = {
         path: _describe(factors, site)
-        for site in _sites_of(model, name)
+        for site in sites_of(model, name)
         for path, factors in site.parts(name).items()
     }
     content = {"version": _VERSION, "name": name, "sites": described}
@@ -107,7 +107,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
             f"None ({error})"
         ) from error
     if writes_files(list(state.values())):
-        write_atomically(path, tensors, {"format": "pt", _ENTRY: json.dumps(content)})
+        # Not by safetensors' own save_file, whose files only their owner may read.
+        content_bytes = serialized(tensors, {"format": "pt", _ENTRY: json.dumps(content)})
+        write_atomically(path, content_bytes)
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> Summary:
@@ -148,24 +150,20 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
             f"{path} is damaged: its digest is not that of what was saved; save the adapter again"
         )
     if name in names_of(model):
-        _refresh(model, planned, name, path)
+        refresh(model, planned, name, path)
     else:
         check_name(model, name)
         install(model, planned, name, freeze=True)
     return summary(model)
 
 
-def write_atomically(
-    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
-) -> None:
-    """Write a `.safetensors` file so that a crash leaves the old file or the new one, whole."""
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new, whole."""
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
-    # Not by safetensors' own save_file, whose files only their owner may read.
-    content = serialized(tensors, metadata)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(beside, "wb") as file:
@@ -177,7 +175,7 @@ def write_atomically(
         beside.unlink(missing_ok=True)
 
 
-def _sites_of(model: nn.Module, name: str) -> list[Site]:
+def sites_of(model: nn.Module, name: str) -> list[Site]:
     """Return the sites of one adapter, tied ones once, in the order of `parameters`."""
     wanted = {id(stack) for stack, _ in select(model, [name])}
     return [site for site in first_sites(model) if id(site.stack) in wanted]
@@ -187,7 +185,7 @@ def _parts(model: nn.Module, name: str) -> dict[str, Factors]:
     """Return one adapter's factors by the path of the site or block, in the same order."""
     return {
         path: factors
-        for site in _sites_of(model, name)
+        for site in sites_of(model, name)
         for path, factors in site.parts(name).items()
     }
 
@@ -205,24 +203,29 @@ def _describe(factors: Factors, site: Site) -> dict[str, Any]:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if os.path.isdir(path):
-        raise CheckpointError(f"{path} is a folder; name the .safetensors file in it")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or no .safetensors file ({error}); save the adapter again"
-        ) from error
+    tensors, metadata = read_tensors(path)
     if _ENTRY not in metadata:
         raise CheckpointError(
             f"{path} was not written by paramlora.save: its metadata has no {_ENTRY!r}, only "
             f"{sorted(metadata)}"
         )
     return tensors, _content(metadata[_ENTRY], path)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a `.safetensors` file, and its metadata."""
+    if os.path.isdir(path):
+        raise CheckpointError(f"{path} is a folder; name the .safetensors file in it")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or no .safetensors file ({error}); save the adapter again"
+        ) from error
 
 
 def _content(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -411,7 +414,7 @@ def _derived(kind: type[Spec]) -> Iterator[type[Spec]]:
 
 
 @torch.no_grad()
-def _refresh(
+def refresh(
     model: nn.Module,
     planned: list[Planned],
     name: str,
@@ -436,13 +439,13 @@ def _refresh(
     for site, factors in attached.items():
         factors.spec = new[site].spec
         factors.set_strength(new[site].strength)
-        for key, parameter in factors.named_parameters():
-            fill(parameter, new[site].get_parameter(key))
+        for key, tensor in factors.tensors.items():
+            fill(tensor, new[site].tensors[key])
 
 
 def _check_writable(model: nn.Module, name: str) -> None:
     """Raise a StateError where what is written to an adapter's factors would be lost."""
-    for site in _sites_of(model, name):
+    for site in sites_of(model, name):
         for path, factors in site.parts(name).items():
             for key, parameter in factors.named_parameters():
                 check_settled(site.module, parameter, path)
@@ -450,4 +453,4 @@ def _check_writable(model: nn.Module, name: str) -> None:
 
 
 def _shapes(factors: Factors) -> dict[str, torch.Size]:
-    return {key: parameter.shape for key, parameter in factors.named_parameters()}
+    return {key: tensor.shape for key, tensor in factors.tensors.items()}

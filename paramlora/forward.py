@@ -3,8 +3,8 @@
 A host module gets one of these as the forward of its class where its own forward is torch's and
 computes the same (`forward_for`); it costs a look at the stack. A Linear or an Embedding never
 builds W' in training (but see `lowrank.choose` for many rows); where an active adapter has no
-factored form, or another parametrization is on the tensor, and for all other layers, torch's own
-forward runs on the dense W', which is built once a forward and again for the backward.
+factored or rescaled form, or another parametrization is on the tensor, and for all other layers,
+torch's own forward runs on the dense W', which is built once a forward and again for the backward.
 
 What is kept for the backward: of a factored layer x and x Aᵀ, of a dense one x, and never W'.
 """
@@ -19,22 +19,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import lowrank
+from . import lowrank, rescale, route
 from .adapters import LowRank, add_update
 from .stack import CHANGED, Stack, exact, lists, once, stack_of, stored
 
 
-def forward_for(cls: type[nn.Module]) -> Callable[..., Any] | None:
-    """Return the forward for adapted modules of class `cls`, None where its own will do."""
+def forward_for(cls: type[nn.Module], *, alone: bool) -> Callable[..., Any] | None:
+    """Return the forward for adapted modules of class `cls`, None where its own will do.
+
+    `alone` says that the module has all its parameters itself, none in modules inside.
+    """
     for base, forward in _FORWARDS.items():
         # Not for a subclass with a forward of its own: that one has to run, and reads W'.
         if issubclass(cls, base) and cls.forward is base.forward:
             return forward
-    return None
+    # Told by its name: to import transformers only to look would take seconds.
+    if (cls.__module__, cls.__qualname__) == ("transformers.pytorch_utils", "Conv1D"):
+        return _conv1d(cls.forward)
+    # A loop over experts reads the stack of their weights once for each.
+    return _read_once(cls.forward) if alone and not cls.__module__.startswith("torch.") else None
 
 
-def _factored(module: nn.Module) -> tuple[Tensor, list[LowRank]] | None:
-    """Return the stored weight and the live updates of a module's `weight`, None if not factored.
+def _alone(module: nn.Module) -> tuple[Tensor, Stack] | None:
+    """Return the stored weight and its stack, None where that is not all there is at the weight.
 
     It reads past the modules' `__getattr__`: at small sizes that is what a forward costs.
     """
@@ -42,48 +49,96 @@ def _factored(module: nn.Module) -> tuple[Tensor, list[LowRank]] | None:
     if plist is None or len(plist._modules) != 1:
         return None
     stack = plist._modules["0"]
-    terms = stack.low_rank() if type(stack) is Stack else None
-    return None if terms is None else (plist._parameters["original"], terms)  # type: ignore[return-value]
+    return (plist._parameters["original"], stack) if type(stack) is Stack else None  # type: ignore[return-value]
 
 
 @functools.wraps(nn.Linear.forward)
 def _linear(self: nn.Linear, input: Tensor) -> Tensor:
-    site = _factored(self)
-    if site is None:
-        return _dense_linear(self, input)
-    weight, terms = site
-    return lowrank.linear(input, weight, self.bias, terms)
+    site = _alone(self)
+    if site is not None:
+        weight, stack = site
+        if stack.route is None:
+            terms = stack.low_rank()
+            if terms is not None:
+                return lowrank.linear(input, weight, self.bias, terms)
+            rescaled = stack.rescaled(weight)
+            if rescaled is not None:
+                return rescale.linear(input, weight, self.bias, rescaled)
+        elif len(lists(self)) == 1:
+            output = route.linear(input, weight, self.bias, stack)
+            if output is not None:
+                return output
+    return _dense_linear(self, input)
+
+
+def _conv1d(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward of transformers' Conv1D: a Linear whose weight is stored as (in, out)."""
+    dense = _dense(plain)
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        site = _alone(self)
+        output = None
+        if site is not None:
+            W, stack = site[0].t(), site[1]
+            if stack.route is None:
+                terms = stack.low_rank()
+                if terms is not None:
+                    terms = [term.transposed() for term in terms]
+                    output = lowrank.linear(x, W, self.bias, terms)  # type: ignore[arg-type]
+            elif len(lists(self)) == 1:
+                output = route.linear(x, W, self.bias, stack, transposed=True)  # type: ignore[arg-type]
+        return dense(self, x) if output is None else output
+
+    return forward
 
 
 @functools.wraps(nn.Embedding.forward)
 def _embedding(self: nn.Embedding, input: Tensor) -> Tensor:
-    site = _factored(self)
+    weight = update = rescaled = None
     # Both of these depend on the whole of W': its row norms, or how often a row occurs.
-    if site is None or self.max_norm is not None or self.scale_grad_by_freq:
-        weight, terms = self.weight, list[LowRank]()
-    else:
-        weight, terms = site
+    site = None if self.max_norm is not None or self.scale_grad_by_freq else _alone(self)
+    if site is not None:
+        weight, stack = site
+        with exact(weight):
+            if stack.route is not None:
+                update = route.embedding(input, stack, self.padding_idx)
+            else:
+                terms = stack.low_rank()
+                if terms is None:
+                    rescaled = stack.rescaled(weight)
+                    terms = [rescaled.update] if rescaled and rescaled.update else []
+                update = _looked_up(input, terms, self.padding_idx)
+    if update is None and rescaled is None:
+        if route.route_of(self) is not None:
+            return route.by_group(self, (input,), {})
+        weight = self.weight
     output = F.embedding(
         input,
-        weight,
+        weight,  # type: ignore[arg-type]
         self.padding_idx,
         self.max_norm,
         self.norm_type,
         self.scale_grad_by_freq,
-        self.sparse and weight.is_leaf,
+        self.sparse and weight.is_leaf,  # type: ignore[union-attr]
     )
-    for A, B, scale in terms:
-        # Dense gradients for the factors, whatever `sparse` says of W: B has r columns only, and
-        # one optimizer can then take A and B.
-        rows = F.embedding(input, B, self.padding_idx)
-        with exact(weight):
-            update = scale * (rows @ A)
+    if update is not None:
         if self.padding_idx is not None:
             # torch gives the padding row no gradient; through A it would get one here.
             padding = (input == self.padding_idx).unsqueeze(-1)
             update = torch.where(padding, update.detach(), update)
         output = add_update(output, update)
+    if rescaled is not None:
+        output = rescale.rows(output, input, rescaled, self.padding_idx)
     return output
+
+
+def _looked_up(input: Tensor, terms: list[LowRank], padding_idx: int | None) -> Tensor | None:
+    """Return what low-rank updates add to the rows of an embedding, None where there are none."""
+    # Dense gradients for the factors, whatever `sparse` says of W: B has r columns only, and one
+    # optimizer can then take A and B.
+    parts = [scale * (F.embedding(input, B, padding_idx) @ A) for A, B, scale in terms]
+    return sum(parts[1:], parts[0]) if parts else None
 
 
 @functools.wraps(nn.EmbeddingBag.forward)
@@ -93,6 +148,9 @@ def _embedding_bag(
     offsets: Tensor | None = None,
     per_sample_weights: Tensor | None = None,
 ) -> Tensor:
+    if route.route_of(self) is not None:
+        kwargs = {"offsets": offsets, "per_sample_weights": per_sample_weights}
+        return route.by_group(self, (input,), kwargs)
     weight = self.weight
     return F.embedding_bag(
         input,
@@ -115,11 +173,26 @@ def _dense(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if route.route_of(self) is not None:
+            return route.by_group(self, args, kwargs)
         # The compiler finds repeated reads, and what to recompute, by itself.
         if lowrank.transformed():
             return plain(self, *args, **kwargs)
         # torch's attention reads in_proj_weight half a dozen times.
         with once(), _rebuilt(self) if torch.is_grad_enabled() else nullcontext():
+            return plain(self, *args, **kwargs)
+
+    return forward
+
+
+def _read_once(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward that builds each W' once, however often it reads it."""
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if lowrank.transformed():
+            return plain(self, *args, **kwargs)
+        with once():
             return plain(self, *args, **kwargs)
 
     return forward
@@ -168,6 +241,8 @@ def _rebuilt(module: nn.Module) -> Iterator[None]:
 def _recurrent(plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def forward(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
+        if route.route_of(self) is not None:
+            return route.by_group(self, args, kwargs)
         if lowrank.transformed():
             try:
                 return plain(self, *args, **kwargs)

@@ -55,7 +55,9 @@ def register(module: nn.Module, tensor: str, stack: Stack) -> None:
         # Not by register_parametrization: its checks would run the ones that are there.
         plist.append(stack.train(module.training))
     if first:
-        _adopt(type(module), before)
+        inside = (child for key, child in module.named_children() if key != "parametrizations")
+        alone = not any(True for child in inside for _ in child.parameters())
+        _adopt(type(module), before, alone)
 
 
 def unregister(site: Site) -> None:
@@ -192,7 +194,7 @@ def _tensors(cls: type) -> set[str]:
     return {key for key, value in vars(cls).items() if isinstance(value, property)}
 
 
-def _adopt(cls: type, before: Before) -> None:
+def _adopt(cls: type, before: Before, alone: bool) -> None:
     """Give a host's own class its deepcopy, and a forward where there is one for it."""
     plain = cls.__deepcopy__  # type: ignore[attr-defined]
 
@@ -205,7 +207,7 @@ def _adopt(cls: type, before: Before) -> None:
         copied.__class__ = _copied_class(type(copied))
         return copied
 
-    forward = forward_for(cls.__bases__[0])
+    forward = forward_for(cls.__bases__[0], alone=alone)
     added = {"__deepcopy__": deepcopy} | ({} if forward is None else {"forward": forward})
     before.replaced = {key: vars(cls).get(key) for key in added}
     for key, value in added.items():

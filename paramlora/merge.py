@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import host
 from .attach import check_tied, check_ties, check_whole, remove
 from .errors import StateError
+from .hold import release
 from .stack import Site, Stack, below, first_sites, sites, stacks, stored, through
 from .targets import Place
 from .toggle import check_unmerged, names_of, select
@@ -123,6 +124,7 @@ def bake(model: nn.Module) -> None:
         stack.set(stack.active, ())
     remove(model, sites(model), names)
     host.unfreeze_base(model, None)
+    release(model, None)
     host.forget(model)
 
 
@@ -137,6 +139,8 @@ def _plan(model: nn.Module, names: tuple[str, ...]) -> list[_Fold]:
         its_names = chosen.get(id(site.stack), [])
         if not names:
             its_names = list(site.stack.live)
+        if site.stack.route is not None:
+            raise StateError("cannot merge inside of routed(): every row would get the adapter")
         _check(site.stack, its_names)
         if its_names:
             folds.append(_Fold(site, its_names, _folded(site, its_names)))

@@ -6,9 +6,10 @@ A `Stack` is registered once at a tensor through `torch.nn.utils.parametrize`; a
 adapters at that tensor lives in it. The functions below find the stacks of a model.
 """
 
+import itertools
 import threading
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .adapters import Factors as Tensors
-from .adapters import LowRank, Spec, Strength
+from .adapters import LowRank, Rescaled, Spec, Strength
 from .block import Block
+from .errors import StateError
 
 CHANGED = (
     "a tensor needed for the gradient was changed in place (an optimizer's step, a merge) between "
@@ -35,9 +37,9 @@ def exact(weight: Tensor) -> AbstractContextManager[Any]:
 
 
 class _Once(threading.local):
-    """What stacks have built, by their id, inside the innermost `once` of a thread."""
+    """What stacks have built, by what they were then, inside the innermost `once` of a thread."""
 
-    built: dict[int, Tensor] | None = None
+    built: dict[object, Tensor] | None = None
 
 
 _ONCE = _Once()
@@ -71,27 +73,45 @@ class Factors(nn.Module):
         self.block = block
         self.strength: Strength = 1.0
         for key, tensor in tensors.items():
-            self.register_parameter(key, nn.Parameter(tensor))
+            if key in spec.constants:
+                self.register_buffer(key, tensor)
+            else:
+                self.register_parameter(key, nn.Parameter(tensor))
 
     def set_strength(self, strength: Strength) -> None:
         # Past nn.Module.__setattr__, which would register an nn.Parameter as one of the factors.
         self.__dict__["strength"] = strength
 
+    @property
+    def strengths(self) -> tuple[Strength, ...]:
+        return (self.strength,)
+
+    def set_strengths(self, strengths: Sequence[Strength]) -> None:
+        """Set the strength again that `strengths` gave."""
+        self.__dict__["strength"] = strengths[0]
+
     def forward(self, weight: Tensor) -> Tensor:
-        return _applied(self.spec, self.block, weight, self._tensors, self.strength)
+        return _applied(self.spec, self.block, weight, self.tensors, self.strength)
 
     def low_rank(self) -> LowRank | None:
-        term = self.spec.low_rank(self._tensors, self.strength)
+        term = self.spec.low_rank(self.tensors, self.strength)
         return term if term is None or self.block is None else self.block.widen(term)
 
     @property
     def scale(self) -> Strength:
         """All that multiplies the update, the strength included."""
-        term = self.spec.low_rank(self._tensors, self.strength)
-        return self.strength if term is None else term.scale
+        return self.strength * self.spec.scaling
+
+    def rescaled(self, weight: Tensor) -> Rescaled | None:
+        if self.block is not None:
+            return None
+        return self.spec.rescaled(weight, self.tensors, self.strength)
 
     @property
-    def _tensors(self) -> dict[str, nn.Parameter]:
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors by name, constants last."""
+        if self._buffers:
+            return {**self._parameters, **self._buffers}  # type: ignore[dict-item]
         return self._parameters  # type: ignore[return-value]
 
 
@@ -123,6 +143,14 @@ class Blocks(nn.Module):
             factors.set_strength(strength)
 
     @property
+    def strengths(self) -> tuple[Strength, ...]:
+        return tuple(factors.strength for factors in self.parts)
+
+    def set_strengths(self, strengths: Sequence[Strength]) -> None:
+        for factors, strength in zip(self.parts, strengths, strict=True):
+            factors.set_strength(strength)
+
+    @property
     def parts(self) -> list[Factors]:
         return list(self._modules.values())  # type: ignore[arg-type]
 
@@ -136,6 +164,10 @@ def _applied(
     return block.put(weight, spec.apply(block.cut(weight), tensors, strength))
 
 
+# Numbers adapters in attaching order, over all stacks.
+_NUMBERS = itertools.count()
+
+
 class Stack(nn.Module):
     """The named adapters at a site: their factors, which are active, which are merged.
 
@@ -146,6 +178,7 @@ class Stack(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.factors = nn.ModuleDict()
+        self.numbers: dict[str, int] = {}
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.live: tuple[str, ...] = ()
@@ -155,18 +188,27 @@ class Stack(nn.Module):
         self.written: tuple[tuple[weakref.ref[Tensor], int], ...] = ()
         # Paths of the sites that share this stack, where their tensors are tied.
         self.tied: tuple[str, ...] = ()
+        # Inside of `routed`: which rows of a batch get which adapter.
+        self.route: Any = None
 
     def forward(self, weight: Tensor) -> Tensor:
+        if self.route is not None:
+            raise StateError(
+                f"{self.route.paths[id(self)]!r} was read inside of routed(), where each row of a "
+                "batch has a tensor of its own; read it outside, or give this adapter no rows"
+            )
         if not self.live:
             return weight
         built = None if torch.compiler.is_compiling() else _ONCE.built
-        if built is not None and id(self) in built:
-            return built[id(self)]
+        # What is built without a gradient does not serve where one is wanted.
+        key = id(self), self.live, torch.is_grad_enabled()
+        if built is not None and key in built:
+            return built[key]
         with exact(weight):
             for name in self.live:
                 weight = self[name](weight)
         if built is not None:
-            built[id(self)] = weight
+            built[key] = weight
         return weight
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -181,7 +223,7 @@ class Stack(nn.Module):
         What it returns raises the RuntimeError of autograd where a tensor has changed since.
         """
         live = [factors for name in self.live for factors in self.parts(name)]
-        steps = [(f.spec, f.block, dict(f._tensors), f.strength) for f in live]
+        steps = [(f.spec, f.block, dict(f.tensors), f.strength) for f in live]
         sources = [weight, *(tensor for _, _, tensors, _ in steps for tensor in tensors.values())]
         sources += [strength for *_, strength in steps if isinstance(strength, Tensor)]
         versions = [tensor._version for tensor in sources]
@@ -207,14 +249,26 @@ class Stack(nn.Module):
             terms.append(term)
         return terms
 
+    def rescaled(self, weight: Tensor) -> Rescaled | None:
+        """Return W' as the rescaled `weight`, None where what is live has no such form."""
+        factors = self[self.live[0]] if len(self.live) == 1 else None
+        if not isinstance(factors, Factors):
+            return None
+        with exact(weight):
+            return factors.rescaled(weight)
+
     def set(self, active: Container[str], merged: Container[str]) -> None:
         """Set which adapters are active and which are merged."""
-        self.active = tuple(name for name in self.factors if name in active)
-        self.merged = tuple(name for name in self.factors if name in merged)
-        self.live = tuple(name for name in self.active if name not in self.merged)
+        self.active, self.live = in_order(self.named, active, merged)
+        self.merged = tuple(name for name in self.named if name in merged)
 
-    def __getitem__(self, name: str) -> Factors | Blocks:
+    @property
+    def named(self) -> Mapping[str, "Factors | Blocks"]:
+        """The adapters here by name, in attaching order."""
         # Past ModuleDict's and its parents' own lookups: this runs in the forward of each layer.
+        return self._modules["factors"]._modules  # type: ignore[union-attr, return-value]
+
+    def __getitem__(self, name: str) -> "Factors | Blocks":
         return self._modules["factors"]._modules[name]  # type: ignore[union-attr, return-value]
 
     def parts(self, name: str) -> list[Factors]:
@@ -230,10 +284,11 @@ class Stack(nn.Module):
             if name not in self.factors:
                 self.factors[name] = Blocks()
             self[name].add_module(str(factors.block), factors)
+        self.numbers.setdefault(name, next(_NUMBERS))
         self.set((*self.active, name), self.merged)
 
     def remove(self, name: str) -> None:
-        del self.factors[name]
+        del self.factors[name], self.numbers[name]
         self.set(self.active, self.merged)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
@@ -241,6 +296,14 @@ class Stack(nn.Module):
         super()._apply(fn, recurse)
         self.stored = tuple(fn(tensor) for tensor in self.stored)
         return self
+
+
+def in_order(
+    names: Iterable[str], active: Container[str], merged: Container[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return which of the names are active, and which of those are live, in the names' order."""
+    chosen = tuple(name for name in names if name in active)
+    return chosen, tuple(name for name in chosen if name not in merged)
 
 
 class Site(NamedTuple):
@@ -320,26 +383,32 @@ def first_sites(model: nn.Module) -> list[Site]:
 def stacks(model: nn.Module) -> list[Stack]:
     """Return the stacks of a model, each once, in module order.
 
-    Every toggle calls this, so it takes the fewest steps: it looks at hosts, not into them.
+    Every toggle calls this, and it takes longer than all that a toggle changes; so it takes the
+    fewest steps, looks at hosts and not into them, and calls no function for a module.
     """
-    found: dict[int, Stack] = {}
+    found: dict[Stack, None] = {}
     seen: set[int] = set()
-    todo = [model]
+    todo: list[Iterator[nn.Module | None]] = [iter((model,))]
     while todo:
-        inner = []
-        for key, child in todo.pop()._modules.items():
-            if child is None or not child._modules:
+        for module in todo[-1]:
+            if module is None or not module._modules:
                 continue
-            if key == "parametrizations":
-                for plist in child._modules.values():
-                    stack = stack_of(plist)
-                    if stack is not None:
-                        found[id(stack)] = stack
-            elif id(child) not in seen:
-                seen.add(id(child))
-                inner.append(child)
-        todo += reversed(inner)
-    return list(found.values())
+            inner = module._modules
+            plists = inner.get("parametrizations")
+            if plists is not None:
+                for plist in plists._modules.values():
+                    for parametrization in plist._modules.values():  # type: ignore[union-attr]
+                        if type(parametrization) is Stack:
+                            found[parametrization] = None
+                if len(inner) == 1:
+                    continue
+            if id(inner) not in seen:
+                seen.add(id(inner))
+                todo.append(iter([child for child in inner.values() if child is not plists]))
+                break
+        else:
+            todo.pop()
+    return list(found)
 
 
 def stored(plist: parametrize.ParametrizationList) -> list[Tensor]:

@@ -16,99 +16,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .adapters import FLOATS, Spec
-from .block import Block, Part, split
+from .block import Part, split
 from .errors import TargetError
+from .place import Place, check_shapes, places
 from .sharded import is_sharded
-from .stack import Stack, below, dotted, lists, stack_of, stored, walk
+from .stack import dotted, walk
 
 Target = type[nn.Module] | str | Callable[[str, nn.Module], bool]
 Targets = Target | Sequence[Target]
-
-
-class Place(NamedTuple):
-    """A tensor that can become a site, or a block of one, whose index ends the path then."""
-
-    path: str
-    module_path: str
-    module: nn.Module
-    tensor: str
-    block: Block | None = None
-
-    @property
-    def whole(self) -> Tensor:
-        """The base's tensor, W: what is stored, or what parametrizations below a stack give."""
-        plist = lists(self.module).get(self.tensor)
-        return self.stored if plist is None else below(plist, stack_of(plist))
-
-    @property
-    def value(self) -> Tensor:
-        """What an adapter here sees as its weight: W, or the block of it."""
-        return self.whole if self.block is None else self.block.cut(self.whole)
-
-    @property
-    def ranges(self) -> list[tuple[int, int]]:
-        """What it takes of each dimension; empty for the whole tensor."""
-        return [] if self.block is None else self.block.ranges
-
-    def at(self, index: Sequence[Part]) -> "Place":
-        """Return the place of a block of this tensor.
-
-        Raises:
-            TargetError: the tensor has no such block.
-        """
-        shape = self.whole.shape
-        try:
-            block = Block.of(index, shape)
-        except ValueError as error:
-            raise TargetError(
-                f"cannot take a block of {self.path!r}, which has shape {tuple(shape)}: {error}"
-            ) from error
-        return self._replace(path=f"{self.path}{block or ''}", block=block)
-
-    def meets(self, other: "Place") -> bool:
-        """Return whether this has an element in common with another place of the same tensor."""
-        whole = self.block is None or other.block is None
-        return whole or self.block.overlaps(other.block)  # type: ignore[union-attr, arg-type]
-
-    def claimed(self, other: "Place") -> bool:
-        """Return whether an adapter at `other`, of the same tensor, leaves none of it for this.
-
-        Raises:
-            TargetError: both are blocks, and one is a part of the other or they overlap.
-        """
-        if self.block is None or other.block is None or self.block == other.block:
-            return True
-        if self.meets(other):
-            raise TargetError(
-                f"{other.path!r} and {self.path!r} overlap; give one adapter blocks that do not, "
-                "or attach another adapter under a name of its own"
-            )
-        return False
-
-    @property
-    def stored(self) -> Tensor:
-        """What is stored for it: the tensor itself, or the first that parametrizations store."""
-        plist = lists(self.module).get(self.tensor)
-        return getattr(self.module, self.tensor) if plist is None else stored(plist)[0]
-
-    @property
-    def stack(self) -> Stack | None:
-        """The stack that is there already."""
-        return stack_of(lists(self.module).get(self.tensor))
-
-
-def places(model: nn.Module) -> list[Place]:
-    """Return every parameter of the base of a model, parametrized ones included, in order."""
-    found = []
-    for path, module in walk(model):
-        # What parametrizations of others consist of is not the model's to adapt.
-        if "parametrizations" in path.split("."):
-            continue
-        names = [name for name, parameter in module._parameters.items() if parameter is not None]
-        plists = lists(module).items()
-        names += [name for name, plist in plists if isinstance(stored(plist)[0], nn.Parameter)]
-        found += [Place(dotted(path, name), path, module, name) for name in names]
-    return found
 
 
 def _computed(model: nn.Module) -> list[Place]:
@@ -122,15 +37,22 @@ def _computed(model: nn.Module) -> list[Place]:
     ]
 
 
+class Resolved(NamedTuple):
+    """The tensors that targets mean, each with its spec, and those left out, with the reason."""
+
+    found: list[tuple[Place, Spec]]
+    left_out: dict[str, tuple[Place, str]]
+
+
 def resolve(
     model: nn.Module,
     spec: Spec | Mapping[Target, Spec],
     targets: Targets | None,
     exclude: Targets,
-) -> list[tuple[Place, Spec]]:
+) -> Resolved:
     """Return the tensors that the targets mean, each with its spec, checked, in model order.
 
-    In a mapping the first target that matches a tensor decides its spec.
+    In a mapping the first target that matches a tensor, or blocks of it, decides its spec.
 
     Raises:
         TargetError: a target that matches no tensor, or one that cannot be adapted.
@@ -143,12 +65,13 @@ def resolve(
     excluded: dict[str, Place] = {}
     for asked in _listed(exclude):
         target, index = _split(asked, all_places)
-        left_out = [p if index is None else p.at(index) for p in _match(target, all_places)]
-        if isinstance(target, str) and not left_out:
+        matches = [p if index is None else p.at(index) for p in _match(target, all_places)]
+        if isinstance(target, str) and not matches:
             raise TargetError(f"exclude= matches nothing: no {_nothing(asked, model, everywhere)}")
-        excluded |= {place.path: place for place in left_out}
+        excluded |= {place.path: place for place in matches}
     # By tensor, not by path: tied ones are one.
     claims: dict[int, list[tuple[Place, Spec]]] = {}
+    left_out: dict[str, tuple[Place, str]] = {}
     for asked, its_spec in _pairs(spec, targets):
         target, index = _split(asked, all_places)
         for place in _match(target, computed):
@@ -162,11 +85,15 @@ def resolve(
         if not matches:
             raise TargetError(f"no tensor matches {_nothing(asked, model, everywhere)}")
         for place in matches:
-            if place.path not in excluded:
-                place = place if index is None else place.at(index)
-                own = claims.setdefault(id(place.stored), [])
-                if not _is_out(place, excluded) and not any(place.claimed(by) for by, _ in own):
-                    own.append((place, its_spec))
+            if index is not None and place.path not in excluded:
+                place = place.at(index)
+            own = claims.setdefault(id(place.stored), [])
+            if _is_out(place, excluded):
+                left_out[place.path] = place, "left out by exclude="
+            elif not any(place.claimed(by) for by, _ in own):
+                own.append((place, its_spec))
+            elif all(place.block != by.block for by, _ in own):
+                left_out[place.path] = place, "decided by an earlier target"
     found = [pair for own in claims.values() for pair in own]
     if not found:
         raise TargetError(f"every tensor that matches is excluded by exclude={exclude!r}")
@@ -174,7 +101,7 @@ def resolve(
     found.sort(key=lambda pair: (order[id(pair[0].module), pair[0].tensor], pair[0].ranges))
     for place, its_spec in found:
         check(place, its_spec)
-    return found
+    return Resolved(found, left_out)
 
 
 def _is_out(place: Place, excluded: Mapping[str, Place]) -> bool:
@@ -202,16 +129,6 @@ def check(place: Place, spec: Spec) -> None:
             f"cannot adapt {place.path!r} with {type(spec).__name__}: {reason} (leave it out "
             "with narrower targets or with exclude=)"
         )
-
-
-def check_shapes(everywhere: Iterable[Place]) -> None:
-    """Raise a TargetError where a parameter, adapted or not, cannot be frozen or counted yet."""
-    for place in everywhere:
-        if nn.parameter.is_lazy(place.stored):
-            raise TargetError(
-                f"{place.path!r} is lazy and has no shape yet; run one batch through the model "
-                "first, and attach then"
-            )
 
 
 def nearest(path: str, paths: Iterable[str]) -> str:
@@ -304,18 +221,18 @@ def _nothing(asked: Target, model: nn.Module, everywhere: list[Place]) -> str:
     meant = {path: module for path, module in walk(model) if _means(target, path, module)}
     packed = [path for path, module in meant.items() or walk(model) if _is_packed(module)]
     if packed:
-        return f"{name}; packed (quantized) weights cannot be adapted, as those of {_some(packed)}"
+        return f"{name}; packed (quantized) weights cannot be adapted, as those of {some(packed)}"
     if meant:
         own = [place.path for place in everywhere if place.module in meant.values()]
-        only = f", only {_some(own)}: name those with a glob" if own else ""
-        return f"{name}; there is no parameter 'weight' in {_some(meant)}{only}"
+        only = f", only {some(own)}: name those with a glob" if own else ""
+        return f"{name}; there is no parameter 'weight' in {some(meant)}{only}"
     if isinstance(target, str):
         modules = [place.module_path for place in everywhere if place.module_path]
         paths = dict.fromkeys([*modules, *(place.path for place in everywhere)])
-        return name + (nearest(target, paths) or f"; there are {_some(paths) or 'no parameters'}")
+        return name + (nearest(target, paths) or f"; there are {some(paths) or 'no parameters'}")
     with_weight = [place.module for place in everywhere if place.tensor == "weight"]
     types = {parametrize.type_before_parametrizations(module).__name__ for module in with_weight}
-    return f"{name}; modules with a weight here are {_some(sorted(types)) or 'none'}"
+    return f"{name}; modules with a weight here are {some(sorted(types)) or 'none'}"
 
 
 def _is_packed(module: nn.Module) -> bool:
@@ -331,7 +248,8 @@ def _means(target: Target, path: str, module: nn.Module) -> bool:
     return isinstance(target, str) and _glob(path, target)
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """Return the first of some names, as a list to read."""
     first = list(itertools.islice(names, 9))
     return ", ".join(first[:8]) + (", …" if len(first) > 8 else "")
 

@@ -1,14 +1,15 @@
 """Switching adapters on and off, and setting their strength; requires_grad is never touched."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
 from .adapters import Strength, is_finite
 from .errors import AdapterNameError, StateError
-from .stack import Factors, Stack, stacks
+from .stack import Stack, in_order, stacks
 
 
 def enable(model: nn.Module, *names: str) -> None:
@@ -20,8 +21,7 @@ def enable(model: nn.Module, *names: str) -> None:
         AdapterNameError: no adapter of that name.
         StateError: an adapter is merged.
     """
-    for stack, its_names in _select_unmerged(model, names, "enable"):
-        stack.set((*stack.active, *its_names), stack.merged)
+    _switch(_unmerged(model, names, "enable"), lambda own, on: {*on, *(names or own)})
 
 
 def disable(model: nn.Module, *names: str) -> None:
@@ -31,8 +31,7 @@ def disable(model: nn.Module, *names: str) -> None:
         AdapterNameError: no adapter of that name.
         StateError: an adapter is merged.
     """
-    for stack, its_names in _select_unmerged(model, names, "disable"):
-        stack.set([name for name in stack.active if name not in its_names], stack.merged)
+    _switch(_unmerged(model, names, "disable"), lambda own, on: {*on}.difference(names or own))
 
 
 def scale(model: nn.Module, factor: Strength, *names: str) -> None:
@@ -51,9 +50,10 @@ def scale(model: nn.Module, factor: Strength, *names: str) -> None:
         StateError: an adapter is merged.
     """
     _check_strength(factor)
-    for stack, its_names in _select_unmerged(model, names, "scale"):
-        for name in its_names:
-            stack[name].set_strength(factor)
+    for stack in _unmerged(model, names, "scale"):
+        for name, factors in stack.named.items():
+            if not names or name in names:
+                factors.set_strength(factor)
 
 
 @contextmanager
@@ -89,18 +89,27 @@ def using(model: nn.Module, /, *names: str, **scales: Strength) -> Iterator[None
     for factor in scales.values():
         _check_strength(factor)
     wanted = {*names, *scales}
-    _check_names(model, wanted)
+    _check_names(stacks(model), wanted)
     with _restored(model):
-        for stack, _ in _select_unmerged(model, (), "toggle"):
-            stack.set(wanted, stack.merged)
-            for name in scales.keys() & stack.factors.keys():
+        here = _unmerged(model, (), "toggle")
+        _switch(here, lambda own, on: wanted)
+        for stack in here if scales else ():
+            for name in scales.keys() & stack.named.keys():
                 stack[name].set_strength(scales[name])
         yield
 
 
 def names_of(model: nn.Module) -> list[str]:
     """Return the names of the adapters of a model, in attaching order."""
-    return list(dict.fromkeys(name for stack in stacks(model) for name in stack.factors))
+    return _names_in(stacks(model))
+
+
+def _names_in(here: Iterable[Stack]) -> list[str]:
+    first: dict[str, int] = {}
+    for stack in here:
+        for name, number in stack.numbers.items():
+            first[name] = min(number, first.get(name, number))
+    return sorted(first, key=first.__getitem__)
 
 
 def select(model: nn.Module, names: Sequence[str]) -> list[tuple[Stack, list[str]]]:
@@ -109,10 +118,11 @@ def select(model: nn.Module, names: Sequence[str]) -> list[tuple[Stack, list[str
     Raises:
         AdapterNameError: no adapter of that name.
     """
-    _check_names(model, names)
+    here = stacks(model)
+    _check_names(here, names)
     found = []
-    for stack in stacks(model):
-        chosen = [name for name in stack.factors if not names or name in names]
+    for stack in here:
+        chosen = [name for name in stack.named if not names or name in names]
         if chosen:
             found.append((stack, chosen))
     return found
@@ -128,23 +138,41 @@ def check_unmerged(chosen: list[tuple[Stack, list[str]]], verb: str) -> None:
                 )
 
 
-def _select_unmerged(
-    model: nn.Module, names: Sequence[str], verb: str
-) -> list[tuple[Stack, list[str]]]:
-    chosen = select(model, names)
-    check_unmerged(chosen, verb)
-    return chosen
+def _unmerged(model: nn.Module, names: Sequence[str], verb: str) -> list[Stack]:
+    """Return the stacks of a model, none of the named adapters merged, all where none is named."""
+    here = stacks(model)
+    _check_names(here, names)
+    for stack in here:
+        if stack.merged:
+            check_unmerged([(stack, [*(names or stack.named)])], verb)
+    return here
 
 
-def _check_names(model: nn.Module, names: Iterable[str]) -> None:
-    wanted = list(names)
-    known = names_of(model) if wanted else []
-    for name in wanted:
+def _switch(
+    here: Iterable[Stack], wanted: Callable[[Sequence[str], Sequence[str]], Collection[str]]
+) -> None:
+    """Set which adapters are active: `wanted(names, active)` for those of a stack.
+
+    Stacks in the same state are worked out once: a model may have hundreds.
+    """
+    states: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+    for stack in here:
+        key = names, active, merged = tuple(stack.named), stack.active, stack.merged
+        if key not in states:
+            states[key] = in_order(names, wanted(names, active), merged)
+        # Past nn.Module.__setattr__, which takes longer than all the rest.
+        state = vars(stack)
+        state["active"], state["live"] = states[key]
+
+
+def _check_names(here: Sequence[Stack], names: Iterable[str]) -> None:
+    for name in names:
         if not isinstance(name, str):
             raise TypeError(f"adapter names are separate arguments, each a string, got {name!r}")
-        if name not in known:
+        if not any(name in stack.named for stack in here):
+            known = _names_in(here)
             listed = ", ".join(map(repr, known)) or "none"
-            close = difflib.get_close_matches(str(name), known, n=1)
+            close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise AdapterNameError(f"no adapter {name!r} here; attached are: {listed}{hint}")
 
@@ -169,21 +197,23 @@ def _restored(model: nn.Module) -> Iterator[None]:
     What is attached inside stays as it is then, and so does what is merged then, its strength
     included: that is the one which the stored weight has.
     """
-    before = [(stack, stack.active, _strengths(stack)) for stack in stacks(model)]
+    before = [
+        (stack, stack.active, dict(stack.named), _strengths(stack)) for stack in stacks(model)
+    ]
     try:
         yield
     finally:
-        for stack, active, held in before:
-            now = set(stack.active)
-            for name in held.keys() & set(stack.factors):
-                # By identity: what is attached inside may have the name of what was detached.
-                same = stack.parts(name) == [factors for factors, _ in held[name]]
-                if same and name not in stack.merged:
-                    for factors, strength in held[name]:
-                        factors.set_strength(strength)
-                    (now.add if name in active else now.discard)(name)
-            stack.set(now, stack.merged)
+        for stack, active, named, strengths in before:
+            # By identity: what is attached inside may have the name of what was detached.
+            same = stack.named == named and not stack.merged
+            if same and stack.active != active:
+                vars(stack).update(active=active, live=active)
+            for (name, factors), held in zip(named.items(), strengths, strict=True):
+                if same or (stack.named.get(name) is factors and name not in stack.merged):
+                    factors.set_strengths(held)
+                    if not same and (name in active) is not (name in stack.active):
+                        stack.set({*stack.active} ^ {name}, stack.merged)
 
 
-def _strengths(stack: Stack) -> dict[str, list[tuple[Factors, Strength]]]:
-    return {name: [(f, f.strength) for f in stack.parts(name)] for name in stack.factors}
+def _strengths(stack: Stack) -> list[tuple[Strength, ...]]:
+    return [factors.strengths for factors in stack.named.values()]

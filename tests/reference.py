@@ -28,6 +28,8 @@ class Kind:
     spec: pl.Spec
     formula: Formula
     dimensions: int = 2
+    # The most that the update's rank can be; None where nothing limits it.
+    rank: int | None = None
     # At two blocks of each tensor, which leave some of it, in place of the whole.
     blocks: bool = False
 
@@ -44,18 +46,55 @@ class Kind:
         return tensor.dim() >= self.dimensions
 
 
+def dora(s: float, dim: int = 0, *, constant: bool = True) -> Formula:
+    """Return W' = (‖W‖ + k·d) ⊙ V / ‖V‖ with V = W + k·s·BA, norms over all but `dim`."""
+
+    def formula(W: Tensor, f: dict[str, Tensor], k: float) -> Tensor:
+        V = W + k * s * (f["B"] @ f["A"]).reshape(W.shape)
+        others = [i for i in range(W.dim()) if i != dim]
+        before, after = (torch.linalg.vector_norm(M, dim=others, keepdim=True) for M in (W, V))
+        if constant:
+            before, after = before.detach(), after.detach()
+        return (before + k * f["d"].view(before.shape)) * V / after
+
+    return formula
+
+
+def moved(f: dict[str, Tensor]) -> Tensor:
+    """Return BA − B₀A₀, without its cancellation near the start."""
+    left, right = [f["B"] - f["B0"], f["B0"]], [f["A"], f["A"] - f["A0"]]
+    return torch.cat(left, dim=1) @ torch.cat(right)
+
+
 KINDS = {
     "lora": Kind(
         pl.LoRA(rank=2, alpha=3),
         lambda W, f, k: W + k * 3 / 2 * (f["B"] @ f["A"]).reshape(W.shape),
+        rank=2,
     ),
     "lora_stabilized": Kind(
         pl.LoRA(rank=4, rank_stabilized=True),
         lambda W, f, k: W + k * 2 * (f["B"] @ f["A"]).reshape(W.shape),
+        rank=4,
     ),
+    "dora": Kind(pl.DoRA(rank=2, alpha=3), dora(3 / 2)),
     "delta": Kind(pl.Delta(), lambda W, f, k: W + k * f["D"], dimensions=1),
 }
+TRANSPOSED = Kind(
+    pl.LoRA(rank=2, alpha=3, transposed=True),
+    lambda W, f, k: W + k * 3 / 2 * (f["B"] @ f["A"]).T.reshape(W.shape),
+    rank=2,
+)
 BLOCKS = {f"{name}_blocks": replace(KINDS[name], blocks=True) for name in ("lora", "delta")}
+# Settings of kinds that take a path of their own.
+VARIANTS = {
+    "dora_exact": Kind(pl.DoRA(rank=3, dim=1, exact_gradient=True), dora(1, dim=1, constant=False)),
+    "pissa": Kind(
+        pl.LoRA(rank=1, alpha=2, init="pissa"),
+        lambda W, f, k: W + k * 2 * moved(f).reshape(W.shape),
+        rank=2,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -322,13 +361,19 @@ class Case:
         pl.scale(self.model, strength, name)
         self.kinds[name], self.strengths[name] = kind, strength
 
+    def trained(self, name: str) -> list[str]:
+        """Return the keys of an adapter's factors, those left out that are constants."""
+        constants = self.kinds[name].spec.constants
+        keys = pl.state_dict(self.model, name)
+        return [key for key in keys if key.rpartition(".")[2] not in constants]
+
     def leaves(self) -> dict[str, Tensor]:
         """Return the factors and the base's parameters, by the keys that gradients have here."""
         leaves: dict[str, Tensor] = {
             f"{name} {key}": parameter
             for name in self.kinds
             for key, parameter in zip(
-                pl.state_dict(self.model, name), pl.parameters(self.model, name), strict=True
+                self.trained(name), pl.parameters(self.model, name), strict=True
             )
         }
         # The base's own parameters, under the names from before attaching.
@@ -364,15 +409,19 @@ class Case:
         weights = dict(leaves)
         for name in self.kinds:
             factors: dict[str, dict[str, Tensor]] = {}
+            trained = self.trained(name)
             for key, value in pl.state_dict(self.model, name).items():
                 site, _, factor = key.rpartition(".")
-                leaves[f"{name} {key}"] = value.to(wide, copy=True).requires_grad_()
-                factors.setdefault(site, {})[factor] = leaves[f"{name} {key}"]
+                value = value.to(wide, copy=True)
+                if key in trained:
+                    leaves[f"{name} {key}"] = value.requires_grad_()
+                factors.setdefault(site, {})[factor] = value
             for site, own in factors.items() if name in active else ():
                 path, index = parted(site)
-                W = weights[path].to(wide, copy=True)
-                W[index] = self.kinds[name].formula(W[index], own, self.strengths[name])
-                weights[path] = W
+                W = weights[path].to(wide)
+                # A copy: the formula's gradient may need W.
+                weights[path] = W.clone()
+                weights[path][index] = self.kinds[name].formula(W[index], own, self.strengths[name])
         weights = {path: weight.to(dtype) for path, weight in weights.items()}
         inputs = [x.to(dtype) if x.is_floating_point() else x for x in self.inputs]
         return _run(lambda *x: functional_call(plain, weights, x), inputs, leaves)

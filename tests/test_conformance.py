@@ -6,7 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import BLOCKS, HOSTS, KINDS, Case, Host, Kind, Result, floats, parted, shake
+from reference import (
+    BLOCKS,
+    HOSTS,
+    KINDS,
+    TRANSPOSED,
+    VARIANTS,
+    Case,
+    Host,
+    Kind,
+    Result,
+    floats,
+    parted,
+    shake,
+)
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -18,16 +31,23 @@ PAIRS = [
     for host_name, host in HOSTS.items()
     if any(map(kind.takes, host.make().parameters()))
 ]
-# Blocks of tensors, in all the ways in which a forward gets at W'.
+# Blocks of tensors, and variants of kinds, in all the ways in which a forward gets at W'.
 PAIRS += [
     pytest.param(kind, HOSTS[host_name], False, id=f"{kind_name}-{host_name}")
-    for kind_name, kind in BLOCKS.items()
+    for kind_name, kind in (BLOCKS | VARIANTS).items()
     for host_name in (
         *("linear", "linear_wide", "linear_own_forward", "conv2d_groups", "conv_transpose1d"),
         *("embedding_padding", "bag_weighted", "lstm_deep", "attention", "bare_3d", "bare_listed"),
     )
 ]
 PAIRS += [pytest.param(BLOCKS["lora_blocks"], HOSTS["linear"], True, id="lora_blocks-as_large")]
+PAIRS += [
+    pytest.param(TRANSPOSED, HOSTS[name], as_large, id=f"lora_transposed-{name}-{as_large}")
+    for name, as_large in (
+        *(("linear", False), ("linear", True), ("linear_wide", True), ("embedding_padding", False)),
+        *(("conv2d_groups", False), ("bare_3d", False)),
+    )
+]
 # A large Linear is computed by a Function of its own; here small ones are, too.
 PAIRS += [
     pytest.param(KINDS["lora"], host, True, id=f"lora-{host_name}_as_large")
@@ -97,7 +117,7 @@ class TestConformance:
         case = Case.of(host)
         case.attach(kind, strength=0.7)
         actual = case.actual()
-        factors = {f"one {key}" for key in pl.state_dict(case.model, "one")}
+        factors = {f"one {key}" for key in case.trained("one")}
         inputs = {f"input {i}" for i, x in enumerate(case.inputs) if x.is_floating_point()}
         assert actual.gradients.keys() == factors | inputs
         assert_conforms(actual, case.expected("one"))
@@ -209,7 +229,7 @@ class TestConformance:
         for path in case.sites(kind):
             update = read(case.model, path).detach() - read(case.plain, path).detach()
             matrix = update.reshape(update.shape[0], -1)
-            expected = min(kind.spec.rank or max(matrix.shape), *matrix.shape)
+            expected = min(kind.rank or max(matrix.shape), *matrix.shape)
             assert torch.linalg.matrix_rank(matrix, rtol=1e-9) == expected
 
     def test_detach_gives_back(self, kind: Kind, host: Host) -> None:

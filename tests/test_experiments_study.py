@@ -31,7 +31,8 @@ OPTIONS = (
 ATTACHED = ["off", "on", "merged", "unmerged"]
 STAGES = ["base", *([*ATTACHED, "wrapped", *ATTACHED] * 2)]
 IMAGES = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]  # MNIST's for testing, by digit
-MADE = ["report.md", "wrong-counts.png", "confusion.png", "training-loss.png"]
+FIGURES = ["wrong-counts.png", "confusion.png", "training-loss.png"]
+MADE = ["report.md", "report.html", "results.csv", *FIGURES]
 
 
 def study(folder: Path, *more: str) -> int:
@@ -99,6 +100,7 @@ def test_a_run_leaves_all_its_rows_and_files(finished):
     assert {path.name for path in run.iterdir()} == {
         "adapters",
         "environment.json",
+        "explore.json",
         "results.jsonl",
         "settings.json",
         *MADE,
@@ -237,9 +239,9 @@ def test_a_row_that_comes_out_otherwise_is_refused(copied, capsys):
 
 
 def test_a_report_is_made_from_rows_alone(finished, tmp_path, trainings, capsys):
-    """From three files, elsewhere and without training, report and figures come out the same."""
+    """From four files, elsewhere and without training, report and figures come out the same."""
     (tmp_path / "run").mkdir()
-    for name in ("settings.json", "environment.json", "results.jsonl"):
+    for name in ("settings.json", "environment.json", "explore.json", "results.jsonl"):
         shutil.copy(finished / "run" / name, tmp_path / "run")
     assert main(["report", str(tmp_path / "run")]) == 0
     assert made_in(tmp_path) == made_in(finished)

@@ -192,7 +192,14 @@ print(json.dumps({
     assert (content["version"], content["name"]) == (1, "digits")
     assert content["sites"]["fc2.weight"] == {
         "kind": "LoRA",
-        "fields": {"rank": 2, "alpha": None, "init": "kaiming", "rank_stabilized": False},
+        "fields": {
+            "rank": 2,
+            "alpha": None,
+            "init": "kaiming",
+            "rank_stabilized": False,
+            "batch_dims": 0,
+            "transposed": False,
+        },
         "strength": 0.5,
         "shape": [3, 4],
     }

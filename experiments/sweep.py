@@ -1,0 +1,260 @@
+"""Sweeps: the digit study over a grid of settings, many seeds and bases, in parallel.
+
+A cell is one base and one choice of everything that training depends on; it is one job, in which
+all adapter seeds train, together where that is the same, and every strength λ is evaluated without
+training again. Jobs go through joblib: `--jobs N` processes here, or whatever back end is chosen by
+`joblib.parallel_config`, such as a Dask or a Ray cluster.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import paramlora as pl
+
+from .bases import FIELDS
+from .bench import ADAPTER, Bench, prepare
+from .data import Data, load_data
+from .environment import DECIDING, describe, resolve_device
+from .evaluate import score
+from .forgetting import wrong_counts
+from .options import StudyError, listed
+from .recipe import Recipe, answers, factors_of, recipe
+from .rundir import Row, RunDirectory
+from .settings import DigitSettings, chosen_digits
+from .study import lora_of
+from .together import StackedBatches, Together, objective_together
+from .train import Batches
+
+KEY = ("stage", "cell", "base_seed", "seed", "strength")
+# The settings that decide on data and base; all others are a cell's own.
+SHARED = (*FIELDS, "data", "data_dir", "device", "bases", "validation", "selection")
+Grid = Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A job: settings, `seeds` of which train, evaluated at each of the strengths.
+
+    `name` says in which of its settings it differs from the others.
+    """
+
+    name: str
+    settings: DigitSettings
+    strengths: tuple[float, ...]
+    together: bool = True
+
+
+def cells(
+    settings: DigitSettings, grid: Grid, base_seeds: int = 1, together: bool = True
+) -> Iterator[Cell]:
+    """Yield the jobs of a sweep, in order.
+
+    Args:
+        settings: what the grid changes.
+        grid: values by the name of a setting; every combination is a cell. Strengths are none: a
+            cell has all of them.
+        base_seeds: bases to take, counted from the settings' seed.
+        together: whether the seeds of a cell may train at once.
+
+    Raises:
+        StudyError: a name that is no setting, or a value that is not allowed.
+    """
+    known = {entry.name for entry in dataclasses.fields(settings) if not entry.metadata["place"]}
+    if unknown := [name for name in grid if name not in known]:
+        raise StudyError(f"--vary {unknown[0]} is no setting; there are {', '.join(sorted(known))}")
+    grid = dict(grid)
+    strengths = tuple(float(λ) for λ in grid.pop("strength", [settings.strength]))
+    for values in itertools.product(*grid.values()):
+        changes = dict(zip(grid, values, strict=True))
+        name = " ".join(f"{key}={listed(value)}" for key, value in changes.items()) or "plain"
+        for number in range(base_seeds):
+            seed = changes.get("seed", settings.seed) + number
+            cell = dataclasses.replace(settings, **{**changes, "seed": seed})
+            yield Cell(name, cell, strengths, together)
+
+
+def parse_grid(given: Sequence[str]) -> dict[str, list[Any]]:
+    """Return a grid from words such as `rank=1,2,4` and `digits=2,3;9`.
+
+    Values are of the setting's type. Commas separate them; where a value has commas itself,
+    semicolons do.
+
+    >>> parse_grid(["rank=1,2", "hidden=24,16;8", "selection=yes"])
+    {'rank': [1, 2], 'hidden': [(24, 16), (8,)], 'selection': [True]}
+    """
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(DigitSettings)}
+    grid = {}
+    for word in given:
+        name, sign, text = word.partition("=")
+        name = name.replace("-", "_")
+        if not sign or name not in defaults:
+            raise StudyError(f"--vary takes SETTING=VALUES such as rank=1,2,4, got {word!r}")
+        parted = isinstance(defaults[name], tuple) or name == "digits" or ";" in text
+        values = text.split(";" if parted else ",")
+        try:
+            grid[name] = [_typed(defaults[name], value) for value in values]
+        except ValueError as error:
+            raise StudyError(f"--vary {word}: {error}") from None
+    return grid
+
+
+def _typed(default: Any, text: str) -> Any:
+    if isinstance(default, bool):
+        return text.lower() in ("1", "yes", "true")
+    if isinstance(default, tuple):
+        return tuple(int(part) for part in text.split(","))
+    return type(default)(text)
+
+
+def run_cell(cell: Cell) -> list[Row]:
+    """Train and evaluate a cell's adapters; return a row a seed and strength, and the base's.
+
+    Everything that it needs is made from the cell, so that it runs in any process of any machine
+    that has the code and the data.
+    """
+    settings = cell.settings
+    bench = _bench(settings)
+    together = cell.together and trains_together(settings)
+    seeds = range(settings.seeds)
+    trained = (tune_together if together else tune_one_by_one)(bench, seeds)
+    model = _attached(bench, 0)[0]
+    common = {"cell": cell.name, "base_seed": settings.seed, "tuned": bench.tuned}
+    base = score(bench.base_logits, bench.test_labels, bench.tuned)
+    rows = [{**common, "stage": "base", "seed": None, "strength": 0.0, **base}]
+    for seed, (factors, loss) in zip(seeds, trained, strict=True):
+        for strength in cell.strengths:
+            pl.scale(model, strength, ADAPTER)
+            with torch.no_grad():
+                on = functional_call(model, factors, (bench.test_inputs,))
+            row = score(answers(bench, on, seed), bench.test_labels, bench.tuned)
+            about = {"stage": "on", "seed": seed, "strength": strength, "train_loss": loss}
+            rows.append({**common, **about, **row})
+    return rows
+
+
+def trains_together(settings: DigitSettings) -> bool:
+    """Whether adapter seeds can train as one: nothing but batches and factors is a seed's own."""
+    own = settings.ewc > 0 or settings.null_space_of == "old"
+    return not settings.patience and not (settings.replay and own)
+
+
+def tune_one_by_one(bench: Bench, seeds: Sequence[int]) -> list[tuple[Row, float]]:
+    """Return each seed's trained factors, by name, and its mean training loss."""
+    return [_tuned(bench, seed) for seed in seeds]
+
+
+def _tuned(bench: Bench, seed: int) -> tuple[Row, float]:
+    model, plain = _attached(bench, seed)
+    made = recipe(bench, model, factors_of(model), plain, seed)
+    losses = _train(bench, made, model, made.objective, made.batches)
+    made.finish()
+    factors = {name: factor.detach().clone() for name, factor in factors_of(model).items()}
+    return factors, float(losses.mean())
+
+
+def tune_together(bench: Bench, seeds: Sequence[int]) -> list[tuple[Row, float]]:
+    """Return what `tune_one_by_one` does, to rounding, from one training of all seeds."""
+    parts = [_attached(bench, seed) for seed in seeds]
+    model = Together(parts[0][0], [factors_of(model) for model, _ in parts])
+    made = [
+        recipe(bench, part, model.factors, plain, seed)
+        for seed, (part, plain) in zip(seeds, parts, strict=True)
+    ]
+    objective = objective_together([one.objective for one in made])
+    _train(bench, made[0], model, objective, StackedBatches([one.batches for one in made]))
+    made[0].finish()
+    losses = torch.stack(model.losses).mean(0).tolist()
+    return [(model.of(index), losses[index]) for index in range(len(seeds))]
+
+
+def _train(bench: Bench, made: Recipe, model: nn.Module, objective: Any, batches: Any) -> Any:
+    return bench.train(model, batches, objective, made.optimizer, "fine-tuning", made.hooks)
+
+
+def _attached(bench: Bench, seed: int) -> tuple[nn.Module, Batches]:
+    """Return the base with a new adapter, and its batches, drawn as the study draws them."""
+    model, generator = bench.model(), torch.Generator().manual_seed(seed)
+    batches = bench.batches(generator)
+    pl.attach(model, lora_of(bench.settings), nn.Linear, name=ADAPTER, generator=generator)
+    return model, batches
+
+
+def _bench(settings: DigitSettings) -> Bench:
+    """Return the bench of these settings; what it shares with others is made once a process."""
+    bench = _shared_bench(_shared(settings))
+    confusion = score(bench.base_logits, bench.test_labels)["confusion"]
+    tuned = chosen_digits(settings.digits, wrong_counts(confusion))
+    return dataclasses.replace(bench, settings=settings, tuned=tuned)
+
+
+def _shared(settings: DigitSettings) -> DigitSettings:
+    """Return settings that all have in common whose base and data are the same."""
+    return DigitSettings(**{name: getattr(settings, name) for name in SHARED})
+
+
+@lru_cache(maxsize=4)
+def _shared_bench(settings: DigitSettings) -> Bench:
+    device, data = resolve_device(settings.device), _data(settings.data, settings.data_dir)
+    return prepare(settings, RunDirectory(Path(), {}, {}, []), device, data, lambda line: None)
+
+
+@lru_cache(maxsize=2)
+def _data(kind: str, data_dir: str) -> Data:
+    return load_data(kind, data_dir)
+
+
+def run_sweep(
+    todo: Sequence[Cell],
+    folder: Path,
+    asked: Row,
+    jobs: int = 1,
+    say: Callable[[str], None] = print,
+) -> RunDirectory:
+    """Run the cells that have no rows yet, and return the run.
+
+    Bases that several cells share are trained first, so that no two jobs train the same one.
+
+    Args:
+        todo: the cells, all with the same data and device.
+        folder: the run's; one that was stopped goes on from its rows.
+        asked: what is kept as the run's settings.
+        jobs: processes at a time; a back end chosen by `joblib.parallel_config` is obeyed.
+        say: gets each line of what happens.
+    """
+    from joblib import Parallel, delayed
+
+    first = todo[0].settings
+    environment = describe(resolve_device(first.device), _data(first.data, first.data_dir))
+    run = RunDirectory.start(folder, asked, environment, DECIDING)
+    run.key = KEY
+    left = [cell for cell in todo if not _done(run, cell)]
+    say(f"run      {folder}: {len(todo)} cells, {len(todo) - len(left)} of them done")
+    pool = Parallel(n_jobs=jobs, return_as="generator")
+    for path in pool(delayed(_make_base)(base) for base in {_shared(c.settings) for c in left}):
+        say(f"base     {path}")
+    for cell, rows in zip(left, pool(delayed(run_cell)(cell) for cell in left), strict=True):
+        for row in rows:
+            run.record({**row, "commit": environment["commit"]})
+        say(f"cell     {cell.name}, base seed {cell.settings.seed}")
+    return run
+
+
+def _make_base(settings: DigitSettings) -> str:
+    """Train a base unless it is there; return what the run says of it."""
+    bench = _shared_bench(settings)
+    right = score(bench.base_logits, bench.test_labels)["accuracy"]
+    return f"seed {settings.seed}, {100 * right:.2f} % of {len(bench.test_labels):,} images right"
+
+
+def _done(run: RunDirectory, cell: Cell) -> bool:
+    last = {"seed": cell.settings.seeds - 1, "strength": cell.strengths[-1]}
+    return run.has(cell=cell.name, base_seed=cell.settings.seed, **last)

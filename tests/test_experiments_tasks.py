@@ -1,0 +1,181 @@
+"""Sequences of tasks: what the tasks are, how adapters are used together, and the matrix."""
+
+import doctest
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import paramlora as pl
+from experiments import streams
+from experiments.__main__ import main
+from experiments.data import load_data
+from experiments.metrics import all_metrics
+from experiments.models import DigitNet
+from experiments.rundir import RunDirectory
+from experiments.streams import Task, TaskSettings, rotated, stream
+from experiments.tasks import COMBINE, Learner, accuracies
+
+SMALL: dict[str, Any] = {
+    "data": "digits",
+    "device": "cpu",
+    "hidden": (24, 16),
+    "tasks": 3,
+    "base_steps": 60,
+    "steps": 20,
+    "seeds": 1,
+    "rank": 4,
+}
+
+
+def tasks_of(name: str, **more: Any) -> list[Task]:
+    data = load_data("digits")
+    return stream(TaskSettings.of_preset(name, **{**SMALL, **more}), data.train, data.test)
+
+
+def test_examples_in_docstrings_run():
+    """The examples in the docstrings give what they say."""
+    result = doctest.testmod(streams)
+    assert result.attempted
+    assert not result.failed
+
+
+def test_split_tasks_have_two_digits_each():
+    """Each task has its own two digits, and all their images."""
+    tasks = tasks_of("split", tasks=5)
+    assert [task.classes for task in tasks] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+    assert sum(len(task.train[1]) for task in tasks) == 1437
+    assert sum(len(task.test[1]) for task in tasks) == 360
+    for task in tasks:
+        assert set(task.train[1].tolist()) == set(task.classes)
+
+
+def test_rotated_and_permuted_tasks_are_the_same_images_changed():
+    """The first task is as it was, the last turned by 90°; permuted pixels are the same ones."""
+    plain = load_data("digits").test.images.float() / 255
+    turned = tasks_of("rotated")
+    for task, quarter in ((turned[0], 0), (turned[2], 1)):
+        expected = (plain.rot90(quarter, (1, 2)).flatten(1) - 0.1307) / 0.3081
+        assert_close(task.test[0], expected, rtol=0, atol=1e-3)
+    mixed = tasks_of("permuted")
+    assert_close(mixed[0].test[0], turned[0].test[0])
+    assert not torch.equal(mixed[1].test[0], mixed[2].test[0])
+    assert_close(mixed[1].test[0].sort(1).values, mixed[0].test[0].sort(1).values)
+    again = tasks_of("permuted")
+    assert torch.equal(again[1].test[0], mixed[1].test[0])
+
+
+def test_turning_back_gives_the_image_again():
+    """Turned by an angle and back, a smooth image is nearly what it was, in its middle."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 28), torch.linspace(-1, 1, 28), indexing="ij")
+    image = torch.exp(-4 * ((x - 0.2) ** 2 + (y + 0.1) ** 2))[None]
+    back = rotated(rotated(image, 30.0), -30.0)
+    assert float((back - image)[0, 7:21, 7:21].abs().max()) < 0.02
+
+
+def learner(combine: str, **more: Any) -> tuple[Learner, list[Task]]:
+    """Return a learner of two random adapters, and the tasks."""
+    settings = TaskSettings.of_preset("split", **{**SMALL, **more})
+    torch.manual_seed(0)
+    made = Learner(settings, DigitNet(settings.hidden, "relu"), combine)
+    for seed in range(2):
+        for factor in made.begin(torch.Generator().manual_seed(seed)):
+            nn.init.normal_(factor, std=0.2)
+    return made, tasks_of("split")
+
+
+@pytest.mark.parametrize("combine", COMBINE)
+def test_a_stage_trains_its_own_adapter_alone(combine):
+    """Only the last stage's factors require a gradient; `one` has a single adapter for all."""
+    made, _ = learner(combine)
+    assert len(made.names) == (1 if combine == "one" else 2)
+    trainable = {id(p) for p in made.model.parameters() if p.requires_grad}
+    assert trainable == {id(p) for p in pl.parameters(made.model, made.names[-1])}
+
+
+def test_answers_are_those_of_the_adapters_that_count():
+    """Stacked: both on. Merged: both at half strength. Routed, told: the task's own adapter."""
+    for combine, told in (("stacked", "class"), ("merged", "class"), ("routed", "task")):
+        made, tasks = learner(combine, scenario=told)
+        x, model = tasks[1].test[0], made.model
+        on = {"stacked": {"stage1": 1.0, "stage2": 1.0}, "merged": {"stage1": 0.5, "stage2": 0.5}}
+        with torch.no_grad(), pl.using(model, **on.get(combine, {"stage1": 1.0})):
+            logits = model(x)
+        only = logits if told == "class" else logits[:, [2, 3]]
+        expected = only.argmax(1) + (0 if told == "class" else 2)
+        assert torch.equal(made.answer(x, tasks, 1), expected)
+
+
+def test_a_route_that_is_not_told_takes_the_surest():
+    """Without the task's name each image gets the class that any stage is most certain of."""
+    made, tasks = learner("routed")
+    x = tasks[0].test[0]
+    best, expected = torch.full((len(x),), -1.0), torch.full((len(x),), -1)
+    for number, names in enumerate([[], ["stage1"], ["stage2"]]):
+        with torch.no_grad(), pl.using(made.model, *names):
+            p = made.model(x).softmax(1)
+        for label in tasks[number].classes:
+            surer = p[:, label] > best
+            best = torch.where(surer, p[:, label], best)
+            expected = torch.where(surer, label, expected)
+    assert torch.equal(made.answer(x, tasks, 0), expected)
+
+
+def test_orthogonality_penalises_the_overlap_with_earlier_stages():
+    """The loss of a second stage grows by the weight times Σ|A_1 A_2ᵀ| over the layers."""
+    plain, tasks = learner("stacked")
+    weighed, _ = learner("stacked", orthogonal=0.5)
+    batch = tuple(tensor[:8] for tensor in tasks[2].train)
+    difference = weighed.objective(tasks[2])(weighed.model, *batch) - plain.objective(tasks[2])(
+        plain.model, *batch
+    )
+    one, two = (pl.state_dict(plain.model, name) for name in ("stage1", "stage2"))
+    overlap = sum((one[k] @ two[k].T).abs().sum() for k in one if k.endswith(".A"))
+    assert_close(difference, 0.5 * overlap, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_records_the_matrix_and_resumes(tmp_path: Path, capsys):
+    """The command learns every way, records matrix, metrics and way, and goes on where it was."""
+    words = ["tasks", "--preset", "rotated", "--data", "digits", "--device", "cpu", "--tasks", "3"]
+    words += ["--hidden", "24,16", "--base-steps", "100", "--steps", "20", "--seeds", "2"]
+    words += ["--out", str(tmp_path / "run")]
+    assert main(words) == 0
+    run = RunDirectory.read(tmp_path / "run")
+    assert [(row["method"], row["seed"]) for row in run.rows] == [
+        (combine, seed) for combine in COMBINE for seed in range(2)
+    ]
+    for row in run.rows:
+        matrix = row["matrix"]
+        assert len(matrix) == 3
+        assert {key: row[key] for key in ("ACC", "BWT", "forgetting", "LA")} == all_metrics(matrix)
+        assert row["way"]["first"][0] == matrix[0][0]
+        assert row["way"]["steps"][-1] == 40
+        assert row["way"]["first"][-1] == matrix[-1][0]
+    assert (tmp_path / "run" / "accuracy-matrix.png").stat().st_size > 10_000
+    shown = capsys.readouterr().out
+    assert "BWT" in shown
+    path = tmp_path / "run" / "results.jsonl"
+    whole = path.read_text()
+    path.write_text("".join(line + "\n" for line in whole.splitlines()[:3]) + "half")
+    assert main(words) == 0
+    assert [json.loads(line)["matrix"] for line in path.open()] == [
+        json.loads(line)["matrix"] for line in whole.splitlines()
+    ]
+
+
+def test_the_single_adapter_forgets_what_routing_keeps(tmp_path: Path):
+    """Told the task, routed adapters keep the first exactly; one that is trained on does not."""
+    settings = {**SMALL, "scenario": "task", "steps": 60}
+    made = {combine: learner(combine, **settings) for combine in ("one", "routed")}
+    kept = {}
+    for combine, (its, tasks) in made.items():
+        before = accuracies(its, tasks, 1)
+        with torch.no_grad():
+            for factor in pl.parameters(its.model, its.names[-1]):
+                factor.add_(1.0)
+        kept[combine] = accuracies(its, tasks, 1) == before
+    assert kept == {"one": False, "routed": True}

@@ -1,0 +1,37 @@
+"""The examples of docs/huggingface.md run as they stand, a section as one program."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+DOC = Path(__file__).parents[1] / "docs" / "huggingface.md"
+SECTION = re.compile(r"^## (.+?)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TEXT = DOC.read_text(encoding="utf-8")
+SECTIONS = {match[1]: match for match in SECTION.finditer(TEXT)}
+
+
+def test_there_are_sections() -> None:
+    """Each section has code to run."""
+    assert SECTIONS
+    for title, match in SECTIONS.items():
+        assert BLOCK.search(match[2]), title
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("title", SECTIONS)
+def test_the_examples_run(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks of a section run, each after those before it, and what they assert holds."""
+    section = SECTIONS[title]
+    for package in re.findall(r"^(?:import|from) (\w+)", section[2], re.MULTILINE):
+        if find_spec(package) is None:
+            pytest.skip(f"no {package} here")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in BLOCK.finditer(section[2]):
+        # Empty lines in front, so that a traceback shows the document's own line.
+        above = "\n" * TEXT.count("\n", 0, section.start(2) + block.start(1))
+        exec(compile(above + block[1], str(DOC), "exec"), namespace)

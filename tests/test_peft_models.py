@@ -1,0 +1,146 @@
+"""PEFT's folders for models of transformers, tiny and random; PEFT itself is the oracle."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import shake
+from torch import Tensor, nn
+
+import paramlora as pl
+from paramlora import Delta, DoRA, LoRA
+
+peft = pytest.importorskip("peft", reason="the oracle of these tests is PEFT")
+transformers = pytest.importorskip("transformers")
+from peft_oracle import comes_in, goes_out, loaded, same_merged, trained  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, about what is tried here on purpose
+
+IDS = torch.randint(40, (2, 5), generator=torch.Generator().manual_seed(0))
+PIXELS = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def bert() -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=8,
+        initializer_range=0.3,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def gpt2() -> nn.Module:
+    config = transformers.GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=2, n_head=2)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        max_position_embeddings=8,
+        tie_word_embeddings=False,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def vit() -> nn.Module:
+    config = transformers.ViTConfig(
+        image_size=8,
+        patch_size=4,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
+    "bert": (bert, {"input_ids": IDS}),
+    "gpt2": (gpt2, {"input_ids": IDS}),
+    "llama": (llama, {"input_ids": IDS}),
+    "vit": (vit, {"pixel_values": PIXELS}),
+}
+
+
+def made(name: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    make, inputs = MODELS[name]
+    cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    return make().to(dtype).eval(), cast
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert", {"target_modules": ["query", "value"]}),
+    "bert, by PEFT's default, a classifier": ("bert", {"task_type": "SEQ_CLS"}),
+    "bert, layer 1, biases": (
+        "bert",
+        {"target_modules": ["dense", "key"], "layers_to_transform": [1], "bias": "all"},
+    ),
+    "bert, embeddings": ("bert", {"target_modules": ["word_embeddings", "query"]}),
+    "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "gpt2, all linear": ("gpt2", {"target_modules": "all-linear", "use_rslora": True}),
+    "gpt2, positions": ("gpt2", {"target_modules": ["wpe", "c_fc"]}),
+    "gpt2, dora": ("gpt2", {"target_modules": ["c_attn", "wpe"], "use_dora": True}),
+    "llama, dora": ("llama", {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    "llama": ("llama", {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 1}}),
+    "llama, all linear": ("llama", {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
+    "llama, tokens": ("llama", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "llama, norms": ("llama", {"target_modules": ["up_proj"], "modules_to_save": ["norm"]}),
+    "vit": ("vit", {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}),
+    "vit, patches": ("vit", {"target_modules": ["projection", "fc1"]}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_what_peft_trains_comes_in(
+    case: tuple[str, dict[str, Any]], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """What PEFT trains and saves gives the same logits and merged weights here."""
+    name, settings = case
+    model, inputs = made(name, dtype)
+    wrapped = trained(model, peft.LoraConfig(r=3, lora_alpha=4, **settings), inputs)
+    ours = comes_in(model, wrapped, inputs, tmp_path)
+    same_merged(ours, loaded(model, tmp_path))
+
+
+SPECS: dict[str, tuple[str, Any]] = {
+    "bert": ("bert", {"*.query": LoRA(3, 5), "*.dense": LoRA(2), "*word_embeddings": LoRA(2)}),
+    "bert, a classifier": ("bert", {"*.self.value": LoRA(3, 5), "classifier.*": Delta()}),
+    "bert, biases": ("bert", {"*.value": LoRA(3), "*.bias": Delta()}),
+    "gpt2": ("gpt2", {"*.c_attn": LoRA(3, 5), "*.c_proj": LoRA(4), "*wpe": LoRA(2)}),
+    "gpt2, norms": ("gpt2", {"*.c_fc": LoRA(3, 5, rank_stabilized=True), "*.ln_?.*": Delta()}),
+    "gpt2, dora": ("gpt2", {"*.c_*.weight": DoRA(3, 5, dim=1), "*wpe": DoRA(2, dim=1)}),
+    "vit, dora": ("vit", {nn.Linear: DoRA(3, 5), "*.projection": DoRA(2)}),
+    "llama": ("llama", {"*_proj": LoRA(3, 5), "*embed_tokens": LoRA(2), "lm_head": LoRA(1)}),
+    "llama, norms": ("llama", {"*.mlp.*_proj": LoRA(3, 5), "*norm.weight": Delta()}),
+    "vit": ("vit", {nn.Linear: LoRA(3, 5), "*.projection": LoRA(2)}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("case", SPECS.values(), ids=SPECS.keys())
+def test_what_is_saved_peft_loads(
+    case: tuple[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """What is saved here gives the same logits and merged weights in PEFT."""
+    name, spec = case
+    base, inputs = made(name, dtype)
+    model = copy.deepcopy(base)
+    pl.attach(model, spec, name="digits")
+    shake(model)
+    pl.scale(model, 0.7)
+    same_merged(model, goes_out(model, base, inputs, tmp_path / "digits"))
