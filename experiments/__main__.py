@@ -1,13 +1,16 @@
 """The command line: `python -m experiments digits [options]`, or `… report DIR`."""
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .options import StudyError, add_options, deciding, listed
 from .settings import PRESETS, DigitSettings, preset
 from .streams import TaskSettings
+from .text_settings import TextSettings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,6 +75,15 @@ def parser() -> argparse.ArgumentParser:
     )
     add_options(tasks, TaskSettings)
     tasks.set_defaults(command=run_sequence)
+    text = commands.add_parser(
+        "text",
+        help="fine-tune a transformers checkpoint on texts, by several methods, and report",
+        description="The text study. In brackets: the value that preset distilbert-imdb has.",
+        epilog=_presets_of(TextSettings.PRESETS, "distilbert-imdb"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(text, TextSettings)
+    text.set_defaults(command=run_text_study)
     report = commands.add_parser("report", help="make report and figures of a run again")
     report.add_argument("folder", type=Path, metavar="DIR", help="the run's folder")
     report.set_defaults(command=make_report)
@@ -140,8 +152,27 @@ def _add_pool(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time [1]")
 
 
+def run_text_study(**given: object) -> int:
+    """Run the text study with the options given on top of a preset."""
+    from .text import run_text
+
+    settings = TextSettings.of_preset(str(given.pop("preset", "distilbert-imdb")), **given)
+    run = run_text(settings)
+    # Under torchrun, one process writes.
+    return make_report(run.folder) if int(os.environ.get("RANK", "0")) == 0 else 0
+
+
 def make_report(folder: Path) -> int:
     """Write a run's report and figures, and show its table."""
+    from .rundir import RunDirectory
+
+    if RunDirectory.read(folder).environment.get("study") == TextSettings.STUDY:
+        from . import text_report
+
+        done = text_report.write_text_report(folder)
+        print(text_report.terminal(done))
+        print(f"report   {folder / 'report.md'}")
+        return 1 if text_report.failed(done) else 0
     from .report import failed, terminal, write_report
 
     finished = write_report(folder)
@@ -152,8 +183,13 @@ def make_report(folder: Path) -> int:
 
 def _presets() -> str:
     """Return what each preset sets otherwise than blog."""
-    lines = ["presets other than blog:"]
-    for name, values in PRESETS.items():
+    return _presets_of(PRESETS, "blog")
+
+
+def _presets_of(presets: Mapping[str, Mapping[str, Any]], usual: str) -> str:
+    """Return what each preset of a study sets otherwise than its usual one."""
+    lines = [f"presets other than {usual}:"]
+    for name, values in presets.items():
         if values:
             pairs = ", ".join(f"{key} {listed(value)}" for key, value in values.items())
             lines.append(f"  {name}: {pairs}")
