@@ -108,12 +108,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         ) from error
     if writes_files(list(state.values())):
         # Not by safetensors' own save_file, whose files only their owner may read.
-<<<<<<< HEAD
-        content_bytes = serialized(tensors, {"format": "pt", _ENTRY: json.dumps(content)})
-        write_atomically(path, content_bytes)
-=======
         write_atomically(path, serialized(tensors, {"format": "pt", _ENTRY: json.dumps(content)}))
->>>>>>> main
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> Summary:
@@ -451,15 +446,9 @@ def _check_writable(model: nn.Module, name: str) -> None:
     """Raise a StateError where what is written to an adapter's factors would be lost."""
     for site in sites_of(model, name):
         for path, factors in site.parts(name).items():
-<<<<<<< HEAD
-            for key, parameter in factors.named_parameters():
-                check_settled(site.module, parameter, path)
-                check_real(f"{path}.{key}", parameter)
-=======
             for key, tensor in factors.tensors.items():
                 check_settled(site.module, tensor, path)
                 check_real(f"{path}.{key}", tensor)
->>>>>>> main
 
 
 def _shapes(factors: Factors) -> dict[str, torch.Size]:
