@@ -115,12 +115,23 @@ def train(model: nn.Module, plan: list[tuple[str, ...]]) -> list[Tensor]:
     return losses
 
 
+def counting(sent: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average gradients as DDP does, and take down how many bytes that sends."""
+    buffer = bucket.buffer()
+    sent.append(buffer.numel() * buffer.element_size())
+    work = dist.all_reduce(buffer.div_(WORLD), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
 def data_parallel(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, plan in (("always", ALWAYS), ("in turn", IN_TURN)):
         # What is off gets no gradient: DDP has to be told that this can be.
         model = DistributedDataParallel(adapted(), find_unused_parameters=True)
+        sent: list[int] = []
+        model.register_comm_hook(sent, counting)
         found[key] = train(model, plan), factors_of(model)
+        found[f"bytes {key}"] = sum(sent)
     x, _ = batch(0)
     found["digest"] = pl.fingerprint(model.module)
     with torch.no_grad():
@@ -285,10 +296,13 @@ def test_data_parallel(tmp_path: Path) -> None:
     """With DistributedDataParallel losses and factors are those of one process on whole batches.
 
     Also where two adapters are trained in turn; and afterwards the verbs act on what DDP wraps.
+    What is sent in a step are the factors' gradients, and nothing of the base.
     """
+    size = sum(factor.nbytes for factors in factors_of(adapted()).values() for factor in factors)
     for found in run(data_parallel, tmp_path):
         for key, plan in (("always", ALWAYS), ("in turn", IN_TURN)):
             assert_close(tuple(found[key]), trained_alone(plan), **EXACT)
+            assert found[f"bytes {key}"] == STEPS * size
         x, _ = batch(0)
         _, factors = trained_alone(IN_TURN)
         expected = dense(x, *factors.values()).detach()
