@@ -281,7 +281,7 @@ def test_other_architectures(tmp_path: Path, world: Path, kind: str) -> None:
 
 
 def test_two_adapters_on_one_base(world: Path) -> None:
-    """Two tasks' adapters on one base in a process, switched per request, answer as if alone."""
+    """Two tasks' adapters on one base, switched per request or routed per row, answer as alone."""
     bench = bench_in(world)
     base, alone = bench.model(0), {}
     for seed, name in enumerate(("spam", "sentiment")):
@@ -298,3 +298,13 @@ def test_two_adapters_on_one_base(world: Path) -> None:
     for name in ("sentiment", "spam", "sentiment"):
         with pl.using(base, name):
             assert_close(bench.logits(base, "validation"), alone[name])
+    ids, mask, _ = bench.tokens["validation"].batch(torch.arange(9))
+    route = torch.tensor([0, 1, 1, 0, -1, 1, 0, -1, 0])
+    with torch.no_grad(), pl.routed(base, route, "spam", "sentiment"):
+        mixed = base(input_ids=ids, attention_mask=mask).logits
+    with pl.disabled(base):
+        alone["base"] = bench.logits(base, "validation")
+    expected = torch.stack(
+        [alone[("spam", "sentiment", "base")[which]][i] for i, which in enumerate(route.tolist())]
+    )
+    assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
