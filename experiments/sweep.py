@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 import paramlora as pl
 
 from .bases import FIELDS
 from .bench import ADAPTER, Bench, prepare
-from .data import Data, load_data
+from .data import Data, hold_out, load_data
 from .environment import DECIDING, describe, resolve_device
 from .evaluate import score
 from .forgetting import wrong_counts
-from .options import StudyError, listed
+from .options import Settings, StudyError, listed
 from .recipe import Recipe, answers, factors_of, recipe
 from .rundir import Row, RunDirectory
 from .settings import DigitSettings, chosen_digits
@@ -82,8 +82,8 @@ def cells(
             yield Cell(name, cell, strengths, together)
 
 
-def parse_grid(given: Sequence[str]) -> dict[str, list[Any]]:
-    """Return a grid from words such as `rank=1,2,4` and `digits=2,3;9`.
+def parse_grid(given: Sequence[str], kind: type[Settings] = DigitSettings) -> dict[str, list[Any]]:
+    """Return a grid from words such as `rank=1,2,4` and `digits=2,3;9`, for settings of a kind.
 
     Values are of the setting's type. Commas separate them; where a value has commas itself,
     semicolons do.
@@ -91,14 +91,15 @@ def parse_grid(given: Sequence[str]) -> dict[str, list[Any]]:
     >>> parse_grid(["rank=1,2", "hidden=24,16;8", "selection=yes"])
     {'rank': [1, 2], 'hidden': [(24, 16), (8,)], 'selection': [True]}
     """
-    defaults = {entry.name: entry.default for entry in dataclasses.fields(DigitSettings)}
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(kind)}
     grid = {}
     for word in given:
         name, sign, text = word.partition("=")
         name = name.replace("-", "_")
         if not sign or name not in defaults:
             raise StudyError(f"--vary takes SETTING=VALUES such as rank=1,2,4, got {word!r}")
-        parted = isinstance(defaults[name], tuple) or name == "digits" or ";" in text
+        lists = isinstance(defaults[name], tuple) or "," in str(defaults[name])
+        parted = lists or ";" in text
         values = text.split(";" if parted else ",")
         try:
             grid[name] = [_typed(defaults[name], value) for value in values]
@@ -122,7 +123,7 @@ def run_cell(cell: Cell) -> list[Row]:
     that has the code and the data.
     """
     settings = cell.settings
-    bench = _bench(settings)
+    bench = bench_of(settings)
     together = cell.together and trains_together(settings)
     seeds = range(settings.seeds)
     trained = (tune_together if together else tune_one_by_one)(bench, seeds)
@@ -188,7 +189,7 @@ def _attached(bench: Bench, seed: int) -> tuple[nn.Module, Batches]:
     return model, batches
 
 
-def _bench(settings: DigitSettings) -> Bench:
+def bench_of(settings: DigitSettings) -> Bench:
     """Return the bench of these settings; what it shares with others is made once a process."""
     bench = _shared_bench(_shared(settings))
     confusion = score(bench.base_logits, bench.test_labels)["confusion"]
@@ -246,6 +247,15 @@ def run_sweep(
             run.record({**row, "commit": environment["commit"]})
         say(f"cell     {cell.name}, base seed {cell.settings.seed}")
     return run
+
+
+def counted_images(settings: DigitSettings) -> Tensor:
+    """Return the images that answers are counted on, uint8 (n, 28, 28), as they are to be shown."""
+    data = _data(settings.data, settings.data_dir)
+    if not settings.selection:
+        return data.test.images
+    _, held = hold_out(data.train.labels, settings.validation, torch.Generator().manual_seed(0))
+    return data.train.images[held]
 
 
 def _make_base(settings: DigitSettings) -> str:

@@ -370,9 +370,10 @@ def _check_writable(model: nn.Module, name: str) -> None:
     """Raise a StateError where what is written to an adapter's factors would be lost."""
     for site in sites_of(model, name):
         for path, factors in site.parts(name).items():
-            for key, tensor in factors.tensors.items():
-                check_settled(site.module, tensor, path)
-                check_real(f"{path}.{key}", tensor)
+            # Parameters alone: constants are buffers, which FSDP leaves whole.
+            for key, parameter in factors.named_parameters():
+                check_settled(site.module, parameter, path)
+                check_real(f"{path}.{key}", parameter)
 
 
 def _shapes(factors: Factors) -> dict[str, torch.Size]:
