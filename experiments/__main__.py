@@ -83,6 +83,16 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(text, TextSettings)
+    text.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="SETTING=V,V",
+        help="run a sweep over these settings, such as rank=4,8; lists apart by semicolons",
+    )
+    text.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs of a sweep at a time [1]"
+    )
     text.set_defaults(command=run_text_study)
     report = commands.add_parser("report", help="make report and figures of a run again")
     report.add_argument("folder", type=Path, metavar="DIR", help="the run's folder")
@@ -168,11 +178,20 @@ def _add_pool(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time [1]")
 
 
-def run_text_study(**given: object) -> int:
-    """Run the text study with the options given on top of a preset."""
+def run_text_study(vary: list[str], jobs: int, **given: object) -> int:
+    """Run the text study, or a sweep of it, with the options given on top of a preset."""
     from .text import run_text
 
     settings = TextSettings.of_preset(str(given.pop("preset", "distilbert-imdb")), **given)
+    if vary:
+        from .sweep import parse_grid
+        from .text_sweep import run_text_sweep
+
+        grid = parse_grid(vary, TextSettings)
+        folder = Path(settings.out or "-".join(["runs/sweep-text", settings.preset, *sorted(grid)]))
+        print(run_text_sweep(settings, grid, folder, jobs).text())
+        print(f"rows     {folder / 'results.csv'}")
+        return 0
     run = run_text(settings)
     # Under torchrun, one process writes.
     return make_report(run.folder) if int(os.environ.get("RANK", "0")) == 0 else 0

@@ -7,12 +7,14 @@ field's. A new setting is one line there.
 
 import argparse
 import dataclasses
+import hashlib
 import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
 
+LONGEST = 120  # characters of a folder's name; file systems take 255 bytes
 Kind = TypeVar("Kind", bound="Settings")
 
 
@@ -60,7 +62,10 @@ class Settings:
 
     @property
     def folder(self) -> str:
-        """The run's folder: `out`, or one named after the preset and whatever differs from it."""
+        """The run's folder: `out`, or one named after the preset and whatever differs from it.
+
+        A name that file systems would not take is cut, and ends with a digest of the whole.
+        """
         given: dict[str, Any] = vars(self)
         if given["out"]:
             return given["out"]
@@ -69,7 +74,11 @@ class Settings:
         for name, value in deciding(self).items():
             if value != usual[name]:
                 parts.append(re.sub(r"[^\w.,-]+", "_", f"{name}={listed(value)}"))
-        return "runs/" + "-".join(parts)
+        name = "-".join(parts)
+        if len(name) > LONGEST:
+            digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+            name = f"{name[: LONGEST - 13]}-{digest}"
+        return f"runs/{name}"
 
     @classmethod
     def of_preset(cls: type[Kind], name: str, **changes: Any) -> Kind:

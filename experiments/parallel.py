@@ -17,8 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .options import StudyError
-
 
 @dataclass(frozen=True)
 class Group:
@@ -89,16 +87,17 @@ def spread(model: nn.Module, how: str, group: Group, blocks: list[nn.Module]) ->
         return model
     if how == "ddp":
         return nn.parallel.DistributedDataParallel(model)
-    try:
-        from torch.distributed.fsdp import fully_shard
-    except ImportError as error:
-        raise StudyError(f"--parallel fsdp needs torch 2.6 or newer: {error}") from None
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(next(model.parameters()).device.type, (group.size,))
     for block in (*blocks, model):
-        fully_shard(block)
+        fully_shard(block, mesh=mesh)
     return model
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the layers of a model that are alike: the modules of its lists of modules."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    # Not those that derive from it, as a tensor's list of parametrizations does.
+    lists = [module for module in model.modules() if type(module) is nn.ModuleList]
     return [block for blocks in lists for block in blocks]

@@ -26,7 +26,7 @@ from .data import Data, hold_out, load_data
 from .environment import DECIDING, describe, resolve_device
 from .evaluate import score
 from .forgetting import wrong_counts
-from .options import StudyError, listed
+from .options import Settings, StudyError, listed
 from .recipe import Recipe, answers, factors_of, recipe
 from .rundir import Row, RunDirectory
 from .settings import DigitSettings, chosen_digits
@@ -82,8 +82,8 @@ def cells(
             yield Cell(name, cell, strengths, together)
 
 
-def parse_grid(given: Sequence[str]) -> dict[str, list[Any]]:
-    """Return a grid from words such as `rank=1,2,4` and `digits=2,3;9`.
+def parse_grid(given: Sequence[str], kind: type[Settings] = DigitSettings) -> dict[str, list[Any]]:
+    """Return a grid from words such as `rank=1,2,4` and `digits=2,3;9`, for settings of a kind.
 
     Values are of the setting's type. Commas separate them; where a value has commas itself,
     semicolons do.
@@ -91,14 +91,15 @@ def parse_grid(given: Sequence[str]) -> dict[str, list[Any]]:
     >>> parse_grid(["rank=1,2", "hidden=24,16;8", "selection=yes"])
     {'rank': [1, 2], 'hidden': [(24, 16), (8,)], 'selection': [True]}
     """
-    defaults = {entry.name: entry.default for entry in dataclasses.fields(DigitSettings)}
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(kind)}
     grid = {}
     for word in given:
         name, sign, text = word.partition("=")
         name = name.replace("-", "_")
         if not sign or name not in defaults:
             raise StudyError(f"--vary takes SETTING=VALUES such as rank=1,2,4, got {word!r}")
-        parted = isinstance(defaults[name], tuple) or name == "digits" or ";" in text
+        lists = isinstance(defaults[name], tuple) or "," in str(defaults[name])
+        parted = lists or ";" in text
         values = text.split(";" if parted else ",")
         try:
             grid[name] = [_typed(defaults[name], value) for value in values]

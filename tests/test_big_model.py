@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import big_model
+from benchmarks import big_model, scaling
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -47,3 +47,19 @@ def test_a_wrong_contestant_is_not_timed(capsys: pytest.CaptureFixture[str]) -> 
     rows = big_model.measure(base, there, "eager", torch.ones(1, 8, dtype=torch.long), 4, 1)
     assert [row["contestant"] for row in rows] == ["floor"]
     assert "halved, eager, is off by" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_only_the_factors_are_communicated(tmp_path: Path) -> None:
+    """Two processes send each other the factors' gradients, and nothing of the base."""
+    out = tmp_path / "rows.jsonl"
+    options = f"--model tiny --processes 2 --batch 2 --length 8 --steps 2 --rounds 1 --out {out}"
+    scaling.main(options.split())
+    rows = {row["processes"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert set(rows) == {1, 2}
+    assert rows[2]["sent_bytes_a_step"] == rows[2]["factor_bytes"]
+    # Two blocks with seven layers each: (out + in) · rank · 4 bytes.
+    d, kv, inner, rank = 32, 16, 48, 16
+    block = 2 * (d + d) + 2 * (d + kv) + 3 * (d + inner)
+    assert rows[2]["factor_bytes"] == 2 * block * rank * 4

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import tiny_text
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -19,6 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import paramlora as pl
+from experiments.parallel import Group
+from experiments.rundir import RunDirectory
+from experiments.text_bench import TextBench, prepare_bench
+from experiments.text_data import load_corpus
+from experiments.text_models import prepare as prepare_model
+from experiments.text_settings import TextSettings
+from paramlora.base import whole
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not dist.is_available() or not dist.is_gloo_available(),
@@ -107,12 +115,23 @@ def train(model: nn.Module, plan: list[tuple[str, ...]]) -> list[Tensor]:
     return losses
 
 
+def counting(sent: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average gradients as DDP does, and take down how many bytes that sends."""
+    buffer = bucket.buffer()
+    sent.append(buffer.numel() * buffer.element_size())
+    work = dist.all_reduce(buffer.div_(WORLD), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
 def data_parallel(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, plan in (("always", ALWAYS), ("in turn", IN_TURN)):
         # What is off gets no gradient: DDP has to be told that this can be.
         model = DistributedDataParallel(adapted(), find_unused_parameters=True)
+        sent: list[int] = []
+        model.register_comm_hook(sent, counting)
         found[key] = train(model, plan), factors_of(model)
+        found[f"bytes {key}"] = sum(sent)
     x, _ = batch(0)
     found["digest"] = pl.fingerprint(model.module)
     with torch.no_grad():
@@ -216,6 +235,46 @@ def gathered(folder: Path) -> dict[str, Any]:
     return found
 
 
+def tiny_bench(folder: Path, how: str, group: Group) -> TextBench:
+    settings = TextSettings(
+        model=str(folder / "bert"),
+        data_dir=str(folder),
+        tokens=str(folder / "tokens"),
+        targets="*.query,*.dense",
+        methods="lora",
+        alpha=2.0,
+        lr=1e-3,
+        batch=9,
+        accumulate=2,
+        epochs=1,
+        validation=0.3,
+        device="cpu",
+        parallel="ddp" if how == "alone" else how,
+    )
+    run = RunDirectory(folder, {}, {}, [])
+    return prepare_bench(settings, run, load_corpus(settings), torch.device("cpu"), group)
+
+
+def text_study(folder: Path, how: str, group: Group) -> dict[str, Any]:
+    """Fine-tune in the study's own way; batches of 9 in two parts cannot be shared out evenly."""
+    bench = tiny_bench(folder, how, group)
+    model = bench.model(0).double()
+    prepare_model(model, "lora", bench.settings, torch.Generator().manual_seed(0))
+    row = bench.fine_tune(model, pl.parameters(model), "lora", 0)
+    pl.save(model, folder / f"{how}.safetensors", "text")
+    scored = bench.scored(model, "test")
+    factors = [cast(Any, whole(p.detach())) for p in pl.parameters(model)]
+    return {"factors": factors, "row": {**row, **scored}}
+
+
+def text_data_parallel(folder: Path) -> dict[str, Any]:
+    return text_study(folder, "ddp", Group(dist.get_rank(), WORLD))
+
+
+def text_sharded(folder: Path) -> dict[str, Any]:
+    return text_study(folder, "fsdp", Group(dist.get_rank(), WORLD))
+
+
 def process(rank: int, scenario: Callable[[Path], dict[str, Any]], folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -237,10 +296,13 @@ def test_data_parallel(tmp_path: Path) -> None:
     """With DistributedDataParallel losses and factors are those of one process on whole batches.
 
     Also where two adapters are trained in turn; and afterwards the verbs act on what DDP wraps.
+    What is sent in a step are the factors' gradients, and nothing of the base.
     """
+    size = sum(factor.nbytes for factors in factors_of(adapted()).values() for factor in factors)
     for found in run(data_parallel, tmp_path):
         for key, plan in (("always", ALWAYS), ("in turn", IN_TURN)):
             assert_close(tuple(found[key]), trained_alone(plan), **EXACT)
+            assert found[f"bytes {key}"] == STEPS * size
         x, _ = batch(0)
         _, factors = trained_alone(IN_TURN)
         expected = dense(x, *factors.values()).detach()
@@ -310,3 +372,30 @@ def test_gathered(tmp_path: Path) -> None:
     model = base()
     pl.load(model, tmp_path / "before.safetensors")
     assert_close([p.detach() for p in pl.parameters(model)], before, **EXACT)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on the CPU"
+)
+def test_text_study(tmp_path: Path) -> None:
+    """The text study by two processes, DDP and FSDP2, trains the factors that one alone trains.
+
+    Its batches are shared out unevenly and in parts; every process finds the same figures.
+    """
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    tiny_text.checkpoint(tmp_path / "bert")
+    tiny_text.write_jsonl(tmp_path / "train.jsonl", tiny_text.texts(50, 0))
+    tiny_text.write_jsonl(tmp_path / "test.jsonl", tiny_text.texts(15, 1))
+    alone = text_study(tmp_path, "alone", Group())
+    for how, scenario in (("ddp", text_data_parallel), ("fsdp", text_sharded)):
+        for found in run(scenario, tmp_path):
+            # The loss is computed in float32.
+            assert_close(found["factors"], alone["factors"], rtol=1e-4, atol=1e-6)
+            for key in ("accuracy", "loss", "validation_accuracy", "steps", "best_step"):
+                assert found["row"][key] == pytest.approx(alone["row"][key], rel=1e-4), key
+        model = tiny_bench(tmp_path, how, Group()).model(0).double()
+        pl.load(model, tmp_path / f"{how}.safetensors")
+        loaded = [p.detach() for p in pl.parameters(model)]
+        assert_close(loaded, alone["factors"], rtol=1e-4, atol=1e-6)
+        (tmp_path / "meet").unlink(missing_ok=True)

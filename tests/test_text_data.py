@@ -300,3 +300,11 @@ def test_rows_are_json(tmp_path: Path) -> None:
         said = deciding(TextSettings.of_preset(name))
         assert json.loads(json.dumps(said)) == said
         assert "data_dir" not in said
+
+
+def test_folders_have_names_that_file_systems_take() -> None:
+    """A run's folder is named after what differs from its preset; a long name ends in a digest."""
+    assert TextSettings(rank=4).folder == "runs/text-distilbert-imdb-rank_4"
+    long = [TextSettings(targets="*.query," * 60 + last).folder for last in ("*.key", "*.value")]
+    assert long[0] != long[1]
+    assert all(len(folder) <= len("runs/") + 120 for folder in long)

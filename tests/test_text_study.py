@@ -281,7 +281,7 @@ def test_other_architectures(tmp_path: Path, world: Path, kind: str) -> None:
 
 
 def test_two_adapters_on_one_base(world: Path) -> None:
-    """Two tasks' adapters on one base in a process, switched per request, answer as if alone."""
+    """Two tasks' adapters on one base, switched per request or routed per row, answer as alone."""
     bench = bench_in(world)
     base, alone = bench.model(0), {}
     for seed, name in enumerate(("spam", "sentiment")):
@@ -298,3 +298,42 @@ def test_two_adapters_on_one_base(world: Path) -> None:
     for name in ("sentiment", "spam", "sentiment"):
         with pl.using(base, name):
             assert_close(bench.logits(base, "validation"), alone[name])
+    ids, mask, _ = bench.tokens["validation"].batch(torch.arange(9))
+    route = torch.tensor([0, 1, 1, 0, -1, 1, 0, -1, 0])
+    with torch.no_grad(), pl.routed(base, route, "spam", "sentiment"):
+        mixed = base(input_ids=ids, attention_mask=mask).logits
+    with pl.disabled(base):
+        alone["base"] = bench.logits(base, "validation")
+    expected = torch.stack(
+        [alone[("spam", "sentiment", "base")[which]][i] for i, which in enumerate(route.tolist())]
+    )
+    assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sweep(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sweep runs every combination in its own folder; validation rows order its table."""
+    arguments = f"text --model {world / 'bert'} --data-dir {world} --tokens {world / 'tokens'}"
+    arguments += f" --out {world / 'sweep'} --seeds 1 --epochs 1 --batch 20 --device cpu"
+    arguments += " --methods last-layers,lora --no-forgetting --validation 0.2 --rows 40"
+    arguments += " --vary rank=1,2 --vary targets=*.query;*.query,*.key"
+    assert main(arguments.split()) == 0
+    table = capsys.readouterr().out
+    folders = sorted(path.name for path in (world / "sweep").iterdir() if path.is_dir())
+    assert len(folders) == 4
+    lines = (world / "sweep" / "sweep.md").read_text().splitlines()[4:12]
+    assert len(lines) == 8
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert {(cell[0], cell[1]) for cell in cells} == {
+        (method, f"rank={rank} targets={targets}")
+        for method in ("last-layers", "lora")
+        for rank in (1, 2)
+        for targets in ("*.query", "*.query,*.key")
+    }
+    validation = [float(cell[3]) for cell in cells]
+    assert validation == sorted(validation, reverse=True)
+    trained = {cell[1]: cell[2] for cell in cells if cell[0] == "lora"}
+    assert trained["rank=2 targets=*.query,*.key"] == str(2 * 2 * 2 * 2 * 16)
+    assert "validation" in table
+    assert (world / "sweep" / "results.csv").read_text().count("\n") == 9
+    assert main([*arguments.split(), "--vary", "colour=1"]) == 2
+    assert "--vary takes SETTING=VALUES" in capsys.readouterr().err
