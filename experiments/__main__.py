@@ -97,6 +97,14 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="make report and figures of a run again")
     report.add_argument("folder", type=Path, metavar="DIR", help="the run's folder")
     report.set_defaults(command=make_report)
+    explained = commands.add_parser("explain", help="show what an adapter of a run did")
+    explained.add_argument("folder", type=Path, metavar="DIR", help="the run's folder")
+    explained.add_argument("--seed", type=int, default=0, metavar="N", help="the adapter's [0]")
+    for name in ("bases", "data_dir"):
+        entry = DigitSettings.__dataclass_fields__[name]
+        flag = "--" + name.replace("_", "-")
+        explained.add_argument(flag, default=entry.default, help=entry.metadata["help"])
+    explained.set_defaults(command=explain_run)
     return top
 
 
@@ -152,6 +160,14 @@ def run_sequence(**given: object) -> int:
     run = write_task_report(run_tasks(settings).folder)
     print(table(run).text())
     print(f"report   {run.folder / 'tasks.md'}")
+    return 0
+
+
+def explain_run(folder: Path, seed: int, bases: str, data_dir: str) -> int:
+    """Write the page on what a run's adapter did."""
+    from .explain import explain
+
+    print(f"page     {explain(folder, seed, bases=bases, data_dir=data_dir)}")
     return 0
 
 

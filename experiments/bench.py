@@ -1,7 +1,8 @@
 """What the stages of the digit study share: the data and the base on the device, and their use."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from .data import Data, Split, hold_out
 from .environment import commit
 from .evaluate import logits_of, score
 from .forgetting import wrong_counts
+from .loggers import Curve, Log, TensorBoardLog, logging
 from .rundir import Row, RunDirectory
 from .settings import DigitSettings, chosen_digits
 from .train import (
@@ -24,6 +26,7 @@ from .train import (
     Objective,
     cpu_threads,
     cross_entropy,
+    every,
     seeded_order,
     train,
 )
@@ -76,11 +79,16 @@ class Bench:
         return Batches((self.inputs, self.labels), rows[order.to(rows.device)], size)
 
     def fine_tune(
-        self, model: nn.Module, batches: Batches, parameters: list[nn.Parameter], label: str
+        self,
+        model: nn.Module,
+        batches: Batches,
+        parameters: list[nn.Parameter],
+        label: str,
+        hooks: Sequence[Hook] = (),
     ) -> Tensor:
         """Train the parameters plainly by a new Adam, and return the loss of each step."""
         optimizer = SmallAdam(parameters, self.settings.lr)
-        return self.train(model, batches, cross_entropy, optimizer, label)
+        return self.train(model, batches, cross_entropy, optimizer, label, hooks)
 
     def train(
         self,
@@ -94,6 +102,37 @@ class Bench:
         """Train on as many threads as the settings say, and return the loss of each step."""
         with cpu_threads(self.settings.threads):
             return train(model, batches, objective, optimizer, label=label, hooks=hooks)
+
+    @contextmanager
+    def watched(self, name: str) -> Iterator[tuple[list[Hook], Row]]:
+        """Yield hooks that keep and log the accuracies of a training, and the row they fill.
+
+        Without `look` and `tensorboard` there are no hooks, and the row stays empty.
+        """
+        settings, hooks, row = self.settings, list[Hook](), Row()
+        curve = Curve()
+        logs: list[Log] = [curve]
+
+        def look(step: int, model: nn.Module, loss: Tensor) -> None:
+            seen = self._halves(model)
+            for log in logs:
+                log(step, seen)
+
+        with ExitStack() as files:
+            if settings.tensorboard:
+                board = TensorBoardLog(self.run.folder / "tensorboard" / name)
+                logs.append(files.enter_context(board))
+                hooks.append(logging(board))
+            if settings.look:
+                hooks.append(every(settings.look, look))
+            yield hooks, row
+        if settings.look:
+            row["way"] = {"steps": curve.steps, **curve.values}
+
+    def _halves(self, model: nn.Module) -> dict[str, float]:
+        """Return the accuracy on tuned and on other digits' test images."""
+        its = score(self.evaluate(model), self.test_labels, self.tuned)
+        return {"tuned": its["tuned_accuracy"], "other": its["other_accuracy"]}
 
     def validated(self, model: nn.Module) -> float:
         """Return the model's accuracy on the validation images, a fraction."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from .metrics import area, front
 from .options import StudyError
 from .train import cpu_threads
 
+Value = TypeVar("Value")
 Loader = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -195,13 +197,13 @@ def only_at(
 
 
 def attribution(
-    model: nn.Module, value: Callable[[nn.Module], float], *names: str, most: int = 10
-) -> dict[frozenset[str], float]:
+    model: nn.Module, value: Callable[[nn.Module], Value], *names: str, most: int = 10
+) -> dict[frozenset[str], Value]:
     """Return `value(model)` with the adapters on at each of the 2ⁿ sets of sites.
 
     Args:
         model: with adapters.
-        value: such as accuracy on some classes.
+        value: such as accuracy on some classes, or several figures at once.
         names: the adapters, all where none is named.
         most: sites; beyond, there are too many combinations.
 

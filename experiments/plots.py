@@ -39,6 +39,8 @@ def draw(run: RunDirectory, folder: Path) -> dict[str, str]:
         "confusion.png": confusion,
         "training-loss.png": training_loss,
     }
+    if any("way" in row for row in rows_of(run, "lora")):
+        figures["way.png"] = way
     captions = {}
     with plt.rc_context(STYLE):
         for name, make in figures.items():
@@ -126,6 +128,24 @@ def training_loss(run: RunDirectory) -> tuple[Figure, str]:
     return figure, (
         "Training loss, a running mean: pre-training, and fine-tuning by each method, mean ± sd "
         f"over {len(rows_of(run, 'lora'))} adapter seeds."
+    )
+
+
+def way(run: RunDirectory) -> tuple[Figure, str]:
+    """Accuracy on tuned and other digits while each adapter trains, and the mean."""
+    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    ways = [row["way"] for row in rows_of(run, "lora")]
+    for side, colour in (("tuned", COLOUR["on"]), ("other", COLOUR["off"])):
+        curves = 100 * np.array([its[side] for its in ways])
+        for curve in curves:
+            axes.plot(ways[0]["steps"], curve, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(ways[0]["steps"], curves.mean(0), color=colour, label=f"{side} digits")
+        axes.axhline(100 * base_of(run)[f"{side}_accuracy"], color=colour, linestyle=":")
+    axes.set(xlabel="optimizer step", ylabel="% right, test images")
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False)
+    return figure, (
+        f"Accuracy while the adapter trains: mean and each seed of {len(ways)}; dotted, the base's."
     )
 
 

@@ -14,10 +14,12 @@ from typing import Any
 from .bands import Band, Table
 from .families import Family, families
 from .options import deciding, listed
-from .rundir import Row, RunDirectory
+from .rundir import Row, RunDirectory, replace_file
 from .settings import DigitSettings
 from .sweep import Cell, run_sweep
+from .views import OFF, ON, Figure, plt, png
 
+SIDES = (("all", "#000000", 0.0), ("tuned", ON, 0.2), ("other", OFF, -0.2))
 VALIDATION = 500  # images a digit that settings are chosen by
 
 
@@ -114,7 +116,9 @@ def run_remedies(
     selection = run_sweep(todo, folder / "selection", asked, jobs, say)
     final = list(measured(settings, selection, chosen, bases, floor))
     test = run_sweep(final, folder / "test", asked, jobs, say)
-    (folder / "remedies.md").write_text(markdown(settings, selection, test, chosen, floor))
+    replace_file(folder / "remedies.png", png(figure(selection, test, chosen, floor)))
+    text = markdown(settings, selection, test, chosen, floor)
+    replace_file(folder / "remedies.md", text.encode())
     return selection, test
 
 
@@ -144,6 +148,39 @@ def markdown(
         "candidates.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def figure(
+    selection: RunDirectory,
+    test: RunDirectory,
+    chosen: Sequence[Family],
+    floor: tuple[float, float],
+) -> Figure:
+    """Draw what each remedy gains on all, tuned and other digits, mean ± sd, test images."""
+    made, axes = plt.subplots(figsize=(8.5, 0.36 * len(chosen) + 1.2), layout="constrained")
+    for line, family in enumerate(reversed(chosen)):
+        _, strength = choose(selection, family, floor)
+        for values, (name, colour, up) in zip(
+            gains(test, family.name, strength), SIDES, strict=True
+        ):
+            band = Band(tuple(values))
+            label = name if line == 0 else None
+            axes.errorbar(
+                band.mean, line + up, xerr=band.sd, fmt="o", ms=4, color=colour, label=label, lw=1
+            )
+    axes.axvline(0, color="#333333", linewidth=0.8)
+    needs = {"nothing": ""}
+    names = [f.name + needs.get(f.old, f"  [{f.old}]") for f in reversed(chosen)]
+    axes.set_yticks(range(len(chosen)), names, fontsize=8)
+    axes.set_xlabel("points above each adapter's own base, test images")
+    axes.set_xscale("symlog", linthresh=3)
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in (-30, -10, -3, -2, -1, 0, 1, 2, 3, 5) if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
+    axes.grid(axis="x", color="#eeeeee")
+    axes.spines[["top", "right"]].set_visible(False)
+    made.legend(frameon=False, ncols=3, loc="outside upper center")
+    return made
 
 
 def bases_of(run: RunDirectory) -> list[Row]:

@@ -130,6 +130,16 @@ class DigitSettings(Settings):
         "for choosing settings: pre-train without the validation images too, and count wrong "
         "answers on them in place of the test images",
     )
+    look: int = option(
+        0,
+        "steps between two looks at the test images while an adapter trains, for the curve of its "
+        "accuracy; 0: never",
+    )
+    tensorboard: bool = option(
+        False,
+        "write loss, and what --look sees, for TensorBoard, into the run's folder",
+        place=True,
+    )
     compat: str = option(
         "blog",
         "blog: beside the correct update, also train the blog's scrambled one (its B A comes out "
@@ -160,7 +170,7 @@ class DigitSettings(Settings):
             self.require(name, 0 < getattr(self, name) < math.inf, "a finite number above 0")
         for name in ("mean", "alpha"):
             self.require(name, math.isfinite(getattr(self, name)), "a finite number")
-        for name in ("tune_batch", "replay", "validation", "patience"):
+        for name in ("tune_batch", "replay", "validation", "patience", "look"):
             self.require(name, getattr(self, name) >= 0, "a whole number of at least 0")
         for name in ("margin", "distill", "mass", "ewc", "null_space", "average"):
             self.require(name, getattr(self, name) >= 0, "a number of at least 0")

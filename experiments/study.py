@@ -25,7 +25,7 @@ from .recipe import answers, factors_of, recipe
 from .rundir import RunDirectory, replace_file
 from .settings import DigitSettings, deciding
 from .stages import Stage, run_stages
-from .train import Batches
+from .train import Batches, Hook
 
 EXPLORED, EXPLORED_SEEDS = "explore.json", 3
 ATTACHED = ("off", "on", "merged", "unmerged")
@@ -108,24 +108,30 @@ def tune_attached(method: str, spec: pl.Spec, seed: int, bench: Bench) -> None:
     batches = bench.batches(generator)
     attached = pl.attach(model, spec, nn.Linear, name=ADAPTER, generator=generator)
     factors = factors_of(model)
-    if method == "lora" and bench.settings.remedied:
-        losses = remedied(bench, model, batches, seed, f"{method} {seed}")
-    else:
-        losses = bench.fine_tune(model, batches, list(factors.values()), f"{method} {seed}")
+    label = f"{method} {seed}"
+    with bench.watched(f"{method}-{seed}") as (hooks, seen):
+        if method == "lora" and bench.settings.remedied:
+            losses = remedied(bench, model, batches, seed, label, hooks)
+        else:
+            losses = bench.fine_tune(model, batches, list(factors.values()), label, hooks)
     pl.save(model, bench.run.folder / "adapters" / f"{method}-{seed}.safetensors", ADAPTER)
 
     on, off = bench.evaluate(model), evaluate_off(bench, model)
     bench.record("off", method, seed, off, **bench.beside_base(model, off))
     learned = {"trainable": attached.trainable, "ranks": attached_ranks(model, ADAPTER)}
     counted = answers(bench, on, seed) if method == "lora" else on
-    bench.record("on", method, seed, counted, **learned, **curve(losses))
+    bench.record("on", method, seed, counted, **learned, **curve(losses), **seen)
     merge_and_unmerge(bench, model, method, seed, on)
 
 
-def remedied(bench: Bench, model: nn.Module, plain: Batches, seed: int, label: str) -> Tensor:
+def remedied(
+    bench: Bench, model: nn.Module, plain: Batches, seed: int, label: str, hooks: list[Hook]
+) -> Tensor:
     """Fine-tune with the settings' remedies, set the strength; return the loss of each step."""
     made = recipe(bench, model, factors_of(model), plain, seed)
-    losses = bench.train(model, made.batches, made.objective, made.optimizer, label, made.hooks)
+    losses = bench.train(
+        model, made.batches, made.objective, made.optimizer, label, [*made.hooks, *hooks]
+    )
     made.finish()
     pl.scale(model, bench.settings.strength, ADAPTER)
     return losses

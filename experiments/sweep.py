@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 import paramlora as pl
 
 from .bases import FIELDS
 from .bench import ADAPTER, Bench, prepare
-from .data import Data, load_data
+from .data import Data, hold_out, load_data
 from .environment import DECIDING, describe, resolve_device
 from .evaluate import score
 from .forgetting import wrong_counts
@@ -123,7 +123,7 @@ def run_cell(cell: Cell) -> list[Row]:
     that has the code and the data.
     """
     settings = cell.settings
-    bench = _bench(settings)
+    bench = bench_of(settings)
     together = cell.together and trains_together(settings)
     seeds = range(settings.seeds)
     trained = (tune_together if together else tune_one_by_one)(bench, seeds)
@@ -189,7 +189,7 @@ def _attached(bench: Bench, seed: int) -> tuple[nn.Module, Batches]:
     return model, batches
 
 
-def _bench(settings: DigitSettings) -> Bench:
+def bench_of(settings: DigitSettings) -> Bench:
     """Return the bench of these settings; what it shares with others is made once a process."""
     bench = _shared_bench(_shared(settings))
     confusion = score(bench.base_logits, bench.test_labels)["confusion"]
@@ -247,6 +247,15 @@ def run_sweep(
             run.record({**row, "commit": environment["commit"]})
         say(f"cell     {cell.name}, base seed {cell.settings.seed}")
     return run
+
+
+def counted_images(settings: DigitSettings) -> Tensor:
+    """Return the images that answers are counted on, uint8 (n, 28, 28), as they are to be shown."""
+    data = _data(settings.data, settings.data_dir)
+    if not settings.selection:
+        return data.test.images
+    _, held = hold_out(data.train.labels, settings.validation, torch.Generator().manual_seed(0))
+    return data.train.images[held]
 
 
 def _make_base(settings: DigitSettings) -> str:

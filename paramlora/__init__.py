@@ -22,11 +22,14 @@ from .base import base_state_dict, fingerprint, load_base_state_dict
 from .checkpoint import load, load_state_dict, save, state_dict
 from .combine import combine
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
+from .eva import eva
 from .extract import extract
+from .groups import parameter_groups
 from .hold import hold_statistics
-from .kinds import DoRA
+from .kinds import IA3, DoRA
 from .merge import bake, merge, merged, unmerge
 from .peft import load_peft, save_peft
+from .products import LoHa, LoKr
 from .route import routed
 from .summary import SiteSummary, Skipped, Summary, summary
 from .toggle import disable, disabled, enable, enabled, scale, using
@@ -34,10 +37,13 @@ from .toggle import disable, disabled, enable, enabled, scale, using
 __version__ = "0.1.0"
 
 __all__ = [
+    "IA3",
     "AdapterNameError",
     "CheckpointError",
     "Delta",
     "DoRA",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LowRank",
     "ParamloraError",
@@ -59,6 +65,7 @@ __all__ = [
     "draw",
     "enable",
     "enabled",
+    "eva",
     "extract",
     "factor_dtype",
     "fingerprint",
@@ -70,6 +77,7 @@ __all__ = [
     "load_state_dict",
     "merge",
     "merged",
+    "parameter_groups",
     "parameters",
     "routed",
     "save",

@@ -73,6 +73,11 @@ class Spec(ABC):
         """The names of the factors that are never trained: saved and moved with the others."""
         return ()
 
+    @property
+    def fast(self) -> tuple[str, ...]:
+        """The names of the factors that `parameter_groups` trains at the higher rate: LoRA's B."""
+        return ()
+
     @abstractmethod
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return new factors for `weight`, by name, on its device, in `factor_dtype(weight)`.
@@ -310,6 +315,10 @@ class LoRA(Spec):
     @property
     def constants(self) -> tuple[str, ...]:
         return ("A0", "B0") if self.init in ("pissa", "olora") else ()
+
+    @property
+    def fast(self) -> tuple[str, ...]:
+        return ("B",)
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         W = self._matrices(weight)

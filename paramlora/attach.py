@@ -46,7 +46,7 @@ def attach(
     Args:
         model: any module; it keeps its classes, its code and its stored weights.
         spec: what to learn, such as `LoRA(rank=4)`, or a mapping from target to spec, of which
-            the first that matches a tensor counts.
+            the first that matches a tensor, or blocks of it, counts.
         targets: a module type (its `weight`; `nn.Linear` where nothing is given), a glob over
             dotted paths of modules (their `weight`) or tensors, a callable
             `(path, module) -> bool`, or a list of those. `*` crosses dots, and `*.fc1` also means

@@ -10,31 +10,24 @@ is loaded.
 import dataclasses
 import json
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
-from .adapters import Spec, is_finite
+from .adapters import Spec
 from .attach import Planned, check_name, check_tied, install
 from .base import check_real, compare, digest, whole
 from .block import Part, split
 from .errors import AdapterNameError, CheckpointError, TargetError
+from .file import ENTRY, VERSION, read, write_atomically
 from .sharded import check_settled, fill, is_sharded, settle, writes_files
 from .stack import Factors, Site, below, first_sites
 from .summary import Summary, summary
 from .targets import Place, check, check_shapes, nearest, places
 from .toggle import check_unmerged, names_of, select
-
-_VERSION = 1
-_ENTRY = "paramlora"
-_FILE = {"version": int, "name": str, "sites": dict, "digest": str}
-_SITE = {"kind": str, "fields": dict, "strength": (int, float), "shape": list}
 
 
 def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -98,7 +91,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         for site in sites_of(model, name)
         for path, factors in site.parts(name).items()
     }
-    content = {"version": _VERSION, "name": name, "sites": described}
+    content = {"version": VERSION, "name": name, "sites": described}
     try:
         content["digest"] = digest(tensors.items(), json.dumps(content))
     except TypeError as error:
@@ -108,7 +101,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         ) from error
     if writes_files(list(state.values())):
         # Not by safetensors' own save_file, whose files only their owner may read.
-        write_atomically(path, serialized(tensors, {"format": "pt", _ENTRY: json.dumps(content)}))
+        write_atomically(path, serialized(tensors, {"format": "pt", ENTRY: json.dumps(content)}))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> Summary:
@@ -136,7 +129,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
         StateError: the adapter of that name is merged, or the model is on the meta device.
         TargetError: a tensor of the model is lazy and has no shape yet.
     """
-    tensors, content = _read(path)
+    tensors, content = read(path)
     name = content["name"] if name is None else name
     planned = _planned(model, tensors, content["sites"], path, name in names_of(model))
     for plan in planned:
@@ -154,24 +147,6 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
         check_name(model, name)
         install(model, planned, name, freeze=True)
     return summary(model)
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new, whole."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def sites_of(model: nn.Module, name: str) -> list[Site]:
@@ -199,69 +174,6 @@ def _describe(factors: Factors, site: Site) -> dict[str, Any]:
         # Of the whole tensor, also for a block, whose place in it the path has.
         "shape": list(below(site.plist, site.stack).shape),
     }
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors, metadata = read_tensors(path)
-    if _ENTRY not in metadata:
-        raise CheckpointError(
-            f"{path} was not written by paramlora.save: its metadata has no {_ENTRY!r}, only "
-            f"{sorted(metadata)}"
-        )
-    return tensors, _content(metadata[_ENTRY], path)
-
-
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a `.safetensors` file, and its metadata."""
-    if os.path.isdir(path):
-        raise CheckpointError(f"{path} is a folder; name the .safetensors file in it")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or no .safetensors file ({error}); save the adapter again"
-        ) from error
-
-
-def _content(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what the metadata says, every part of it there and of its type."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: its metadata {_ENTRY!r} is no JSON ({error}); save the adapter "
-            "again"
-        ) from error
-    version = content.get("version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version > _VERSION:
-        raise CheckpointError(
-            f"{path} has format {version}, this paramlora reads up to {_VERSION}; update paramlora"
-        )
-    _check_parts(content, _FILE, f"its metadata {_ENTRY!r}", path)
-    for site, entry in content["sites"].items():
-        _check_parts(entry, _SITE, f"its metadata for {site!r}", path)
-        if not is_finite(entry["strength"]):
-            raise CheckpointError(
-                f"{path} is damaged: the strength for {site!r} must be a finite number, found "
-                f"{entry['strength']!r}; save the adapter again"
-            )
-    return content
-
-
-def _check_parts(
-    found: Any, parts: dict[str, Any], what: str, path: str | os.PathLike[str]
-) -> None:
-    """Raise a CheckpointError where `found` is no dict that has these parts of these types."""
-    for key, kind in parts.items():
-        if not isinstance(found, dict) or not isinstance(found.get(key), kind):
-            raise CheckpointError(
-                f"{path} is damaged: {what} must have {', '.join(map(repr, parts))}, and {key!r} "
-                f"is missing or of the wrong type in {found!s:.100}; save the adapter again"
-            )
 
 
 def _planned(
@@ -391,19 +303,31 @@ def _check_site(place: Place, spec: Spec, path: str | os.PathLike[str]) -> None:
 
 
 def _spec(entry: dict[str, Any], site: str, path: str | os.PathLike[str]) -> Spec:
-    kinds = {kind.__name__: kind for kind in _derived(Spec)}  # type: ignore[type-abstract]
-    kind = kinds.get(entry["kind"])
-    if kind is None:
+    imported = list(_derived(Spec))  # type: ignore[type-abstract]
+    # By their places: a notebook's cell that runs again defines its class again.
+    named = {_full_name(kind): kind for kind in imported if kind.__name__ == entry["kind"]}
+    if not named:
+        known = sorted({kind.__name__ for kind in imported})
         raise CheckpointError(
             f"{path} has an adapter of kind {entry['kind']!r} at {site!r}, and no imported class "
-            f"of that name derives from Spec (there are {', '.join(sorted(kinds))}); import it"
+            f"of that name derives from Spec (there are {', '.join(known)}); import it"
         )
+    if len(named) > 1:
+        raise CheckpointError(
+            f"{path} has an adapter of kind {entry['kind']!r} at {site!r}, and there are several "
+            f"classes of that name: {', '.join(sorted(named))}; rename your own"
+        )
+    [kind] = named.values()
     try:
         return kind(**entry["fields"])
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} has settings for {site!r} that {entry['kind']} does not take: {error}"
         ) from error
+
+
+def _full_name(kind: type[Spec]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _derived(kind: type[Spec]) -> Iterator[type[Spec]]:

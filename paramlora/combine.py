@@ -118,13 +118,16 @@ def _check_arguments(weights: Mapping[str, float], method: str, rank: int | None
 
 def _check_apart(chosen: list[Place]) -> None:
     """Raise a TargetError where two places, in part the same, would be of one adapter."""
-    for i, place in enumerate(chosen):
-        for other in chosen[:i]:
-            if other.stored is place.stored and place.meets(other):
+    by_tensor: dict[int, list[Place]] = {}
+    for place in chosen:
+        others = by_tensor.setdefault(id(place.stored), [])
+        for other in others:
+            if place.meets(other):
                 raise TargetError(
                     f"cannot combine: {other.path!r} and {place.path!r} share elements, and one "
                     "adapter cannot have both"
                 )
+        others.append(place)
 
 
 def _combined(place: Place, terms: list[_Term], method: str, rank: int | None) -> Factors:

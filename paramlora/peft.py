@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from . import peft_config, peft_export, peft_import
 from .attach import check_name, install
 from .base import whole
-from .checkpoint import read_tensors, refresh, write_atomically
+from .checkpoint import refresh
 from .errors import CheckpointError
+from .file import read_tensors, write_atomically
 from .summary import Summary, summary
 from .targets import check_shapes, places
 from .toggle import names_of
@@ -56,6 +57,15 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "defau
             written then.
         FileExistsError: the folder has other files, or is none.
         FileNotFoundError: there is no folder to put it in.
+
+    >>> import tempfile
+    >>> import paramlora as pl
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2, alpha=4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pl.save_peft(model, f"{folder}/digits")
+    ...     pl.load_peft(nn.Sequential(nn.Linear(4, 3)), f"{folder}/digits").sites[0].scale
+    2.0
     """
     path = Path(path)
     _check_place(path)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .adapters import is_finite
 from .errors import CheckpointError
 
 # Settings without an effect on what a trained adapter computes. Dropout acts in training only, and
@@ -37,8 +36,10 @@ _IDLE = {
     "task_type",
 }
 
-# What A and B were at the start; others (PiSSA, OLoRA, …) change the stored base when PEFT loads.
-_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+# What A and B were at the start. Others change the stored base when PEFT loads: two of them by what
+# can be computed from the base alone, and is here.
+_PLAIN = ("gaussian", "orthogonal", "eva")
+_FROM_BASE = ("pissa", "olora")
 
 # Settings that go with a list of target_modules.
 _OF_LISTS = {"layers_to_transform", "layers_pattern"}
@@ -46,6 +47,11 @@ _OF_LISTS = {"layers_to_transform", "layers_pattern"}
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    # JSON has NaN and Infinity in Python, and whole numbers that no float can hold.
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) < 1e308
 
 
 def _is_rank(value: Any) -> bool:
@@ -76,6 +82,7 @@ class Config:
     use_dora: bool = False
     bias: str = "none"
     modules_to_save: list[str] = field(default_factory=list)
+    init: str = "kaiming"
 
     def targets(self, path: str) -> bool:
         """Return whether the module at `path` is adapted, as PEFT's check_target_module_exists."""
@@ -116,7 +123,7 @@ class Config:
 _TEXTS = ("a string or a list of strings", lambda v: isinstance(v, str) or _is_names(v))
 _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "r": ("a whole number of at least 1", _is_rank),
-    "lora_alpha": ("a finite number", is_finite),
+    "lora_alpha": ("a finite number", _is_number),
     "target_modules": (
         "a string or a list of strings",
         lambda v: isinstance(v, str) or _is_names(v),
@@ -134,7 +141,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda v: isinstance(v, str) or _is_names(v),
     ),
     "rank_pattern": ("whole numbers by name", _is_pattern(_is_rank)),
-    "alpha_pattern": ("finite numbers by name", _is_pattern(is_finite)),
+    "alpha_pattern": ("finite numbers by name", _is_pattern(_is_number)),
     "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
     "use_dora": ("true or false", lambda v: isinstance(v, bool)),
     "bias": ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
@@ -174,7 +181,8 @@ def read(path: Path) -> Config:
             f"{path} is damaged: target_modules is a string, which goes without "
             f"{' and '.join(sorted(settings.keys() & _OF_LISTS))}"
         )
-    return Config(**settings)
+    init = content.get("init_lora_weights")
+    return Config(**settings, init=init if init in _FROM_BASE else "kaiming")
 
 
 def written(targets: Mapping[str, tuple[int, float]], **settings: Any) -> dict[str, Any]:
@@ -198,7 +206,8 @@ def written(targets: Mapping[str, tuple[int, float]], **settings: Any) -> dict[s
 
 def _refuse_others(path: Path, content: dict[str, Any]) -> None:
     init = content.get("init_lora_weights")
-    if not any(init is known or (isinstance(init, str) and init == known) for known in _INITS):
+    switched = init is None or isinstance(init, bool)
+    if not switched and init not in (*_PLAIN, *_FROM_BASE):
         raise CheckpointError(
             f"{path} has init_lora_weights {init!r}, which changes the base where it is loaded; "
             "save it from PEFT as a plain LoRA, by path_initial_model_for_weight_conversion="

@@ -138,7 +138,7 @@ def _expressible(part: Part | None, site: Site, name: str) -> tuple[Part, LowRan
         )
     reason = part.refusal(isinstance(spec, DoRA))
     if update is None:
-        reason = f"a {type(spec).__name__} is no low-rank update there"
+        reason = f"{type(spec).__name__} is no low-rank update of it"
     if isinstance(spec, DoRA) and spec.dim != part.dim:
         reason = f"PEFT has a DoRA's magnitudes along dimension {part.dim} there, not {spec.dim}"
     if reason is not None or update is None:

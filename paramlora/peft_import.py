@@ -111,6 +111,8 @@ def _check_part(part: Part, here: Mapping[str, Place], config: Config, path: Pat
     reason, rank = part.refusal(config.use_dora), config.rank(part.module_path)
     if part.site not in here:
         reason = f"it has no parameter {part.tensor!r}"
+    elif config.init != "kaiming" and (config.use_dora or not isinstance(part.module, nn.Linear)):
+        reason = f"its start, {config.init!r}, is carried out for LoRA of a Linear alone"
     elif rank % part.groups:
         reason = f"its {part.groups} groups do not divide the rank, {rank}"
     if reason is not None:
@@ -131,21 +133,35 @@ def _factors(
     if ours != rank:  # so that alpha/r, or alpha/√r, stays what it is
         alpha *= (ours / rank) ** 0.5 if config.use_rslora else ours / rank
     tensors = dict(zip("AB", pair, strict=True))
-    if not config.use_dora:
-        spec: Spec = LoRA(ours, alpha, rank_stabilized=config.use_rslora)
-        return _planned(place, spec, tensors, path)
     weight = place.value.detach()
+    if not config.use_dora:
+        lora = _lora(ours, alpha, config, part, path)
+        _check(place, lora, path)
+        # What PEFT takes out of the base when it loads is computed from that, as at the start.
+        start = lora.create(weight) if lora.constants else {}
+        return _planned(place, lora, start | tensors, path)
     magnitude = state[part.magnitude].flatten().to(weight.device, factor_dtype(weight))
     tensors["d"] = magnitude - norms(weight, part.dim)
     spec = DoRA(ours, alpha, rank_stabilized=config.use_rslora, dim=part.dim)
     return _planned(place, spec, tensors, path)
 
 
-def _planned(place: Place, spec: Spec, tensors: Mapping[str, Tensor], path: Path) -> Planned:
+def _lora(rank: int, alpha: float, config: Config, part: Part, path: Path) -> LoRA:
+    try:
+        return LoRA(rank, alpha, init=config.init, rank_stabilized=config.use_rslora)
+    except ValueError as error:
+        raise CheckpointError(f"{path} adapts {part.module_path!r}, and {error}") from error
+
+
+def _check(place: Place, spec: Spec, path: Path) -> None:
     try:
         check(place, spec)
     except TargetError as error:
         raise CheckpointError(f"{path} does not fit this model: {error}") from error
+
+
+def _planned(place: Place, spec: Spec, tensors: Mapping[str, Tensor], path: Path) -> Planned:
+    _check(place, spec, path)
     base = place.value
     # Copies: what was read is the file's memory, mapped, aligned as it happens to be.
     own = {

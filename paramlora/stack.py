@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .adapters import Factors as Tensors
-from .adapters import LowRank, Rescaled, Spec, Strength
-from .block import Block
+from .adapters import LowRank, Rescaled
 from .errors import StateError
+from .factors import Blocks, Factors, applied
 
 CHANGED = (
     "a tensor needed for the gradient was changed in place (an optimizer's step, a merge) between "
@@ -59,111 +58,6 @@ def once() -> Iterator[None]:
         _ONCE.built = outer
 
 
-class Factors(nn.Module):
-    """The factors of one adapter at one site, with the spec that says what they do.
-
-    A `block` is the part of the tensor that they are for, None for all of it.
-    """
-
-    def __init__(
-        self, spec: Spec, tensors: Mapping[str, Tensor], block: Block | None = None
-    ) -> None:
-        super().__init__()
-        self.spec = spec
-        self.block = block
-        self.strength: Strength = 1.0
-        for key, tensor in tensors.items():
-            if key in spec.constants:
-                self.register_buffer(key, tensor)
-            else:
-                self.register_parameter(key, nn.Parameter(tensor))
-
-    def set_strength(self, strength: Strength) -> None:
-        # Past nn.Module.__setattr__, which would register an nn.Parameter as one of the factors.
-        self.__dict__["strength"] = strength
-
-    @property
-    def strengths(self) -> tuple[Strength, ...]:
-        return (self.strength,)
-
-    def set_strengths(self, strengths: Sequence[Strength]) -> None:
-        """Set the strength again that `strengths` gave."""
-        self.__dict__["strength"] = strengths[0]
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return _applied(self.spec, self.block, weight, self.tensors, self.strength)
-
-    def low_rank(self) -> LowRank | None:
-        term = self.spec.low_rank(self.tensors, self.strength)
-        return term if term is None or self.block is None else self.block.widen(term)
-
-    @property
-    def scale(self) -> Strength:
-        """All that multiplies the update, the strength included."""
-        return self.strength * self.spec.scaling
-
-    def rescaled(self, weight: Tensor) -> Rescaled | None:
-        if self.block is not None:
-            return None
-        return self.spec.rescaled(weight, self.tensors, self.strength)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The factors by name, constants last."""
-        if self._buffers:
-            return {**self._parameters, **self._buffers}  # type: ignore[dict-item]
-        return self._parameters  # type: ignore[return-value]
-
-
-class Blocks(nn.Module):
-    """The factors of one adapter at several blocks of a tensor, of which no two overlap."""
-
-    def forward(self, weight: Tensor) -> Tensor:
-        for factors in self.parts:
-            weight = factors(weight)
-        return weight
-
-    def low_rank(self) -> LowRank | None:
-        terms = []
-        for factors in self.parts:
-            term = factors.low_rank()
-            if term is None:
-                return None
-            terms.append(term)
-        scales = [term.scale for term in terms]
-        Bs = [term.B for term in terms]
-        if all(type(scale) is float and scale == scales[0] for scale in scales):
-            scale = scales[0]
-        else:
-            Bs, scale = [B * scale for B, scale in zip(Bs, scales, strict=True)], 1.0
-        return LowRank(torch.cat([term.A for term in terms]), torch.cat(Bs, dim=1), scale)
-
-    def set_strength(self, strength: Strength) -> None:
-        for factors in self.parts:
-            factors.set_strength(strength)
-
-    @property
-    def strengths(self) -> tuple[Strength, ...]:
-        return tuple(factors.strength for factors in self.parts)
-
-    def set_strengths(self, strengths: Sequence[Strength]) -> None:
-        for factors, strength in zip(self.parts, strengths, strict=True):
-            factors.set_strength(strength)
-
-    @property
-    def parts(self) -> list[Factors]:
-        return list(self._modules.values())  # type: ignore[arg-type]
-
-
-def _applied(
-    spec: Spec, block: Block | None, weight: Tensor, tensors: Tensors, strength: Strength
-) -> Tensor:
-    """Return the tensor of which a spec has changed a block, or all."""
-    if block is None:
-        return spec.apply(weight, tensors, strength)
-    return block.put(weight, spec.apply(block.cut(weight), tensors, strength))
-
-
 # Numbers adapters in attaching order, over all stacks.
 _NUMBERS = itertools.count()
 
@@ -200,16 +94,24 @@ class Stack(nn.Module):
         if not self.live:
             return weight
         built = None if torch.compiler.is_compiling() else _ONCE.built
-        # What is built without a gradient does not serve where one is wanted.
-        key = id(self), self.live, torch.is_grad_enabled()
-        if built is not None and key in built:
+        if built is not None:
+            key = self._key()
+            if key not in built:
+                built[key] = self._build(weight)
             return built[key]
+        return self._build(weight)
+
+    def _build(self, weight: Tensor) -> Tensor:
         with exact(weight):
             for name in self.live:
                 weight = self[name](weight)
-        if built is not None:
-            built[key] = weight
         return weight
+
+    def _key(self) -> object:
+        """Return what W' may serve for: toggled inside a forward, or no_grad, it is another."""
+        parts = [part for name in self.live for part in self.parts(name)]
+        strengths = [id(s) if isinstance(s, Tensor) else s for s in (p.strength for p in parts)]
+        return id(self), self.live, torch.is_grad_enabled(), *strengths
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         raise NotImplementedError(
@@ -234,7 +136,7 @@ class Stack(nn.Module):
                 raise RuntimeError(CHANGED)
             built = weight
             for spec, block, tensors, strength in steps:
-                built = _applied(spec, block, built, tensors, strength)
+                built = applied(spec, block, built, tensors, strength)
             return built
 
         return build

@@ -191,9 +191,14 @@ def _gradient(factors: Factors) -> tuple[bool | None, str]:
         return None, ""
     if len(without) == len(trained):
         return False, "no gradient"
-    if not any(grad.is_meta or grad.any() for grad in trained.values() if grad is not None):
+    if not any(_may_be_more_than_zero(grad) for grad in trained.values() if grad is not None):
         return False, "the gradient is zero"
     return True, f"no gradient in {', '.join(without)}" if without else ""
+
+
+def _may_be_more_than_zero(grad: Tensor) -> bool:
+    # To look into a sharded one takes all processes, and a summary may be asked for by one.
+    return grad.is_meta or hasattr(grad, "full_tensor") or bool(grad.any())
 
 
 def _reasons(skipped: Iterable[Skipped]) -> list[str]:

@@ -5,12 +5,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import peft
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 import paramlora as pl
+
+peft = pytest.importorskip("peft", reason="the oracle of these tests is PEFT")
 
 
 def loaded(base: nn.Module, folder: Path) -> Any:

@@ -60,6 +60,19 @@ def dora(s: float, dim: int = 0, *, constant: bool = True) -> Formula:
     return formula
 
 
+def kronecker(s: float) -> Formula:
+    """Return W' = W + k·s·W1 ⊗ W2, block by block of W."""
+
+    def formula(W: Tensor, f: dict[str, Tensor], k: float) -> Tensor:
+        W1 = f["W1"] if "W1" in f else f["B1"] @ f["A1"]
+        W2 = f["W2"] if "W2" in f else f["B2"] @ f["A2"]
+        W2 = W2.reshape(W.shape[0] // len(W1), W.shape[1] // len(W1.T), *W.shape[2:])
+        rows = [torch.cat([entry * W2 for entry in row], dim=1) for row in W1]
+        return W + k * s * torch.cat(rows)
+
+    return formula
+
+
 def moved(f: dict[str, Tensor]) -> Tensor:
     """Return BA − B₀A₀, without its cancellation near the start."""
     left, right = [f["B"] - f["B0"], f["B0"]], [f["A"], f["A"] - f["A0"]]
@@ -78,6 +91,19 @@ KINDS = {
         rank=4,
     ),
     "dora": Kind(pl.DoRA(rank=2, alpha=3), dora(3 / 2)),
+    "loha": Kind(
+        pl.LoHa(rank=2, alpha=3),
+        lambda W, f, k: (
+            W + k * 3 / 2 * ((f["B1"] @ f["A1"]) * (f["B2"] @ f["A2"])).reshape(W.shape)
+        ),
+        rank=4,
+    ),
+    "lokr": Kind(pl.LoKr(rank=1, alpha=3), kronecker(3)),
+    "ia3": Kind(
+        pl.IA3(),
+        lambda W, f, k: W * (1 + k * (f["l"] - 1)).view(-1, *[1] * (W.dim() - 1)),
+        dimensions=1,
+    ),
     "delta": Kind(pl.Delta(), lambda W, f, k: W + k * f["D"], dimensions=1),
 }
 TRANSPOSED = Kind(
@@ -85,9 +111,15 @@ TRANSPOSED = Kind(
     lambda W, f, k: W + k * 3 / 2 * (f["B"] @ f["A"]).T.reshape(W.shape),
     rank=2,
 )
-BLOCKS = {f"{name}_blocks": replace(KINDS[name], blocks=True) for name in ("lora", "delta")}
+BLOCKS = {f"{name}_blocks": replace(KINDS[name], blocks=True) for name in ("lora", "dora", "delta")}
 # Settings of kinds that take a path of their own.
 VARIANTS = {
+    "ia3_inputs": Kind(
+        pl.IA3(dim=1),
+        lambda W, f, k: (W.transpose(1, -1) * (1 + k * (f["l"] - 1))).transpose(1, -1),
+    ),
+    "lokr_both": Kind(pl.LoKr(rank=1, decompose_both=True, factor=3), kronecker(1)),
+    "lokr_full": Kind(pl.LoKr(rank=None), kronecker(1)),
     "dora_exact": Kind(pl.DoRA(rank=3, dim=1, exact_gradient=True), dora(1, dim=1, constant=False)),
     "pissa": Kind(
         pl.LoRA(rank=1, alpha=2, init="pissa"),
@@ -320,6 +352,13 @@ def shake(model: nn.Module, *names: str) -> None:
             parameter.copy_(torch.randn(parameter.shape) / 4)
 
 
+def move(model: nn.Module, name: str) -> None:
+    """Move the factors from where they start, as training does, and none of them to zero."""
+    with torch.no_grad():
+        for parameter in pl.parameters(model, name):
+            parameter.add_(torch.randn(parameter.shape) / 4)
+
+
 @dataclass
 class Result:
     """What a model computed: outputs, and gradients by what they belong to."""
@@ -357,7 +396,7 @@ class Case:
     def attach(self, kind: Kind, name: str = "one", strength: float = 1.0, **options: Any) -> None:
         """Attach an adapter to all tensors that it takes, its factors random."""
         pl.attach(self.model, kind.spec, name=name, **({"targets": self.sites(kind)} | options))
-        shake(self.model, name)
+        move(self.model, name)
         pl.scale(self.model, strength, name)
         self.kinds[name], self.strengths[name] = kind, strength
 

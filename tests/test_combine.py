@@ -372,3 +372,56 @@ def test_extract_of_tied_tensors() -> None:
         TargetError,
         "'emb.weight' and 'head.weight' are tied in the base, and differ in the other",
     )
+
+
+class Experts(nn.Module):
+    """A stack of three matrices, and the same ones by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(3, 4, 5).double())
+        self.alone = nn.ParameterList(list(self.stack.detach().clone()))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("method", ["cat", "linear", "svd"])
+def test_stacks_of_matrices_are_summed_each(method: str, transposed: bool) -> None:
+    """A stack's updates are combined matrix by matrix, as if each were a tensor of its own."""
+    model, weights = Experts(), {"a": 0.7, "b": -0.3}
+    for name, alpha in (("a", 3.0), ("b", 1.0)):
+        one = LoRA(2, alpha, transposed=transposed)
+        each = LoRA(2, alpha, transposed=transposed, batch_dims=1)
+        pl.attach(model, {"stack": each, "alone.*": one}, name=name)
+        shake(model, name)
+        state = pl.state_dict(model, name)
+        for i in range(3):
+            for key in "AB":
+                state[f"alone.{i}.{key}"].copy_(state[f"stack.{key}"][i])
+    pl.combine(model, weights, name="ab", method=method)
+    with pl.using(model, "ab"), torch.no_grad():
+        assert_close(model.stack, torch.stack(list(model.alone)), **EXACT)
+
+
+def test_other_layouts_of_a_stack_cannot_be_combined() -> None:
+    """One adapter's update lies in a tensor in one way."""
+    model = Experts()
+    pl.attach(model, LoRA(2, batch_dims=1), "stack", name="a")
+    pl.attach(model, LoRA(2, batch_dims=1, transposed=True), "stack", name="b")
+    refuses(
+        model,
+        lambda m: pl.combine(m, {"a": 1.0, "b": 1.0}, name="ab"),
+        TargetError,
+        "cannot combine at 'stack': the adapters there are of kind LoRA; only low-rank [...]",
+    )
+
+
+def test_a_dora_cannot_be_combined() -> None:
+    """A DoRA is no sum of an update and the base, so it has no part in a sum of updates."""
+    model = plain()
+    pl.attach(model, pl.DoRA(2), "fc1", name="a")
+    refuses(
+        model,
+        lambda m: pl.combine(m, {"a": 1.0}, name="ab"),
+        TargetError,
+        "cannot combine at 'fc1.weight': the adapters there are of kind DoRA; only low-rank [...]",
+    )

@@ -6,6 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
@@ -213,3 +214,54 @@ def test_what_is_no_setting(options: dict[str, Any], message: str) -> None:
         pl.DoRA(**options)
     with pytest.raises(pl.TargetError, match="needs two dimensions, it has 1"):
         pl.attach(nn.Linear(3, 2), pl.DoRA(), "bias")
+
+
+def test_kept_for_the_backward() -> None:
+    """W' keeps W itself, the factors and a few numbers a row for its backward: no second matrix."""
+    W = torch.randn(64, 48)
+    spec = pl.DoRA(rank=2)
+    factors = {key: torch.randn_like(f).requires_grad_() for key, f in spec.create(W).items()}
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        spec.apply(W, factors)
+    known = {tensor.untyped_storage().data_ptr() for tensor in (W, *factors.values())}
+    others = {t.untyped_storage().data_ptr(): t.numel() for t in kept} | dict.fromkeys(known, 0)
+    # B times its row's factor, and some vectors of the rows.
+    assert sum(others.values()) <= 64 * 2 + 10 * 64
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_under_transforms(dim: int) -> None:
+    """torch.func, checkpointing and a compiled graph give what autograd gives."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    pl.attach(model, pl.DoRA(rank=2, dim=dim))
+    with torch.no_grad():
+        for parameter in pl.parameters(model):
+            parameter.add_(torch.randn(parameter.shape) / 4)
+    x = torch.randn(7, 6, dtype=torch.float64)
+    trained: dict[str, Any] = {k: p for k, p in model.named_parameters() if p.requires_grad}
+
+    def gradients(y: Tensor) -> dict[str, Tensor]:
+        found = torch.autograd.grad(y.square().sum(), list(trained.values()))
+        return dict(zip(trained, found, strict=True))
+
+    def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, values, (x,)).square().sum()
+
+    expected = gradients(model(x))
+    assert_close(torch.func.grad(loss)(trained, x), expected)
+    rows = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(trained, x.unsqueeze(1))
+    assert_close({key: value.sum(0) for key, value in rows.items()}, expected)
+    step = torch.full_like(x, 1e-6)
+    tangent = torch.func.jvp(model, (x,), (step / 1e-6,))[1]
+    assert_close(tangent, (model(x + step) - model(x - step)) / 2e-6, rtol=1e-6, atol=1e-7)
+    again = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    assert_close(gradients(again), expected)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(gradients(compiled(x)), expected)

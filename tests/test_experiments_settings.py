@@ -54,6 +54,8 @@ OTHER = {
     "validation": 100,
     "patience": 3,
     "selection": True,
+    "look": 5,
+    "tensorboard": True,
     "compat": "none",
     "data": "digits",
     "data_dir": "elsewhere",
@@ -204,8 +206,8 @@ def test_what_decides_a_result_is_plain_json():
     """The settings that are kept with a run survive JSON, and leave out where things lie."""
     kept = deciding(preset("nine", out="somewhere"))
     assert json.loads(json.dumps(kept)) == kept
-    assert not kept.keys() & {"out", "bases", "data_dir"}
-    assert len(kept) == len(dataclasses.fields(DigitSettings)) - 3
+    assert not kept.keys() & {"out", "bases", "data_dir", "tensorboard"}
+    assert len(kept) == len(dataclasses.fields(DigitSettings)) - 4
 
 
 @pytest.mark.parametrize(

@@ -456,3 +456,48 @@ def test_the_published_base_comes_out_exactly(mnist_dir, tmp_path, capsys):
     assert 0.70 < rows["wrapped", "wrapped"]["accuracy"] < 0.88
     report = (tmp_path / "run" / "report.md").read_text()
     assert "the base's ten counts are all the same here" in report
+
+
+def test_looking_and_logging_change_no_row(finished, tmp_path):
+    """With a curve and TensorBoard's files the rows are the same, but for the way itself."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    shutil.copytree(finished / "bases", tmp_path / "bases")
+    assert study(tmp_path, "--look", "10", "--tensorboard", "--compat", "none") == 0
+    plain = {(r["method"], r["stage"], r["seed"]): r for r in rows_in(finished)}
+    for row in rows_in(tmp_path):
+        seen = row.pop("way", None)
+        assert row == plain[row["method"], row["stage"], row["seed"]]
+        if row["method"] == "lora" and row["stage"] == "on":
+            assert seen["steps"] == [10, 20, 30]
+            assert seen["tuned"][-1] == row["tuned_accuracy"]
+            assert seen["other"][-1] == row["other_accuracy"]
+    board = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard" / "lora-1")).Reload()
+    assert len(board.Scalars("loss")) == 30
+    assert [event.step for event in board.Scalars("other")] == [10, 20, 30]
+    assert (tmp_path / "run" / "way.png").stat().st_size > 10_000
+
+
+def test_a_remedied_study_has_its_own_rows(finished, tmp_path):
+    """With a remedy the adapter trains by it, the base is found, and the proofs hold."""
+    shutil.copytree(finished / "bases", tmp_path / "bases")
+    assert study(tmp_path, "--margin", "inf", "--strength", "0.5", "--route", "soft") == 0
+    rows = {(r["method"], r["stage"], r["seed"]): r for r in rows_in(tmp_path)}
+    assert {method for method, _, _ in rows} == {"base", "lora"}
+    plain = {(r["method"], r["stage"], r["seed"]): r for r in rows_in(finished)}
+    for seed in (0, 1):
+        assert rows["lora", "off", seed] == plain["lora", "off", seed]
+        assert rows["lora", "on", seed]["confusion"] != plain["lora", "on", seed]["confusion"]
+        assert rows["lora", "unmerged", seed]["same_on_logits"]
+
+
+def test_the_page_on_an_adapter_is_made_from_the_run(finished, tmp_path):
+    """The explain command writes one file with the ledger, the layers and the geometry."""
+    shutil.copytree(finished, tmp_path / "copy")
+    folder = tmp_path / "copy" / "run"
+    words = ["explain", str(folder), "--seed", "1", "--bases", str(tmp_path / "copy" / "bases")]
+    assert main(words) == 0
+    text = (folder / "explain.html").read_text()
+    row = next(r for r in rows_in(finished) if r["stage"] == "on" and r["seed"] == 1)
+    assert f"<td>{100 * row['tuned_accuracy']:.2f}</td>" in text
+    assert "<td>linear1.weight</td><td>2</td>" in text
+    assert text.count("<figure>") >= 3

@@ -131,6 +131,21 @@ def test_each_matrix_starts_by_itself(init: Any) -> None:
     assert_close(found, torch.stack(expected), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_each_matrix_starts_from_itself(init: str, transposed: bool) -> None:
+    """An init from the weight takes each expert's own, and the function is the base's at first."""
+    W = torch.randn(3, 6, 4)
+    spec = LoRA(2, 3, init=init, batch_dims=1, transposed=transposed)
+    factors = spec.create(W)
+    assert torch.equal(spec.apply(W, factors), W)
+    for i, one in enumerate(W):
+        expected = LoRA(2, 3, init=init).create(one.T if transposed else one)
+        own = {key: factor[i] for key, factor in factors.items()}
+        assert_close(own["B"] @ own["A"], expected["B"] @ expected["A"])
+        assert_close(own["A0"], own["A"], rtol=0, atol=0)
+
+
 class Counting(LoRA):
     """A LoRA that counts how often W' is built."""
 
@@ -156,6 +171,37 @@ def test_a_loop_over_experts_builds_the_stack_once() -> None:
     assert all(p.grad is not None and p.grad.any() for p in pl.parameters(model))
     shake(model)
     assert not torch.allclose(model(x), before)
+
+
+class Toggling(nn.Module):
+    """A module that toggles its own adapters between its reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(2, 3, 3))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            parts = [x @ self.W[0]]
+        parts.append(x @ self.W[0])
+        for strength in (2.0, 0.5):
+            with pl.using(self, default=strength):
+                parts.append(x @ self.W[0])
+        with pl.disabled(self):
+            parts.append(x @ self.W[0])
+        return [*parts, x @ self.W[0]]
+
+
+def test_nothing_stale_is_read_in_a_forward() -> None:
+    """What is toggled between two reads shows, and a read under no_grad spoils none after it."""
+    model, x = Toggling(), torch.eye(3)
+    W = model.W.detach().clone()[0]
+    pl.attach(model, LoRA(1, batch_dims=1), "W")
+    shake(model)
+    D = model.W.detach()[0] - W
+    found = model(x)
+    assert [part.requires_grad for part in found] == [False, True, True, True, False, True]
+    assert_close([p.detach() for p in found], [W + k * D for k in (1, 1, 2, 0.5, 0, 1)])
 
 
 def test_transposed_is_for_layers_that_store_it_so() -> None:

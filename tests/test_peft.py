@@ -5,6 +5,7 @@ and merged weights agree.
 """
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -267,3 +268,21 @@ def test_an_adapter_of_a_merged_or_disabled_model_goes_out_alike(tmp_path: Path)
         for folder in folders
     ]
     assert others == [first, first]
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_from_the_base_comes_in(init: str, tmp_path: Path) -> None:
+    """PEFT takes the start out of the stored base when it loads; here it is kept beside it."""
+    base = mixed(torch.float32)
+    settings = {"target_modules": ["fc", "head"], "alpha_pattern": {"head": 2}}
+    wrapped = trained(base, LoraConfig(r=3, lora_alpha=4, init_lora_weights=init, **settings), IDS)
+    with torch.no_grad():
+        expected = outputs(wrapped, IDS)
+    ours = comes_in(base, wrapped, IDS, tmp_path / "theirs")
+    assert_close(outputs(ours, IDS), expected, **bound(base))
+    assert pl.fingerprint(ours) == pl.fingerprint(base)
+    # And out again, for the original base and without a word of where it started.
+    goes_out(ours, base, IDS, tmp_path / "ours")
+    plain = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert plain["r"] == 6
+    assert "init_lora_weights" not in plain

@@ -9,13 +9,22 @@ import pytest
 import torch
 from reference import shake
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import paramlora as pl
 from paramlora import Delta, DoRA, LoRA
 
 peft = pytest.importorskip("peft", reason="the oracle of these tests is PEFT")
 transformers = pytest.importorskip("transformers")
-from peft_oracle import comes_in, goes_out, loaded, same_merged, trained  # noqa: E402
+from peft_oracle import (  # noqa: E402
+    bound,
+    comes_in,
+    goes_out,
+    loaded,
+    outputs,
+    same_merged,
+    trained,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, about what is tried here on purpose
 
@@ -82,6 +91,16 @@ def made(name: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
     return make().to(dtype).eval(), cast
 
 
+def in_dtypes(cases: dict[str, Any]) -> list[Any]:
+    """Return all cases in float64, and for each model the plain one in float32 too."""
+    return [
+        pytest.param(case, dtype, id=f"{name}-{dtype}".replace("torch.", ""))
+        for name, case in cases.items()
+        for dtype in (torch.float64, torch.float32)
+        if dtype == torch.float64 or name in MODELS
+    ]
+
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", {"target_modules": ["query", "value"]}),
     "bert, by PEFT's default, a classifier": ("bert", {"task_type": "SEQ_CLS"}),
@@ -104,8 +123,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(("case", "dtype"), in_dtypes(CASES))
 def test_what_peft_trains_comes_in(
     case: tuple[str, dict[str, Any]], dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -131,8 +149,7 @@ SPECS: dict[str, tuple[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("case", SPECS.values(), ids=SPECS.keys())
+@pytest.mark.parametrize(("case", "dtype"), in_dtypes(SPECS))
 def test_what_is_saved_peft_loads(
     case: tuple[str, Any], dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -144,3 +161,23 @@ def test_what_is_saved_peft_loads(
     shake(model)
     pl.scale(model, 0.7)
     same_merged(model, goes_out(model, base, inputs, tmp_path / "digits"))
+
+
+@torch.no_grad()
+def test_transformers_reads_and_writes_the_same_folders(tmp_path: Path) -> None:
+    """`load_adapter` and `save_pretrained` of a transformers model work with these folders."""
+    base, inputs = made("llama", torch.float64)
+    model, theirs = copy.deepcopy(base), copy.deepcopy(base)
+    pl.attach(model, LoRA(3, 5), "*_proj", name="digits")
+    shake(model)
+    pl.save_peft(model, tmp_path / "digits", "digits")
+    theirs.load_adapter(tmp_path / "digits")  # type: ignore[operator]
+    assert_close(outputs(theirs, inputs), outputs(model, inputs), **bound(base))
+
+    other, ours = copy.deepcopy(base), copy.deepcopy(base)
+    settings = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+    other.add_adapter(peft.LoraConfig(**settings))  # type: ignore[operator]
+    other.save_pretrained(tmp_path / "theirs")  # type: ignore[operator]
+    pl.load_peft(ours, tmp_path / "theirs")
+    assert_close(outputs(ours, inputs), outputs(other, inputs), **bound(base))
+    assert (outputs(ours, inputs) - outputs(base, inputs)).abs().max() > 1e-3

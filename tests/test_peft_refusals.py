@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import paramlora as pl
-from paramlora import CheckpointError, Delta, DoRA, LoRA, TargetError
+from paramlora import CheckpointError, Delta, DoRA, LoHa, LoRA, TargetError
 
 PREFIX = "base_model.model."
 
@@ -103,6 +103,23 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
         "where it is loaded; save it from PEFT as a plain LoRA, by "
         "path_initial_model_for_weight_conversion=",
     ),
+    "a start from the base for another layer": (
+        setting(init_lora_weights="olora", target_modules="emb"),
+        "{path} adapts 'emb', and its start, 'olora', is carried out for LoRA of a Linear alone",
+    ),
+    "a start from the base without a scale": (
+        setting(init_lora_weights="pissa", lora_alpha=0),
+        "{path} adapts 'fc', and init='pissa' needs an alpha above 0, got 0",
+    ),
+    "a start from the base of too large a rank": (
+        lambda config, tensors: (
+            config.update(init_lora_weights="pissa", r=4),
+            tensors.update({f"{PREFIX}fc.lora_A.weight": torch.ones(4, 4)}),
+            tensors.update({f"{PREFIX}fc.lora_B.weight": torch.ones(3, 4)}),
+        ),
+        "{path} does not fit this model: cannot adapt 'fc.weight' with LoRA: init='pissa' at rank "
+        "4 needs a matrix of that rank, 3 [...]",
+    ),
     "no targets": (
         lambda config, tensors: config.pop("target_modules"),
         "{path}/adapter_config.json names no target_modules; write them there",
@@ -124,6 +141,10 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
     "an alpha that is no number": (
         setting(lora_alpha=float("nan")),
         DAMAGED + "'lora_alpha' must be a finite number, found nan",
+    ),
+    "an alpha that no float holds": (
+        setting(lora_alpha=10**400),
+        DAMAGED + "'lora_alpha' must be a finite number, found 1000[...]",
     ),
     "a pattern of a wrong type": (
         setting(rank_pattern={"fc": "2"}),
@@ -378,6 +399,10 @@ SPECS: dict[str, tuple[Any, str]] = {
             "cross.out_proj.weight",
             "PEFT needs queries, keys and values of one size in a MultiheadAttention",
         ),
+    ),
+    "another kind": (
+        {"fc": LoRA(2), "last_fc": LoHa(2)},
+        hold("last_fc.weight", "LoHa is no low-rank update of it"),
     ),
     "a DoRA beside a LoRA": (
         {"fc": LoRA(2), "last_fc": DoRA(2)},

@@ -219,10 +219,11 @@ class Machine(RuleBasedStateMachine):
     def note(self, name: str, specs: dict[Any, pl.Spec], freeze: bool) -> None:
         """Put an adapter that was attached into the book, after a look at its factors."""
         factors = self.factors(name)
-        for path, first in self.book.firsts().items():
-            # Of the two paths of a tied tensor the first counts.
-            if path in specs and name not in self.book.parts[first]:
-                own, spec, base = factors.pop(first), specs[path], self.book.base(first)
+        for path, spec in specs.items():
+            first = self.book.firsts()[path]
+            # Of the two paths of a tied tensor the one that is named first counts.
+            if name not in self.book.parts[first]:
+                own, base = factors.pop(first), self.book.base(first)
                 if isinstance(spec, pl.LoRA):
                     assert own["A"].shape == (spec.rank, base[0].numel())
                     same(own["B"], torch.zeros(len(base), spec.rank, dtype=torch.float64))

@@ -1,0 +1,250 @@
+"""Sweeps: the grid, resuming, processes and clusters, and the choice of remedies."""
+
+import csv
+import doctest
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import select as select_module
+from experiments import sweep as sweep_module
+from experiments.__main__ import main
+from experiments.families import Family, families
+from experiments.rundir import Row, RunDirectory
+from experiments.select import choose, gains, run_remedies
+from experiments.settings import DigitSettings, StudyError, preset
+from experiments.sweep import cells, parse_grid, run_cell, run_sweep, trains_together
+
+SMALL: dict[str, Any] = {
+    "data": "digits",
+    "device": "cpu",
+    "hidden": (24, 16),
+    "relu_logits": False,
+    "base_steps": 200,
+    "steps": 10,
+    "seeds": 2,
+    "compat": "none",
+}
+WORDS = ["--data", "digits", "--device", "cpu", "--hidden", "24,16", "--no-relu-logits"]
+WORDS += ["--base-steps", "200", "--steps", "10", "--seeds", "2", "--compat", "none"]
+
+
+KEY = ("cell", "base_seed", "seed", "strength")
+
+
+def small(folder: Path, **more: Any) -> DigitSettings:
+    return preset("blog", **{**SMALL, **more}, bases=str(folder / "bases"))
+
+
+def swept(folder: Path, *more: str) -> list[Row]:
+    """Run a sweep over ranks and strengths by the command, and return its rows."""
+    words = ["sweep", *WORDS, "--vary", "rank=1,3", "--vary", "strength=0,0.5,1", *more]
+    places = ["--bases", str(folder / "bases"), "--out", str(folder / "run")]
+    assert main([*words, *places]) == 0
+    return [json.loads(line) for line in (folder / "run" / "results.jsonl").open()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    swept(folder, "--base-seeds", "2")
+    return folder
+
+
+def rows_in(folder: Path) -> list[Row]:
+    return [json.loads(line) for line in (folder / "run" / "results.jsonl").open()]
+
+
+def test_examples_in_docstrings_run():
+    """The examples in the docstrings give what they say."""
+    result = doctest.testmod(sweep_module)
+    assert result.attempted
+    assert not result.failed
+
+
+def test_a_sweep_has_every_combination(finished):
+    """Every rank on every base, each seed at each strength, and each cell's base."""
+    rows = rows_in(finished)
+    got = {
+        (r["cell"], r["base_seed"], r["seed"], r["strength"]) for r in rows if r["stage"] == "on"
+    }
+    assert got == {
+        (f"rank={rank}", base, seed, strength)
+        for rank in (1, 3)
+        for base in (0, 1)
+        for seed in (0, 1)
+        for strength in (0.0, 0.5, 1.0)
+    }
+    assert len(rows) == len(got) + 4
+    assert len(list((finished / "bases").iterdir())) == 2
+    bases = {(r["cell"], r["base_seed"]): r for r in rows if r["stage"] == "base"}
+    for row in rows:
+        same = row["confusion"] == bases[row["cell"], row["base_seed"]]["confusion"]
+        assert same or row["strength"] > 0
+
+
+def test_rows_are_those_of_the_study(finished, tmp_path):
+    """At strength 1 a cell's adapter answers as the digit study's own with the same seed."""
+    places = ["--out", str(tmp_path / "run"), "--bases", str(finished / "bases")]
+    assert main(["digits", *WORDS, "--rank", "3", *places]) == 0
+    study = [row for row in rows_in(tmp_path) if row["stage"] == "on" and row["method"] == "lora"]
+    for row in study:
+        wanted = ("rank=3", 0, row["seed"], 1.0)
+        ours = next(r for r in rows_in(finished) if tuple(r[key] for key in KEY) == wanted)
+        assert ours["confusion"] == row["confusion"]
+        assert ours["loss"] == pytest.approx(row["loss"], rel=1e-5)
+        assert ours["train_loss"] == pytest.approx(row["train_loss"], rel=1e-5)
+
+
+def test_csv_says_what_the_rows_say(finished):
+    """Beside the JSON lines lies a table of the same rows, their plain values."""
+    lines = list(csv.DictReader((finished / "run" / "results.csv").open()))
+    rows = rows_in(finished)
+    assert len(lines) == len(rows)
+    for line, row in zip(lines, rows, strict=True):
+        assert (line["cell"], float(line["accuracy"])) == (row["cell"], row["accuracy"])
+        assert "confusion" not in line
+
+
+def test_a_sweep_resumes_by_cells(finished, tmp_path, capsys):
+    """What a stopped sweep has is not trained again, and the rest comes out the same."""
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "copy")
+    path = tmp_path / "copy" / "run" / "results.jsonl"
+    whole = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(whole[:9]) + whole[9][:20])
+    rows = swept(tmp_path / "copy", "--base-seeds", "2")
+    assert "4 cells, 1 of them done" in capsys.readouterr().out
+    assert sorted(map(json.dumps, rows)) == sorted(map(json.dumps, map(json.loads, whole)))
+
+
+@pytest.mark.slow
+def test_jobs_in_processes_give_the_same_rows(finished, tmp_path):
+    """Two processes at a time change the wall time and nothing else."""
+    rows = swept(tmp_path, "--jobs", "2")
+    assert rows == [row for row in rows_in(finished) if row["base_seed"] == 0]
+
+
+def test_a_dask_cluster_gives_the_same_rows(finished, tmp_path):
+    """The same sweep on a local Dask cluster, by the one line that the documentation names."""
+    distributed = pytest.importorskip("distributed")
+    joblib = pytest.importorskip("joblib")
+    settings = small(tmp_path)
+    todo = list(cells(settings, {"rank": [1, 3], "strength": [0.0, 0.5, 1.0]}))
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=1, dashboard_address=None, processes=False
+        ) as cluster,
+        distributed.Client(cluster),
+        joblib.parallel_config(backend="dask"),
+    ):
+        run = run_sweep(todo, tmp_path / "run", {}, jobs=-1, say=lambda line: None)
+    mine = [{**row, "commit": None} for row in run.rows]
+    theirs = [{**r, "commit": None} for r in rows_in(finished) if r["base_seed"] == 0]
+    assert mine == theirs
+
+
+def test_seeds_together_are_seeds_one_by_one_and_faster(tmp_path):
+    """A cell trained by vmap has the counts of one trained seed by seed, in less time."""
+    settings = small(tmp_path, seeds=8, steps=40)
+    made, seconds = {}, {}
+    for together in (True, False):
+        (cell,) = cells(settings, {}, together=together)
+        run_cell(cell)  # the base is made, and everything is warm
+        began = time.perf_counter()
+        made[together] = run_cell(cell)
+        seconds[together] = time.perf_counter() - began
+    for one, two in zip(made[True], made[False], strict=True):
+        assert one["confusion"] == two["confusion"]
+        assert one["accuracy"] == two["accuracy"]
+    assert seconds[True] < seconds[False]
+
+
+def test_what_cannot_train_together_is_known():
+    """Early stopping, and Fisher information or null spaces of a seed's own images, cannot."""
+    assert trains_together(DigitSettings(replay=5, margin=math.inf, schedule="cosine"))
+    assert not trains_together(DigitSettings(validation=5, patience=1))
+    assert not trains_together(DigitSettings(replay=5, ewc=1.0))
+    assert not trains_together(DigitSettings(replay=5, null_space=0.5, null_space_of="old"))
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("rank", r"--vary takes SETTING=VALUES such as rank=1,2,4, got 'rank'"),
+        ("ranks=1", r"--vary takes SETTING=VALUES"),
+        ("rank=one", r"--vary rank=one: invalid literal for int"),
+        ("rank=0", r"--rank must be a whole number of at least 1"),
+        ("out=a", r"--vary out is no setting; there are activation, alpha"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused(word, message):
+    """What is no setting, or no value of it, is named before anything runs."""
+    with pytest.raises(StudyError, match=message):
+        list(cells(DigitSettings(), parse_grid([word])))
+
+
+FEW = (
+    Family("no remedy", "nothing", ({},)),
+    Family("strength λ", "nothing", ({},), (0.0, 0.5)),
+    Family("masked", "nothing", ({"margin": math.inf}, {"margin": math.inf, "steps": 20})),
+)
+
+
+def test_choices_are_made_without_the_test_images(tmp_path, monkeypatch):
+    """Selection runs on validation images and other bases; the measurement has the choice alone."""
+    monkeypatch.setattr(select_module, "VALIDATION", 20)
+    said: list[str] = []
+    selection, test = run_remedies(
+        small(tmp_path), tmp_path / "run", chosen=FEW, base_seeds=2, say=said.append
+    )
+    assert {row["n"] for row in selection.rows} == {200}
+    assert {row["n"] for row in test.rows} == {360}
+    assert len(list((tmp_path / "bases").iterdir())) == 4
+    for family in FEW:
+        number, strength = choose(selection, family, (0.0, 0.0))
+        its = [r for r in test.rows if r["cell"] == family.name and r["stage"] == "on"]
+        assert {r["strength"] for r in its} == {strength}
+        assert len(its) == 4
+        tried = {
+            (n, s): [sum(side) for side in gains(selection, f"{family.name} #{n}", s)]
+            for n in range(len(family.candidates))
+            for s in family.strengths
+        }
+        kept = {key: v for key, v in tried.items() if v[1] >= 0 and v[2] >= 0} or tried
+        assert kept[number, strength][0] == max(every for every, _, _ in kept.values())
+    assert (tmp_path / "run" / "remedies.png").stat().st_size > 10_000
+    text = (tmp_path / "run" / "remedies.md").read_text()
+    assert "| masked | nothing |" in text
+    assert "over 2 adapter seeds on each of 2 bases" in text
+
+
+def test_gains_are_over_each_adapters_own_base():
+    """Points are taken from the accuracy of the base that the adapter sits on."""
+    keys = ("accuracy", "tuned_accuracy", "other_accuracy")
+
+    def row(stage: str, base: int, values: tuple[float, ...], strength: float = 1.0) -> Row:
+        about = {"stage": stage, "cell": "c", "base_seed": base, "strength": strength}
+        return {**about, **dict(zip(keys, values, strict=True))}
+
+    rows = [row("base", 0, (0.5, 0.4, 0.6)), row("base", 1, (0.7, 0.6, 0.8))]
+    rows += [row("on", 0, (0.6, 0.7, 0.5)), row("on", 1, (0.75, 0.65, 0.85))]
+    rows += [row("on", 0, (0.0, 0.0, 0.0), strength=0.5)]
+    run = RunDirectory(Path(), {}, {}, rows)
+    found = gains(run, "c", 1.0)
+    assert [[round(v, 9) for v in side] for side in found] == [[10, 5], [30, 5], [-10, 5]]
+
+
+def test_every_family_can_be(tmp_path):
+    """The remedies that are compared have settings that exist, and names of their own."""
+    every = families()
+    assert len({family.name for family in every}) == len(every)
+    for family in every:
+        for changes in family.candidates:
+            extra = {"validation": 1} if "patience" in changes else {}
+            assert DigitSettings(**{**changes, **extra})

@@ -1,0 +1,202 @@
+"""LoHa, LoKr and (IA)³ are those of PEFT and of LyCORIS, given the same factors."""
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from lycoris.functional.general import factorization
+from lycoris.functional.loha import diff_weight as loha_update
+from lycoris.functional.lokr import diff_weight as lokr_update
+from lycoris.modules.loha import LohaModule
+from lycoris.modules.lokr import LokrModule
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import paramlora as pl
+
+LAYERS: dict[str, tuple[Any, Any]] = {
+    "linear": (lambda: nn.Linear(12, 10), lambda: torch.randn(4, 12)),
+    "conv1d": (lambda: nn.Conv1d(6, 10, 3), lambda: torch.randn(2, 6, 9)),
+    "conv2d": (lambda: nn.Conv2d(6, 10, 3), lambda: torch.randn(2, 6, 5, 5)),
+}
+NAMES = {
+    "hada_w1_a": "B1",
+    "hada_w1_b": "A1",
+    "hada_w2_a": "B2",
+    "hada_w2_b": "A2",
+    "lokr_w1": "W1",
+    "lokr_w1_a": "B1",
+    "lokr_w1_b": "A1",
+    "lokr_w2": "W2",
+    "lokr_w2_a": "B2",
+    "lokr_w2_b": "A2",
+}
+
+
+class Model(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def as_ours(named: Any) -> dict[str, Tensor]:
+    """Return the factors among named tensors under the names that they have here."""
+    parts = ((key.split("."), value.detach()) for key, value in named)
+    return {NAMES[part]: value for key, value in parts for part in key if part in NAMES}
+
+
+def fill(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape) / 2)
+
+
+CASES = {
+    "loha": (pl.LoHa(rank=2, alpha=3), peft.LoHaConfig(r=2, alpha=3)),
+    "lokr": (pl.LoKr(rank=1, alpha=2), peft.LoKrConfig(r=1, alpha=2)),
+    "lokr_full": (pl.LoKr(rank=8, alpha=2), peft.LoKrConfig(r=8, alpha=2)),
+    "lokr_factor": (pl.LoKr(rank=1, factor=2), peft.LoKrConfig(r=1, alpha=1, decompose_factor=2)),
+    "lokr_both": (
+        pl.LoKr(rank=1, alpha=2, decompose_both=True),
+        peft.LoKrConfig(r=1, alpha=2, decompose_both=True),
+    ),
+}
+
+
+# Not a full W2 on a Conv1d: there PEFT's product has its dimensions mixed up (torch.kron pads W1 in
+# front, where LyCORIS pads it behind), and is then reshaped to the weight's.
+PAIRS = [(kind, layer) for kind in CASES for layer in LAYERS]
+PAIRS.remove(("lokr_full", "conv1d"))
+
+
+@pytest.mark.parametrize(("kind", "layer"), PAIRS)
+def test_equal_to_peft(kind: str, layer: str) -> None:
+    """Given PEFT's factors, the outputs are PEFT's, and the shapes are those that PEFT chooses."""
+    spec, config = CASES[kind]
+    make, inputs = LAYERS[layer]
+    torch.manual_seed(0)
+    plain = make().double()
+    ours: Any = Model(copy.deepcopy(plain))
+    config = copy.deepcopy(config)
+    config.target_modules = ["layer"]
+    theirs = peft.get_peft_model(Model(plain), config).double()
+    fill(theirs)
+    pl.attach(ours, spec, "layer")
+    state = as_ours(theirs.named_parameters())
+    pl.load_state_dict(ours, {f"layer.weight.{key}": value for key, value in state.items()})
+    x = inputs().double()
+    assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("spec", "make_theirs"),
+    [
+        (pl.LoHa(rank=3), lambda layer: LohaModule("x", layer, lora_dim=3, alpha=3)),
+        (pl.LoKr(rank=1), lambda layer: LokrModule("x", layer, lora_dim=1, alpha=1)),
+        (
+            pl.LoKr(rank=1, factor=5, decompose_both=True),
+            lambda layer: LokrModule(
+                "x", layer, lora_dim=1, alpha=1, factor=5, decompose_both=True
+            ),
+        ),
+        (pl.LoKr(rank=None), lambda layer: LokrModule("x", layer, full_matrix=True)),
+    ],
+)
+def test_equal_to_lycoris_modules(spec: pl.Spec, make_theirs: Any, layer: str) -> None:
+    """Given the factors of LyCORIS' modules, the update is theirs, in the shapes that they choose,
+    and those that start at zero do so here."""
+    torch.manual_seed(0)
+    plain = LAYERS[layer][0]()
+    theirs = make_theirs(plain)
+    mine = spec.create(plain.weight.detach())
+    start = as_ours(theirs.named_parameters())
+    assert {key: value.shape for key, value in mine.items()} == {
+        key: value.shape for key, value in start.items()
+    }
+    assert {key for key in mine if not mine[key].any()} == {
+        key for key in start if not start[key].any()
+    }
+    fill(theirs)
+    W = plain.weight.detach()
+    update = spec.apply(W, as_ours(theirs.named_parameters())) - W
+    expected = theirs.get_diff_weight(shape=W.shape)[0].detach()
+    assert_close(update, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_equal_to_lycoris_functions() -> None:
+    """The scale is that of LyCORIS' functions: alpha/r on the product."""
+    torch.manual_seed(0)
+    W = torch.zeros(10, 12)
+    loha, lokr = pl.LoHa(rank=3, alpha=2), pl.LoKr(rank=1, alpha=2)
+    f = {key: torch.randn_like(value) for key, value in loha.create(W).items()}
+    expected = loha_update(f["A1"], f["B1"], f["A2"], f["B2"], None, None, gamma=2 / 3)
+    assert_close(loha.apply(W, f), expected)
+    f = {key: torch.randn_like(value) for key, value in lokr.create(W).items()}
+    expected = lokr_update(f["W1"], None, None, None, f["B2"], f["A2"], None, gamma=2.0)
+    assert_close(lokr.apply(W, f), expected)
+
+
+def test_divisors_are_those_of_lycoris() -> None:
+    """LoKr's first factor has the sides that LyCORIS chooses, for any dimension and factor."""
+    for size in (*range(1, 200), 768, 1024, 50257):
+        for factor in (-1, 1, 2, 3, 4, 7, 8, 16, 100):
+            spec = pl.LoKr(rank=None, factor=factor)
+            sides = spec.create(torch.empty(size, 1, device="meta"))["W1"].shape
+            assert sides[0] == factorization(size, factor)[0], (size, factor)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("layer", ["linear", "conv2d"])
+def test_ia3_is_that_of_peft(layer: str, dim: int) -> None:
+    """Given PEFT's vector, on the outputs with their bias or on the inputs, the outputs agree."""
+    make, inputs = LAYERS[layer]
+    torch.manual_seed(0)
+    plain = make().double()
+    ours: Any = Model(copy.deepcopy(plain))
+    config = peft.IA3Config(
+        target_modules=["layer"], feedforward_modules=["layer"] if dim == 1 else []
+    )
+    theirs = peft.get_peft_model(Model(plain), config).double()
+    fill(theirs)
+    [vector] = [p.detach().flatten() for p in theirs.parameters() if p.requires_grad]
+    pl.attach(ours, pl.IA3(dim=dim), "layer.weight" if dim else ["layer.weight", "layer.bias"])
+    pl.load_state_dict(ours, dict.fromkeys(pl.state_dict(ours), vector))
+    x = inputs().double()
+    assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: pl.LoHa(rank=0), "rank must be a whole number of at least 1, got 0"),
+        (lambda: pl.LoKr(rank=-1), "rank must be a whole number of at least 1, got -1"),
+        (lambda: pl.LoKr(rank=None, alpha=2), "alpha is over a rank, and there is none"),
+        (lambda: pl.LoKr(factor=0), "factor must be a whole number of at least 1, or -1, got 0"),
+        (lambda: pl.IA3(dim=-1), "dim must be 0 or 1, got -1"),
+    ],
+)
+def test_what_is_no_setting(make: Any, message: str) -> None:
+    """Settings that make no sense are refused when they are written down."""
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (pl.LoHa(), "with LoHa: a low-rank update needs two dimensions, it has 1"),
+        (pl.LoKr(), "with LoKr: a low-rank update needs two dimensions, it has 1"),
+        (pl.IA3(dim=1), "with IA3: it has no dimension 1, only 1"),
+    ],
+)
+def test_what_cannot_be_adapted(spec: pl.Spec, message: str) -> None:
+    """A bias is refused, by name, by the kinds that need a matrix."""
+    with pytest.raises(pl.TargetError, match=message):
+        pl.attach(nn.Linear(3, 2), spec, "bias")
