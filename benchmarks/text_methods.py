@@ -140,6 +140,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--phases",
+        nargs="+",
+        choices=["seeds", "alone"],
+        default=["seeds", "alone"],
+        help="what to do after the choice of rates; `alone` wants a device that nobody else uses",
+    )
     options = parser.parse_args(arguments)
     given = {k: getattr(options, k) for k in ("model", "data_dir", "tokens", "rows", "device")}
     given |= {"epochs": options.epochs, "batch": options.batch, "patience": 0}
@@ -161,6 +168,8 @@ def main(arguments: list[str] | None = None) -> None:
         ("seeds", replace(base, seeds=options.seeds), options.workers),
         ("alone", replace(grid, epochs=1), 1),
     ):
+        if part not in options.phases:
+            continue
         jobs = [
             settings_for(settings, name, rate, str(options.out / part / slug(name, rate)))
             for name, rate in chosen.items()

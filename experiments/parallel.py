@@ -9,13 +9,15 @@ that the mean over the processes is the mean over the batch, and rank 0 writes w
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from .options import StudyError
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,21 @@ def group(device: torch.device) -> Iterator[tuple[Group, torch.device]]:
     finally:
         if own:
             dist.destroy_process_group()
+
+
+def shared(batches: Iterable[tuple[Tensor, ...]], group: Group) -> Iterator[tuple[Tensor, ...]]:
+    """Yield this process's rows of each batch, for objectives that are means over rows.
+
+    Raises:
+        StudyError: a batch cannot be shared out evenly, so that means of means would be wrong.
+    """
+    for batch in batches:
+        if len(batch[0]) % group.size:
+            raise StudyError(
+                f"a batch of {len(batch[0])} cannot be shared out evenly to {group.size} "
+                "processes; choose another --batch, or another number of processes"
+            )
+        yield tuple(tensor[group.rank :: group.size] for tensor in batch)
 
 
 def spread(model: nn.Module, how: str, group: Group, blocks: list[nn.Module]) -> nn.Module:

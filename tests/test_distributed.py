@@ -20,12 +20,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import paramlora as pl
-from experiments.parallel import Group
+from experiments.models import DigitNet
+from experiments.options import StudyError
+from experiments.parallel import Group, shared, spread
 from experiments.rundir import RunDirectory
 from experiments.text_bench import TextBench, prepare_bench
 from experiments.text_data import load_corpus
 from experiments.text_models import prepare as prepare_model
 from experiments.text_settings import TextSettings
+from experiments.train import Batches, cross_entropy, seeded_order
+from experiments.train import train as train_study
 from paramlora.base import whole
 
 pytestmark = pytest.mark.skipif(
@@ -275,6 +279,30 @@ def text_sharded(folder: Path) -> dict[str, Any]:
     return text_study(folder, "fsdp", Group(dist.get_rank(), WORLD))
 
 
+def digit_study(how: str, group: Group) -> dict[str, Any]:
+    """Fine-tune the digit study's network on drawn images, through its loop and its batches."""
+    torch.manual_seed(0)
+    model = DigitNet([24, 16], "relu").double()
+    pl.attach(model, pl.LoRA(rank=2, alpha=1), generator=torch.Generator().manual_seed(0))
+    images, labels = drawn(1, 200, 784), torch.arange(200) % 10
+    order = seeded_order(200, 60 * 10, torch.Generator().manual_seed(0))
+    batches = Batches((images, labels), order, 10)
+    parallel = spread(model, how, group, [cast(nn.Module, layer) for layer in model.children()])
+    optimizer = torch.optim.Adam(pl.parameters(model), 1e-3)
+    losses = train_study(parallel, shared(batches, group), cross_entropy, optimizer)
+    total = group.total(losses.clone()) / group.size
+    factors = [cast(Any, whole(p.detach())) for p in pl.parameters(model)]
+    return {"losses": total, "factors": factors}
+
+
+def digits_data_parallel(folder: Path) -> dict[str, Any]:
+    return digit_study("ddp", Group(dist.get_rank(), WORLD))
+
+
+def digits_sharded(folder: Path) -> dict[str, Any]:
+    return digit_study("fsdp", Group(dist.get_rank(), WORLD))
+
+
 def process(rank: int, scenario: Callable[[Path], dict[str, Any]], folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -399,3 +427,24 @@ def test_text_study(tmp_path: Path) -> None:
         loaded = [p.detach() for p in pl.parameters(model)]
         assert_close(loaded, alone["factors"], rtol=1e-4, atol=1e-6)
         (tmp_path / "meet").unlink(missing_ok=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on the CPU"
+)
+def test_digit_study(tmp_path: Path) -> None:
+    """The digit study's loop by two processes, DDP and FSDP2, gives one's losses and factors."""
+    alone = digit_study("ddp", Group())
+    assert alone["losses"].shape == (60,)
+    for scenario in (digits_data_parallel, digits_sharded):
+        for found in run(scenario, tmp_path):
+            assert_close(found["losses"], alone["losses"], rtol=1e-6, atol=1e-6)  # kept in float32
+            assert_close(found["factors"], alone["factors"], rtol=1e-8, atol=1e-10)
+        (tmp_path / "meet").unlink(missing_ok=True)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused() -> None:
+    """Means over unequal shares would be wrong: such a batch is refused, with what to do."""
+    with pytest.raises(StudyError, match=r"a batch of 3 cannot be shared out evenly to 2"):
+        next(shared([(torch.zeros(3, 1),)], Group(0, 2)))
