@@ -5,6 +5,7 @@ each row by itself in float64 before anything is timed; rounds are interleaved.
 """
 
 import argparse
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -52,8 +53,7 @@ def entries(adapters: int, n: int, width: int, hidden: int, device: str) -> dict
     return {"runs": runs, "x": x}
 
 
-def _adapted(base: nn.Sequential, adapters: int, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    import copy
+def _adapted(base: nn.Module, adapters: int, dtype: torch.dtype) -> tuple[Any, Any, Any]:
 
     from peft import LoraConfig, get_peft_model
 
@@ -82,7 +82,7 @@ def _adapted(base: nn.Sequential, adapters: int, dtype: torch.dtype) -> tuple[An
     return model.eval(), wrapped.eval(), values
 
 
-def _row_by_row(base: nn.Sequential, values: Any, x: Tensor, ids: Tensor) -> Tensor:
+def _row_by_row(base: nn.Module, values: Any, x: Tensor, ids: Tensor) -> Tensor:
     rows = x.double()
     for path, module in base.named_children():
         if isinstance(module, nn.Linear):
