@@ -71,16 +71,23 @@ def table(rows: list[dict[str, Any]]) -> str:
         "floor ms",
         *names[1:],
         "ours / PEFT",
+        "in one dtype",
     )
     lines: list[tuple[str, ...]] = [head]
     for cell, group in groups.items():
         ratios = [f"{group[n]['ratio']:.2f}" if n in group else "-" for n in names[1:]]
-        peers = [group[n]["ratio"] - 1 for n in group if n.startswith("PEFT")]
-        own = group.get("paramlora", {}).get("ratio", float("nan")) - 1
-        share = f"{own / min(peers):.2f}" if peers and min(peers) > 0 else "-"
-        lines.append((*cell, f"{group['floor']['median_s'] * 1e3:.3f}", *ratios, share))
+        shares = [_share(group, setting) for setting in ("", ", one dtype")]
+        lines.append((*cell, f"{group['floor']['median_s'] * 1e3:.3f}", *ratios, *shares))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def _share(group: dict[str, dict[str, Any]], setting: str) -> str:
+    """Return our overhead over PEFT's, with the same setting of the factors' dtype."""
+    own, peer = group.get("paramlora" + setting), group.get("PEFT" + setting)
+    if own is None or peer is None or peer["ratio"] <= 1:
+        return "-"
+    return f"{(own['ratio'] - 1) / (peer['ratio'] - 1):.2f}"
 
 
 def _measure(case: Case, there: list[Contestant], mode: str, rounds: int) -> list[dict[str, Any]]:
@@ -130,12 +137,12 @@ def _row(case: Case, contestant: Contestant, mode: str, work: str) -> dict[str, 
         "contestant": contestant.name,
         "version": contestant.version,
         "torch": torch.__version__,
-        "machine": torch.cuda.get_device_name() if on_gpu else _processor(),
+        "machine": torch.cuda.get_device_name() if on_gpu else processor(),
         "threads": None if on_gpu else torch.get_num_threads(),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)

@@ -58,6 +58,18 @@ def ours(model: nn.Module, rank: int, alpha: float) -> Built:
     return model, {p: (state[f"{p}.{own}.A"], state[f"{p}.{own}.B"]) for p in paths}
 
 
+def ours_one_dtype(model: nn.Module, rank: int, alpha: float) -> Built:
+    adapted, factors = ours(model, rank, alpha)
+    # The factors in the base's dtype, too, in place: they stay the same parameters.
+    for A, B in factors.values():
+        A.data, B.data = A.to(adapted_dtype(adapted)), B.to(adapted_dtype(adapted))
+    return adapted, factors
+
+
+def adapted_dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if not p.requires_grad)
+
+
 def peft(model: nn.Module, rank: int, alpha: float, upcast: bool = True) -> Built:
     from peft import LoraConfig, get_peft_model
 
@@ -138,6 +150,7 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 CONTESTANTS = (
     Contestant("floor", floor),
     Contestant("paramlora", ours, "paramlora"),
+    Contestant("paramlora, one dtype", ours_one_dtype, "paramlora"),
     Contestant("PEFT", peft, "peft"),
     Contestant("PEFT, one dtype", peft_one_dtype, "peft"),
     Contestant("loralib", loralib, "loralib"),

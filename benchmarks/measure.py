@@ -124,16 +124,16 @@ def timed(
     for entry in entries:
         for _ in range(3):
             step(entry, x)
-    start = _now(device)
+    start = now(device)
     step(entries[0], x)
-    repeats = max(1, min(200, int(0.02 / max(_now(device) - start, 1e-6))))
+    repeats = max(1, min(200, int(0.02 / max(now(device) - start, 1e-6))))
     seconds: dict[str, list[float]] = {entry.contestant.name: [] for entry in entries}
     for _ in range(rounds):
         for entry in entries:
-            start = _now(device)
+            start = now(device)
             for _ in range(repeats):
                 step(entry, x)
-            seconds[entry.contestant.name].append((_now(device) - start) / repeats)
+            seconds[entry.contestant.name].append((now(device) - start) / repeats)
     return seconds
 
 
@@ -149,7 +149,7 @@ def peak_memory(entry: Entry, x: Tensor) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _now(device: str) -> float:
+def now(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

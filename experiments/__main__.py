@@ -117,17 +117,18 @@ def run(**given: object) -> int:
 
 
 def run_grid(vary: list[str], base_seeds: int, jobs: int, **given: object) -> int:
-    """Run a sweep and write its rows as CSV."""
-    from .loggers import rows_to_csv
+    """Run a sweep, write its report, and show its table."""
     from .sweep import cells, parse_grid, run_sweep
+    from .sweepreport import table, write_sweep_report
 
     settings = preset(str(given.pop("preset", "blog")), **given)
     grid = parse_grid(vary)
     folder = Path(settings.out or "-".join(["runs/sweep", settings.preset, *sorted(grid)]))
     asked = deciding(settings) | {"vary": sorted(vary), "base_seeds": base_seeds}
     run = run_sweep(list(cells(settings, grid, base_seeds)), folder, asked, jobs)
-    (folder / "results.csv").write_text(rows_to_csv(run.rows))
-    print(f"rows     {folder / 'results.csv'}")
+    write_sweep_report(run)
+    print(table(run).text())
+    print(f"report   {folder / 'sweep.md'}")
     return 0
 
 

@@ -175,7 +175,9 @@ def figure(
     axes.set_xlabel("points above each adapter's own base, test images")
     axes.set_xscale("symlog", linthresh=3)
     low, high = axes.get_xlim()
-    ticks = [tick for tick in (-30, -10, -3, -2, -1, 0, 1, 2, 3, 5) if low <= tick <= high]
+    ticks = [
+        tick for tick in (-50, -30, -20, -10, -5, -3, -2, -1, 0, 1, 2, 3, 5) if low <= tick <= high
+    ]
     axes.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
     axes.grid(axis="x", color="#eeeeee")
     axes.spines[["top", "right"]].set_visible(False)

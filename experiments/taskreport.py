@@ -42,7 +42,7 @@ def matrices(run: RunDirectory) -> Figure:
     """Draw the accuracy matrix of each way, the mean over the adapter seeds."""
     found = ways(run)
     figure, panels = plt.subplots(
-        1, len(found), figsize=(3.1 * len(found), 3.4), layout="constrained", squeeze=False
+        1, len(found), figsize=(3.1 * len(found), 4.0), layout="constrained", squeeze=False
     )
     for axes, combine in zip(panels[0], found, strict=True):
         its = rows_of(run, combine)

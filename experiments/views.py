@@ -86,7 +86,7 @@ def ledger_bars(axes: Axes, ledger: Ledger, classes: Sequence[str]) -> None:
     axes.axhline(0, color="#333333", linewidth=0.8)
     axes.set_xticks(list(places), [classes[label] for label, _, _ in counts])
     axes.set_ylabel("examples")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def strength_front(

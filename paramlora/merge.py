@@ -18,7 +18,7 @@ from . import host
 from .attach import check_tied, check_ties, check_whole, remove
 from .errors import StateError
 from .hold import release
-from .stack import Site, Stack, below, first_sites, sites, stacks, stored, through
+from .stack import Site, Stack, below, first_sites, once_each, sites, stacks, stored, through
 from .targets import Place
 from .toggle import check_unmerged, names_of, select
 
@@ -132,10 +132,12 @@ def _plan(model: nn.Module, names: tuple[str, ...]) -> list[_Fold]:
     """Return what to write where, everything checked, nothing written."""
     chosen = {id(stack): its_names for stack, its_names in select(model, names)}
     folds = []
-    _check_tied(sites(model))
-    check_tied(model, [Place(s.path, "", s.module, s.tensor) for s in first_sites(model)])
-    check_whole(sites(model))
-    for site in first_sites(model):
+    here = sites(model)
+    first = once_each(here)
+    _check_tied(here)
+    check_tied(model, [Place(site.path, "", site.module, site.tensor) for site in first])
+    check_whole(here)
+    for site in first:
         its_names = chosen.get(id(site.stack), [])
         if not names:
             its_names = list(site.stack.live)
@@ -181,12 +183,14 @@ def _check(stack: Stack, names: list[str]) -> None:
 def _folded(site: Site, names: list[str]) -> list[Tensor]:
     """Return the tensors to store so that the base gives what the named adapters now make of it."""
     stack, plist = site.stack, site.plist
-    value = below(plist, stack)
-    for name in stack.factors:
+    W = value = below(plist, stack)
+    for name in stack.named:
         if name in names or name in stack.merged:
             value = stack[name](value)
-    # In the stored tensor's strides (channels_last, say), which the update may not have kept.
-    value = torch.empty_like(below(plist, stack)).copy_(value)
+    # A tensor of its own, in the stored one's strides (channels_last, say): neither is sure.
+    own = value.untyped_storage().data_ptr() != W.untyped_storage().data_ptr()
+    if not own or value.stride() != W.stride():
+        value = torch.empty_like(W).copy_(value)
     before = [p for p in plist if p is not stack][: list(plist).index(stack)]
     return _inverted(site, value, before) if before else [value]
 

@@ -19,9 +19,9 @@ from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
 from . import peft_config, peft_export, peft_import
-from .attach import check_name, install
-from .base import whole
-from .checkpoint import refresh
+from .attach import check_name, check_whole, install
+from .base import check_real
+from .checkpoint import refresh, sites_of
 from .errors import CheckpointError
 from .file import read_tensors, write_atomically
 from .summary import Summary, summary
@@ -55,6 +55,7 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "defau
         AdapterNameError: no adapter of that name.
         TargetError: the adapter has what PEFT cannot say; the message names the tensor. Nothing is
             written then.
+        StateError: a tensor is sharded over processes, or on the meta device without values.
         FileExistsError: the folder has other files, or is none.
         FileNotFoundError: there is no folder to put it in.
 
@@ -69,11 +70,14 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "defau
     """
     path = Path(path)
     _check_place(path)
+    check_whole(sites_of(model, name))
     config, tensors = peft_export.exported(model, name)
+    for key, tensor in tensors.items():
+        check_real(key, tensor)
     # Copies: safetensors refuses tensors that share memory.
     _warn_of_twice(tensors)
     copies = {
-        _PREFIX + key: whole(tensor.detach()).to("cpu", copy=True).contiguous()
+        _PREFIX + key: tensor.detach().to("cpu", copy=True).contiguous()
         for key, tensor in tensors.items()
     }
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -109,7 +113,7 @@ def load_peft(model: nn.Module, path: str | os.PathLike[str], *, name: str = "de
             carried out here; the message names them. The model is then as it was.
         AdapterNameError: the name cannot be one, or belongs to an adapter of other sites, kinds
             or shapes.
-        StateError: the adapter of that name is merged.
+        StateError: the adapter of that name is merged, or a tensor is on the meta device.
         TargetError: a tensor of the model is lazy and has no shape yet.
     """
     path = Path(path)
@@ -125,6 +129,8 @@ def load_peft(model: nn.Module, path: str | os.PathLike[str], *, name: str = "de
         )
     state = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
     planned = peft_import.planned(model, config, state, path)
+    for plan in planned:
+        check_real(plan.place.path, plan.place.stored)
     _warn_of_twice(state)
     if name in names_of(model):
         refresh(model, planned, name, path)

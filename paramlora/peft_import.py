@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .adapters import Delta, LoRA, Spec, factor_dtype
 from .attach import Planned
-from .base import base_state_dict, compare
+from .base import base_state_dict, check_real, compare
 from .errors import CheckpointError, TargetError
 from .kinds import DoRA
 from .peft_config import Config
@@ -187,6 +187,7 @@ def _full(
     compare(whole, expected, str(path))
     found: dict[str, Tensor] = {}
     for key, of in origin.items():
+        check_real(of, base[of])
         trained = of in here and "original_module" not in key.split(".")
         if trained and _is_trained(config, of):
             if of in found and not torch.equal(found[of], whole[key]):

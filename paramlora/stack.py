@@ -161,8 +161,11 @@ class Stack(nn.Module):
 
     def set(self, active: Container[str], merged: Container[str]) -> None:
         """Set which adapters are active and which are merged."""
-        self.active, self.live = in_order(self.named, active, merged)
-        self.merged = tuple(name for name in self.named if name in merged)
+        chosen, live = in_order(self.named, active, merged)
+        # Past nn.Module.__setattr__: a model may have hundreds of stacks.
+        vars(self).update(
+            active=chosen, live=live, merged=tuple(name for name in self.named if name in merged)
+        )
 
     @property
     def named(self) -> Mapping[str, "Factors | Blocks"]:
@@ -218,7 +221,8 @@ class Site(NamedTuple):
 
     @property
     def plist(self) -> parametrize.ParametrizationList:
-        return lists(self.module)[self.tensor]
+        plists = self.module._modules["parametrizations"]
+        return plists._modules[self.tensor]  # type: ignore[union-attr, return-value]
 
     def parts(self, name: str) -> dict[str, Factors]:
         """Return an adapter's factors here by their path, which has the index of a block."""
@@ -232,9 +236,9 @@ def dotted(*parts: str) -> str:
 
 def lists(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
     """Return a module's lists of parametrizations by tensor name, empty where it has none."""
-    if not parametrize.is_parametrized(module):
-        return {}
-    return dict(module.parametrizations.items())  # type: ignore[operator, union-attr]
+    # As parametrize.is_parametrized asks, but past nn.Module's __getattr__: every verb calls this.
+    plists = module._modules.get("parametrizations")
+    return dict(plists._modules) if isinstance(plists, nn.ModuleDict) else {}  # type: ignore[arg-type]
 
 
 def stack_of(plist: nn.Module | None) -> Stack | None:
@@ -276,8 +280,13 @@ def sites(model: nn.Module) -> list[Site]:
 
 def first_sites(model: nn.Module) -> list[Site]:
     """Return the adapted tensors of a model in module order, tied ones once."""
+    return once_each(sites(model))
+
+
+def once_each(here: Iterable[Site]) -> list[Site]:
+    """Return the first site of each stack."""
     first: dict[int, Site] = {}
-    for site in sites(model):
+    for site in here:
         first.setdefault(id(site.stack), site)
     return list(first.values())
 

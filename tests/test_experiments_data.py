@@ -1,6 +1,8 @@
 """The study's data: MNIST from disk, by a true download, or the digits that stand in for it."""
 
 import functools
+import gzip
+import hashlib
 import http.server
 import socket
 import subprocess
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from experiments import data as data_module
-from experiments.data import ARCHIVES, Data, Split, load_data
+from experiments.data import ARCHIVES, FASHION_ARCHIVES, Data, Split, load_data
 from experiments.settings import StudyError
 
 
@@ -186,3 +188,55 @@ def test_the_digest_depends_on_every_tensor(which):
 
     assert made(which) != made(-1)
     assert made(which) == made(which)
+
+
+def idx(values: torch.Tensor) -> bytes:
+    """Return a tensor as a gzipped IDX file."""
+    sizes = b"".join(size.to_bytes(4, "big") for size in values.shape)
+    return gzip.compress(bytes([0, 0, 8, values.dim()]) + sizes + values.numpy().tobytes())
+
+
+@pytest.fixture
+def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with archives of random clothes, whose sums are taken for Fashion-MNIST's."""
+    folder, sums = tmp_path / "clothes", {}
+    folder.mkdir()
+    for name in ARCHIVES:
+        shape = (20, 28, 28) if "images" in name else (20,)
+        packed = idx(torch.randint(10, shape, dtype=torch.uint8))
+        (folder / name).write_bytes(packed)
+        sums[name] = hashlib.md5(packed).hexdigest()
+    source = data_module.Source("FashionMNIST", sums, "PARAMLORA_FASHION")
+    monkeypatch.setattr(data_module, "FASHION_SOURCE", source)
+    return folder
+
+
+def test_fashion_is_read_from_its_own_folder(fashion, tmp_path, monkeypatch):
+    """Its archives are found where the option or its variable says, and named as they are."""
+    data = load_data("fashion", str(fashion))
+    assert (data.name, data.why) == ("FashionMNIST", f"on disk, in {fashion}")
+    assert data.train.images.shape == (20, 28, 28)
+    monkeypatch.setenv("PARAMLORA_FASHION", str(fashion))
+    assert same(data, load_data("fashion", str(tmp_path / "none")))
+
+
+def test_sets_whose_archives_have_the_same_names_are_not_taken_for_each_other(
+    fashion, mnist_dir, tmp_path, monkeypatch
+):
+    """A folder of MNIST is no Fashion-MNIST, nor the other way round, and the message says so."""
+    from torchvision import datasets
+
+    monkeypatch.delenv("PARAMLORA_MNIST", raising=False)
+    for name in ("MNIST", "FashionMNIST"):
+        monkeypatch.setattr(getattr(datasets, name), "mirrors", ["http://127.0.0.1:9/"])
+    with pytest.raises(StudyError, match="--data fashion: FashionMNIST is not in"):
+        load_data("fashion", str(mnist_dir))
+    with pytest.raises(StudyError, match="--data mnist: MNIST is not in"):
+        load_data("mnist", str(fashion))
+
+
+def test_fashions_sums_are_torchvisions():
+    """The sums of Fashion-MNIST's archives are those that torchvision checks."""
+    from torchvision.datasets import FashionMNIST
+
+    assert dict(FashionMNIST.resources) == FASHION_ARCHIVES

@@ -58,22 +58,20 @@ def test_forgetting_is_from_the_best_and_bwt_from_the_first():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_gems_own_code_gives_the_same(seed):
-    """ACC, BWT and FWT are those of the code published with GEM, where they were defined."""
+def test_transfer_is_as_its_authors_code_computes_it(seed):
+    """ACC, BWT and FWT are those of GEM's published code: last row less diagonal, and so on.
+
+    That code takes means over all T tasks, of which one adds nothing; its paper divides by T - 1.
+    """
     tasks = 5
-    result = np.random.default_rng(seed).random((tasks + 1, tasks))  # row 0: before any stage
-    # From metrics/metrics.py of facebookresearch/GradientEpisodicMemory, confusion_matrix().
-    baseline, result = result[0], result[1:]
-    acc, fin = result.diagonal(), result[tasks - 1]
-    bwt = fin - acc
-    fwt = np.zeros(tasks)
-    for t in range(1, tasks):
-        fwt[t] = result[t - 1, t] - baseline[t]
-    matrix = result.tolist()
-    assert average_accuracy(matrix) == pytest.approx(fin.mean())
-    # GEM divides by all tasks, the last of which has none; its paper by T - 1.
-    assert backward_transfer(matrix) == pytest.approx(bwt.sum() / (tasks - 1))
-    assert forward_transfer(matrix, baseline.tolist()) == pytest.approx(fwt.sum() / (tasks - 1))
+    rounds = np.random.default_rng(seed).random((tasks + 1, tasks))  # row 0: before any stage
+    matrix, last = rounds[1:], rounds[-1]
+    backward = (last - np.diag(matrix)).mean()
+    forward = np.append(0.0, np.diag(matrix, 1) - rounds[0, 1:]).mean()
+    share = tasks / (tasks - 1)
+    assert average_accuracy(matrix.tolist()) == pytest.approx(last.mean())
+    assert backward_transfer(matrix.tolist()) == pytest.approx(backward * share)
+    assert forward_transfer(matrix.tolist(), rounds[0].tolist()) == pytest.approx(forward * share)
 
 
 def test_the_stability_gap_shows_between_the_stages_only():

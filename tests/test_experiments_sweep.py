@@ -6,6 +6,7 @@ import json
 import math
 import time
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from experiments.rundir import Row, RunDirectory
 from experiments.select import choose, gains, run_remedies
 from experiments.settings import DigitSettings, StudyError, preset
 from experiments.sweep import cells, parse_grid, run_cell, run_sweep, trains_together
+from experiments.sweepreport import points, table
 
 SMALL: dict[str, Any] = {
     "data": "digits",
@@ -108,6 +110,20 @@ def test_csv_says_what_the_rows_say(finished):
     for line, row in zip(lines, rows, strict=True):
         assert (line["cell"], float(line["accuracy"])) == (row["cell"], row["accuracy"])
         assert "confusion" not in line
+
+
+def test_the_report_of_a_sweep_is_its_rows_summed_up(finished):
+    """A line a cell and strength with mean, sd and n of the rows; at 0 the fronts begin alike."""
+    run = RunDirectory.read(finished / "run")
+    lines = {(line[0], float(line[1])): line[2:] for line in table(run).rows}
+    assert len(lines) == 6
+    rows = [r for r in rows_in(finished) if (r["cell"], r["strength"]) == ("rank=3", 0.5)]
+    values = [100 * r["tuned_accuracy"] for r in rows]
+    assert lines["rank=3", 0.5][1] == f"{mean(values):.2f} ± {stdev(values):.2f}"
+    assert lines["rank=3", 0.5][3] == "4"
+    assert points(run, "rank=1")[0] == points(run, "rank=3")[0]
+    assert (finished / "run" / "fronts.png").stat().st_size > 10_000
+    assert "| rank=1 | 0.5 |" in (finished / "run" / "sweep.md").read_text()
 
 
 def test_a_sweep_resumes_by_cells(finished, tmp_path, capsys):

@@ -494,6 +494,30 @@ def test_the_folder_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         pl.save_peft(model, folder.parent / "other", "letters")
 
 
+def test_a_model_without_values_is_refused(folder: Path, tmp_path: Path) -> None:
+    """On the meta device there are no values to save, and none that a file's would be kept in."""
+    model = attached().to("meta")
+    reason = "is on the meta device and holds no values: materialise the model first, [...]"
+    refuses(
+        model,
+        lambda m: pl.save_peft(m, tmp_path / "a"),
+        pl.StateError,
+        f"'fc.lora_A.weight' {reason}",
+    )
+    refuses(
+        net().to("meta"), lambda m: pl.load_peft(m, folder), pl.StateError, f"'fc.bias' {reason}"
+    )
+    pl.detach(model := attached(), "default")
+    pl.attach(model, LoRA(2), "fc")
+    pl.save_peft(model, tmp_path / "low")
+    refuses(
+        net().to("meta"),
+        lambda m: pl.load_peft(m, tmp_path / "low"),
+        pl.StateError,
+        f"'fc.weight' {reason}",
+    )
+
+
 def test_a_refresh_copies_the_values(folder: Path) -> None:
     """Loading into an adapter of the same make copies values and settings, and no more."""
     model = attached()
