@@ -322,7 +322,7 @@ def digit_study(how: str, group: Group) -> dict[str, Any]:
     images, labels = drawn(1, 200, 784), torch.arange(200) % 10
     order = seeded_order(200, 60 * 10, torch.Generator().manual_seed(0))
     batches = Batches((images, labels), order, 10)
-    parallel = spread(model, how, group, [cast(nn.Module, layer) for layer in model.children()])
+    parallel = spread(model, how, group, list(model.children()))
     optimizer = torch.optim.Adam(pl.parameters(model), 1e-3)
     losses = train_study(parallel, shared(batches, group), cross_entropy, optimizer)
     total = group.total(losses.clone()) / group.size
