@@ -231,7 +231,9 @@ def principal(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return A, B with the best approximation BA of W, (…, out, in), singular values in halves."""
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     root = S[..., :rank].sqrt()
-    return root.unsqueeze(-1) * Vh[..., :rank, :], U[..., :rank] * root.unsqueeze(-2)
+    A, B = root.unsqueeze(-1) * Vh[..., :rank, :], U[..., :rank] * root.unsqueeze(-2)
+    # FSDP takes no other parameters.
+    return A.contiguous(), B.contiguous()
 
 
 def orthonormal(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -239,6 +239,41 @@ def gathered(folder: Path) -> dict[str, Any]:
     return found
 
 
+KINDS = [pl.DoRA(2), pl.Delta(), pl.LoRA(2, init="pissa"), pl.LoRA(2, init="olora")]
+
+
+def of_kind(spec: pl.Spec) -> nn.Sequential:
+    model = base()
+    pl.attach(model, spec, name="one", generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for i, factor in enumerate(pl.parameters(model)):
+            factor.add_(drawn(i, *factor.shape), alpha=0.1)
+    return model
+
+
+def kinds(folder: Path) -> dict[str, Any]:
+    """Sharded, every kind's outputs, gradients, and outputs after saving, wiping and loading."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    x, mesh, found = batch(0)[0], init_device_mesh("cpu", (WORLD,)), {}
+    for i, spec in enumerate(KINDS):
+        model = of_kind(spec)
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh)
+        y = model(x)
+        y.square().sum().backward()
+        grads = [cast(Any, p.grad).full_tensor() for p in pl.parameters(model)]
+        pl.save(model, folder / f"{i}.safetensors", "one")
+        dist.barrier()
+        with torch.no_grad():
+            for parameter in pl.parameters(model):
+                parameter.zero_()
+            pl.load(model, folder / f"{i}.safetensors")
+            found[repr(spec)] = y.detach(), grads, model(x)
+    return found
+
+
 def tiny_bench(folder: Path, how: str, group: Group) -> TextBench:
     settings = TextSettings(
         model=str(folder / "bert"),
@@ -400,6 +435,23 @@ def test_gathered(tmp_path: Path) -> None:
     model = base()
     pl.load(model, tmp_path / "before.safetensors")
     assert_close([p.detach() for p in pl.parameters(model)], before, **EXACT)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on the CPU"
+)
+def test_every_kind_sharded(tmp_path: Path) -> None:
+    """Every kind of adapter computes, learns, is saved and loaded sharded as it is whole."""
+    x, _ = batch(0)
+    for found in run(kinds, tmp_path):
+        for spec in KINDS:
+            model = of_kind(spec)
+            y = model(x)
+            y.square().sum().backward()
+            grads = [p.grad for p in pl.parameters(model)]
+            expected = y.detach()
+            assert_close(found[repr(spec)], (expected, grads, expected), **EXACT)
 
 
 @pytest.mark.slow
