@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from .contestants import CONTESTANTS, Contestant
+from .figure import draw
 from .measure import Case, Entry, check, infer, peak_memory, timed, train_step
 from .shapes import SUITES, cells
 
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
             file.flush()
             rows += new
     print(table(rows))
+    draw(rows, options.out / "overheads.png")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

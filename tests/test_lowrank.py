@@ -47,22 +47,27 @@ def error(found: Tensor, reference: Tensor) -> float:
 
 class TestPaths:
     @pytest.mark.usefixtures("as_large")
-    @pytest.mark.parametrize("grad", [True, False])
-    def test_shapes_lead_to_their_paths(self, grad: bool) -> None:
+    def test_shapes_lead_to_their_paths(self) -> None:
         """Each shape of this file takes the path that it is listed under."""
         for paths, (n, k, m) in SHAPES.items():
-            assert lowrank.choose(n, k, m, "cpu", grad) == paths
+            assert lowrank.choose(n, k, m, torch.float32, "cpu", True) == paths
 
     def test_rule(self) -> None:
         """Little work is plain; else the fewer rows decide, the CPU's weights counting fourfold."""
         plain, factored, dense = "plain", "factored", "dense"
-        assert lowrank.choose(10, 784, 256, "cpu", True) == (plain, plain)
-        assert lowrank.choose(1000, 784, 256, "cpu", True) == (factored, factored)
-        assert lowrank.choose(2000, 784, 256, "cpu", True) == (factored, dense)
-        assert lowrank.choose(512, 4096, 14336, "cuda", True) == (plain, plain)
-        assert lowrank.choose(512, 4096, 14336, "cuda", False) == (factored, factored)
-        assert lowrank.choose(4096, 4096, 14336, "cuda", True) == (factored, factored)
-        assert lowrank.choose(16384, 4096, 14336, "cuda", True) == (dense, dense)
+        fp32, bf16 = torch.float32, torch.bfloat16
+        choose = lowrank.choose
+        assert choose(10, 784, 256, fp32, "cpu", True) == (plain, plain)
+        assert choose(1000, 784, 256, fp32, "cpu", True) == (factored, factored)
+        assert choose(2000, 784, 256, fp32, "cpu", True) == (factored, dense)
+        assert choose(1000, 784, 256, fp32, "cpu", False).forward == dense
+        assert choose(100, 784, 256, fp32, "cuda", True) == (plain, plain)
+        assert choose(100, 784, 256, fp32, "cuda", False).forward == dense
+        assert choose(100, 784, 256, bf16, "cuda", False).forward == plain
+        assert choose(512, 4096, 14336, bf16, "cuda", True) == (plain, plain)
+        assert choose(512, 4096, 14336, bf16, "cuda", False) == (factored, factored)
+        assert choose(4096, 4096, 14336, bf16, "cuda", True) == (factored, factored)
+        assert choose(16384, 4096, 14336, bf16, "cuda", True) == (dense, dense)
 
     @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
     @pytest.mark.parametrize("paths", SHAPES, ids="-".join)
