@@ -14,11 +14,11 @@ from torch import nn
 import paramlora as pl
 
 from .bands import Table
+from .geometry import geometry
 from .insight import (
     Answers,
     answers_of,
     attribution,
-    geometry,
     learning_and_forgetting,
     ledger,
     off_and_on,

@@ -18,11 +18,11 @@ import paramlora as pl
 
 from .bands import pairs
 from .explore import explore
+from .geometry import geometry
 from .insight import (
     Answers,
     Ledger,
     answers_of,
-    geometry,
     learning_and_forgetting,
     ledger,
     off_and_on,

@@ -11,7 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from .bands import Table
-from .insight import Answers, Front, Geometry, Ledger
+from .geometry import Geometry
+from .insight import Answers, Front, Ledger
 from .loggers import Curve
 
 matplotlib.use("Agg")

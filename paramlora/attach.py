@@ -1,6 +1,7 @@
 """Attaching adapters to a model, detaching them, and which of their factors are trained."""
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from .hold import hold, release
 from .place import Place, holders
 from .preview import left_out, preview
 from .sharded import is_sharded, settle
-from .stack import Factors, Site, Stack, sites, stored
+from .stack import Factors, Site, Stack, sites, stored, walk
 from .summary import Summary, report
 from .targets import Target, Targets, resolve
 from .toggle import check_unmerged, names_of, select
@@ -193,7 +194,11 @@ def remove(model: nn.Module, here: list[Site], names: set[str]) -> None:
 
 def check_tied(model: nn.Module, chosen: Iterable[Place]) -> None:
     """Raise a StateError where a tensor is tied, and the adapters on it are on one side only."""
-    found = holders(model)
+    # Most models tie nothing, which is told sooner than what is tied to what.
+    everywhere = (module._parameters.values() for _, module in walk(model))
+    uses = Counter(map(id, itertools.chain.from_iterable(everywhere)))
+    chosen = [place for place in chosen if uses[id(place.stored)] > 1]
+    found = holders(model) if chosen else {}
     for place in chosen:
         shared = found[id(place.stored)]
         stacks = {id(other.stack) for other in shared}

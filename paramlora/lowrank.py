@@ -49,7 +49,7 @@ _PLAIN_BELOW = {
 }
 
 # Below this many elements a launch costs more than the traffic that a kernel saves.
-_WORTH_A_KERNEL = 2**23
+_WORTH_A_KERNEL = 2**25
 
 
 def choose(n: int, k: int, m: int, device: str, grad: bool) -> Plan:

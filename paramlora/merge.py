@@ -191,7 +191,7 @@ def _folded(site: Site, names: list[str]) -> list[Tensor]:
     own = value.untyped_storage().data_ptr() != W.untyped_storage().data_ptr()
     if not own or value.stride() != W.stride():
         value = torch.empty_like(W).copy_(value)
-    before = [p for p in plist if p is not stack][: list(plist).index(stack)]
+    before = list(plist)[: list(plist).index(stack)] if len(plist) > 1 else []
     return _inverted(site, value, before) if before else [value]
 
 

@@ -21,7 +21,7 @@ def enable(model: nn.Module, *names: str) -> None:
         AdapterNameError: no adapter of that name.
         StateError: an adapter is merged.
     """
-    _switch(_unmerged(model, names, "enable"), lambda own, on: {*on, *(names or own)})
+    _enable(stacks(model), names)
 
 
 def disable(model: nn.Module, *names: str) -> None:
@@ -31,7 +31,7 @@ def disable(model: nn.Module, *names: str) -> None:
         AdapterNameError: no adapter of that name.
         StateError: an adapter is merged.
     """
-    _switch(_unmerged(model, names, "disable"), lambda own, on: {*on}.difference(names or own))
+    _disable(stacks(model), names)
 
 
 def scale(model: nn.Module, factor: Strength, *names: str) -> None:
@@ -50,7 +50,9 @@ def scale(model: nn.Module, factor: Strength, *names: str) -> None:
         StateError: an adapter is merged.
     """
     _check_strength(factor)
-    for stack in _unmerged(model, names, "scale"):
+    here = stacks(model)
+    _check_unmerged(here, names, "scale")
+    for stack in here:
         for name, factors in stack.named.items():
             if not names or name in names:
                 factors.set_strength(factor)
@@ -59,16 +61,16 @@ def scale(model: nn.Module, factor: Strength, *names: str) -> None:
 @contextmanager
 def enabled(model: nn.Module, *names: str) -> Iterator[None]:
     """Switch adapters on inside, as `enable` does; afterwards all is as it was."""
-    with _restored(model):
-        enable(model, *names)
+    with _restored(model) as here:
+        _enable(here, names)
         yield
 
 
 @contextmanager
 def disabled(model: nn.Module, *names: str) -> Iterator[None]:
     """Switch adapters off inside, as `disable` does; afterwards all is as it was."""
-    with _restored(model):
-        disable(model, *names)
+    with _restored(model) as here:
+        _disable(here, names)
         yield
 
 
@@ -89,9 +91,9 @@ def using(model: nn.Module, /, *names: str, **scales: Strength) -> Iterator[None
     for factor in scales.values():
         _check_strength(factor)
     wanted = {*names, *scales}
-    _check_names(stacks(model), wanted)
-    with _restored(model):
-        here = _unmerged(model, (), "toggle")
+    with _restored(model) as here:
+        _check_names(here, wanted)
+        _check_unmerged(here, (), "toggle")
         _switch(here, lambda own, on: wanted)
         for stack in here if scales else ():
             for name in scales.keys() & stack.named.keys():
@@ -138,14 +140,22 @@ def check_unmerged(chosen: list[tuple[Stack, list[str]]], verb: str) -> None:
                 )
 
 
-def _unmerged(model: nn.Module, names: Sequence[str], verb: str) -> list[Stack]:
-    """Return the stacks of a model, none of the named adapters merged, all where none is named."""
-    here = stacks(model)
+def _enable(here: Sequence[Stack], names: Sequence[str]) -> None:
+    _check_unmerged(here, names, "enable")
+    _switch(here, lambda own, on: {*on, *(names or own)})
+
+
+def _disable(here: Sequence[Stack], names: Sequence[str]) -> None:
+    _check_unmerged(here, names, "disable")
+    _switch(here, lambda own, on: {*on}.difference(names or own))
+
+
+def _check_unmerged(here: Sequence[Stack], names: Sequence[str], verb: str) -> None:
+    """Raise where a named adapter, any where none is named, is not there or is merged."""
     _check_names(here, names)
     for stack in here:
         if stack.merged:
             check_unmerged([(stack, [*(names or stack.named)])], verb)
-    return here
 
 
 def _switch(
@@ -157,12 +167,13 @@ def _switch(
     """
     states: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {}
     for stack in here:
-        key = names, active, merged = tuple(stack.named), stack.active, stack.merged
-        if key not in states:
-            states[key] = in_order(names, wanted(names, active), merged)
-        # Past nn.Module.__setattr__, which takes longer than all the rest.
+        # Past nn.Module's own setters, which take longer than all the rest.
         state = vars(stack)
-        state["active"], state["live"] = states[key]
+        key = names, active, merged = tuple(stack.named), state["active"], state["merged"]
+        found = states.get(key)
+        if found is None:
+            found = states[key] = in_order(names, wanted(names, active), merged)
+        state["active"], state["live"] = found
 
 
 def _check_names(here: Sequence[Stack], names: Iterable[str]) -> None:
@@ -191,17 +202,16 @@ def _check_strength(factor: Strength) -> None:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Put back afterwards which adapters are active, and their strengths.
+def _restored(model: nn.Module) -> Iterator[list[Stack]]:
+    """Yield the stacks; put back afterwards which adapters are active, and their strengths.
 
     What is attached inside stays as it is then, and so does what is merged then, its strength
     included: that is the one which the stored weight has.
     """
-    before = [
-        (stack, stack.active, dict(stack.named), _strengths(stack)) for stack in stacks(model)
-    ]
+    here = stacks(model)
+    before = [(stack, stack.active, dict(stack.named), _strengths(stack)) for stack in here]
     try:
-        yield
+        yield here
     finally:
         for stack, active, named, strengths in before:
             # By identity: what is attached inside may have the name of what was detached.

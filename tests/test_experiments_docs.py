@@ -36,5 +36,5 @@ def test_the_guides_commands_and_options_exist() -> None:
     known = {"--" + name.replace("_", "-") for name in DigitSettings.__dataclass_fields__}
     table = text[text.index("| option |") : text.index("## What an adapter did")]
     used = set(re.findall(r"--[a-z][a-z-]+", table))
-    assert used - known <= {"--floor", "--base-seeds", "--selection-bases"}
+    assert used - known <= {"--floor", "--base-seeds", "--selection-bases", "--jobs"}
     assert len(used) > 10

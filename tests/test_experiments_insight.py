@@ -13,12 +13,12 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from experiments import insight
+from experiments.geometry import Geometry, geometry
 from experiments.insight import (
     Answers,
     answers_of,
     attribution,
     confusion_change,
-    geometry,
     learning_and_forgetting,
     ledger,
     off_and_on,
@@ -230,4 +230,4 @@ def test_geometry_of_known_directions():
     assert geometry(model)["0.weight"].angles == pytest.approx((90.0,))
     with torch.no_grad():
         B.zero_()
-    assert geometry(model)["0.weight"] == insight.Geometry(0, 0.0, (), 0.0)
+    assert geometry(model)["0.weight"] == Geometry(0, 0.0, (), 0.0)

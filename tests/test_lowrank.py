@@ -181,6 +181,10 @@ class TestKept:
 
 @pytest.mark.gpu
 class TestKernel:
+    @pytest.fixture(autouse=True)
+    def _for_any_size(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(lowrank, "_WORTH_A_KERNEL", 0)
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("rank", [1, 4, 16, 33, 128])
     @pytest.mark.parametrize("shape", [(4096, 4096), (2051, 4099)])
