@@ -176,7 +176,7 @@ def figure(
     axes.set_xscale("symlog", linthresh=3)
     low, high = axes.get_xlim()
     ticks = [
-        tick for tick in (-50, -30, -20, -10, -5, -3, -2, -1, 0, 1, 2, 3, 5) if low <= tick <= high
+        tick for tick in (-50, -20, -10, -5, -3, -2, -1, 0, 1, 2, 3, 10) if low <= tick <= high
     ]
     axes.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
     axes.grid(axis="x", color="#eeeeee")
