@@ -227,8 +227,12 @@ class TestConformance:
                     if key.rpartition(".")[0] == path
                 }
                 wanted = kind.formula(W.detach().double(), factors, 0.7).to(dtype)
-                rtol = 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps
-                assert_close(value.detach(), wanted, rtol=rtol, atol=1e-12)
+                # In half precision W' is computed in float32, whose rounding is that of the largest
+                # terms: it stays where they cancel.
+                double = dtype == torch.float64
+                rtol = 1e-12 if double else torch.finfo(dtype).eps
+                atol = 1e-12 if double else torch.finfo(torch.float32).eps * float(W.abs().max())
+                assert_close(value.detach(), wanted, rtol=rtol, atol=atol)
 
     def test_detach_gives_back(self, kind: Kind, host: Host) -> None:
         """After detach the classes, parameters, their order, flags and bits are as before."""
