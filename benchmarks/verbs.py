@@ -66,7 +66,6 @@ def peft(width: int, dtype: torch.dtype, adapters: int) -> Verbs:
     wrapped = get_peft_model(base, config, adapter_name="a0")
     for i in range(1, adapters):
         wrapped.add_adapter(f"a{i}", config)
-    layers = [module for module in wrapped.modules() if isinstance(module, LoraLayer)]
 
     def switch() -> None:
         wrapped.set_adapter("a1")
@@ -77,8 +76,10 @@ def peft(width: int, dtype: torch.dtype, adapters: int) -> Verbs:
             pass
 
     def scale() -> None:
-        for layer in layers:
-            layer.set_scale("a0", 0.5)
+        # As its users write it: there is no verb for a model.
+        for module in wrapped.modules():
+            if isinstance(module, LoraLayer):
+                module.set_scale("a0", 0.5)
 
     return {
         "switch": switch,

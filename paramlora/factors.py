@@ -33,14 +33,6 @@ class Factors(nn.Module):
         # Past nn.Module.__setattr__, which would register an nn.Parameter as one of the factors.
         self.__dict__["strength"] = strength
 
-    @property
-    def strengths(self) -> tuple[Strength, ...]:
-        return (self.strength,)
-
-    def set_strengths(self, strengths: Sequence[Strength]) -> None:
-        """Set the strength again that `strengths` gave."""
-        self.__dict__["strength"] = strengths[0]
-
     def forward(self, weight: Tensor) -> Tensor:
         return applied(self.spec, self.block, weight, self.tensors, self.strength)
 

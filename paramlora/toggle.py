@@ -1,7 +1,7 @@
 """Switching adapters on and off, and setting their strength; requires_grad is never touched."""
 
 import difflib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .adapters import Strength, is_finite
 from .errors import AdapterNameError, StateError
+from .factors import Blocks, Factors
 from .stack import Stack, in_order, stacks
 
 
@@ -209,21 +210,32 @@ def _restored(model: nn.Module) -> Iterator[list[Stack]]:
     included: that is the one which the stored weight has.
     """
     here = stacks(model)
-    before = [(stack, stack.active, dict(stack.named), _strengths(stack)) for stack in here]
+    before = [(stack, stack.active, {**stack.named}, _strengths(stack.named)) for stack in here]
     try:
         yield here
     finally:
         for stack, active, named, strengths in before:
             # By identity: what is attached inside may have the name of what was detached.
             same = stack.named == named and not stack.merged
-            if same and stack.active != active:
+            if same:
                 vars(stack).update(active=active, live=active)
-            for (name, factors), held in zip(named.items(), strengths, strict=True):
+            for (name, factors), strength in zip(named.items(), strengths, strict=True):
                 if same or (stack.named.get(name) is factors and name not in stack.merged):
-                    factors.set_strengths(held)
-                    if not same and (name in active) is not (name in stack.active):
+                    _set_strength(factors, strength)
+                    if (name in active) is not (name in stack.active):
                         stack.set({*stack.active} ^ {name}, stack.merged)
 
 
-def _strengths(stack: Stack) -> list[tuple[Strength, ...]]:
-    return [factors.strengths for factors in stack.named.values()]
+def _strengths(named: Mapping[str, Factors | Blocks]) -> list[Any]:
+    # Past properties and nn.Module's own lookups: a large model has thousands of these.
+    return [
+        factors.__dict__["strength"] if type(factors) is Factors else factors.strengths
+        for factors in named.values()
+    ]
+
+
+def _set_strength(factors: Factors | Blocks, strength: Any) -> None:
+    if type(factors) is Factors:
+        factors.__dict__["strength"] = strength
+    else:
+        factors.set_strengths(strength)
