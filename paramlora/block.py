@@ -133,7 +133,7 @@ class Block:
             A = F.pad(A, (left, columns - right))
         if (top, bottom) != (0, rows):
             B = F.pad(B, (0, 0, top, rows - bottom))
-        return term._replace(A=A, B=B)
+        return LowRank(A, B, term.scale)
 
 
 def _inside(part: Part, size: int, dim: int) -> int | tuple[int, int]:

@@ -154,7 +154,11 @@ def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterat
 
 def route_of(module: nn.Module) -> Route | None:
     """Return the route by which a host module is to be computed, None where there is none."""
-    return next((stack.route for stack in _read_by(module) if stack.route is not None), None)
+    # In plain loops: every dense host asks, and torch 2.6 compiles no others.
+    for stack in _read_by(module):
+        if stack.route is not None:
+            return stack.route
+    return None
 
 
 def linear(
@@ -268,10 +272,15 @@ def _only(module: nn.Module, name: str | None) -> Iterator[None]:
 
 def _read_by(module: nn.Module) -> list[Stack]:
     """Return the stacks at the tensors that a module's own forward reads."""
-    found = list(map(stack_of, lists(module).values()))
+    plists = list(lists(module).values())
     if isinstance(module, nn.MultiheadAttention):
-        found += map(stack_of, lists(module.out_proj).values())
-    return [stack for stack in found if stack is not None]
+        plists.extend(lists(module.out_proj).values())
+    found = []
+    for plist in plists:
+        stack = stack_of(plist)
+        if stack is not None:
+            found.append(stack)
+    return found
 
 
 def _reads_routed_output(module: nn.Module, chosen: Sequence[tuple[Stack, Sequence[str]]]) -> bool:

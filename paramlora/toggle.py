@@ -229,13 +229,13 @@ def _restored(model: nn.Module) -> Iterator[list[Stack]]:
 def _strengths(named: Mapping[str, Factors | Blocks]) -> list[Any]:
     # Past properties and nn.Module's own lookups: a large model has thousands of these.
     return [
-        factors.__dict__["strength"] if type(factors) is Factors else factors.strengths
+        factors.strengths if isinstance(factors, Blocks) else factors.__dict__["strength"]
         for factors in named.values()
     ]
 
 
 def _set_strength(factors: Factors | Blocks, strength: Any) -> None:
-    if type(factors) is Factors:
-        factors.__dict__["strength"] = strength
-    else:
+    if isinstance(factors, Blocks):
         factors.set_strengths(strength)
+    else:
+        factors.__dict__["strength"] = strength
