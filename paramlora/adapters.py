@@ -69,6 +69,11 @@ class Spec(ABC):
         return 1.0
 
     @property
+    def additive(self) -> bool:
+        """Whether what is added to a tensor does not depend on the tensor: such kinds commute."""
+        return False
+
+    @property
     def constants(self) -> tuple[str, ...]:
         """The names of the factors that are never trained: saved and moved with the others."""
         return ()
@@ -90,7 +95,8 @@ class Spec(ABC):
     def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:
         """Return the adapted tensor, of the shape, dtype and device of `weight`.
 
-        `strength` is λ: at 0 the result equals `weight`, at 1 it is the trained adapter's.
+        `strength` is λ: at 0 the result equals `weight`, at 1 it is the trained adapter's. The same
+        arguments must give the same result: layers call it again in the backward.
         """
 
     def low_rank(self, factors: Factors, strength: Strength = 1.0) -> LowRank | None:
@@ -162,6 +168,7 @@ def draw(
 def check_rank(spec: Any) -> None:
     """Raise a ValueError where the rank or the alpha of a spec is none; make them Python's own."""
     rank, alpha = spec.rank, spec.alpha
+    check_flag(spec, "rank_stabilized")
     if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
     if alpha is not None and not is_finite(alpha):
@@ -170,6 +177,13 @@ def check_rank(spec: Any) -> None:
     object.__setattr__(spec, "rank", int(rank))
     if not isinstance(alpha, int | float | None):
         object.__setattr__(spec, "alpha", float(alpha))
+
+
+def check_flag(spec: Any, name: str) -> None:
+    """Raise a ValueError where a spec's field of that name, if it has one, is no bool."""
+    value = getattr(spec, name, False)
+    if type(value) is not bool:
+        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def scaling_of(spec: Any) -> float:
@@ -304,8 +318,7 @@ class LoRA(Spec):
         check_init(self.init, _FROM_WEIGHT)
         if type(self.batch_dims) is not int or self.batch_dims < 0:
             raise ValueError(f"batch_dims must be a number from 0, got {self.batch_dims!r}")
-        if type(self.transposed) is not bool:
-            raise ValueError(f"transposed must be True or False, got {self.transposed!r}")
+        check_flag(self, "transposed")
         if self.init == "pissa" and self.scaling <= 0:
             raise ValueError(f"init='pissa' needs an alpha above 0, got {self.alpha!r}")
 
@@ -321,6 +334,10 @@ class LoRA(Spec):
     @property
     def fast(self) -> tuple[str, ...]:
         return ("B",)
+
+    @property
+    def additive(self) -> bool:
+        return True
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         W = self._matrices(weight)
@@ -388,6 +405,10 @@ class Delta(Spec):
     >>> Delta().create(torch.ones(3))
     {'D': tensor([0., 0., 0.])}
     """
+
+    @property
+    def additive(self) -> bool:
+        return True
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         return {"D": torch.zeros_like(weight, dtype=factor_dtype(weight), requires_grad=False)}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Delta, LoRA, LowRank, is_finite
-from .attach import Planned, check_name, install
+from .attach import Planned, check_name, check_tied, install
 from .checkpoint import sites_of
 from .errors import TargetError
 from .peft_layout import is_swapped
@@ -76,6 +76,8 @@ def combine(
     >>> pl.combine(model, {"a": 0.7, "b": 0.3}, name="ab").sites[-1].rank
     3
     """
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights map adapters to numbers, {{'a': 0.7, 'b': 0.3}}; got {weights!r}")
     _check_arguments(weights, method, rank)
     select(model, list(weights))
     check_name(model, name)
@@ -88,6 +90,7 @@ def combine(
                 terms.setdefault(path, []).append(_Term(float(weight), factors))
                 chosen[path] = here[site.path]._replace(path=path, block=factors.block)
     _check_apart(list(chosen.values()))
+    check_tied(model, list(chosen.values()))
     planned = [
         Planned(chosen[path], _combined(chosen[path], its_terms, method, rank))
         for path, its_terms in terms.items()

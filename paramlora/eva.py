@@ -97,6 +97,8 @@ def eva(
     ]
     for site, path, factors in parts:
         _check(site, path, factors)
+    if type(oversampling) is not int or oversampling < 0:
+        raise ValueError(f"oversampling must be a whole number from 0, got {oversampling!r}")
     found: dict[nn.Module, _Directions] = {}
     for site, _, factors in parts:
         most = factors.tensors["A"].shape[0] + oversampling
@@ -155,7 +157,9 @@ def _run(
                 with_kwargs=True,
             )
             stack.callback(hook.remove)
-        model.eval()
+        for module, _ in modes:
+            # Not by eval(): a layer whose statistics are held remembers what it was told.
+            module.training = False
         for batch in batches:
             (call or _call)(model, batch)
 

@@ -21,6 +21,8 @@ def extract(
 ) -> dict[str, float]:
     """Attach to `base` the best adapter of rank `rank` that makes it compute what `model` does.
 
+    That is with this adapter alone: others on `base` that are switched on come on top.
+
     Each tensor of two or more dimensions that differs gets a `LoRA`, the truncated singular value
     decomposition of the difference (Eckart–Young: none of that rank is closer); any other gets a
     `Delta`, exact but for rounding. It is switched on, as `attach` does it.

@@ -19,8 +19,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the factors of the adapters, all where none is named, grouped for an optimizer.
 
-    The factors that start at zero, B of a `LoRA` (and the magnitudes of a `DoRA`), get the rate
-    `lr · ratio`; all others get `lr`. A group without factors is left out.
+    The factors that a kind names in `fast`, B of a `LoRA` (and the magnitudes of a `DoRA`), get the
+    rate `lr · ratio`; all others get `lr`. A group without factors is left out.
 
     Args:
         model: a module with adapters.

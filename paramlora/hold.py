@@ -11,8 +11,10 @@ Note [held in eval mode]
     class: parametrize keeps one of its own there.
 """
 
+import copy
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -28,7 +30,17 @@ class Held:
         self.mode = module.training
         self.by: set[Hashable] = set()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Held":
+        copied = copy.copy(self)
+        copied.module = copy.deepcopy(self.module, memo)
+        # A copy has left the blocks that it was made in; nobody could release it from them.
+        copied.by = {by for by in self.by if isinstance(by, str)}
+        return copied
+
     def __call__(self, mode: bool = True) -> nn.Module:
+        if not self.by:
+            del vars(self.module)["train"]
+            return self.module.train(mode)
         type(self.module).train(self.module, mode)
         self.mode, self.module.training = mode, False
         return self.module

@@ -18,6 +18,7 @@ from .adapters import (
     Rescaled,
     Spec,
     Strength,
+    check_flag,
     check_init,
     check_rank,
     factor_dtype,
@@ -68,6 +69,7 @@ class DoRA(Spec):
         check_rank(self)
         check_init(self.init)
         check_dim(self.dim)
+        check_flag(self, "exact_gradient")
 
     @property
     def scaling(self) -> float:
@@ -201,7 +203,7 @@ class IA3(Spec):
 
 def check_dim(dim: object) -> None:
     """Raise a ValueError where a dimension is not 0 or 1."""
-    if isinstance(dim, bool) or dim not in (0, 1):
+    if type(dim) is not int or dim not in (0, 1):
         raise ValueError(f"dim must be 0 or 1, got {dim!r}")
 
 

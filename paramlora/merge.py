@@ -144,6 +144,7 @@ def _plan(model: nn.Module, names: tuple[str, ...]) -> list[_Fold]:
         if site.stack.route is not None:
             raise StateError("cannot merge inside of routed(): every row would get the adapter")
         _check(site.stack, its_names)
+        _check_order(site, its_names)
         if its_names:
             folds.append(_Fold(site, its_names, _folded(site, its_names)))
     if not folds:
@@ -178,6 +179,23 @@ def _check(stack: Stack, names: list[str]) -> None:
                 f"adapter {name!r} is switched off, so merging it would change what the model "
                 "computes; enable it first"
             )
+
+
+def _check_order(site: Site, names: list[str]) -> None:
+    """Raise where merging would let an adapter act before one that now acts before it."""
+    stack = site.stack
+    for later in names:
+        for earlier in stack.named:
+            if earlier == later:
+                break
+            if earlier in stack.live and earlier not in names:
+                specs = [part.spec for name in (earlier, later) for part in stack.parts(name)]
+                if not all(spec.additive for spec in specs):
+                    raise StateError(
+                        f"cannot merge {later!r} at {site.path!r} while {earlier!r}, which was "
+                        "attached before it, is not: one of them depends on what it is applied to, "
+                        f"so their order counts; merge {earlier!r} as well, or switch it off"
+                    )
 
 
 def _folded(site: Site, names: list[str]) -> list[Tensor]:

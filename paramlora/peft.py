@@ -68,7 +68,7 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "defau
     ...     pl.load_peft(nn.Sequential(nn.Linear(4, 3)), f"{folder}/digits").sites[0].scale
     2.0
     """
-    path = Path(path)
+    path = Path(path).resolve()
     _check_place(path)
     check_whole(sites_of(model, name))
     config, tensors = peft_export.exported(model, name)

@@ -15,6 +15,7 @@ from .kinds import DoRA
 from .peft_config import Config, written
 from .peft_import import names
 from .peft_layout import Part, is_conv1d, norms, parts, shared
+from .place import places
 from .stack import Blocks, Factors, Site, below
 
 Targets = dict[str, tuple[int, float]]
@@ -99,7 +100,8 @@ def _low_rank(
     adapted = [part for path in targets for part in by_module[path]]
     for part in adapted:
         if part.site not in low:  # PEFT adapts both projections of a MultiheadAttention
-            weight = model.get_parameter(part.site)
+            # Past a parametrization of another adapter's.
+            weight = next(place.value for place in places(model) if place.path == part.site)
             rank, _ = targets[part.module_path]
             shapes = part.shapes(weight, rank)
             tensors |= {key: weight.new_zeros(shape) for key, shape in shapes.items()}

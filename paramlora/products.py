@@ -18,6 +18,7 @@ from .adapters import (
     Spec,
     Strength,
     add_update,
+    check_flag,
     check_rank,
     draw,
     low_rank_refusal,
@@ -52,6 +53,10 @@ class LoHa(Spec):
     @property
     def scaling(self) -> float:
         return scaling_of(self)
+
+    @property
+    def additive(self) -> bool:
+        return True
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         A, B = (self.rank, weight.shape[1:].numel()), (weight.shape[0], self.rank)
@@ -105,6 +110,7 @@ class LoKr(Spec):
             check_rank(self)
         elif self.alpha is not None:
             raise ValueError(f"alpha is over a rank, and there is none; got alpha={self.alpha!r}")
+        check_flag(self, "decompose_both")
         whole = isinstance(self.factor, int) and not isinstance(self.factor, bool)
         if not whole or (self.factor < 1 and self.factor != -1):
             raise ValueError(
@@ -114,6 +120,10 @@ class LoKr(Spec):
     @property
     def scaling(self) -> float:
         return 1.0 if self.rank is None else scaling_of(self)
+
+    @property
+    def additive(self) -> bool:
+        return True
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         p, q = (_divisor(size, self.factor) for size in weight.shape[:2])

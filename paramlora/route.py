@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .adapters import LowRank
 from .errors import StateError
-from .stack import Stack, lists, sites, stack_of
+from .stack import Stack, lists, sites, stack_of, stacks
 from .toggle import check_unmerged, names_of, select
 
 # Floating-point operations that take as long as what sorting costs for each adapter: four launches
@@ -63,9 +63,13 @@ class Route:
         self.order, self.back = order, order.argsort()
         self._moved: dict[Any, Tensor] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of a model that is made inside is not routed: it has left the block."""
+
     def on(self, name: str, device: torch.device) -> Tensor:
         """Return `ids`, `order` or `back` on a device."""
-        key = name, device
+        # A tensor made in inference mode could not be kept for a backward.
+        key = name, device, _inferring()
         if key not in self._moved:
             self._moved[key] = getattr(self, name).to(device)
         return self._moved[key]
@@ -89,13 +93,16 @@ class Route:
         return found
 
     def mask(self, terms: Sequence[tuple[int, LowRank]], like: Tensor) -> Tensor:
-        """Return M, (n, 1, …, R): 1 where a column belongs to the row's adapter; as `like`."""
-        key = tuple((index, len(term.A)) for index, term in terms), like.dtype, like.device
+        """Return bool (n, 1, …, R): where M is 0, the column being another adapter's.
+
+        To be filled and not multiplied with: another adapter's infinity is none of the row's.
+        """
+        sizes = tuple((index, len(term.A)) for index, term in terms)
+        key = sizes, like.device, _inferring()
         if key not in self._moved:
             owners = [index for index, term in terms for _ in range(len(term.A))]
             owner = torch.tensor(owners, device=like.device)
-            own = self.on("ids", like.device)[:, None] == owner
-            self._moved[key] = own.to(like.dtype)
+            self._moved[key] = self.on("ids", like.device)[:, None] != owner
         M = self._moved[key]
         return M.view(len(M), *[1] * (like.dim() - 2), -1)
 
@@ -104,7 +111,8 @@ class Route:
 def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterator[None]:
     """Give each row of a batch an adapter of its own inside; afterwards all is as it was.
 
-    What is switched on does not matter inside, strengths do. It works in training, where each
+    What is switched on does not matter inside, strengths do. Where checkpointing computes a forward
+    again in the backward, the backward belongs inside as well. It works in training, where each
     adapter learns from its rows, and in inference, for Linear, Embedding, convolutions, attention
     and recurrent layers; their inputs must have the batch as their batch dimension, the first one
     (the second in attention and recurrent layers without `batch_first`).
@@ -134,6 +142,8 @@ def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterat
     route = Route(_checked(ids, order), order, {id(s.stack): s.path for s in sites(model)})
     _check_hosts(model, [stack for stack, _ in chosen])
     before = [(stack, stack.route) for stack, _ in chosen]
+    mine = {id(stack) for stack, _ in chosen}
+    others = [(stack, stack.live) for stack in stacks(model) if id(stack) not in mine]
     fast = torch.backends.mha.get_fastpath_enabled()
     attentions = [module for module in model.modules() if _reads_routed_output(module, chosen)]
     try:
@@ -141,6 +151,8 @@ def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterat
         torch.backends.mha.set_fastpath_enabled(False)
         for stack, _ in chosen:
             stack.route = route
+        for stack, _ in others:
+            stack.live = ()
         for module in attentions:
             vars(module)["forward"] = functools.partial(_attention, module)
         yield
@@ -148,6 +160,8 @@ def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterat
         torch.backends.mha.set_fastpath_enabled(fast)
         for stack, outer in before:
             stack.route = outer
+        for stack, live in others:
+            stack.live = live
         for module in attentions:
             del vars(module)["forward"]
 
@@ -184,7 +198,7 @@ def linear(
         A = torch.cat([term.A for _, term in terms]).to(x.dtype)
         B = torch.cat([_scaled(term) for _, term in terms], dim=1).to(x.dtype)
         h = F.linear(x, A)
-        h = h * route.mask(terms, h)
+        h = h.masked_fill(route.mask(terms, h), 0.0)
         return torch.addmm(y, h, B.t()) if x.dim() == 2 else y + F.linear(h, B)
     by_index = dict(terms)
     parts = x.index_select(0, route.on("order", x.device)).split([len(r) for _, r in route.groups])
@@ -204,7 +218,7 @@ def embedding(input: Tensor, stack: Stack, padding_idx: int | None) -> Tensor | 
     route.check(len(input) if input.dim() else -1, stack)
     rows = [F.embedding(input, _scaled(term), padding_idx) for _, term in terms]
     h = torch.cat(rows, dim=-1)
-    return (h * route.mask(terms, h)) @ torch.cat([term.A for _, term in terms])
+    return h.masked_fill(route.mask(terms, h), 0.0) @ torch.cat([term.A for _, term in terms])
 
 
 def by_group(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -357,6 +371,11 @@ def _joined(parts: list[Any], dims: Any, route: Route) -> Any:
 
 def _scaled(term: LowRank) -> Tensor:
     return term.B if type(term.scale) is float and term.scale == 1.0 else term.B * term.scale
+
+
+def _inferring() -> bool:
+    # The compiler cannot be asked, and makes such tensors its own.
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
 def _update(x: Tensor, term: LowRank | None, y: Tensor) -> Tensor:

@@ -265,4 +265,6 @@ def _refusal(place: Place, spec: Spec) -> str | None:
         return "it is sharded over processes; attach first, and call fully_shard after that"
     if weight.layout is not torch.strided:
         return f"its layout is {weight.layout}; adapters need a strided (dense) tensor"
+    if weight.numel() == 0:
+        return f"it has no elements, its shape is {tuple(weight.shape)}"
     return spec.refusal(weight)

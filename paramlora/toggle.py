@@ -79,6 +79,9 @@ def disabled(model: nn.Module, *names: str) -> Iterator[None]:
 def using(model: nn.Module, /, *names: str, **scales: Strength) -> Iterator[None]:
     """Let exactly these adapters contribute inside; afterwards all is as it was.
 
+    Where checkpointing computes a forward again in the backward, the backward belongs inside as
+    well, here and in `enabled` and `disabled`: it would be computed with what is on then.
+
     Args:
         model: a module with adapters.
         names: adapters at the strength that they have.

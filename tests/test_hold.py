@@ -228,3 +228,25 @@ def test_a_compiled_model_is_held() -> None:
         assert_close(statistics(), before, rtol=0, atol=0)
     compiled(x)
     assert not torch.equal(statistics()["1.running_mean"], before["1.running_mean"])
+
+
+def test_a_copy_made_inside_has_left() -> None:
+    """A copy made inside of a block is not held by it for ever; an adapter's hold goes with it."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    with pl.hold_statistics(model):
+        copied = copy.deepcopy(model)
+    assert copied.train()[1].training
+    pl.attach(model, pl.LoRA(1), hold_statistics=True)
+    held = copy.deepcopy(model)
+    assert not held.train()[1].training
+    pl.detach(held)
+    assert held.train()[1].training
+
+
+def test_eva_leaves_the_mode() -> None:
+    """A pass of eva's through a held layer does not count as the user's eval()."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)).train()
+    pl.attach(model, pl.LoRA(2), hold_statistics=True)
+    pl.eva(model, [torch.randn(20, 6)])
+    pl.detach(model)
+    assert model[1].training

@@ -3,6 +3,7 @@
 What is said of PEFT was seen with its version 0.21; a number with # is a report at its repository.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,64 @@ def test_running_statistics_drift_under_a_frozen_base() -> None:
     pl.detach(model, "second")
     train(model.train(), torch.randn(5, 6))
     assert pl.fingerprint(model) != before
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(pl.LoRA(2), pl.DoRA(2)), (pl.IA3(), pl.LoRA(2)), (pl.DoRA(2), pl.LoRA(2))],
+)
+def test_merging_out_of_order(first: pl.Spec, second: pl.Spec) -> None:
+    """Where the order of two adapters counts, merging the later one alone is refused."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 5)).double(), torch.randn(3, 6, dtype=torch.float64)
+    pl.attach(model, first, name="first")
+    pl.attach(model, second, name="second")
+    with torch.no_grad():
+        for parameter in pl.parameters(model):
+            parameter.normal_(std=0.3)
+    before = model(x)
+    with pytest.raises(pl.StateError, match=r"cannot merge 'second' .* while 'first'"):
+        pl.merge(model, "second")
+    assert torch.equal(model(x), before)
+    for names in (["first"], ["first", "second"]):
+        with pl.merged(model, *names):
+            torch.testing.assert_close(model(x), before)
+
+
+def test_a_sum_over_one_side_of_a_tie() -> None:
+    """Combining adapters that are on one side of tied tensors alone is refused, as loading is."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(7, 4)
+            self.head = nn.Sequential(nn.Linear(4, 7, bias=False))
+            self.head[0].weight = self.embedding.weight
+
+    model = Tied()
+    pl.attach(model.head, pl.LoRA(2), name="a")
+    with pytest.raises(pl.StateError, match="are tied, and adapters were attached to one side"):
+        pl.combine(model, {"a": 1.0}, name="c")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: pl.LoRA(4, rank_stabilized="no"),  # type: ignore[arg-type]
+        lambda: pl.DoRA(2, exact_gradient="no"),  # type: ignore[arg-type]
+        lambda: pl.LoKr(2, decompose_both=1),  # type: ignore[arg-type]
+    ],
+)
+def test_a_flag_that_is_a_word(make: Callable[[], pl.Spec]) -> None:
+    """A flag that is no bool is refused: "no" would mean yes."""
+    with pytest.raises(ValueError, match="must be True or False, got"):
+        make()
+
+
+@pytest.mark.parametrize("spec", [pl.LoRA(1), pl.Delta()])
+def test_a_tensor_without_elements(spec: pl.Spec) -> None:
+    """A tensor without elements is refused by name, and nothing is attached."""
+    model = nn.Sequential(nn.Linear(0, 3), nn.Linear(3, 2))
+    with pytest.raises(pl.TargetError, match=r"'0.weight' with .*: it has no elements"):
+        pl.attach(model, spec, "*weight")
+    assert list(model.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]

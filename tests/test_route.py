@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import paramlora as pl
 from paramlora import route
@@ -84,6 +85,10 @@ HOSTS: dict[str, tuple[Callable[[], nn.Module], str, Callable[..., Tensor], list
 }
 KINDS: dict[str, Callable[[], pl.Spec]] = {
     "lora": lambda: pl.LoRA(rank=2, alpha=3),
+    "pissa": lambda: pl.LoRA(rank=1, init="pissa"),
+    "dora": lambda: pl.DoRA(rank=2),
+    "loha": lambda: pl.LoHa(rank=2),
+    "ia3": pl.IA3,
     "delta": pl.Delta,
 }
 
@@ -93,7 +98,7 @@ def adapted(model: nn.Module, spec: Callable[[], pl.Spec], target: str) -> nn.Mo
     model.double()
     for i, name in enumerate(NAMES):
         its_spec = spec()
-        if isinstance(its_spec, pl.LoRA):
+        if its_spec == pl.LoRA(rank=2, alpha=3):
             its_spec = pl.LoRA(rank=i + 1, alpha=3)
         pl.attach(model, its_spec, target, name=name)
     with torch.no_grad():
@@ -174,6 +179,58 @@ class TestRouted:
             base = model(x)
         with pl.routed(model, [-1] * 4):
             assert torch.equal(model(x), base)
+
+    def test_adapters_without_rows_are_off(self) -> None:
+        """Adapters that are not named do not act, wherever they are; afterwards they do again."""
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double()
+        x = torch.randn(2, 6, dtype=torch.float64)
+        base = model(x)
+        pl.attach(model, pl.LoRA(rank=2), "0", name="first")
+        pl.attach(model, pl.LoRA(rank=2), "1", name="second")
+        with torch.no_grad():
+            for parameter in pl.parameters(model):
+                parameter.normal_()
+        before = model(x)
+        with pl.routed(model, [-1, -1], "first"):
+            assert torch.equal(model(x), base)
+        assert torch.equal(model(x), before)
+
+    def test_another_adapters_infinity(self) -> None:
+        """A row does not see that another adapter's factors overflow in it."""
+        model, x = linear(), torch.randn(2, 6, dtype=torch.float64)
+        with torch.no_grad():
+            for key, factor in pl.state_dict(model, "second").items():
+                if key.endswith(".A"):
+                    factor.fill_(torch.inf)
+        with pl.routed(model, [0, -1]):
+            expected = model(x)
+        with pl.routed(model, [0, 1]):
+            assert_close(model(x)[0], expected[0])
+
+    def test_a_copy_made_inside_has_left(self) -> None:
+        """A copy of a routed model is not routed, and can be used and merged."""
+        model, x = linear(), torch.randn(3, 6, dtype=torch.float64)
+        with pl.routed(model, [0, -1]):
+            copied = copy.deepcopy(model)
+        assert_close(copied(x), model(x))
+        pl.merge(copied)
+
+    def test_training_after_inference_mode(self) -> None:
+        """What was worked out in inference mode is not kept for a backward."""
+        model, x = linear(), torch.randn(2, 6, dtype=torch.float64)
+        with pl.routed(model, [0, 1]):
+            with torch.inference_mode():
+                model(x)
+            model(x).sum().backward()
+
+    def test_checkpointing(self) -> None:
+        """With the backward inside, checkpointing changes no gradient."""
+        model, x = linear(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+        parameters = pl.parameters(model)
+        with pl.routed(model, [0, 1, 2]):
+            expected = torch.autograd.grad(model(x).square().sum(), parameters)
+            y = checkpoint(model, x, use_reentrant=False)
+            assert_close(torch.autograd.grad(y.square().sum(), parameters), expected)
 
     def test_names_give_the_order(self) -> None:
         """Ids count in the order of the names given, and what is switched on does not matter."""
