@@ -52,6 +52,14 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_pool(sweep)
     sweep.set_defaults(command=run_grid)
+    ranks = commands.add_parser(
+        "ranks", help="draw accuracy against rank, from sweeps that varied the rank"
+    )
+    ranks.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="a sweep's folder")
+    ranks.add_argument(
+        "--out", type=Path, default=Path("ranks.png"), metavar="PNG", help="[ranks.png]"
+    )
+    ranks.set_defaults(command=draw_ranks)
     remedies = commands.add_parser(
         "remedies",
         help="choose each remedy's settings on validation images, measure them on the test images",
@@ -129,6 +137,15 @@ def run_grid(vary: list[str], base_seeds: int, jobs: int, **given: object) -> in
     write_sweep_report(run)
     print(table(run).text())
     print(f"report   {folder / 'sweep.md'}")
+    return 0
+
+
+def draw_ranks(folders: list[Path], out: Path) -> int:
+    """Draw sweeps over ranks side by side."""
+    from .ranks import write_rank_figure
+
+    write_rank_figure(folders, out)
+    print(f"figure   {out}")
     return 0
 
 

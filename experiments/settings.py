@@ -19,6 +19,7 @@ __all__ = [
 ]
 
 INITS = ("kaiming", "gaussian", "gaussian/sqrt_r", "orthogonal")
+SCALE_RULES = ("alpha/r", "alpha/sqrt_r", "alpha")
 
 
 _WITH_RELU: dict[str, Any] = {
@@ -75,7 +76,13 @@ class DigitSettings(Settings):
     steps: int = option(200, "length of fine-tuning, optimizer steps")
     lr: float = option(1e-3, "learning rate of fine-tuning, Adam's step size")
     rank: int = option(2, "rank r of the update, columns of B")
-    alpha: float = option(1.0, "numerator of the update's scale alpha/r, a plain number")
+    alpha: float = option(1.0, "numerator of the update's scale, a plain number")
+    scale_rule: str = option(
+        "alpha/r",
+        "the update's scale s in s·B A; alpha: the same at every rank; alpha/sqrt_r: "
+        "rank-stabilized, alpha/√r",
+        choices=SCALE_RULES,
+    )
     init: str = option("gaussian", "how A starts; B starts at zero", choices=INITS)
     schedule: str = option(
         "constant",
@@ -188,6 +195,16 @@ class DigitSettings(Settings):
         self.require("hidden", wide, "one or more whole numbers of at least 1")
         self.require("digits", _are_digits(self.digits), "1 to 9 different digits or worst:K")
         self.require("device", is_device(self.device), "auto or a device that torch knows")
+
+    @property
+    def numerator(self) -> float:
+        """What over r is the update's scale, whatever `scale_rule` says: s = numerator / r.
+
+        >>> [DigitSettings(rank=4, scale_rule=rule).numerator for rule in SCALE_RULES]
+        [1.0, 2.0, 4.0]
+        """
+        by_rule = {"alpha/r": 1.0, "alpha/sqrt_r": math.sqrt(self.rank), "alpha": self.rank}
+        return self.alpha * by_rule[self.scale_rule]
 
     @property
     def remedied(self) -> bool:

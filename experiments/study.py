@@ -34,7 +34,7 @@ ATTACHED = ("off", "on", "merged", "unmerged")
 def stages(settings: DigitSettings) -> Iterator[Stage[Bench]]:
     """Yield what a run consists of, in order."""
     lora = lora_of(settings)
-    scrambled = BlogScrambled(settings.rank, settings.alpha)
+    scrambled = BlogScrambled(settings.rank, settings.numerator)
     yield Stage(_key("base", None), ("base",), count_base)
     for seed in range(settings.seeds):
         yield Stage(_key("lora", seed), ATTACHED, partial(tune_attached, "lora", lora, seed))
@@ -184,4 +184,4 @@ def show_parameters(bench: Bench, spec: pl.Spec, say: Callable[[str], None]) -> 
 
 def lora_of(settings: DigitSettings) -> pl.LoRA:
     """Return the adapter that the settings ask for."""
-    return pl.LoRA(settings.rank, settings.alpha, init=settings.init)
+    return pl.LoRA(settings.rank, settings.numerator, init=settings.init)

@@ -44,13 +44,15 @@ Grid = Mapping[str, Sequence[Any]]
 class Cell:
     """A job: settings, `seeds` of which train, evaluated at each of the strengths.
 
-    `name` says in which of its settings it differs from the others.
+    `name` says in which of its settings it differs from the others, and `varied` has these, as far
+    as they are of a grid.
     """
 
     name: str
     settings: DigitSettings
     strengths: tuple[float, ...]
     together: bool = True
+    varied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def cells(
@@ -79,7 +81,7 @@ def cells(
         for number in range(base_seeds):
             seed = changes.get("seed", settings.seed) + number
             cell = dataclasses.replace(settings, **{**changes, "seed": seed})
-            yield Cell(name, cell, strengths, together)
+            yield Cell(name, cell, strengths, together, changes)
 
 
 def parse_grid(given: Sequence[str], kind: type[Settings] = DigitSettings) -> dict[str, list[Any]]:
@@ -128,7 +130,8 @@ def run_cell(cell: Cell) -> list[Row]:
     seeds = range(settings.seeds)
     trained = (tune_together if together else tune_one_by_one)(bench, seeds)
     model = _attached(bench, 0)[0]
-    common = {"cell": cell.name, "base_seed": settings.seed, "tuned": bench.tuned}
+    common: Row = {"cell": cell.name, "varied": dict(cell.varied)}
+    common |= {"base_seed": settings.seed, "tuned": bench.tuned}
     base = score(bench.base_logits, bench.test_labels, bench.tuned)
     rows = [{**common, "stage": "base", "seed": None, "strength": 0.0, **base}]
     for seed, (factors, loss) in zip(seeds, trained, strict=True):

@@ -6,6 +6,7 @@ from statistics import mean
 from .bands import Band, Table, pairs
 from .loggers import rows_to_csv
 from .metrics import area, front
+from .ranks import CAPTION, rank_figure, rank_table, series
 from .rundir import Row, RunDirectory, replace_file
 from .views import Figure, plt, png
 
@@ -57,7 +58,7 @@ def fronts(run: RunDirectory) -> Figure:
 
 
 def write_sweep_report(run: RunDirectory) -> None:
-    """Write sweep.md, fronts.png and results.csv beside the rows."""
+    """Write sweep.md, fronts.png and results.csv beside the rows; ranks.png if ranks vary."""
     replace_file(run.folder / "results.csv", rows_to_csv(run.rows).encode())
     replace_file(run.folder / "fronts.png", png(fronts(run)))
     caption = "Other against tuned digits, mean over adapters and bases; a point a strength λ."
@@ -67,7 +68,17 @@ def write_sweep_report(run: RunDirectory) -> None:
         table(run).markdown(),
         f"![{caption}](fronts.png)\n\n{caption} Area: what the front dominates above the base's "
         "accuracy on the tuned digits, in fractions.",
+        *_of_ranks(run),
         "## Settings",
         pairs(run.settings).markdown(),
     ]
     replace_file(Path(run.folder) / "sweep.md", ("\n\n".join(parts) + "\n").encode())
+
+
+def _of_ranks(run: RunDirectory) -> list[str]:
+    """Draw accuracy against rank, and return what the report says of it, if ranks were varied."""
+    if not series(run):
+        return []
+    replace_file(run.folder / "ranks.png", png(rank_figure([run])))
+    said = "Points: above the lowest rank, between adapters of the same base and seed; mean ± sd."
+    return ["## Rank", f"![{CAPTION}](ranks.png)\n\n{CAPTION}", rank_table(run).markdown(), said]

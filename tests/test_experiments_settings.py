@@ -36,6 +36,7 @@ OTHER = {
     "lr": 0.01,
     "rank": 4,
     "alpha": 8.0,
+    "scale_rule": "alpha",
     "init": "kaiming",
     "schedule": "cosine",
     "tune_batch": 32,

@@ -4,22 +4,25 @@ import csv
 import doctest
 import json
 import math
-import time
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import pytest
 
+import paramlora as pl
 from experiments import select as select_module
 from experiments import sweep as sweep_module
 from experiments.__main__ import main
 from experiments.families import Family, families
+from experiments.ranks import rank_figure, rank_table, series
 from experiments.rundir import Row, RunDirectory
 from experiments.select import choose, gains, run_remedies
 from experiments.settings import DigitSettings, StudyError, preset
+from experiments.study import lora_of
 from experiments.sweep import cells, parse_grid, run_cell, run_sweep, trains_together
 from experiments.sweepreport import points, table
+from experiments.views import png
 
 SMALL: dict[str, Any] = {
     "data": "digits",
@@ -165,20 +168,80 @@ def test_a_dask_cluster_gives_the_same_rows(finished, tmp_path):
     assert mine == theirs
 
 
-def test_seeds_together_are_seeds_one_by_one_and_faster(tmp_path):
-    """A cell trained by vmap has the counts of one trained seed by seed, in less time."""
+def test_seeds_together_are_seeds_one_by_one(tmp_path):
+    """A cell trained by vmap has the counts of one trained seed by seed."""
     settings = small(tmp_path, seeds=8, steps=40)
-    made, seconds = {}, {}
-    for together in (True, False):
-        (cell,) = cells(settings, {}, together=together)
-        run_cell(cell)  # the base is made, and everything is warm
-        began = time.perf_counter()
-        made[together] = run_cell(cell)
-        seconds[together] = time.perf_counter() - began
-    for one, two in zip(made[True], made[False], strict=True):
+    made = [run_cell(next(cells(settings, {}, together=together))) for together in (True, False)]
+    for one, two in zip(*made, strict=True):
         assert one["confusion"] == two["confusion"]
         assert one["accuracy"] == two["accuracy"]
-    assert seconds[True] < seconds[False]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 16])
+@pytest.mark.parametrize(
+    ("rule", "scale"),
+    [
+        ("alpha/r", lambda alpha, r: alpha / r),
+        ("alpha/sqrt_r", lambda alpha, r: pl.LoRA(r, alpha, rank_stabilized=True).scaling),
+        ("alpha", lambda alpha, r: alpha),
+    ],
+)
+def test_the_rule_of_the_scale_is_kept_at_every_rank(rule, scale, rank):
+    """What multiplies B A is alpha/r, what the library calls rank-stabilized, or alpha itself."""
+    settings = DigitSettings(rank=rank, alpha=3.0, scale_rule=rule)
+    assert lora_of(settings).scaling == pytest.approx(scale(3.0, rank), rel=1e-15)
+    assert DigitSettings(rank=rank).numerator == 1.0  # by default alpha itself, bit for bit
+
+
+def test_a_sweep_over_ranks_is_drawn_by_rank(tmp_path):
+    """Every rule of the scale is a series, all start alike at rank 1; points compare in pairs."""
+    words = ["sweep", *WORDS, "--vary", "rank=3,1", "--vary", "scale_rule=alpha/r,alpha"]
+    places = ["--bases", str(tmp_path / "bases"), "--out", str(tmp_path / "run")]
+    assert main([*words, "--vary", "seed=0,1", *places]) == 0
+    run = RunDirectory.read(tmp_path / "run")
+    found = series(run)
+    assert list(found) == ["fixed alpha: s = alpha/r", "fixed alpha/r: s = alpha"]
+    assert [[(r, len(its)) for r, its in by.items()] for by in found.values()] == [
+        [(1, 4), (3, 4)]
+    ] * 2
+    one, two = ([row["confusion"] for row in by_rank[1]] for by_rank in found.values())
+    assert one == two
+    one, two = ([row["loss"] for row in by_rank[3]] for by_rank in found.values())
+    assert one != two
+    line = next(
+        line for line in rank_table(run).rows if line[:2] == ["fixed alpha/r: s = alpha", "3"]
+    )
+    its = {
+        rank: [
+            r for r in rows_in(tmp_path) if r["cell"].startswith(f"rank={rank} scale_rule=alpha ")
+        ]
+        for rank in (1, 3)
+    }
+    gained = [
+        100 * (high["other_accuracy"] - low["other_accuracy"])
+        for low, high in zip(its[1], its[3], strict=True)
+        if low["stage"] == "on"
+    ]
+    assert line[5] == f"{mean(gained):.2f} ± {stdev(gained):.2f}"
+    assert line[6] == "4"
+    text = (tmp_path / "run" / "sweep.md").read_text()
+    assert "![Accuracy against rank" in text
+    assert rank_table(run).markdown() in text
+    figure = rank_figure([run, run])
+    drawn = [axes.get_xlabel() + axes.get_ylabel() for axes in figure.axes]
+    png(figure)  # closes it
+    assert drawn == ["tuned digits, % right", "", "rank rother digits, % right", "rank r"]
+    folder = str(tmp_path / "run")
+    assert main(["ranks", folder, folder, "--out", str(tmp_path / "two.png")]) == 0
+    assert (tmp_path / "two.png").stat().st_size > 10_000
+
+
+def test_a_figure_by_rank_needs_ranks(tmp_path, capsys):
+    """A run whose rank was not varied is refused, with what to run instead."""
+    RunDirectory.start(tmp_path, {}, {}, ())
+    assert main(["ranks", str(tmp_path), "--out", str(tmp_path / "no.png")]) == 2
+    assert "has no rows by rank: run a sweep with --vary rank=1,2,4" in capsys.readouterr().err
+    assert not (tmp_path / "no.png").exists()
 
 
 def test_what_cannot_train_together_is_known():
