@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,14 +30,14 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return modules
 
 
-def execute(path: Path, folder: Path) -> list[dict]:
-    """Run a notebook in an empty folder, and return its cells with what they put out."""
+def execute(path: Path, folder: Path) -> Any:
+    """Run a notebook in an empty folder, and return it with what its cells put out."""
     folder.mkdir()
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     ).execute()
-    return notebook.cells
+    return notebook
 
 
 @pytest.mark.parametrize(
@@ -54,11 +55,16 @@ def test_the_story_has_a_slider_or_a_figure(there: bool, tmp_path: Path, small: 
         pytest.importorskip("ipywidgets")
     else:
         (small / "ipywidgets.py").write_text("raise ImportError('as if it were not installed')")
-    cells = execute(STORY, tmp_path / "work")
-    (slider,) = (cell for cell in cells if "SelectionSlider" in cell["source"])
+    story = execute(STORY, tmp_path / "work")
+    (slider,) = (cell for cell in story.cells if "SelectionSlider" in cell["source"])
     kinds = {kind for output in slider["outputs"] for kind in output.get("data", {})}
     assert ("application/vnd.jupyter.widget-view+json" in kinds) == there
     assert ("image/png" in kinds) == (not there)
+    # What the slider draws goes to a widget, and so would an error.
+    states = story.metadata.get("widgets", {}).values()
+    models = [model["state"] for state in states for model in state["state"].values()]
+    drawn = [output for model in models for output in model.get("outputs", ())]
+    assert ["image/png" in output.get("data", {}) for output in drawn] == [True] * there
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
