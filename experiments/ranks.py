@@ -61,7 +61,7 @@ def rank_figure(runs: Sequence[RunDirectory]) -> Figure:
     """Draw accuracy on tuned and on other digits against rank, a column a run."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
-            2, len(runs), figsize=(1 + 4 * len(runs), 6), squeeze=False, layout="constrained"
+            2, len(runs), figsize=(2 + 3 * len(runs), 6), squeeze=False, layout="constrained"
         )
         for column, run in zip(panels.T, runs, strict=True):
             for axes, side in zip(column, SIDES, strict=True):
@@ -73,7 +73,7 @@ def rank_figure(runs: Sequence[RunDirectory]) -> Figure:
         figure.legend(
             *panels[0, 0].get_legend_handles_labels(),
             frameon=False,
-            ncols=2 * len(runs),
+            ncols=2 if len(runs) == 1 else 4,
             loc="outside upper center",
         )
     return figure
@@ -117,7 +117,8 @@ def _title(run: RunDirectory) -> str:
     counts = {len(its) for by_rank in series(run).values() for its in by_rank.values()}
     bases = len({row["base_seed"] for row in run.rows})
     each = "–".join(map(str, sorted({min(counts), max(counts)})))
-    return f"preset {run.settings['preset']}: {each} adapters on {bases} base{'s' * (bases > 1)}"
+    what = f"preset {run.settings['preset']}, A {run.settings['init']}"
+    return f"{what}\nn = {each} a point, {bases} base{'s' * (bases > 1)}"
 
 
 def _name(row: Row, with_strength: bool) -> str:
