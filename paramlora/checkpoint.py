@@ -141,6 +141,16 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
         raise CheckpointError(
             f"{path} is damaged: its digest is not that of what was saved; save the adapter again"
         )
+    return take(model, planned, name, path)
+
+
+def take(
+    model: nn.Module, planned: list[Planned], name: str, path: str | os.PathLike[str]
+) -> Summary:
+    """Attach the factors that a file or folder holds, or refresh those of an adapter of that name.
+
+    `path` is for messages.
+    """
     if name in names_of(model):
         refresh(model, planned, name, path)
     else:

@@ -1,7 +1,6 @@
 """Adapters made of others: a weighted sum of several.
 
-combine    ΔW = Σᵢ wᵢ · λᵢ · sᵢ · Bᵢ Aᵢ
-extract    ΔW ≈ W_tuned − W_base, of rank r, with the least Frobenius norm of what is lost
+ΔW = Σᵢ wᵢ · λᵢ · sᵢ · Bᵢ Aᵢ
 """
 
 import math

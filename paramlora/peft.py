@@ -19,14 +19,13 @@ from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
 from . import peft_config, peft_export, peft_import
-from .attach import check_name, check_whole, install
+from .attach import check_whole
 from .base import check_real
-from .checkpoint import refresh, sites_of
+from .checkpoint import sites_of, take
 from .errors import CheckpointError
 from .file import read_tensors, write_atomically
-from .summary import Summary, summary
+from .summary import Summary
 from .targets import check_shapes, places
-from .toggle import names_of
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -132,12 +131,7 @@ def load_peft(model: nn.Module, path: str | os.PathLike[str], *, name: str = "de
     for plan in planned:
         check_real(plan.place.path, plan.place.stored)
     _warn_of_twice(state)
-    if name in names_of(model):
-        refresh(model, planned, name, path)
-    else:
-        check_name(model, name)
-        install(model, planned, name, freeze=True)
-    return summary(model)
+    return take(model, planned, name, path)
 
 
 def _warn_of_twice(tensors: Mapping[str, Tensor]) -> None:

@@ -124,22 +124,13 @@ _TEXTS = ("a string or a list of strings", lambda v: isinstance(v, str) or _is_n
 _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "r": ("a whole number of at least 1", _is_rank),
     "lora_alpha": ("a finite number", _is_number),
-    "target_modules": (
-        "a string or a list of strings",
-        lambda v: isinstance(v, str) or _is_names(v),
-    ),
-    "exclude_modules": (
-        "a string or a list of strings",
-        lambda v: isinstance(v, str) or _is_names(v),
-    ),
+    "target_modules": _TEXTS,
+    "exclude_modules": _TEXTS,
     "layers_to_transform": (
         "a whole number or a list of them",
         lambda v: _is_whole(v) or (isinstance(v, list) and all(map(_is_whole, v))),
     ),
-    "layers_pattern": (
-        "a string or a list of strings",
-        lambda v: isinstance(v, str) or _is_names(v),
-    ),
+    "layers_pattern": _TEXTS,
     "rank_pattern": ("whole numbers by name", _is_pattern(_is_rank)),
     "alpha_pattern": ("finite numbers by name", _is_pattern(_is_number)),
     "use_rslora": ("true or false", lambda v: isinstance(v, bool)),

@@ -11,7 +11,7 @@ that are not factored, and other modules, run once for each adapter on its rows.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .adapters import LowRank
 from .errors import StateError
-from .stack import Stack, lists, sites, stack_of, stacks
+from .stack import Site, Stack, lists, once_each, sites, stack_of
 from .toggle import check_unmerged, names_of, select
 
 # Floating-point operations that take as long as what sorting costs for each adapter: four launches
@@ -138,14 +138,14 @@ def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterat
     """
     chosen = select(model, names)
     check_unmerged([(stack, list(stack.factors)) for stack, _ in chosen], "route to")
-    order = names or tuple(names_of(model))
-    route = Route(_checked(ids, order), order, {id(s.stack): s.path for s in sites(model)})
-    _check_hosts(model, [stack for stack, _ in chosen])
-    before = [(stack, stack.route) for stack, _ in chosen]
+    order, here = names or tuple(names_of(model)), sites(model)
+    route = Route(_checked(ids, order), order, {id(site.stack): site.path for site in here})
     mine = {id(stack) for stack, _ in chosen}
-    others = [(stack, stack.live) for stack in stacks(model) if id(stack) not in mine]
+    _check_hosts([site for site in here if id(site.stack) in mine])
+    before = [(stack, stack.route) for stack, _ in chosen]
+    others = [(s.stack, s.stack.live) for s in once_each(here) if id(s.stack) not in mine]
     fast = torch.backends.mha.get_fastpath_enabled()
-    attentions = [module for module in model.modules() if _reads_routed_output(module, chosen)]
+    attentions = [module for module in model.modules() if _reads_routed_output(module, mine)]
     try:
         # torch's fused encoder layer reads the weights of the modules within it.
         torch.backends.mha.set_fastpath_enabled(False)
@@ -255,17 +255,15 @@ def _checked(ids: Tensor | Sequence[int], names: Sequence[str]) -> Tensor:
     return given.to(torch.int64, copy=True)
 
 
-def _check_hosts(model: nn.Module, chosen: Sequence[Stack]) -> None:
+def _check_hosts(here: Sequence[Site]) -> None:
     from .forward import forward_for  # which computes routed modules by this file's functions
 
-    mine = {id(stack) for stack in chosen}
-    for site in sites(model):
+    for site in here:
         cls = type(site.module).__bases__[0]
-        if id(site.stack) in mine and forward_for(cls, alone=False) is None:
-            kind = cls.__name__
+        if forward_for(cls, alone=False) is None:
             raise StateError(
-                f"cannot route {site.path!r}: {kind} reads it in its own forward, where all rows "
-                "get the same tensor; detach that adapter, or name= another for that site"
+                f"cannot route {site.path!r}: {cls.__name__} reads it in its own forward, where "
+                "all rows get the same tensor; detach that adapter, or name= another for that site"
             )
 
 
@@ -297,9 +295,11 @@ def _read_by(module: nn.Module) -> list[Stack]:
     return found
 
 
-def _reads_routed_output(module: nn.Module, chosen: Sequence[tuple[Stack, Sequence[str]]]) -> bool:
-    """Return whether a module is an attention that only its output projection makes a host."""
-    routed = {id(stack) for stack, _ in chosen}
+def _reads_routed_output(module: nn.Module, routed: Collection[int]) -> bool:
+    """Return whether a module is an attention that only its output projection makes a host.
+
+    `routed` holds the ids of the stacks that are routed.
+    """
     return (
         isinstance(module, nn.MultiheadAttention)
         and not lists(module)
