@@ -3,6 +3,7 @@
 import os
 from collections import defaultdict
 from pathlib import Path
+from types import ModuleType
 
 # Test processes run side by side (`make test`), and threads that compete for the same cores make
 # each slower. Set before torch starts, so that processes that tests start obey it too.
@@ -11,6 +12,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+
+from paramlora import native
 
 ROOT = Path(__file__).parents[1]
 collect_ignore = ["crash.py"]  # a program that a test runs, no module to look for doctests in
@@ -41,5 +44,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def as_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let small Linears take the path of large ones, whose backward is written by hand."""
+    """Let small Linears take the path of large ones in Python, with a backward written by hand."""
+    monkeypatch.setattr("paramlora.native.module", lambda: None)
     monkeypatch.setattr("paramlora.lowrank._PLAIN_BELOW", defaultdict(int))
+
+
+@pytest.fixture
+def native_module() -> ModuleType:
+    """The compiled twin of the factored Linear."""
+    built = native.module()
+    if built is None:
+        pytest.skip("not built for this torch: python -m paramlora.build")
+    return built

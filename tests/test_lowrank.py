@@ -2,6 +2,7 @@
 
 import itertools
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,22 @@ SHAPES = {
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
-@pytest.fixture(params=["function", "plain"])
+@pytest.fixture(params=["function", "plain", "native"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    below = 0 if request.param == "function" else 2**63
-    monkeypatch.setattr(lowrank, "_PLAIN_BELOW", defaultdict(lambda: below))
+    if request.param == "native":
+        request.getfixturevalue("native_module")
+    else:
+        monkeypatch.setattr("paramlora.native.module", lambda: None)
+        below = 0 if request.param == "function" else 2**63
+        monkeypatch.setattr(lowrank, "_PLAIN_BELOW", defaultdict(lambda: below))
     return request.param
+
+
+def take(paths: tuple[str, str], way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the compiled twin take these paths, whose own rule differs."""
+    if way == "native":
+        plan = lowrank.Plan(*paths, native=True)  # type: ignore[arg-type]
+        monkeypatch.setattr(lowrank, "choose", lambda *given: plan)
 
 
 def leaves(n: int, k: int, m: int, dtype: torch.dtype, rank: int = 3) -> list[Tensor]:
@@ -50,31 +62,51 @@ class TestPaths:
     def test_shapes_lead_to_their_paths(self) -> None:
         """Each shape of this file takes the path that it is listed under."""
         for paths, (n, k, m) in SHAPES.items():
-            assert lowrank.choose(n, k, m, torch.float32, "cpu", True) == paths
+            assert lowrank.choose(n, k, m, torch.float32, "cpu", True)[:2] == paths
 
     def test_rule(self) -> None:
         """Little work is plain; else the fewer rows decide, the CPU's weights counting fourfold."""
         plain, factored, dense = "plain", "factored", "dense"
         fp32, bf16 = torch.float32, torch.bfloat16
-        choose = lowrank.choose
+
+        def choose(*given: Any) -> tuple[str, str]:
+            return lowrank.choose(*given)[:2]
+
         assert choose(10, 784, 256, fp32, "cpu", True) == (plain, plain)
         assert choose(1000, 784, 256, fp32, "cpu", True) == (factored, factored)
         assert choose(2000, 784, 256, fp32, "cpu", True) == (factored, dense)
-        assert choose(1000, 784, 256, fp32, "cpu", False).forward == dense
+        assert choose(1000, 784, 256, fp32, "cpu", False) == (dense, dense)
         assert choose(100, 784, 256, fp32, "cuda", True) == (plain, plain)
-        assert choose(100, 784, 256, fp32, "cuda", False).forward == dense
-        assert choose(100, 784, 256, bf16, "cuda", False).forward == plain
+        assert choose(100, 784, 256, fp32, "cuda", False) == (dense, dense)
+        assert choose(100, 784, 256, bf16, "cuda", False) == (plain, plain)
         assert choose(512, 4096, 14336, bf16, "cuda", True) == (plain, plain)
         assert choose(512, 4096, 14336, bf16, "cuda", False) == (factored, factored)
         assert choose(4096, 4096, 14336, bf16, "cuda", True) == (factored, factored)
         assert choose(16384, 4096, 14336, bf16, "cuda", True) == (dense, dense)
 
+    def test_rule_with_the_compiled_twin(self) -> None:
+        """It takes all that a Triton kernel does not, and nothing where it is not built."""
+        fp32, bf16 = torch.float32, torch.bfloat16
+        choose = lowrank.choose
+        assert choose(10, 784, 256, fp32, "cpu", True, True) == ("factored", "factored", True)
+        assert choose(1000, 784, 256, fp32, "cpu", False, True) == ("dense", "dense", True)
+        assert choose(100, 784, 256, fp32, "cuda", False, True) == ("dense", "dense", True)
+        assert choose(512, 4096, 14336, bf16, "cuda", True, True) == ("factored", "factored", True)
+        assert not choose(4096, 4096, 14336, bf16, "cuda", True, True).native
+        assert choose(4096, 4096, 14336, fp32, "cuda", True, True).native
+        assert not choose(4096, 4096, 14336, fp32, "cuda", True, False).native
+
     @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
     @pytest.mark.parametrize("paths", SHAPES, ids="-".join)
     def test_values_and_gradients(
-        self, way: str, paths: tuple[str, str], dtype: torch.dtype
+        self,
+        way: str,
+        paths: tuple[str, str],
+        dtype: torch.dtype,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Output and gradients are those of the dense product in float64."""
+        take(paths, way, monkeypatch)
         x, W, b, A, B = tensors = leaves(*SHAPES[paths], dtype)
         y = lowrank.linear(x, W, b, [LowRank(A, B, 0.7)])
         dy = torch.randn(y.shape, dtype=torch.float64).to(dtype)
@@ -90,8 +122,11 @@ class TestPaths:
             assert error(grad, its_reference) < BOUNDS[dtype]
 
     @pytest.mark.parametrize("paths", SHAPES, ids="-".join)
-    def test_first_and_second_derivatives(self, way: str, paths: tuple[str, str]) -> None:
+    def test_first_and_second_derivatives(
+        self, way: str, paths: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Gradients, and gradients of gradients, are those of finite differences."""
+        take(paths, way, monkeypatch)
         tensors = leaves(*SHAPES[paths], torch.float64, rank=1)
 
         def call(*leaves: Tensor) -> Tensor:

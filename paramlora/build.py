@@ -1,0 +1,56 @@
+"""`python -m paramlora.build`: compile `native.cpp` for the torch at hand, once. See native.py."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from . import native
+
+
+def build(verbose: bool = False) -> Path:
+    """Compile the twin for the torch at hand, where that has not been done; return the file.
+
+    Raises:
+        RuntimeError: there is no compiler, no ninja, or the compiler fails.
+    """
+    target = native.path()
+    if not target.exists():
+        # A ninja that pip installed beside this interpreter counts, whether or not it is activated.
+        beside = str(Path(sys.executable).parent)
+        if beside not in os.environ.get("PATH", "").split(os.pathsep):
+            os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", "")])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Elsewhere, then moved: one that was cut off or runs beside this leaves nothing half made.
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            _compile(scratch, verbose)
+            os.replace(Path(scratch) / f"{native.NAME}.so", target)
+    native.module.cache_clear()
+    return target
+
+
+def _compile(folder: str, verbose: bool) -> None:
+    try:
+        from torch.utils import cpp_extension
+
+        cpp_extension.load(
+            native.NAME,
+            [str(native.SOURCE)],
+            extra_cflags=native.FLAGS,
+            build_directory=folder,
+            verbose=verbose,
+            is_python_module=False,
+        )
+    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(
+            "the compiled twin cannot be built; it takes a C++ compiler, Python's headers, ninja "
+            f"and setuptools (pip install ninja setuptools); all works without it: {error}"
+        ) from error
+
+
+if __name__ == "__main__":
+    try:
+        print(build())
+    except RuntimeError as problem:
+        sys.exit(str(problem))

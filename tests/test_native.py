@@ -1,0 +1,230 @@
+"""The compiled twin of a factored Linear: its own loops, how it is built, and doing without it."""
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import paramlora as pl
+from paramlora import lowrank, native
+from paramlora.build import build
+
+# One row, rows that fill no tile, columns that fill no vector or several, ranks around a tile's.
+SHAPES = [(1, 1, 1), (3, 15, 17), (4, 16, 64), (7, 100, 33), (66, 130, 65), (9, 784, 10)]
+RANKS = [1, 2, 3, 4, 7, 16, 65]
+# ‖found − reference‖ / ‖reference‖ that a dtype's rounding explains.
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def error(found: Tensor, reference: Tensor) -> float:
+    found, reference = found.detach().double(), reference.detach()
+    return float((found - reference).norm() / reference.norm())
+
+
+class TestLoops:
+    @pytest.mark.parametrize("rank", RANKS)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_float32_loops(
+        self, shape: tuple[int, int, int], rank: int, native_module: ModuleType
+    ) -> None:
+        """Values and gradients of ragged sizes are the dense product's in float64, on each path."""
+        n, k, m = shape
+        torch.manual_seed(0)
+        shapes = [(n, k), (m, k), (m,), (rank, k), (m, rank)]
+        exact = [torch.randn(s, dtype=torch.float64).requires_grad_() for s in shapes]
+        x, W, b, A, B = exact
+        y64 = F.linear(x, W + 0.7 * B @ A, b)
+        dy = torch.randn(n, m, dtype=torch.float64)
+        expected = (y64, *torch.autograd.grad(y64, exact, dy))
+        for paths in ((False, False), (True, False), (False, True), (True, True)):
+            tensors = [tensor.detach().float().requires_grad_() for tensor in exact]
+            y = native_module.linear(*tensors, 0.7, *paths)
+            found = (y, *torch.autograd.grad(y, tensors, dy.float()))
+            for a, e in zip(found, expected, strict=True):
+                assert error(a, e) < BOUNDS[torch.float32]
+            with torch.no_grad():
+                again = native_module.linear(*tensors, 0.7, *paths)
+            assert_close(again, y.detach())
+
+    def test_threads_change_nothing(self, native_module: ModuleType) -> None:
+        """The loops' sums are added up in one order, however many threads share the rows."""
+        torch.manual_seed(0)
+        x, W, A, B = (torch.randn(s) for s in ((700, 300), (200, 300), (4, 300), (200, 4)))
+        found = []
+        threads = torch.get_num_threads()
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            try:
+                leaves = [A.clone().requires_grad_(), B.clone().requires_grad_()]
+                y = native_module.linear(x, W, None, *leaves, 1.0, False, False)
+                found.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
+            finally:
+                torch.set_num_threads(threads)
+        assert_close(found[0], found[1], rtol=0, atol=0)
+
+    def test_nothing_gives_the_base(self, native_module: ModuleType) -> None:
+        """With B = 0 the output is bitwise the base's, of strided inputs too."""
+        layer = nn.Linear(24, 40)
+        base = torch.randn(24, 50).T
+        x = torch.stack([base, base]).transpose(0, 1)
+        with torch.no_grad():
+            for rows in (base, x, base.contiguous()):
+                expected = layer(rows)
+                A, B = torch.randn(4, 24), torch.zeros(40, 4)
+                found = native_module.linear(
+                    rows, layer.weight, layer.bias, A, B, 1.0, False, False
+                )
+                assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+class TestGpu:
+    @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+    @pytest.mark.parametrize("paths", list(itertools.product([False, True], repeat=2)), ids=str)
+    def test_values_and_gradients(
+        self, paths: tuple[bool, bool], dtype: torch.dtype, native_module: ModuleType
+    ) -> None:
+        """On a GPU, for factors in float32 beside half precision too: the dense product's."""
+        torch.manual_seed(0)
+        shapes = [(2, 50, 130), (90, 130), (90,), (4, 130), (90, 4)]
+        drawn = [torch.randn(s, dtype=torch.float64, device="cuda") for s in shapes]
+        dtypes = [dtype] * 3 + [torch.float64 if dtype is torch.float64 else torch.float32] * 2
+        tensors = [t.to(dtype).requires_grad_() for t, dtype in zip(drawn, dtypes, strict=True)]
+        y = native_module.linear(*tensors, 0.7, *paths)
+        dy = torch.randn_like(y)
+        exact = [t.detach().double().requires_grad_() for t in tensors]
+        x, W, b, A, B = exact
+        y64 = F.linear(x, W + 0.7 * B @ A, b)
+        found = (y, *torch.autograd.grad(y, tensors, dy))
+        expected = (y64, *torch.autograd.grad(y64, exact, dy.double()))
+        for a, e in zip(found, expected, strict=True):
+            assert error(a, e) < BOUNDS[dtype]
+        assert [t.dtype for t in found[1:]] == dtypes
+
+
+class TestGraph:
+    def test_a_changed_tensor_is_noticed(self, native_module: ModuleType) -> None:
+        """A factor written to between forward and backward is an error, as ever in autograd."""
+        layer = nn.Linear(8, 6)
+        pl.attach(layer, pl.LoRA(2), "weight")
+        _, B = pl.parameters(layer)
+        y = layer(torch.randn(3, 8))
+        with torch.no_grad():
+            B.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+    def test_its_output_can_be_written_to(self, native_module: ModuleType) -> None:
+        """nn.ReLU(inplace=True) behind it gives the gradients that a new tensor would."""
+        torch.manual_seed(0)
+        layer = nn.Linear(8, 6)
+        pl.attach(layer, pl.LoRA(2, init="gaussian"), "weight")
+        x = torch.randn(5, 8)
+        grads = []
+        for inplace in (False, True):
+            out = F.relu(layer(x), inplace=inplace)
+            grads.append(torch.autograd.grad(out.square().sum(), list(pl.parameters(layer))))
+        assert_close(grads[0], grads[1], rtol=0, atol=0)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_checkpointing(self, reentrant: bool, native_module: ModuleType) -> None:
+        """Computed again for the backward, whichever way, it gives the same gradients."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        pl.attach(model, pl.LoRA(2))
+        with torch.no_grad():
+            for factor in pl.parameters(model):
+                factor.normal_()
+        x = torch.randn(5, 8, requires_grad=True)
+        leaves = list(pl.parameters(model))
+        expected = torch.autograd.grad(model(x).square().sum(), leaves)
+        y = checkpoint(model, x, use_reentrant=reentrant)
+        y.square().sum().backward()
+        # Not the same bits: the reentrant way has a first forward without gradients, another path.
+        assert_close([leaf.grad for leaf in leaves], list(expected))
+
+    def test_threads_of_a_program(self, native_module: ModuleType) -> None:
+        """Several threads at once get what each alone gets."""
+        torch.manual_seed(0)
+        layer = nn.Linear(64, 48)
+        pl.attach(layer, pl.LoRA(4), "weight")
+        with torch.no_grad():
+            for factor in pl.parameters(layer):
+                factor.normal_()
+        inputs = [torch.randn(30, 64) for _ in range(8)]
+        expected = [layer(x).detach() for x in inputs]
+        found: list[Tensor | None] = [None] * len(inputs)
+
+        def run(i: int) -> None:
+            for _ in range(50):
+                found[i] = layer(inputs[i]).detach()
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(inputs))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert_close(found, expected, rtol=0, atol=0)
+
+
+class TestBuilt:
+    def test_it_is_found_by_itself(self, native_module: ModuleType) -> None:
+        """A process that finds the built file uses it; PARAMLORA_NATIVE=0 leaves it out."""
+        program = "from paramlora import native; print(native.module() is not None)"
+        for value, expected in (("", "True"), ("0", "False")):
+            done = subprocess.run(
+                [sys.executable, "-c", program],
+                env={**os.environ, "PARAMLORA_NATIVE": value},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            assert done.stdout.strip() == expected
+
+    def test_without_a_built_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where nothing is built, all is computed in Python."""
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+        assert native.path().is_relative_to(tmp_path)
+        native.module.cache_clear()
+        try:
+            assert native.module() is None
+            x, W, A, B = torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1)
+            y = lowrank.linear(x, W, None, [lowrank.LowRank(A, B, 1.0)])
+            assert_close(y, torch.full((2, 4), 6.0))
+        finally:
+            native.module.cache_clear()
+
+    def test_a_damaged_file_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A file that cannot be loaded is named, and all is computed in Python."""
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+        native.path().parent.mkdir(parents=True)
+        native.path().write_bytes(b"no library")
+        native.module.cache_clear()
+        try:
+            with pytest.warns(UserWarning, match=r"paramlora_native-.*cannot be loaded.*delete it"):
+                assert native.module() is None
+        finally:
+            native.module.cache_clear()
+
+    def test_a_build_that_fails_leaves_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where the compiler fails, its words are the error, and no file is left to be found."""
+        if shutil.which("ninja") is None:
+            pytest.skip("no ninja on this machine")
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+        monkeypatch.setenv("CXX", "false")
+        with pytest.raises(RuntimeError, match="cannot be built; it takes a C"):
+            build()
+        assert not list((tmp_path / "paramlora").iterdir())
