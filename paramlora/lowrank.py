@@ -44,6 +44,7 @@ class Plan(NamedTuple):
 
 
 _PLAIN = Plan("plain", "plain")
+_SMALL_WEIGHT = Plan("dense", "dense")
 _PATHS: tuple[Path, Path] = ("factored", "dense")
 
 # So many elements, n (k + m), have to pass through a layer before more than plain operations pays;
@@ -72,20 +73,26 @@ def choose(
     forward and m in the backward: both read and write as many columns, so the fewer rows decide. On
     the CPU a weight costs more where its gradients are wanted, four times as much in Python and
     twice in the twin, for it is a new tensor and made twice, while the product is there in the
-    cache; without gradients it saves x Aᵀ, too.
-    Without gradients a small weight is worth it on a GPU: two launches in place of three; but not
-    in half precision, which would round small updates away.
+    cache; without gradients it saves x Aᵀ, too. Without gradients and without the twin a small
+    weight is worth it on a GPU: two launches in place of three.
 
-    Measured, as time of a training step over the frozen floor. Two cores of an EPYC, fp32, the
-    MLP 784-256-128-10, r 4, Function against plain operations: 3.85 and 2.78 at n = 10, 2.09 and
-    1.91 at 100, 1.14 and 1.52 at 1000. An H200, bf16, 4096 → 14336 → 4096 twice, r 16: 4.3 and
-    3.7 at n = 512, 1.20 and 1.24 at 4096. The update of a product and of a weight: EPYC, 1000 ×
-    784 → 256, 19 and 71 µs; H200, width 14336, 62 µs for 4096 and 228 µs for 16384 rows of a
-    product, 72 µs for 4096 of a weight. Inference on two cores of the H200's host, the MLP at n =
-    1000: 1.24 to 1.27 by the product, 1.16 to 1.19 by the weight; on the H200 at n = 100, 2.92 and
-    2.62. The compiled twin on one core of an EPYC, r 16, by the product and by the weight: in
-    training 1000 × 784 → 256 1.14 and 1.12, 1000 × 256 → 128 1.36 and 1.27, 512 × 1024 → 4096 1.06
-    and 1.11; in inference 1.08 and 1.03, 1.28 and 1.03, 1.04 and 1.08.
+    Half precision stays with the product, though for n > k the weight would be cheaper: W' rounded
+    to bfloat16 loses 32 % of an update of standard deviation 1e-4 to weights of 0.02, and 90 % of
+    one of 1e-5, and what an adapter does must not hang on how many rows a batch has.
+
+    Measured, as time over the frozen floor (r 16 but for the first line; P: by the product, W: by
+    the weight; an EPYC in float32; an H100 in bfloat16, 4096 → 14336 → 4096 twice, one dtype):
+
+        EPYC, MLP, r 4, training, n 10, 100, 1000    plain 2.78 1.91 1.52, Function 3.85 2.09 1.14
+        EPYC, twin, training    784 → 256, n 1000    P 1.14  W 1.12        (inference 1.08  1.03)
+                                256 → 128, n 1000    P 1.36  W 1.27                   1.28  1.03
+                                1024 → 4096, n 512   P 1.06  W 1.11                   1.04  1.08
+        H100, training          n 512                twin P 2.08  Python P 3.07  W 3.89
+                                n 4096               twin P 1.19  Python P 1.19  W 1.22
+                                n 16384              twin P 1.19  Python P 1.17  W 1.12
+        H100, inference         n 512                twin P 1.30  Python P 1.68  W 1.92
+                                n 4096               twin P 1.18  Python P 1.15  W 1.15
+                                n 16384              twin P 1.15  Python P 1.12  W 1.04
 
     Args:
         n: the rows of x.
@@ -96,20 +103,22 @@ def choose(
         grad: whether a gradient may be wanted.
         native: whether the compiled twin is there.
     """
-    kernels = device != "cpu" and dtype.itemsize == 2 and n * max(k, m) >= _WORTH_A_KERNEL
-    native = native and not kernels
-    small = device != "cpu" and k * m <= 2**20 and dtype.itemsize > 2 and not grad
-    if n * (k + m) < _PLAIN_BELOW[device, grad]:
-        if small:
-            return Plan("dense", "dense", native)
-        if not native:
-            return _PLAIN
-    if device == "cpu" and not grad and dtype.itemsize > 2:
+    half = dtype.itemsize <= 2
+    if native and not (half and device != "cpu" and n * max(k, m) >= _WORTH_A_KERNEL):
+        built = True
+    elif n * (k + m) < _PLAIN_BELOW[device, grad]:
+        small = device != "cpu" and k * m <= 2**20 and not half and not grad
+        return _SMALL_WEIGHT if small else _PLAIN
+    else:
+        built = False
+    if half:
+        forward = backward = False
+    elif device == "cpu" and not grad:
         forward = backward = n * (k + m) > k * m
     else:
-        most = n / (2 if native else 4) if device == "cpu" else n
+        most = n / (2 if built else 4) if device == "cpu" else n
         forward, backward = most > k, most > m
-    return Plan(_PATHS[forward], _PATHS[backward], native)
+    return Plan(_PATHS[forward], _PATHS[backward], built)
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tensor:

@@ -82,7 +82,10 @@ class TestPaths:
         assert choose(512, 4096, 14336, bf16, "cuda", True) == (plain, plain)
         assert choose(512, 4096, 14336, bf16, "cuda", False) == (factored, factored)
         assert choose(4096, 4096, 14336, bf16, "cuda", True) == (factored, factored)
-        assert choose(16384, 4096, 14336, bf16, "cuda", True) == (dense, dense)
+        assert choose(16384, 4096, 14336, bf16, "cuda", True) == (factored, factored)
+        assert choose(16384, 4096, 14336, bf16, "cuda", False) == (factored, factored)
+        assert choose(16384, 4096, 14336, fp32, "cuda", True) == (dense, dense)
+        assert choose(9999, 784, 256, bf16, "cpu", False) == (factored, factored)
 
     def test_rule_with_the_compiled_twin(self) -> None:
         """It takes all that a Triton kernel does not, and nothing where it is not built."""
@@ -90,7 +93,7 @@ class TestPaths:
         choose = lowrank.choose
         assert choose(10, 784, 256, fp32, "cpu", True, True) == ("factored", "factored", True)
         assert choose(1000, 784, 256, fp32, "cpu", False, True) == ("dense", "dense", True)
-        assert choose(100, 784, 256, fp32, "cuda", False, True) == ("dense", "dense", True)
+        assert choose(100, 784, 256, fp32, "cuda", False, True) == ("factored", "factored", True)
         assert choose(512, 4096, 14336, bf16, "cuda", True, True) == ("factored", "factored", True)
         assert not choose(4096, 4096, 14336, bf16, "cuda", True, True).native
         assert choose(4096, 4096, 14336, fp32, "cuda", True, True).native
