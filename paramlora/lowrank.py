@@ -144,7 +144,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tens
         n, device = x.numel() // max(k, 1), "cpu" if x.is_cpu else "cuda"
         built = native.module()
         plan = choose(n, k, m, W.dtype, device, grad, built is not None)
-        if plan is not _PLAIN and _untransformed(x):
+        if plan is not _PLAIN and untransformed(x):
             if built is not None and plan.native:
                 dense = plan.forward == "dense", plan.backward == "dense"
                 return built.linear(x, W, b, A, B, s, *dense)
@@ -270,7 +270,7 @@ def _scaled(tensor: Tensor, s: float) -> Tensor:
     return tensor if s == 1.0 else tensor * s
 
 
-def _untransformed(x: Tensor) -> bool:
+def untransformed(x: Tensor) -> bool:
     """Return whether nothing is looking on that only understands plain operations."""
     return (
         not transformed()

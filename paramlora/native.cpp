@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <optional>
 #include <type_traits>
+#include <vector>
 
 using at::Tensor;
 using torch::autograd::AutogradContext;
@@ -173,6 +174,16 @@ CLONES void all_outer(
         for (int64_t t = 0; t < rows; t++)
           for (int p = 0; p < ranks(); p++) g[p * K + j] += h[t * r + q + p] * x[t * K + j];
     });
+  }
+}
+
+// y (m) += s · B h; B (m, r), h (r). For a single row it is not worth it to transpose B.
+CLONES void add_product(float* y, const float* B, int64_t m, const float* h, int64_t r, float s) {
+  for (int64_t j = 0; j < m; j++) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t q = 0; q < r; q++) sum += B[j * r + q] * h[q];
+    y[j] += s * sum;
   }
 }
 
@@ -368,8 +379,44 @@ Tensor linear(
   return compute(x, W, b, A, B, s, dense).y;
 }
 
+// x Wᵀ + b, and for the rows of `order` an update each: the first counts[0] of them get that of As[0]
+// and Bs[0], and so on. float32 on a CPU, without gradients; x (n, …, k), order int64.
+Tensor routed(
+    const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, const Tensor& order,
+    const std::vector<int64_t>& counts, const std::vector<Tensor>& As,
+    const std::vector<Tensor>& Bs, const std::vector<double>& scales) {
+  auto y = at::linear(x, W, b).contiguous();
+  auto rows = x.contiguous();
+  int64_t k = W.size(1), m = W.size(0), positions = x.numel() / std::max<int64_t>(1, x.size(0) * k);
+  const int64_t* row = order.const_data_ptr<int64_t>();
+  const float* px = in(rows);
+  float* py = out(y);
+  for (size_t e = 0; e < counts.size(); e++) {
+    auto A = As[e].contiguous(), B = Bs[e].contiguous();
+    int64_t r = A.size(0);
+    bool single = counts[e] * positions < 4;
+    auto up = single ? B : rows_of(B, scales[e]);
+    const float *pA = in(A), *pB = in(up);
+    at::parallel_for(0, counts[e], grain((k + m) * r * positions), [&](int64_t from, int64_t to) {
+      std::vector<float> h(positions * r);
+      for (int64_t i = from; i < to; i++) {
+        float* its = py + row[i] * positions * m;
+        all_dots(px + row[i] * positions * k, positions, k, pA, r, h.data());
+        if (single)
+          for (int64_t p = 0; p < positions; p++)
+            add_product(its + p * m, pB, m, h.data() + p * r, r, scales[e]);
+        else
+          all_sums(its, its, positions, m, h.data(), r, pB);
+      }
+    });
+    row += counts[e];
+  }
+  return y;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("linear", torch::wrap_pybind_function_no_gil(linear));
+  module.def("routed", torch::wrap_pybind_function_no_gil(routed));
 }

@@ -13,14 +13,17 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import native
 from .adapters import LowRank
 from .errors import StateError
+from .lowrank import untransformed
 from .stack import Site, Stack, lists, once_each, sites, stack_of
 from .toggle import check_unmerged, names_of, select
 
@@ -91,6 +94,12 @@ class Route:
                     return None
                 found.append((index, term))
         return found
+
+    def rows_of(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Return the rows of these adapters side by side, int64, and how many each has."""
+        groups = dict(self.groups)
+        mine = [groups[index] for index in indices]
+        return torch.cat(mine), [len(rows) for rows in mine]
 
     def mask(self, terms: Sequence[tuple[int, LowRank]], like: Tensor) -> Tensor:
         """Return bool (n, 1, …, R): where M is 0, the column being another adapter's.
@@ -187,11 +196,16 @@ def linear(
     if terms is None:
         return None
     route.check(len(x) if x.dim() > 1 else -1, stack)
-    y = F.linear(x, W, b)
     if not terms:
-        return y
+        return F.linear(x, W, b)
     if transposed:
         terms = [(index, term.transposed()) for index, term in terms]
+    built = _native_for(x, W, b, terms)
+    if built is not None:
+        order, counts = route.rows_of([index for index, _ in terms])
+        As, Bs, scales = zip(*(term for _, term in terms), strict=True)
+        return built.routed(x, W, b, order, counts, As, Bs, scales)
+    y = F.linear(x, W, b)
     m, k = W.shape
     ranks = [len(term.A) for _, term in terms]
     if stacks_well(x.numel() // max(k, 1), k, m, ranks, "cpu" if x.is_cpu else "cuda"):
@@ -367,6 +381,18 @@ def _joined(parts: list[Any], dims: Any, route: Route) -> Any:
     if parts[0] is None:
         return None
     return torch.cat(parts, dims).index_select(dims, route.on("back", parts[0].device))
+
+
+def _native_for(
+    x: Tensor, W: Tensor, b: Tensor | None, terms: Sequence[tuple[int, LowRank]]
+) -> ModuleType | None:
+    """Return the compiled twin where it can take this: float32 on a CPU, without gradients."""
+    if torch.is_grad_enabled() or type(x) is not Tensor or not untransformed(x):
+        return None
+    tensors = [x, W, *([] if b is None else [b]), *(t for _, term in terms for t in term[:2])]
+    fits = all(t.is_cpu and t.dtype is torch.float32 for t in tensors)
+    plain = all(isinstance(term.scale, float) for _, term in terms)
+    return native.module() if fits and plain else None
 
 
 def _scaled(term: LowRank) -> Tensor:
