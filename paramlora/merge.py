@@ -7,7 +7,7 @@ adapter is merged, and come back by a swap.
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from . import host
 from .attach import check_tied, check_ties, check_whole, remove
 from .errors import StateError
 from .hold import release
-from .stack import Site, Stack, below, first_sites, once_each, sites, stacks, stored, through
+from .stack import Site, Stack, before, below, first_sites, once_each, sites, stacks, stored, through
 from .targets import Place
 from .toggle import check_unmerged, names_of, select
 
@@ -49,10 +49,9 @@ def merge(model: nn.Module, *names: str) -> None:
     """
     folds = _plan(model, names)
     for site, its_names, tensors in folds:
-        stack = site.stack
-        if not stack.stored:
-            stack.stored = tuple(tensor.data for tensor in stored(site.plist))
-        _write(site, tensors)
+        stack, parameters = site.stack, stored(site.plist)
+        original = stack.stored or tuple(tensor.data for tensor in parameters)
+        _write(parameters, tensors, stack, original)
         stack.set(stack.active, (*stack.merged, *its_names))
 
 
@@ -82,8 +81,7 @@ def unmerge(model: nn.Module) -> None:
                 "bake keeps it"
             )
     for site in here:
-        _write(site, site.stack.stored)
-        site.stack.stored = site.stack.written = ()
+        _write(stored(site.plist), site.stack.stored, site.stack, ())
         site.stack.set(site.stack.active, ())
 
 
@@ -209,8 +207,8 @@ def _folded(site: Site, names: list[str]) -> list[Tensor]:
     own = value.untyped_storage().data_ptr() != W.untyped_storage().data_ptr()
     if not own or value.stride() != W.stride():
         value = torch.empty_like(W).copy_(value)
-    before = list(plist)[: list(plist).index(stack)] if len(plist) > 1 else []
-    return _inverted(site, value, before) if before else [value]
+    below_it = before(plist, stack)
+    return _inverted(site, value, below_it) if below_it else [value]
 
 
 def _inverted(site: Site, value: Tensor, before: list[nn.Module]) -> list[Tensor]:
@@ -235,9 +233,16 @@ def _inverted(site: Site, value: Tensor, before: list[nn.Module]) -> list[Tensor
     )
 
 
-def _write(site: Site, tensors: list[Tensor] | tuple[Tensor, ...]) -> None:
-    for parameter, tensor in zip(stored(site.plist), tensors, strict=True):
+def _write(
+    parameters: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    stack: Stack,
+    original: tuple[Tensor, ...],
+) -> None:
+    """Let parameters have other tensors, and the stack note it; `original`: what to keep aside."""
+    for parameter, tensor in zip(parameters, tensors, strict=True):
         parameter.data = tensor
         # A backward that still needs the old weight must notice; `.data` alone does not tell it.
         torch.autograd.graph.increment_version(parameter)
-    site.stack.written = tuple((weakref.ref(p), p._version) for p in stored(site.plist))
+    written = tuple((weakref.ref(p), p._version) for p in parameters) if original else ()
+    vars(stack).update(stored=original, written=written)
