@@ -17,10 +17,15 @@ from torch import Tensor, nn
 from . import host
 from .attach import check_tied, check_ties, check_whole, remove
 from .errors import StateError
+from .factors import Blocks, Factors
 from .hold import release
 from .stack import Site, Stack, before, below, first_sites, once_each, sites, stacks, stored, through
 from .targets import Place
 from .toggle import check_unmerged, names_of, select
+
+
+# The elements of a weight that are computed at a time: 2 MiB of float32.
+_BLOCK = 2**19
 
 
 class _Fold(NamedTuple):
@@ -202,13 +207,30 @@ def _folded(site: Site, names: list[str]) -> list[Tensor]:
     W = value = below(plist, stack)
     for name in stack.named:
         if name in names or name in stack.merged:
-            value = stack[name](value)
+            value = _applied(stack[name], value)
     # A tensor of its own, in the stored one's strides (channels_last, say): neither is sure.
     own = value.untyped_storage().data_ptr() != W.untyped_storage().data_ptr()
     if not own or value.stride() != W.stride():
         value = torch.empty_like(W).copy_(value)
     below_it = before(plist, stack)
     return _inverted(site, value, below_it) if below_it else [value]
+
+
+def _applied(factors: Factors | Blocks, W: Tensor) -> Tensor:
+    """Return W' as one adapter makes it, half precision on a CPU by blocks of rows.
+
+    It is computed in float32 there, and what a block takes stays in the cache: for 4096 x 4096 a
+    quarter of the time.
+    """
+    term = None
+    if W.is_cpu and W.dim() == 2 and isinstance(factors, Factors) and factors.block is None:
+        term = factors.low_rank()
+    if term is None or term.A.dtype == W.dtype or isinstance(term.scale, Tensor):
+        return factors(W)
+    value, rows = torch.empty_like(W), max(1, _BLOCK // max(1, W.shape[1]))
+    for w, b, out in zip(W.split(rows), term.B.split(rows), value.split(rows), strict=True):
+        out.copy_(w.to(b.dtype).addmm_(b, term.A, alpha=term.scale))
+    return value
 
 
 def _inverted(site: Site, value: Tensor, before: list[nn.Module]) -> list[Tensor]:
