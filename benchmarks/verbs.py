@@ -43,12 +43,17 @@ def ours(width: int, dtype: torch.dtype, adapters: int) -> Verbs:
             pl.disable(adapted, here)
             pl.enable(adapted, there)
 
+    def using() -> None:
+        with pl.using(adapted, "a1"):
+            pass
+
     def context() -> None:
         with pl.disabled(adapted):
             pass
 
     return {
         "switch": switch,
+        "using": using,
         "disabled": context,
         "scale": lambda: pl.scale(adapted, 0.5, "a0"),
         "merge": lambda: pl.merge(adapted),
@@ -83,6 +88,8 @@ def peft(width: int, dtype: torch.dtype, adapters: int) -> Verbs:
 
     return {
         "switch": switch,
+        # It has no context for this: there and back is all there is.
+        "using": switch,
         "disabled": context,
         "scale": scale,
         "merge": lambda: wrapped.merge_adapter(["a0"]),

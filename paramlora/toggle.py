@@ -3,7 +3,7 @@
 import difflib
 import itertools
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .adapters import Strength, is_finite
 from .errors import AdapterNameError, StateError
-from .factors import Blocks, Factors
 from .stack import Stack, in_order, stacks
 
 
@@ -163,6 +162,7 @@ def _disable(here: Sequence[Stack], names: Sequence[str]) -> None:
 _States = dict[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], list[dict[str, Any]]]
 # Past nn.Module's own getters and setters, which take longer than all the rest.
 _DICT, _STATE = operator.attrgetter("__dict__"), operator.itemgetter("names", "active", "merged")
+_STRENGTH = operator.attrgetter("strength")
 
 
 def _checked(here: Sequence[Stack], names: Sequence[str], verb: str) -> _States:
@@ -228,10 +228,10 @@ def _restored(model: nn.Module) -> Iterator[list[Stack]]:
     """
     here = stacks(model)
     before = []
-    # Past properties and nn.Module's own lookups: a large model has thousands of these.
     for stack in here:
         named = {**stack.named}
-        before.append((stack, stack.__dict__["active"], named, _strengths(named)))
+        strengths = [*map(_STRENGTH, named.values())]
+        before.append((stack, stack.__dict__["active"], named, strengths))
     try:
         yield here
     finally:
@@ -240,25 +240,12 @@ def _restored(model: nn.Module) -> Iterator[list[Stack]]:
             # By identity: what is attached inside may have the name of what was detached.
             if stack.named == named and not state["merged"]:
                 state["active"] = state["live"] = active
-                _set_strengths(named, strengths)
+                if any(map(operator.is_not, map(_STRENGTH, named.values()), strengths)):
+                    for factors, strength in zip(named.values(), strengths, strict=True):
+                        factors.put_strength(strength)
                 continue
             for (name, factors), strength in zip(named.items(), strengths, strict=True):
                 if stack.named.get(name) is factors and name not in stack.merged:
-                    _set_strengths({name: factors}, [strength])
+                    factors.put_strength(strength)
                     if (name in active) is not (name in stack.active):
                         stack.set({*stack.active} ^ {name}, stack.merged)
-
-
-def _strengths(named: Mapping[str, Factors | Blocks]) -> list[Any]:
-    return [
-        factors.__dict__["strength"] if isinstance(factors, Factors) else factors.strengths
-        for factors in named.values()
-    ]
-
-
-def _set_strengths(named: Mapping[str, Factors | Blocks], strengths: Iterable[Any]) -> None:
-    for factors, strength in zip(named.values(), strengths, strict=True):
-        if isinstance(factors, Factors):
-            factors.__dict__["strength"] = strength
-        else:
-            factors.set_strengths(strength)
