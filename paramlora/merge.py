@@ -19,10 +19,20 @@ from .attach import check_tied, check_ties, check_whole, remove
 from .errors import StateError
 from .factors import Blocks, Factors
 from .hold import release
-from .stack import Site, Stack, before, below, first_sites, once_each, sites, stacks, stored, through
+from .stack import (
+    Site,
+    Stack,
+    before,
+    below,
+    first_sites,
+    once_each,
+    sites,
+    stacks,
+    stored,
+    through,
+)
 from .targets import Place
 from .toggle import check_unmerged, names_of, select
-
 
 # The elements of a weight that are computed at a time: 2 MiB of float32.
 _BLOCK = 2**19
