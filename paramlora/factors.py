@@ -33,6 +33,8 @@ class Factors(nn.Module):
         # Past nn.Module.__setattr__, which would register an nn.Parameter as one of the factors.
         self.__dict__["strength"] = strength
 
+    put_strength = set_strength
+
     def forward(self, weight: Tensor) -> Tensor:
         return applied(self.spec, self.block, weight, self.tensors, self.strength)
 
@@ -86,12 +88,14 @@ class Blocks(nn.Module):
             factors.set_strength(strength)
 
     @property
-    def strengths(self) -> tuple[Strength, ...]:
+    def strength(self) -> tuple[Strength, ...]:
+        """The strength at each block."""
         return tuple(factors.strength for factors in self.parts)
 
-    def set_strengths(self, strengths: Sequence[Strength]) -> None:
-        for factors, strength in zip(self.parts, strengths, strict=True):
-            factors.set_strength(strength)
+    def put_strength(self, strength: Sequence[Strength]) -> None:
+        """Set what `strength` gave."""
+        for factors, own in zip(self.parts, strength, strict=True):
+            factors.set_strength(own)
 
     @property
     def parts(self) -> list[Factors]:

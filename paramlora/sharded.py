@@ -16,7 +16,7 @@ from .errors import StateError
 
 def is_sharded(module: nn.Module, tensor: Tensor) -> bool:
     """Return whether a module's tensor is in parts, or the gathered copy of one that is."""
-    return hasattr(tensor, "full_tensor") or getattr(module, "_is_fsdp_managed_module", False)
+    return hasattr(tensor, "full_tensor") or vars(module).get("_is_fsdp_managed_module", False)
 
 
 def settle(model: nn.Module) -> None:

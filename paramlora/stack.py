@@ -7,6 +7,7 @@ adapters at that tensor lives in it. The functions below find the stacks of a mo
 """
 
 import itertools
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -61,18 +62,22 @@ def once() -> Iterator[None]:
 # Numbers adapters in attaching order, over all stacks.
 _NUMBERS = itertools.count()
 
+_MODULES = operator.attrgetter("_modules")
+
 
 class Stack(nn.Module):
     """The named adapters at a site: their factors, which are active, which are merged.
 
-    `live` is what the forward has to compute: active and not merged. It and the others are tuples
-    of names in attaching order, so that a compiled graph can be keyed on them.
+    `live` is what the forward has to compute: active and not merged. It and the others (`names`:
+    all that are here) are tuples of names in attaching order, so that a compiled graph can be keyed
+    on them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.factors = nn.ModuleDict()
         self.numbers: dict[str, int] = {}
+        self.names: tuple[str, ...] = ()
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.live: tuple[str, ...] = ()
@@ -161,10 +166,14 @@ class Stack(nn.Module):
 
     def set(self, active: Container[str], merged: Container[str]) -> None:
         """Set which adapters are active and which are merged."""
-        chosen, live = in_order(self.named, active, merged)
+        names = tuple(self.named)
+        chosen, live = in_order(names, active, merged)
         # Past nn.Module.__setattr__: a model may have hundreds of stacks.
         vars(self).update(
-            active=chosen, live=live, merged=tuple(name for name in self.named if name in merged)
+            names=names,
+            active=chosen,
+            live=live,
+            merged=tuple(name for name in names if name in merged),
         )
 
     @property
@@ -263,14 +272,18 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(id(module))
         yield path, module
-        children = reversed(module._modules.items())
-        todo += [(dotted(path, key), child) for key, child in children if child is not None]
+        if module._modules:
+            before = f"{path}." if path else ""
+            children = reversed(module._modules.items())
+            todo += [(before + key, child) for key, child in children if child is not None]
 
 
 def sites(model: nn.Module) -> list[Site]:
     """Return the adapted tensors of a model in module order; tied ones each, with one stack."""
     found = []
     for path, module in walk(model):
+        if "parametrizations" not in module._modules:
+            continue
         for tensor, plist in lists(module).items():
             stack = stack_of(plist)
             if stack is not None:
@@ -292,49 +305,70 @@ def once_each(here: Iterable[Site]) -> list[Site]:
 
 
 def stacks(model: nn.Module) -> list[Stack]:
-    """Return the stacks of a model, each once, in module order.
+    """Return the stacks of a model, each once, in module order."""
+    found = [
+        parametrization
+        for parametrization in _children(plists(model))
+        if type(parametrization) is Stack
+    ]
+    return list(dict.fromkeys(found))
+
+
+def plists(model: nn.Module) -> Iterator[nn.Module]:
+    """Return the lists of parametrizations of a model in module order, some maybe twice.
 
     Every toggle calls this, and it takes longer than all that a toggle changes; so it takes the
-    fewest steps, looks at hosts and not into them, and calls no function for a module.
+    fewest steps, looks at hosts and not into them, and calls no function for a module. To remember
+    what was found would save nothing: any module's children may be others by the next time, and
+    to compare them all takes as long.
     """
-    found: dict[Stack, None] = {}
+    found: list[nn.Module] = []
     seen: set[int] = set()
     todo: list[Iterator[nn.Module | None]] = [iter((model,))]
     while todo:
         for module in todo[-1]:
-            if module is None or not module._modules:
+            if module is None:
                 continue
             inner = module._modules
-            plists = inner.get("parametrizations")
-            if plists is not None:
-                for plist in plists._modules.values():
-                    for parametrization in plist._modules.values():  # type: ignore[union-attr]
-                        if type(parametrization) is Stack:
-                            found[parametrization] = None
+            if "parametrizations" in inner:
+                found.append(inner["parametrizations"])  # type: ignore[arg-type]
                 if len(inner) == 1:
                     continue
-            if id(inner) not in seen:
+            if inner and id(inner) not in seen:
                 seen.add(id(inner))
-                todo.append(iter([child for child in inner.values() if child is not plists]))
+                rest = {**inner}
+                rest.pop("parametrizations", None)
+                todo.append(iter(rest.values()))
                 break
         else:
             todo.pop()
-    return list(found)
+    return _children(found)
+
+
+def _children(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    # Loops in C throughout.
+    return itertools.chain.from_iterable(map(dict.values, map(_MODULES, modules)))
 
 
 def stored(plist: parametrize.ParametrizationList) -> list[Tensor]:
     """Return the tensors that a list of parametrizations stores, `original` or `original0`, …"""
     if plist.is_tensor:
-        return [plist.original]
+        # Past nn.Module's __getattr__, which asks __dict__ and the class in vain first.
+        original = plist._parameters.get("original")
+        return [plist.original if original is None else original]
     return [getattr(plist, f"original{i}") for i in range(plist.ntensors)]
 
 
 def below(plist: parametrize.ParametrizationList, stack: Stack | None) -> Tensor:
     """Return the base's W at the stack's place in the list: what the ones before it give."""
-    before = list(plist)
-    if stack is not None:
-        before = before[: before.index(stack)]
-    return through(before, (stack and stack.stored) or stored(plist))
+    values = (stack and stack.stored) or stored(plist)
+    return through(before(plist, stack), values)
+
+
+def before(plist: parametrize.ParametrizationList, stack: Stack | None) -> list[nn.Module]:
+    """Return the parametrizations that come before a stack; all where there is none."""
+    inside: list[Any] = list(plist._modules.values())
+    return inside if stack is None else inside[: inside.index(stack)]
 
 
 def through(parametrizations: Sequence[nn.Module], values: Sequence[Tensor]) -> Tensor:

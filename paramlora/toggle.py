@@ -1,7 +1,9 @@
 """Switching adapters on and off, and setting their strength; requires_grad is never touched."""
 
 import difflib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import itertools
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +11,6 @@ from torch import Tensor, nn
 
 from .adapters import Strength, is_finite
 from .errors import AdapterNameError, StateError
-from .factors import Blocks, Factors
 from .stack import Stack, in_order, stacks
 
 
@@ -52,11 +53,12 @@ def scale(model: nn.Module, factor: Strength, *names: str) -> None:
     """
     _check_strength(factor)
     here = stacks(model)
-    _check_unmerged(here, names, "scale")
+    _checked(here, names, "scale")
     for stack in here:
-        for name, factors in stack.named.items():
-            if not names or name in names:
-                factors.set_strength(factor)
+        named = stack.named
+        for name in names or named:
+            if name in named:
+                named[name].set_strength(factor)
 
 
 @contextmanager
@@ -97,8 +99,7 @@ def using(model: nn.Module, /, *names: str, **scales: Strength) -> Iterator[None
     wanted = {*names, *scales}
     with _restored(model) as here:
         _check_names(here, wanted)
-        _check_unmerged(here, (), "toggle")
-        _switch(here, lambda own, on: wanted)
+        _switch(_checked(here, (), "toggle"), lambda own, on: wanted)
         for stack in here if scales else ():
             for name in scales.keys() & stack.named.keys():
                 stack[name].set_strength(scales[name])
@@ -139,52 +140,65 @@ def check_unmerged(chosen: list[tuple[Stack, list[str]]], verb: str) -> None:
     for stack, its_names in chosen:
         for name in its_names:
             if name in stack.merged:
-                raise StateError(
-                    f"cannot {verb} adapter {name!r} while it is merged; unmerge first"
-                )
+                raise _merged(name, verb)
+
+
+def _merged(name: str, verb: str) -> StateError:
+    return StateError(f"cannot {verb} adapter {name!r} while it is merged; unmerge first")
 
 
 def _enable(here: Sequence[Stack], names: Sequence[str]) -> None:
-    _check_unmerged(here, names, "enable")
-    _switch(here, lambda own, on: {*on, *(names or own)})
+    states = _checked(here, names, "enable")
+    _switch(states, lambda own, on: {*on, *(names or own)})
 
 
 def _disable(here: Sequence[Stack], names: Sequence[str]) -> None:
-    _check_unmerged(here, names, "disable")
-    _switch(here, lambda own, on: {*on}.difference(names or own))
+    states = _checked(here, names, "disable")
+    _switch(states, lambda own, on: {*on}.difference(names or own))
 
 
-def _check_unmerged(here: Sequence[Stack], names: Sequence[str], verb: str) -> None:
-    """Raise where a named adapter, any where none is named, is not there or is merged."""
+# The dictionaries of stacks, by what is at each: names, active, merged. A model may have hundreds
+# of stacks, most of them alike.
+_States = dict[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], list[dict[str, Any]]]
+# Past nn.Module's own getters and setters, which take longer than all the rest.
+_DICT, _STATE = operator.attrgetter("__dict__"), operator.itemgetter("names", "active", "merged")
+_STRENGTH = operator.attrgetter("strength")
+
+
+def _checked(here: Sequence[Stack], names: Sequence[str], verb: str) -> _States:
+    """Return the states of stacks.
+
+    Raises:
+        AdapterNameError: no adapter of a name.
+        StateError: one of these adapters, any where none is named, is merged.
+    """
     _check_names(here, names)
-    for stack in here:
-        if stack.merged:
-            check_unmerged([(stack, [*(names or stack.named)])], verb)
+    states: _States = {}
+    for key, alike in itertools.groupby(map(_DICT, here), _STATE):
+        states.setdefault(key, []).extend(alike)
+    for own, _, merged in states:
+        for name in names or own:
+            if name in merged:
+                raise _merged(name, verb)
+    return states
 
 
 def _switch(
-    here: Iterable[Stack], wanted: Callable[[Sequence[str], Sequence[str]], Collection[str]]
+    states: _States, wanted: Callable[[Sequence[str], Sequence[str]], Collection[str]]
 ) -> None:
-    """Set which adapters are active: `wanted(names, active)` for those of a stack.
-
-    Stacks in the same state are worked out once: a model may have hundreds.
-    """
-    states: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {}
-    for stack in here:
-        # Past nn.Module's own setters, which take longer than all the rest.
-        state = vars(stack)
-        key = names, active, merged = tuple(stack.named), state["active"], state["merged"]
-        found = states.get(key)
-        if found is None:
-            found = states[key] = in_order(names, wanted(names, active), merged)
-        state["active"], state["live"] = found
+    """Set which adapters are active: `wanted(names, active)` for those of a stack."""
+    for (names, active, merged), alike in states.items():
+        chosen, live = in_order(names, wanted(names, active), merged)
+        for state in alike:
+            state["active"] = chosen
+            state["live"] = live
 
 
 def _check_names(here: Sequence[Stack], names: Iterable[str]) -> None:
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"adapter names are separate arguments, each a string, got {name!r}")
-        if not any(name in stack.named for stack in here):
+        if not any(name in stack.names for stack in here):
             known = _names_in(here)
             listed = ", ".join(map(repr, known)) or "none"
             close = difflib.get_close_matches(name, known, n=1)
@@ -213,32 +227,25 @@ def _restored(model: nn.Module) -> Iterator[list[Stack]]:
     included: that is the one which the stored weight has.
     """
     here = stacks(model)
-    before = [(stack, stack.active, {**stack.named}, _strengths(stack.named)) for stack in here]
+    before = []
+    for stack in here:
+        named = {**stack.named}
+        strengths = [*map(_STRENGTH, named.values())]
+        before.append((stack, stack.__dict__["active"], named, strengths))
     try:
         yield here
     finally:
         for stack, active, named, strengths in before:
+            state = stack.__dict__
             # By identity: what is attached inside may have the name of what was detached.
-            same = stack.named == named and not stack.merged
-            if same:
-                vars(stack).update(active=active, live=active)
+            if stack.named == named and not state["merged"]:
+                state["active"] = state["live"] = active
+                if any(map(operator.is_not, map(_STRENGTH, named.values()), strengths)):
+                    for factors, strength in zip(named.values(), strengths, strict=True):
+                        factors.put_strength(strength)
+                continue
             for (name, factors), strength in zip(named.items(), strengths, strict=True):
-                if same or (stack.named.get(name) is factors and name not in stack.merged):
-                    _set_strength(factors, strength)
+                if stack.named.get(name) is factors and name not in stack.merged:
+                    factors.put_strength(strength)
                     if (name in active) is not (name in stack.active):
                         stack.set({*stack.active} ^ {name}, stack.merged)
-
-
-def _strengths(named: Mapping[str, Factors | Blocks]) -> list[Any]:
-    # Past properties and nn.Module's own lookups: a large model has thousands of these.
-    return [
-        factors.strengths if isinstance(factors, Blocks) else factors.__dict__["strength"]
-        for factors in named.values()
-    ]
-
-
-def _set_strength(factors: Factors | Blocks, strength: Any) -> None:
-    if isinstance(factors, Blocks):
-        factors.set_strengths(strength)
-    else:
-        factors.__dict__["strength"] = strength

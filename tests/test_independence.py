@@ -1,6 +1,8 @@
 """The invariants on what must not touch what: copies (6), adapters and states (7), ties (8)."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -146,6 +148,53 @@ class TestInvariant7:
             raise ZeroDivisionError("inside")
         with unchanged(model), pl.using(model, full=0.5), unchanged(model), pl.merged(model):
             model(x)
+
+    def test_7_toggles_act_on_what_is_there_now(self) -> None:
+        """Modules that were moved, replaced, removed or put in twice are toggled where they are."""
+        one, other = (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2))
+        for model in (one, other):
+            pl.attach(model, pl.LoRA(rank=1), name="low")
+            pl.disable(model)
+        layers = [*one, *other]
+
+        def active(*models: nn.Module) -> list[bool]:
+            """Return which of the four layers are on after all of the given models are toggled."""
+            for model in models:
+                pl.enable(model, "low")
+            found = [bool(layer.parametrizations.weight[0].active) for layer in layers]
+            for model in (one, other, *layers):
+                pl.disable(model)
+            return found
+
+        assert active(one) == [True, True, False, False]
+        assert active(one[1]) == [False, True, False, False]
+        one[1], other[1] = other[1], one[1]
+        assert active(one) == [True, False, False, True]
+        one.append(other)
+        assert active(one) == [True, True, True, True]
+        del one._modules["1"]
+        assert active(one) == [True, True, True, False]
+        one.again, other.up = other[1], one
+        assert active(one) == active(other) == [True, True, True, False]
+        del one.again, one[1]
+        assert active(one) == [True, False, False, False]
+        one._modules = {"only": layers[3]}
+        assert active(one, layers[2]) == [False, False, True, True]
+
+    def test_7_verbs_keep_no_model(self) -> None:
+        """What verbs were called on is freed when it is let go of, the whole and a part."""
+        model, x = self.model()
+        for verb in (pl.disable, pl.enable, pl.merge, pl.unmerge):
+            verb(model)
+        with pl.using(model, low=0.5), pl.disabled(model):
+            model(x)
+        head, whole = weakref.ref(model.head), weakref.ref(model)
+        model.head = nn.Identity()  # type: ignore[assignment]
+        gc.collect()
+        assert head() is None
+        del model
+        gc.collect()
+        assert whole() is None
 
     def test_7_freezing_leaves_what_is_active(self) -> None:
         """Freezing and unfreezing change requires_grad of the named factors and nothing else."""

@@ -7,6 +7,7 @@ on what must not touch what, 6 to 8, are in `test_independence.py`.
 import copy
 import io
 import pickle
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -156,6 +157,26 @@ def test_5_unmerging_gives_back_the_bits(dtype: torch.dtype) -> None:
             assert_bits(layers[0].weight.detach(), adapted)
         pl.unmerge(layers)
     assert snapshot(layers) == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("init", ["kaiming", "olora"])
+def test_5_merged_by_blocks_of_rows(
+    dtype: torch.dtype, init: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight of many blocks of rows is merged to the bits that reading it gives, and back."""
+    monkeypatch.setattr(sys.modules["paramlora.merge"], "_BLOCK", 20)
+    layer: Any = nn.Linear(6, 10).to(dtype)
+    pl.attach(layer, pl.LoRA(rank=2, alpha=3, init=init), name="one")
+    pl.attach(layer, pl.LoRA(rank=1), "weight[2:, :]", name="two")
+    pl.attach(layer, pl.LoRA(rank=3, transposed=True), name="three")
+    shake(layer)
+    pl.scale(layer, 0.7, "three")
+    before, adapted = snapshot(layer), layer.weight.detach().clone()
+    with pl.merged(layer):
+        assert_bits(layer.weight.detach(), adapted)
+        assert_bits(layer.parametrizations.weight.original.detach(), adapted)
+    assert snapshot(layer) == before
 
 
 def test_9_a_bad_file_changes_nothing(tmp_path: Path) -> None:
