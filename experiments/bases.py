@@ -7,6 +7,7 @@ can get one that is not its own.
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -63,6 +64,7 @@ def pretrain(settings: DigitSettings, inputs: Tensor, labels: Tensor) -> Base:
     return Base({key: value.cpu() for key, value in model.state_dict().items()}, losses)
 
 
+@lru_cache(maxsize=8)
 def order_after_base(settings: DigitSettings, images: int, rows: int, count: int) -> Tensor:
     """Return `count` of `rows` indices in the order in which the blog's fine-tuning draws them.
 

@@ -13,7 +13,7 @@ import paramlora as pl
 
 from .adam import SmallAdam
 from .bases import Base, base_path, find, keep, order_after_base, pretrain, restore
-from .data import Data, Split, hold_out
+from .data import Data, hold_out
 from .environment import commit
 from .evaluate import logits_of, score
 from .forgetting import wrong_counts
@@ -184,7 +184,8 @@ def prepare(
         whole, test_split = train_split, held
     inputs = train_split.inputs(settings.mean, settings.std)
     test_inputs = test_split.inputs(settings.mean, settings.std)
-    base, how = obtain(settings, whole, data.digest)
+    whole_inputs = inputs if whole is train_split else whole.inputs(settings.mean, settings.std)
+    base, how = obtain(settings, whole_inputs, whole.labels, data.digest)
     model = restore(settings, base, device)
     logits = logits_of(model, test_inputs)
     counts = wrong_counts(score(logits, test_split.labels, [0])["confusion"])
@@ -210,14 +211,16 @@ def prepare(
     return bench
 
 
-def obtain(settings: DigitSettings, images: Split, data_digest: str) -> tuple[Base, str]:
+def obtain(
+    settings: DigitSettings, inputs: Tensor, labels: Tensor, data_digest: str
+) -> tuple[Base, str]:
     """Return the base, and in words how it was come by: the one that is kept, or a new one."""
-    path = base_path(settings, images.labels.device, data_digest)
+    path = base_path(settings, labels.device, data_digest)
     if (kept := find(path)) is not None:
         return kept, f"trained before, from {path}"
     began = time.perf_counter()
     with cpu_threads(settings.threads):
-        base = pretrain(settings, images.inputs(settings.mean, settings.std), images.labels)
+        base = pretrain(settings, inputs, labels)
     keep(base, path)
     seconds = time.perf_counter() - began
     return base, f"trained for {settings.base_steps:,} steps in {seconds:.1f} s"

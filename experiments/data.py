@@ -7,8 +7,10 @@ here, in a third of a second. A subset of a data set is a mask or an index, neve
 import gzip
 import hashlib
 import socket
+import struct
 import threading
 import urllib.request
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -197,9 +199,23 @@ def _read_archive(path: Path, md5: str) -> Tensor:
     packed = path.read_bytes()
     if (found := _md5(packed)) != md5:
         raise StudyError(f"{path} is damaged: its MD5 is {found}, not {md5}; delete it")
-    raw = gzip.decompress(packed)
+    raw = _unpacked(path.with_suffix(""), packed)
     shape = [int.from_bytes(raw[4 * i : 4 * i + 4], "big") for i in range(1, raw[3] + 1)]
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=4 + 4 * raw[3]).view(shape)
+
+
+def _unpacked(beside: Path, packed: bytes) -> bytes:
+    """Return what is in an archive, from the file that torchvision unpacks beside it if it is it.
+
+    The archive ends with the CRC-32 and the length of what is in it (RFC 1952): a check takes a
+    tenth of the time of unpacking.
+    """
+    check, length = struct.unpack("<II", packed[-8:])
+    if beside.is_file() and beside.stat().st_size == length:
+        raw = beside.read_bytes()
+        if zlib.crc32(raw) == check:
+            return raw
+    return gzip.decompress(packed)
 
 
 def _md5(content: bytes) -> str:

@@ -4,7 +4,6 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .forgetting import accuracy, old_and_new, wrong_counts
@@ -37,17 +36,35 @@ def score(logits: Tensor, labels: Tensor, tuned: Collection[int] = ()) -> dict[s
         where one has no examples), `loss` (mean cross-entropy, nats), `wrong_counts` (by class) and
         `confusion` (a row a class, of counts by answer).
     """
-    classes = logits.shape[1]
-    pairs = torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2)
-    confusion = pairs.view(classes, classes).tolist()
+    return scores(logits.unsqueeze(0), labels, tuned)[0]
+
+
+def scores(logits: Tensor, labels: Tensor, tuned: Collection[int] = ()) -> list[dict[str, Any]]:
+    """Return what `score` says of each of several evaluations at once, logits: (k, n, classes)."""
+    count, n, classes = logits.shape
+    # One count for all: every evaluation has classes² bins of its own.
+    bins = torch.arange(count, device=labels.device).unsqueeze(1) * classes**2
+    pairs = bins + labels * classes + logits.argmax(2)
+    confusions = torch.bincount(pairs.flatten(), minlength=count * classes**2)
+    right = logits.gather(2, labels.expand(count, n).unsqueeze(2)).squeeze(2)
+    losses = (logits.logsumexp(2) - right).mean(1)  # F.cross_entropy's mean, in a third of its time
+    return [
+        _row(confusion, loss, tuned)
+        for confusion, loss in zip(
+            confusions.view(count, classes, classes).tolist(), losses.tolist(), strict=True
+        )
+    ]
+
+
+def _row(confusion: list[list[int]], loss: float, tuned: Collection[int]) -> dict[str, Any]:
+    sizes = [sum(counts) for counts in confusion]
     row = {
-        "n": len(labels),
+        "n": sum(sizes),
         "accuracy": accuracy(confusion),
-        "loss": float(F.cross_entropy(logits, labels)),
+        "loss": loss,
         "wrong_counts": wrong_counts(confusion),
         "confusion": confusion,
     }
-    sizes = [sum(counts) for counts in confusion]
-    if 0 < sum(sizes[label] for label in tuned) < len(labels):
+    if 0 < sum(sizes[label] for label in tuned) < sum(sizes):
         row["other_accuracy"], row["tuned_accuracy"] = old_and_new(confusion, tuned)
     return row

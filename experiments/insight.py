@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -31,7 +32,7 @@ class Answers:
     logits: Tensor
     labels: Tensor
 
-    @property
+    @cached_property
     def given(self) -> Tensor:
         """The answers, int64 (n,)."""
         return self.logits.argmax(1)

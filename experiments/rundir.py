@@ -11,6 +11,7 @@ A run that was stopped goes on from its rows; half a line at their end is droppe
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,32 @@ class RunDirectory:
         Raises:
             StudyError: the same evaluation gave something else before.
         """
-        row = json.loads(json.dumps(row))
-        for there in self.rows:
-            if all(there.get(name) == row.get(name) for name in self.key):
-                _same_again(self.folder, self.key, there, row)
-                return
-        with open(self.folder / "results.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.rows.append(row)
+        self.record_all([row])
+
+    def record_all(self, rows: Iterable[Row]) -> None:
+        """Do so with several rows, which are written together.
+
+        Raises:
+            StudyError: as `record`; no row is appended then.
+        """
+        there = {self._key(row): row for row in self.rows}
+        new = []
+        for row in rows:
+            row = json.loads(json.dumps(row))
+            before = there.setdefault(self._key(row), row)
+            if before is row:
+                new.append(row)
+            else:
+                _same_again(self.folder, self.key, before, row)
+        if new:
+            with open(self.folder / "results.jsonl", "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in new)
+                file.flush()
+                os.fsync(file.fileno())
+            self.rows += new
+
+    def _key(self, row: Row) -> tuple[Any, ...]:
+        return tuple(row.get(name) for name in self.key)
 
     def _drop_half_a_line(self) -> None:
         """Cut off what a run that was stopped while writing left at the end of its rows."""

@@ -6,7 +6,7 @@ images in the same order, so that they can be compared in pairs.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .recipe import answers, factors_of, recipe
 from .rundir import RunDirectory, replace_file
 from .settings import DigitSettings, deciding
 from .stages import Stage, run_stages
+from .strengths import Strengths, chosen, updates
 from .train import Batches, Hook
 
 EXPLORED, EXPLORED_SEEDS = "explore.json", 3
@@ -81,7 +82,13 @@ def run_digits(settings: DigitSettings, say: Callable[[str], None] = print) -> R
 
 def explore_adapters(bench: Bench, images: Tensor, folder: Path) -> None:
     """Write what the report's page lets its reader try: the first adapters, at every strength."""
-    model, names = bench.model(), []
+    model, names = bench.model(), list[str]()
+    at = Strengths(bench.model(), bench.test_inputs, bench.base_logits)
+
+    def logits(name: str, sites: Sequence[str], strengths: Sequence[float]) -> Tensor:
+        its = updates(factors_of(model, name), lora_of(bench.settings).scaling)
+        return at.logits(chosen(its, sites), strengths).cpu()
+
     for seed in range(min(bench.settings.seeds, EXPLORED_SEEDS)):
         names.append(f"seed {seed}")
         pl.load(model, folder / "adapters" / f"lora-{seed}.safetensors", name=names[-1])
@@ -92,6 +99,7 @@ def explore_adapters(bench: Bench, images: Tensor, folder: Path) -> None:
         tuned=bench.tuned,
         images=images if len(images) == len(bench.test_labels) else None,
         every_layer=names[:1],
+        logits=logits,
     )
     replace_file(folder / EXPLORED, json.dumps(found).encode())
 

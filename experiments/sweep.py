@@ -1,8 +1,9 @@
 """Sweeps: the digit study over a grid of settings, many seeds and bases, in parallel.
 
-A cell is one base and one choice of everything that training depends on; it is one job, in which
-all adapter seeds train, together where that is the same, and every strength λ is evaluated without
-training again. Jobs go through joblib: `--jobs N` processes here, or whatever back end is chosen by
+A cell is one base and one choice of everything that training depends on; all its adapter seeds
+train, together where that is the same, and every strength λ is evaluated without training again.
+Cells that differ in no more than rank and scale are one job, and train together as well. Jobs go
+through joblib: `--jobs N` processes here, or whatever back end is chosen by
 `joblib.parallel_config`, such as a Dask or a Ray cluster.
 """
 
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import paramlora as pl
 
@@ -24,12 +24,13 @@ from .bases import FIELDS
 from .bench import ADAPTER, Bench, prepare
 from .data import Data, hold_out, load_data
 from .environment import DECIDING, describe, resolve_device
-from .evaluate import score
+from .evaluate import score, scores
 from .forgetting import wrong_counts
 from .options import Settings, StudyError, listed
 from .recipe import Recipe, answers, factors_of, recipe
 from .rundir import Row, RunDirectory
 from .settings import DigitSettings, chosen_digits
+from .strengths import Strengths, updates
 from .study import lora_of
 from .together import StackedBatches, Together, objective_together
 from .train import Batches
@@ -37,12 +38,18 @@ from .train import Batches
 KEY = ("stage", "cell", "base_seed", "seed", "strength")
 # The settings that decide on data and base; all others are a cell's own.
 SHARED = (*FIELDS, "data", "data_dir", "device", "bases", "validation", "selection")
+# Those in which adapters may differ that train together.
+STACKED = ("rank", "alpha", "scale_rule", "init")
+# Images of a step of all adapters that train together: with more, a step is arithmetic, which
+# gains nothing, and its memory grows.
+TOGETHER = 1000
 Grid = Mapping[str, Sequence[Any]]
+Training = tuple[Bench, int]  # of which adapter seed
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A job: settings, `seeds` of which train, evaluated at each of the strengths.
+    """Settings, `seeds` of which train, evaluated at each of the strengths.
 
     `name` says in which of its settings it differs from the others, and `varied` has these, as far
     as they are of a grid.
@@ -58,7 +65,7 @@ class Cell:
 def cells(
     settings: DigitSettings, grid: Grid, base_seeds: int = 1, together: bool = True
 ) -> Iterator[Cell]:
-    """Yield the jobs of a sweep, in order.
+    """Yield the cells of a sweep, in order.
 
     Args:
         settings: what the grid changes.
@@ -118,31 +125,63 @@ def _typed(default: Any, text: str) -> Any:
     return type(default)(text)
 
 
-def run_cell(cell: Cell) -> list[Row]:
-    """Train and evaluate a cell's adapters; return a row a seed and strength, and the base's.
+def jobs_of(todo: Sequence[Cell]) -> list[list[Cell]]:
+    """Return the cells in jobs: those that can train together, as far as that pays, are one."""
+    found: list[list[Cell]] = []
+    like: dict[Any, list[Cell]] = {}
+    for cell in todo:
+        same = {name: getattr(DigitSettings, name) for name in STACKED}
+        key = cell.together, dataclasses.replace(cell.settings, **same)
+        job, images = like.get(key, []), cell.settings.tune_batch or cell.settings.batch
+        whole = sum(c.settings.seeds for c in [*job, cell]) * images > TOGETHER
+        if not job or whole or not _stacks(cell):
+            job = like[key] = []
+            found.append(job)
+        job.append(cell)
+    return found
 
-    Everything that it needs is made from the cell, so that it runs in any process of any machine
+
+def run_cell(cell: Cell) -> list[Row]:
+    """Train and evaluate a cell's adapters; return a row a seed and strength, and the base's."""
+    return run_job([cell])[0]
+
+
+def run_job(cells: Sequence[Cell]) -> list[list[Row]]:
+    """Train and evaluate the adapters of a job's cells; return the rows of each cell.
+
+    Everything that it needs is made from the cells, so that it runs in any process of any machine
     that has the code and the data.
     """
-    settings = cell.settings
-    bench = bench_of(settings)
-    together = cell.together and trains_together(settings)
-    seeds = range(settings.seeds)
-    trained = (tune_together if together else tune_one_by_one)(bench, seeds)
-    model = _attached(bench, 0)[0]
+    benches = [bench_of(cell.settings) for cell in cells]
+    todo = [(bench, seed) for bench in benches for seed in range(bench.settings.seeds)]
+    trained = iter((tune_together if _stacks(cells[0]) else tune_one_by_one)(todo))
+    at = _strengths(_shared(cells[0].settings))
+    rows = []
+    for cell, bench in zip(cells, benches, strict=True):
+        its = [next(trained) for _ in range(bench.settings.seeds)]
+        rows.append(list(_rows(cell, bench, at, its)))
+    return rows
+
+
+def _rows(
+    cell: Cell, bench: Bench, at: Strengths, trained: Sequence[tuple[Row, float]]
+) -> Iterator[Row]:
+    settings, labels = cell.settings, bench.test_labels
     common: Row = {"cell": cell.name, "varied": dict(cell.varied)}
     common |= {"base_seed": settings.seed, "tuned": bench.tuned}
-    base = score(bench.base_logits, bench.test_labels, bench.tuned)
-    rows = [{**common, "stage": "base", "seed": None, "strength": 0.0, **base}]
-    for seed, (factors, loss) in zip(seeds, trained, strict=True):
-        for strength in cell.strengths:
-            pl.scale(model, strength, ADAPTER)
-            with torch.no_grad():
-                on = functional_call(model, factors, (bench.test_inputs,))
-            row = score(answers(bench, on, seed), bench.test_labels, bench.tuned)
+    base = score(bench.base_logits, labels, bench.tuned)
+    yield {**common, "stage": "base", "seed": None, "strength": 0.0, **base}
+    for seed, (factors, loss) in enumerate(trained):
+        on = at.logits(updates(factors, lora_of(settings).scaling), cell.strengths)
+        if settings.route != "none":
+            on = torch.stack([answers(bench, one, seed) for one in on])
+        for strength, row in zip(cell.strengths, scores(on, labels, bench.tuned), strict=True):
             about = {"stage": "on", "seed": seed, "strength": strength, "train_loss": loss}
-            rows.append({**common, **about, **row})
-    return rows
+            yield {**common, **about, **row}
+
+
+def _stacks(cell: Cell) -> bool:
+    return cell.together and trains_together(cell.settings)
 
 
 def trains_together(settings: DigitSettings) -> bool:
@@ -151,9 +190,9 @@ def trains_together(settings: DigitSettings) -> bool:
     return not settings.patience and not (settings.replay and own)
 
 
-def tune_one_by_one(bench: Bench, seeds: Sequence[int]) -> list[tuple[Row, float]]:
-    """Return each seed's trained factors, by name, and its mean training loss."""
-    return [_tuned(bench, seed) for seed in seeds]
+def tune_one_by_one(todo: Sequence[Training]) -> list[tuple[Row, float]]:
+    """Return the trained factors of each, by name, and its mean training loss."""
+    return [_tuned(bench, seed) for bench, seed in todo]
 
 
 def _tuned(bench: Bench, seed: int) -> tuple[Row, float]:
@@ -165,19 +204,25 @@ def _tuned(bench: Bench, seed: int) -> tuple[Row, float]:
     return factors, float(losses.mean())
 
 
-def tune_together(bench: Bench, seeds: Sequence[int]) -> list[tuple[Row, float]]:
-    """Return what `tune_one_by_one` does, to rounding, from one training of all seeds."""
-    parts = [_attached(bench, seed) for seed in seeds]
-    model = Together(parts[0][0], [factors_of(model) for model, _ in parts])
+def tune_together(todo: Sequence[Training]) -> list[tuple[Row, float]]:
+    """Return what `tune_one_by_one` does, to rounding, from one training of all.
+
+    Their benches have the same base and settings, but for those in STACKED.
+    """
+    parts = [_attached(bench, seed) for bench, seed in todo]
+    scalings = [lora_of(bench.settings).scaling for bench, _ in todo]
+    scales = [scaling / scalings[0] for scaling in scalings]
+    model = Together(parts[0][0], [factors_of(model) for model, _ in parts], scales)
     made = [
         recipe(bench, part, model.factors, plain, seed)
-        for seed, (part, plain) in zip(seeds, parts, strict=True)
+        for (bench, seed), (part, plain) in zip(todo, parts, strict=True)
     ]
-    objective = objective_together([one.objective for one in made])
-    _train(bench, made[0], model, objective, StackedBatches([one.batches for one in made]))
+    batches = StackedBatches([one.batches for one in made])
+    objective = objective_together([one.objective for one in made], batches.shared)
+    _train(todo[0][0], made[0], model, objective, batches)
     made[0].finish()
     losses = torch.stack(model.losses).mean(0).tolist()
-    return [(model.of(index), losses[index]) for index in range(len(seeds))]
+    return [(model.of(index), loss) for index, loss in enumerate(losses)]
 
 
 def _train(bench: Bench, made: Recipe, model: nn.Module, objective: Any, batches: Any) -> Any:
@@ -211,6 +256,12 @@ def _shared_bench(settings: DigitSettings) -> Bench:
     return prepare(settings, RunDirectory(Path(), {}, {}, []), device, data, lambda line: None)
 
 
+@lru_cache(maxsize=4)
+def _strengths(settings: DigitSettings) -> Strengths:
+    bench = _shared_bench(settings)
+    return Strengths(bench.model(), bench.test_inputs, bench.base_logits)
+
+
 @lru_cache(maxsize=2)
 def _data(kind: str, data_dir: str) -> Data:
     return load_data(kind, data_dir)
@@ -234,7 +285,7 @@ def run_sweep(
         jobs: processes at a time; a back end chosen by `joblib.parallel_config` is obeyed.
         say: gets each line of what happens.
     """
-    from joblib import Parallel, delayed
+    from joblib import delayed
 
     first = todo[0].settings
     environment = describe(resolve_device(first.device), _data(first.data, first.data_dir))
@@ -242,14 +293,25 @@ def run_sweep(
     run.key = KEY
     left = [cell for cell in todo if not _done(run, cell)]
     say(f"run      {folder}: {len(todo)} cells, {len(todo) - len(left)} of them done")
-    pool = Parallel(n_jobs=jobs, return_as="generator")
-    for path in pool(delayed(_make_base)(base) for base in {_shared(c.settings) for c in left}):
+    # A job is the same, and so are its rows, whichever of its cells are done.
+    todo_jobs = [job for job in jobs_of(todo) if any(cell in left for cell in job)]
+    bases = list(dict.fromkeys(_shared(cell.settings) for cell in left))
+    for path in _pool(jobs, len(bases))(delayed(_make_base)(base) for base in bases):
         say(f"base     {path}")
-    for cell, rows in zip(left, pool(delayed(run_cell)(cell) for cell in left), strict=True):
-        for row in rows:
-            run.record({**row, "commit": environment["commit"]})
-        say(f"cell     {cell.name}, base seed {cell.settings.seed}")
+    made = _pool(jobs, len(todo_jobs))(delayed(run_job)(job) for job in todo_jobs)
+    for job, its in zip(todo_jobs, made, strict=True):
+        for cell, rows in zip(job, its, strict=True):
+            if cell in left:
+                run.record_all({**row, "commit": environment["commit"]} for row in rows)
+                say(f"cell     {cell.name}, base seed {cell.settings.seed}")
     return run
+
+
+def _pool(jobs: int, most: int) -> Any:
+    """Return joblib's pool for `most` calls: for one it starts no process, which takes seconds."""
+    from joblib import Parallel
+
+    return Parallel(n_jobs=min(jobs, max(most, 1)), return_as="generator")
 
 
 def counted_images(settings: DigitSettings) -> Tensor:

@@ -74,6 +74,24 @@ def test_mnist_is_what_torchvision_downloads_and_reads(
     assert same(downloaded, load_data("mnist", str(mnist_dir)))
 
 
+@pytest.mark.parametrize("beside", ["the same", "another", "a shorter one"])
+def test_an_unpacked_file_is_read_only_if_it_is_what_the_archive_has(
+    mnist_dir, tmp_path, monkeypatch, beside
+):
+    """What lies unpacked beside an archive saves unpacking it; with other contents it does not."""
+    packed = (mnist_dir / "t10k-labels-idx1-ubyte.gz").read_bytes()
+    raw = gzip.decompress(packed)
+    other = {"the same": raw, "another": raw[:-1] + b"\xff", "a shorter one": raw[:-1]}
+    (tmp_path / "raw").write_bytes(other[beside])
+    unpacked: list[bytes] = []
+    plain = gzip.decompress
+    monkeypatch.setattr(
+        data_module.gzip, "decompress", lambda given: unpacked.append(given) or plain(given)
+    )
+    assert data_module._unpacked(tmp_path / "raw", packed) == raw
+    assert bool(unpacked) is (beside != "the same")
+
+
 def test_the_environment_variable_names_mnist(mnist_dir, mirrors, tmp_path, monkeypatch):
     """Archives in the folder that PARAMLORA_MNIST names are taken without a download."""
     monkeypatch.setenv("PARAMLORA_MNIST", str(mnist_dir))

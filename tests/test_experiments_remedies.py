@@ -289,9 +289,8 @@ def test_a_remedy_changes_the_training_and_leaves_the_base(bench, remedy):
 def test_seeds_trained_together_come_out_as_one_by_one(bench, remedy):
     """Stacked factors under vmap give each seed's factors and losses, to rounding."""
     its = having(bench, **remedy)
-    for one, two in zip(
-        tune_one_by_one(its, [0, 1, 2]), tune_together(its, [0, 1, 2]), strict=True
-    ):
+    todo = [(its, seed) for seed in range(3)]
+    for one, two in zip(tune_one_by_one(todo), tune_together(todo), strict=True):
         assert_close(two[0], one[0], rtol=1e-3, atol=1e-4)
         assert two[1] == pytest.approx(one[1], rel=1e-5)
 

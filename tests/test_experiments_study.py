@@ -20,7 +20,7 @@ from experiments.evaluate import logits_of, score
 from experiments.published import PUBLISHED
 from experiments.report import markdown, scrambling
 from experiments.rundir import RunDirectory
-from experiments.settings import DigitSettings, preset
+from experiments.settings import DigitSettings, StudyError, preset
 from experiments.study import run_digits
 from experiments.tables import band_table, digit_table, published_for
 
@@ -236,6 +236,28 @@ def test_a_row_that_comes_out_otherwise_is_refused(copied, capsys):
     assert study(copied) == 2
     assert "'on lora 0 0'" in (message := capsys.readouterr().err)
     assert "differs in accuracy" in message
+
+
+def test_rows_that_come_together_are_written_or_refused_together(tmp_path):
+    """Of rows one of which differs from what is there, none is written."""
+    run = RunDirectory.start(tmp_path, {}, {}, ())
+    one, two, three = ({"stage": "on", "seed": seed, "accuracy": 0.5} for seed in range(3))
+    run.record_all([one, two])
+    with pytest.raises(StudyError, match="differs in accuracy"):
+        run.record_all([three, {**one, "accuracy": 0.6}])
+    run.record_all([two, three])
+    assert run.rows == RunDirectory.read(tmp_path).rows == [one, two, three]
+
+
+def test_the_explorer_shows_what_the_rows_say(finished):
+    """At strength 0 its counts are the base's, and at 1 with every layer those of the adapter."""
+    explored = json.loads((finished / "run" / "explore.json").read_text())
+    zero, one = (explored["strengths"].index(strength) for strength in (0.0, 1.0))
+    rows = {(row["stage"], row["method"], row["seed"]): row for row in rows_in(finished)}
+    for seed in range(2):
+        states = explored["adapters"][f"seed {seed}"]["7"]
+        assert states[zero] == rows["base", "base", None]["confusion"]
+        assert states[one] == rows["on", "lora", seed]["confusion"]
 
 
 def test_a_report_is_made_from_rows_alone(finished, tmp_path, trainings, capsys):

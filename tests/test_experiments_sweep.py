@@ -1,7 +1,9 @@
 """Sweeps: the grid, resuming, processes and clusters, and the choice of remedies."""
 
 import csv
+import dataclasses
 import doctest
+import itertools
 import json
 import math
 from pathlib import Path
@@ -9,18 +11,31 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytest
+from torch.testing import assert_close
 
 import paramlora as pl
 from experiments import select as select_module
 from experiments import sweep as sweep_module
 from experiments.__main__ import main
+from experiments.bench import ADAPTER
+from experiments.evaluate import score
 from experiments.families import Family, families
 from experiments.ranks import rank_figure, rank_table, series
 from experiments.rundir import Row, RunDirectory
 from experiments.select import choose, gains, run_remedies
 from experiments.settings import DigitSettings, StudyError, preset
 from experiments.study import lora_of
-from experiments.sweep import cells, parse_grid, run_cell, run_sweep, trains_together
+from experiments.sweep import (
+    bench_of,
+    cells,
+    jobs_of,
+    parse_grid,
+    run_cell,
+    run_sweep,
+    trains_together,
+    tune_one_by_one,
+    tune_together,
+)
 from experiments.sweepreport import points, table
 from experiments.views import png
 
@@ -175,6 +190,58 @@ def test_seeds_together_are_seeds_one_by_one(tmp_path):
     for one, two in zip(*made, strict=True):
         assert one["confusion"] == two["confusion"]
         assert one["accuracy"] == two["accuracy"]
+
+
+@pytest.mark.parametrize("order", ["blog", "seeded"])
+def test_ranks_together_are_ranks_one_by_one(tmp_path, order):
+    """Adapters of other ranks, scales and starts train as one, each as it would by itself."""
+    settings = small(tmp_path, seeds=3, order=order)
+    grid = {"rank": [1, 3, 8], "scale_rule": ["alpha/r", "alpha"], "init": ["gaussian", "kaiming"]}
+    benches = [bench_of(cell.settings) for cell in cells(settings, grid)]
+    todo = [(bench, seed) for bench in benches for seed in range(3)]
+    for (bench, _), one, two in zip(todo, tune_one_by_one(todo), tune_together(todo), strict=True):
+        assert two[0]["linear1.parametrizations.weight.0.factors.digits.A"].shape == (
+            bench.settings.rank,
+            784,
+        )
+        assert_close(two[0], one[0], rtol=1e-3, atol=1e-4)
+        assert two[1] == pytest.approx(one[1], rel=1e-5)
+
+
+def test_strengths_are_those_of_a_pass_for_each(tmp_path):
+    """A row has the counts and the loss of the model with its adapter scaled by the library."""
+    strengths = [0.0, 0.5, 1.5]
+    cell = next(cells(small(tmp_path, activation="relu"), {"strength": strengths}))
+    bench = bench_of(cell.settings)
+    rows = [row for row in run_cell(cell) if row["stage"] == "on"]
+    for seed, (factors, _) in enumerate(tune_together([(bench, 0), (bench, 1)])):
+        model = bench.model()
+        pl.attach(model, lora_of(cell.settings), name=ADAPTER)
+        model.load_state_dict(factors, strict=False)
+        for strength in strengths:
+            row = next(r for r in rows if (r["seed"], r["strength"]) == (seed, strength))
+            pl.scale(model, strength, ADAPTER)
+            its = score(bench.evaluate(model), bench.test_labels, bench.tuned)
+            assert row["confusion"] == its["confusion"]
+            assert row["loss"] == pytest.approx(its["loss"], rel=1e-5)
+
+
+def test_cells_that_can_train_together_are_one_job():
+    """Ranks and scales are; another base, another training or too many images are not."""
+    settings = DigitSettings(seeds=10)
+
+    def sizes(grid: dict[str, list[Any]], **more: Any) -> list[int]:
+        todo = list(cells(dataclasses.replace(settings, **more), grid, base_seeds=2))
+        jobs = jobs_of(todo)
+        assert sorted(map(id, itertools.chain(*jobs))) == sorted(map(id, todo))
+        return [len(job) for job in jobs]
+
+    ranks = [1, 2, 4, 8, 16]
+    assert sizes({"rank": ranks}) == [5, 5]
+    assert sizes({"rank": ranks, "margin": [0.0, 5.0]}) == [5] * 4
+    assert sizes({"rank": ranks, "scale_rule": ["alpha", "alpha/r"]}) == [10, 10]
+    assert sizes({"rank": ranks}, tune_batch=50) == [2, 2, 2, 2, 1, 1]
+    assert sizes({"rank": ranks}, validation=5, patience=1) == [1] * 10
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 16])

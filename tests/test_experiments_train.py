@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from experiments.adam import SmallAdam
 from experiments.bases import base_path, find, keep, network, order_after_base, pretrain, restore
 from experiments.data import hold_out
-from experiments.evaluate import logits_of, score
+from experiments.evaluate import logits_of, score, scores
 from experiments.forgetting import Change, accuracy, change, old_and_new
 from experiments.loggers import (
     CsvLog,
@@ -436,3 +436,16 @@ def test_scores_of_any_number_of_classes():
     row = score(torch.eye(4)[[0, 1, 1, 3]], torch.tensor([0, 1, 2, 3]), [2, 3])
     assert (row["tuned_accuracy"], row["other_accuracy"]) == (0.5, 1.0)
     assert "tuned_accuracy" not in score(torch.eye(4)[:2], torch.tensor([0, 1]), [2, 3])
+
+
+def test_scores_of_several_evaluations_are_each_ones_own():
+    """Counted together, each has the counts of its own, and torch's mean cross-entropy."""
+    labels = torch.randint(0, 4, (50,), generator=torch.Generator().manual_seed(0))
+    logits = 3 * torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(1))
+    for one, row in zip(logits, scores(logits, labels, [1]), strict=True):
+        alone = score(one, labels, [1])
+        assert row == {**alone, "loss": pytest.approx(alone["loss"], rel=1e-6)}
+        assert row["loss"] == pytest.approx(float(F.cross_entropy(one, labels)), rel=1e-6)
+        assert row["wrong_counts"] == [
+            int(((labels == k) & (one.argmax(1) != k)).sum()) for k in range(4)
+        ]

@@ -1,0 +1,84 @@
+"""Every strength of an adapter at once: the logits of a pass for each, for less."""
+
+import doctest
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import paramlora as pl
+from experiments import strengths as strengths_module
+from experiments.evaluate import logits_of
+from experiments.explore import explore
+from experiments.insight import only_at, sites_of
+from experiments.models import DigitNet
+from experiments.recipe import factors_of
+from experiments.strengths import Strengths, chosen, updates
+
+LAMBDAS = (0.0, 0.25, 1.0, -0.5, 1.5)
+SPEC = pl.LoRA(3, 2.0)
+
+
+def adapted(activation: str, relu_logits: bool) -> tuple[DigitNet, DigitNet, torch.Tensor]:
+    """Return a base, the base with an adapter whose B is not zero, and inputs; float64."""
+    torch.manual_seed(0)
+    base, model = (DigitNet([24, 16], activation, relu_logits).double() for _ in range(2))
+    model.load_state_dict(base.state_dict())
+    pl.attach(model, SPEC, name="digits")
+    for factor in pl.parameters(model):
+        torch.nn.init.normal_(factor, std=0.3)
+    return base, model, torch.randn(40, 784, dtype=torch.float64)
+
+
+def test_examples_in_docstrings_run():
+    """The examples in the docstrings give what they say."""
+    result = doctest.testmod(strengths_module)
+    assert result.attempted
+    assert not result.failed
+
+
+@pytest.mark.parametrize("relu_logits", [False, True])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_logits_are_those_of_a_pass_at_each_strength(activation, relu_logits):
+    """With the adapter at every set of layers; at strength 0 they are the base's, bit for bit."""
+    base, model, inputs = adapted(activation, relu_logits)
+    own = logits_of(base, inputs)
+    at, its = Strengths(base, inputs, own), updates(factors_of(model), SPEC.scaling)
+    assert list(its) == ["linear1", "linear2", "linear3"]
+    sites = sites_of(model)
+    for size in range(len(sites) + 1):
+        for some in itertools.combinations(sites, size):
+            got = at.logits(chosen(its, some), LAMBDAS)
+            assert torch.equal(got[0], own)
+            for λ, logits in zip(LAMBDAS, got, strict=True):
+                with only_at(model, some, "digits", strength=λ):
+                    assert_close(logits, logits_of(model, inputs), rtol=1e-10, atol=1e-10)
+
+
+def test_strengths_leave_model_and_base_as_they_were():
+    """Neither the base's weights nor its logits change, and nothing asks for a gradient."""
+    base, model, inputs = adapted("relu", True)
+    before, own = pl.fingerprint(base), logits_of(base, inputs)
+    kept = own.clone()
+    got = Strengths(base, inputs, own).logits(updates(factors_of(model), 1.0), LAMBDAS)
+    assert pl.fingerprint(base) == before
+    assert torch.equal(own, kept)
+    assert not got.requires_grad
+
+
+def test_an_explorer_that_is_given_logits_shows_the_same():
+    """Every state, count and picture is that of the model's own passes."""
+    base, model, inputs = adapted("relu", False)
+    labels = torch.arange(40) % 10
+    at = Strengths(base, inputs, logits_of(base, inputs))
+    its = updates(factors_of(model), SPEC.scaling)
+    given: dict[str, Any] = {"images": torch.zeros(40, 28, 28, dtype=torch.uint8)}
+    given |= {"every_layer": ["digits"], "strengths": LAMBDAS}
+    found = [
+        explore(model, [(inputs, labels)], list("0123456789"), **given, logits=logits)
+        for logits in (None, lambda name, sites, λs: at.logits(chosen(its, sites), λs))
+    ]
+    assert len(found[0]["adapters"]["digits"]) == 7
+    assert found[0] == found[1]
