@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from paramlora import native
+
 from .contestants import CONTESTANTS, Contestant
 from .figure import draw
 from .measure import Case, Entry, check, infer, peak_memory, timed, train_step
@@ -35,6 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     suites = options.suites or [s for s in SUITES if s[:3] == "cpu" or torch.cuda.is_available()]
+    if native.module() is None:
+        print("paramlora's compiled twin is not built: python -m paramlora.build", file=sys.stderr)
     there = [c for c in CONTESTANTS if c.there and _wanted(c, options.only)]
     lacking = [c.name for c in CONTESTANTS if not c.there]
     if lacking:
@@ -139,6 +143,7 @@ def _row(case: Case, contestant: Contestant, mode: str, work: str) -> dict[str, 
         "contestant": contestant.name,
         "version": contestant.version,
         "torch": torch.__version__,
+        "native": native.module() is not None,
         "machine": torch.cuda.get_device_name() if on_gpu else processor(),
         "threads": None if on_gpu else torch.get_num_threads(),
     }

@@ -23,11 +23,18 @@ Built = tuple[nn.Module, Factors]
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way to adapt a model; `package` is what has to be installed for it."""
+    """A way to adapt a model; `package` is what has to be installed for it.
+
+    `then` is called with the model when it has its factors, which do not count in the outputs where
+    it is `off`, and get no gradients where they are not `learned`.
+    """
 
     name: str
     build: Callable[[nn.Module, int, float], Built]
     package: str = "torch"
+    then: Callable[[nn.Module], None] | None = None
+    off: bool = False
+    learned: bool = True
 
     @property
     def there(self) -> bool:
@@ -151,6 +158,8 @@ CONTESTANTS = (
     Contestant("floor", floor),
     Contestant("paramlora", ours, "paramlora"),
     Contestant("paramlora, one dtype", ours_one_dtype, "paramlora"),
+    Contestant("paramlora, merged", ours, "paramlora", pl.merge, learned=False),
+    Contestant("paramlora, off", ours, "paramlora", pl.disable, off=True, learned=False),
     Contestant("PEFT", peft, "peft"),
     Contestant("PEFT, one dtype", peft_one_dtype, "peft"),
     Contestant("loralib", loralib, "loralib"),

@@ -13,6 +13,8 @@ from matplotlib import pyplot as plt
 COLOURS = {
     "paramlora": "#d62728",
     "paramlora, one dtype": "#ff9896",
+    "paramlora, merged": "#8c564b",
+    "paramlora, off": "#e377c2",
     "PEFT": "#1f77b4",
     "PEFT, one dtype": "#aec7e8",
     "loralib": "#2ca02c",

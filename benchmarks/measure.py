@@ -61,6 +61,8 @@ class Case:
         """Return a contestant on a copy of the base; mode: "eager", "compiled" or "graphs"."""
         model, factors = contestant.build(copy.deepcopy(self.base), self.cell.rank, self.alpha)
         give(factors, self.values)
+        if contestant.then is not None:
+            contestant.then(model)
         if mode == "eager":
             return Entry(contestant, model, factors, model)
         plan = "reduce-overhead" if mode == "graphs" else "default"
@@ -94,7 +96,7 @@ def check(case: Case, entry: Entry) -> float:
     y = train_step(entry, x)
     reference = copy.deepcopy(case.base).double()
     s = case.alpha / case.cell.rank
-    if entry.factors:
+    if entry.factors and not entry.contestant.off:
         for path, layer in linears(reference).items():
             A, B = (value.double() for value in case.values[path])
             layer.weight = nn.Parameter(layer.weight + s * B @ A)
@@ -102,7 +104,7 @@ def check(case: Case, entry: Entry) -> float:
     y64 = reference(x64)
     y64.backward(torch.ones_like(y64))
     pairs: list[Any] = [(y, y64), (x.grad, x64.grad)]
-    for path, (A, B) in entry.factors.items():
+    for path, (A, B) in entry.factors.items() if entry.contestant.learned else ():
         dW = reference.get_parameter(f"{path}.weight").grad
         assert dW is not None
         A64, B64 = (value.double() for value in case.values[path])

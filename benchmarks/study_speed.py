@@ -5,10 +5,11 @@
 Each round runs all from nothing, one after the other, so that whatever else the machine does
 falls on all. The study does more in its time: it also merges, unmerges, proves, fine-tunes wrapped
 layers and tries every strength and set of layers. Its report and figures are timed apart, as the
-script makes none. An evaluation is one of the nine strengths at which the study and the sweep try
-an adapter, with all its counts; a pass is the network's own, bound by its arithmetic, of which the
-study makes seven for its proofs. The sweep is 10 adapter seeds × 5 ranks × 9 strengths on one base,
-as the command that a user would give: starting Python, pre-training and the report are in its time.
+script makes none. An evaluation is a pass over the test images with all its counts, as the study
+makes seven for its proofs; a strength is one of the nine at which study and sweep try an adapter,
+with its counts, which share most of their arithmetic. The sweep is 10 adapter seeds × 5 ranks × 9
+strengths on one base, as the command that a user would give: starting Python, pre-training and the
+report are in its time.
 Where others use the machine as well, threads that wait for each other can make the script an order
 of magnitude slower; OMP_NUM_THREADS=1 holds all contestants to one. CPU times vary less.
 FOLDER is as torchvision lays it out, MNIST/raw/ with archives and unpacked files: `--download`.
@@ -147,7 +148,7 @@ def evaluations(folder: Path) -> dict[str, float]:
     for _ in range(PASSES):
         scores(at.logits(its, STRENGTHS), test.labels, tuned)
     each = (time.perf_counter() - began) / PASSES / len(STRENGTHS)
-    return {"evaluation": each, "pass": passes}
+    return {"evaluation": passes, "strength": each}
 
 
 def warm_up() -> None:
@@ -167,7 +168,7 @@ def conclude(rows: list[dict[str, Any]]) -> int:
     for label, name, key, its in (
         ("study", "study", "seconds", "seconds"),
         ("evaluation", "study", "evaluation", "evaluation"),
-        ("a pass", "study", "evaluation", "pass"),
+        ("a strength", "study", "evaluation", "strength"),
         ("sweep", "sweep", "seconds", "seconds"),
         ("study, CPU", "study", "cpu", "cpu"),
         ("sweep, CPU", "sweep", "cpu", "cpu"),

@@ -1,5 +1,6 @@
 """The compiled twin of a factored Linear: its own loops, how it is built, and doing without it."""
 
+import copy
 import itertools
 import os
 import shutil
@@ -7,7 +8,8 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +113,56 @@ class TestGpu:
         for a, e in zip(found, expected, strict=True):
             assert error(a, e) < BOUNDS[dtype]
         assert [t.dtype for t in found[1:]] == dtypes
+
+
+class TestRouted:
+    @pytest.mark.parametrize("rank", [1, 3, 16])
+    @pytest.mark.parametrize("shape", [(1, 20), (40, 20), (9, 5, 20)], ids=str)
+    def test_rows_with_adapters_of_their_own(
+        self, shape: tuple[int, ...], rank: int, native_module: ModuleType
+    ) -> None:
+        """Each row, one alone or many of an adapter, gets float64's; others get the base."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 70), nn.ReLU(), nn.Linear(70, 3))
+        for i in range(3):
+            pl.attach(model, pl.LoRA(rank, 2.0), name=f"a{i}")
+        with torch.no_grad():
+            for factor in pl.parameters(model):
+                factor.normal_(std=0.3)
+        x = torch.randn(shape)
+        ids = torch.randint(-1, 3, shape[:1])
+        ids[0] = 2
+        exact = copy.deepcopy(model).double()
+        with torch.no_grad():
+            with pl.routed(model, ids):
+                found = model(x)
+            for i, row, its in zip(ids.tolist(), x.double(), found, strict=True):
+                with pl.disabled(exact) if i < 0 else pl.using(exact, f"a{i}"):
+                    assert error(its, exact(row)) < BOUNDS[torch.float32]
+
+    def test_it_takes_part(
+        self, native_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Inference in float32 on a CPU goes through it; training and other dtypes do not."""
+        calls = []
+
+        def routed(*given: Any) -> Tensor:
+            calls.append(given)
+            return native_module.routed(*given)
+
+        twin = SimpleNamespace(routed=routed, linear=native_module.linear)
+        monkeypatch.setattr(native, "module", lambda: twin)
+        layer = nn.Linear(4, 3)
+        pl.attach(layer, pl.LoRA(2), "weight")
+        x = torch.randn(2, 4)
+        with pl.routed(layer, [0, -1]):
+            with torch.no_grad():
+                layer(x)
+            assert len(calls) == 1
+            layer(x)
+        with torch.no_grad(), pl.routed(layer.double(), [0, -1]):
+            layer(x.double())
+        assert len(calls) == 1
 
 
 class TestGraph:
