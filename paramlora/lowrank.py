@@ -239,7 +239,7 @@ def _forward(
 def _plain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
     if torch.compiler.is_compiling():
         # It fuses the scale with the cast, and the sum with an activation that may follow.
-        return F.linear(x, W, b) + F.linear(F.linear(x, (A * s).to(x.dtype)), B.to(x.dtype))
+        return F.linear(x, W, b) + F.linear(F.linear(x, _scaled(A, s).to(x.dtype)), B.to(x.dtype))
     if A.dtype is not x.dtype:
         A, B = A.to(x.dtype), B.to(x.dtype)
     # The fewest operations: the scale and the sum ride in the last product.
