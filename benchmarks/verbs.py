@@ -101,7 +101,7 @@ def measure(
     adapters: int, width: int, dtype: torch.dtype, rounds: int, clock: str
 ) -> list[dict[str, Any]]:
     """Return a row for each library and verb."""
-    now = time.process_time if clock == "cpu" else time.perf_counter
+    now = time.process_time if clock == "processor" else time.perf_counter
     contestants = {"paramlora": ours(width, dtype, adapters), "PEFT": peft(width, dtype, adapters)}
     seconds: dict[tuple[str, str], list[float]] = {}
     for _ in tqdm(range(rounds + 1), desc=f"{adapters} adapters", unit="round", disable=None):
@@ -140,8 +140,8 @@ def main() -> None:
     parser.add_argument(
         "--clock",
         default="wall",
-        choices=["wall", "cpu"],
-        help="cpu: what the processor spent, for a machine that others use as well",
+        choices=["wall", "processor"],
+        help="processor: its time, on a machine that others use as well",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="a folder")
     options = parser.parse_args()
