@@ -26,7 +26,9 @@ help:
 study: $(VENV)/ready-experiments
 	$(PY) -m experiments digits $(ARGS)
 
+# Without a compiler what it builds is left out, and its tests are skipped.
 test: $(VENV)/ready-test
+	-$(PY) -m paramlora.build
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/ready-dev

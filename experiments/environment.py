@@ -2,7 +2,6 @@
 
 import platform
 import subprocess
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,6 @@ def machine(device: torch.device, *packages: str) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=1)
 def commit() -> str | None:
     """Return the commit that the code is at, "-dirty" added where it was changed since, or None."""
     try:

@@ -131,7 +131,9 @@ def jobs_of(todo: Sequence[Cell]) -> list[list[Cell]]:
     like: dict[Any, list[Cell]] = {}
     for cell in todo:
         same = {name: getattr(DigitSettings, name) for name in STACKED}
-        key = cell.together, dataclasses.replace(cell.settings, **same)
+        # An update of no scale is no multiple of another one.
+        none = lora_of(cell.settings).scaling == 0
+        key = cell.together, none, dataclasses.replace(cell.settings, **same)
         job, images = like.get(key, []), cell.settings.tune_batch or cell.settings.batch
         whole = sum(c.settings.seeds for c in [*job, cell]) * images > TOGETHER
         if not job or whole or not _stacks(cell):
@@ -211,7 +213,7 @@ def tune_together(todo: Sequence[Training]) -> list[tuple[Row, float]]:
     """
     parts = [_attached(bench, seed) for bench, seed in todo]
     scalings = [lora_of(bench.settings).scaling for bench, _ in todo]
-    scales = [scaling / scalings[0] for scaling in scalings]
+    scales = [1.0 if its == scalings[0] else its / scalings[0] for its in scalings]
     model = Together(parts[0][0], [factors_of(model) for model, _ in parts], scales)
     made = [
         recipe(bench, part, model.factors, plain, seed)

@@ -17,10 +17,6 @@ def build(verbose: bool = False) -> Path:
     """
     target = native.path()
     if not target.exists():
-        # A ninja that pip installed beside this interpreter counts, whether or not it is activated.
-        beside = str(Path(sys.executable).parent)
-        if beside not in os.environ.get("PATH", "").split(os.pathsep):
-            os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", "")])
         target.parent.mkdir(parents=True, exist_ok=True)
         # Elsewhere, then moved: one that was cut off or runs beside this leaves nothing half made.
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -31,6 +27,9 @@ def build(verbose: bool = False) -> Path:
 
 
 def _compile(folder: str, verbose: bool) -> None:
+    # A ninja that pip installed beside this interpreter counts, whether or not it is activated.
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([before, str(Path(sys.executable).parent)])
     try:
         from torch.utils import cpp_extension
 
@@ -47,6 +46,8 @@ def _compile(folder: str, verbose: bool) -> None:
             "the compiled twin cannot be built; it takes a C++ compiler, Python's headers, ninja "
             f"and setuptools (pip install ninja setuptools); all works without it: {error}"
         ) from error
+    finally:
+        os.environ["PATH"] = before
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import native
@@ -55,6 +55,9 @@ _PLAIN_BELOW = {
     ("cuda", True): 2**24,
     ("cuda", False): 2**22,
 }
+
+# The types whose values are all that they are.
+EXACT = {Tensor, nn.Parameter}
 
 # Below this many elements a launch costs more than the traffic that a kernel saves.
 _WORTH_A_KERNEL = 2**25
@@ -142,7 +145,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tens
     if type(x) is Tensor and not torch.compiler.is_compiling():
         m, k = W.shape
         n, device = x.numel() // max(k, 1), "cpu" if x.is_cpu else "cuda"
-        built = native.module()
+        built = native.module() if unseen() and {type(W), type(A), type(B)} <= EXACT else None
         plan = choose(n, k, m, W.dtype, device, grad, built is not None)
         if plan is not _PLAIN and untransformed(x):
             if built is not None and plan.native:
@@ -278,6 +281,11 @@ def untransformed(x: Tensor) -> bool:
         and x.dim() > 1
         and not x.is_meta
     )
+
+
+def unseen() -> bool:
+    """Return whether nothing records operations: to a recorder, those of the twin do not exist."""
+    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._get_tracing_state() is None
 
 
 def transformed() -> bool:

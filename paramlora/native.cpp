@@ -12,6 +12,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
@@ -29,9 +30,11 @@ namespace {
 
 // ---- Thin products of float32 matrices in a CPU's memory, all of them contiguous ----
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 // One binary for every processor: the loader takes the best version for the one at hand.
-#define CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define CLONES __attribute__((target_clones("avx512f", "arch=x86-64-v3", "default")))
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))  // without FMA
 #else
 #define CLONES
 #endif
@@ -223,10 +226,15 @@ void parallel_outer(const float* X, int64_t n, int64_t K, const float* H, int64_
 
 // ---- The same on any tensors ----
 
+// What the loops can read: where its memory says what it is.
+bool readable(const Tensor& t) {
+  return t.is_cpu() && t.scalar_type() == at::kFloat && t.layout() == at::kStrided && !t.is_neg() &&
+      !at::isTensorSubclassLike(t);
+}
+
 // Of a high rank, and of many rows that fill no vector, BLAS makes more than these loops do.
-bool own_loops(const Tensor& t, int64_t r) {
-  if (r > 64 || !t.is_cpu() || t.scalar_type() != at::kFloat || t.layout() != at::kStrided)
-    return false;
+bool own_loops(const Tensor& t, int64_t r, const Tensor& other) {
+  if (r > 64 || !readable(t) || !readable(other)) return false;
   int64_t columns = t.size(-1);
   return columns >= 4 * WIDTH || columns % WIDTH == 0 || t.numel() < 2 * WIDTH * columns;
 }
@@ -256,7 +264,7 @@ Tensor rows_of(const Tensor& B, double s) {
 
 // x Aᵀ, (n, r)
 Tensor down(const Tensor& x2, const Tensor& A) {
-  if (!own_loops(x2, A.size(0))) return at::mm(x2, A.t());
+  if (!own_loops(x2, A.size(0), A)) return at::mm(x2, A.t());
   auto x = x2.contiguous(), a = A.contiguous();
   auto h = at::empty({x.size(0), a.size(0)}, x.options());
   parallel_dots(in(x), x.size(0), x.size(1), in(a), a.size(0), out(h));
@@ -265,13 +273,13 @@ Tensor down(const Tensor& x2, const Tensor& A) {
 
 // s · dy B, (n, r)
 Tensor gradient_of_h(const Tensor& dy, const Tensor& B, double s) {
-  return own_loops(dy, B.size(1)) ? down(dy, rows_of(B, s)) : scaled_mm(dy, B, s);
+  return own_loops(dy, B.size(1), B) ? down(dy, rows_of(B, s)) : scaled_mm(dy, B, s);
 }
 
 // dhᵀ x, (r, k)
 Tensor gradient_of_A(const Tensor& dh, const Tensor& x2) {
   int64_t r = dh.size(1), k = x2.size(1);
-  if (!own_loops(x2, r)) return at::mm(dh.t(), x2);
+  if (!own_loops(x2, r, dh)) return at::mm(dh.t(), x2);
   auto x = x2.contiguous();
   auto dA = at::empty({r, k}, x.options());
   parallel_outer(in(x), x.size(0), k, in(dh), r, out(dA));
@@ -281,7 +289,7 @@ Tensor gradient_of_A(const Tensor& dh, const Tensor& x2) {
 // s · dyᵀ h, (m, r)
 Tensor gradient_of_B(const Tensor& dy, const Tensor& h, double s) {
   int64_t m = dy.size(1), r = h.size(1);
-  if (!own_loops(dy, r)) return scaled_mm(dy.t(), h, s);
+  if (!own_loops(dy, r, h)) return scaled_mm(dy.t(), h, s);
   auto across = gradient_of_A(h, dy);
   auto dB = at::empty({m, r}, dy.options());
   transpose(in(across), r, m, out(dB), s);
@@ -290,7 +298,7 @@ Tensor gradient_of_B(const Tensor& dy, const Tensor& h, double s) {
 
 // C + s · P Q; into C where `inplace`.
 Tensor update(const Tensor& C, const Tensor& P, const Tensor& Q, double s, bool inplace) {
-  if (!own_loops(C, P.size(1)) || !C.is_contiguous())
+  if (!own_loops(C, P.size(1), P) || !readable(Q) || !C.is_contiguous())
     return inplace ? C.addmm_(P, Q, 1, s) : at::addmm(C, P, Q, 1, s);
   auto y = inplace ? C : at::empty_like(C);
   auto p = P.contiguous(), q = Q.contiguous();
@@ -309,16 +317,23 @@ Forward compute(
     const Tensor& B, double s, bool dense) {
   auto a = cast(A, x), up = cast(B, x);
   if (dense) return {at::linear(x, update(W, up, a, s, false), b), Tensor()};
-  auto h = down(matrix(x), a);
   // Of x as it is: a strided one is rounded otherwise than its copy, and B = 0 must be the base.
   auto y = at::linear(x, W, b);
+  auto h = down(matrix(x), a);
   if (!y.is_contiguous()) y = y.contiguous();
   auto y2 = y.view({-1, W.size(0)});
-  if (own_loops(y2, A.size(0)))
+  if (own_loops(y2, A.size(0), up))
     update(y2, h, rows_of(up, s), 1, true);
   else
     update(y2, h, up.t(), s, true);
   return {y, h};
+}
+
+// Whether something looks on that needs operations which it knows: vmap, forward-mode differentiation.
+bool observed(const variable_list& tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) {
+    return t.defined() && (at::isTensorSubclassLike(t) || t._fw_grad(0).defined());
+  });
 }
 
 class Linear : public torch::autograd::Function<Linear> {
@@ -328,7 +343,11 @@ class Linear : public torch::autograd::Function<Linear> {
       const std::optional<Tensor>& b, double s, bool dense, bool dense_backward) {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [y, h] = compute(x, W, b, A, B, s, dense);
-    ctx->save_for_backward({x, W, A, B, h});
+    // Nothing that no wanted gradient needs: x may be written to, and W merged.
+    bool of_x = W.requires_grad() || A.requires_grad() || B.requires_grad();
+    ctx->save_for_backward(
+        {of_x ? x : Tensor(), x.requires_grad() ? W : Tensor(), A, B,
+         B.requires_grad() ? h : Tensor()});
     ctx->saved_data["s"] = s;
     ctx->saved_data["dense"] = dense_backward;
     ctx->saved_data["bias"] = b.has_value();
@@ -337,22 +356,24 @@ class Linear : public torch::autograd::Function<Linear> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     auto saved = ctx->get_saved_variables();
-    const auto &x = saved[0], &W = saved[1], &A = saved[2], &B = saved[3];
+    const auto &x = saved[0], &W = saved[1], &A = saved[2], &B = saved[3], &g = grads[0];
     double s = ctx->saved_data["s"].toDouble();
-    auto a = cast(A, x), up = cast(B, x);
-    auto x2 = matrix(x), dy = matrix(grads[0]);
+    auto a = cast(A, g), up = cast(B, g);
+    auto x2 = x.defined() ? matrix(x) : x, dy = matrix(g);
+    auto shape = g.sizes().vec();
+    shape.back() = A.size(1);
     bool dense = ctx->saved_data["dense"].toBool();
     // Counted without what is no tensor, so b comes last.
     bool to_x = ctx->needs_input_grad(0), to_W = ctx->needs_input_grad(1);
     bool to_A = ctx->needs_input_grad(2), to_B = ctx->needs_input_grad(3);
     bool to_b = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(4);
     Tensor h = saved[4], dx, dW, db, dA, dB, dh;
-    if (at::GradMode::is_enabled()) {
-      // A graph of the backward is wanted: in operations that have one, from what has one.
+    if (at::GradMode::is_enabled() || observed(grads) || observed(saved)) {
+      // A graph of the backward is wanted, or a batch or a tangent of it: in plain operations.
       if (to_A || to_x) dh = at::mm(dy, up) * s;
       if (to_B) dB = at::mm(dy.t(), at::mm(x2, a.t())) * s;
       if (to_A) dA = at::mm(dh.t(), x2);
-      if (to_x) dx = (at::mm(dy, W) + at::mm(dh, a)).view_as(x);
+      if (to_x) dx = (at::mm(dy, W) + at::mm(dh, a)).view(shape);
     } else {
       dy = dy.contiguous();
       if (to_A || (to_x && !dense)) dh = gradient_of_h(dy, up, s);
@@ -364,7 +385,7 @@ class Linear : public torch::autograd::Function<Linear> {
         dx = at::mm(dy, update(W, up, a, s, false));
       else
         dx = update(at::mm(dy, W), dh, a, 1, true);
-      dx = dx.view(x.sizes());
+      dx = dx.view(shape);
     }
     if (to_W) dW = at::mm(dy.t(), x2);
     if (to_b) db = dy.sum(0);
@@ -375,6 +396,13 @@ class Linear : public torch::autograd::Function<Linear> {
 Tensor linear(
     const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, const Tensor& A,
     const Tensor& B, double s, bool dense, bool dense_backward) {
+  TORCH_CHECK(
+      W.dim() == 2 && A.dim() == 2 && B.dim() == 2 && A.size(1) == W.size(1) &&
+          B.size(0) == W.size(0) && A.size(0) == B.size(1),
+      "factors of shapes ", A.sizes(), " and ", B.sizes(), " do not fit a weight of ", W.sizes());
+  TORCH_CHECK(
+      A.device() == W.device() && B.device() == W.device(), "factors on ", A.device(), " and ",
+      B.device(), " do not fit a weight on ", W.device());
   if (at::GradMode::is_enabled()) return Linear::apply(x, W, A, B, b, s, dense, dense_backward);
   return compute(x, W, b, A, B, s, dense).y;
 }

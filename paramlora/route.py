@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import native
 from .adapters import LowRank
 from .errors import StateError
-from .lowrank import untransformed
+from .lowrank import EXACT, unseen, untransformed
 from .stack import Site, Stack, lists, once_each, sites, stack_of
 from .toggle import check_unmerged, names_of, select
 
@@ -387,10 +387,10 @@ def _native_for(
     x: Tensor, W: Tensor, b: Tensor | None, terms: Sequence[tuple[int, LowRank]]
 ) -> ModuleType | None:
     """Return the compiled twin where it can take this: float32 on a CPU, without gradients."""
-    if torch.is_grad_enabled() or type(x) is not Tensor or not untransformed(x):
+    if torch.is_grad_enabled() or type(x) is not Tensor or not (untransformed(x) and unseen()):
         return None
     tensors = [x, W, *([] if b is None else [b]), *(t for _, term in terms for t in term[:2])]
-    fits = all(t.is_cpu and t.dtype is torch.float32 for t in tensors)
+    fits = all(type(t) in EXACT and t.is_cpu and t.dtype is torch.float32 for t in tensors)
     plain = all(isinstance(term.scale, float) for _, term in terms)
     return native.module() if fits and plain else None
 

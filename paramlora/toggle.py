@@ -231,15 +231,18 @@ def _restored(model: nn.Module) -> Iterator[list[Stack]]:
     for stack in here:
         named = {**stack.named}
         strengths = [*map(_STRENGTH, named.values())]
-        before.append((stack, stack.__dict__["active"], named, strengths))
+        state = stack.__dict__
+        # Inside of `routed` an adapter may be active and not live.
+        live = state["active"] if state["merged"] else state["live"]
+        before.append((stack, state["active"], live, named, strengths))
     try:
         yield here
     finally:
-        for stack, active, named, strengths in before:
+        for stack, active, live, named, strengths in before:
             state = stack.__dict__
             # By identity: what is attached inside may have the name of what was detached.
             if stack.named == named and not state["merged"]:
-                state["active"] = state["live"] = active
+                state["active"], state["live"] = active, live
                 if any(map(operator.is_not, map(_STRENGTH, named.values()), strengths)):
                     for factors, strength in zip(named.values(), strengths, strict=True):
                         factors.put_strength(strength)

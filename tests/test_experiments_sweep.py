@@ -208,6 +208,15 @@ def test_ranks_together_are_ranks_one_by_one(tmp_path, order):
         assert two[1] == pytest.approx(one[1], rel=1e-5)
 
 
+def test_an_update_of_no_scale_is_a_cell_like_any_other(tmp_path):
+    """At alpha 0 all answers are the base's, beside cells that learn."""
+    settings = small(tmp_path, seeds=2)
+    rows = [run_cell(cell) for cell in cells(settings, {"alpha": [0.0, 1.0]})]
+    assert len(jobs_of(list(cells(settings, {"alpha": [0.0, 0.0, 1.0]})))) == 2
+    assert all(row["confusion"] == rows[0][0]["confusion"] for row in rows[0])
+    assert any(row["confusion"] != rows[1][0]["confusion"] for row in rows[1])
+
+
 def test_strengths_are_those_of_a_pass_for_each(tmp_path):
     """A row has the counts and the loss of the model with its adapter scaled by the library."""
     strengths = [0.0, 0.5, 1.5]

@@ -1,6 +1,7 @@
 """The compiled twin of a factored Linear: its own loops, how it is built, and doing without it."""
 
 import copy
+import functools
 import itertools
 import os
 import shutil
@@ -15,8 +16,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 import paramlora as pl
 from paramlora import lowrank, native
@@ -113,6 +117,151 @@ class TestGpu:
         for a, e in zip(found, expected, strict=True):
             assert error(a, e) < BOUNDS[dtype]
         assert [t.dtype for t in found[1:]] == dtypes
+
+
+class TestSeen:
+    """What looks on while a layer is computed sees all of it: the twin steps aside."""
+
+    @staticmethod
+    def adapted() -> tuple[nn.Module, Tensor]:
+        torch.manual_seed(0)
+        layer = nn.Linear(64, 48)
+        pl.attach(layer, pl.LoRA(2), "weight")
+        with torch.no_grad():
+            for factor in pl.parameters(layer):
+                factor.normal_()
+        return layer, torch.randn(5, 64)
+
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_traced(self, grad: bool, native_module: ModuleType) -> None:
+        """torch.jit.trace and make_fx record the adapter, with and without gradients."""
+        layer, x = self.adapted()
+        other = torch.randn(5, 64)
+        with torch.set_grad_enabled(grad):
+            traced = torch.jit.trace(layer, x)
+            made = make_fx(lambda x: layer(x))(x)
+            for recorded in (traced, made):
+                assert_close(recorded(other), layer(other))
+
+    def test_counted(self, native_module: ModuleType) -> None:
+        """A dispatch mode sees the products of the factors, and can count their operations."""
+        layer, x = self.adapted()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            layer(x)
+        assert counter.get_total_flops() == 2 * 5 * (64 * 48 + 2 * (64 + 48))
+
+    def test_selective_checkpointing(self, native_module: ModuleType) -> None:
+        """Gradients are the same where a policy keeps the outputs of linear layers."""
+        layer, x = self.adapted()
+        model = nn.Sequential(layer, nn.Tanh())
+        leaves = list(pl.parameters(model))
+        expected = torch.autograd.grad(model(x).square().sum(), leaves)
+        aten = torch.ops.aten
+        kept = [aten.mm.default, aten.addmm.default, aten.linear.default]
+        context = functools.partial(create_selective_checkpoint_contexts, kept)
+        y = checkpoint(model, x, use_reentrant=False, context_fn=context)
+        assert_close(torch.autograd.grad(y.square().sum(), leaves), expected)
+
+    def test_batched_gradients(self, native_module: ModuleType) -> None:
+        """Several gradients at once, by vmap over the backward, are those one by one."""
+        layer, x = self.adapted()
+        x.requires_grad_()
+        leaves = [x, *pl.parameters(layer)]
+        y = layer(x)
+        dy = torch.randn(3, *y.shape)
+        batched = torch.autograd.grad(y, leaves, dy, retain_graph=True, is_grads_batched=True)
+        single = [torch.autograd.grad(y, leaves, one, retain_graph=True) for one in dy]
+        assert_close(list(batched), [torch.stack(parts) for parts in zip(*single, strict=True)])
+
+    def test_tangents_of_gradients(self, native_module: ModuleType) -> None:
+        """Forward-mode differentiation of the backward gives the tangents of all gradients."""
+        layer, x = self.adapted()
+        x.requires_grad_()
+        leaves = [x, *pl.parameters(layer)]
+        y = layer(x)
+        v, t = torch.randn_like(y), torch.randn_like(y)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(v, t)
+            grads = torch.autograd.grad(y, leaves, dual, retain_graph=True)
+            tangents = [forward_ad.unpack_dual(grad).tangent for grad in grads]
+        # A gradient is linear in that of the output.
+        assert_close(tangents, list(torch.autograd.grad(y, leaves, t)))
+
+    def test_second_derivatives_in_float32(self, native_module: ModuleType) -> None:
+        """Gradients of gradients of the float32 loops are those of float64."""
+        layer, x = self.adapted()
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            layer, its = layer.to(dtype), x.to(dtype).detach().requires_grad_()
+            leaves = [its, *pl.parameters(layer)]
+            first = torch.autograd.grad(layer(its).tanh().sum(), leaves, create_graph=True)
+            total = torch.stack([grad.square().sum() for grad in first]).sum()
+            found.append(torch.autograd.grad(total, leaves))
+        for a, e in zip(*found, strict=True):
+            assert error(a, e) < 1e-4
+
+    def test_other_types_of_weights(self, native_module: ModuleType) -> None:
+        """A subclass of Tensor as the weight is asked what F.linear is to it."""
+        calls = []
+
+        class Weight(Tensor):
+            @classmethod
+            def __torch_function__(cls, func, types, args=(), kwargs=None):
+                calls.append(func)
+                return super().__torch_function__(func, types, args, kwargs or {})
+
+        A, B = torch.randn(2, 6), torch.randn(4, 2)
+        W = torch.randn(4, 6).as_subclass(Weight)
+        lowrank.linear(torch.randn(3, 6), W, None, [lowrank.LowRank(A, B, 1.0)])
+        assert F.linear in calls
+
+    def test_a_negative_view(self, native_module: ModuleType) -> None:
+        """A tensor whose memory has the other sign is read as what it is."""
+        layer, x = self.adapted()
+        with torch.no_grad():
+            assert_close(layer(torch._neg_view(x)), layer(-x))
+
+
+class TestWrong:
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_an_input_of_another_width(self, grad: bool, native_module: ModuleType) -> None:
+        """It is torch's own error, before anything is read."""
+        layer = nn.Linear(1024, 64)
+        pl.attach(layer, pl.LoRA(2), "weight")
+        with torch.set_grad_enabled(grad):
+            for width in (1, 2048, 1024 * 1024):
+                with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                    layer(torch.randn(1, width))
+
+    def test_factors_that_do_not_fit(self, native_module: ModuleType) -> None:
+        """Factors of other shapes are refused, with theirs and the weight's."""
+        given = [torch.ones(s) for s in ((2, 3), (4, 3), (1, 3), (5, 1))]
+        with pytest.raises(RuntimeError, match=r"\[1, 3\] and \[5, 1\] do not fit .*\[4, 3\]"):
+            native_module.linear(given[0], given[1], None, given[2], given[3], 1.0, False, False)
+
+    def test_frozen_factors_keep_nothing(self, native_module: ModuleType) -> None:
+        """For dx alone x is not kept, and may be written to; W is not kept for the factors'."""
+        layer = nn.Linear(64, 48)
+        pl.attach(layer, pl.LoRA(2), "weight")
+        x = torch.randn(5, 64, requires_grad=True)
+        kept: list[Tensor] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            layer(x)
+            assert any(t.shape == (48, 64) for t in kept)
+            kept.clear()
+            layer(x.detach())
+            assert not any(t.shape == (48, 64) for t in kept)
+        pl.freeze(layer)
+        z = x * 1.0
+        y = layer(z)
+        z.relu_()
+        y.sum().backward()
+        assert x.grad is not None
 
 
 class TestRouted:
@@ -231,6 +380,30 @@ class TestGraph:
 
 
 class TestBuilt:
+    @pytest.mark.parametrize("case", ["no home", "a home that cannot be read", "no source"])
+    def test_where_nothing_can_be_built(
+        self, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where there is no home, no right to look, or no source, all is computed in Python."""
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+        if case == "no home":
+
+            def home() -> Path:
+                raise RuntimeError("Could not determine home directory.")
+
+            monkeypatch.setattr(Path, "home", home)
+        elif case == "no source":
+            monkeypatch.setattr(native, "SOURCE", tmp_path / "native.cpp")
+        else:
+            # A file where a folder should be: what is beneath cannot be looked at.
+            monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "deep"))
+            (tmp_path / "file").write_text("")
+        native.module.cache_clear()
+        try:
+            assert native.module() is None
+        finally:
+            native.module.cache_clear()
+
     def test_it_is_found_by_itself(self, native_module: ModuleType) -> None:
         """A process that finds the built file uses it; PARAMLORA_NATIVE=0 leaves it out."""
         program = "from paramlora import native; print(native.module() is not None)"

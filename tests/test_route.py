@@ -154,6 +154,22 @@ def linear() -> nn.Sequential:
 
 
 class TestRouted:
+    def test_contexts_inside_leave_what_is_routed(self) -> None:
+        """Entering and leaving `disabled` or `using` inside changes no output, named or not."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+        pl.attach(model, pl.LoRA(2, init="orthogonal"), "0", name="a")
+        pl.attach(model, pl.LoRA(2, init="orthogonal"), "1", name="b")
+        with torch.no_grad():
+            for factor in pl.parameters(model):
+                factor.normal_()
+            x = torch.randn(2, 4)
+            with pl.routed(model, [0, -1], "a"):
+                before = model(x)
+                with pl.disabled(model), pl.using(model, "b"):
+                    pass
+                assert torch.equal(model(x), before)
+
     def test_a_model_of_mixed_layers(self) -> None:
         """Layers of different kinds, a bias, and a site that one adapter does not have."""
         torch.manual_seed(0)
