@@ -50,7 +50,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("overhead: time over the frozen floor, less 1 (log scale)")
         axis.grid(alpha=0.3)
     axes[0].set_yticks(list(places.values()), list(places))
-    axes[1].legend(loc="best", fontsize=8)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
