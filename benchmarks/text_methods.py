@@ -4,7 +4,8 @@
 
 First every method is trained once at each of its learning rates, and the rate is kept that gives
 the highest accuracy on the validation rows, the lowest of several that do. Then every method is
-trained with it over the seeds; last, each once more alone on the device, for its time and memory.
+trained with it over the seeds; last, each twice more for an epoch, alone on the device, and the
+second of these, free from what the first use of anything costs, gives its time and memory.
 Every training is an ordinary run of the text study in a folder of its own, so that a table that was
 cut off goes on. Where `--rates` leaves one rate there is nothing to choose, and no grid.
 """
@@ -18,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from experiments.bands import Band, Table
+from experiments.bands import Table
 from experiments.rundir import Row, RunDirectory
 from experiments.text_report import percent2, tuned_rows, write_text_report
 from experiments.text_settings import TextSettings
@@ -126,7 +127,7 @@ def result(folder: Path, name: str, rate: float) -> Row:
     """Return a line of the table: what the seeds gave, and time and memory of the run alone."""
     rows = tuned_rows(RunDirectory.read(folder / "seeds" / slug(name, rate)))
     alone = folder / "alone" / slug(name, rate)
-    timed = tuned_rows(RunDirectory.read(alone))[0] if alone.exists() else {}
+    timed = tuned_rows(RunDirectory.read(alone))[-1] if alone.exists() else {}
     return {
         "method": name,
         "rate": rate,
@@ -141,7 +142,7 @@ def result(folder: Path, name: str, rate: float) -> Row:
 
 
 def table(results: list[Row]) -> Table:
-    head = ["method", "trained", "share", "rate", "validation %", "test %", "n", "s", "GB"]
+    head = ["method", "trained", "share", "rate", "validation %", "test %", "n", "ms a step", "GB"]
     return Table(
         head,
         [
@@ -153,7 +154,7 @@ def table(results: list[Row]) -> Table:
                 percent2(row["validation"]),
                 percent2(row["test"]),
                 str(len(row["test"])),
-                "-" if row["seconds"] is None else Band((row["seconds"],)).shown(1),
+                "-" if row["seconds"] is None else f"{1e3 * row['seconds'] / row['steps']:.1f}",
                 "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}",
             ]
             for row in results
@@ -219,7 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps(chosen), flush=True)
     for part, settings, workers in (
         ("seeds", replace(base, seeds=options.seeds), options.workers),
-        ("alone", grid, 1),
+        ("alone", replace(grid, seeds=2, epochs=1), 1),
     ):
         if part not in options.phases:
             continue
