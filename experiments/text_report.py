@@ -59,7 +59,10 @@ FORGETTING = (
     "Spearman's rank correlation of all those cosines with the checkpoint's. Both stand in for a "
     "benchmark of sentence similarity, which they are not."
 )
-CAPTION = "Accuracy on the task against what is left of the checkpoint's ability, by strength λ"
+CAPTION = (
+    "Accuracy on the task against what is left of the checkpoint's ability, by strength λ: the mean "
+    "over the seeds, and each of them as a dot"
+)
 
 
 def title(run: RunDirectory) -> str:
@@ -207,8 +210,9 @@ def _strengths(run: RunDirectory, axes: Any) -> None:
                 its_y = [100 * value for value in row["accuracy"]]
                 axis.plot(its_x, its_y, ".", color=mean.get_color(), alpha=0.4)
             for i in count:
+                # Above and below in turn: where little is left the points lie close together.
                 axis.annotate(f"{its[0]['strengths'][i]:g}", (x[i], y[i]), fontsize=7,
-                              xytext=(3, 3), textcoords="offset points")  # fmt: skip
+                              xytext=(3, -10 if i % 2 else 4), textcoords="offset points")  # fmt: skip
         axis.set_xlabel(name)
         axis.set_ylabel("accuracy on the task, test rows, %")
         axis.legend()
