@@ -60,8 +60,8 @@ FORGETTING = (
     "benchmark of sentence similarity, which they are not."
 )
 CAPTION = (
-    "Accuracy on the task against what is left of the checkpoint's ability, by strength λ: the mean "
-    "over the seeds, and each of them as a dot"
+    "Accuracy on the task against what is left of the checkpoint's ability, by strength λ: the "
+    "mean over the seeds, and each of them as a dot"
 )
 
 
@@ -211,8 +211,9 @@ def _strengths(run: RunDirectory, axes: Any) -> None:
                 axis.plot(its_x, its_y, ".", color=mean.get_color(), alpha=0.4)
             for i in count:
                 # Above and below in turn: where little is left the points lie close together.
+                offset = (3, -10 if i % 2 else 4)
                 axis.annotate(f"{its[0]['strengths'][i]:g}", (x[i], y[i]), fontsize=7,
-                              xytext=(3, -10 if i % 2 else 4), textcoords="offset points")  # fmt: skip
+                              xytext=offset, textcoords="offset points")  # fmt: skip
         axis.set_xlabel(name)
         axis.set_ylabel("accuracy on the task, test rows, %")
         axis.legend()
