@@ -142,13 +142,17 @@ def tune_attached(method: str, seed: int, bench: TextBench) -> None:
 
 
 def try_strengths(method: str, seed: int, bench: TextBench) -> None:
-    """Record the task's accuracy and the checkpoint's own ability at each λ. Row: "strengths"."""
+    """Record the task's accuracy and the checkpoint's own ability at each λ. Row: "strengths".
+
+    A λ is to be chosen by the accuracy on the validation rows.
+    """
     model = bench.model(seed)
     base = similarity(bench, model)
     pl.load(model, adapter_path(bench, method, seed))
-    accuracy, found = [], []
+    validation, accuracy, found = [], [], []
     for strength in STRENGTHS:
         with pl.using(model, **{ADAPTER: strength}):
+            validation.append(bench.accuracy(model, "validation"))
             accuracy.append(bench.accuracy(model, "test"))
             found.append(similarity(bench, model))
     with pl.disabled(model):
@@ -158,6 +162,7 @@ def try_strengths(method: str, seed: int, bench: TextBench) -> None:
         method,
         seed,
         strengths=list(STRENGTHS),
+        validation=validation,
         accuracy=accuracy,
         retrieval=[one.retrieval for one in found],
         agreement=[one.agreement(base) for one in found],

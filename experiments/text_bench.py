@@ -128,6 +128,8 @@ class TextBench:
                 autocast=self.dtype,
             )
         seconds = clock.stop()
+        # Each process saw its share of a batch, so weighed that the mean is that of the batch.
+        losses = self.group.total(losses.to(self.device)).cpu() / self.group.size
         if not early.best:  # fewer steps than an evaluation waits for
             early(len(losses), model)
         early.restore()

@@ -59,7 +59,10 @@ FORGETTING = (
     "Spearman's rank correlation of all those cosines with the checkpoint's. Both stand in for a "
     "benchmark of sentence similarity, which they are not."
 )
-CAPTION = "Accuracy on the task against what is left of the checkpoint's ability, by strength λ"
+CAPTION = (
+    "Accuracy on the task against what is left of the checkpoint's ability, by strength λ: the "
+    "mean over the seeds, and each of them as a dot"
+)
 
 
 def title(run: RunDirectory) -> str:
@@ -119,18 +122,19 @@ def percent2(fractions: list[float]) -> str:
 
 def strength_table(run: RunDirectory) -> Table:
     """Return a line a method and strength: accuracy on the task, and what is left of before."""
-    head = ["method", "λ", "test", "retrieval", "agreement", "n"]
+    head = ["method", "λ", "validation", "test", "retrieval", "agreement", "n"]
     rows = []
     for method in methods_in(run):
         its = [row for row in strength_rows(run) if row["method"] == method]
         if its:
             base = percent(tuple(row["base_retrieval"] for row in its))
-            rows.append([method, "off", "", base, "1.000", str(len(its))])
+            rows.append([method, "off", "", "", base, "1.000", str(len(its))])
         for i, strength in enumerate(its[0]["strengths"] if its else []):
             rows.append(
                 [
                     method,
                     f"{strength:g}",
+                    percent2([row["validation"][i] for row in its]),
                     percent2([row["accuracy"][i] for row in its]),
                     percent(tuple(row["retrieval"][i] for row in its)),
                     Band(tuple(row["agreement"][i] for row in its)).shown(3),
@@ -200,10 +204,16 @@ def _strengths(run: RunDirectory, axes: Any) -> None:
             count = range(len(its[0]["strengths"]))
             x = [scale * sum(row[key][i] for row in its) / len(its) for i in count]
             y = [100 * sum(row["accuracy"][i] for row in its) / len(its) for i in count]
-            axis.plot(x, y, marker="o", label=method)
+            (mean,) = axis.plot(x, y, marker="o", label=method)
+            for row in its if len(its) > 1 else []:
+                its_x = [scale * value for value in row[key]]
+                its_y = [100 * value for value in row["accuracy"]]
+                axis.plot(its_x, its_y, ".", color=mean.get_color(), alpha=0.4)
             for i in count:
+                # Above and below in turn: where little is left the points lie close together.
+                offset = (3, -10 if i % 2 else 4)
                 axis.annotate(f"{its[0]['strengths'][i]:g}", (x[i], y[i]), fontsize=7,
-                              xytext=(3, 3), textcoords="offset points")  # fmt: skip
+                              xytext=offset, textcoords="offset points")  # fmt: skip
         axis.set_xlabel(name)
         axis.set_ylabel("accuracy on the task, test rows, %")
         axis.legend()

@@ -472,7 +472,14 @@ def test_text_study(tmp_path: Path) -> None:
         for found in run(scenario, tmp_path):
             # The loss is computed in float32.
             assert_close(found["factors"], alone["factors"], rtol=1e-4, atol=1e-6)
-            for key in ("accuracy", "loss", "validation_accuracy", "steps", "best_step"):
+            for key in (
+                "accuracy",
+                "loss",
+                "validation_accuracy",
+                "steps",
+                "best_step",
+                "train_loss",
+            ):
                 assert found["row"][key] == pytest.approx(alone["row"][key], rel=1e-4), key
         model = tiny_bench(tmp_path, how, Group()).model(0).double()
         pl.load(model, tmp_path / f"{how}.safetensors")

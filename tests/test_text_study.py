@@ -13,6 +13,7 @@ from tiny_text import checkpoint, texts, write_jsonl
 from torch.testing import assert_close
 
 import paramlora as pl
+from benchmarks import text_methods
 from experiments import text, text_report
 from experiments.__main__ import main
 from experiments.parallel import Group
@@ -98,7 +99,8 @@ def test_proofs_hold(finished: RunDirectory) -> None:
         assert row["agreement"][0] == pytest.approx(1)
         assert row["retrieval"][0] == row["base_retrieval"]
         on = next(r for r in finished.rows if r["stage"] == "on" and r["method"] == row["method"])
-        assert row["accuracy"][row["strengths"].index(1.0)] == pytest.approx(on["accuracy"])
+        for key, there in (("accuracy", "accuracy"), ("validation", "validation_accuracy")):
+            assert row[key][row["strengths"].index(1.0)] == pytest.approx(on[there])
 
 
 def test_saved_adapter_gives_the_row(world: Path, finished: RunDirectory) -> None:
@@ -337,3 +339,28 @@ def test_sweep(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (world / "sweep" / "results.csv").read_text().count("\n") == 9
     assert main([*arguments.split(), "--vary", "colour=1"]) == 2
     assert "--vary takes SETTING=VALUES" in capsys.readouterr().err
+
+
+def test_benchmark_of_methods(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One rate given is taken as it is; of several the validation rows choose; then the seeds."""
+    lora, out = "lora, query and value, r 8", world / "methods"
+    arguments = ["--data-dir", str(world), "--model", str(world / "bert"), "--seeds", "2"]
+    arguments += ["--tokens", str(world / "tokens"), "--out", str(out), "--batch", "10"]
+    arguments += ["--device", "cpu", "--epochs", "1", "--methods", "full", lora]
+    text_methods.main([*arguments, "--rates", "full=3e-3", f"{lora}=3e-3,1e-3"])
+    made = sorted(path.name for path in (out / "grid").iterdir())
+    assert made == [text_methods.slug(lora, rate) for rate in (0.001, 0.003)]
+    rows = [json.loads(line) for line in (out / "table.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["full", lora]
+    assert rows[0]["rate"] == 3e-3
+    validation = {
+        rate: text_report.tuned_rows(
+            RunDirectory.read(out / "grid" / text_methods.slug(lora, rate))
+        )[0]["validation_accuracy"]
+        for rate in (0.001, 0.003)
+    }
+    assert validation[rows[1]["rate"]] == max(validation.values())
+    assert all(len(row["test"]) == 2 and row["seconds"] > 0 for row in rows)
+    with pytest.raises(SystemExit):
+        text_methods.main([*arguments, "--rates", "half=1"])
+    assert "'half=1' names none of ['full'" in capsys.readouterr().err
