@@ -39,7 +39,7 @@ def test_import_needs_torch_and_safetensors_only(
 
 
 def test_wheel_installs_paramlora_alone(tmp_path: Path) -> None:
-    """The wheel holds the package with its `py.typed`, and no experiments, tests or benchmarks."""
+    """The wheel holds the package, its `py.typed` and the source to build, and nothing else."""
     pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77")
     source, out = tmp_path / "source", tmp_path / "out"
     unwanted = shutil.ignore_patterns(
@@ -52,4 +52,4 @@ def test_wheel_installs_paramlora_alone(tmp_path: Path) -> None:
     names = ZipFile(wheel).namelist()
     package = {f"paramlora/{path.name}" for path in (ROOT / "paramlora").glob("*.py")}
     installed = {name for name in names if ".dist-info/" not in name}
-    assert installed == package | {"paramlora/py.typed"}
+    assert installed == package | {"paramlora/py.typed", "paramlora/native.cpp"}
