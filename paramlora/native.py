@@ -39,11 +39,14 @@ def path() -> Path:
 @functools.cache
 def module() -> ModuleType | None:
     """Return the built twin, None where there is none for this torch or it is switched off."""
+    if os.environ.get("PARAMLORA_NATIVE") == "0":
+        return None
     try:
         file = path()
     except (OSError, RuntimeError):  # no source beside this file, or no home to have a cache in
         return None
-    if os.environ.get("PARAMLORA_NATIVE") == "0" or not os.path.exists(file):
+    # Unlike Path.exists, it says no to a folder that must not be looked into.
+    if not os.path.exists(file):
         return None
     spec = importlib.util.spec_from_file_location(NAME, file)
     assert spec is not None

@@ -65,6 +65,7 @@ class Route:
         self.groups = list(zip(present.tolist(), order.split(counts.tolist()), strict=True))
         self.order, self.back = order, order.argsort()
         self._moved: dict[Any, Tensor] = {}
+        self._rows: dict[tuple[int, ...], tuple[Tensor, list[int]]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of a model that is made inside is not routed: it has left the block."""
@@ -97,9 +98,12 @@ class Route:
 
     def rows_of(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
         """Return the rows of these adapters side by side, int64, and how many each has."""
-        groups = dict(self.groups)
-        mine = [groups[index] for index in indices]
-        return torch.cat(mine), [len(rows) for rows in mine]
+        key = tuple(indices)
+        if key not in self._rows:
+            groups = dict(self.groups)
+            mine = [groups[index] for index in key]
+            self._rows[key] = torch.cat(mine), [len(rows) for rows in mine]
+        return self._rows[key]
 
     def mask(self, terms: Sequence[tuple[int, LowRank]], like: Tensor) -> Tensor:
         """Return bool (n, 1, …, R): where M is 0, the column being another adapter's.

@@ -16,6 +16,19 @@ import paramlora as pl
 from paramlora.stack import Stack
 
 
+@contextmanager
+def keeping() -> Iterator[list[Tensor]]:
+    """Yield what autograd keeps for the backward inside, in the order of keeping."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
 def bits(tensor: Tensor) -> object:
     """Return what a tensor holds, bit for bit, and what kind of tensor it is."""
     if nn.parameter.is_lazy(tensor) or tensor.is_meta:

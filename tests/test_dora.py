@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import torch.utils.checkpoint
+from helpers import keeping
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
@@ -221,13 +222,7 @@ def test_kept_for_the_backward() -> None:
     W = torch.randn(64, 48)
     spec = pl.DoRA(rank=2)
     factors = {key: torch.randn_like(f).requires_grad_() for key, f in spec.create(W).items()}
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with keeping() as kept:
         spec.apply(W, factors)
     known = {tensor.untyped_storage().data_ptr() for tensor in (W, *factors.values())}
     others = {t.untyped_storage().data_ptr(): t.numel() for t in kept} | dict.fromkeys(known, 0)

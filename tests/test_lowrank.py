@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import keeping
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -198,13 +199,7 @@ class TestKept:
         layer = nn.Linear(64, 48)
         pl.attach(layer, pl.LoRA(rank=4), "weight")
         x = torch.randn(32, 64, requires_grad=True)
-        kept: list[Tensor] = []
-
-        def keep(tensor: Tensor) -> Tensor:
-            kept.append(tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with keeping() as kept:
             layer(x)
         parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
         others = {t.untyped_storage().data_ptr(): t for t in kept}

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import keeping
+from reference import shake
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -127,9 +129,7 @@ class TestSeen:
         torch.manual_seed(0)
         layer = nn.Linear(64, 48)
         pl.attach(layer, pl.LoRA(2), "weight")
-        with torch.no_grad():
-            for factor in pl.parameters(layer):
-                factor.normal_()
+        shake(layer)
         return layer, torch.randn(5, 64)
 
     @pytest.mark.parametrize("grad", [False, True])
@@ -244,13 +244,7 @@ class TestWrong:
         layer = nn.Linear(64, 48)
         pl.attach(layer, pl.LoRA(2), "weight")
         x = torch.randn(5, 64, requires_grad=True)
-        kept: list[Tensor] = []
-
-        def keep(tensor: Tensor) -> Tensor:
-            kept.append(tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with keeping() as kept:
             layer(x)
             assert any(t.shape == (48, 64) for t in kept)
             kept.clear()
@@ -275,9 +269,7 @@ class TestRouted:
         model = nn.Sequential(nn.Linear(20, 70), nn.ReLU(), nn.Linear(70, 3))
         for i in range(3):
             pl.attach(model, pl.LoRA(rank, 2.0), name=f"a{i}")
-        with torch.no_grad():
-            for factor in pl.parameters(model):
-                factor.normal_(std=0.3)
+        shake(model)
         x = torch.randn(shape)
         ids = torch.randint(-1, 3, shape[:1])
         ids[0] = 2
@@ -344,9 +336,7 @@ class TestGraph:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
         pl.attach(model, pl.LoRA(2))
-        with torch.no_grad():
-            for factor in pl.parameters(model):
-                factor.normal_()
+        shake(model)
         x = torch.randn(5, 8, requires_grad=True)
         leaves = list(pl.parameters(model))
         expected = torch.autograd.grad(model(x).square().sum(), leaves)
@@ -360,9 +350,7 @@ class TestGraph:
         torch.manual_seed(0)
         layer = nn.Linear(64, 48)
         pl.attach(layer, pl.LoRA(4), "weight")
-        with torch.no_grad():
-            for factor in pl.parameters(layer):
-                factor.normal_()
+        shake(layer)
         inputs = [torch.randn(30, 64) for _ in range(8)]
         expected = [layer(x).detach() for x in inputs]
         found: list[Tensor | None] = [None] * len(inputs)
@@ -395,9 +383,16 @@ class TestBuilt:
         elif case == "no source":
             monkeypatch.setattr(native, "SOURCE", tmp_path / "native.cpp")
         else:
-            # A file where a folder should be: what is beneath cannot be looked at.
-            monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "deep"))
-            (tmp_path / "file").write_text("")
+            monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "secret"))
+            look = os.stat
+
+            def stat(path: Any, *given: Any, **named: Any) -> os.stat_result:
+                if "secret" in str(path):
+                    raise PermissionError(13, "Permission denied", str(path))
+                return look(path, *given, **named)
+
+            # root, whom tests may run as, can look everywhere.
+            monkeypatch.setattr(os, "stat", stat)
         native.module.cache_clear()
         try:
             assert native.module() is None
