@@ -75,15 +75,29 @@ def feed_forward(width: int, hidden: int, times: int) -> nn.Module:
     return nn.Sequential(*blocks)
 
 
+def encoders(*sizes: int) -> Callable[[], nn.Module]:
+    """Return a maker of two encoder layers in a row."""
+    return lambda: nn.Sequential(Encoder(*sizes), Encoder(*sizes))
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One row of a table: a model, its input, and what is adapted with which rank."""
+    """One row of a table: a model, its input, and what is adapted with which rank.
+
+    `dtype` is the model's and the input's; products are in `autocast` where one is given.
+    """
 
     suite: str
     model: Callable[[], nn.Module]
     shape: tuple[int, ...]
     rank: int
     dtype: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+
+    @property
+    def products(self) -> torch.dtype:
+        """The dtype that layers compute in."""
+        return self.autocast or self.dtype
 
 
 def cells(suite: str, quick: bool) -> Iterator[Cell]:
@@ -94,22 +108,18 @@ def cells(suite: str, quick: bool) -> Iterator[Cell]:
         "cpu-ffn": [
             Cell(suite, lambda: feed_forward(1024, 4096, 1), (n, 1024), 16) for n in (32, 512, 2048)
         ],
-        "cpu-encoder": [
-            Cell(
-                suite,
-                lambda: nn.Sequential(Encoder(256, 1024, 4), Encoder(256, 1024, 4)),
-                (8, 128, 256),
-                16,
-            )
-        ],
+        "cpu-encoder": [Cell(suite, encoders(256, 1024, 4), (8, 128, 256), 16)],
         "gpu-ffn": [
             Cell(suite, lambda: feed_forward(4096, 14336, 2), (n, 4096), 16, half)
             for n in (16, 512, 4096, 16384)
         ],
         "gpu-block": [Cell(suite, Llama, (1, n, 4096), 16, half) for n in (512, 4096)],
         "gpu-mlp": [Cell(suite, mlp, (100, 784), 4)],
+        "gpu-autocast": [
+            Cell(suite, encoders(768, 3072, 12), (b, 128, 768), 16, autocast=half) for b in (8, 128)
+        ],
     }[suite]
     yield from found[:1] if quick else found
 
 
-SUITES = ("cpu-mlp", "cpu-ffn", "cpu-encoder", "gpu-mlp", "gpu-ffn", "gpu-block")
+SUITES = ("cpu-mlp", "cpu-ffn", "cpu-encoder", "gpu-mlp", "gpu-ffn", "gpu-block", "gpu-autocast")

@@ -4,8 +4,9 @@
 
 First every method is trained once at each of its learning rates, and the rate is kept that gives
 the highest accuracy on the validation rows, the lowest of several that do. Then every method is
-trained with it over the seeds; last, each twice more for an epoch, alone on the device, and the
-second of these, free from what the first use of anything costs, gives its time and memory.
+trained with it over the seeds; last, each three times more for an epoch, in a process of its own
+and alone on the device: the last of these, free from what the first use of every kernel and of
+every length of a batch costs, gives its time and memory.
 Every training is an ordinary run of the text study in a folder of its own, so that a table that was
 cut off goes on. Where `--rates` leaves one rate there is nothing to choose, and no grid.
 """
@@ -85,8 +86,18 @@ def run_all(jobs: Iterable[TextSettings], workers: int) -> None:
     if workers == 1:
         for job in jobs:
             print(run_quietly(job), flush=True)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    else:
+        _run_in(workers, jobs)
+
+
+def run_apart(jobs: Iterable[TextSettings]) -> None:
+    """Run studies one after the other, each in a process of its own."""
+    for job in jobs:
+        _run_in(1, [job])
+
+
+def _run_in(processes: int, jobs: list[TextSettings]) -> None:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for folder in pool.map(run_quietly, jobs):
             print(folder, flush=True)
 
@@ -218,17 +229,15 @@ def main(arguments: list[str] | None = None) -> None:
     )
     chosen = {name: best_rate(options.out, name, rates[name]) for name in options.methods}
     print(json.dumps(chosen), flush=True)
-    for part, settings, workers in (
-        ("seeds", replace(base, seeds=options.seeds), options.workers),
-        ("alone", replace(grid, seeds=2, epochs=1), 1),
-    ):
+    seeds, alone = replace(base, seeds=options.seeds), replace(grid, seeds=3, epochs=1)
+    for part, settings in (("seeds", seeds), ("alone", alone)):
         if part not in options.phases:
             continue
         jobs = [
             settings_for(settings, name, rate, str(options.out / part / slug(name, rate)))
             for name, rate in chosen.items()
         ]
-        run_all(jobs, workers)
+        run_apart(jobs) if part == "alone" else run_all(jobs, options.workers)
         results = [result(options.out, name, rate) for name, rate in chosen.items()]
         lines = "".join(json.dumps(row) + "\n" for row in results)
         (options.out / "table.jsonl").write_text(lines)

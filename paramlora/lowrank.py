@@ -12,9 +12,12 @@ x Aᵀ where the forward had it.
 
 `native` has the same compiled, as one node of the graph, for whoever has built it. `_plain` says it
 in operations that autograd records, for small layers, where a Python Function costs more than it
-saves, and under torch.compile, torch.func, autocast and double
-backward: a Function that reads `ctx.needs_input_grad` loses gradients under the compiler, one
-without `setup_context` cannot be transformed, and the compiler plans its own memory anyway.
+saves, and under torch.compile, torch.func and double backward: a Function that reads
+`ctx.needs_input_grad` loses gradients under the compiler, one without `setup_context` cannot be
+transformed, and the compiler plans its own memory anyway.
+
+Under torch.autocast the paths are the same, on casts of x, W and b, made before: what autocast
+keeps for the backward of the frozen layer, too.
 """
 
 import functools
@@ -146,8 +149,11 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tens
         m, k = W.shape
         n, device = x.numel() // max(k, 1), "cpu" if x.is_cpu else "cuda"
         built = native.module() if unseen() and {type(W), type(A), type(B)} <= EXACT else None
-        plan = choose(n, k, m, W.dtype, device, grad, built is not None)
+        dtype = autocast_dtype(x, W)
+        plan = choose(n, k, m, dtype or W.dtype, device, grad, built is not None)
         if plan is not _PLAIN and untransformed(x):
+            if dtype is not None:
+                x, W, b = x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
             if built is not None and plan.native:
                 dense = plan.forward == "dense", plan.backward == "dense"
                 return built.linear(x, W, b, A, B, s, *dense)
@@ -273,14 +279,19 @@ def _scaled(tensor: Tensor, s: float) -> Tensor:
     return tensor if s == 1.0 else tensor * s
 
 
+def autocast_dtype(x: Tensor, W: Tensor) -> torch.dtype | None:
+    """Return what torch.autocast has a product of x and W in, None where it leaves them alone."""
+    if not torch._C._is_any_autocast_enabled() or x.is_meta:
+        return None
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or torch.float64 in (x.dtype, W.dtype):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def untransformed(x: Tensor) -> bool:
     """Return whether nothing is looking on that only understands plain operations."""
-    return (
-        not transformed()
-        and not torch._C._is_any_autocast_enabled()
-        and x.dim() > 1
-        and not x.is_meta
-    )
+    return not transformed() and x.dim() > 1 and not x.is_meta
 
 
 def unseen() -> bool:

@@ -312,17 +312,17 @@ struct Forward {
   Tensor y, h;
 };
 
+// a, up: A and B in the dtype of x
 Forward compute(
-    const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, const Tensor& A,
-    const Tensor& B, double s, bool dense) {
-  auto a = cast(A, x), up = cast(B, x);
+    const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, const Tensor& a,
+    const Tensor& up, double s, bool dense) {
   if (dense) return {at::linear(x, update(W, up, a, s, false), b), Tensor()};
   // Of x as it is: a strided one is rounded otherwise than its copy, and B = 0 must be the base.
   auto y = at::linear(x, W, b);
   auto h = down(matrix(x), a);
   if (!y.is_contiguous()) y = y.contiguous();
   auto y2 = y.view({-1, W.size(0)});
-  if (own_loops(y2, A.size(0), up))
+  if (own_loops(y2, a.size(0), up))
     update(y2, h, rows_of(up, s), 1, true);
   else
     update(y2, h, up.t(), s, true);
@@ -336,18 +336,26 @@ bool observed(const variable_list& tensors) {
   });
 }
 
+// What is computed here has its dtype already, and torch.autocast has nothing more to say.
+struct WithoutAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
+
 class Linear : public torch::autograd::Function<Linear> {
  public:
   static Tensor forward(
       AutogradContext* ctx, const Tensor& x, const Tensor& W, const Tensor& A, const Tensor& B,
       const std::optional<Tensor>& b, double s, bool dense, bool dense_backward) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, h] = compute(x, W, b, A, B, s, dense);
+    auto a = cast(A, x), up = cast(B, x);
+    auto [y, h] = compute(x, W, b, a, up, s, dense);
     // Nothing that no wanted gradient needs: x may be written to, and W merged.
     bool of_x = W.requires_grad() || A.requires_grad() || B.requires_grad();
+    // What was cast is small, and to cast it again costs a launch.
     ctx->save_for_backward(
         {of_x ? x : Tensor(), x.requires_grad() ? W : Tensor(), A, B,
-         B.requires_grad() ? h : Tensor()});
+         B.requires_grad() ? h : Tensor(), a.is_same(A) ? Tensor() : a,
+         up.is_same(B) ? Tensor() : up});
     ctx->saved_data["s"] = s;
     ctx->saved_data["dense"] = dense_backward;
     ctx->saved_data["bias"] = b.has_value();
@@ -355,10 +363,11 @@ class Linear : public torch::autograd::Function<Linear> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    WithoutAutocast plain;
     auto saved = ctx->get_saved_variables();
     const auto &x = saved[0], &W = saved[1], &A = saved[2], &B = saved[3], &g = grads[0];
     double s = ctx->saved_data["s"].toDouble();
-    auto a = cast(A, g), up = cast(B, g);
+    auto a = saved[5].defined() ? saved[5] : A, up = saved[6].defined() ? saved[6] : B;
     auto x2 = x.defined() ? matrix(x) : x, dy = matrix(g);
     auto shape = g.sizes().vec();
     shape.back() = A.size(1);
@@ -369,7 +378,9 @@ class Linear : public torch::autograd::Function<Linear> {
     bool to_b = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(4);
     Tensor h = saved[4], dx, dW, db, dA, dB, dh;
     if (at::GradMode::is_enabled() || observed(grads) || observed(saved)) {
-      // A graph of the backward is wanted, or a batch or a tangent of it: in plain operations.
+      // A graph of the backward is wanted, or a batch or a tangent of it: in plain operations, and
+      // from the factors themselves.
+      a = cast(A, g), up = cast(B, g);
       if (to_A || to_x) dh = at::mm(dy, up) * s;
       if (to_B) dB = at::mm(dy.t(), at::mm(x2, a.t())) * s;
       if (to_A) dA = at::mm(dh.t(), x2);
@@ -403,8 +414,9 @@ Tensor linear(
   TORCH_CHECK(
       A.device() == W.device() && B.device() == W.device(), "factors on ", A.device(), " and ",
       B.device(), " do not fit a weight on ", W.device());
+  WithoutAutocast plain;
   if (at::GradMode::is_enabled()) return Linear::apply(x, W, A, B, b, s, dense, dense_backward);
-  return compute(x, W, b, A, B, s, dense).y;
+  return compute(x, W, b, cast(A, x), cast(B, x), s, dense).y;
 }
 
 // x Wᵀ + b, and for the rows of `order` an update each: the first counts[0] of them get that of As[0]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import native
 from .adapters import LowRank
 from .errors import StateError
-from .lowrank import EXACT, unseen, untransformed
+from .lowrank import EXACT, autocast_dtype, unseen, untransformed
 from .stack import Site, Stack, lists, once_each, sites, stack_of
 from .toggle import check_unmerged, names_of, select
 
@@ -395,6 +395,7 @@ def _native_for(
         return None
     tensors = [x, W, *([] if b is None else [b]), *(t for _, term in terms for t in term[:2])]
     fits = all(type(t) in EXACT and t.is_cpu and t.dtype is torch.float32 for t in tensors)
+    fits = fits and autocast_dtype(x, W) is None
     plain = all(isinstance(term.scale, float) for _, term in terms)
     return native.module() if fits and plain else None
 

@@ -14,8 +14,8 @@ from benchmarks.measure import Case, check
 from benchmarks.shapes import SUITES, Cell, Encoder, cells
 
 
-def tiny() -> Case:
-    cell = Cell("cpu-encoder", lambda: Encoder(16, 32, 2), (2, 5, 16), rank=3)
+def tiny(autocast: torch.dtype | None = None) -> Case:
+    cell = Cell("cpu-encoder", lambda: Encoder(16, 32, 2), (2, 5, 16), 3, autocast=autocast)
     return Case.of(cell, "cpu")
 
 
@@ -24,6 +24,13 @@ def test_contestants_agree_with_float64(contestant: Contestant) -> None:
     """Each contestant that is installed computes the dense reference's outputs and gradients."""
     case = tiny()
     assert check(case, case.enter(contestant, "eager")) < 1e-4
+
+
+@pytest.mark.parametrize("contestant", [c for c in CONTESTANTS if c.there], ids=lambda c: c.name)
+def test_contestants_agree_under_autocast(contestant: Contestant) -> None:
+    """So they do with bfloat16 products, to their rounding and not better."""
+    case = tiny(torch.bfloat16)
+    assert 1e-4 < check(case, case.enter(contestant, "eager")) < 2e-2
 
 
 def test_a_wrong_contestant_is_not_timed() -> None:

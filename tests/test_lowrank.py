@@ -22,6 +22,8 @@ SHAPES = {
     ("factored", "dense"): (40, 12, 7),
     ("dense", "dense"): (60, 7, 5),
 }
+# What the graph's node of a layer is called, by the way it is computed.
+NODES = {"plain": "Add", "function": "_Linear", "native": "Linear"}
 # ‖found − reference‖ / ‖reference‖ that a dtype's rounding explains.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -191,6 +193,114 @@ class TestPaths:
         tensors = [x, A, B, C, D, s]
         found, expected = (torch.autograd.grad(out.square().sum(), tensors) for out in (y, dense))
         assert_close(found, expected)
+
+
+class TestAutocast:
+    """Under torch.autocast: the same paths, in its dtype."""
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("inside", [False, True], ids=["after", "inside"])
+    @pytest.mark.parametrize("shape", [(60, 7), (4, 15, 7)], ids=str)
+    def test_values_and_gradients(
+        self, way: str, shape: tuple[int, ...], inside: bool, dtype: torch.dtype
+    ) -> None:
+        """Output in its dtype, gradients in the tensors' own: those of float64, by this path.
+
+        The backward may run inside of autocast, too, though torch advises against it.
+        """
+        _, W, b, A, B = leaves(1, 7, 5, torch.float32)
+        x = torch.randn(shape, requires_grad=True)
+        tensors = [x, W, b, A, B]
+        with torch.autocast("cpu", dtype):
+            y = lowrank.linear(x, W, b, [LowRank(A, B, 0.7)])
+            dy = torch.randn_like(y)
+            if inside:
+                grads = torch.autograd.grad(y, tensors, dy)
+        if not inside:
+            grads = torch.autograd.grad(y, tensors, dy)
+        exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+        reference = F.linear(exact[0], exact[1] + 0.7 * exact[4] @ exact[3], exact[2])
+        expected = torch.autograd.grad(reference, exact, dy.double())
+        assert y.grad_fn is not None
+        assert NODES[way] in y.grad_fn.name()
+        assert y.dtype == dtype
+        assert error(y, reference.detach()) < BOUNDS[dtype]
+        for tensor, grad, its_reference in zip(tensors, grads, expected, strict=True):
+            assert grad.dtype == tensor.dtype
+            assert error(grad, its_reference) < BOUNDS[dtype]
+
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_second_derivatives(self, way: str, autocast: bool) -> None:
+        """Gradients of gradients reach float32 factors through their casts."""
+        dtype = torch.bfloat16
+        x, W, b, A, B = leaves(60, 7, 5, torch.float32 if autocast else dtype)
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            y = lowrank.linear(x, W, b, [LowRank(A, B, 0.7)])
+        exact = [tensor.detach().double().requires_grad_() for tensor in (x, W, b, A, B)]
+        dense = F.linear(exact[0], exact[1] + 0.7 * exact[4] @ exact[3], exact[2])
+        found = []
+        for out, its in ((y, [x, A, B]), (dense, [exact[0], exact[3], exact[4]])):
+            first = torch.autograd.grad(out.square().sum(), its, create_graph=True)
+            total = torch.stack([grad.square().sum() for grad in first]).sum()
+            found.append(torch.autograd.grad(total, its))
+        for grad, its_reference in zip(*found, strict=True):
+            assert error(grad, its_reference) < 3 * BOUNDS[dtype]
+
+    def test_nothing_gives_the_base(self, way: str) -> None:
+        """With B = 0 the output is bitwise the base's under autocast."""
+        x, W, b, A, B = leaves(60, 7, 5, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            for rows in (x, x.bfloat16()):
+                y = lowrank.linear(rows, W, b, [LowRank(A, 0 * B, 0.7)])
+                assert_close(y, F.linear(rows, W, b), rtol=0, atol=0)
+
+    def test_float64_is_left_alone(self, way: str) -> None:
+        """autocast casts no float64, nor does this."""
+        x, W, b, A, B = leaves(60, 7, 5, torch.float64)
+        expected = lowrank.linear(x, W, b, [LowRank(A, B, 0.7)])
+        with torch.autocast("cpu", torch.bfloat16):
+            found = lowrank.linear(x, W, b, [LowRank(A, B, 0.7)])
+        assert_close(found, expected, rtol=0, atol=0)
+
+    def test_kept(self, way: str) -> None:
+        """Kept for the backward are x, W and the hidden rows in its dtype, and a small cast or two.
+
+        The frozen base keeps W in its dtype, too. In float32 so many rows would take W' in place of
+        the hidden rows, which in half precision rounds small updates away.
+        """
+        layer = nn.Linear(64, 48).requires_grad_(False)
+        pl.attach(layer, pl.LoRA(rank=4), "weight")
+        x = torch.randn(512, 64, requires_grad=True)
+        with keeping() as kept, torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+        others = {t.untyped_storage().data_ptr(): t for t in kept}
+        sizes = sorted(t.nbytes for ptr, t in others.items() if ptr not in parameters)
+        small = [2 * 48] if way == "function" else [2 * 4 * 48, 2 * 4 * 64]
+        assert sizes == sorted([2 * 512 * 4, *small, 2 * 512 * 64, 2 * 48 * 64])
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("kernel", [False, True])
+    def test_on_a_gpu(
+        self, way: str, kernel: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """There too, with the Triton kernels and without them."""
+        monkeypatch.setattr(lowrank, "_WORTH_A_KERNEL", 0 if kernel else 2**63)
+        drawn = leaves(300, 150, 200, torch.float32, rank=16)
+        x, W, b, A, B = tensors = [tensor.detach().cuda().requires_grad_() for tensor in drawn]
+        with torch.autocast("cuda", dtype):
+            y = lowrank.linear(x, W, b, [LowRank(A, B, 0.1)])
+        exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+        dense = F.linear(exact[0], exact[1] + 0.1 * exact[4] @ exact[3], exact[2])
+        dy = torch.randn_like(y)
+        assert y.dtype == dtype
+        assert error(y, dense.detach()) < BOUNDS[dtype]
+        found = torch.autograd.grad(y, tensors, dy)
+        expected = torch.autograd.grad(dense, exact, dy.double())
+        for grad, its_reference in zip(found, expected, strict=True):
+            assert grad.dtype == torch.float32
+            assert error(grad, its_reference) < BOUNDS[dtype]
 
 
 class TestKept:

@@ -270,7 +270,21 @@ class TestRouted:
         with pl.routed(model, IDS), pl.routed(exact, IDS):
             found, expected = model(x), exact(x.double())
         assert found.dtype == torch.bfloat16
-        error = (found.detach().double() - expected).norm() / expected.norm()
+        error = (found.double() - expected).detach().norm() / expected.detach().norm()
+        assert float(error) < 2e-2
+
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_autocast(self, grad: bool) -> None:
+        """Under autocast the rows are in its dtype, within its rounding of float64."""
+        exact = linear()
+        model = copy.deepcopy(exact).float()
+        x = torch.randn(len(IDS), 6)
+        with pl.routed(model, IDS), pl.routed(exact, IDS), torch.set_grad_enabled(grad):
+            expected = exact(x.double())
+            with torch.autocast("cpu", torch.bfloat16):
+                found = model(x)
+        assert found.dtype == torch.bfloat16
+        error = (found.double() - expected).detach().norm() / expected.detach().norm()
         assert float(error) < 2e-2
 
     @pytest.mark.parametrize("fails", [False, True])
