@@ -210,10 +210,10 @@ def _strengths(run: RunDirectory, axes: Any) -> None:
                 its_y = [100 * value for value in row["accuracy"]]
                 axis.plot(its_x, its_y, ".", color=mean.get_color(), alpha=0.4)
             for i in count:
-                # Above and below in turn: where little is left the points lie close together.
-                offset = (3, -10 if i % 2 else 4)
+                # At three heights in turn: where little is left the points lie close together.
+                offset = (0, (-11, 13, 5)[i % 3])
                 axis.annotate(f"{its[0]['strengths'][i]:g}", (x[i], y[i]), fontsize=7,
                               xytext=offset, textcoords="offset points")  # fmt: skip
         axis.set_xlabel(name)
         axis.set_ylabel("accuracy on the task, test rows, %")
-        axis.legend()
+        axis.legend(loc="lower left")
