@@ -16,8 +16,8 @@ saves, and under torch.compile, torch.func and double backward: a Function that 
 `ctx.needs_input_grad` loses gradients under the compiler, one without `setup_context` cannot be
 transformed, and the compiler plans its own memory anyway.
 
-Under torch.autocast the paths are the same, on casts of x, W and b, made before: what autocast
-keeps for the backward of the frozen layer, too.
+Under torch.autocast the paths are the same, on casts made before. Of a frozen layer's W autocast
+makes one a call, too; that of a trained one it caches, and the layer is left to it.
 """
 
 import functools
@@ -104,7 +104,7 @@ def choose(
         n: the rows of x.
         k: the layer's inputs.
         m: its outputs.
-        dtype: of the weight.
+        dtype: of the products.
         device: "cpu", or "cuda" for any accelerator.
         grad: whether a gradient may be wanted.
         native: whether the compiled twin is there.
@@ -135,7 +135,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tens
         W: (m, k), of the dtype of x but under autocast.
         b: (m,) or None.
         terms: low-rank updates; their factors may be of another floating dtype, and are cast:
-            x is shared with the layers beside this one, and never copied.
+            x is shared with the layers beside this one, and not copied to their dtype.
     """
     if not terms:
         return F.linear(x, W, b)
@@ -148,12 +148,15 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tens
     if type(x) is Tensor and not torch.compiler.is_compiling():
         m, k = W.shape
         n, device = x.numel() // max(k, 1), "cpu" if x.is_cpu else "cuda"
-        built = native.module() if unseen() and {type(W), type(A), type(B)} <= EXACT else None
-        dtype = autocast_dtype(x, W)
+        quiet = unseen()
+        built = native.module() if quiet and {type(W), type(A), type(B)} <= EXACT else None
+        dtype = autocast_dtype(x, W, b)
         plan = choose(n, k, m, dtype or W.dtype, device, grad, built is not None)
-        if plan is not _PLAIN and untransformed(x):
+        cached = dtype and W.requires_grad and torch.is_autocast_cache_enabled()
+        if plan is not _PLAIN and quiet and not cached and untransformed(x):
             if dtype is not None:
-                x, W, b = x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
+                x, W, A, B = (tensor.to(dtype) for tensor in (x, W, A, B))
+                b = None if b is None else b.to(dtype)
             if built is not None and plan.native:
                 dense = plan.forward == "dense", plan.backward == "dense"
                 return built.linear(x, W, b, A, B, s, *dense)
@@ -197,7 +200,10 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, plan: Plan
     ) -> Tensor:
         y, h = _forward(x, W, b, A, B, s, plan.forward)
-        ctx.save_for_backward(x, W, b, A, B, h)
+        # Under autocast W and b are casts, which nothing else would keep.
+        needs = ctx.needs_input_grad
+        kept = W if needs[0] or needs[1] else None, b if needs[2] else None
+        ctx.save_for_backward(x, *kept, A, B, h)
         ctx.s, ctx.path = s, plan.backward
         # Not a view, which nn.ReLU(inplace=True) could not change behind a Function.
         return y.detach()
@@ -209,7 +215,7 @@ class _Linear(torch.autograd.Function):
         if torch.is_grad_enabled():  # a graph of the backward is wanted: say it in plain operations
             return _differentiable(needs, grads[0], tuple(inputs), ctx.s)
         x, W, _, A, B = inputs
-        x2, dy = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, W.shape[0])
+        x2, dy = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, B.shape[0])
         dx = dW = db = dA = dB = None
         if needs[4]:
             h = torch.mm(x2, A.to(x2.dtype).t()) if h is None else h
@@ -262,6 +268,8 @@ def _differentiable(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of `_plain`, themselves with a graph."""
     x, W, b, A, B = tensors
+    if W is None:  # no gradient that is wanted depends on it
+        W = x.new_zeros(()).expand(B.shape[0], A.shape[1])
     y = _plain(x, W, b, A, B, s)
     wanted = [tensor for tensor, needed in zip(tensors, needs, strict=False) if needed]
     grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
@@ -279,23 +287,30 @@ def _scaled(tensor: Tensor, s: float) -> Tensor:
     return tensor if s == 1.0 else tensor * s
 
 
-def autocast_dtype(x: Tensor, W: Tensor) -> torch.dtype | None:
-    """Return what torch.autocast has a product of x and W in, None where it leaves them alone."""
-    if not torch._C._is_any_autocast_enabled() or x.is_meta:
+def autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
+    """Return what torch.autocast has a product of these in, None where it leaves one as it is."""
+    if not torch._C._is_any_autocast_enabled():
         return None
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or torch.float64 in (x.dtype, W.dtype):
+    there = [tensor for tensor in tensors if tensor is not None]
+    device = there[0].device.type
+    if device == "meta":
         return None
-    return torch.get_autocast_dtype(device)
+    cast = all(t.is_floating_point() and t.dtype is not torch.float64 for t in there)
+    return torch.get_autocast_dtype(device) if cast and torch.is_autocast_enabled(device) else None
 
 
 def untransformed(x: Tensor) -> bool:
-    """Return whether nothing is looking on that only understands plain operations."""
-    return not transformed() and x.dim() > 1 and not x.is_meta
+    """Return whether x is a common tensor and nothing looks on that only knows plain operations."""
+    common = x.dim() > 1 and not x.is_meta and x.layout is torch.strided and not x.is_nested
+    return common and not transformed()
 
 
 def unseen() -> bool:
-    """Return whether nothing records operations: to a recorder, those of the twin do not exist."""
+    """Return whether nothing records operations.
+
+    To a recorder those of the twin do not exist, a Function in Python cannot be exported, and an
+    output that it has kept must not be written to.
+    """
     return torch._C._len_torch_dispatch_stack() == 0 and torch._C._get_tracing_state() is None
 
 

@@ -2,13 +2,11 @@
 //
 //     x: (n, k), A: (r, k), B: (m, r), W: (m, k), y: (n, m), h = x Aᵀ: (n, r), dh = s · dy B
 //
-// lowrank.py has the formulas and the same in Python, the reference that tests compare with. What that
-// costs in a small layer is no arithmetic: a graph node, a call into torch and a temporary for each of
-// seven products; here they are one node. In float32 on a CPU, where BLAS is at its worst with r
-// columns, the thin products have loops of their own, which read the large matrix once.
+// lowrank.py has the formulas and the same in Python, the reference that tests compare with. What
+// that costs in a small layer is no arithmetic: a graph node, a call into torch and a temporary for
+// each of seven products; here they are one node. In float32 on a CPU, where BLAS is at its worst
+// with r columns, the thin products have loops of their own, which read the large matrix once.
 // native.py builds this file.
-//
-// Gradients come back in the dtype of the products; autograd casts them to that of A and B.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -312,34 +310,28 @@ struct Forward {
   Tensor y, h;
 };
 
-// a, up: A and B in the dtype of x
 Forward compute(
-    const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, const Tensor& a,
-    const Tensor& up, double s, bool dense) {
-  if (dense) return {at::linear(x, update(W, up, a, s, false), b), Tensor()};
+    const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, const Tensor& A,
+    const Tensor& B, double s, bool dense) {
+  if (dense) return {at::linear(x, update(W, B, A, s, false), b), Tensor()};
   // Of x as it is: a strided one is rounded otherwise than its copy, and B = 0 must be the base.
   auto y = at::linear(x, W, b);
-  auto h = down(matrix(x), a);
+  auto h = down(matrix(x), A);
   if (!y.is_contiguous()) y = y.contiguous();
   auto y2 = y.view({-1, W.size(0)});
-  if (own_loops(y2, a.size(0), up))
-    update(y2, h, rows_of(up, s), 1, true);
+  if (own_loops(y2, A.size(0), B))
+    update(y2, h, rows_of(B, s), 1, true);
   else
-    update(y2, h, up.t(), s, true);
+    update(y2, h, B.t(), s, true);
   return {y, h};
 }
 
-// Whether something looks on that needs operations which it knows: vmap, forward-mode differentiation.
+// Whether something looks on that needs operations which it knows: vmap, forward-mode derivatives.
 bool observed(const variable_list& tensors) {
   return std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) {
     return t.defined() && (at::isTensorSubclassLike(t) || t._fw_grad(0).defined());
   });
 }
-
-// What is computed here has its dtype already, and torch.autocast has nothing more to say.
-struct WithoutAutocast {
-  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
-};
 
 class Linear : public torch::autograd::Function<Linear> {
  public:
@@ -347,15 +339,12 @@ class Linear : public torch::autograd::Function<Linear> {
       AutogradContext* ctx, const Tensor& x, const Tensor& W, const Tensor& A, const Tensor& B,
       const std::optional<Tensor>& b, double s, bool dense, bool dense_backward) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto a = cast(A, x), up = cast(B, x);
-    auto [y, h] = compute(x, W, b, a, up, s, dense);
+    auto [y, h] = compute(x, W, b, A, B, s, dense);
     // Nothing that no wanted gradient needs: x may be written to, and W merged.
     bool of_x = W.requires_grad() || A.requires_grad() || B.requires_grad();
-    // What was cast is small, and to cast it again costs a launch.
     ctx->save_for_backward(
         {of_x ? x : Tensor(), x.requires_grad() ? W : Tensor(), A, B,
-         B.requires_grad() ? h : Tensor(), a.is_same(A) ? Tensor() : a,
-         up.is_same(B) ? Tensor() : up});
+         B.requires_grad() ? h : Tensor()});
     ctx->saved_data["s"] = s;
     ctx->saved_data["dense"] = dense_backward;
     ctx->saved_data["bias"] = b.has_value();
@@ -363,11 +352,11 @@ class Linear : public torch::autograd::Function<Linear> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    WithoutAutocast plain;
     auto saved = ctx->get_saved_variables();
+    // All has its dtype; autocast around a backward would give some products another.
+    c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
     const auto &x = saved[0], &W = saved[1], &A = saved[2], &B = saved[3], &g = grads[0];
     double s = ctx->saved_data["s"].toDouble();
-    auto a = saved[5].defined() ? saved[5] : A, up = saved[6].defined() ? saved[6] : B;
     auto x2 = x.defined() ? matrix(x) : x, dy = matrix(g);
     auto shape = g.sizes().vec();
     shape.back() = A.size(1);
@@ -378,24 +367,22 @@ class Linear : public torch::autograd::Function<Linear> {
     bool to_b = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(4);
     Tensor h = saved[4], dx, dW, db, dA, dB, dh;
     if (at::GradMode::is_enabled() || observed(grads) || observed(saved)) {
-      // A graph of the backward is wanted, or a batch or a tangent of it: in plain operations, and
-      // from the factors themselves.
-      a = cast(A, g), up = cast(B, g);
-      if (to_A || to_x) dh = at::mm(dy, up) * s;
-      if (to_B) dB = at::mm(dy.t(), at::mm(x2, a.t())) * s;
+      // A graph of the backward is wanted, or a batch or a tangent of it: in plain operations.
+      if (to_A || to_x) dh = at::mm(dy, B) * s;
+      if (to_B) dB = at::mm(dy.t(), at::mm(x2, A.t())) * s;
       if (to_A) dA = at::mm(dh.t(), x2);
-      if (to_x) dx = (at::mm(dy, W) + at::mm(dh, a)).view(shape);
+      if (to_x) dx = (at::mm(dy, W) + at::mm(dh, A)).view(shape);
     } else {
       dy = dy.contiguous();
-      if (to_A || (to_x && !dense)) dh = gradient_of_h(dy, up, s);
-      if (to_B) dB = gradient_of_B(dy, h.defined() ? h : down(x2, a), s);
+      if (to_A || (to_x && !dense)) dh = gradient_of_h(dy, B, s);
+      if (to_B) dB = gradient_of_B(dy, h.defined() ? h : down(x2, A), s);
       if (to_A) dA = gradient_of_A(dh, x2);
     }
     if (to_x && !dx.defined()) {
       if (dense)
-        dx = at::mm(dy, update(W, up, a, s, false));
+        dx = at::mm(dy, update(W, B, A, s, false));
       else
-        dx = update(at::mm(dy, W), dh, a, 1, true);
+        dx = update(at::mm(dy, W), dh, A, 1, true);
       dx = dx.view(shape);
     }
     if (to_W) dW = at::mm(dy.t(), x2);
@@ -414,13 +401,14 @@ Tensor linear(
   TORCH_CHECK(
       A.device() == W.device() && B.device() == W.device(), "factors on ", A.device(), " and ",
       B.device(), " do not fit a weight on ", W.device());
-  WithoutAutocast plain;
-  if (at::GradMode::is_enabled()) return Linear::apply(x, W, A, B, b, s, dense, dense_backward);
-  return compute(x, W, b, cast(A, x), cast(B, x), s, dense).y;
+  // Before the node, which so keeps the casts: to cast again in the backward costs two launches.
+  auto a = cast(A, x), up = cast(B, x);
+  if (at::GradMode::is_enabled()) return Linear::apply(x, W, a, up, b, s, dense, dense_backward);
+  return compute(x, W, b, a, up, s, dense).y;
 }
 
-// x Wᵀ + b, and for the rows of `order` an update each: the first counts[0] of them get that of As[0]
-// and Bs[0], and so on. float32 on a CPU, without gradients; x (n, …, k), order int64.
+// x Wᵀ + b, and for the rows of `order` an update each: the first counts[0] of them get that of
+// As[0] and Bs[0], and so on. float32 on a CPU, without gradients; x (n, …, k), order int64.
 Tensor routed(
     const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, const Tensor& order,
     const std::vector<int64_t>& counts, const std::vector<Tensor>& As,

@@ -395,7 +395,7 @@ def _native_for(
         return None
     tensors = [x, W, *([] if b is None else [b]), *(t for _, term in terms for t in term[:2])]
     fits = all(type(t) in EXACT and t.is_cpu and t.dtype is torch.float32 for t in tensors)
-    fits = fits and autocast_dtype(x, W) is None
+    fits = fits and autocast_dtype(x, W, b) is None
     plain = all(isinstance(term.scale, float) for _, term in terms)
     return native.module() if fits and plain else None
 
