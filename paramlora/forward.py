@@ -2,7 +2,7 @@
 
 A host module gets one of these as the forward of its class where its own forward is torch's and
 computes the same (`forward_for`); it costs a look at the stack. A Linear or an Embedding never
-builds W' in training (but see `lowrank.choose` for many rows); where an active adapter has no
+builds W' in training (but see `paths.choose` for many rows); where an active adapter has no
 factored or rescaled form, or another parametrization is on the tensor, and for all other layers,
 torch's own forward runs on the dense W', which is built once a forward and again for the backward.
 
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import lowrank, rescale, route
+from . import lowrank, paths, rescale, route
 from .adapters import LowRank, add_update
 from .stack import CHANGED, Stack, exact, lists, once, stack_of, stored
 
@@ -176,7 +176,7 @@ def _dense(plain: Callable[..., Any]) -> Callable[..., Any]:
         if route.route_of(self) is not None:
             return route.by_group(self, args, kwargs)
         # The compiler finds repeated reads, and what to recompute, by itself.
-        if lowrank.transformed():
+        if paths.transformed():
             return plain(self, *args, **kwargs)
         # torch's attention reads in_proj_weight half a dozen times.
         with once(), _rebuilt(self) if torch.is_grad_enabled() else nullcontext():
@@ -190,7 +190,7 @@ def _read_once(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if lowrank.transformed():
+        if paths.transformed():
             return plain(self, *args, **kwargs)
         with once():
             return plain(self, *args, **kwargs)
@@ -243,7 +243,7 @@ def _recurrent(plain: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
         if route.route_of(self) is not None:
             return route.by_group(self, args, kwargs)
-        if lowrank.transformed():
+        if paths.transformed():
             try:
                 return plain(self, *args, **kwargs)
             finally:

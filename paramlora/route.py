@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import native
 from .adapters import LowRank
 from .errors import StateError
-from .lowrank import EXACT, autocast_dtype, unseen, untransformed
+from .paths import EXACT, autocast_dtype, unseen, untransformed
 from .stack import Site, Stack, lists, once_each, sites, stack_of
 from .toggle import check_unmerged, names_of, select
 

@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def as_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let small Linears take the path of large ones in Python, with a backward written by hand."""
     monkeypatch.setattr("paramlora.native.module", lambda: None)
-    monkeypatch.setattr("paramlora.lowrank._PLAIN_BELOW", defaultdict(int))
+    monkeypatch.setattr("paramlora.paths.PLAIN_BELOW", defaultdict(int))
 
 
 @pytest.fixture

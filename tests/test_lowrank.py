@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import paramlora as pl
-from paramlora import lowrank
+from paramlora import lowrank, paths
 from paramlora.adapters import LowRank
 
 # Rows and widths (n, k, m) that lead each direction to each of its paths on the CPU.
@@ -38,15 +38,15 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     else:
         monkeypatch.setattr("paramlora.native.module", lambda: None)
         below = 0 if request.param == "function" else 2**62
-        monkeypatch.setattr(lowrank, "_PLAIN_BELOW", defaultdict(lambda: below))
+        monkeypatch.setattr(paths, "PLAIN_BELOW", defaultdict(lambda: below))
     return request.param
 
 
-def take(paths: tuple[str, str], way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def take(pair: tuple[str, str], way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the compiled twin take these paths, whose own rule differs."""
     if way == "native":
-        plan = lowrank.Plan(*paths, native=True)  # type: ignore[arg-type]
-        monkeypatch.setattr(lowrank, "choose", lambda *given: plan)
+        plan = paths.Plan(*pair, native=True)  # type: ignore[arg-type]
+        monkeypatch.setattr(paths, "choose", lambda *given: plan)
 
 
 def leaves(n: int, k: int, m: int, dtype: torch.dtype, rank: int = 3) -> list[Tensor]:
@@ -67,8 +67,8 @@ class TestPaths:
     @pytest.mark.usefixtures("as_large")
     def test_shapes_lead_to_their_paths(self) -> None:
         """Each shape of this file takes the path that it is listed under."""
-        for paths, (n, k, m) in SHAPES.items():
-            assert lowrank.choose(n, k, m, torch.float32, "cpu", True)[:2] == paths
+        for pair, (n, k, m) in SHAPES.items():
+            assert paths.choose(n, k, m, torch.float32, "cpu", True)[:2] == pair
 
     def test_rule(self) -> None:
         """Little work is plain; else the fewer rows decide, the CPU's weights counting fourfold."""
@@ -76,7 +76,7 @@ class TestPaths:
         fp32, bf16 = torch.float32, torch.bfloat16
 
         def choose(*given: Any) -> tuple[str, str]:
-            return lowrank.choose(*given)[:2]
+            return paths.choose(*given)[:2]
 
         assert choose(10, 784, 256, fp32, "cpu", True) == (plain, plain)
         assert choose(1000, 784, 256, fp32, "cpu", True) == (factored, factored)
@@ -96,7 +96,7 @@ class TestPaths:
     def test_rule_with_the_compiled_twin(self) -> None:
         """It takes all that a Triton kernel does not, and nothing where it is not built."""
         fp32, bf16 = torch.float32, torch.bfloat16
-        choose = lowrank.choose
+        choose = paths.choose
         assert choose(10, 784, 256, fp32, "cpu", True, True) == ("factored", "factored", True)
         assert choose(1000, 784, 256, fp32, "cpu", False, True) == ("dense", "dense", True)
         assert choose(100, 784, 256, fp32, "cuda", False, True) == ("factored", "factored", True)
@@ -106,17 +106,17 @@ class TestPaths:
         assert not choose(4096, 4096, 14336, fp32, "cuda", True, False).native
 
     @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-    @pytest.mark.parametrize("paths", SHAPES, ids="-".join)
+    @pytest.mark.parametrize("pair", SHAPES, ids="-".join)
     def test_values_and_gradients(
         self,
         way: str,
-        paths: tuple[str, str],
+        pair: tuple[str, str],
         dtype: torch.dtype,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Output and gradients are those of the dense product in float64."""
-        take(paths, way, monkeypatch)
-        x, W, b, A, B = tensors = leaves(*SHAPES[paths], dtype)
+        take(pair, way, monkeypatch)
+        x, W, b, A, B = tensors = leaves(*SHAPES[pair], dtype)
         y = lowrank.linear(x, W, b, [LowRank(A, B, 0.7)])
         dy = torch.randn(y.shape, dtype=torch.float64).to(dtype)
         grads = torch.autograd.grad(y, tensors, dy)
@@ -130,13 +130,13 @@ class TestPaths:
             assert grad.shape == tensor.shape
             assert error(grad, its_reference) < BOUNDS[dtype]
 
-    @pytest.mark.parametrize("paths", SHAPES, ids="-".join)
+    @pytest.mark.parametrize("pair", SHAPES, ids="-".join)
     def test_first_and_second_derivatives(
-        self, way: str, paths: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+        self, way: str, pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Gradients, and gradients of gradients, are those of finite differences."""
-        take(paths, way, monkeypatch)
-        tensors = leaves(*SHAPES[paths], torch.float64, rank=1)
+        take(pair, way, monkeypatch)
+        tensors = leaves(*SHAPES[pair], torch.float64, rank=1)
 
         def call(*leaves: Tensor) -> Tensor:
             x, W, b, A, B = leaves
@@ -359,7 +359,7 @@ class TestAutocast:
         self, way: str, kernel: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """There too, with the Triton kernels and without them."""
-        monkeypatch.setattr(lowrank, "_WORTH_A_KERNEL", 0 if kernel else 2**63)
+        monkeypatch.setattr(paths, "WORTH_A_KERNEL", 0 if kernel else 2**63)
         drawn = leaves(300, 150, 200, torch.float32, rank=16)
         x, W, b, A, B = tensors = [tensor.detach().cuda().requires_grad_() for tensor in drawn]
         with torch.autocast("cuda", dtype, cache_enabled=False):
@@ -447,7 +447,7 @@ class TestKept:
 class TestKernel:
     @pytest.fixture(autouse=True)
     def _for_any_size(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(lowrank, "_WORTH_A_KERNEL", 0)
+        monkeypatch.setattr(paths, "WORTH_A_KERNEL", 0)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("rank", [1, 4, 16, 33, 128])
