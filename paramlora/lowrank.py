@@ -59,12 +59,12 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tens
         plan = paths.choose(n, k, m, dtype or W.dtype, device, grad, built is not None)
         cached = dtype and W.requires_grad and torch.is_autocast_cache_enabled()
         if plan is not paths.PLAIN and quiet and not cached and paths.untransformed(x):
+            if built is not None and plan.native:
+                dense = plan.forward == "dense", plan.backward == "dense"
+                return built.linear(x, W, b, A, B, s, *dense, dtype)
             if dtype is not None:
                 x, W, A, B = (tensor.to(dtype) for tensor in (x, W, A, B))
                 b = None if b is None else b.to(dtype)
-            if built is not None and plan.native:
-                dense = plan.forward == "dense", plan.backward == "dense"
-                return built.linear(x, W, b, A, B, s, *dense)
             if grad:
                 return _Linear.apply(x, W, b, A, B, s, plan)
             return _forward(x, W, b, A, B, s, plan.forward)[0]

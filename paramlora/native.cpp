@@ -240,10 +240,6 @@ bool own_loops(const Tensor& t, int64_t r, const Tensor& other) {
 const float* in(const Tensor& t) { return t.const_data_ptr<float>(); }
 float* out(const Tensor& t) { return t.mutable_data_ptr<float>(); }
 
-Tensor cast(const Tensor& t, const Tensor& as) {
-  return t.scalar_type() == as.scalar_type() ? t : t.to(as.scalar_type());
-}
-
 Tensor matrix(const Tensor& t) { return t.dim() == 2 ? t : t.reshape({-1, t.size(-1)}); }
 
 // s · P Q in one launch.
@@ -391,9 +387,11 @@ class Linear : public torch::autograd::Function<Linear> {
   }
 };
 
+// In `dtype` where one is given, as under autocast.
 Tensor linear(
     const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, const Tensor& A,
-    const Tensor& B, double s, bool dense, bool dense_backward) {
+    const Tensor& B, double s, bool dense, bool dense_backward,
+    std::optional<at::ScalarType> dtype) {
   TORCH_CHECK(
       W.dim() == 2 && A.dim() == 2 && B.dim() == 2 && A.size(1) == W.size(1) &&
           B.size(0) == W.size(0) && A.size(0) == B.size(1),
@@ -402,9 +400,13 @@ Tensor linear(
       A.device() == W.device() && B.device() == W.device(), "factors on ", A.device(), " and ",
       B.device(), " do not fit a weight on ", W.device());
   // Before the node, which so keeps the casts: to cast again in the backward costs two launches.
-  auto a = cast(A, x), up = cast(B, x);
-  if (at::GradMode::is_enabled()) return Linear::apply(x, W, a, up, b, s, dense, dense_backward);
-  return compute(x, W, b, a, up, s, dense).y;
+  auto to = dtype.value_or(x.scalar_type());
+  auto a = A.to(to), up = B.to(to);
+  auto input = dtype ? x.to(to) : x, weight = dtype ? W.to(to) : W;
+  auto bias = dtype && b ? std::optional<Tensor>(b->to(to)) : b;
+  if (at::GradMode::is_enabled())
+    return Linear::apply(input, weight, a, up, bias, s, dense, dense_backward);
+  return compute(input, weight, bias, a, up, s, dense).y;
 }
 
 // x Wᵀ + b, and for the rows of `order` an update each: the first counts[0] of them get that of
@@ -445,6 +447,9 @@ Tensor routed(
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.def("linear", torch::wrap_pybind_function_no_gil(linear));
+  using pybind11::arg;
+  module.def(
+      "linear", torch::wrap_pybind_function_no_gil(linear), arg("x"), arg("W"), arg("b"), arg("A"),
+      arg("B"), arg("s"), arg("dense"), arg("dense_backward"), arg("dtype") = pybind11::none());
   module.def("routed", torch::wrap_pybind_function_no_gil(routed));
 }

@@ -101,16 +101,17 @@ def choose(
     return Plan(_PATHS[forward], _PATHS[backward], built)
 
 
-def autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
-    """Return what torch.autocast has a product of these in, None where it leaves one as it is."""
-    if not torch._C._is_any_autocast_enabled():
+def autocast_dtype(x: Tensor, W: Tensor, b: Tensor | None) -> torch.dtype | None:
+    """Return what torch.autocast has x Wᵀ + b in, None where it leaves one of them as it is."""
+    if not torch._C._is_any_autocast_enabled() or x.is_meta:
         return None
-    there = [tensor for tensor in tensors if tensor is not None]
-    device = there[0].device.type
-    if device == "meta":
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
         return None
-    cast = all(t.is_floating_point() and t.dtype is not torch.float64 for t in there)
-    return torch.get_autocast_dtype(device) if cast and torch.is_autocast_enabled(device) else None
+    for tensor in (x, W) if b is None else (x, W, b):
+        if not tensor.is_floating_point() or tensor.dtype is torch.float64:
+            return None
+    return torch.get_autocast_dtype(device)
 
 
 def untransformed(x: Tensor) -> bool:
