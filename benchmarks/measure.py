@@ -162,7 +162,7 @@ def peak_memory(entry: Entry, x: Tensor) -> int | None:
 
 
 def now(clock: str) -> float:
-    """Return seconds: of a device, "cuda" or "cpu", or of the processor for this process."""
+    """Return seconds: "processor" time, or the wall's clock, on "cuda" once all work is done."""
     if clock == "processor":
         return time.process_time()
     if clock == "cuda":

@@ -11,7 +11,6 @@ them to NCCL.
 import argparse
 import json
 import os
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import paramlora as pl
 
 from .big_model import SHAPES, llama
+from .measure import now
 
 
 def counting(sent: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -52,13 +52,13 @@ def measure(rank: int, size: int, options: argparse.Namespace, meet: str) -> Non
     ids = torch.randint(SHAPES[options.model]["vocab_size"], shape, device=device)
     seconds = []
     for step in range(options.steps + 3):
-        began = now(on_gpu)
+        began = now(device.type)
         parallel(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         dist.barrier()
         if step >= 3:
-            seconds.append(now(on_gpu) - began)
+            seconds.append(now(device.type) - began)
     if rank == 0:
         factors = sum(p.nbytes for p in pl.parameters(model))
         row = {
@@ -78,12 +78,6 @@ def measure(rank: int, size: int, options: argparse.Namespace, meet: str) -> Non
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
     dist.destroy_process_group()
-
-
-def now(on_gpu: bool) -> float:
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def main(arguments: list[str] | None = None) -> None:

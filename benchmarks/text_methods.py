@@ -210,9 +210,8 @@ def main(arguments: list[str] | None = None) -> None:
         help="what to do after the choice of rates; `alone` wants a device that nobody else uses",
     )
     options = parser.parse_args(arguments)
-    given = {k: getattr(options, k) for k in ("model", "data_dir", "tokens", "rows", "device")}
-    given |= {"epochs": options.epochs, "batch": options.batch, "patience": 0}
-    given |= {"forgetting": options.forgetting}
+    taken = ("model", "data_dir", "tokens", "rows", "device", "epochs", "batch", "forgetting")
+    given = {key: getattr(options, key) for key in taken} | {"patience": 0}
     if options.max_length:
         given["max_length"] = options.max_length
     base = TextSettings.of_preset(f"minilm-{options.data}", **given)

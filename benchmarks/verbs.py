@@ -6,7 +6,6 @@ each goes to `results.jsonl`.
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -19,6 +18,7 @@ from tqdm import tqdm
 import paramlora as pl
 
 from .__main__ import processor
+from .measure import now
 
 LAYERS = 224
 Verbs = dict[str, Callable[[], object]]
@@ -101,15 +101,14 @@ def measure(
     adapters: int, width: int, dtype: torch.dtype, rounds: int, clock: str
 ) -> list[dict[str, Any]]:
     """Return a row for each library and verb."""
-    now = time.process_time if clock == "processor" else time.perf_counter
     contestants = {"paramlora": ours(width, dtype, adapters), "PEFT": peft(width, dtype, adapters)}
     seconds: dict[tuple[str, str], list[float]] = {}
     for _ in tqdm(range(rounds + 1), desc=f"{adapters} adapters", unit="round", disable=None):
         for name, verbs in contestants.items():
             for verb, run in verbs.items():
-                start = now()
+                start = now(clock)
                 run()
-                seconds.setdefault((name, verb), []).append(now() - start)
+                seconds.setdefault((name, verb), []).append(now(clock) - start)
     # The first round warms up.
     return [
         {

@@ -53,12 +53,11 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tens
     if type(x) is Tensor and not torch.compiler.is_compiling():
         m, k = W.shape
         n, device = x.numel() // max(k, 1), "cpu" if x.is_cpu else "cuda"
-        quiet = paths.unseen()
-        built = native.module() if quiet and {type(W), type(A), type(B)} <= paths.EXACT else None
+        built = native.module() if {type(W), type(A), type(B)} <= paths.EXACT else None
         dtype = paths.autocast_dtype(x, W, b)
         plan = paths.choose(n, k, m, dtype or W.dtype, device, grad, built is not None)
         cached = dtype and W.requires_grad and torch.is_autocast_cache_enabled()
-        if plan is not paths.PLAIN and quiet and not cached and paths.untransformed(x):
+        if plan is not paths.PLAIN and not cached and paths.unwatched(x):
             if built is not None and plan.native:
                 dense = plan.forward == "dense", plan.backward == "dense"
                 return built.linear(x, W, b, A, B, s, *dense, dtype)

@@ -240,6 +240,9 @@ bool own_loops(const Tensor& t, int64_t r, const Tensor& other) {
 const float* in(const Tensor& t) { return t.const_data_ptr<float>(); }
 float* out(const Tensor& t) { return t.mutable_data_ptr<float>(); }
 
+// Without a call into torch, which is what a small layer costs, where there is nothing to cast.
+Tensor cast(const Tensor& t, at::ScalarType to) { return t.scalar_type() == to ? t : t.to(to); }
+
 Tensor matrix(const Tensor& t) { return t.dim() == 2 ? t : t.reshape({-1, t.size(-1)}); }
 
 // s · P Q in one launch.
@@ -401,9 +404,8 @@ Tensor linear(
       B.device(), " do not fit a weight on ", W.device());
   // Before the node, which so keeps the casts: to cast again in the backward costs two launches.
   auto to = dtype.value_or(x.scalar_type());
-  auto a = A.to(to), up = B.to(to);
-  auto input = dtype ? x.to(to) : x, weight = dtype ? W.to(to) : W;
-  auto bias = dtype && b ? std::optional<Tensor>(b->to(to)) : b;
+  auto a = cast(A, to), up = cast(B, to), input = cast(x, to), weight = dtype ? cast(W, to) : W;
+  auto bias = dtype && b ? std::optional<Tensor>(cast(*b, to)) : b;
   if (at::GradMode::is_enabled())
     return Linear::apply(input, weight, a, up, bias, s, dense, dense_backward);
   return compute(input, weight, bias, a, up, s, dense).y;

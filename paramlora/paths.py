@@ -114,19 +114,15 @@ def autocast_dtype(x: Tensor, W: Tensor, b: Tensor | None) -> torch.dtype | None
     return torch.get_autocast_dtype(device)
 
 
-def untransformed(x: Tensor) -> bool:
-    """Return whether x is a common tensor and nothing looks on that only knows plain operations."""
-    common = x.dim() > 1 and not x.is_meta and x.layout is torch.strided and not x.is_nested
-    return common and not transformed()
+def unwatched(x: Tensor) -> bool:
+    """Return whether x is a common tensor and nothing looks on that only knows plain operations.
 
-
-def unseen() -> bool:
-    """Return whether nothing records operations.
-
-    To a recorder those of the twin do not exist, a Function in Python cannot be exported, and an
-    output that it has kept must not be written to.
+    To what records operations those of the twin do not exist, a Function in Python cannot be
+    exported, and an output that was kept must not be written to.
     """
-    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._get_tracing_state() is None
+    common = x.dim() > 1 and not x.is_meta and x.layout is torch.strided and not x.is_nested
+    recorded = torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    return common and not recorded and not transformed()
 
 
 def transformed() -> bool:

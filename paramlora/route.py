@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import native
 from .adapters import LowRank
 from .errors import StateError
-from .paths import EXACT, autocast_dtype, unseen, untransformed
+from .paths import EXACT, autocast_dtype, unwatched
 from .stack import Site, Stack, lists, once_each, sites, stack_of
 from .toggle import check_unmerged, names_of, select
 
@@ -391,13 +391,12 @@ def _native_for(
     x: Tensor, W: Tensor, b: Tensor | None, terms: Sequence[tuple[int, LowRank]]
 ) -> ModuleType | None:
     """Return the compiled twin where it can take this: float32 on a CPU, without gradients."""
-    if torch.is_grad_enabled() or type(x) is not Tensor or not (untransformed(x) and unseen()):
+    if torch.is_grad_enabled() or type(x) is not Tensor or not unwatched(x):
         return None
     tensors = [x, W, *([] if b is None else [b]), *(t for _, term in terms for t in term[:2])]
     fits = all(type(t) in EXACT and t.is_cpu and t.dtype is torch.float32 for t in tensors)
-    fits = fits and autocast_dtype(x, W, b) is None
     plain = all(isinstance(term.scale, float) for _, term in terms)
-    return native.module() if fits and plain else None
+    return native.module() if fits and plain and autocast_dtype(x, W, b) is None else None
 
 
 def _scaled(term: LowRank) -> Tensor:

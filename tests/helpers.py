@@ -1,4 +1,4 @@
-"""What several test files share: a model, and how to show that nothing of one has changed."""
+"""What several test files share: a model, how to show that nothing of one has changed, errors."""
 
 import copy
 import re
@@ -14,6 +14,15 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from paramlora.stack import Stack
+
+# ‖found − reference‖ / ‖reference‖ that a dtype's rounding explains.
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def error(found: Tensor, reference: Tensor) -> float:
+    """Return ‖found − reference‖ / ‖reference‖, where the reference is in float64."""
+    found, reference = found.detach().double(), reference.detach()
+    return float((found - reference).norm() / reference.norm())
 
 
 @contextmanager

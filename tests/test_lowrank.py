@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import keeping
+from helpers import BOUNDS, error, keeping
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -27,8 +27,6 @@ SHAPES = {
 }
 # What the graph's node of a layer is called, by the way it is computed.
 NODES = {"plain": "Add", "function": "_Linear", "native": "CppNode"}
-# ‖found − reference‖ / ‖reference‖ that a dtype's rounding explains.
-BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 @pytest.fixture(params=["function", "plain", "native"])
@@ -57,10 +55,6 @@ def leaves(n: int, k: int, m: int, dtype: torch.dtype, rank: int = 3) -> list[Te
     plain = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
     factors = [torch.randn(s, dtype=torch.float64).to(factor) for s in ((rank, k), (m, rank))]
     return [tensor.requires_grad_() for tensor in (*plain, *factors)]
-
-
-def error(found: Tensor, reference: Tensor) -> float:
-    return float((found.detach().double() - reference).norm() / reference.norm())
 
 
 class TestPaths:

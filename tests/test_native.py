@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import keeping
+from helpers import BOUNDS, error, keeping
 from reference import shake
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -31,13 +31,6 @@ from paramlora.build import build
 # One row, rows that fill no tile, columns that fill no vector or several, ranks around a tile's.
 SHAPES = [(1, 1, 1), (3, 15, 17), (4, 16, 64), (7, 100, 33), (66, 130, 65), (9, 784, 10)]
 RANKS = [1, 2, 3, 4, 7, 16, 65]
-# ‖found − reference‖ / ‖reference‖ that a dtype's rounding explains.
-BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-
-
-def error(found: Tensor, reference: Tensor) -> float:
-    found, reference = found.detach().double(), reference.detach()
-    return float((found - reference).norm() / reference.norm())
 
 
 class TestLoops:

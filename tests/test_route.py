@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import BOUNDS, error
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -270,8 +271,7 @@ class TestRouted:
         with pl.routed(model, IDS), pl.routed(exact, IDS):
             found, expected = model(x), exact(x.double())
         assert found.dtype == torch.bfloat16
-        error = (found.double() - expected).detach().norm() / expected.detach().norm()
-        assert float(error) < 2e-2
+        assert error(found, expected) < BOUNDS[torch.bfloat16]
 
     @pytest.mark.parametrize("grad", [False, True])
     def test_autocast(self, grad: bool) -> None:
@@ -284,8 +284,7 @@ class TestRouted:
             with torch.autocast("cpu", torch.bfloat16):
                 found = model(x)
         assert found.dtype == torch.bfloat16
-        error = (found.double() - expected).detach().norm() / expected.detach().norm()
-        assert float(error) < 2e-2
+        assert error(found, expected) < BOUNDS[torch.bfloat16]
 
     @pytest.mark.parametrize("fails", [False, True])
     def test_afterwards_all_is_as_it_was(self, fails: bool) -> None:
