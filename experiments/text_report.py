@@ -210,10 +210,11 @@ def _strengths(run: RunDirectory, axes: Any) -> None:
                 its_y = [100 * value for value in row["accuracy"]]
                 axis.plot(its_x, its_y, ".", color=mean.get_color(), alpha=0.4)
             for i in count:
-                # At three heights in turn: where little is left the points lie close together.
-                offset = (0, (-11, 13, 5)[i % 3])
+                # Upright, so that the labels of close points stand side by side.
                 axis.annotate(f"{its[0]['strengths'][i]:g}", (x[i], y[i]), fontsize=7,
-                              xytext=offset, textcoords="offset points")  # fmt: skip
+                              xytext=(0, 5), textcoords="offset points",
+                              rotation=90, ha="center", va="bottom")  # fmt: skip
+        axis.margins(y=0.12)
         axis.set_xlabel(name)
         axis.set_ylabel("accuracy on the task, test rows, %")
         axis.legend(loc="lower left")
