@@ -28,7 +28,7 @@ study: $(VENV)/ready-experiments
 
 # Without a compiler what it builds is left out, and its tests are skipped.
 test: $(VENV)/ready-test
-	-$(PY) -m paramlora.build
+	-$(PY) -m paramlora.native.build
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/ready-dev

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from paramlora import native
+from paramlora.native import load as native
 
 from .contestants import CONTESTANTS, Contestant
 from .figure import draw
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     suites = options.suites or [s for s in SUITES if s[:3] == "cpu" or torch.cuda.is_available()]
     if native.module() is None:
-        print("paramlora's compiled twin is not built: python -m paramlora.build", file=sys.stderr)
+        print("paramlora's compiled twin is not built: python -m paramlora.native.build", file=sys.stderr)
     there = [c for c in CONTESTANTS if c.there and _wanted(c, options.only)]
     lacking = [c.name for c in CONTESTANTS if not c.there]
     if lacking:

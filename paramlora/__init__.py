@@ -16,23 +16,23 @@ True
 True
 """
 
-from .adapters import Delta, LoRA, LowRank, Rescaled, Spec, add_update, draw, factor_dtype
-from .attach import attach, detach, freeze, parameters, unfreeze
-from .base import base_state_dict, fingerprint, load_base_state_dict
-from .checkpoint import load, load_state_dict, save, state_dict
-from .combine import combine
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
-from .eva import eva
-from .extract import extract
-from .groups import parameter_groups
-from .hold import hold_statistics
-from .kinds import IA3, DoRA
-from .merge import bake, merge, merged, unmerge
-from .peft import load_peft, save_peft
-from .products import LoHa, LoKr
-from .route import routed
-from .summary import SiteSummary, Skipped, Summary, summary
-from .toggle import disable, disabled, enable, enabled, scale, using
+from .files.base import base_state_dict, fingerprint, load_base_state_dict
+from .files.checkpoint import load, load_state_dict, save, state_dict
+from .kinds.dora import IA3, DoRA
+from .kinds.loha import LoHa, LoKr
+from .kinds.spec import Delta, LoRA, LowRank, Rescaled, Spec, add_update, draw, factor_dtype
+from .layers.rows import routed
+from .layers.statistics import hold_statistics
+from .methods.combine import combine
+from .methods.eva import eva
+from .methods.extract import extract
+from .methods.lora_plus import parameter_groups
+from .peft.folder import load_peft, save_peft
+from .verbs.attach import attach, detach, freeze, parameters, unfreeze
+from .verbs.merge import bake, merge, merged, unmerge
+from .verbs.summary import SiteSummary, Skipped, Summary, summary
+from .verbs.toggle import disable, disabled, enable, enabled, scale, using
 
 __version__ = "0.1.0"
 

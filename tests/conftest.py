@@ -13,7 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
-from paramlora import native
+from paramlora.native import load as native
 
 ROOT = Path(__file__).parents[1]
 collect_ignore = ["crash.py"]  # a program that a test runs, no module to look for doctests in
@@ -45,8 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def as_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let small Linears take the path of large ones in Python, with a backward written by hand."""
-    monkeypatch.setattr("paramlora.native.module", lambda: None)
-    monkeypatch.setattr("paramlora.paths.PLAIN_BELOW", defaultdict(int))
+    monkeypatch.setattr("paramlora.native.load.module", lambda: None)
+    monkeypatch.setattr("paramlora.compute.plan.PLAIN_BELOW", defaultdict(int))
 
 
 @pytest.fixture
@@ -54,5 +54,5 @@ def native_module() -> ModuleType:
     """The compiled twin of the factored Linear."""
     built = native.module()
     if built is None:
-        pytest.skip("not built for this torch: python -m paramlora.build")
+        pytest.skip("not built for this torch: python -m paramlora.native.build")
     return built

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import paramlora as pl
-from paramlora.stack import Stack
+from paramlora.site.stack import Stack
 
 # ‖found − reference‖ / ‖reference‖ that a dtype's rounding explains.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}

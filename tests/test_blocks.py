@@ -18,8 +18,8 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from paramlora import Delta, LoRA
-from paramlora.base import digest
-from paramlora.block import Block, split
+from paramlora.files.base import digest
+from paramlora.site.block import Block, split
 
 QKV = ["*.qkv.weight[:4]", "*.qkv.weight[4:8]", "*.qkv.weight[8:]"]
 

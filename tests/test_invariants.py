@@ -165,7 +165,7 @@ def test_5_merged_by_blocks_of_rows(
     dtype: torch.dtype, init: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A weight of many blocks of rows is merged to the bits that reading it gives, and back."""
-    monkeypatch.setattr(sys.modules["paramlora.merge"], "_BLOCK", 20)
+    monkeypatch.setattr(sys.modules["paramlora.verbs.merge"], "_BLOCK", 20)
     layer: Any = nn.Linear(6, 10).to(dtype)
     pl.attach(layer, pl.LoRA(rank=2, alpha=3, init=init), name="one")
     pl.attach(layer, pl.LoRA(rank=1), "weight[2:, :]", name="two")

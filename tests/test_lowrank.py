@@ -15,8 +15,9 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import paramlora as pl
-from paramlora import lowrank, paths
-from paramlora.adapters import LowRank
+from paramlora.compute import lowrank
+from paramlora.compute import plan as paths
+from paramlora.kinds.spec import LowRank
 
 # Rows and widths (n, k, m) that lead each direction to each of its paths on the CPU.
 SHAPES = {
@@ -34,7 +35,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "native":
         request.getfixturevalue("native_module")
     else:
-        monkeypatch.setattr("paramlora.native.module", lambda: None)
+        monkeypatch.setattr("paramlora.native.load.module", lambda: None)
         below = 0 if request.param == "function" else 2**62
         monkeypatch.setattr(paths, "PLAIN_BELOW", defaultdict(lambda: below))
     return request.param

@@ -25,8 +25,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from torch.utils.flop_counter import FlopCounterMode
 
 import paramlora as pl
-from paramlora import lowrank, native
-from paramlora.build import build
+from paramlora.compute import lowrank
+from paramlora.native import load as native
+from paramlora.native.build import build
 
 # One row, rows that fill no tile, columns that fill no vector or several, ranks around a tile's.
 SHAPES = [(1, 1, 1), (3, 15, 17), (4, 16, 64), (7, 100, 33), (66, 130, 65), (9, 784, 10)]
@@ -394,7 +395,7 @@ class TestBuilt:
 
     def test_it_is_found_by_itself(self, native_module: ModuleType) -> None:
         """A process that finds the built file uses it; PARAMLORA_NATIVE=0 leaves it out."""
-        program = "from paramlora import native; print(native.module() is not None)"
+        program = "from paramlora.native import load as native; print(native.module() is not None)"
         for value, expected in (("", "True"), ("0", "False")):
             done = subprocess.run(
                 [sys.executable, "-c", program],

@@ -50,6 +50,6 @@ def test_wheel_installs_paramlora_alone(tmp_path: Path) -> None:
     run(sys.executable, "-c", code, str(out), cwd=source)
     (wheel,) = out.glob("*.whl")
     names = ZipFile(wheel).namelist()
-    package = {f"paramlora/{path.name}" for path in (ROOT / "paramlora").glob("*.py")}
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "paramlora").rglob("*.py")}
     installed = {name for name in names if ".dist-info/" not in name}
-    assert installed == package | {"paramlora/py.typed", "paramlora/native.cpp"}
+    assert installed == package | {"paramlora/py.typed", "paramlora/native/native.cpp"}

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from torch import nn
 
-from paramlora import peft_config, peft_import
-from paramlora.peft_config import Config
+from paramlora.peft import config as peft_config
+from paramlora.peft import read as peft_import
+from paramlora.peft.config import Config
 
 peft = pytest.importorskip("peft", reason="the oracle of these tests is PEFT")
 from peft.tuners.tuners_utils import check_target_module_exists  # noqa: E402

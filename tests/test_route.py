@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import paramlora as pl
-from paramlora import route
+from paramlora.layers import rows as route
 
 IDS = [2, 0, -1, 0, 1, 2, -1]
 NAMES = ("first", "second", "third")

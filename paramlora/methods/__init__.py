@@ -1,0 +1,1 @@
+"""Published methods on top of the verbs: EVA, LoRA+, combine, extract."""

@@ -1,0 +1,1 @@
+"""The optional native extension: one fused autograd node in C++."""

@@ -1,0 +1,57 @@
+"""`python -m paramlora.native.build`: compile `native.cpp` for the torch at hand, once."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from . import load
+
+
+def build(verbose: bool = False) -> Path:
+    """Compile the twin for the torch at hand, where that has not been done; return the file.
+
+    Raises:
+        RuntimeError: there is no compiler, no ninja, or the compiler fails.
+    """
+    target = load.path()
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Elsewhere, then moved: one that was cut off or runs beside this leaves nothing half made.
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            _compile(scratch, verbose)
+            os.replace(Path(scratch) / f"{load.NAME}.so", target)
+    load.module.cache_clear()
+    return target
+
+
+def _compile(folder: str, verbose: bool) -> None:
+    # A ninja that pip installed beside this interpreter counts, whether or not it is activated.
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([before, str(Path(sys.executable).parent)])
+    try:
+        from torch.utils import cpp_extension
+
+        cpp_extension.load(
+            load.NAME,
+            [str(load.SOURCE)],
+            extra_cflags=load.FLAGS,
+            build_directory=folder,
+            verbose=verbose,
+            is_python_module=False,
+        )
+    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(
+            "the compiled twin cannot be built; it takes a C++ compiler, Python's headers, ninja "
+            f"and setuptools (pip install ninja setuptools); all works without it: {error}"
+        ) from error
+    finally:
+        os.environ["PATH"] = before
+
+
+if __name__ == "__main__":
+    try:
+        print(build())
+    except RuntimeError as problem:
+        sys.exit(str(problem))

@@ -1,0 +1,111 @@
+"""The factors of one adapter at one tensor, or at blocks of it, as modules of a stack."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..kinds.spec import Factors as Tensors
+from ..kinds.spec import LowRank, Rescaled, Spec, Strength
+from .block import Block
+
+
+class Factors(nn.Module):
+    """The factors of one adapter at one site, with the spec that says what they do.
+
+    A `block` is the part of the tensor that they are for, None for all of it.
+    """
+
+    def __init__(
+        self, spec: Spec, tensors: Mapping[str, Tensor], block: Block | None = None
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.block = block
+        self.strength: Strength = 1.0
+        for key, tensor in tensors.items():
+            if key in spec.constants:
+                self.register_buffer(key, tensor)
+            else:
+                self.register_parameter(key, nn.Parameter(tensor))
+
+    def set_strength(self, strength: Strength) -> None:
+        # Past nn.Module.__setattr__, which would register an nn.Parameter as one of the factors.
+        self.__dict__["strength"] = strength
+
+    put_strength = set_strength
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return applied(self.spec, self.block, weight, self.tensors, self.strength)
+
+    def low_rank(self) -> LowRank | None:
+        term = self.spec.low_rank(self.tensors, self.strength)
+        return term if term is None or self.block is None else self.block.widen(term)
+
+    @property
+    def scale(self) -> Strength:
+        """All that multiplies the update, the strength included."""
+        return self.strength * self.spec.scaling
+
+    def rescaled(self, weight: Tensor) -> Rescaled | None:
+        if self.block is not None:
+            return None
+        return self.spec.rescaled(weight, self.tensors, self.strength)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors by name, constants last."""
+        if self._buffers:
+            return {**self._parameters, **self._buffers}  # type: ignore[dict-item]
+        return self._parameters  # type: ignore[return-value]
+
+
+class Blocks(nn.Module):
+    """The factors of one adapter at several blocks of a tensor, of which no two overlap."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        for factors in self.parts:
+            weight = factors(weight)
+        return weight
+
+    def low_rank(self) -> LowRank | None:
+        terms = []
+        for factors in self.parts:
+            term = factors.low_rank()
+            if term is None:
+                return None
+            terms.append(term)
+        scales = [term.scale for term in terms]
+        Bs = [term.B for term in terms]
+        if all(type(scale) is float and scale == scales[0] for scale in scales):
+            scale = scales[0]
+        else:
+            Bs, scale = [B * scale for B, scale in zip(Bs, scales, strict=True)], 1.0
+        return LowRank(torch.cat([term.A for term in terms]), torch.cat(Bs, dim=1), scale)
+
+    def set_strength(self, strength: Strength) -> None:
+        for factors in self.parts:
+            factors.set_strength(strength)
+
+    @property
+    def strength(self) -> tuple[Strength, ...]:
+        """The strength at each block."""
+        return tuple(factors.strength for factors in self.parts)
+
+    def put_strength(self, strength: Sequence[Strength]) -> None:
+        """Set what `strength` gave."""
+        for factors, own in zip(self.parts, strength, strict=True):
+            factors.set_strength(own)
+
+    @property
+    def parts(self) -> list[Factors]:
+        return list(self._modules.values())  # type: ignore[arg-type]
+
+
+def applied(
+    spec: Spec, block: Block | None, weight: Tensor, tensors: Tensors, strength: Strength
+) -> Tensor:
+    """Return the tensor of which a spec has changed a block, or all."""
+    if block is None:
+        return spec.apply(weight, tensors, strength)
+    return block.put(weight, spec.apply(block.cut(weight), tensors, strength))

@@ -1,0 +1,114 @@
+"""Places: the tensors of a model that can become sites, and blocks of them."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..errors import TargetError
+from .block import Block, Part
+from .stack import Stack, below, dotted, lists, stack_of, stored, walk
+
+
+class Place(NamedTuple):
+    """A tensor that can become a site, or a block of one, whose index ends the path then."""
+
+    path: str
+    module_path: str
+    module: nn.Module
+    tensor: str
+    block: Block | None = None
+
+    @property
+    def whole(self) -> Tensor:
+        """The base's tensor, W: what is stored, or what parametrizations below a stack give."""
+        plist = lists(self.module).get(self.tensor)
+        return self.stored if plist is None else below(plist, stack_of(plist))
+
+    @property
+    def value(self) -> Tensor:
+        """What an adapter here sees as its weight: W, or the block of it."""
+        return self.whole if self.block is None else self.block.cut(self.whole)
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """What it takes of each dimension; empty for the whole tensor."""
+        return [] if self.block is None else self.block.ranges
+
+    def at(self, index: Sequence[Part]) -> "Place":
+        """Return the place of a block of this tensor.
+
+        Raises:
+            TargetError: the tensor has no such block.
+        """
+        shape = self.whole.shape
+        try:
+            block = Block.of(index, shape)
+        except ValueError as error:
+            raise TargetError(
+                f"cannot take a block of {self.path!r}, which has shape {tuple(shape)}: {error}"
+            ) from error
+        return self._replace(path=f"{self.path}{block or ''}", block=block)
+
+    def meets(self, other: "Place") -> bool:
+        """Return whether this has an element in common with another place of the same tensor."""
+        whole = self.block is None or other.block is None
+        return whole or self.block.overlaps(other.block)  # type: ignore[union-attr, arg-type]
+
+    def claimed(self, other: "Place") -> bool:
+        """Return whether an adapter at `other`, of the same tensor, leaves none of it for this.
+
+        Raises:
+            TargetError: both are blocks, and one is a part of the other or they overlap.
+        """
+        if self.block is None or other.block is None or self.block == other.block:
+            return True
+        if self.meets(other):
+            raise TargetError(
+                f"{other.path!r} and {self.path!r} overlap; give one adapter blocks that do not, "
+                "or attach another adapter under a name of its own"
+            )
+        return False
+
+    @property
+    def stored(self) -> Tensor:
+        """What is stored for it: the tensor itself, or the first that parametrizations store."""
+        plist = lists(self.module).get(self.tensor)
+        return getattr(self.module, self.tensor) if plist is None else stored(plist)[0]
+
+    @property
+    def stack(self) -> Stack | None:
+        """The stack that is there already."""
+        return stack_of(lists(self.module).get(self.tensor))
+
+
+def places(model: nn.Module) -> list[Place]:
+    """Return every parameter of the base of a model, parametrized ones included, in order."""
+    found = []
+    for path, module in walk(model):
+        # What parametrizations of others consist of is not the model's to adapt.
+        if "parametrizations" in path.split("."):
+            continue
+        names = [name for name, parameter in module._parameters.items() if parameter is not None]
+        plists = lists(module).items()
+        names += [name for name, plist in plists if isinstance(stored(plist)[0], nn.Parameter)]
+        found += [Place(dotted(path, name), path, module, name) for name in names]
+    return found
+
+
+def holders(model: nn.Module) -> dict[int, list[Place]]:
+    """Return the places of each stored parameter, by its id: more than one where it is tied."""
+    found: dict[int, list[Place]] = {}
+    for place in places(model):
+        found.setdefault(id(place.stored), []).append(place)
+    return found
+
+
+def check_shapes(everywhere: Iterable[Place]) -> None:
+    """Raise a TargetError where a parameter, adapted or not, cannot be frozen or counted yet."""
+    for place in everywhere:
+        if nn.parameter.is_lazy(place.stored):
+            raise TargetError(
+                f"{place.path!r} is lazy and has no shape yet; run one batch through the model "
+                "first, and attach then"
+            )

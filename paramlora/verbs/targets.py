@@ -1,0 +1,270 @@
+"""Targets: what the user writes, to the tensors that it means.
+
+A target is a module type (its `weight`), a glob over dotted paths (of modules, meaning their
+`weight`, or of tensors), or a callable `(path, module) -> bool` (again the `weight`). A glob with
+a trailing index, `*.c_attn.weight[:, :768]`, means that block of each tensor.
+"""
+
+import difflib
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..errors import TargetError
+from ..kinds.spec import FLOATS, Spec
+from ..site.block import Part, split
+from ..site.place import Place, check_shapes, places
+from ..site.stack import dotted, walk
+from ..site.storage import is_sharded
+
+Target = type[nn.Module] | str | Callable[[str, nn.Module], bool]
+Targets = Target | Sequence[Target]
+
+
+def _computed(model: nn.Module) -> list[Place]:
+    """Return the tensors that a hook computes from parameters of a like name."""
+    return [
+        Place(dotted(path, name), path, module, name)
+        for path, module in walk(model)
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+        and (f"{name}_v" in module._parameters or f"{name}_orig" in module._parameters)
+    ]
+
+
+class Resolved(NamedTuple):
+    """The tensors that targets mean, each with its spec, and those left out, with the reason."""
+
+    found: list[tuple[Place, Spec]]
+    left_out: dict[str, tuple[Place, str]]
+
+
+def resolve(
+    model: nn.Module,
+    spec: Spec | Mapping[Target, Spec],
+    targets: Targets | None,
+    exclude: Targets,
+) -> Resolved:
+    """Return the tensors that the targets mean, each with its spec, checked, in model order.
+
+    In a mapping the first target that matches a tensor, or blocks of it, decides its spec.
+
+    Raises:
+        TargetError: a target that matches no tensor, or one that cannot be adapted.
+        TypeError: a spec or a target that is none.
+    """
+    everywhere = places(model)
+    check_shapes(everywhere)
+    computed = _computed(model)
+    all_places = [*everywhere, *computed]
+    excluded: dict[str, Place] = {}
+    for asked in _listed(exclude):
+        target, index = _split(asked, all_places)
+        matches = [p if index is None else p.at(index) for p in _match(target, all_places)]
+        if isinstance(target, str) and not matches:
+            raise TargetError(f"exclude= matches nothing: no {_nothing(asked, model, everywhere)}")
+        excluded |= {place.path: place for place in matches}
+    # By tensor, not by path: tied ones are one.
+    claims: dict[int, list[tuple[Place, Spec]]] = {}
+    left_out: dict[str, tuple[Place, str]] = {}
+    for asked, its_spec in _pairs(spec, targets):
+        target, index = _split(asked, all_places)
+        for place in _match(target, computed):
+            if place.path not in excluded:
+                raise TargetError(
+                    f"cannot adapt {place.path!r}: a hook computes it, as the old weight_norm and "
+                    "spectral_norm and pruning do; use those of torch.nn.utils.parametrizations, "
+                    "or leave it out with narrower targets or with exclude="
+                )
+        matches = _match(target, everywhere)
+        if not matches:
+            raise TargetError(f"no tensor matches {_nothing(asked, model, everywhere)}")
+        for place in matches:
+            if index is not None and place.path not in excluded:
+                place = place.at(index)
+            own = claims.setdefault(id(place.stored), [])
+            if _is_out(place, excluded):
+                left_out[place.path] = place, "left out by exclude="
+            elif not any(place.claimed(by) for by, _ in own):
+                own.append((place, its_spec))
+            elif all(place.block != by.block for by, _ in own):
+                left_out[place.path] = place, "decided by an earlier target"
+    found = [pair for own in claims.values() for pair in own]
+    if not found:
+        raise TargetError(f"every tensor that matches is excluded by exclude={exclude!r}")
+    order = {(id(place.module), place.tensor): i for i, place in enumerate(everywhere)}
+    found.sort(key=lambda pair: (order[id(pair[0].module), pair[0].tensor], pair[0].ranges))
+    for place, its_spec in found:
+        check(place, its_spec)
+    return Resolved(found, left_out)
+
+
+def _is_out(place: Place, excluded: Mapping[str, Place]) -> bool:
+    """Return whether a place is excluded, which may be a block that is.
+
+    Raises:
+        TargetError: a block is excluded, and the place is more or another part of its tensor.
+    """
+    for other in excluded.values():
+        if other.block is None or other.stored is not place.stored or place.path in excluded:
+            continue
+        if place.meets(other):
+            raise TargetError(
+                f"cannot leave {other.path!r} out of {place.path!r}: exclude= takes whole tensors, "
+                "or a block that a target names; name the other blocks as targets"
+            )
+    return place.path in excluded
+
+
+def check(place: Place, spec: Spec) -> None:
+    """Raise a TargetError where `spec` cannot adapt the tensor at `place`."""
+    reason = _refusal(place, spec)
+    if reason is not None:
+        raise TargetError(
+            f"cannot adapt {place.path!r} with {type(spec).__name__}: {reason} (leave it out "
+            "with narrower targets or with exclude=)"
+        )
+
+
+def nearest(path: str, paths: Iterable[str]) -> str:
+    """Return a question that names the paths most like `path`, empty where none is."""
+    close = difflib.get_close_matches(path, list(paths), n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def _pairs(
+    spec: Spec | Mapping[Target, Spec], targets: Targets | None
+) -> list[tuple[Target, Spec]]:
+    if isinstance(spec, Mapping):
+        if targets is not None:
+            raise TypeError("with a mapping from target to spec, leave targets out")
+        pairs = list(spec.items())
+    else:
+        pairs = [(one, spec) for one in _listed(nn.Linear if targets is None else targets)]
+    for _, its_spec in pairs:
+        if not isinstance(its_spec, Spec):
+            raise TypeError(f"a spec is an instance such as LoRA(rank=8), got {its_spec!r}")
+    if not pairs:
+        raise TargetError("no targets given; name at least one, such as nn.Linear or '*.fc1'")
+    return pairs
+
+
+def _listed(targets: Targets) -> list[Target]:
+    if isinstance(targets, str) or callable(targets) or not isinstance(targets, Iterable):
+        return [targets]
+    return list(targets)
+
+
+def _split(target: Target, everywhere: list[Place]) -> tuple[Target, tuple[Part, ...] | None]:
+    """Return a target without its trailing index, and that; a path that there is has none."""
+    if not isinstance(target, str) or any(target in (p.path, p.module_path) for p in everywhere):
+        return target, None
+    try:
+        return split(target)
+    except ValueError as error:
+        raise TargetError(f"target {target!r}: {error}") from error
+
+
+def _match(target: Target, everywhere: list[Place]) -> list[Place]:
+    if isinstance(target, type):
+        if not issubclass(target, nn.Module):
+            raise TypeError(f"a target type is a module type such as nn.Linear, got {target!r}")
+        return [
+            place
+            for place in everywhere
+            if place.tensor == "weight"
+            and issubclass(parametrize.type_before_parametrizations(place.module), target)
+        ]
+    if isinstance(target, str):
+        return [
+            place
+            for place in everywhere
+            if _glob(place.path, target)
+            or (place.tensor == "weight" and _glob(place.module_path, target))
+        ]
+    # A module can be called too, but not with a path.
+    if callable(target) and not isinstance(target, nn.Module):
+        return [
+            place
+            for place in everywhere
+            if place.tensor == "weight" and target(place.module_path, place.module)
+        ]
+    raise TypeError(
+        "a target is a module type, a glob over paths, or a callable (path, module) -> bool, got "
+        f"{target!r}"
+    )
+
+
+def _glob(path: str, pattern: str) -> bool:
+    # "*.fc1" means an fc1 anywhere, at the top level too; and a path, whatever is in it, itself.
+    return (
+        fnmatchcase(path, pattern)
+        or path == pattern
+        or (pattern[:2] == "*." and fnmatchcase("." + path, pattern))
+    )
+
+
+def _nothing(asked: Target, model: nn.Module, everywhere: list[Place]) -> str:
+    """Return a target that matches nothing, and what there is in its place."""
+    name = repr(asked) if isinstance(asked, str) else getattr(asked, "__name__", repr(asked))
+    target, index = _split(asked, everywhere)
+    if isinstance(asked, str) and index is not None and (like := _match(asked, everywhere)):
+        return (
+            f"{target!r}, of which {name} would be a block; for characters of a glob, name the "
+            f"tensor as well: {asked + '.' + like[0].tensor!r}"
+        )
+    meant = {path: module for path, module in walk(model) if _means(target, path, module)}
+    packed = [path for path, module in meant.items() or walk(model) if _is_packed(module)]
+    if packed:
+        return f"{name}; packed (quantized) weights cannot be adapted, as those of {some(packed)}"
+    if meant:
+        own = [place.path for place in everywhere if place.module in meant.values()]
+        only = f", only {some(own)}: name those with a glob" if own else ""
+        return f"{name}; there is no parameter 'weight' in {some(meant)}{only}"
+    if isinstance(target, str):
+        modules = [place.module_path for place in everywhere if place.module_path]
+        paths = dict.fromkeys([*modules, *(place.path for place in everywhere)])
+        return name + (nearest(target, paths) or f"; there are {some(paths) or 'no parameters'}")
+    with_weight = [place.module for place in everywhere if place.tensor == "weight"]
+    types = {parametrize.type_before_parametrizations(module).__name__ for module in with_weight}
+    return f"{name}; modules with a weight here are {some(sorted(types)) or 'none'}"
+
+
+def _is_packed(module: nn.Module) -> bool:
+    # Quantized modules of torch have a method of that name.
+    weight = getattr(module, "weight", None)
+    return callable(weight) and not isinstance(weight, nn.Module)
+
+
+def _means(target: Target, path: str, module: nn.Module) -> bool:
+    """Return whether a type or a glob means a module, whatever tensors that has."""
+    if isinstance(target, type):
+        return issubclass(parametrize.type_before_parametrizations(module), target)
+    return isinstance(target, str) and _glob(path, target)
+
+
+def some(names: Iterable[str]) -> str:
+    """Return the first of some names, as a list to read."""
+    first = list(itertools.islice(names, 9))
+    return ", ".join(first[:8]) + (", …" if len(first) > 8 else "")
+
+
+def _refusal(place: Place, spec: Spec) -> str | None:
+    weight = place.value
+    if weight.is_quantized or weight.dtype not in FLOATS:
+        return (
+            f"its dtype is {weight.dtype}; only floating tensors of 16 to 64 bits can be adapted, "
+            "none that is integer, complex or packed"
+        )
+    if is_sharded(place.module, weight):
+        return "it is sharded over processes; attach first, and call fully_shard after that"
+    if weight.layout is not torch.strided:
+        return f"its layout is {weight.layout}; adapters need a strided (dense) tensor"
+    if weight.numel() == 0:
+        return f"it has no elements, its shape is {tuple(weight.shape)}"
+    return spec.refusal(weight)
