@@ -19,10 +19,14 @@ True
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
 from .files.base import base_state_dict, fingerprint, load_base_state_dict
 from .files.checkpoint import load, load_state_dict, save, state_dict
-from .kinds.dora import IA3, DoRA
-from .kinds.loha import LoHa, LoKr
-from .kinds.spec import Delta, LoRA, LowRank, Rescaled, Spec, add_update, draw, factor_dtype
-from .layers.rows import routed
+from .kinds.delta import Delta
+from .kinds.dora import DoRA
+from .kinds.ia3 import IA3
+from .kinds.loha import LoHa
+from .kinds.lokr import LoKr
+from .kinds.lora import LoRA
+from .kinds.spec import LowRank, Rescaled, Spec, add_update, factor_dtype
+from .kinds.start import draw
 from .layers.statistics import hold_statistics
 from .methods.combine import combine
 from .methods.eva import eva
@@ -31,6 +35,7 @@ from .methods.lora_plus import parameter_groups
 from .peft.folder import load_peft, save_peft
 from .verbs.attach import attach, detach, freeze, parameters, unfreeze
 from .verbs.merge import bake, merge, merged, unmerge
+from .verbs.route import routed
 from .verbs.summary import SiteSummary, Skipped, Summary, summary
 from .verbs.toggle import disable, disabled, enable, enabled, scale, using
 

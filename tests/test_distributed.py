@@ -30,7 +30,7 @@ from experiments.text_models import prepare as prepare_model
 from experiments.text_settings import TextSettings
 from experiments.train import Batches, cross_entropy, seeded_order
 from experiments.train import train as train_study
-from paramlora.files.base import whole
+from paramlora.site.storage import whole
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not dist.is_available() or not dist.is_gloo_available(),

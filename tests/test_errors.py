@@ -269,13 +269,13 @@ ATTACHING: dict[str, Row] = {
         plain,
         lambda m: pl.attach(m, LoRA),  # type: ignore[arg-type]
         TypeError,
-        "a spec is an instance such as LoRA(rank=8), got <class 'paramlora.kinds.spec.LoRA'>",
+        "a spec is an instance such as LoRA(rank=8), got <class 'paramlora.kinds.lora.LoRA'>",
     ),
     "a spec's class in a mapping": (
         plain,
         lambda m: pl.attach(m, {"fc1": LoRA(2), "fc2": LoRA}),  # type: ignore[dict-item]
         TypeError,
-        "a spec is an instance such as LoRA(rank=8), got <class 'paramlora.kinds.spec.LoRA'>",
+        "a spec is an instance such as LoRA(rank=8), got <class 'paramlora.kinds.lora.LoRA'>",
     ),
     "a module as a target": (
         plain,

@@ -6,7 +6,7 @@
 
     x: (n, k), A: (r, k), B: (m, r), W: (m, k), y: (n, m)
 
-`paths.choose` is the rule. Neither path computes the dense gradient of W', which is what makes a
+`plan.choose` is the rule. Neither path computes the dense gradient of W', which is what makes a
 plain parametrization half as fast again, and none keeps W': for the backward there are x itself,
 and x Aᵀ where the forward had it.
 
@@ -30,7 +30,8 @@ from torch import Tensor
 
 from ..kinds.spec import LowRank
 from ..native import load
-from .plan import EXACT, PLAIN, WORTH_A_KERNEL, Path, Plan, autocast_dtype, choose, unwatched
+from .plan import PLAIN, WORTH_A_KERNEL, Path, Plan, choose
+from .watched import EXACT, autocast_dtype, unwatched
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tensor:

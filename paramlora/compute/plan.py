@@ -3,8 +3,6 @@
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 Path = Literal["plain", "factored", "dense"]
 
@@ -32,9 +30,6 @@ PLAIN_BELOW = {
     ("cuda", True): 2**24,
     ("cuda", False): 2**22,
 }
-
-# The types whose values are all that they are.
-EXACT = {Tensor, nn.Parameter}
 
 # Below this many elements a launch costs more than the traffic that a kernel saves.
 WORTH_A_KERNEL = 2**25
@@ -99,36 +94,3 @@ def choose(
         most = n / (2 if built else 4) if device == "cpu" else n
         forward, backward = most > k, most > m
     return Plan(_PATHS[forward], _PATHS[backward], built)
-
-
-def autocast_dtype(x: Tensor, W: Tensor, b: Tensor | None) -> torch.dtype | None:
-    """Return what torch.autocast has x Wᵀ + b in, None where it leaves one of them as it is."""
-    if not torch._C._is_any_autocast_enabled() or x.is_meta:
-        return None
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return None
-    for tensor in (x, W) if b is None else (x, W, b):
-        if not tensor.is_floating_point() or tensor.dtype is torch.float64:
-            return None
-    return torch.get_autocast_dtype(device)
-
-
-def unwatched(x: Tensor) -> bool:
-    """Return whether x is a common tensor and nothing looks on that only knows plain operations.
-
-    To what records operations those of the twin do not exist, a Function in Python cannot be
-    exported, and an output that was kept must not be written to.
-    """
-    common = x.dim() > 1 and not x.is_meta and x.layout is torch.strided and not x.is_nested
-    recorded = torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
-    return common and not recorded and not transformed()
-
-
-def transformed() -> bool:
-    """Return whether the compiler, torch.func or forward-mode differentiation is looking on."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )

@@ -15,7 +15,7 @@ from ..kinds.spec import Rescaled
 from . import lowrank
 
 
-def linear(x: Tensor, W: Tensor, b: Tensor | None, term: Rescaled) -> Tensor:
+def rescaled_linear(x: Tensor, W: Tensor, b: Tensor | None, term: Rescaled) -> Tensor:
     """Return x W'ᵀ + b.
 
     Args:
@@ -32,7 +32,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, term: Rescaled) -> Tensor:
     return y
 
 
-def rows(y: Tensor, ids: Tensor, term: Rescaled, padding_idx: int | None) -> Tensor:
+def rescaled_rows(y: Tensor, ids: Tensor, term: Rescaled, padding_idx: int | None) -> Tensor:
     """Return rows y, (…, k), of W + s · B A, looked up by `ids`, as those of W'."""
     g = term.change
     if term.dim == 0:

@@ -1,19 +1,16 @@
 """The base beneath the adapters: its tensors and their keys, whatever is attached or merged."""
 
-import ctypes
-import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..errors import CheckpointError, StateError
-from ..site.stack import stack_of
-from ..site.storage import check_settled, in_parts
-from ..verbs.toggle import check_unmerged, select
+from ..site.find import stack_of
+from ..site.names import check_unmerged, select
+from ..site.storage import check_real, check_settled, in_parts
+from .state import compare, digest
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -57,15 +54,6 @@ def load_base_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     model.load_state_dict(fitting, strict=False)
 
 
-def check_real(path: str, tensor: Any) -> None:
-    """Raise a StateError where a tensor is on the meta device, and holds no values."""
-    if isinstance(tensor, Tensor) and tensor.is_meta:
-        raise StateError(
-            f"{path!r} is on the meta device and holds no values: materialise the model first, by "
-            "to_empty(device=...), then load_base_state_dict, then load"
-        )
-
-
 def _check_settled(model: nn.Module) -> None:
     """Raise a StateError where a parameter is a gathered copy, which a write would be lost in."""
     for path, module in model.named_modules():
@@ -88,17 +76,6 @@ def fingerprint(model: nn.Module) -> str:
     return digest(_tensors(model))
 
 
-def digest(named: Iterable[tuple[str, Tensor]], preface: str = "") -> str:
-    """Return the SHA-256 over names, dtypes, shapes and bytes, in the names' order."""
-    total = hashlib.sha256(preface.encode())
-    for key, tensor in sorted(named, key=lambda item: item[0]):
-        if tensor.is_meta:
-            raise ValueError(f"{key!r} is on the meta device and has no bytes to digest")
-        total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        _update(total, tensor)
-    return total.hexdigest()
-
-
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the base's parameters and buffers, tied ones each, under their original keys."""
     named: list[tuple[str, Tensor]] = [*model.named_parameters(remove_duplicate=False)]
@@ -108,38 +85,6 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         original = keys.original(key)
         if original is not None:
             yield original, keys.bits(key, tensor)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor in one piece: one that FSDP has sharded is gathered, by all processes."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def compare(state: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
-    """Raise a CheckpointError where keys or shapes differ; every difference is listed."""
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
-    wrong = [
-        f"{key}: expected {tuple(tensor.shape)}, found {found}"
-        for key, tensor in expected.items()
-        if key in state
-        and isinstance(tensor, Tensor)
-        and (found := _found(state[key], tensor)) != tuple(tensor.shape)
-    ]
-    problems = [f"missing {', '.join(missing)}"] if missing else []
-    problems += [f"unexpected {', '.join(unexpected)}"] if unexpected else []
-    problems += wrong
-    if problems:
-        raise CheckpointError(f"{what} does not fit: {'; '.join(problems)}")
-
-
-def _found(value: Any, expected: Tensor) -> tuple[int, ...] | str:
-    """Return a value's shape, or what it is where it is no tensor to copy from."""
-    if not isinstance(value, Tensor):
-        return f"no tensor but {type(value).__name__}"
-    if value.is_meta and not expected.is_meta:
-        return "a tensor on the meta device, which has no data"
-    return tuple(value.shape)
 
 
 class _Keys:
@@ -190,14 +135,3 @@ class _Keys:
             if path in self._lists:
                 return path, parts[end:]
         return None, parts
-
-
-def _update(digest: "hashlib._Hash", tensor: Tensor) -> None:
-    """Feed a tensor's bytes in row-major order, without numpy and without a copy on the CPU."""
-    tensor = whole(tensor.detach())
-    if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    tensor = tensor.contiguous().cpu()
-    size = tensor.numel() * tensor.element_size()
-    if size:
-        digest.update((ctypes.c_char * size).from_address(tensor.data_ptr()))

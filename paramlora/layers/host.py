@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import StateError
-from ..site.stack import Site, Stack, lists, stack_of, walk
-from .forward import forward_for, hold_stored
+from ..site.find import Site, lists, stack_of, walk
+from ..site.stack import Stack
+from .dense import hold_stored
+from .forward import forward_for
 
 _BEFORE = "_paramlora_before"
 

@@ -9,23 +9,19 @@ M is 1 where a column of x Aᵀ belongs to the row's adapter, else 0. `stacks_we
 that are not factored, and other modules, run once for each adapter on its rows.
 """
 
-import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..compute.plan import EXACT, autocast_dtype, unwatched
-from ..errors import StateError
+from ..compute.watched import native_for
 from ..kinds.spec import LowRank
-from ..native import load
-from ..site.stack import Site, Stack, lists, once_each, sites, stack_of
-from ..verbs.toggle import check_unmerged, names_of, select
+from ..site.find import lists, stack_of
+from ..site.stack import Stack
 
 # Floating-point operations that take as long as what sorting costs for each adapter: four launches
 # of 10 µs each, at 400 TFLOP/s on a GPU, and four of 10 µs at 50 GFLOP/s on a CPU.
@@ -120,69 +116,10 @@ class Route:
         return M.view(len(M), *[1] * (like.dim() - 2), -1)
 
 
-@contextmanager
-def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterator[None]:
-    """Give each row of a batch an adapter of its own inside; afterwards all is as it was.
-
-    What is switched on does not matter inside, strengths do. Where checkpointing computes a forward
-    again in the backward, the backward belongs inside as well. It works in training, where each
-    adapter learns from its rows, and in inference, for Linear, Embedding, convolutions, attention
-    and recurrent layers; their inputs must have the batch as their batch dimension, the first one
-    (the second in attention and recurrent layers without `batch_first`).
-
-    Args:
-        model: a module with adapters.
-        ids: whole numbers (n,), for each row the index of its adapter in `names`, or −1 for none.
-        names: the adapters; none given means all, in attaching order.
-
-    Raises:
-        AdapterNameError: no adapter of that name.
-        StateError: an adapter is merged, or is at a module whose own code reads its tensor, so
-            that all rows get the same.
-        ValueError: ids that are no vector of whole numbers from −1 to the number of adapters less
-            1, or, in the forward, an input with another number of rows.
-
-    >>> import paramlora as pl
-    >>> model = nn.Linear(4, 3)
-    >>> _ = pl.attach(model, pl.LoRA(rank=2), "weight", name="spam")
-    >>> with pl.routed(model, [0, -1]):
-    ...     model(torch.ones(2, 4)).shape
-    torch.Size([2, 3])
-    """
-    chosen = select(model, names)
-    check_unmerged([(stack, list(stack.factors)) for stack, _ in chosen], "route to")
-    order, here = names or tuple(names_of(model)), sites(model)
-    route = Route(_checked(ids, order), order, {id(site.stack): site.path for site in here})
-    mine = {id(stack) for stack, _ in chosen}
-    _check_hosts([site for site in here if id(site.stack) in mine])
-    before = [(stack, stack.route) for stack, _ in chosen]
-    others = [(s.stack, s.stack.live) for s in once_each(here) if id(s.stack) not in mine]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    attentions = [module for module in model.modules() if _reads_routed_output(module, mine)]
-    try:
-        # torch's fused encoder layer reads the weights of the modules within it.
-        torch.backends.mha.set_fastpath_enabled(False)
-        for stack, _ in chosen:
-            stack.route = route
-        for stack, _ in others:
-            stack.live = ()
-        for module in attentions:
-            vars(module)["forward"] = functools.partial(_attention, module)
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for stack, outer in before:
-            stack.route = outer
-        for stack, live in others:
-            stack.live = live
-        for module in attentions:
-            del vars(module)["forward"]
-
-
 def route_of(module: nn.Module) -> Route | None:
     """Return the route by which a host module is to be computed, None where there is none."""
     # In plain loops: every dense host asks, and torch 2.6 compiles no others.
-    for stack in _read_by(module):
+    for stack in read_by(module):
         if stack.route is not None:
             return stack.route
     return None
@@ -204,7 +141,7 @@ def linear(
         return F.linear(x, W, b)
     if transposed:
         terms = [(index, term.transposed()) for index, term in terms]
-    built = _native_for(x, W, b, terms)
+    built = native_for(x, W, b, terms)
     if built is not None:
         order, counts = route.rows_of([index for index, _ in terms])
         As, Bs, scales = zip(*(term for _, term in terms), strict=True)
@@ -241,12 +178,12 @@ def embedding(input: Tensor, stack: Stack, padding_idx: int | None) -> Tensor | 
 
 def by_group(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return a module's output, computed once for each adapter on its rows."""
-    stack = next(stack for stack in _read_by(module) if stack.route is not None)
+    stack = next(stack for stack in read_by(module) if stack.route is not None)
     route = stack.route
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
     inputs, outputs = _dimensions(module, bound.arguments, stack)
     for name, dim in inputs.items():
-        for tensor in _tensors(bound.arguments.get(name)):
+        for tensor in _tensors_in(bound.arguments.get(name)):
             route.check(tensor.shape[dim], stack)
     found = []
     for index, rows in route.groups:
@@ -259,36 +196,10 @@ def by_group(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return _joined(found, outputs, route)
 
 
-def _checked(ids: Tensor | Sequence[int], names: Sequence[str]) -> Tensor:
-    given = torch.as_tensor(ids)
-    if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool:
-        raise ValueError(
-            "ids must be a vector of whole numbers, one for each row, got "
-            f"{given.dtype} of shape {tuple(given.shape)}"
-        )
-    wrong = given[(given < -1) | (given >= len(names))]
-    if len(wrong):
-        listed = ", ".join(f"{i} = {name!r}" for i, name in enumerate(names))
-        raise ValueError(f"ids may be −1 (none), {listed}; got {int(wrong[0])}")
-    return given.to(torch.int64, copy=True)
-
-
-def _check_hosts(here: Sequence[Site]) -> None:
-    from .forward import forward_for  # which computes routed modules by this file's functions
-
-    for site in here:
-        cls = type(site.module).__bases__[0]
-        if forward_for(cls, alone=False) is None:
-            raise StateError(
-                f"cannot route {site.path!r}: {cls.__name__} reads it in its own forward, where "
-                "all rows get the same tensor; detach that adapter, or name= another for that site"
-            )
-
-
 @contextmanager
 def _only(module: nn.Module, name: str | None) -> Iterator[None]:
     """Let one adapter, or none, contribute to a module inside, without a route."""
-    stacks = _read_by(module)
+    stacks = read_by(module)
     before = [(stack.live, stack.route) for stack in stacks]
     for stack in stacks:
         stack.route = None
@@ -300,7 +211,7 @@ def _only(module: nn.Module, name: str | None) -> Iterator[None]:
             stack.live, stack.route = live, route
 
 
-def _read_by(module: nn.Module) -> list[Stack]:
+def read_by(module: nn.Module) -> list[Stack]:
     """Return the stacks at the tensors that a module's own forward reads."""
     plists = list(lists(module).values())
     if isinstance(module, nn.MultiheadAttention):
@@ -311,26 +222,6 @@ def _read_by(module: nn.Module) -> list[Stack]:
         if stack is not None:
             found.append(stack)
     return found
-
-
-def _reads_routed_output(module: nn.Module, routed: Collection[int]) -> bool:
-    """Return whether a module is an attention that only its output projection makes a host.
-
-    `routed` holds the ids of the stacks that are routed.
-    """
-    return (
-        isinstance(module, nn.MultiheadAttention)
-        and not lists(module)
-        and "forward" not in vars(module)
-        and any(id(stack) in routed for stack in _read_by(module))
-    )
-
-
-def _attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run an attention that is no host, in place of its forward: nothing else could split it."""
-    if route_of(module) is not None:
-        return by_group(module, args, kwargs)
-    return type(module).forward(module, *args, **kwargs)
 
 
 def _dimensions(module: nn.Module, given: dict[str, Any], stack: Stack) -> tuple[Any, Any]:
@@ -372,9 +263,9 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return function(value)
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, tuple):
-        return [tensor for part in value for tensor in _tensors(part)]
+        return [tensor for part in value for tensor in _tensors_in(part)]
     return [] if value is None else [value]
 
 
@@ -385,18 +276,6 @@ def _joined(parts: list[Any], dims: Any, route: Route) -> Any:
     if parts[0] is None:
         return None
     return torch.cat(parts, dims).index_select(dims, route.on("back", parts[0].device))
-
-
-def _native_for(
-    x: Tensor, W: Tensor, b: Tensor | None, terms: Sequence[tuple[int, LowRank]]
-) -> ModuleType | None:
-    """Return the compiled twin where it can take this: float32 on a CPU, without gradients."""
-    if torch.is_grad_enabled() or type(x) is not Tensor or not unwatched(x):
-        return None
-    tensors = [x, W, *([] if b is None else [b]), *(t for _, term in terms for t in term[:2])]
-    fits = all(type(t) in EXACT and t.is_cpu and t.dtype is torch.float32 for t in tensors)
-    plain = all(isinstance(term.scale, float) for _, term in terms)
-    return load.module() if fits and plain and autocast_dtype(x, W, b) is None else None
 
 
 def _scaled(term: LowRank) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..site.stack import walk
+from ..site.find import walk
 
 
 class Held:

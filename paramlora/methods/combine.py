@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TargetError
-from ..files.checkpoint import sites_of
-from ..kinds.spec import Delta, LoRA, LowRank, is_finite
-from ..peft.layout import is_swapped
+from ..kinds.delta import Delta
+from ..kinds.lora import LoRA
+from ..kinds.spec import LowRank, is_finite
+from ..layers.install import Planned, check_name, check_tied, install
 from ..site.factors import Factors
+from ..site.find import is_swapped
+from ..site.names import select, sites_of
 from ..site.place import Place, places
-from ..verbs.attach import Planned, check_name, check_tied, install
 from ..verbs.summary import Summary, summary
-from ..verbs.toggle import select
 
 # The fields of a LoRA that a combined one has for itself.
 _SIZE = ("rank", "alpha", "init", "rank_stabilized")

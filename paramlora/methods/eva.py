@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from ..errors import StateError, TargetError
 from ..kinds.dora import DoRA
-from ..kinds.spec import LoRA
+from ..kinds.lora import LoRA
 from ..site.factors import Factors
-from ..site.stack import Site, first_sites
-from ..verbs.toggle import check_unmerged, disabled, select
+from ..site.find import Site, first_sites
+from ..site.names import check_unmerged, select
+from ..verbs.toggle import disabled
 
 # Rows to take in at a time: a decomposition costs (q + rows)² · in.
 _ROWS = 256

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError, TargetError
-from ..kinds.spec import Delta, LoRA, Spec, factor_dtype
+from ..kinds.delta import Delta
+from ..kinds.lora import LoRA
+from ..kinds.spec import Spec, factor_dtype
+from ..layers.install import Planned, check_name, check_tied, install
 from ..site.factors import Factors
-from ..site.place import Place, check_shapes, places
-from ..verbs.attach import Planned, check_name, check_tied, install
-from ..verbs.targets import check
-from ..verbs.toggle import names_of
+from ..site.names import names_of
+from ..site.place import Place, check, check_shapes, places
 from .combine import decomposed
 
 

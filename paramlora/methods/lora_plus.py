@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..kinds.spec import is_finite
-from ..site.stack import first_sites
-from ..verbs.toggle import select
+from ..site.find import first_sites
+from ..site.names import select
 
 
 def parameter_groups(

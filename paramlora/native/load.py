@@ -1,6 +1,6 @@
 """The compiled twin of `lowrank`'s forward and backward: optional, built once for each torch.
 
-    python -m paramlora.native.build           # half a minute; needs a C++ compiler and ninja
+    python -m paramlora.build           # half a minute; needs a C++ compiler and ninja
 
 From then on it is found and used by every process, with nothing to switch on; without it the same
 is computed in Python. It makes one node of the autograd graph of the operations of a Linear with a
@@ -57,7 +57,7 @@ def module() -> ModuleType | None:
     except ImportError as error:
         warnings.warn(
             f"{file} cannot be loaded, so adapters are computed in Python: {error}; delete it and "
-            "run python -m paramlora.native.build",
+            "run python -m paramlora.build",
             stacklevel=2,
         )
         return None

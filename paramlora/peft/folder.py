@@ -19,11 +19,12 @@ from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..files.base import check_real
-from ..files.checkpoint import sites_of, take
+from ..files.refresh import take
 from ..files.safetensors_file import read_tensors, write_atomically
+from ..layers.install import check_whole
+from ..site.names import sites_of
 from ..site.place import check_shapes, places
-from ..verbs.attach import check_whole
+from ..site.storage import check_real
 from ..verbs.summary import Summary
 from .config import read
 from .read import planned

@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..kinds.spec import factor_dtype
-from ..site.stack import dotted, walk
+from ..site.find import dotted, is_conv1d, is_swapped, walk
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -147,18 +146,6 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def is_swapped(module: nn.Module) -> bool:
-    """Return whether PEFT's A and B of a module's weight are our B and A, transposed."""
-    return isinstance(module, nn.Embedding) or is_conv1d(module)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Return whether a module is transformers' Linear with a transposed weight."""
-    # By name: transformers is not imported here. torch's own is Conv1d, with a small d.
-    kind = parametrize.type_before_parametrizations(module)
-    return any(base.__name__ == "Conv1D" for base in kind.__mro__) and hasattr(module, "nf")
-
-
 def _is_dilated(module: nn.Module) -> bool:
     pairs = zip(module.dilation, module.kernel_size, strict=True)  # type: ignore[arg-type]
     return any(dilation > 1 and size > 1 for dilation, size in pairs)
@@ -208,3 +195,8 @@ def norms(weight: Tensor, dim: int) -> Tensor:
     """Return the norm of a weight for each index of a dimension, in the dtype of factors."""
     others = [i for i in range(weight.dim()) if i != dim]
     return torch.linalg.vector_norm(weight.detach(), dim=others, dtype=factor_dtype(weight))
+
+
+def names(model: nn.Module) -> list[str]:
+    """Return the paths of the modules that PEFT would see."""
+    return [path for path, _ in walk(model) if path and "parametrizations" not in path.split(".")]

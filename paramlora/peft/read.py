@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, TargetError
-from ..files.base import base_state_dict, check_real, compare
+from ..errors import CheckpointError, TargetError, nearest
+from ..files.base import base_state_dict
+from ..files.state import compare
+from ..kinds.delta import Delta
 from ..kinds.dora import DoRA
-from ..kinds.spec import Delta, LoRA, Spec, factor_dtype
+from ..kinds.lora import LoRA
+from ..kinds.spec import Spec, factor_dtype
+from ..layers.install import Planned
 from ..site.factors import Factors
-from ..site.place import Place, places
-from ..site.stack import walk
-from ..verbs.attach import Planned
-from ..verbs.targets import check, nearest
+from ..site.find import walk
+from ..site.place import Place, check, places
+from ..site.storage import check_real
 from .config import Config
-from .layout import Part, is_linear, norms, parts, shared
+from .layout import Part, is_linear, names, norms, parts, shared
 
 _FACTOR = re.compile(r"(^|.*\.)lora_(A\.weight|B\.weight|B\.bias|embedding_[AB]|magnitude_vector)")
 # What PEFT puts between a module and its own tensors.
@@ -51,11 +54,6 @@ def planned(
     order = {place.path: i for i, place in enumerate(places(model))}
     _check_sides(model, [plan.place for plan in found], path)
     return sorted(found, key=lambda plan: order[plan.place.path])
-
-
-def names(model: nn.Module) -> list[str]:
-    """Return the paths of the modules that PEFT would see."""
-    return [path for path, _ in walk(model) if path and "parametrizations" not in path.split(".")]
 
 
 def resolved(model: nn.Module, config: Config) -> Config:

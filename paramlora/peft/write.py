@@ -9,15 +9,16 @@ from torch import Tensor, nn
 
 from ..errors import TargetError
 from ..files.base import base_state_dict
-from ..files.checkpoint import sites_of
+from ..kinds.delta import Delta
 from ..kinds.dora import DoRA
-from ..kinds.spec import Delta, LoRA, LowRank
+from ..kinds.lora import LoRA
+from ..kinds.spec import LowRank
 from ..site.factors import Blocks, Factors
+from ..site.find import Site, below, is_conv1d
+from ..site.names import sites_of
 from ..site.place import places
-from ..site.stack import Site, below
 from .config import Config, written
-from .layout import Part, is_conv1d, norms, parts, shared
-from .read import names
+from .layout import Part, names, norms, parts, shared
 
 Targets = dict[str, tuple[int, float]]
 

@@ -3,11 +3,15 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import TargetError
+from ..kinds.spec import FLOATS, Spec
 from .block import Block, Part
-from .stack import Stack, below, dotted, lists, stack_of, stored, walk
+from .find import below, dotted, lists, stack_of, stored, walk
+from .stack import Stack
+from .storage import is_sharded
 
 
 class Place(NamedTuple):
@@ -112,3 +116,35 @@ def check_shapes(everywhere: Iterable[Place]) -> None:
                 f"{place.path!r} is lazy and has no shape yet; run one batch through the model "
                 "first, and attach then"
             )
+
+
+def check(place: Place, spec: Spec) -> None:
+    """Raise a TargetError where `spec` cannot adapt the tensor at `place`."""
+    reason = _refusal(place, spec)
+    if reason is not None:
+        raise TargetError(
+            f"cannot adapt {place.path!r} with {type(spec).__name__}: {reason} (leave it out "
+            "with narrower targets or with exclude=)"
+        )
+
+
+def is_packed(module: nn.Module) -> bool:
+    # Quantized modules of torch have a method of that name.
+    weight = getattr(module, "weight", None)
+    return callable(weight) and not isinstance(weight, nn.Module)
+
+
+def _refusal(place: Place, spec: Spec) -> str | None:
+    weight = place.value
+    if weight.is_quantized or weight.dtype not in FLOATS:
+        return (
+            f"its dtype is {weight.dtype}; only floating tensors of 16 to 64 bits can be adapted, "
+            "none that is integer, complex or packed"
+        )
+    if is_sharded(place.module, weight):
+        return "it is sharded over processes; attach first, and call fully_shard after that"
+    if weight.layout is not torch.strided:
+        return f"its layout is {weight.layout}; adapters need a strided (dense) tensor"
+    if weight.numel() == 0:
+        return f"it has no elements, its shape is {tuple(weight.shape)}"
+    return spec.refusal(weight)

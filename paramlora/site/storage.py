@@ -14,6 +14,20 @@ from torch import Tensor, nn
 from ..errors import StateError
 
 
+def check_real(path: str, tensor: Any) -> None:
+    """Raise a StateError where a tensor is on the meta device, and holds no values."""
+    if isinstance(tensor, Tensor) and tensor.is_meta:
+        raise StateError(
+            f"{path!r} is on the meta device and holds no values: materialise the model first, by "
+            "to_empty(device=...), then load_base_state_dict, then load"
+        )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor in one piece: one that FSDP has sharded is gathered, by all processes."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def is_sharded(module: nn.Module, tensor: Tensor) -> bool:
     """Return whether a module's tensor is in parts, or the gathered copy of one that is."""
     return hasattr(tensor, "full_tensor") or vars(module).get("_is_fsdp_managed_module", False)

@@ -16,23 +16,13 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from ..layers import host
+from ..layers.install import check_tied, check_ties, check_whole, remove
 from ..layers.statistics import release
 from ..site.factors import Blocks, Factors
+from ..site.find import Site, before, below, first_sites, once_each, sites, stacks, stored, through
+from ..site.names import check_unmerged, names_of, select
 from ..site.place import Place
-from ..site.stack import (
-    Site,
-    Stack,
-    before,
-    below,
-    first_sites,
-    once_each,
-    sites,
-    stacks,
-    stored,
-    through,
-)
-from .attach import check_tied, check_ties, check_whole, remove
-from .toggle import check_unmerged, names_of, select
+from ..site.stack import Stack
 
 # The elements of a weight that are computed at a time: 2 MiB of float32.
 _BLOCK = 2**19

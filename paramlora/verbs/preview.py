@@ -10,8 +10,9 @@ from ..kinds.spec import Spec
 from ..layers.statistics import is_held, with_statistics
 from ..site.block import split
 from ..site.factors import Factors
+from ..site.find import first_sites, lists, walk
 from ..site.place import Place, holders, places
-from ..site.stack import Stack, first_sites, lists, walk
+from ..site.stack import Stack
 from .summary import SiteSummary, Skipped, Summary, row, skip, summary
 from .targets import Resolved
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..errors import some
 from ..kinds.spec import Spec
 from ..layers.statistics import is_held, with_statistics
 from ..site.factors import Factors
+from ..site.find import below, first_sites
 from ..site.place import Place, places
-from ..site.stack import Stack, below, first_sites
-from .targets import some
+from ..site.stack import Stack
 
 
 @dataclass(frozen=True)

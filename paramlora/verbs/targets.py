@@ -5,22 +5,18 @@ A target is a module type (its `weight`), a glob over dotted paths (of modules, 
 a trailing index, `*.c_attn.weight[:, :768]`, means that block of each tensor.
 """
 
-import difflib
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..errors import TargetError
-from ..kinds.spec import FLOATS, Spec
+from ..errors import TargetError, nearest, some
+from ..kinds.spec import Spec
 from ..site.block import Part, split
-from ..site.place import Place, check_shapes, places
-from ..site.stack import dotted, walk
-from ..site.storage import is_sharded
+from ..site.find import dotted, walk
+from ..site.place import Place, check, check_shapes, is_packed, places
 
 Target = type[nn.Module] | str | Callable[[str, nn.Module], bool]
 Targets = Target | Sequence[Target]
@@ -121,22 +117,6 @@ def _is_out(place: Place, excluded: Mapping[str, Place]) -> bool:
     return place.path in excluded
 
 
-def check(place: Place, spec: Spec) -> None:
-    """Raise a TargetError where `spec` cannot adapt the tensor at `place`."""
-    reason = _refusal(place, spec)
-    if reason is not None:
-        raise TargetError(
-            f"cannot adapt {place.path!r} with {type(spec).__name__}: {reason} (leave it out "
-            "with narrower targets or with exclude=)"
-        )
-
-
-def nearest(path: str, paths: Iterable[str]) -> str:
-    """Return a question that names the paths most like `path`, empty where none is."""
-    close = difflib.get_close_matches(path, list(paths), n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(close)}?" if close else ""
-
-
 def _pairs(
     spec: Spec | Mapping[Target, Spec], targets: Targets | None
 ) -> list[tuple[Target, Spec]]:
@@ -219,7 +199,7 @@ def _nothing(asked: Target, model: nn.Module, everywhere: list[Place]) -> str:
             f"tensor as well: {asked + '.' + like[0].tensor!r}"
         )
     meant = {path: module for path, module in walk(model) if _means(target, path, module)}
-    packed = [path for path, module in meant.items() or walk(model) if _is_packed(module)]
+    packed = [path for path, module in meant.items() or walk(model) if is_packed(module)]
     if packed:
         return f"{name}; packed (quantized) weights cannot be adapted, as those of {some(packed)}"
     if meant:
@@ -235,36 +215,8 @@ def _nothing(asked: Target, model: nn.Module, everywhere: list[Place]) -> str:
     return f"{name}; modules with a weight here are {some(sorted(types)) or 'none'}"
 
 
-def _is_packed(module: nn.Module) -> bool:
-    # Quantized modules of torch have a method of that name.
-    weight = getattr(module, "weight", None)
-    return callable(weight) and not isinstance(weight, nn.Module)
-
-
 def _means(target: Target, path: str, module: nn.Module) -> bool:
     """Return whether a type or a glob means a module, whatever tensors that has."""
     if isinstance(target, type):
         return issubclass(parametrize.type_before_parametrizations(module), target)
     return isinstance(target, str) and _glob(path, target)
-
-
-def some(names: Iterable[str]) -> str:
-    """Return the first of some names, as a list to read."""
-    first = list(itertools.islice(names, 9))
-    return ", ".join(first[:8]) + (", …" if len(first) > 8 else "")
-
-
-def _refusal(place: Place, spec: Spec) -> str | None:
-    weight = place.value
-    if weight.is_quantized or weight.dtype not in FLOATS:
-        return (
-            f"its dtype is {weight.dtype}; only floating tensors of 16 to 64 bits can be adapted, "
-            "none that is integer, complex or packed"
-        )
-    if is_sharded(place.module, weight):
-        return "it is sharded over processes; attach first, and call fully_shard after that"
-    if weight.layout is not torch.strided:
-        return f"its layout is {weight.layout}; adapters need a strided (dense) tensor"
-    if weight.numel() == 0:
-        return f"it has no elements, its shape is {tuple(weight.shape)}"
-    return spec.refusal(weight)

@@ -1,17 +1,17 @@
 """Switching adapters on and off, and setting their strength; requires_grad is never touched."""
 
-import difflib
 import itertools
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import AdapterNameError, StateError
 from ..kinds.spec import Strength, is_finite
-from ..site.stack import Stack, in_order, stacks
+from ..site.find import stacks
+from ..site.names import check_names, merged_error
+from ..site.stack import Stack, in_order
 
 
 def enable(model: nn.Module, *names: str) -> None:
@@ -98,53 +98,12 @@ def using(model: nn.Module, /, *names: str, **scales: Strength) -> Iterator[None
         _check_strength(factor)
     wanted = {*names, *scales}
     with _restored(model) as here:
-        _check_names(here, wanted)
+        check_names(here, wanted)
         _switch(_checked(here, (), "toggle"), lambda own, on: wanted)
         for stack in here if scales else ():
             for name in scales.keys() & stack.named.keys():
                 stack[name].set_strength(scales[name])
         yield
-
-
-def names_of(model: nn.Module) -> list[str]:
-    """Return the names of the adapters of a model, in attaching order."""
-    return _names_in(stacks(model))
-
-
-def _names_in(here: Iterable[Stack]) -> list[str]:
-    first: dict[str, int] = {}
-    for stack in here:
-        for name, number in stack.numbers.items():
-            first[name] = min(number, first.get(name, number))
-    return sorted(first, key=first.__getitem__)
-
-
-def select(model: nn.Module, names: Sequence[str]) -> list[tuple[Stack, list[str]]]:
-    """Return each stack with those of the named adapters that it holds, all where none is named.
-
-    Raises:
-        AdapterNameError: no adapter of that name.
-    """
-    here = stacks(model)
-    _check_names(here, names)
-    found = []
-    for stack in here:
-        chosen = [name for name in stack.named if not names or name in names]
-        if chosen:
-            found.append((stack, chosen))
-    return found
-
-
-def check_unmerged(chosen: list[tuple[Stack, list[str]]], verb: str) -> None:
-    """Raise a StateError where one of the chosen adapters is merged."""
-    for stack, its_names in chosen:
-        for name in its_names:
-            if name in stack.merged:
-                raise _merged(name, verb)
-
-
-def _merged(name: str, verb: str) -> StateError:
-    return StateError(f"cannot {verb} adapter {name!r} while it is merged; unmerge first")
 
 
 def _enable(here: Sequence[Stack], names: Sequence[str]) -> None:
@@ -172,14 +131,14 @@ def _checked(here: Sequence[Stack], names: Sequence[str], verb: str) -> _States:
         AdapterNameError: no adapter of a name.
         StateError: one of these adapters, any where none is named, is merged.
     """
-    _check_names(here, names)
+    check_names(here, names)
     states: _States = {}
     for key, alike in itertools.groupby(map(_DICT, here), _STATE):
         states.setdefault(key, []).extend(alike)
     for own, _, merged in states:
         for name in names or own:
             if name in merged:
-                raise _merged(name, verb)
+                raise merged_error(name, verb)
     return states
 
 
@@ -192,18 +151,6 @@ def _switch(
         for state in alike:
             state["active"] = chosen
             state["live"] = live
-
-
-def _check_names(here: Sequence[Stack], names: Iterable[str]) -> None:
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"adapter names are separate arguments, each a string, got {name!r}")
-        if not any(name in stack.names for stack in here):
-            known = _names_in(here)
-            listed = ", ".join(map(repr, known)) or "none"
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise AdapterNameError(f"no adapter {name!r} here; attached are: {listed}{hint}")
 
 
 def _check_strength(factor: Strength) -> None:

@@ -1,0 +1,30 @@
+"""Delta: W' = W + λ·D, D of the shape of W."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .spec import Factors, Spec, Strength, add_update, factor_dtype
+
+
+@dataclass(frozen=True)
+class Delta(Spec):
+    """A full-size update, W' = W + λ·D, of any tensor; D starts at zero.
+
+    For biases, norms and heads: what is trained beside the low-rank factors can then be switched
+    off, saved and merged with them.
+
+    >>> Delta().create(torch.ones(3))
+    {'D': tensor([0., 0., 0.])}
+    """
+
+    @property
+    def additive(self) -> bool:
+        return True
+
+    def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        return {"D": torch.zeros_like(weight, dtype=factor_dtype(weight), requires_grad=False)}
+
+    def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:
+        return add_update(weight, strength * factors["D"])

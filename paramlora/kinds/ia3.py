@@ -1,0 +1,61 @@
+"""IA3: W' = W rescaled along one dimension by a learned vector."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .spec import Factors, Rescaled, Spec, Strength, factor_dtype
+
+
+@dataclass(frozen=True)
+class IA3(Spec):
+    """A learned factor for each output, or each input: W' = (1 + λ·(l − 1)) ⊙ W; l starts at one.
+
+    Args:
+        dim: the dimension of the tensor along which l lies: 0 rescales the outputs of a Linear or
+            a convolution, as the paper does with keys and values, 1 its inputs, as it does in the
+            feed-forward layer. To rescale an output with its bias, attach to the bias as well.
+
+    Raises:
+        ValueError: another dim than 0 or 1.
+
+    Source: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
+    In-Context Learning", arXiv 2205.05638, section 3.3.
+
+    >>> IA3().apply(torch.ones(2, 3), {"l": torch.tensor([1.0, 2.0])}, 0.5)
+    tensor([[1.0000, 1.0000, 1.0000],
+            [1.5000, 1.5000, 1.5000]])
+    """
+
+    dim: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_dim(self.dim)
+
+    def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        dtype = factor_dtype(weight)
+        return {"l": torch.ones(weight.shape[self.dim], dtype=dtype, device=weight.device)}
+
+    def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:
+        c = 1 + self.rescaled(weight, factors, strength).change
+        return (weight * along(c, self.dim, weight)).to(weight.dtype)
+
+    def rescaled(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Rescaled:
+        return Rescaled(strength * (factors["l"] - 1), self.dim, None)
+
+    def refusal(self, weight: Tensor) -> str | None:
+        if weight.dim() <= self.dim:
+            return f"it has no dimension {self.dim}, only {weight.dim()}"
+        return None
+
+
+def check_dim(dim: object) -> None:
+    """Raise a ValueError where a dimension is not 0 or 1."""
+    if type(dim) is not int or dim not in (0, 1):
+        raise ValueError(f"dim must be 0 or 1, got {dim!r}")
+
+
+def along(values: Tensor, dim: int, weight: Tensor) -> Tensor:
+    """Return one value for each index of dimension `dim` of `weight`, to multiply it with."""
+    return values.view([-1 if i == dim else 1 for i in range(weight.dim())])

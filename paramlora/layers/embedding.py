@@ -1,0 +1,88 @@
+"""The forwards of an adapted Embedding and EmbeddingBag."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..compute.rescaled import rescaled_rows
+from ..kinds.spec import LowRank, add_update
+from ..site.stack import exact
+from . import rows
+from .linear import alone
+
+
+@functools.wraps(nn.Embedding.forward)
+def embedding_forward(self: nn.Embedding, input: Tensor) -> Tensor:
+    weight = update = rescaled = None
+    # Both of these depend on the whole of W': its row norms, or how often a row occurs.
+    site = None if self.max_norm is not None or self.scale_grad_by_freq else alone(self)
+    if site is not None:
+        weight, stack = site
+        with exact(weight):
+            if stack.route is not None:
+                update = rows.embedding(input, stack, self.padding_idx)
+            else:
+                terms = stack.low_rank()
+                if terms is None:
+                    rescaled = stack.rescaled(weight)
+                    terms = [rescaled.update] if rescaled and rescaled.update else []
+                update = _looked_up(input, terms, self.padding_idx)
+    if update is None and rescaled is None:
+        if rows.route_of(self) is not None:
+            return rows.by_group(self, (input,), {})
+        weight = self.weight
+    output = F.embedding(
+        input,
+        weight,  # type: ignore[arg-type]
+        self.padding_idx,
+        self.max_norm,
+        self.norm_type,
+        self.scale_grad_by_freq,
+        self.sparse and weight.is_leaf,  # type: ignore[union-attr]
+    )
+    if update is not None:
+        if self.padding_idx is not None:
+            # torch gives the padding row no gradient; through A it would get one here.
+            padding = (input == self.padding_idx).unsqueeze(-1)
+            update = torch.where(padding, update.detach(), update)
+        output = add_update(output, update)
+    if rescaled is not None:
+        output = rescaled_rows(output, input, rescaled, self.padding_idx)
+    return output
+
+
+def _looked_up(input: Tensor, terms: list[LowRank], padding_idx: int | None) -> Tensor | None:
+    """Return what low-rank updates add to the rows of an embedding, None where there are none."""
+    # Dense gradients for the factors, whatever `sparse` says of W: B has r columns only, and one
+    # optimizer can then take A and B.
+    parts = [scale * (F.embedding(input, B, padding_idx) @ A) for A, B, scale in terms]
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+@functools.wraps(nn.EmbeddingBag.forward)
+def embedding_bag_forward(
+    self: nn.EmbeddingBag,
+    input: Tensor,
+    offsets: Tensor | None = None,
+    per_sample_weights: Tensor | None = None,
+) -> Tensor:
+    if rows.route_of(self) is not None:
+        kwargs = {"offsets": offsets, "per_sample_weights": per_sample_weights}
+        return rows.by_group(self, (input,), kwargs)
+    weight = self.weight
+    return F.embedding_bag(
+        input,
+        weight,
+        offsets,
+        self.max_norm,
+        self.norm_type,
+        self.scale_grad_by_freq,
+        self.mode,
+        # A sparse gradient cannot go through W' to the factors.
+        self.sparse and weight.is_leaf,
+        per_sample_weights,
+        self.include_last_offset,
+        self.padding_idx,
+    )
