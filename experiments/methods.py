@@ -20,7 +20,7 @@ from .train import cpu_threads
 
 
 @dataclass(frozen=True)
-class BlogScrambled(pl.Spec):
+class BlogScrambled(pl.kinds.Spec):
     """The update of a blog post of 2024-04-17, as its code computes it: a bug, kept to measure.
 
     B A comes out as (in, out) and its elements are read row by row into the weight's (out, in).
@@ -34,14 +34,14 @@ class BlogScrambled(pl.Spec):
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         out, inputs = weight.shape
-        A = pl.draw((self.rank, out), weight, lambda A, g: A.normal_(generator=g), generator)
+        A = pl.kinds.draw((self.rank, out), weight, lambda A, g: A.normal_(generator=g), generator)
         return {"A": A, "B": A.new_zeros(inputs, self.rank)}
 
     def apply(
-        self, weight: Tensor, factors: pl.adapters.Factors, strength: pl.adapters.Strength = 1.0
+        self, weight: Tensor, factors: pl.kinds.Factors, strength: pl.kinds.Strength = 1.0
     ) -> Tensor:
         product = (factors["B"] @ factors["A"]).view(weight.shape)
-        return pl.add_update(weight, strength * (self.alpha / self.rank) * product)
+        return pl.kinds.add_update(weight, strength * (self.alpha / self.rank) * product)
 
 
 class WrappedLinear(nn.Module):

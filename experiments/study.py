@@ -110,7 +110,7 @@ def count_base(bench: Bench) -> None:
     bench.record("base", "base", None, bench.base_logits, **learned)
 
 
-def tune_attached(method: str, spec: pl.Spec, seed: int, bench: Bench) -> None:
+def tune_attached(method: str, spec: pl.kinds.Spec, seed: int, bench: Bench) -> None:
     """Fine-tune an adapter, save it, and prove what can be done with it. Rows: ATTACHED."""
     model, generator = bench.model(), torch.Generator().manual_seed(seed)
     batches = bench.batches(generator)
@@ -179,7 +179,7 @@ def evaluate_off(bench: Bench, model: nn.Module) -> Tensor:
         return bench.evaluate(model)
 
 
-def show_parameters(bench: Bench, spec: pl.Spec, say: Callable[[str], None]) -> None:
+def show_parameters(bench: Bench, spec: pl.kinds.Spec, say: Callable[[str], None]) -> None:
     """Say what attaching does to the number of parameters that are trained."""
     model = bench.model()
     before = pl.summary(model).trainable

@@ -140,7 +140,9 @@ def prepare(
         for parameter in last:
             parameter.requires_grad_(True)
         return last
-    spec: dict[Any, pl.Spec] = {target: lora_of(settings) for target in globs(settings.targets)}
+    spec: dict[Any, pl.kinds.Spec] = {
+        target: lora_of(settings) for target in globs(settings.targets)
+    }
     if method == "lora+head":
         # First, for of the targets that match a tensor the first one counts.
         spec = {**dict.fromkeys(head_of(model), pl.Delta()), **spec}

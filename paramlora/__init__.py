@@ -16,17 +16,11 @@ True
 True
 """
 
+from . import kinds
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
 from .files.base import base_state_dict, fingerprint, load_base_state_dict
 from .files.checkpoint import load, load_state_dict, save, state_dict
-from .kinds.delta import Delta
-from .kinds.dora import DoRA
-from .kinds.ia3 import IA3
-from .kinds.loha import LoHa
-from .kinds.lokr import LoKr
-from .kinds.lora import LoRA
-from .kinds.spec import LowRank, Rescaled, Spec, add_update, factor_dtype
-from .kinds.start import draw
+from .kinds import IA3, Delta, DoRA, LoHa, LoKr, LoRA
 from .layers.statistics import hold_statistics
 from .methods.combine import combine
 from .methods.eva import eva
@@ -50,16 +44,12 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
-    "LowRank",
     "ParamloraError",
-    "Rescaled",
     "SiteSummary",
     "Skipped",
-    "Spec",
     "StateError",
     "Summary",
     "TargetError",
-    "add_update",
     "attach",
     "bake",
     "base_state_dict",
@@ -67,15 +57,14 @@ __all__ = [
     "detach",
     "disable",
     "disabled",
-    "draw",
     "enable",
     "enabled",
     "eva",
     "extract",
-    "factor_dtype",
     "fingerprint",
     "freeze",
     "hold_statistics",
+    "kinds",
     "load",
     "load_base_state_dict",
     "load_peft",

@@ -71,7 +71,7 @@ class Net(nn.Module):
 class Part:
     """What is known of an adapter at one tensor."""
 
-    spec: pl.Spec
+    spec: pl.kinds.Spec
     factors: dict[str, Tensor]
     strength: float = 1.0
     active: bool = True

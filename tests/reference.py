@@ -25,7 +25,7 @@ Formula = Callable[[Tensor, dict[str, Tensor], float], Tensor]
 class Kind:
     """A kind of adapter: its spec, and W' by its formula, from W, the factors and the strength."""
 
-    spec: pl.Spec
+    spec: pl.kinds.Spec
     formula: Formula
     dimensions: int = 2
     # The most that the update's rank can be; None where nothing limits it.

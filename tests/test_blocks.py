@@ -71,7 +71,7 @@ def test_counts_of_gpt2(targets: list[str], trainable: int) -> None:
 
 
 @pytest.mark.parametrize("spec", [LoRA(rank=2), Delta()])
-def test_only_the_block_is_updated(spec: pl.Spec) -> None:
+def test_only_the_block_is_updated(spec: pl.kinds.Spec) -> None:
     """The block of W' is the update of the block of W; the rest is W, bit for bit."""
     model = layer()
     W = model.qkv.weight.detach().clone()

@@ -242,7 +242,7 @@ def gathered(folder: Path) -> dict[str, Any]:
 KINDS = [pl.DoRA(2), pl.Delta(), pl.LoRA(2, init="pissa"), pl.LoRA(2, init="olora")]
 
 
-def of_kind(spec: pl.Spec) -> nn.Sequential:
+def of_kind(spec: pl.kinds.Spec) -> nn.Sequential:
     model = base()
     pl.attach(model, spec, name="one", generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -42,7 +42,7 @@ def batches(rows: int = 40, count: int = 20, decay: float = 0.7) -> list[Tensor]
 
 
 @pytest.mark.parametrize("spec", [pl.LoRA(rank=4), pl.DoRA(rank=4)])
-def test_directions_are_those_of_a_plain_svd(spec: pl.Spec) -> None:
+def test_directions_are_those_of_a_plain_svd(spec: pl.kinds.Spec) -> None:
     """A is the first right-singular vectors of all inputs in one matrix, up to their signs."""
     model, data = net(), batches()
     pl.attach(model, spec, ["fc1", "fc2"])

@@ -23,17 +23,17 @@ ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
-class Half(pl.Spec):
+class Half(pl.kinds.Spec):
     """A kind of one's own: W' = W + λ·H/share, H a full tensor."""
 
     share: float = 2.0
     note: str | None = None
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        return {"H": torch.zeros_like(weight, dtype=pl.factor_dtype(weight))}
+        return {"H": torch.zeros_like(weight, dtype=pl.kinds.factor_dtype(weight))}
 
     def apply(self, weight: Tensor, factors: Any, strength: Any = 1.0) -> Tensor:
-        return pl.add_update(weight, strength / self.share * factors["H"])
+        return pl.kinds.add_update(weight, strength / self.share * factors["H"])
 
 
 def shake(model: nn.Module, *names: str) -> None:

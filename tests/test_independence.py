@@ -247,7 +247,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("side", ["embed", "head", "*"])
 @pytest.mark.parametrize("spec", [pl.LoRA(rank=2, alpha=3), pl.Delta()])
-def test_8_tied_weights_stay_tied(side: str, spec: pl.Spec) -> None:
+def test_8_tied_weights_stay_tied(side: str, spec: pl.kinds.Spec) -> None:
     """An adapter on either side is seen on both, its gradients add up, and the tie outlives it."""
     torch.default_generator.manual_seed(0)
     model, ids = Tied().double(), torch.randint(11, (4,))

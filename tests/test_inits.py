@@ -15,7 +15,9 @@ RANK, IN, OUT = 25, 400, 300
 COUNT = RANK * IN
 
 
-def factors(spec: pl.Spec, shape: tuple[int, ...] = (OUT, IN), seed: int = 0) -> dict[str, Tensor]:
+def factors(
+    spec: pl.kinds.Spec, shape: tuple[int, ...] = (OUT, IN), seed: int = 0
+) -> dict[str, Tensor]:
     return spec.create(torch.zeros(shape), torch.Generator().manual_seed(seed))
 
 
@@ -123,7 +125,7 @@ def test_scaling(spec: pl.LoRA, scaling: float) -> None:
     ],
 )
 @pytest.mark.parametrize("spec", [*(pl.LoRA(rank=2, init=init) for init in INITS), pl.Delta()])
-def test_dtype(spec: pl.Spec, dtype: torch.dtype, expected: torch.dtype) -> None:
+def test_dtype(spec: pl.kinds.Spec, dtype: torch.dtype, expected: torch.dtype) -> None:
     """Factors have the tensor's dtype, but float32 for a half-precision one; they are trained."""
     model = nn.Linear(6, 4, dtype=dtype)
     pl.attach(model, spec)

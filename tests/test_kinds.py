@@ -109,7 +109,7 @@ def test_equal_to_peft(kind: str, layer: str) -> None:
         (pl.LoKr(rank=None), lambda layer: LokrModule("x", layer, full_matrix=True)),
     ],
 )
-def test_equal_to_lycoris_modules(spec: pl.Spec, make_theirs: Any, layer: str) -> None:
+def test_equal_to_lycoris_modules(spec: pl.kinds.Spec, make_theirs: Any, layer: str) -> None:
     """Given the factors of LyCORIS' modules, the update is theirs, in the shapes that they choose,
     and those that start at zero do so here."""
     torch.manual_seed(0)
@@ -196,7 +196,7 @@ def test_what_is_no_setting(make: Any, message: str) -> None:
         (pl.IA3(dim=1), "with IA3: it has no dimension 1, only 1"),
     ],
 )
-def test_what_cannot_be_adapted(spec: pl.Spec, message: str) -> None:
+def test_what_cannot_be_adapted(spec: pl.kinds.Spec, message: str) -> None:
     """A bias is refused, by name, by the kinds that need a matrix."""
     with pytest.raises(pl.TargetError, match=message):
         pl.attach(nn.Linear(3, 2), spec, "bias")

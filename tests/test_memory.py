@@ -180,7 +180,7 @@ def test_siblings_keep_a_half_precision_x_once() -> None:
 )
 @pytest.mark.parametrize("host", ["conv2d", "conv_transpose1d", "bilinear", "attention"])
 @pytest.mark.parametrize("spec", [pl.LoRA(rank=RANK), pl.Delta()])
-def test_layers_that_build_the_weight_keep_none(host: str, spec: pl.Spec) -> None:
+def test_layers_that_build_the_weight_keep_none(host: str, spec: pl.kinds.Spec) -> None:
     """A layer that needs W' dense keeps W and the factors for the backward, and no W'."""
     case = Case.of(HOSTS[host], torch.float32)
     shapes = {tuple(p.shape) for p in case.plain.parameters() if p.dim() > 1}

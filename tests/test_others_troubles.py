@@ -228,7 +228,7 @@ def test_running_statistics_drift_under_a_frozen_base() -> None:
     ("first", "second"),
     [(pl.LoRA(2), pl.DoRA(2)), (pl.IA3(), pl.LoRA(2)), (pl.DoRA(2), pl.LoRA(2))],
 )
-def test_merging_out_of_order(first: pl.Spec, second: pl.Spec) -> None:
+def test_merging_out_of_order(first: pl.kinds.Spec, second: pl.kinds.Spec) -> None:
     """Where the order of two adapters counts, merging the later one alone is refused."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 5)).double(), torch.randn(3, 6, dtype=torch.float64)
@@ -270,14 +270,14 @@ def test_a_sum_over_one_side_of_a_tie() -> None:
         lambda: pl.LoKr(2, decompose_both=1),  # type: ignore[arg-type]
     ],
 )
-def test_a_flag_that_is_a_word(make: Callable[[], pl.Spec]) -> None:
+def test_a_flag_that_is_a_word(make: Callable[[], pl.kinds.Spec]) -> None:
     """A flag that is no bool is refused: "no" would mean yes."""
     with pytest.raises(ValueError, match="must be True or False, got"):
         make()
 
 
 @pytest.mark.parametrize("spec", [pl.LoRA(1), pl.Delta()])
-def test_a_tensor_without_elements(spec: pl.Spec) -> None:
+def test_a_tensor_without_elements(spec: pl.kinds.Spec) -> None:
     """A tensor without elements is refused by name, and nothing is attached."""
     model = nn.Sequential(nn.Linear(0, 3), nn.Linear(3, 2))
     with pytest.raises(pl.TargetError, match=r"'0.weight' with .*: it has no elements"):

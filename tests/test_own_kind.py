@@ -15,19 +15,21 @@ import paramlora as pl
 
 
 @dataclass(frozen=True)
-class Shift(pl.Spec):
+class Shift(pl.kinds.Spec):
     """W' = W + λ·h·(u 1ᵀ): one learned number for each row, at a step of h."""
 
     step: float = 0.5
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        return {"u": torch.zeros(len(weight), dtype=pl.factor_dtype(weight), device=weight.device)}
+        return {
+            "u": torch.zeros(len(weight), dtype=pl.kinds.factor_dtype(weight), device=weight.device)
+        }
 
     def apply(
-        self, weight: Tensor, factors: pl.adapters.Factors, strength: pl.adapters.Strength = 1.0
+        self, weight: Tensor, factors: pl.kinds.Factors, strength: pl.kinds.Strength = 1.0
     ) -> Tensor:
         u = factors["u"].view(-1, *[1] * (weight.dim() - 1))
-        return pl.add_update(weight, strength * self.step * u)
+        return pl.kinds.add_update(weight, strength * self.step * u)
 
 
 @pytest.fixture

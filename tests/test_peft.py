@@ -229,7 +229,7 @@ def test_a_round_trip_keeps_bits_and_settings(dtype: torch.dtype, tmp_path: Path
     """What goes out and comes back has the same factors, bit for bit, and the same settings."""
     base = mixed(dtype)
     model = copy.deepcopy(base)
-    spec: dict[Any, pl.Spec] = {
+    spec: dict[Any, pl.kinds.Spec] = {
         "conv?": LoRA(49, 1),
         "fc": LoRA(3),
         "emb": LoRA(2, 0.1),

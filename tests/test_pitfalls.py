@@ -160,7 +160,7 @@ def hosts() -> dict[str, tuple[nn.Module, tuple[Tensor, ...]]]:
 
 @pytest.mark.parametrize("spec", [pl.LoRA(rank=2), pl.Delta()])
 @pytest.mark.parametrize("host", hosts())
-def test_06_nothing_stale_is_read(host: str, spec: pl.Spec) -> None:
+def test_06_nothing_stale_is_read(host: str, spec: pl.kinds.Spec) -> None:
     """Every forward and read sees the present factors, after a read under no_grad too."""
     torch.default_generator.manual_seed(0)
     model, inputs = hosts()[host]

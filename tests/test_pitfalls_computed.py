@@ -123,6 +123,6 @@ def test_17_small_updates_survive_half_precision(size: float, lost: float) -> No
 def test_18_there_is_no_dropout() -> None:
     """Dropout on a layer's input cannot be said in weight space, so no spec takes one."""
     for spec in (pl.LoRA, pl.Delta):
-        make: Callable[..., pl.Spec] = spec
+        make: Callable[..., pl.kinds.Spec] = spec
         with pytest.raises(TypeError, match="unexpected keyword argument 'dropout'"):
             make(dropout=0.1)

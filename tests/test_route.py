@@ -84,7 +84,7 @@ HOSTS: dict[str, tuple[Callable[[], nn.Module], str, Callable[..., Tensor], list
         [floats(5, 4)],
     ),
 }
-KINDS: dict[str, Callable[[], pl.Spec]] = {
+KINDS: dict[str, Callable[[], pl.kinds.Spec]] = {
     "lora": lambda: pl.LoRA(rank=2, alpha=3),
     "pissa": lambda: pl.LoRA(rank=1, init="pissa"),
     "dora": lambda: pl.DoRA(rank=2),
@@ -94,7 +94,7 @@ KINDS: dict[str, Callable[[], pl.Spec]] = {
 }
 
 
-def adapted(model: nn.Module, spec: Callable[[], pl.Spec], target: str) -> nn.Module:
+def adapted(model: nn.Module, spec: Callable[[], pl.kinds.Spec], target: str) -> nn.Module:
     """Return the model in float64 with three adapters that all change its outputs."""
     model.double()
     for i, name in enumerate(NAMES):

@@ -196,10 +196,10 @@ class Machine(RuleBasedStateMachine):
         seed=a_seed,
     )
     def attach(
-        self, name: str, to: list[tuple[int, pl.Spec]], freeze: bool, filled: bool, seed: int
+        self, name: str, to: list[tuple[int, pl.kinds.Spec]], freeze: bool, filled: bool, seed: int
     ) -> None:
         firsts = self.book.firsts()
-        specs: dict[Any, pl.Spec] = {}
+        specs: dict[Any, pl.kinds.Spec] = {}
         for index, spec in to:
             path = list(firsts)[index % len(firsts)]
             specs[path] = spec if self.book.base(firsts[path]).dim() > 1 else pl.Delta()
@@ -216,7 +216,7 @@ class Machine(RuleBasedStateMachine):
             if filled:
                 self.fill(name, seed)
 
-    def note(self, name: str, specs: dict[Any, pl.Spec], freeze: bool) -> None:
+    def note(self, name: str, specs: dict[Any, pl.kinds.Spec], freeze: bool) -> None:
         """Put an adapter that was attached into the book, after a look at its factors."""
         factors = self.factors(name)
         for path, spec in specs.items():
@@ -240,7 +240,7 @@ class Machine(RuleBasedStateMachine):
         """Detach an adapter and attach it to the same tensors again, with another alpha."""
         held = {path: parts[name] for path, parts in self.book.parts.items() if name in parts}
         if held:
-            specs: dict[Any, pl.Spec] = {path: part.spec for path, part in held.items()}
+            specs: dict[Any, pl.kinds.Spec] = {path: part.spec for path, part in held.items()}
             for path, spec in specs.items():
                 if isinstance(spec, pl.LoRA):
                     specs[path] = replace(spec, alpha=alpha)
