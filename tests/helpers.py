@@ -159,8 +159,8 @@ def half_merged() -> nn.Module:
 LEAVE_OUT = "(leave it out with narrower targets or with exclude=)"
 
 A_NAME = (
-    "cannot be an adapter's name: it must be a string, not empty, without a dot, and no attribute "
-    "of nn.ModuleDict"
+    "cannot be an adapter's name: it must be a string, not empty, without a dot, and not an "
+    "attribute of nn.ModuleDict"
 )
 
 

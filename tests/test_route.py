@@ -336,9 +336,9 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("ids", "message"),
         [
-            ([0.5], r"vector of whole numbers.* got torch.float32 of shape \(1,\)"),
-            ([[0]], r"vector of whole numbers.* got torch.int64 of shape \(1, 1\)"),
-            ([True], r"vector of whole numbers.* got torch.bool"),
+            ([0.5], r"vector of integers.* got torch.float32 of shape \(1,\)"),
+            ([[0]], r"vector of integers.* got torch.int64 of shape \(1, 1\)"),
+            ([True], r"vector of integers.* got torch.bool"),
             ([0, 3], r"−1 \(none\), 0 = 'first', 1 = 'second', 2 = 'third'; got 3"),
             ([-2], "got -2"),
         ],

@@ -145,7 +145,7 @@ def test_a_dry_run_changes_nothing(
     assert printed == f"{dry}\n"
     real = pl.attach(model, **options, generator=generator)
     assert dry == dataclasses.replace(real, dry_run=True)
-    assert printed == f"dry run: nothing is changed; attached, it would be\n{real}\n"
+    assert printed == f"dry run: nothing is changed; after attach it would be\n{real}\n"
     assert capsys.readouterr().out == ""
 
 

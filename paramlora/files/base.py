@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..site.find import stack_of
-from ..site.names import check_unmerged, select
+from ..site.names import check_unmerged
 from ..site.storage import check_real, check_settled, in_parts
+from ..site.survey import select
 from .state import compare, digest
 
 

@@ -21,8 +21,9 @@ from ..errors import CheckpointError
 from ..layers.install import check_tied
 from ..site.factors import Factors
 from ..site.find import Site, below
-from ..site.names import check_unmerged, names_of, select, sites_of
+from ..site.names import check_unmerged
 from ..site.storage import check_real, fill, settle, whole, writes_files
+from ..site.survey import Survey, names_of, select, sites_of
 from ..verbs.summary import Summary
 from .planned import planned
 from .refresh import check_writable, parts_of_sites, take
@@ -134,7 +135,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     found = planned(model, tensors, content["sites"], path, name in names_of(model))
     for plan in found:
         check_real(plan.place.path, plan.place.stored)
-    check_tied(model, [plan.place for plan in found])
+    check_tied(Survey(model), [plan.place for plan in found])
     # Last, because the checks before it say more.
     saved = content.pop("digest")
     if digest(tensors.items(), json.dumps(content)) != saved:

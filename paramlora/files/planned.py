@@ -12,8 +12,9 @@ from ..kinds.spec import Spec
 from ..layers.install import Planned
 from ..site.block import Part, split
 from ..site.factors import Factors
-from ..site.place import Place, check, check_shapes, places
+from ..site.place import Place, check, check_shapes
 from ..site.storage import is_sharded
+from ..site.survey import places
 from .state import compare
 
 

@@ -8,8 +8,9 @@ from torch import nn
 from ..errors import AdapterNameError
 from ..layers.install import Planned, check_name, install
 from ..site.factors import Factors
-from ..site.names import check_unmerged, names_of, select, sites_of
+from ..site.names import check_unmerged
 from ..site.storage import check_real, check_settled, fill, settle
+from ..site.survey import Survey, names_of, select, sites_of
 from ..verbs.summary import Summary, summary
 
 
@@ -23,8 +24,8 @@ def take(
     if name in names_of(model):
         refresh(model, planned, name, path)
     else:
-        check_name(model, name)
-        install(model, planned, name, freeze=True)
+        check_name(Survey(model), name)
+        install(Survey(model), planned, name, freeze=True)
     return summary(model)
 
 

@@ -1,11 +1,19 @@
-"""A module that hosts stacks: what it was before is kept, and given back exactly.
+"""A module that hosts stacks: its class while it does, and what detaching gives back.
 
 Note [a class for each module]
-    torch's parametrize gives each host module a class of its own, with a property for each
-    parametrized tensor, and changes that class when one is registered or removed. `copy.deepcopy`
-    lets the copy share it: removing a parametrization on the copy then makes the original lose
-    its tensor. So a host's class also gets a `__deepcopy__` that gives the copy a class of its
-    own, and a host that had such a class before, perhaps shared already, gets a new one first.
+    `parametrize` gives each host module a class of its own, a subclass of the module's class with
+    one property for each parametrized tensor. It changes that class whenever a parametrization is
+    registered or removed. `copy.deepcopy` copies the module but not the class, so two modules
+    share it afterwards:
+
+        other = copy.deepcopy(layer)                                 # type(other) is type(layer)
+        parametrize.remove_parametrizations(other, "weight")         # deletes the shared property
+        layer.weight                                                 # AttributeError
+
+    Two things prevent this. The host's class gets a `__deepcopy__` that gives each copy a class of
+    its own (`_adopt`). And a module that another parametrization had made a host before, and that
+    may share its class with a copy already, gets a copy of that class first (`register`). The
+    class that was there is kept and restored by `unregister`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import StateError
-from ..site.find import Site, lists, stack_of, walk
+from ..site.find import Site, lists, stack_of
 from ..site.stack import Stack
+from ..site.survey import Survey
 from .dense import hold_stored
 from .forward import forward_for
 
@@ -27,11 +36,14 @@ _BEFORE = "_paramlora_before"
 
 @dataclass
 class Before:
-    """What attach found at a module, for detach to give back.
+    """The state of a module before the first adapter, for detach to restore.
 
-    `order` is that of its own parameters. `cls` is a class that another parametrization had
-    injected into module `owner`, and `replaced` the attributes of it that ours hide. `frozen` has
-    the tensors that were trained, and the adapters that froze each.
+    Attributes:
+        order: the names of the module's own parameters, in their order.
+        cls: the class that another parametrization had given to the module, if any.
+        owner: the id of the module that `cls` belongs to; a deep copy has another one.
+        replaced: the attributes of the host's class that ours hide, None for a missing one.
+        frozen: the parameters that were trained, each with the adapters that froze it.
     """
 
     order: tuple[str, ...] = ()
@@ -42,7 +54,7 @@ class Before:
 
 
 def register(module: nn.Module, tensor: str, stack: Stack) -> None:
-    """Put a stack at a module's tensor, behind other parametrizations that are there."""
+    """Put a stack at a module's tensor, after the parametrizations that it has already."""
     first, before = not _is_host(module), _before(module)
     if first:
         before.order = tuple(module._parameters)
@@ -54,16 +66,16 @@ def register(module: nn.Module, tensor: str, stack: Stack) -> None:
         parametrize.register_parametrization(module, tensor, stack, unsafe=True)
         lists(module)[tensor].__class__ = SiteList
     else:
-        # Not by register_parametrization: its checks would run the ones that are there.
+        # register_parametrization would run the existing parametrizations to check the result.
         plist.append(stack.train(module.training))
     if first:
-        inside = (child for key, child in module.named_children() if key != "parametrizations")
-        alone = not any(True for child in inside for _ in child.parameters())
+        children = (child for key, child in module.named_children() if key != "parametrizations")
+        alone = not any(True for child in children for _ in child.parameters())
         _adopt(type(module), before, alone)
 
 
 def unregister(site: Site) -> None:
-    """Take a stack away, and with a module's last one every trace of it."""
+    """Take a stack away, and with the module's last stack every trace of having been a host."""
     module, plist, before = site.module, site.plist, _before(site.module)
     if len(plist) > 1:
         del plist[list(plist).index(site.stack)]
@@ -75,45 +87,45 @@ def unregister(site: Site) -> None:
         _release(module, before)
 
 
-def freeze_base(model: nn.Module, adapter: str) -> None:
+def freeze_base(survey: Survey, adapter: str) -> None:
     """Stop the base's parameters from requiring a gradient, on behalf of an adapter."""
-    for module in _base_modules(model):
+    for module in _base_modules(survey):
         for key, parameter in _stored_parameters(module):
             if parameter.requires_grad:
-                # Whoever froze it before has been overruled since.
+                # An adapter that froze it earlier was overruled in the meantime.
                 _before(module).frozen[key] = {adapter}
                 parameter.requires_grad_(False)
             elif key in _frozen(module):
                 _frozen(module)[key].add(adapter)
 
 
-def unfreeze_base(model: nn.Module, adapters: set[str] | None) -> None:
-    """Give back the flags that these adapters, and no others, hold down; None means all flags."""
-    for module in _base_modules(model):
+def unfreeze_base(survey: Survey, adapters: set[str] | None) -> None:
+    """Restore the flags that only these adapters hold down; None restores all of them."""
+    for module in _base_modules(survey):
         frozen = _frozen(module)
         for key, holders in list(frozen.items()):
             holders -= holders if adapters is None else adapters
             if not holders:
                 del frozen[key]
                 for name, parameter in _stored_parameters(module):
-                    # A weight that was split since (weight_norm) has its name and more.
+                    # weight_norm, registered since, has split `weight` into `weight.original0`, …
                     if name == key or name.startswith(key + "."):
                         parameter.requires_grad_(True)
 
 
-def forget(model: nn.Module) -> None:
-    """Drop what is kept of modules that no adapter holds any more."""
-    for _, module in walk(model):
+def forget(survey: Survey) -> None:
+    """Drop the saved state of modules that host no adapter and have nothing frozen."""
+    for _, module in survey.modules:
         if _BEFORE in vars(module) and not _frozen(module) and not _is_host(module):
             delattr(module, _BEFORE)
 
 
 class SiteList(parametrize.ParametrizationList):
-    """The parametrizations of a tensor whose first one is a stack, safe to register more on.
+    """The parametrizations of a tensor whose first one is a stack; more can be registered on it.
 
-    torch hands a parametrization that is registered on top of another one a single tensor; one
-    that needs several (weight_norm: g and v) would fail at the next read. It goes below the stack
-    instead: the stored weight is split, and the adapters stay on top.
+    torch calls a parametrization that is registered on top of another one with a single tensor.
+    One that needs several (weight_norm needs g and v) would fail at the next read. It goes below
+    the stack instead: the stored weight is split, and the adapters stay on top.
     """
 
     def append(self, module: nn.Module) -> "SiteList":
@@ -136,7 +148,7 @@ class SiteList(parametrize.ParametrizationList):
 
 
 def _several(module: nn.Module, plist: SiteList) -> Sequence[Tensor] | None:
-    """Return the tensors that `module` stores for the list's tensor, None where it is one."""
+    """Return the tensors into which `module` splits the list's tensor; None if it does not."""
     if not plist.is_tensor or not hasattr(module, "right_inverse"):
         return None
     with torch.no_grad():
@@ -159,15 +171,15 @@ def _frozen(module: nn.Module) -> dict[str, set[str]]:
     return vars(module)[_BEFORE].frozen if _BEFORE in vars(module) else {}
 
 
-def _base_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the base's modules but for lists of parametrizations, whose hosts speak for them."""
-    for _, module in walk(model):
+def _base_modules(survey: Survey) -> Iterator[nn.Module]:
+    """Yield the base's modules except lists of parametrizations, which belong to their hosts."""
+    for _, module in survey.modules:
         if not isinstance(module, parametrize.ParametrizationList):
             yield module
 
 
 def _stored_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield a module's own parameters by name, those that its parametrizations store included."""
+    """Yield a module's own parameters by name, including those that its parametrizations store."""
     for name, parameter in module._parameters.items():
         if parameter is not None:
             yield name, parameter
@@ -178,7 +190,11 @@ def _stored_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _reorder(module: nn.Module, order: tuple[str, ...]) -> None:
-    """Put a module's own parameters in the order that they had; later ones stay behind."""
+    """Restore the order of a module's own parameters; parameters added since come last.
+
+    Removing a parametrization registers the tensor anew, at the end: (weight, bias) becomes
+    (bias, weight), and an optimizer state that is matched by position would be mixed up.
+    """
     rank = {name: i for i, name in enumerate(order)}
     items = sorted(module._parameters.items(), key=lambda item: rank.get(item[0], len(rank)))
     module._parameters.clear()
@@ -186,24 +202,34 @@ def _reorder(module: nn.Module, order: tuple[str, ...]) -> None:
 
 
 def _copied_class(cls: type) -> type:
-    # See Note [a class for each module].
-    own = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
-    return type(cls.__name__, cls.__bases__, own)
+    """Return a class with the same bases and attributes: see Note [a class for each module]."""
+    copied = {key: value for key, value in vars(cls).items() if key not in _NOT_COPIED}
+    return type(cls.__name__, cls.__bases__, copied)
+
+
+# The descriptors that every class gets anew.
+_NOT_COPIED = ("__dict__", "__weakref__")
 
 
 def _tensors(cls: type) -> set[str]:
-    """Return the names of the tensors that an injected class has as properties."""
+    """Return the names of the parametrized tensors, which are properties of the host's class."""
     return {key for key, value in vars(cls).items() if isinstance(value, property)}
 
 
 def _adopt(cls: type, before: Before, alone: bool) -> None:
-    """Give a host's own class its deepcopy, and a forward where there is one for it."""
+    """Give a host's own class its deepcopy, and an adapted forward if there is one for it.
+
+    Without this `__deepcopy__` the copy shares the class: see Note [a class for each module].
+    torch's own (`plain`) runs first, for it copies the module; then the copy gets a copy of the
+    class, which has this `__deepcopy__` as well, so copies of copies are independent, too.
+    """
     plain = cls.__deepcopy__  # type: ignore[attr-defined]
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         if id(self) in memo:
             return memo[id(self)]
         if isinstance(self, nn.RNNBase):
+            # Its list of weights may hold a W' with a graph, which cannot be copied.
             hold_stored(self)
         copied = plain(self, memo)
         copied.__class__ = _copied_class(type(copied))
@@ -217,14 +243,15 @@ def _adopt(cls: type, before: Before, alone: bool) -> None:
 
 
 def _release(module: nn.Module, before: Before) -> None:
-    """Take what `_adopt` added from a host that keeps parametrizations of others."""
+    """Undo `_adopt` for a module that keeps parametrizations of others."""
     cls = type(module)
     for key, value in before.replaced.items():
         if value is None:
             delattr(cls, key)
         else:
             setattr(cls, key, value)
-    # The class object that was there, unless this is a copy, or more was parametrized since.
+    # Restore the original class object, unless this module is a deep copy, to which that class
+    # does not belong, or another tensor was parametrized since, which that class does not know.
     if before.cls and before.owner == id(module) and _tensors(before.cls) == _tensors(cls):
         module.__class__ = before.cls
     before.order, before.cls, before.owner, before.replaced = (), None, 0, {}

@@ -1,44 +1,53 @@
-"""Holding running statistics still: a frozen base has more that moves than its parameters.
+"""Holding running statistics still: a frozen base also has buffers that move.
 
-In training mode BatchNorm normalises by the batch and moves its running mean and variance, frozen
-or not (https://github.com/huggingface/peft/issues/1732). Held, a layer stays in eval mode: it
-normalises by the statistics that it has, in training as in use, and they stay to the bit.
+In training mode BatchNorm normalises by the batch and updates its running mean and variance,
+whether or not its parameters are frozen (https://github.com/huggingface/peft/issues/1732). A held
+layer stays in evaluation mode: it normalises by the statistics that it has, in training as in use,
+and they keep their bits.
 
-Note [held in eval mode]
-    `model.train()` and `model.eval()` call `train` of each module inside. A held layer has a
-    `Held` of that name, which keeps the layer in eval mode and remembers what it was told. Not a
-    hook around its forward: compiled graphs do not notice hooks that come and go. Not another
-    class: parametrize keeps one of its own there.
+Note [held in evaluation mode]
+    `model.train()` and `model.eval()` call the method `train` of each module inside. A held layer
+    has an `EvalModeLock` as its instance attribute `train`, which keeps the layer in evaluation
+    mode and remembers the mode that was asked for. Two other ways do not work: a hook around the
+    layer's forward, because compiled graphs do not notice hooks that come and go; and another
+    class, because parametrize gives the module a class of its own.
 """
 
 import copy
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..site.find import walk
+from ..site.survey import Survey
+
+Modules = Iterable[tuple[str, nn.Module]]
 
 
-class Held:
-    """What stands in for a held layer's `train`: see Note [held in eval mode]."""
+class EvalModeLock:
+    """Stands in for a held layer's method `train`: see Note [held in evaluation mode].
+
+    Attributes:
+        mode: the mode that was asked for last, to return to after the release.
+        holders: names of adapters, and one object for each `hold_statistics` block.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.mode = module.training
-        self.by: set[Hashable] = set()
+        self.holders: set[Hashable] = set()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Held":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "EvalModeLock":
         copied = copy.copy(self)
         copied.module = copy.deepcopy(self.module, memo)
-        # A copy has left the blocks that it was made in; nobody could release it from them.
-        copied.by = {by for by in self.by if isinstance(by, str)}
+        # A copy is outside of the block in which it was made, whose exit does not know the copy.
+        copied.holders = _adapters(self.holders)
         return copied
 
     def __call__(self, mode: bool = True) -> nn.Module:
-        if not self.by:
+        if not self.holders:
             del vars(self.module)["train"]
             return self.module.train(mode)
         type(self.module).train(self.module, mode)
@@ -48,12 +57,15 @@ class Held:
 
 @contextmanager
 def hold_statistics(model: nn.Module) -> Iterator[None]:
-    """Hold the running statistics of a model's normalisation layers still inside.
+    """Hold the running statistics of a model's normalisation layers inside the block.
 
     The layers (BatchNorm of every kind, SyncBatchNorm, InstanceNorm that tracks statistics) stay
-    in eval mode, whatever `model.train()` and `model.eval()` say; afterwards each is in the mode
-    that it was told last. `attach(..., hold_statistics=True)` does so as long as its adapter is
-    attached.
+    in evaluation mode, whatever `model.train()` and `model.eval()` ask for. Afterwards each is in
+    the mode that was asked for last. `attach(..., hold_statistics=True)` does the same for as long
+    as its adapter is attached.
+
+    Args:
+        model: any module.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     >>> with hold_statistics(model):
@@ -63,46 +75,50 @@ def hold_statistics(model: nn.Module) -> Iterator[None]:
     >>> model[1].training
     True
     """
-    # Its own, so that it can be nested.
-    holder = object()
-    hold(model, holder)
+    holder = object()  # one for each block, so that blocks can be nested
+    modules = Survey(model).modules
+    hold(modules, holder)
     try:
         yield
     finally:
-        release(model, {holder})
+        release(modules, {holder})
 
 
-def hold(model: nn.Module, holder: Hashable) -> None:
-    """Hold the statistics of a model on behalf of an adapter, by its name, or of a block."""
-    for _, module in with_statistics(model):
-        held = vars(module).get("train")
-        if not isinstance(held, Held):
-            held = Held(module)
+def hold(modules: Modules, holder: Hashable) -> None:
+    """Hold the statistics of layers on behalf of an adapter, by its name, or of a block."""
+    for _, module in with_statistics(modules):
+        lock = vars(module).get("train")
+        if not isinstance(lock, EvalModeLock):
+            lock = EvalModeLock(module)
             module.training = False
-            vars(module)["train"] = held
-        held.by.add(holder)
+            vars(module)["train"] = lock
+        lock.holders.add(holder)
 
 
-def release(model: nn.Module, holders: set[Hashable] | None) -> None:
-    """Let go of what these hold, None: all adapters; a layer that nobody holds is as it was."""
-    for _, module in with_statistics(model):
-        held = vars(module).get("train")
-        if isinstance(held, Held):
-            held.by -= {by for by in held.by if isinstance(by, str)} if holders is None else holders
-            if not held.by:
+def release(modules: Modules, holders: set[Hashable] | None) -> None:
+    """Release the layers that these hold; None releases those that any adapter holds."""
+    for _, module in with_statistics(modules):
+        lock = vars(module).get("train")
+        if isinstance(lock, EvalModeLock):
+            lock.holders -= _adapters(lock.holders) if holders is None else holders
+            if not lock.holders:
                 del vars(module)["train"]
-                module.training = held.mode
+                module.training = lock.mode
 
 
-def with_statistics(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the layers with running statistics, by path."""
+def with_statistics(modules: Modules) -> list[tuple[str, nn.Module]]:
+    """Return the layers that have running statistics, by path."""
     return [
         (path, module)
-        for path, module in walk(model)
+        for path, module in modules
         if isinstance(module, _NormBase) and module.running_mean is not None
     ]
 
 
 def is_held(module: nn.Module) -> bool:
-    """Return whether somebody holds a layer's statistics."""
-    return isinstance(vars(module).get("train"), Held)
+    """Return whether a layer's statistics are held."""
+    return isinstance(vars(module).get("train"), EvalModeLock)
+
+
+def _adapters(holders: set[Hashable]) -> set[Hashable]:
+    return {holder for holder in holders if isinstance(holder, str)}

@@ -18,8 +18,8 @@ from ..kinds.spec import LowRank, is_finite
 from ..layers.install import Planned, check_name, check_tied, install
 from ..site.factors import Factors
 from ..site.find import is_swapped
-from ..site.names import select, sites_of
-from ..site.place import Place, places
+from ..site.place import Place
+from ..site.survey import Survey, places, select, sites_of
 from ..verbs.summary import Summary, summary
 
 # The fields of a LoRA that a combined one has for itself.
@@ -80,7 +80,7 @@ def combine(
         raise TypeError(f"weights map adapters to numbers, {{'a': 0.7, 'b': 0.3}}; got {weights!r}")
     _check_arguments(weights, method, rank)
     select(model, list(weights))
-    check_name(model, name)
+    check_name(Survey(model), name)
     here = {place.path: place for place in places(model)}
     terms: dict[str, list[_Term]] = {}
     chosen: dict[str, Place] = {}
@@ -90,14 +90,14 @@ def combine(
                 terms.setdefault(path, []).append(_Term(float(weight), factors))
                 chosen[path] = here[site.path]._replace(path=path, block=factors.block)
     _check_apart(list(chosen.values()))
-    check_tied(model, list(chosen.values()))
+    check_tied(Survey(model), list(chosen.values()))
     planned = [
         Planned(chosen[path], _combined(chosen[path], its_terms, method, rank))
         for path, its_terms in terms.items()
     ]
     order = {place.path: i for i, place in enumerate(here.values())}
     planned.sort(key=lambda plan: (order[_whole(plan.place)], plan.place.ranges))
-    install(model, planned, name, freeze=True)
+    install(Survey(model), planned, name, freeze=True)
     return summary(model)
 
 

@@ -18,8 +18,9 @@ from ..errors import StateError, TargetError
 from ..kinds.dora import DoRA
 from ..kinds.lora import LoRA
 from ..site.factors import Factors
-from ..site.find import Site, first_sites
-from ..site.names import check_unmerged, select
+from ..site.find import Site
+from ..site.names import check_unmerged
+from ..site.survey import first_sites, select
 from ..verbs.toggle import disabled
 
 # Rows to take in at a time: a decomposition costs (q + rows)² · in.

@@ -12,8 +12,8 @@ from ..kinds.lora import LoRA
 from ..kinds.spec import Spec, factor_dtype
 from ..layers.install import Planned, check_name, check_tied, install
 from ..site.factors import Factors
-from ..site.names import names_of
-from ..site.place import Place, check, check_shapes, places
+from ..site.place import Place, check, check_shapes
+from ..site.survey import Survey, names_of, places
 from .combine import decomposed
 
 
@@ -53,7 +53,7 @@ def extract(
     spec = LoRA(rank)
     if names_of(model):
         raise StateError("the model to extract from has adapters; bake or detach them first")
-    check_name(base, name)
+    check_name(Survey(base), name)
     changes = _changes(model, base)
     lost = dict.fromkeys(_other_buffers(model, base), 1.0)
     planned = []
@@ -61,8 +61,8 @@ def extract(
         its_spec, tensors, lost[place.path] = _approximated(change, spec)
         check(place, its_spec)
         planned.append(Planned(place, Factors(its_spec, tensors)))
-    check_tied(base, [place for place, _ in changes])
-    install(base, planned, name, freeze=True)
+    check_tied(Survey(base), [place for place, _ in changes])
+    install(Survey(base), planned, name, freeze=True)
     return lost
 
 

@@ -6,8 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..kinds.spec import is_finite
-from ..site.find import first_sites
-from ..site.names import select
+from ..site.survey import first_sites, select
 
 
 def parameter_groups(

@@ -22,9 +22,9 @@ from ..errors import CheckpointError
 from ..files.refresh import take
 from ..files.safetensors_file import read_tensors, write_atomically
 from ..layers.install import check_whole
-from ..site.names import sites_of
-from ..site.place import check_shapes, places
+from ..site.place import check_shapes
 from ..site.storage import check_real
+from ..site.survey import places, sites_of
 from ..verbs.summary import Summary
 from .config import read
 from .read import planned

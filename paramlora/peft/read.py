@@ -19,8 +19,9 @@ from ..kinds.spec import Spec, factor_dtype
 from ..layers.install import Planned
 from ..site.factors import Factors
 from ..site.find import walk
-from ..site.place import Place, check, places
+from ..site.place import Place, check
 from ..site.storage import check_real
+from ..site.survey import places
 from .config import Config
 from .layout import Part, is_linear, names, norms, parts, shared
 

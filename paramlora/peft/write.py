@@ -15,8 +15,7 @@ from ..kinds.lora import LoRA
 from ..kinds.spec import LowRank
 from ..site.factors import Blocks, Factors
 from ..site.find import Site, below, is_conv1d
-from ..site.names import sites_of
-from ..site.place import places
+from ..site.survey import places, sites_of
 from .config import Config, written
 from .layout import Part, names, norms, parts, shared
 

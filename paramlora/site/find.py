@@ -1,7 +1,5 @@
 """Where the adapted tensors of a model are."""
 
-import itertools
-import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,9 +20,6 @@ def is_conv1d(module: nn.Module) -> bool:
     # By name: transformers is not imported here. torch's own is Conv1d, with a small d.
     kind = parametrize.type_before_parametrizations(module)
     return any(base.__name__ == "Conv1D" for base in kind.__mro__) and hasattr(module, "nf")
-
-
-_MODULES = operator.attrgetter("_modules")
 
 
 class Site(NamedTuple):
@@ -51,8 +46,9 @@ def dotted(*parts: str) -> str:
 
 
 def lists(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
-    """Return a module's lists of parametrizations by tensor name, empty where it has none."""
-    # As parametrize.is_parametrized asks, but past nn.Module's __getattr__: every verb calls this.
+    """Return a module's lists of parametrizations by tensor name; empty if it has none."""
+    # What parametrize.is_parametrized asks, but without nn.Module.__getattr__: every verb calls
+    # this for each module.
     plists = module._modules.get("parametrizations")
     return dict(plists._modules) if isinstance(plists, nn.ModuleDict) else {}  # type: ignore[arg-type]
 
@@ -85,76 +81,15 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             todo += [(before + key, child) for key, child in children if child is not None]
 
 
-def sites(model: nn.Module) -> list[Site]:
-    """Return the adapted tensors of a model in module order; tied ones each, with one stack."""
+def sites_in(modules: Iterable[tuple[str, nn.Module]]) -> list[Site]:
+    """Return the adapted tensors of modules, in their order."""
     found = []
-    for path, module in walk(model):
-        if "parametrizations" not in module._modules:
-            continue
+    for path, module in modules:
         for tensor, plist in lists(module).items():
             stack = stack_of(plist)
             if stack is not None:
                 found.append(Site(dotted(path, tensor), module, tensor, stack))
     return found
-
-
-def first_sites(model: nn.Module) -> list[Site]:
-    """Return the adapted tensors of a model in module order, tied ones once."""
-    return once_each(sites(model))
-
-
-def once_each(here: Iterable[Site]) -> list[Site]:
-    """Return the first site of each stack."""
-    first: dict[int, Site] = {}
-    for site in here:
-        first.setdefault(id(site.stack), site)
-    return list(first.values())
-
-
-def stacks(model: nn.Module) -> list[Stack]:
-    """Return the stacks of a model, each once, in module order."""
-    found = [
-        parametrization
-        for parametrization in _children(plists(model))
-        if type(parametrization) is Stack
-    ]
-    return list(dict.fromkeys(found))
-
-
-def plists(model: nn.Module) -> Iterator[nn.Module]:
-    """Return the lists of parametrizations of a model in module order, some maybe twice.
-
-    Every toggle calls this, and it takes longer than all that a toggle changes; so it takes the
-    fewest steps, looks at hosts and not into them, and calls no function for a module. To remember
-    what was found would save nothing: any module's children may be others by the next time, and
-    to compare them all takes as long.
-    """
-    found: list[nn.Module] = []
-    seen: set[int] = set()
-    todo: list[Iterator[nn.Module | None]] = [iter((model,))]
-    while todo:
-        for module in todo[-1]:
-            if module is None:
-                continue
-            inner = module._modules
-            if "parametrizations" in inner:
-                found.append(inner["parametrizations"])  # type: ignore[arg-type]
-                if len(inner) == 1:
-                    continue
-            if inner and id(inner) not in seen:
-                seen.add(id(inner))
-                rest = {**inner}
-                rest.pop("parametrizations", None)
-                todo.append(iter(rest.values()))
-                break
-        else:
-            todo.pop()
-    return _children(found)
-
-
-def _children(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    # Loops in C throughout.
-    return itertools.chain.from_iterable(map(dict.values, map(_MODULES, modules)))
 
 
 def stored(plist: parametrize.ParametrizationList) -> list[Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..errors import TargetError
 from ..kinds.spec import FLOATS, Spec
 from .block import Block, Part
-from .find import below, dotted, lists, stack_of, stored, walk
+from .find import below, dotted, lists, stack_of, stored
 from .stack import Stack
 from .storage import is_sharded
 
@@ -86,25 +86,17 @@ class Place(NamedTuple):
         return stack_of(lists(self.module).get(self.tensor))
 
 
-def places(model: nn.Module) -> list[Place]:
-    """Return every parameter of the base of a model, parametrized ones included, in order."""
+def places_in(modules: Iterable[tuple[str, nn.Module]]) -> list[Place]:
+    """Return every parameter of these modules of a base, parametrized ones included, in order."""
     found = []
-    for path, module in walk(model):
-        # What parametrizations of others consist of is not the model's to adapt.
+    for path, module in modules:
+        # The parameters inside other parametrizations are not the model's to adapt.
         if "parametrizations" in path.split("."):
             continue
         names = [name for name, parameter in module._parameters.items() if parameter is not None]
         plists = lists(module).items()
         names += [name for name, plist in plists if isinstance(stored(plist)[0], nn.Parameter)]
         found += [Place(dotted(path, name), path, module, name) for name in names]
-    return found
-
-
-def holders(model: nn.Module) -> dict[int, list[Place]]:
-    """Return the places of each stored parameter, by its id: more than one where it is tied."""
-    found: dict[int, list[Place]] = {}
-    for place in places(model):
-        found.setdefault(id(place.stored), []).append(place)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Attaching adapters to a model, detaching them, and which of their factors are trained."""
+"""Attaching adapters to a model, detaching them, and choosing which factors are trained."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from ..kinds.spec import Spec
-from ..layers import host
 from ..layers.install import (
     Planned,
     check_name,
@@ -16,12 +15,13 @@ from ..layers.install import (
     check_whole,
     install,
     remove,
+    remove_all,
 )
-from ..layers.statistics import hold, release
+from ..layers.statistics import hold
 from ..site.factors import Factors
-from ..site.find import sites
-from ..site.names import check_unmerged, names_of, select
+from ..site.names import check_unmerged
 from ..site.storage import settle
+from ..site.survey import Survey
 from .preview import left_out, preview
 from .summary import Summary, report
 from .targets import Target, Targets, resolve
@@ -39,108 +39,130 @@ def attach(
     hold_statistics: bool = False,
     dry_run: bool = False,
 ) -> Summary:
-    """Attach an adapter to every tensor that matches, switched on, its outputs those of the base.
+    """Attach an adapter to every tensor that matches; it is on, and the outputs stay the same.
 
     Args:
-        model: any module; it keeps its classes, its code and its stored weights.
-        spec: what to learn, such as `LoRA(rank=4)`, or a mapping from target to spec, of which
-            the first that matches a tensor, or blocks of it, counts.
-        targets: a module type (its `weight`; `nn.Linear` where nothing is given), a glob over
-            dotted paths of modules (their `weight`) or tensors, a callable
-            `(path, module) -> bool`, or a list of those. `*` crosses dots, and `*.fc1` also means
-            an `fc1` at the top. A glob may end with an index, `*.c_attn.weight[:, :768]`: that
-            block alone is adapted, with factors of its own, and one adapter may have several that
-            do not overlap.
-        name: the adapter's name; any that the model does not have yet.
-        exclude: what to leave out, in the same forms.
-        freeze: stop the base's parameters from requiring a gradient; `detach` gives back the
-            flags that were there.
-        generator: where the factors' random numbers come from; without one, torch's global CPU
-            generator. The same seed gives the same factors whatever the model's device.
-        hold_statistics: keep BatchNorm and its like in eval mode until this adapter is detached,
-            so that their running statistics stay as they are; see `hold_statistics`.
-        dry_run: change nothing, draw nothing, and print what the model would be.
+        model: any module; it keeps its code, its module paths and its stored weights.
+        spec: what to learn, such as `LoRA(rank=4)`, or a mapping from target to spec. In a
+            mapping, the first target that matches a tensor, or a block of it, decides.
+        targets: a module type (its `weight`), a glob over dotted paths of modules (their `weight`)
+            or tensors, a callable `(path, module) -> bool`, or a list of those. The default is
+            `nn.Linear`. `*` crosses dots, and `*.fc1` also matches an `fc1` at the top. A glob may
+            end with an index, as in `*.c_attn.weight[:, :768]`: only that block is adapted, with
+            factors of its own. One adapter may have several blocks that do not overlap.
+        name: the adapter's name; the model must not have an adapter of that name yet.
+        exclude: tensors to leave out, in the same forms.
+        freeze: stop the base's parameters from requiring a gradient; `detach` restores the flags.
+        generator: the source of the factors' random numbers; by default torch's global CPU
+            generator. The same seed gives the same factors on every device.
+        hold_statistics: keep BatchNorm and similar layers in evaluation mode until this adapter is
+            detached, so that their running statistics do not move; see `hold_statistics`.
+        dry_run: change nothing and draw nothing; print the summary that the model would have.
 
     Returns:
-        The model's summary; its `skipped` has the tensors without this adapter, each with the
-        reason.
+        The model's summary. Its `skipped` lists the tensors without this adapter, with the reason.
 
     Raises:
-        TargetError: a target matches nothing, or a tensor that cannot be adapted (integer or
-            packed, lazy, too few dimensions), or that does not have the block; or blocks overlap.
-            The model is then as it was.
-        AdapterNameError: the name is taken, or cannot be one.
-        StateError: a tensor is tied, and has adapters on one side only.
-        TypeError: a spec is no instance of one, or a target none of the forms above.
+        TargetError: a target matches nothing; or a tensor that cannot be adapted (integer or
+            packed, lazy, too few dimensions) or has no such block; or blocks overlap. The model is
+            unchanged.
+        AdapterNameError: the name is taken, or is not a valid name.
+        StateError: a tensor is tied, and only one side of the tie has adapters.
+        TypeError: a spec is not an instance of one, or a target has none of the forms above.
 
     >>> import paramlora as pl
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> pl.attach(model, pl.LoRA(rank=2), targets="0", name="digits").trainable
     14
     """
-    check_name(model, name)
-    resolved = resolve(model, spec, targets, exclude)
-    check_tied(model, [place for place, _ in resolved.found])
-    skipped = tuple(left_out(model, resolved, freeze))
+    survey = Survey(model)
+    check_name(survey, name)
+    resolved = resolve(survey, spec, targets, exclude)
+    check_tied(survey, [place for place, _ in resolved.found])
+    skipped = tuple(left_out(survey, resolved, freeze))
     if dry_run:
-        expected = preview(model, resolved, name, freeze, hold_statistics)
-        found = dataclasses.replace(expected, skipped=skipped, dry_run=True)
-        print(found)
-        return found
+        expected = preview(survey, resolved, name, freeze, hold_statistics)
+        expected = dataclasses.replace(expected, skipped=skipped, dry_run=True)
+        print(expected)
+        return expected
     planned = [
         Planned(place, Factors(spec, spec.create(place.value.detach(), generator), place.block))
         for place, spec in resolved.found
     ]
-    install(model, planned, name, freeze)
+    install(survey, planned, name, freeze)
     if hold_statistics:
-        hold(model, name)
-    return dataclasses.replace(report(model, fresh=name), skipped=skipped)
+        hold(survey.modules, name)
+    return dataclasses.replace(report(survey.again(), fresh=name), skipped=skipped)
 
 
 def detach(model: nn.Module, *names: str) -> None:
-    """Take adapters away, all where none is named: the exact inverse of `attach`.
+    """Take adapters away, by default all of them: the exact inverse of `attach`.
 
-    A module that has no adapter left is what it was: class, parameters with their identity, order,
-    bits and requires_grad, hooks. On a part of a model it gives back that part's flags only.
+    A module without an adapter left is what it was before: class, parameters with their identity,
+    order, bits and requires_grad, and hooks. Called on a part of a model, it restores the flags of
+    that part only.
+
+    Args:
+        model: a module with adapters.
+        names: the adapters; by default all.
 
     Raises:
-        AdapterNameError: no adapter of that name.
+        AdapterNameError: there is no adapter of that name.
         StateError: an adapter is merged, tied to a tensor outside of `model`, or sharded.
+
+    >>> import paramlora as pl
+    >>> model = nn.Linear(4, 3)
+    >>> _ = pl.attach(model, pl.LoRA(rank=2))
+    >>> pl.detach(model)
+    >>> type(model) is nn.Linear
+    True
     """
-    check_unmerged(select(model, names), "detach")
-    here = sites(model)
-    check_ties(here)
-    check_whole(here)
-    remove(model, here, set(names or names_of(model)))
-    if not names:
-        # Also what was frozen for an adapter that a part of the model lost before.
-        host.unfreeze_base(model, None)
-        release(model, None)
-        host.forget(model)
+    survey = Survey(model)
+    check_unmerged(survey.select(names), "detach")
+    check_ties(survey.sites)
+    check_whole(survey.sites)
+    if names:
+        remove(survey, set(names))
+    else:
+        remove_all(survey)
 
 
 def freeze(model: nn.Module, *names: str) -> None:
-    """Stop the factors of the adapters from requiring a gradient; nothing else changes."""
+    """Stop the factors of adapters, by default all, from requiring a gradient; change no more.
+
+    Raises:
+        AdapterNameError: there is no adapter of that name.
+    """
     for parameter in parameters(model, *names):
         parameter.requires_grad_(False)
 
 
 def unfreeze(model: nn.Module, *names: str) -> None:
-    """Let the factors of the adapters require a gradient; nothing else changes."""
+    """Let the factors of adapters, by default all, require a gradient; change no more.
+
+    Raises:
+        AdapterNameError: there is no adapter of that name.
+    """
     for parameter in parameters(model, *names):
         parameter.requires_grad_(True)
 
 
 def parameters(model: nn.Module, *names: str) -> list[nn.Parameter]:
-    """Return the factors of the adapters, all where none is named, for an optimizer.
+    """Return the factors of adapters, by default all, for an optimizer.
 
     Raises:
-        AdapterNameError: no adapter of that name.
+        AdapterNameError: there is no adapter of that name.
+
+    >>> import paramlora as pl
+    >>> model = nn.Linear(4, 3)
+    >>> _ = pl.attach(model, pl.LoRA(rank=2))
+    >>> [tuple(parameter.shape) for parameter in pl.parameters(model)]
+    [(2, 4), (3, 2)]
     """
     settle(model)
     return [
         parameter
-        for stack, its_names in select(model, names)
-        for name in its_names
+        for stack, chosen in Survey(model).select(names)
+        for name in chosen
         for parameter in stack[name].parameters()
     ]

@@ -1,8 +1,8 @@
 """Folding adapters into the stored weights, and taking them out again by swapping buffers.
 
 Subtracting a merged update is inexact: in bfloat16 every sixth weight changes after one cycle
-(https://github.com/huggingface/trl/issues/6688). So the original bits are kept aside while an
-adapter is merged, and come back by a swap.
+(https://github.com/huggingface/trl/issues/6688). Therefore the original tensors are kept while an
+adapter is merged, and unmerging swaps them back.
 """
 
 import copy
@@ -15,21 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
-from ..layers import host
-from ..layers.install import check_tied, check_ties, check_whole, remove
-from ..layers.statistics import release
+from ..layers.install import check_tied, check_ties, check_whole, remove_all
 from ..site.factors import Blocks, Factors
-from ..site.find import Site, before, below, first_sites, once_each, sites, stacks, stored, through
-from ..site.names import check_unmerged, names_of, select
+from ..site.find import Site, before, below, stored, through
+from ..site.names import check_unmerged
 from ..site.place import Place
 from ..site.stack import Stack
+from ..site.survey import Survey
 
-# The elements of a weight that are computed at a time: 2 MiB of float32.
+# The number of elements of a weight that are computed at a time: 2 MiB of float32.
 _BLOCK = 2**19
 
 
 class _Fold(NamedTuple):
-    """What a merge is about to write at a site."""
+    """A site, the adapters to fold in there, and the tensors to store."""
 
     site: Site
     names: list[str]
@@ -38,44 +37,53 @@ class _Fold(NamedTuple):
 
 @torch.no_grad()
 def merge(model: nn.Module, *names: str) -> None:
-    """Fold adapters into the stored weights: the outputs stay, and cost what the base costs.
+    """Fold adapters into the stored weights: the outputs stay, at the cost of the base.
 
-    The model's own `state_dict` has the merged weights then; `base_state_dict` has the base's.
+    While adapters are merged, the model's own `state_dict` contains the merged weights;
+    `base_state_dict` contains the base's.
 
     Args:
         model: a module with adapters.
-        names: the adapters; where none is named, all that are switched on.
+        names: the adapters; by default all that are switched on.
 
     Raises:
-        AdapterNameError: no adapter of that name.
-        StateError: an adapter is merged already or switched off, there is nothing to merge, or
-            another parametrization below the adapter cannot hold the merged weight
-            (spectral_norm), or a tensor is sharded or no longer tied. The model is then as it was.
+        AdapterNameError: there is no adapter of that name.
+        StateError: an adapter is merged already or switched off; or there is nothing to merge; or
+            another parametrization below the adapter cannot store the merged weight
+            (spectral_norm); or a tensor is sharded, or not tied any more. The model is unchanged.
+
+    >>> import paramlora as pl
+    >>> model = nn.Linear(4, 3)
+    >>> weight = model.weight.detach().clone()
+    >>> _ = pl.attach(model, pl.LoRA(rank=2))
+    >>> pl.merge(model)
+    >>> pl.unmerge(model)
+    >>> torch.equal(model.weight, weight)
+    True
     """
-    folds = _plan(model, names)
-    for site, its_names, tensors in folds:
+    for site, chosen, tensors in _plan(model, names):
         stack, parameters = site.stack, stored(site.plist)
         original = stack.stored or tuple(tensor.data for tensor in parameters)
         _write(parameters, tensors, stack, original)
-        stack.set(stack.active, (*stack.merged, *its_names))
+        stack.set(stack.active, (*stack.merged, *chosen))
 
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
     """Take every merged adapter out again: the stored weights get their original bits back.
 
-    The adapters are as before the merge, switched on. Where nothing is merged, nothing happens.
+    The adapters are as before the merge, switched on. If nothing is merged, nothing happens.
 
     Raises:
-        StateError: a tensor is sharded, or was written to since the merge, by an optimizer or
-            load_state_dict, which unmerging would lose. The model is then as it was.
+        StateError: a tensor is sharded, or was written to since the merge, by an optimizer or by
+            load_state_dict, and unmerging would lose that. The model is unchanged.
     """
-    here = [site for site in first_sites(model) if site.stack.merged]
-    check_whole(here)
-    for site in here:
+    sites = [site for site in Survey(model).first_sites if site.stack.merged]
+    check_whole(sites)
+    for site in sites:
         if getattr(site.module, "max_norm", None) is not None:
             continue  # such an embedding writes to its weight whenever it is read
-        # Of a deep copy, whose parameters are others, nothing is known.
+        # A deep copy has other parameters, whose versions at the merge are not known.
         if any(
             written() is parameter and parameter._version != version
             for parameter in stored(site.plist)
@@ -85,17 +93,21 @@ def unmerge(model: nn.Module) -> None:
                 f"{site.path!r} was written to since the merge, and unmerging would lose that; "
                 "bake keeps it"
             )
-    for site in here:
+    for site in sites:
         _write(stored(site.plist), site.stack.stored, site.stack, ())
         site.stack.set(site.stack.active, ())
 
 
 @contextmanager
 def merged(model: nn.Module, *names: str) -> Iterator[None]:
-    """Merge inside, as `merge` does; afterwards the adapters that it merged are out again."""
-    already = [stack for stack in stacks(model) if stack.merged]
-    if already:
-        raise StateError(f"adapter {already[0].merged[0]!r} is merged already; unmerge first")
+    """Merge inside the block, as `merge` does; unmerge after it.
+
+    Raises, besides what `merge` raises:
+        StateError: an adapter is merged already.
+    """
+    for stack in Survey(model).stacks:
+        if stack.merged:
+            raise StateError(f"adapter {stack.merged[0]!r} is merged already; unmerge first")
     merge(model, *names)
     try:
         yield
@@ -104,54 +116,47 @@ def merged(model: nn.Module, *names: str) -> Iterator[None]:
 
 
 def bake(model: nn.Module) -> None:
-    """Merge all adapters for good and remove every trace of them, the original bits included.
+    """Merge all adapters for good, and remove them together with the original weights.
 
-    Raises, beside what `merge` raises:
-        StateError: an adapter is switched off, and would be lost: enable or detach it first; or
-            it is tied to a tensor outside of `model`.
+    Raises, besides what `merge` raises:
+        StateError: an adapter is switched off and would be lost: enable or detach it first. Or it
+            is tied to a tensor outside of `model`.
     """
-    here = stacks(model)
-    check_ties(sites(model))
-    for stack in here:
+    survey = Survey(model)
+    check_ties(survey.sites)
+    for stack in survey.stacks:
         for name in stack.factors:
             if name not in stack.active:
                 raise StateError(
                     f"adapter {name!r} is switched off and would be lost; enable it, or detach it"
                 )
-    if any(stack.live for stack in here):
+    if any(stack.live for stack in survey.stacks):
         merge(model)
-    names = set(names_of(model))
-    check_whole(sites(model))
-    for stack in here:
+    check_whole(survey.sites)
+    for stack in survey.stacks:
         stack.stored = stack.written = ()
         stack.set(stack.active, ())
-    remove(model, sites(model), names)
-    host.unfreeze_base(model, None)
-    release(model, None)
-    host.forget(model)
+    remove_all(survey)
 
 
 def _plan(model: nn.Module, names: tuple[str, ...]) -> list[_Fold]:
-    """Return what to write where, everything checked, nothing written."""
-    chosen = {id(stack): its_names for stack, its_names in select(model, names)}
+    """Check everything, and return what to write where; nothing is written yet."""
+    survey = Survey(model)
+    chosen = {id(stack): held for stack, held in survey.select(names)}
     folds = []
-    here = sites(model)
-    first = once_each(here)
-    _check_tied(here)
-    check_tied(model, [Place(site.path, "", site.module, site.tensor) for site in first])
-    check_whole(here)
-    for site in first:
-        its_names = chosen.get(id(site.stack), [])
-        if not names:
-            its_names = list(site.stack.live)
+    _check_still_tied(survey.sites)
+    check_tied(survey, [Place(s.path, "", s.module, s.tensor) for s in survey.first_sites])
+    check_whole(survey.sites)
+    for site in survey.first_sites:
+        here = chosen.get(id(site.stack), []) if names else list(site.stack.live)
         if site.stack.route is not None:
             raise StateError("cannot merge inside of routed(): every row would get the adapter")
-        _check(site.stack, its_names)
-        _check_order(site, its_names)
-        if its_names:
-            folds.append(_Fold(site, its_names, _folded(site, its_names)))
+        _check(site.stack, here)
+        _check_order(site, here)
+        if here:
+            folds.append(_Fold(site, here, _folded(site, here)))
     if not folds:
-        listed = ", ".join(map(repr, names_of(model)))
+        listed = ", ".join(map(repr, survey.names))
         raise StateError(
             f"nothing to merge: of the adapters here ({listed}) each is merged already or "
             "switched off; unmerge or enable first"
@@ -161,10 +166,10 @@ def _plan(model: nn.Module, names: tuple[str, ...]) -> list[_Fold]:
     return folds
 
 
-def _check_tied(here: list[Site]) -> None:
-    """Raise a StateError where sites share an adapter and no more the tensor that it was for."""
+def _check_still_tied(sites: list[Site]) -> None:
+    """Raise a StateError if sites share an adapter but no longer the tensor that it was for."""
     first: dict[int, Site] = {}
-    for site in here:
+    for site in sites:
         other = first.setdefault(id(site.stack), site)
         if stored(site.plist)[0] is not stored(other.plist)[0]:
             raise StateError(
@@ -185,7 +190,11 @@ def _check(stack: Stack, names: list[str]) -> None:
 
 
 def _check_order(site: Site, names: list[str]) -> None:
-    """Raise where merging would let an adapter act before one that now acts before it."""
+    """Raise a StateError if merging would change the order in which adapters act.
+
+    A merged adapter acts first, for it is in the stored weight. With IA3 `a` attached before
+    Delta `b`, W' = (1 + v) ⊙ W + D; with `b` alone merged it would be (1 + v) ⊙ (W + D).
+    """
     stack = site.stack
     for later in names:
         for earlier in stack.named:
@@ -196,30 +205,31 @@ def _check_order(site: Site, names: list[str]) -> None:
                 if not all(spec.additive for spec in specs):
                     raise StateError(
                         f"cannot merge {later!r} at {site.path!r} while {earlier!r}, which was "
-                        "attached before it, is not: one of them depends on what it is applied to, "
-                        f"so their order counts; merge {earlier!r} as well, or switch it off"
+                        "attached before it, is not: one of them depends on the tensor that it is "
+                        f"applied to, so their order counts; merge {earlier!r} as well, or switch "
+                        "it off"
                     )
 
 
 def _folded(site: Site, names: list[str]) -> list[Tensor]:
-    """Return the tensors to store so that the base gives what the named adapters now make of it."""
+    """Return the tensors to store so that the base computes W' of the named adapters."""
     stack, plist = site.stack, site.plist
     W = value = below(plist, stack)
     for name in stack.named:
         if name in names or name in stack.merged:
             value = _applied(stack[name], value)
-    # A tensor of its own, in the stored one's strides (channels_last, say): neither is sure.
-    own = value.untyped_storage().data_ptr() != W.untyped_storage().data_ptr()
-    if not own or value.stride() != W.stride():
+    # A kind may return a view of W, or other strides than W has (channels_last).
+    shares_storage = value.untyped_storage().data_ptr() == W.untyped_storage().data_ptr()
+    if shares_storage or value.stride() != W.stride():
         value = torch.empty_like(W).copy_(value)
-    below_it = before(plist, stack)
-    return _inverted(site, value, below_it) if below_it else [value]
+    parametrizations = before(plist, stack)
+    return _inverted(site, value, parametrizations) if parametrizations else [value]
 
 
 def _applied(factors: Factors | Blocks, W: Tensor) -> Tensor:
-    """Return W' as one adapter makes it, half precision on a CPU by blocks of rows.
+    """Return W' of one adapter; in half precision on a CPU, by blocks of rows.
 
-    It is computed in float32 there, and what a block takes stays in the cache: for 4096 x 4096 a
+    There W' is computed in float32, and a block of rows fits into the cache: 4096 × 4096 takes a
     quarter of the time.
     """
     term = None
@@ -227,17 +237,18 @@ def _applied(factors: Factors | Blocks, W: Tensor) -> Tensor:
         term = factors.low_rank()
     if term is None or term.A.dtype == W.dtype or isinstance(term.scale, Tensor):
         return factors(W)
-    value, rows = torch.empty_like(W), max(1, _BLOCK // max(1, W.shape[1]))
+    value = torch.empty_like(W)
+    rows = max(1, _BLOCK // max(1, W.shape[1]))
     for w, b, out in zip(W.split(rows), term.B.split(rows), value.split(rows), strict=True):
         out.copy_(w.to(b.dtype).addmm_(b, term.A, alpha=term.scale))
     return value
 
 
 def _inverted(site: Site, value: Tensor, before: list[nn.Module]) -> list[Tensor]:
-    """Return what the parametrizations before the stack have to store to give `value`."""
+    """Return the tensors from which the parametrizations before the stack compute `value`."""
     parts: Tensor | list[Tensor] = value
     try:
-        # On copies: an inverse may note where it started, as that of `orthogonal` does.
+        # On copies, because a right_inverse may change its module, as that of `orthogonal` does.
         for parametrization in reversed(copy.deepcopy(before)):
             parts = parametrization.right_inverse(parts)  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -261,10 +272,11 @@ def _write(
     stack: Stack,
     original: tuple[Tensor, ...],
 ) -> None:
-    """Let parameters have other tensors, and the stack note it; `original`: what to keep aside."""
+    """Point parameters at other tensors; `original` are the tensors to keep for unmerging."""
     for parameter, tensor in zip(parameters, tensors, strict=True):
         parameter.data = tensor
-        # A backward that still needs the old weight must notice; `.data` alone does not tell it.
+        # A backward that still needs the old weight has to raise, which assigning `.data` alone
+        # does not cause.
         torch.autograd.graph.increment_version(parameter)
     written = tuple((weakref.ref(p), p._version) for p in parameters) if original else ()
     vars(stack).update(stored=original, written=written)

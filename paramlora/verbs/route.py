@@ -1,4 +1,4 @@
-"""`routed`: an adapter for each row of a batch."""
+"""`routed`: an adapter of its own for each row of a batch."""
 
 import functools
 from collections.abc import Collection, Iterator, Sequence
@@ -11,31 +11,33 @@ from torch import Tensor, nn
 from ..errors import StateError
 from ..layers.forward import forward_for
 from ..layers.rows import Route, by_group, read_by, route_of
-from ..site.find import Site, lists, once_each, sites
-from ..site.names import check_unmerged, names_of, select
+from ..site.find import Site, lists
+from ..site.names import check_unmerged
+from ..site.survey import Survey
 
 
 @contextmanager
 def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterator[None]:
-    """Give each row of a batch an adapter of its own inside; afterwards all is as it was.
+    """Give each row of a batch an adapter of its own inside the block.
 
-    What is switched on does not matter inside, strengths do. Where checkpointing computes a forward
-    again in the backward, the backward belongs inside as well. It works in training, where each
-    adapter learns from its rows, and in inference, for Linear, Embedding, convolutions, attention
-    and recurrent layers; their inputs must have the batch as their batch dimension, the first one
-    (the second in attention and recurrent layers without `batch_first`).
+    Each row is computed with its adapter alone, whether or not that is switched on, at its
+    strength. Activation checkpointing runs a forward again in the backward, so the backward then
+    belongs inside the block as well. It works in training, where each adapter learns from its
+    rows, and in inference, for Linear, Embedding, convolutions, attention and recurrent layers.
+    Their inputs must have the batch as their batch dimension: the first one, or the second in
+    attention and recurrent layers without `batch_first`.
 
     Args:
         model: a module with adapters.
-        ids: whole numbers (n,), for each row the index of its adapter in `names`, or −1 for none.
-        names: the adapters; none given means all, in attaching order.
+        ids: integers (n,): for each row the index of its adapter in `names`, or −1 for none.
+        names: the adapters; by default all, in attaching order.
 
     Raises:
-        AdapterNameError: no adapter of that name.
-        StateError: an adapter is merged, or is at a module whose own code reads its tensor, so
+        AdapterNameError: there is no adapter of that name.
+        StateError: an adapter is merged; or it adapts a module whose own code reads the tensor, so
             that all rows get the same.
-        ValueError: ids that are no vector of whole numbers from −1 to the number of adapters less
-            1, or, in the forward, an input with another number of rows.
+        ValueError: ids is not a vector of integers from −1 to the number of adapters less 1; or,
+            in the forward, an input has another number of rows.
 
     >>> import paramlora as pl
     >>> model = nn.Linear(4, 3)
@@ -43,21 +45,36 @@ def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterat
     >>> with pl.routed(model, [0, -1]):
     ...     model(torch.ones(2, 4)).shape
     torch.Size([2, 3])
+
+    Note [how rows are routed]
+        The block gives every stack of a named adapter the same `Route`. From then on three kinds of
+        readers meet it. The forward of a Linear, Conv1D or Embedding asks its stack for the route
+        and computes all rows at once (layers/rows.py). Every other layer with an adapted forward
+        runs once for each adapter, on the rows of that adapter. And code that reads `layer.weight`
+        itself gets a StateError from the stack, because one tensor cannot serve all rows.
+
+        Attention needs two measures. A MultiheadAttention whose `out_proj` alone is adapted is not
+        a host itself, so its own forward would read `out_proj.weight`; it gets a forward for the
+        time of the block. And torch's fused encoder layer reads the weights of the modules inside
+        it without calling them, so that fast path is off inside the block.
+
+        Stacks without a named adapter contribute nothing inside: their `live` is empty.
     """
-    chosen = select(model, names)
-    check_unmerged([(stack, list(stack.factors)) for stack, _ in chosen], "route to")
-    order, here = names or tuple(names_of(model)), sites(model)
-    route = Route(_checked(ids, order), order, {id(site.stack): site.path for site in here})
-    mine = {id(stack) for stack, _ in chosen}
-    _check_hosts([site for site in here if id(site.stack) in mine])
-    before = [(stack, stack.route) for stack, _ in chosen]
-    others = [(s.stack, s.stack.live) for s in once_each(here) if id(s.stack) not in mine]
+    survey = Survey(model)
+    chosen = [stack for stack, _ in survey.select(names)]
+    check_unmerged([(stack, list(stack.factors)) for stack in chosen], "route to")
+    order = names or tuple(survey.names)
+    paths = {id(site.stack): site.path for site in survey.sites}
+    route = Route(_checked_ids(ids, order), order, paths)
+    routed_ids = {id(stack) for stack in chosen}
+    _check_hosts([site for site in survey.sites if id(site.stack) in routed_ids])
+    before = [(stack, stack.route) for stack in chosen]
+    others = [(stack, stack.live) for stack in survey.stacks if id(stack) not in routed_ids]
+    attentions = [m for _, m in survey.modules if _reads_routed_output(m, routed_ids)]
     fast = torch.backends.mha.get_fastpath_enabled()
-    attentions = [module for module in model.modules() if _reads_routed_output(module, mine)]
     try:
-        # torch's fused encoder layer reads the weights of the modules within it.
         torch.backends.mha.set_fastpath_enabled(False)
-        for stack, _ in chosen:
+        for stack in chosen:
             stack.route = route
         for stack, _ in others:
             stack.live = ()
@@ -74,11 +91,12 @@ def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterat
             del vars(module)["forward"]
 
 
-def _checked(ids: Tensor | Sequence[int], names: Sequence[str]) -> Tensor:
+def _checked_ids(ids: Tensor | Sequence[int], names: Sequence[str]) -> Tensor:
+    """Return ids as a new int64 tensor (n,), or raise a ValueError."""
     given = torch.as_tensor(ids)
     if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool:
         raise ValueError(
-            "ids must be a vector of whole numbers, one for each row, got "
+            "ids must be a vector of integers, one for each row, got "
             f"{given.dtype} of shape {tuple(given.shape)}"
         )
     wrong = given[(given < -1) | (given >= len(names))]
@@ -88,8 +106,9 @@ def _checked(ids: Tensor | Sequence[int], names: Sequence[str]) -> Tensor:
     return given.to(torch.int64, copy=True)
 
 
-def _check_hosts(here: Sequence[Site]) -> None:
-    for site in here:
+def _check_hosts(sites: Sequence[Site]) -> None:
+    """Raise a StateError if a module reads its tensor in a forward that cannot be split."""
+    for site in sites:
         cls = type(site.module).__bases__[0]
         if forward_for(cls, alone=False) is None:
             raise StateError(
@@ -99,9 +118,9 @@ def _check_hosts(here: Sequence[Site]) -> None:
 
 
 def _reads_routed_output(module: nn.Module, routed: Collection[int]) -> bool:
-    """Return whether a module is an attention that only its output projection makes a host.
+    """Return whether a module is an attention of which only `out_proj` has a routed stack.
 
-    `routed` holds the ids of the stacks that are routed.
+    `routed` are the ids of the routed stacks.
     """
     return (
         isinstance(module, nn.MultiheadAttention)
@@ -112,7 +131,7 @@ def _reads_routed_output(module: nn.Module, routed: Collection[int]) -> bool:
 
 
 def _attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run an attention that is no host, in place of its forward: nothing else could split it."""
+    """Stand in for the forward of an attention of which only `out_proj` is adapted."""
     if route_of(module) is not None:
         return by_group(module, args, kwargs)
     return type(module).forward(module, *args, **kwargs)

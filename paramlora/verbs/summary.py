@@ -1,4 +1,4 @@
-"""What is attached to a model, and what is not: as a table to print, and as data."""
+"""The adapters of a model and the tensors without one, as a table and as data."""
 
 import math
 from collections.abc import Iterable
@@ -10,9 +10,10 @@ from ..errors import some
 from ..kinds.spec import Spec
 from ..layers.statistics import is_held, with_statistics
 from ..site.factors import Factors
-from ..site.find import below, first_sites
-from ..site.place import Place, places
+from ..site.find import below
+from ..site.place import Place
 from ..site.stack import Stack
+from ..site.survey import Survey
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class SiteSummary:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A tensor of the base that an adapter does not touch, why, and whether it is trained."""
+    """A tensor of the base without an adapter, the reason, and whether it is trained."""
 
     tensor: str
     shape: tuple[int, ...]
@@ -50,18 +51,18 @@ class Summary:
 
     Attributes:
         sites: a `SiteSummary` for each adapter at each site, in model order; a block of a tensor
-            is a site. Its `scale` is all that multiplies the update, strength times alpha/r; its
-            `share` is the adapter's parameters over those of the site. Its `gradient` says, once
-            a parameter of the model has one, whether the adapter's trained factors got one here
-            that is not zero: where they did not, the note says why, if that is known. It is None
-            before, and where nothing is trained.
-        trainable: how many elements of the model require a gradient, the base's included.
-        total: how many elements the base's parameters have, the adapters not counted.
-        skipped: a `Skipped` for each tensor of the base without an adapter; of `attach`, without
-            the one that it attached, and with the reason.
-        held: the paths of the layers whose running statistics are held still.
-        moving: of those whose statistics move in training mode, base or not.
-        dry_run: whether it says what `attach` would do.
+            is a site. `scale` is the factor of the update, strength times alpha/r. `share` is the
+            number of the adapter's parameters over that of the tensor's elements. `gradient` is
+            None before the first backward and if nothing is trained here; after it, it says
+            whether the trained factors got a gradient that is not zero, and the note says why
+            not if that is known.
+        trainable: the number of elements that require a gradient, the base's included.
+        total: the number of elements of the base's parameters, without adapters.
+        skipped: a `Skipped` for each tensor of the base without an adapter; in the summary that
+            `attach` returns, for each tensor without the new adapter, with the reason.
+        held: the paths of the layers whose running statistics are held.
+        moving: the paths of the layers whose running statistics move in training mode.
+        dry_run: whether this is the summary of an `attach` that did not take place.
     """
 
     sites: tuple[SiteSummary, ...]
@@ -94,43 +95,46 @@ class Summary:
         rows = [head, *(_cells(row) for row in self.sites)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        start = ["dry run: nothing is changed; attached, it would be"] if self.dry_run else []
-        for what, paths in (("held still", self.held), ("that move in training", self.moving)):
-            lines += [f"running statistics {what}: {len(paths)} ({some(paths)})"] if paths else []
+        start = ["dry run: nothing is changed; after attach it would be"] if self.dry_run else []
+        for verb, paths in (("held still", self.held), ("that move in training", self.moving)):
+            lines += [f"running statistics {verb}: {len(paths)} ({some(paths)})"] if paths else []
         return "\n".join([*start, *lines, *_reasons(self.skipped), end])
 
     __repr__ = __str__  # a notebook's last line shows the table too
 
 
 def summary(model: nn.Module) -> Summary:
-    """Return what is attached to a model, as a table to print and as data.
+    """Return the adapters of a model, as a table to print and as data.
 
-    After a backward it names the sites whose factors got no gradient.
+    After a backward, the table names the sites whose factors got no gradient.
+
+    Args:
+        model: any module, with or without adapters.
 
     >>> print(summary(nn.Linear(4, 3)))
     no adapters; trainable 15 of the base's 15 (100.00%)
     """
-    return report(model)
+    return report(Survey(model))
 
 
-def report(model: nn.Module, fresh: str | None = None) -> Summary:
-    """Return the summary of a model; `fresh` is an adapter that no backward can have seen yet."""
-    here = first_sites(model)
-    factors = {id(p) for site in here for p in site.stack.parameters()}
-    # Not by the gradients that a base still has from before it was frozen.
-    seen = any(p.grad is not None and p.requires_grad for p in model.parameters())
+def report(survey: Survey, fresh: str | None = None) -> Summary:
+    """Return the summary of a model; `fresh` is an adapter attached after the last backward."""
+    here, base = survey.first_sites, survey.base_parameters
+    trained = [p for p in (*base, *survey.factors) if p.requires_grad]
+    # A frozen base may still have gradients from before it was frozen; those do not count.
+    seen = any(p.grad is not None for p in trained)
     rows = [
         row(path, name, part, site.stack, below(site.plist, site.stack), seen and name != fresh)
         for site in here
         for name in site.stack.factors
         for path, part in site.parts(name).items()
     ]
-    norms = with_statistics(model) if here else []
-    bare = [place for place in places(model) if place.stack is None] if here else []
+    norms = with_statistics(survey.modules) if here else []
+    bare = [place for place in survey.places if place.stack is None] if here else []
     return Summary(
         sites=tuple(rows),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total=sum(p.numel() for p in model.parameters() if id(p) not in factors),
+        trainable=sum(p.numel() for p in trained),
+        total=sum(p.numel() for p in base),
         skipped=tuple(skip(p, "without an adapter", p.stored.requires_grad) for p in bare),
         held=tuple(path for path, module in norms if is_held(module)),
         moving=tuple(path for path, module in norms if not is_held(module)),
@@ -145,7 +149,7 @@ def row(
     whole: Tensor,
     seen: bool,  # whether there was a backward
 ) -> SiteSummary:
-    """Return the row for an adapter at a site; without it in the stack, as if it were new."""
+    """Return the row of an adapter at a site; one that the stack does not hold yet is new."""
     shape = tuple(whole.shape) if factors.block is None else factors.block.inner
     parameters = sum(p.numel() for p in factors.parameters())
     merged, active = name in stack.merged, name in stack.active or name not in stack.factors
@@ -175,18 +179,21 @@ def row(
 
 
 def skip(place: Place, reason: str, trainable: bool) -> Skipped:
-    """Return the row for a tensor that an adapter does not touch."""
+    """Return the row of a tensor without an adapter."""
     return Skipped(place.path, tuple(place.value.shape), reason, trainable)
 
 
 def _wasted(spec: Spec, shape: tuple[int, ...]) -> bool:
-    """Return whether a spec has a rank that no matrix of this shape can have."""
+    """Return whether a spec's rank exceeds the largest rank of a matrix of this shape."""
     rows, *columns = shape[getattr(spec, "batch_dims", 0) :] or (1,)
     return spec.rank is not None and spec.rank > min(rows, math.prod(columns))
 
 
 def _gradient(factors: Factors) -> tuple[bool | None, str]:
-    """Return whether trained factors have a gradient, and which have none; None if none trains."""
+    """Return whether trained factors have a gradient that is not zero, and a note on the others.
+
+    The first is None if no factor is trained.
+    """
     trained = {key: p.grad for key, p in factors.named_parameters() if p.requires_grad}
     without = [key for key, grad in trained.items() if grad is None]
     if not trained:
@@ -199,12 +206,12 @@ def _gradient(factors: Factors) -> tuple[bool | None, str]:
 
 
 def _may_be_more_than_zero(grad: Tensor) -> bool:
-    # To look into a sharded one takes all processes, and a summary may be asked for by one.
+    # Reading a sharded gradient takes all processes, and one process may ask for a summary.
     return grad.is_meta or hasattr(grad, "full_tensor") or bool(grad.any())
 
 
 def _reasons(skipped: Iterable[Skipped]) -> list[str]:
-    """Return a line for each reason, with the first of the tensors."""
+    """Return a line for each reason, which names the first tensors."""
     groups: dict[tuple[bool, str], list[str]] = {}
     for one in skipped:
         groups.setdefault((one.trainable, one.reason), []).append(one.tensor)

@@ -1,8 +1,8 @@
-"""Targets: what the user writes, to the tensors that it means.
+"""From targets, as the user writes them, to the tensors that they match.
 
 A target is a module type (its `weight`), a glob over dotted paths (of modules, meaning their
 `weight`, or of tensors), or a callable `(path, module) -> bool` (again the `weight`). A glob with
-a trailing index, `*.c_attn.weight[:, :768]`, means that block of each tensor.
+a trailing index, `*.c_attn.weight[:, :768]`, means that block of each matching tensor.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,18 +15,19 @@ from torch.nn.utils import parametrize
 from ..errors import TargetError, nearest, some
 from ..kinds.spec import Spec
 from ..site.block import Part, split
-from ..site.find import dotted, walk
-from ..site.place import Place, check, check_shapes, is_packed, places
+from ..site.find import dotted
+from ..site.place import Place, check, check_shapes, is_packed
+from ..site.survey import Survey
 
 Target = type[nn.Module] | str | Callable[[str, nn.Module], bool]
 Targets = Target | Sequence[Target]
 
 
-def _computed(model: nn.Module) -> list[Place]:
-    """Return the tensors that a hook computes from parameters of a like name."""
+def _computed(survey: Survey) -> list[Place]:
+    """Return the tensors that a hook computes from parameters of a similar name."""
     return [
         Place(dotted(path, name), path, module, name)
-        for path, module in walk(model)
+        for path, module in survey.modules
         for name, value in vars(module).items()
         if isinstance(value, Tensor)
         and (f"{name}_v" in module._parameters or f"{name}_orig" in module._parameters)
@@ -34,77 +35,86 @@ def _computed(model: nn.Module) -> list[Place]:
 
 
 class Resolved(NamedTuple):
-    """The tensors that targets mean, each with its spec, and those left out, with the reason."""
+    """The tensors that targets match, each with its spec, and those left out, with the reason."""
 
     found: list[tuple[Place, Spec]]
     left_out: dict[str, tuple[Place, str]]
 
 
 def resolve(
-    model: nn.Module,
+    survey: Survey,
     spec: Spec | Mapping[Target, Spec],
     targets: Targets | None,
     exclude: Targets,
 ) -> Resolved:
-    """Return the tensors that the targets mean, each with its spec, checked, in model order.
+    """Return the tensors that the targets match, each with its spec, checked, in model order.
 
-    In a mapping the first target that matches a tensor, or blocks of it, decides its spec.
+    In a mapping, the first target that matches a tensor, or a block of it, decides its spec.
 
     Raises:
-        TargetError: a target that matches no tensor, or one that cannot be adapted.
-        TypeError: a spec or a target that is none.
+        TargetError: a target matches no tensor, or one that cannot be adapted.
+        TypeError: a spec is not an instance of `Spec`, or a target has none of the known forms.
     """
-    everywhere = places(model)
-    check_shapes(everywhere)
-    computed = _computed(model)
-    all_places = [*everywhere, *computed]
-    excluded: dict[str, Place] = {}
-    for asked in _listed(exclude):
-        target, index = _split(asked, all_places)
-        matches = [p if index is None else p.at(index) for p in _match(target, all_places)]
-        if isinstance(target, str) and not matches:
-            raise TargetError(f"exclude= matches nothing: no {_nothing(asked, model, everywhere)}")
-        excluded |= {place.path: place for place in matches}
-    # By tensor, not by path: tied ones are one.
+    check_shapes(survey.places)
+    computed = _computed(survey)
+    candidates = [*survey.places, *computed]
+    excluded = _excluded(survey, exclude, candidates)
+    # By the id of the tensor, not by path: tied tensors are one.
     claims: dict[int, list[tuple[Place, Spec]]] = {}
     left_out: dict[str, tuple[Place, str]] = {}
-    for asked, its_spec in _pairs(spec, targets):
-        target, index = _split(asked, all_places)
-        for place in _match(target, computed):
-            if place.path not in excluded:
-                raise TargetError(
-                    f"cannot adapt {place.path!r}: a hook computes it, as the old weight_norm and "
-                    "spectral_norm and pruning do; use those of torch.nn.utils.parametrizations, "
-                    "or leave it out with narrower targets or with exclude="
-                )
-        matches = _match(target, everywhere)
+    for asked, wanted in _pairs(spec, targets):
+        target, index = _split(asked, candidates)
+        _refuse_computed(_match(target, computed), excluded)
+        matches = _match(target, survey.places)
         if not matches:
-            raise TargetError(f"no tensor matches {_nothing(asked, model, everywhere)}")
+            raise TargetError(f"no tensor matches {_nothing(asked, survey)}")
         for place in matches:
             if index is not None and place.path not in excluded:
                 place = place.at(index)
-            own = claims.setdefault(id(place.stored), [])
-            if _is_out(place, excluded):
+            earlier = claims.setdefault(id(place.stored), [])
+            if _is_excluded(place, excluded):
                 left_out[place.path] = place, "left out by exclude="
-            elif not any(place.claimed(by) for by, _ in own):
-                own.append((place, its_spec))
-            elif all(place.block != by.block for by, _ in own):
+            elif not any(place.claimed(other) for other, _ in earlier):
+                earlier.append((place, wanted))
+            elif all(place.block != other.block for other, _ in earlier):
                 left_out[place.path] = place, "decided by an earlier target"
-    found = [pair for own in claims.values() for pair in own]
+    found = [pair for pairs in claims.values() for pair in pairs]
     if not found:
         raise TargetError(f"every tensor that matches is excluded by exclude={exclude!r}")
-    order = {(id(place.module), place.tensor): i for i, place in enumerate(everywhere)}
+    order = {(id(place.module), place.tensor): i for i, place in enumerate(survey.places)}
     found.sort(key=lambda pair: (order[id(pair[0].module), pair[0].tensor], pair[0].ranges))
-    for place, its_spec in found:
-        check(place, its_spec)
+    for place, wanted in found:
+        check(place, wanted)
     return Resolved(found, left_out)
 
 
-def _is_out(place: Place, excluded: Mapping[str, Place]) -> bool:
-    """Return whether a place is excluded, which may be a block that is.
+def _excluded(survey: Survey, exclude: Targets, candidates: list[Place]) -> dict[str, Place]:
+    """Return the places that `exclude` matches, by path."""
+    excluded: dict[str, Place] = {}
+    for asked in _listed(exclude):
+        target, index = _split(asked, candidates)
+        matches = [p if index is None else p.at(index) for p in _match(target, candidates)]
+        if isinstance(target, str) and not matches:
+            raise TargetError(f"exclude= matches nothing: no {_nothing(asked, survey)}")
+        excluded |= {place.path: place for place in matches}
+    return excluded
+
+
+def _refuse_computed(matches: list[Place], excluded: Mapping[str, Place]) -> None:
+    for place in matches:
+        if place.path not in excluded:
+            raise TargetError(
+                f"cannot adapt {place.path!r}: a hook computes it, as the old weight_norm and "
+                "spectral_norm and pruning do; use those of torch.nn.utils.parametrizations, or "
+                "leave it out with narrower targets or with exclude="
+            )
+
+
+def _is_excluded(place: Place, excluded: Mapping[str, Place]) -> bool:
+    """Return whether a place, a whole tensor or a block, is excluded.
 
     Raises:
-        TargetError: a block is excluded, and the place is more or another part of its tensor.
+        TargetError: a block is excluded that the place contains or overlaps.
     """
     for other in excluded.values():
         if other.block is None or other.stored is not place.stored or place.path in excluded:
@@ -125,10 +135,10 @@ def _pairs(
             raise TypeError("with a mapping from target to spec, leave targets out")
         pairs = list(spec.items())
     else:
-        pairs = [(one, spec) for one in _listed(nn.Linear if targets is None else targets)]
-    for _, its_spec in pairs:
-        if not isinstance(its_spec, Spec):
-            raise TypeError(f"a spec is an instance such as LoRA(rank=8), got {its_spec!r}")
+        pairs = [(target, spec) for target in _listed(nn.Linear if targets is None else targets)]
+    for _, one in pairs:
+        if not isinstance(one, Spec):
+            raise TypeError(f"a spec is an instance such as LoRA(rank=8), got {one!r}")
     if not pairs:
         raise TargetError("no targets given; name at least one, such as nn.Linear or '*.fc1'")
     return pairs
@@ -141,7 +151,7 @@ def _listed(targets: Targets) -> list[Target]:
 
 
 def _split(target: Target, everywhere: list[Place]) -> tuple[Target, tuple[Part, ...] | None]:
-    """Return a target without its trailing index, and that; a path that there is has none."""
+    """Return a target without its trailing index, and the index; an existing path has none."""
     if not isinstance(target, str) or any(target in (p.path, p.module_path) for p in everywhere):
         return target, None
     try:
@@ -167,7 +177,7 @@ def _match(target: Target, everywhere: list[Place]) -> list[Place]:
             if _glob(place.path, target)
             or (place.tensor == "weight" and _glob(place.module_path, target))
         ]
-    # A module can be called too, but not with a path.
+    # Modules are callable, too, but not with a path.
     if callable(target) and not isinstance(target, nn.Module):
         return [
             place
@@ -181,7 +191,7 @@ def _match(target: Target, everywhere: list[Place]) -> list[Place]:
 
 
 def _glob(path: str, pattern: str) -> bool:
-    # "*.fc1" means an fc1 anywhere, at the top level too; and a path, whatever is in it, itself.
+    # "*.fc1" also matches an fc1 at the top. A path always matches itself, even with "[" in it.
     return (
         fnmatchcase(path, pattern)
         or path == pattern
@@ -189,8 +199,9 @@ def _glob(path: str, pattern: str) -> bool:
     )
 
 
-def _nothing(asked: Target, model: nn.Module, everywhere: list[Place]) -> str:
-    """Return a target that matches nothing, and what there is in its place."""
+def _nothing(asked: Target, survey: Survey) -> str:
+    """Describe a target that matches nothing, and name what comes close to it."""
+    everywhere = survey.places
     name = repr(asked) if isinstance(asked, str) else getattr(asked, "__name__", repr(asked))
     target, index = _split(asked, everywhere)
     if isinstance(asked, str) and index is not None and (like := _match(asked, everywhere)):
@@ -198,8 +209,8 @@ def _nothing(asked: Target, model: nn.Module, everywhere: list[Place]) -> str:
             f"{target!r}, of which {name} would be a block; for characters of a glob, name the "
             f"tensor as well: {asked + '.' + like[0].tensor!r}"
         )
-    meant = {path: module for path, module in walk(model) if _means(target, path, module)}
-    packed = [path for path, module in meant.items() or walk(model) if is_packed(module)]
+    meant = {path: module for path, module in survey.modules if _means(target, path, module)}
+    packed = [path for path, module in meant.items() or survey.modules if is_packed(module)]
     if packed:
         return f"{name}; packed (quantized) weights cannot be adapted, as those of {some(packed)}"
     if meant:
@@ -216,7 +227,7 @@ def _nothing(asked: Target, model: nn.Module, everywhere: list[Place]) -> str:
 
 
 def _means(target: Target, path: str, module: nn.Module) -> bool:
-    """Return whether a type or a glob means a module, whatever tensors that has."""
+    """Return whether a type or a glob matches a module, with or without a weight."""
     if isinstance(target, type):
         return issubclass(parametrize.type_before_parametrizations(module), target)
     return isinstance(target, str) and _glob(path, target)

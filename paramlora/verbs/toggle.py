@@ -1,156 +1,156 @@
 """Switching adapters on and off, and setting their strength; requires_grad is never touched."""
 
-import itertools
-import operator
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
 from ..kinds.spec import Strength, is_finite
-from ..site.find import stacks
-from ..site.names import check_names, merged_error
-from ..site.stack import Stack, in_order
+from ..site.names import check_names, check_unmerged
+from ..site.stack import Stack
+from ..site.survey import Survey
 
 
 def enable(model: nn.Module, *names: str) -> None:
-    """Switch adapters on, all where none is named: they contribute to every read of a tensor.
+    """Switch adapters on, by default all: they contribute whenever a tensor is read.
 
-    Acts on the adapters of `model`, which may be a part of a larger one: `enable(net.fc1)`.
+    Args:
+        model: a module with adapters; it may be a part of a larger one: `enable(net.fc1)`.
+        names: the adapters; by default all.
 
     Raises:
-        AdapterNameError: no adapter of that name.
+        AdapterNameError: there is no adapter of that name.
         StateError: an adapter is merged.
     """
-    _enable(stacks(model), names)
+    _enable(Survey(model).stacks, names)
 
 
 def disable(model: nn.Module, *names: str) -> None:
-    """Switch adapters off, all where none is named; with all off, the outputs are the base's bits.
+    """Switch adapters off, by default all; with all off, outputs are bit-for-bit the base's.
+
+    Args:
+        model: a module with adapters; it may be a part of a larger one.
+        names: the adapters; by default all.
 
     Raises:
-        AdapterNameError: no adapter of that name.
+        AdapterNameError: there is no adapter of that name.
         StateError: an adapter is merged.
     """
-    _disable(stacks(model), names)
+    _disable(Survey(model).stacks, names)
 
 
 def scale(model: nn.Module, factor: Strength, *names: str) -> None:
-    """Set the strength λ of adapters, all where none is named: W' = W + λ·ΔW.
+    """Set the strength λ of adapters, by default all: W' = W + λ·ΔW.
 
     Args:
         model: a module with adapters.
-        factor: λ, a finite number or a tensor without dimensions; 1 is the adapter as trained,
-            0 the base. It stays until it is set again, and it is saved with the adapter. A tensor
-            may change, or require a gradient, without a compiled model being compiled anew.
-        names: the adapters.
+        factor: λ, a finite number or a tensor without dimensions. 1 is the adapter as trained, 0
+            the base. It stays until it is set again, and is saved with the adapter. A tensor may
+            change, or require a gradient, without recompiling a compiled model.
+        names: the adapters; by default all.
 
     Raises:
-        ValueError: a factor that is no finite number.
-        AdapterNameError: no adapter of that name.
+        ValueError: the factor is not a finite number.
+        AdapterNameError: there is no adapter of that name.
         StateError: an adapter is merged.
+
+    >>> import paramlora as pl
+    >>> model = nn.Linear(4, 3)
+    >>> _ = pl.attach(model, pl.LoRA(rank=2), name="digits")
+    >>> pl.scale(model, 0.5, "digits")
+    >>> pl.summary(model).sites[0].scale
+    0.5
     """
     _check_strength(factor)
-    here = stacks(model)
-    _checked(here, names, "scale")
-    for stack in here:
-        named = stack.named
-        for name in names or named:
-            if name in named:
-                named[name].set_strength(factor)
+    stacks = Survey(model).stacks
+    _check(stacks, names, "scale")
+    for stack in stacks:
+        for name in names or stack.names:
+            if name in stack.names:
+                stack[name].set_strength(factor)
 
 
 @contextmanager
 def enabled(model: nn.Module, *names: str) -> Iterator[None]:
-    """Switch adapters on inside, as `enable` does; afterwards all is as it was."""
-    with _restored(model) as here:
-        _enable(here, names)
+    """Switch adapters on inside the block, as `enable` does; restore the earlier state after it."""
+    with _restored(model) as stacks:
+        _enable(stacks, names)
         yield
 
 
 @contextmanager
 def disabled(model: nn.Module, *names: str) -> Iterator[None]:
-    """Switch adapters off inside, as `disable` does; afterwards all is as it was."""
-    with _restored(model) as here:
-        _disable(here, names)
+    """Switch adapters off inside the block, as `disable` does; restore the earlier state after it.
+
+    >>> import torch
+    >>> import paramlora as pl
+    >>> model, x = nn.Linear(4, 3), torch.randn(2, 4)
+    >>> base = model(x)
+    >>> _ = pl.attach(model, pl.Delta())
+    >>> with pl.disabled(model):
+    ...     torch.equal(model(x), base)
+    True
+    """
+    with _restored(model) as stacks:
+        _disable(stacks, names)
         yield
 
 
 @contextmanager
 def using(model: nn.Module, /, *names: str, **scales: Strength) -> Iterator[None]:
-    """Let exactly these adapters contribute inside; afterwards all is as it was.
+    """Let exactly these adapters contribute inside the block; restore the earlier state after it.
 
-    Where checkpointing computes a forward again in the backward, the backward belongs inside as
-    well, here and in `enabled` and `disabled`: it would be computed with what is on then.
+    Activation checkpointing runs a forward again in the backward, with the adapters that are on
+    then. The backward therefore belongs inside the block as well, here as in `enabled` and
+    `disabled`.
 
     Args:
         model: a module with adapters.
-        names: adapters at the strength that they have.
-        scales: adapters at a strength for the time inside: `using(model, digits=0.5)`.
+        names: adapters to use at their own strength.
+        scales: adapters to use at another strength: `using(model, digits=0.5)`.
 
     Raises:
-        ValueError: a strength that is no finite number.
-        AdapterNameError: no adapter of that name.
+        ValueError: a strength is not a finite number.
+        AdapterNameError: there is no adapter of that name.
         StateError: an adapter is merged.
+
+    >>> import paramlora as pl
+    >>> model = nn.Linear(4, 3)
+    >>> for name in ("digits", "letters"):
+    ...     _ = pl.attach(model, pl.LoRA(rank=2), name=name)
+    >>> with pl.using(model, "letters", digits=0.5):
+    ...     [(row.adapter, row.active, row.scale) for row in pl.summary(model).sites]
+    [('digits', True, 0.5), ('letters', True, 1.0)]
     """
     for factor in scales.values():
         _check_strength(factor)
     wanted = {*names, *scales}
-    with _restored(model) as here:
-        check_names(here, wanted)
-        _switch(_checked(here, (), "toggle"), lambda own, on: wanted)
-        for stack in here if scales else ():
+    with _restored(model) as stacks:
+        check_names(stacks, wanted)
+        _check(stacks, (), "toggle")
+        for stack in stacks:
+            stack.set(wanted, stack.merged)
             for name in scales.keys() & stack.named.keys():
                 stack[name].set_strength(scales[name])
         yield
 
 
-def _enable(here: Sequence[Stack], names: Sequence[str]) -> None:
-    states = _checked(here, names, "enable")
-    _switch(states, lambda own, on: {*on, *(names or own)})
+def _enable(stacks: Sequence[Stack], names: Sequence[str]) -> None:
+    _check(stacks, names, "enable")
+    for stack in stacks:
+        stack.set({*stack.active, *(names or stack.names)}, stack.merged)
 
 
-def _disable(here: Sequence[Stack], names: Sequence[str]) -> None:
-    states = _checked(here, names, "disable")
-    _switch(states, lambda own, on: {*on}.difference(names or own))
+def _disable(stacks: Sequence[Stack], names: Sequence[str]) -> None:
+    _check(stacks, names, "disable")
+    for stack in stacks:
+        stack.set({*stack.active} - {*(names or stack.names)}, stack.merged)
 
 
-# The dictionaries of stacks, by what is at each: names, active, merged. A model may have hundreds
-# of stacks, most of them alike.
-_States = dict[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], list[dict[str, Any]]]
-# Past nn.Module's own getters and setters, which take longer than all the rest.
-_DICT, _STATE = operator.attrgetter("__dict__"), operator.itemgetter("names", "active", "merged")
-_STRENGTH = operator.attrgetter("strength")
-
-
-def _checked(here: Sequence[Stack], names: Sequence[str], verb: str) -> _States:
-    """Return the states of stacks.
-
-    Raises:
-        AdapterNameError: no adapter of a name.
-        StateError: one of these adapters, any where none is named, is merged.
-    """
-    check_names(here, names)
-    states: _States = {}
-    for key, alike in itertools.groupby(map(_DICT, here), _STATE):
-        states.setdefault(key, []).extend(alike)
-    for own, _, merged in states:
-        for name in names or own:
-            if name in merged:
-                raise merged_error(name, verb)
-    return states
-
-
-def _switch(
-    states: _States, wanted: Callable[[Sequence[str], Sequence[str]], Collection[str]]
-) -> None:
-    """Set which adapters are active: `wanted(names, active)` for those of a stack."""
-    for (names, active, merged), alike in states.items():
-        chosen, live = in_order(names, wanted(names, active), merged)
-        for state in alike:
-            state["active"] = chosen
-            state["live"] = live
+def _check(stacks: Sequence[Stack], names: Collection[str], verb: str) -> None:
+    """Raise if an adapter of these names, any if none is named, is missing or merged."""
+    check_names(stacks, names)
+    check_unmerged([(stack, names or stack.names) for stack in stacks if stack.merged], verb)
 
 
 def _check_strength(factor: Strength) -> None:
@@ -168,34 +168,42 @@ def _check_strength(factor: Strength) -> None:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[list[Stack]]:
-    """Yield the stacks; put back afterwards which adapters are active, and their strengths.
+    """Yield the stacks; afterwards restore which adapters are active, and their strengths.
 
-    What is attached inside stays as it is then, and so does what is merged then, its strength
-    included: that is the one which the stored weight has.
+    Only an adapter that is still the same and is not merged gets its earlier state back:
+
+        with pl.using(model, "a"):              # b was on, and is off inside
+            pl.detach(model, "b")
+            pl.attach(model, spec, name="b")    # another b, which is on and has to stay on
+
+    Factors are therefore compared by identity, not by name. And in
+
+        with pl.using(model, a=0.5):
+            pl.merge(model, "a")                # the stored weight is now W + 0.5·ΔW
+
+    a has to keep its strength 0.5 after the block: that is what the stored weight contains. So a
+    merged adapter keeps its state, too, and an adapter that was attached inside keeps its own.
     """
-    here = stacks(model)
-    before = []
-    for stack in here:
-        named = {**stack.named}
-        strengths = [*map(_STRENGTH, named.values())]
-        state = stack.__dict__
-        # Inside of `routed` an adapter may be active and not live.
-        live = state["active"] if state["merged"] else state["live"]
-        before.append((stack, state["active"], live, named, strengths))
+    stacks = Survey(model).stacks
+    saved = []
+    for stack in stacks:
+        strengths = {name: factors.strength for name, factors in stack.named.items()}
+        # Inside `routed` an adapter may be active and not live.
+        live = stack.active if stack.merged else stack.live
+        saved.append((stack, stack.active, live, {**stack.named}, strengths))
     try:
-        yield here
+        yield stacks
     finally:
-        for stack, active, live, named, strengths in before:
-            state = stack.__dict__
-            # By identity: what is attached inside may have the name of what was detached.
-            if stack.named == named and not state["merged"]:
-                state["active"], state["live"] = active, live
-                if any(map(operator.is_not, map(_STRENGTH, named.values()), strengths)):
-                    for factors, strength in zip(named.values(), strengths, strict=True):
-                        factors.put_strength(strength)
-                continue
-            for (name, factors), strength in zip(named.items(), strengths, strict=True):
-                if stack.named.get(name) is factors and name not in stack.merged:
-                    factors.put_strength(strength)
-                    if (name in active) is not (name in stack.active):
-                        stack.set({*stack.active} ^ {name}, stack.merged)
+        for stack, active, live, named, strengths in saved:
+            same = [
+                name
+                for name, factors in named.items()
+                if stack.named.get(name) is factors and name not in stack.merged
+            ]
+            for name in same:
+                stack[name].put_strength(strengths[name])  # type: ignore[arg-type]
+            if len(same) == len(named) == len(stack.named):
+                vars(stack).update(active=active, live=live)
+            else:
+                others = [name for name in stack.active if name not in same]
+                stack.set([*others, *(name for name in same if name in active)], stack.merged)

@@ -1,0 +1,130 @@
+"""One pass over a model, and all that the verbs derive from it."""
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+from torch import nn
+
+from .find import Site, lists, sites_in, walk
+from .names import check_names, ordered_names
+from .place import Place, places_in
+from .stack import Stack
+
+
+class Survey:
+    """The modules of a model by path, with the places, sites and ties among them.
+
+    A verb makes one survey and hands it on, so it traverses the model once. Each property is
+    computed when it is first read and describes the model at that moment; a verb that adds or
+    removes adapters continues with `again()`.
+
+    Args:
+        model: any module, with or without adapters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules: list[tuple[str, nn.Module]] = list(walk(model))
+
+    def again(self) -> "Survey":
+        """Return a survey of the same modules that reads places and sites anew.
+
+        Attaching and detaching change which parametrizations the modules have, but not which
+        modules the base has, so no second traversal is needed.
+        """
+        survey = object.__new__(Survey)
+        survey.modules = self.modules
+        return survey
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """Every parameter of the base, parametrized ones included, in module order."""
+        return places_in(self.modules)
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """The adapted tensors in module order; each of several tied tensors, with one stack."""
+        return sites_in(self.modules)
+
+    @cached_property
+    def first_sites(self) -> list[Site]:
+        """The adapted tensors in module order; only the first of several tied tensors."""
+        first: dict[int, Site] = {}
+        for site in self.sites:
+            first.setdefault(id(site.stack), site)
+        return list(first.values())
+
+    @cached_property
+    def stacks(self) -> list[Stack]:
+        """The stacks in module order, each once."""
+        return [site.stack for site in self.first_sites]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The names of the adapters, in attaching order."""
+        return ordered_names(self.stacks)
+
+    @cached_property
+    def holders(self) -> dict[int, list[Place]]:
+        """The places of each stored parameter, by its id; several if the parameter is tied."""
+        found: dict[int, list[Place]] = {}
+        for place in self.places:
+            found.setdefault(id(place.stored), []).append(place)
+        return found
+
+    @cached_property
+    def factors(self) -> list[nn.Parameter]:
+        """The factors of all adapters that are parameters, each once."""
+        return _each_once(p for stack in self.stacks for p in stack.parameters())
+
+    @cached_property
+    def base_parameters(self) -> list[nn.Parameter]:
+        """The stored parameters of the base, each once, including other parametrizations."""
+        modules = [module for _, module in self.modules]
+        modules += [plist for module in modules for plist in lists(module).values()]
+        return _each_once(p for module in modules for p in module._parameters.values())
+
+    def select(self, names: Sequence[str]) -> list[tuple[Stack, list[str]]]:
+        """Return each stack with the chosen adapters that it holds; no name chooses all.
+
+        Raises:
+            AdapterNameError: there is no adapter of that name.
+        """
+        check_names(self.stacks, names)
+        held = [
+            (stack, [name for name in stack.named if not names or name in names])
+            for stack in self.stacks
+        ]
+        return [(stack, chosen) for stack, chosen in held if chosen]
+
+    def sites_of(self, name: str) -> list[Site]:
+        """Return the sites of one adapter, of tied tensors the first, in module order.
+
+        Raises:
+            AdapterNameError: there is no adapter of that name.
+        """
+        check_names(self.stacks, [name])
+        return [site for site in self.first_sites if name in site.stack.named]
+
+
+def _each_once(parameters: Iterable[nn.Parameter | None]) -> list[nn.Parameter]:
+    return list({id(p): p for p in parameters if p is not None}.values())
+
+
+def names_of(model: nn.Module) -> list[str]:
+    return Survey(model).names
+
+
+def select(model: nn.Module, names: Sequence[str]) -> list[tuple[Stack, list[str]]]:
+    return Survey(model).select(names)
+
+
+def sites_of(model: nn.Module, name: str) -> list[Site]:
+    return Survey(model).sites_of(name)
+
+
+def places(model: nn.Module) -> list[Place]:
+    return Survey(model).places
+
+
+def first_sites(model: nn.Module) -> list[Site]:
+    return Survey(model).first_sites
