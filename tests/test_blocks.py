@@ -399,10 +399,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "too many": ("qkv[:2, :, 1:]", cannot((12, 4), "it has 2 dimensions, the index 3")),
     "a step": (
         "qkv[::2]",
-        "target 'qkv[::2]': [::2] is no block: give an integer or a slice without a step for each "
+        "target 'qkv[::2]': [::2] is not a block: give an integer or a slice without a step for each "
         "leading dimension, such as [:, :768]",
     ),
-    "an ellipsis": ("qkv[..., :2]", "target 'qkv[..., :2]': [..., :2] is no block[...]"),
+    "an ellipsis": ("qkv[..., :2]", "target 'qkv[..., :2]': [..., :2] is not a block[...]"),
     "overlapping": (
         ["qkv[:4]", "qkv[3:]"],
         "'qkv.weight[:4]' and 'qkv.weight[3:]' overlap; give one adapter blocks that do not, or "

@@ -114,7 +114,7 @@ def entered(context: Any) -> None:
 
 
 DTYPE = (
-    "only floating tensors of 16 to 64 bits can be adapted, none that is integer, complex or packed"
+    "only floating tensors of 16 to 64 bits can be adapted, not integer, complex or packed ones"
 )
 A_TARGET = "a target is a module type, a glob over paths, or a callable (path, module) -> bool, got"
 

@@ -1,4 +1,8 @@
-"""Forwards that run torch's own code on the dense W', built once a forward and not kept."""
+"""Forwards that run torch's own code on the dense W', built once a forward and not kept.
+
+What the backward needs of such a layer is x and W'. Keeping W' would cost as much memory as the
+weights of the layer, so the backward builds it again: see `_rebuilt`.
+"""
 
 import functools
 import weakref
@@ -11,47 +15,69 @@ from torch import Tensor, nn
 
 from ..compute.watched import transformed
 from ..site.find import lists, stack_of, stored
-from ..site.stack import CHANGED, once
+from ..site.stack import CHANGED, build_once
 from . import rows
 
 
 def dense(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward that builds each W' once, and again for the backward: it keeps none."""
+    """Return a forward that builds each W' once, and once more in the backward.
+
+    Args:
+        plain: the forward of the module's class.
+    """
 
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if rows.route_of(self) is not None:
             return rows.by_group(self, args, kwargs)
-        # The compiler finds repeated reads, and what to recompute, by itself.
+        # The compiler decides by itself what to build once and what to recompute.
         if transformed():
             return plain(self, *args, **kwargs)
         # torch's attention reads in_proj_weight half a dozen times.
-        with once(), _rebuilt(self) if torch.is_grad_enabled() else nullcontext():
+        with build_once(), _rebuilt(self) if torch.is_grad_enabled() else nullcontext():
             return plain(self, *args, **kwargs)
 
     return forward
 
 
 def read_once(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward that builds each W' once, however often it reads it."""
+    """Return a forward that builds each W' once, however often `plain` reads it."""
 
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if transformed():
             return plain(self, *args, **kwargs)
-        with once():
+        with build_once():
             return plain(self, *args, **kwargs)
 
     return forward
 
 
-# Not there in torch 2.6, which then keeps W' for the backward.
+# torch 2.6 does not have it; there W' is kept for the backward.
 _outer_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 @contextmanager
 def _rebuilt(module: nn.Module) -> Iterator[None]:
-    """Keep no W' of the module for the backward: rebuild it there from what it was made of."""
+    """Save no W' of the module for the backward, but a closure that rebuilds it.
+
+    Autograd saves the tensors that a backward needs. `saved_tensors_hooks` replaces each of them:
+    `pack` is called in the forward and returns what is kept, `unpack` in the backward and returns
+    the tensor. Three steps need care.
+
+    1. torch's code saves W', or a view of it such as Wᵀ or the first third of `in_proj_weight`.
+       A view has the storage of W', so storages are compared, and `unpack` makes the same view of
+       the rebuilt tensor. The addresses stay valid, for `build_once` keeps each W' during the
+       forward.
+    2. Hooks do not nest: while these are set, the ones of the user (activation checkpointing,
+       offloading to the CPU) see nothing. So every other tensor is handed to the outer hooks.
+    3. Autograd checks that a saved tensor was not written to before the backward, but not for
+       tensors that hooks have replaced. So its version is kept and compared, as `recipe` does for
+       the factors.
+
+    For the layer torch.nn.Bilinear, for example, the backward needs x₁, x₂ and W': x₁ and x₂ are
+    packed as (version, tensor), W' as (recipe, its shape and strides).
+    """
     recipes = {}
     for name, plist in lists(module).items():
         stack = stack_of(plist)
@@ -62,7 +88,6 @@ def _rebuilt(module: nn.Module) -> Iterator[None]:
     if not recipes or _outer_hooks is None:
         yield
         return
-    # Hooks hide the ones outside (checkpointing, offloading), so what is not W' is handed on.
     outer = _outer_hooks(False)
 
     def pack(tensor: Tensor) -> Any:
@@ -86,6 +111,13 @@ def _rebuilt(module: nn.Module) -> Iterator[None]:
 
 
 def recurrent(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward of an adapted LSTM, GRU or RNN.
+
+    torch's forward reads its weights into the list `_flat_weights` of the module. A W' left there
+    would keep its graph alive, and another thread may be about to use its own list. So the forward
+    runs on a stand-in, a second module object with the same attributes.
+    """
+
     @functools.wraps(plain)
     def forward(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
         if rows.route_of(self) is not None:
@@ -95,26 +127,24 @@ def recurrent(plain: Callable[..., Any]) -> Callable[..., Any]:
                 return plain(self, *args, **kwargs)
             finally:
                 hold_stored(self)
-        # torch's forward leaves the weights that it used in a list of the module, where W' would
-        # keep the graph alive, and where another thread may be about to use its own.
         stand_in = object.__new__(type(self))
         stand_in.__dict__.update(vars(self))
-        # It reads every weight three times.
-        with once():
+        # torch's forward reads every weight three times.
+        with build_once():
             return plain(stand_in, *args, **kwargs)
 
     return forward
 
 
 def hold_stored(module: nn.RNNBase) -> None:
-    """Let a recurrent module's list of its weights hold what is stored.
+    """Put the stored weights into a recurrent module's list `_flat_weights`.
 
-    torch's forward, and moving or casting the module, leave W' there, which would keep the graph
-    alive; and a tensor with a graph cannot be deep-copied.
+    torch's forward, and moving or casting the module, leave W' in that list. It would keep its
+    graph alive there, and a tensor with a graph cannot be deep-copied.
     """
-    held = lists(module)
+    plists = lists(module)
     weights = [
-        stored(held[name])[0] if name in held else getattr(module, name, None)
+        stored(plists[name])[0] if name in plists else getattr(module, name, None)
         for name in module._flat_weights_names
     ]
     module._flat_weights = weights

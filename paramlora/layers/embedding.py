@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..compute.rescaled import rescaled_rows
 from ..kinds.spec import LowRank, add_update
-from ..site.stack import exact
+from ..site.stack import no_autocast
 from . import rows
 from .linear import alone
 
@@ -16,11 +16,11 @@ from .linear import alone
 @functools.wraps(nn.Embedding.forward)
 def embedding_forward(self: nn.Embedding, input: Tensor) -> Tensor:
     weight = update = rescaled = None
-    # Both of these depend on the whole of W': its row norms, or how often a row occurs.
+    # max_norm needs the row norms of W', scale_grad_by_freq a gradient of whole rows of W'.
     site = None if self.max_norm is not None or self.scale_grad_by_freq else alone(self)
     if site is not None:
         weight, stack = site
-        with exact(weight):
+        with no_autocast(weight):
             if stack.route is not None:
                 update = rows.embedding(input, stack, self.padding_idx)
             else:
@@ -54,10 +54,13 @@ def embedding_forward(self: nn.Embedding, input: Tensor) -> Tensor:
 
 
 def _looked_up(input: Tensor, terms: list[LowRank], padding_idx: int | None) -> Tensor | None:
-    """Return what low-rank updates add to the rows of an embedding, None where there are none."""
-    # Dense gradients for the factors, whatever `sparse` says of W: B has r columns only, and one
-    # optimizer can then take A and B.
-    parts = [scale * (F.embedding(input, B, padding_idx) @ A) for A, B, scale in terms]
+    """Return the sum of the updates of the looked-up rows, (…, dim); None without a term.
+
+    An Embedding's weight is (num, dim), so B is (num, r) and A (r, dim). The gradients of the
+    factors are dense even if `sparse` is set for W: B has only r columns, and one optimizer can
+    then take A and B.
+    """
+    parts = [scale * (F.embedding(input, B, padding_idx) @ A) for A, B, scale in terms]  # (…, dim)
     return sum(parts[1:], parts[0]) if parts else None
 
 
@@ -80,7 +83,7 @@ def embedding_bag_forward(
         self.norm_type,
         self.scale_grad_by_freq,
         self.mode,
-        # A sparse gradient cannot go through W' to the factors.
+        # A sparse gradient of W' cannot be propagated to the factors.
         self.sparse and weight.is_leaf,
         per_sample_weights,
         self.include_last_offset,

@@ -1,12 +1,28 @@
-"""The forwards of adapted layers: factored where that is possible, else dense with W' built once.
+"""Which forward an adapted layer gets.
 
-A host module gets one of these as the forward of its class where its own forward is torch's and
-computes the same (`forward_for`); it costs a look at the stack. A Linear or an Embedding never
-builds W' in training (but see `plan.choose` for many rows); where an active adapter has no
-factored or rescaled form, or another parametrization is on the tensor, and for all other layers,
-torch's own forward runs on the dense W', which is built once a forward and again for the backward.
+Note [the choice of forward]
+    A host module's class gets one of these forwards if the module's own forward is torch's, so that
+    it is known what it computes. An adapted forward costs one look at the stack, and then takes the
+    first of these ways that the active adapters allow:
 
-What is kept for the backward: of a factored layer x and x Aᵀ, of a dense one x, and never W'.
+    factored    y = x Wᵀ + b + s·(x Aᵀ) Bᵀ      Linear, Conv1D, Embedding with low-rank updates.
+                W' is not built (see `compute.plan.choose` for the exception: many rows).
+    rescaled    W' = (1 + c) ⊙ (W + s·B A)      the same layers with IA3 or DoRA.
+    routed      a route is set: rows.py computes each row with its adapter.
+    dense       torch's own code on W'          other layers, kinds without such a form, and
+                tensors with other parametrizations. W' is built once a forward, and once more in
+                the backward (dense.py).
+
+    For the backward, a factored layer keeps x and x Aᵀ, a dense one x; none keeps W'.
+
+    A subclass with a forward of its own keeps it, since it may compute anything:
+
+        class Scaled(nn.Linear):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+    `super().forward` is torch's, which reads `self.weight`, the property that gives W'. So the
+    result is right, at the cost of building W'.
 """
 
 from collections.abc import Callable
@@ -14,24 +30,25 @@ from typing import Any
 
 from torch import nn
 
+from ..site.find import is_transformers_conv1d
 from .dense import dense, read_once, recurrent
 from .embedding import embedding_bag_forward, embedding_forward
 from .linear import conv1d_forward, linear_forward
 
 
 def forward_for(cls: type[nn.Module], *, alone: bool) -> Callable[..., Any] | None:
-    """Return the forward for adapted modules of class `cls`, None where its own will do.
+    """Return the forward for adapted modules of class `cls`; None to keep its own.
 
-    `alone` says that the module has all its parameters itself, none in modules inside.
+    Args:
+        cls: the class of the module before it became a host.
+        alone: whether all parameters are the module's own, so that no module inside has any.
     """
     for base, forward in _FORWARDS.items():
-        # Not for a subclass with a forward of its own: that one has to run, and reads W'.
         if issubclass(cls, base) and cls.forward is base.forward:
             return forward
-    # Told by its name: to import transformers only to look would take seconds.
-    if (cls.__module__, cls.__qualname__) == ("transformers.pytorch_utils", "Conv1D"):
+    if is_transformers_conv1d(cls):
         return conv1d_forward(cls.forward)
-    # A loop over experts reads the stack of their weights once for each.
+    # A module of experts reads the tensor of all their weights once for each expert.
     return read_once(cls.forward) if alone and not cls.__module__.startswith("torch.") else None
 
 

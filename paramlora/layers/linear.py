@@ -15,9 +15,9 @@ from .dense import dense
 
 
 def alone(module: nn.Module) -> tuple[Tensor, Stack] | None:
-    """Return the stored weight and its stack, None where that is not all there is at the weight.
+    """Return the stored weight and its stack; None if there is another parametrization.
 
-    It reads past the modules' `__getattr__`: at small sizes that is what a forward costs.
+    It does not go through nn.Module.__getattr__, which would dominate the forward of a small layer.
     """
     plist = module._modules["parametrizations"]._modules.get("weight")  # type: ignore[union-attr]
     if plist is None or len(plist._modules) != 1:
@@ -28,6 +28,7 @@ def alone(module: nn.Module) -> tuple[Tensor, Stack] | None:
 
 @functools.wraps(nn.Linear.forward)
 def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
+    # See Note [the choice of forward] in forward.py.
     site = alone(self)
     if site is not None:
         weight, stack = site

@@ -1,9 +1,9 @@
 """Blocks: rectangular parts of a tensor, as sites of their own.
 
-    W'[b] = f(W[b])        the rest of W' is W, bit for bit
+    W'[b] = f(W[b])        the rest of W' is bit-for-bit W
 
-A block is what a trailing index means, `[:, :768]` or `[3]`: for each leading dimension a slice
-without a step, or an integer, which takes the dimension away as in Python.
+A block is written as a trailing index, `[:, :768]` or `[3]`: for each leading dimension a slice
+without a step, or an integer, which removes the dimension as it does in Python.
 """
 
 import re
@@ -23,12 +23,12 @@ _PART = re.compile(f"{_INTEGER}|(?:{_INTEGER}|\\s*):(?:{_INTEGER}|\\s*)")
 
 
 def split(target: str) -> tuple[str, tuple[Part, ...] | None]:
-    """Return a target without its trailing index, and that index, None where there is none.
+    """Return a target without its trailing index, and the index; None if it has none.
 
-    What does not read as an index belongs to the glob: `fc[ab]`.
+    A bracket that is not an index belongs to the glob: `fc[ab]`.
 
     Raises:
-        ValueError: a trailing `[...]` with a colon in it that is no index of integers and slices.
+        ValueError: a trailing `[...]` contains a colon but is not an index of integers and slices.
 
     >>> split("*.c_attn.weight[:, :768]")
     ('*.c_attn.weight', (slice(None, None, None), slice(None, 768, None)))
@@ -44,7 +44,7 @@ def split(target: str) -> tuple[str, tuple[Part, ...] | None]:
         return trailing[1], tuple(parts)
     if ":" in trailing[2]:
         raise ValueError(
-            f"[{trailing[2]}] is no block: give an integer or a slice without a step for each "
+            f"[{trailing[2]}] is not a block: give an integer or a slice without a step for each "
             "leading dimension, such as [:, :768]"
         )
     return target, None
@@ -57,10 +57,14 @@ def _part(match: re.Match[str]) -> Part:
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a tensor: the range, or the place, that it takes of each leading dimension.
+    """A rectangular part of a tensor: a range or an index in each leading dimension.
 
-    Two are equal where they are the same part of tensors of the same shape; its text is the
-    shortest index that says it.
+    Two blocks are equal if they are the same part of tensors of the same shape. The string form is
+    the shortest index that describes the block.
+
+    Attributes:
+        index: for each leading dimension (start, stop), or an integer.
+        shape: the shape of the whole tensor.
 
     >>> str(Block.of((slice(0, 4), slice(-3, None)), (8, 6)))
     '[:4, 3:]'
@@ -71,11 +75,11 @@ class Block:
 
     @staticmethod
     def of(index: Sequence[Part], shape: Sequence[int]) -> "Block | None":
-        """Return the block that an index means in a tensor of this shape, None for all of it.
+        """Return the block that an index selects in a tensor of this shape; None for all of it.
 
         Raises:
-            ValueError: more dimensions than the tensor has, a place or a bound outside of it
-                (nothing is clamped), or no element.
+            ValueError: the index has more dimensions than the tensor, reaches outside of it
+                (bounds are not clamped), or selects no element.
         """
         if len(index) > len(shape):
             raise ValueError(f"it has {len(shape)} dimensions, the index {len(index)}")
@@ -101,7 +105,7 @@ class Block:
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
-        """The range that it takes of each dimension."""
+        """The range (start, stop) in each dimension."""
         parts = [*self.index, *((0, size) for size in self.shape[len(self.index) :])]
         return [(part, part + 1) if isinstance(part, int) else part for part in parts]
 
@@ -115,14 +119,14 @@ class Block:
         return weight[tuple(part if isinstance(part, int) else slice(*part) for part in self.index)]
 
     def put(self, weight: Tensor, value: Tensor) -> Tensor:
-        """Return a copy of a tensor that has `value` in the block's place."""
+        """Return a copy of a tensor with `value` in the block."""
         return _put(weight, self.index, value, 0)
 
     def widen(self, term: LowRank) -> LowRank | None:
-        """Return a low-rank update of the block as one of the matrix that the block is in.
+        """Return a low-rank update of the block as one of the whole matrix (out, in).
 
-        Zeros in A and B stand for the columns and rows outside. None where the block, or what it
-        is in, is no matrix.
+        A is padded by zero columns and B by zero rows outside of the block. Returns None if the
+        block or the tensor is not a matrix.
         """
         if len(self.shape) != 2 or any(isinstance(part, int) for part in self.index):
             return None
@@ -130,14 +134,14 @@ class Block:
         rows, columns = self.shape
         A, B = term.A, term.B
         if (left, right) != (0, columns):
-            A = F.pad(A, (left, columns - right))
+            A = F.pad(A, (left, columns - right))  # (r, in)
         if (top, bottom) != (0, rows):
-            B = F.pad(B, (0, 0, top, rows - bottom))
+            B = F.pad(B, (0, 0, top, rows - bottom))  # (out, r)
         return LowRank(A, B, term.scale)
 
 
 def _inside(part: Part, size: int, dim: int) -> int | tuple[int, int]:
-    """Return a part of a dimension as it counts from the start, checked."""
+    """Return a part of a dimension with its bounds counted from the start, checked."""
     if isinstance(part, int):
         place = part + size if part < 0 else part
         if not 0 <= place < size:
@@ -156,7 +160,7 @@ def _inside(part: Part, size: int, dim: int) -> int | tuple[int, int]:
 
 
 def _put(weight: Tensor, index: Sequence[int | tuple[int, int]], value: Tensor, dim: int) -> Tensor:
-    # By scattering, not by writing to a copy: torch.func can map over the factors.
+    # By scattering, because torch.func cannot write in place to a tensor that is not mapped over.
     first, *rest = index
     if isinstance(first, int):
         if rest:

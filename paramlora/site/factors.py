@@ -11,9 +11,13 @@ from .block import Block
 
 
 class Factors(nn.Module):
-    """The factors of one adapter at one site, with the spec that says what they do.
+    """The factors of one adapter at one site, with the spec that applies them.
 
-    A `block` is the part of the tensor that they are for, None for all of it.
+    Args:
+        spec: the kind of adapter, with its settings.
+        tensors: the factors by name; those in `spec.constants` become buffers, the others
+            parameters.
+        block: the part of the tensor that they change; None for all of it.
     """
 
     def __init__(
@@ -30,7 +34,7 @@ class Factors(nn.Module):
                 self.register_parameter(key, nn.Parameter(tensor))
 
     def set_strength(self, strength: Strength) -> None:
-        # Past nn.Module.__setattr__, which would register an nn.Parameter as one of the factors.
+        # nn.Module.__setattr__ would register a strength that is an nn.Parameter as a factor.
         self.__dict__["strength"] = strength
 
     put_strength = set_strength
@@ -44,7 +48,7 @@ class Factors(nn.Module):
 
     @property
     def scale(self) -> Strength:
-        """All that multiplies the update, the strength included."""
+        """The factor of the update: the strength times the spec's scaling."""
         return self.strength * self.spec.scaling
 
     def rescaled(self, weight: Tensor) -> Rescaled | None:
@@ -61,7 +65,7 @@ class Factors(nn.Module):
 
 
 class Blocks(nn.Module):
-    """The factors of one adapter at several blocks of a tensor, of which no two overlap."""
+    """The factors of one adapter at several blocks of a tensor that do not overlap."""
 
     def forward(self, weight: Tensor) -> Tensor:
         for factors in self.parts:
@@ -93,9 +97,9 @@ class Blocks(nn.Module):
         return tuple(factors.strength for factors in self.parts)
 
     def put_strength(self, strength: Sequence[Strength]) -> None:
-        """Set what `strength` gave."""
-        for factors, own in zip(self.parts, strength, strict=True):
-            factors.set_strength(own)
+        """Set the strength of each block, in the order that the property `strength` gives."""
+        for factors, value in zip(self.parts, strength, strict=True):
+            factors.set_strength(value)
 
     @property
     def parts(self) -> list[Factors]:
@@ -105,7 +109,7 @@ class Blocks(nn.Module):
 def applied(
     spec: Spec, block: Block | None, weight: Tensor, tensors: Tensors, strength: Strength
 ) -> Tensor:
-    """Return the tensor of which a spec has changed a block, or all."""
+    """Return `weight` with a block of it, or all of it, changed by a spec."""
     if block is None:
         return spec.apply(weight, tensors, strength)
     return block.put(weight, spec.apply(block.cut(weight), tensors, strength))

@@ -1,4 +1,4 @@
-"""Where the adapted tensors of a model are."""
+"""Where the adapted tensors of a model are, and what is stored below an adapter."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,15 +11,23 @@ from .stack import Stack
 
 
 def is_swapped(module: nn.Module) -> bool:
-    """Return whether PEFT's A and B of a module's weight are our B and A, transposed."""
+    """Return whether PEFT's A and B of a module's weight are our Bᵀ and Aᵀ."""
     return isinstance(module, nn.Embedding) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Return whether a module is transformers' Linear with a transposed weight."""
-    # By name: transformers is not imported here. torch's own is Conv1d, with a small d.
-    kind = parametrize.type_before_parametrizations(module)
-    return any(base.__name__ == "Conv1D" for base in kind.__mro__) and hasattr(module, "nf")
+    """Return whether a module is transformers' Conv1D, a Linear whose weight is (in, out).
+
+    Copies of that class in other packages and subclasses of it count, too: they store the same.
+    """
+    cls = parametrize.type_before_parametrizations(module)
+    return any(base.__name__ == "Conv1D" for base in cls.__mro__) and hasattr(module, "nf")
+
+
+def is_transformers_conv1d(cls: type[nn.Module]) -> bool:
+    """Return whether a class is transformers' Conv1D itself, so that its forward is known."""
+    # By name, because importing transformers takes seconds. torch's convolution is Conv1d.
+    return (cls.__module__, cls.__qualname__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 class Site(NamedTuple):
@@ -36,12 +44,12 @@ class Site(NamedTuple):
         return plists._modules[self.tensor]  # type: ignore[union-attr, return-value]
 
     def parts(self, name: str) -> dict[str, Factors]:
-        """Return an adapter's factors here by their path, which has the index of a block."""
+        """Return an adapter's factors by path; the path of a block ends with its index."""
         return {f"{self.path}{part.block or ''}": part for part in self.stack.parts(name)}
 
 
 def dotted(*parts: str) -> str:
-    """Return the dotted path of the parts that are not empty."""
+    """Join the parts that are not empty to a dotted path."""
     return ".".join(part for part in parts if part)
 
 
@@ -54,7 +62,7 @@ def lists(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
 
 
 def stack_of(plist: nn.Module | None) -> Stack | None:
-    """Return the stack in a list of parametrizations, None where there is none."""
+    """Return the stack in a list of parametrizations; None if it has none."""
     if plist is not None:
         for parametrization in plist._modules.values():
             if type(parametrization) is Stack:
@@ -65,7 +73,7 @@ def stack_of(plist: nn.Module | None) -> Stack | None:
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (path, module) for each module of the base, parents first, each module once.
 
-    Stacks are left out; the parametrizations of others are part of the base.
+    Stacks are left out; other parametrizations are part of the base.
     """
     seen: set[int] = set()
     todo = [("", model)]
@@ -95,28 +103,28 @@ def sites_in(modules: Iterable[tuple[str, nn.Module]]) -> list[Site]:
 def stored(plist: parametrize.ParametrizationList) -> list[Tensor]:
     """Return the tensors that a list of parametrizations stores, `original` or `original0`, …"""
     if plist.is_tensor:
-        # Past nn.Module's __getattr__, which asks __dict__ and the class in vain first.
+        # Without nn.Module.__getattr__, which is slow.
         original = plist._parameters.get("original")
         return [plist.original if original is None else original]
     return [getattr(plist, f"original{i}") for i in range(plist.ntensors)]
 
 
 def below(plist: parametrize.ParametrizationList, stack: Stack | None) -> Tensor:
-    """Return the base's W at the stack's place in the list: what the ones before it give."""
+    """Return the base's W: the result of the parametrizations before the stack in the list."""
     values = (stack and stack.stored) or stored(plist)
     return through(before(plist, stack), values)
 
 
 def before(plist: parametrize.ParametrizationList, stack: Stack | None) -> list[nn.Module]:
-    """Return the parametrizations that come before a stack; all where there is none."""
-    inside: list[Any] = list(plist._modules.values())
-    return inside if stack is None else inside[: inside.index(stack)]
+    """Return the parametrizations that come before a stack; all if there is no stack."""
+    parametrizations: list[Any] = list(plist._modules.values())
+    return parametrizations if stack is None else parametrizations[: parametrizations.index(stack)]
 
 
 def through(parametrizations: Sequence[nn.Module], values: Sequence[Tensor]) -> Tensor:
-    """Return what parametrizations, one after the other, make of the stored tensors.
+    """Apply parametrizations, one after the other, to the stored tensors.
 
-    In eval mode: reading a base must not advance spectral_norm's power iteration.
+    They run in evaluation mode: reading a base must not advance spectral_norm's power iteration.
     """
     for parametrization in parametrizations:
         training = parametrization.training

@@ -15,7 +15,7 @@ from .storage import is_sharded
 
 
 class Place(NamedTuple):
-    """A tensor that can become a site, or a block of one, whose index ends the path then."""
+    """A tensor that can become a site, or a block of it; then the path ends with its index."""
 
     path: str
     module_path: str
@@ -25,25 +25,25 @@ class Place(NamedTuple):
 
     @property
     def whole(self) -> Tensor:
-        """The base's tensor, W: what is stored, or what parametrizations below a stack give."""
+        """The base's W: the stored tensor, or the result of the parametrizations below a stack."""
         plist = lists(self.module).get(self.tensor)
         return self.stored if plist is None else below(plist, stack_of(plist))
 
     @property
     def value(self) -> Tensor:
-        """What an adapter here sees as its weight: W, or the block of it."""
+        """The weight that an adapter here gets: W, or the block of it."""
         return self.whole if self.block is None else self.block.cut(self.whole)
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
-        """What it takes of each dimension; empty for the whole tensor."""
+        """The range in each dimension; empty for the whole tensor."""
         return [] if self.block is None else self.block.ranges
 
     def at(self, index: Sequence[Part]) -> "Place":
         """Return the place of a block of this tensor.
 
         Raises:
-            TargetError: the tensor has no such block.
+            TargetError: the index does not fit the tensor.
         """
         shape = self.whole.shape
         try:
@@ -55,15 +55,15 @@ class Place(NamedTuple):
         return self._replace(path=f"{self.path}{block or ''}", block=block)
 
     def meets(self, other: "Place") -> bool:
-        """Return whether this has an element in common with another place of the same tensor."""
+        """Return whether two places of the same tensor have an element in common."""
         whole = self.block is None or other.block is None
         return whole or self.block.overlaps(other.block)  # type: ignore[union-attr, arg-type]
 
     def claimed(self, other: "Place") -> bool:
-        """Return whether an adapter at `other`, of the same tensor, leaves none of it for this.
+        """Return whether an adapter at `other`, a place of the same tensor, excludes one here.
 
         Raises:
-            TargetError: both are blocks, and one is a part of the other or they overlap.
+            TargetError: both are different blocks, and they overlap.
         """
         if self.block is None or other.block is None or self.block == other.block:
             return True
@@ -76,13 +76,13 @@ class Place(NamedTuple):
 
     @property
     def stored(self) -> Tensor:
-        """What is stored for it: the tensor itself, or the first that parametrizations store."""
+        """The stored tensor: the parameter itself, or the first one below parametrizations."""
         plist = lists(self.module).get(self.tensor)
         return getattr(self.module, self.tensor) if plist is None else stored(plist)[0]
 
     @property
     def stack(self) -> Stack | None:
-        """The stack that is there already."""
+        """The stack that is at the tensor already."""
         return stack_of(lists(self.module).get(self.tensor))
 
 
@@ -101,7 +101,7 @@ def places_in(modules: Iterable[tuple[str, nn.Module]]) -> list[Place]:
 
 
 def check_shapes(everywhere: Iterable[Place]) -> None:
-    """Raise a TargetError where a parameter, adapted or not, cannot be frozen or counted yet."""
+    """Raise a TargetError if a parameter is lazy: it cannot be frozen or counted yet."""
     for place in everywhere:
         if nn.parameter.is_lazy(place.stored):
             raise TargetError(
@@ -111,7 +111,7 @@ def check_shapes(everywhere: Iterable[Place]) -> None:
 
 
 def check(place: Place, spec: Spec) -> None:
-    """Raise a TargetError where `spec` cannot adapt the tensor at `place`."""
+    """Raise a TargetError if `spec` cannot adapt the tensor at `place`."""
     reason = _refusal(place, spec)
     if reason is not None:
         raise TargetError(
@@ -121,7 +121,7 @@ def check(place: Place, spec: Spec) -> None:
 
 
 def is_packed(module: nn.Module) -> bool:
-    # Quantized modules of torch have a method of that name.
+    """Return whether a module is one of torch's quantized ones, where `weight` is a method."""
     weight = getattr(module, "weight", None)
     return callable(weight) and not isinstance(weight, nn.Module)
 
@@ -131,7 +131,7 @@ def _refusal(place: Place, spec: Spec) -> str | None:
     if weight.is_quantized or weight.dtype not in FLOATS:
         return (
             f"its dtype is {weight.dtype}; only floating tensors of 16 to 64 bits can be adapted, "
-            "none that is integer, complex or packed"
+            "not integer, complex or packed ones"
         )
     if is_sharded(place.module, weight):
         return "it is sharded over processes; attach first, and call fully_shard after that"

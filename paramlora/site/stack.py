@@ -2,14 +2,14 @@
 
     W' = aₙ(… a₂(a₁(W)))        over the active adapters that are not merged, in attaching order
 
-A `Stack` is registered once at a tensor through `torch.nn.utils.parametrize`; all state of the
-adapters at that tensor lives in it. The functions below find the stacks of a model.
+A `Stack` is registered once at a tensor through `torch.nn.utils.parametrize`. It holds all state of
+the adapters at that tensor.
 """
 
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -26,35 +26,35 @@ CHANGED = (
 )
 
 
-def exact(weight: Tensor) -> AbstractContextManager[Any]:
-    """Return what keeps autocast out: a weight is a weight, whatever it wants for products."""
+def no_autocast(weight: Tensor) -> AbstractContextManager[Any]:
+    """Return a context that disables autocast: W' is built in the weight's dtype."""
     device = weight.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
 
-class _Once(threading.local):
-    """What stacks have built, by what they were then, inside the innermost `once` of a thread."""
+class _Built(threading.local):
+    """The tensors that stacks have built inside the innermost `build_once` of this thread."""
 
-    built: dict[object, Tensor] | None = None
+    tensors: dict[object, Tensor] | None = None
 
 
-_ONCE = _Once()
+_BUILT = _Built()
 
 
 @contextmanager
-def once() -> Iterator[None]:
-    """Let each stack build W' once inside: for the forward of one module.
+def build_once() -> Iterator[None]:
+    """Let each stack build W' once inside the block, which is the forward of one module.
 
-    `parametrize.cached` would let all threads share what one has built, without a gradient maybe,
-    and would keep it while any of them is inside.
+    `parametrize.cached` is no alternative: all threads would share the tensors that one thread has
+    built, perhaps under no_grad, for as long as any thread is inside.
     """
-    outer, _ONCE.built = _ONCE.built, {}
+    outer, _BUILT.tensors = _BUILT.tensors, {}
     try:
         yield
     finally:
-        _ONCE.built = outer
+        _BUILT.tensors = outer
 
 
 # Numbers adapters in attaching order, over all stacks.
@@ -64,9 +64,20 @@ _NUMBERS = itertools.count()
 class Stack(nn.Module):
     """The named adapters at a site: their factors, which are active, which are merged.
 
-    `live` is what the forward has to compute: active and not merged. It and the others (`names`:
-    all that are here) are tuples of names in attaching order, so that a compiled graph can be keyed
-    on them.
+    The state is kept in tuples of names in attaching order, which torch.compile can guard on.
+
+    Attributes:
+        names: all adapters here.
+        active: the adapters that are switched on.
+        merged: the adapters that are folded into the stored weight.
+        live: the adapters that the forward has to compute: active and not merged.
+        numbers: for each name the value of a counter over all stacks, which gives the order in
+            which a model's adapters were attached.
+        stored: while adapters are merged, the original stored tensors, in the list's order.
+        written: while adapters are merged, the parameters that hold the merged weight, each with
+            its version right after the merge.
+        tied: the paths of the sites that share this stack, if their tensors are tied.
+        route: inside `routed`, which row of a batch gets which adapter.
     """
 
     def __init__(self) -> None:
@@ -77,13 +88,9 @@ class Stack(nn.Module):
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.live: tuple[str, ...] = ()
-        # While merged, the original bits of the stored tensors, in the list's order.
         self.stored: tuple[Tensor, ...] = ()
-        # And which parameters have the merged weight, each as it was when that was written.
         self.written: tuple[tuple[weakref.ref[Tensor], int], ...] = ()
-        # Paths of the sites that share this stack, where their tensors are tied.
         self.tied: tuple[str, ...] = ()
-        # Inside of `routed`: which rows of a batch get which adapter.
         self.route: Any = None
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -94,22 +101,35 @@ class Stack(nn.Module):
             )
         if not self.live:
             return weight
-        built = None if torch.compiler.is_compiling() else _ONCE.built
-        if built is not None:
-            key = self._key()
-            if key not in built:
-                built[key] = self._build(weight)
-            return built[key]
-        return self._build(weight)
+        built = None if torch.compiler.is_compiling() else _BUILT.tensors
+        if built is None:
+            return self._build(weight)
+        key = self._key()
+        if key not in built:
+            built[key] = self._build(weight)
+        return built[key]
 
     def _build(self, weight: Tensor) -> Tensor:
-        with exact(weight):
+        with no_autocast(weight):
             for name in self.live:
                 weight = self[name](weight)
         return weight
 
     def _key(self) -> object:
-        """Return what W' may serve for: toggled inside a forward, or no_grad, it is another."""
+        """Return a key that is equal for two reads that may get the same W'.
+
+        Without `live` and the strengths, a module whose forward toggles would read a stale W':
+
+            def forward(self, x):
+                with pl.using(self, a=0.5):
+                    half = x @ self.weight.T        # builds W + 0.5·ΔW
+                return half + x @ self.weight.T     # needs W + ΔW
+
+        Without `is_grad_enabled`, a first read under no_grad would serve a later read that needs a
+        gradient, and the factors would silently get none. Strengths that are tensors count by
+        identity, since comparing values would wait for the GPU; like the factors, they are assumed
+        not to be written to during a forward.
+        """
         parts = [part for name in self.live for part in self.parts(name)]
         strengths = [id(s) if isinstance(s, Tensor) else s for s in (p.strength for p in parts)]
         return id(self), self.live, torch.is_grad_enabled(), *strengths
@@ -121,9 +141,20 @@ class Stack(nn.Module):
         )
 
     def recipe(self, weight: Tensor) -> Callable[[], Tensor]:
-        """Return how to build W' from `weight` again as it is now, wherever adapters are by then.
+        """Return a closure that rebuilds today's W' from `weight`, even if adapters change later.
 
-        What it returns raises the RuntimeError of autograd where a tensor has changed since.
+        A layer that computes with W' does not keep it for the backward but builds it again there
+        (`layers.dense`). By then the user may have switched adapters:
+
+            with pl.using(model, "a"):
+                loss = model(x).sum()       # computed with W + ΔW_a
+            loss.backward()                 # here the stack's state is another
+
+        Reading the stack in the backward would give the gradient of another function. So the
+        closure keeps what defines today's W': the specs, the factors and the strengths. It keeps
+        the factors themselves and not copies, which would cost memory; if one of them was written
+        to since, by an optimizer's step for example, it raises the error that autograd raises for
+        a saved tensor, and does not compute a wrong gradient.
         """
         live = [factors for name in self.live for factors in self.parts(name)]
         steps = [(f.spec, f.block, dict(f.tensors), f.strength) for f in live]
@@ -143,7 +174,7 @@ class Stack(nn.Module):
         return build
 
     def low_rank(self) -> list[LowRank] | None:
-        """Return the live updates in factored form; None where one of them has no such form."""
+        """Return the live updates in factored form; None if one of them has no such form."""
         terms = []
         for name in self.live:
             term = self[name].low_rank()
@@ -153,41 +184,41 @@ class Stack(nn.Module):
         return terms
 
     def rescaled(self, weight: Tensor) -> Rescaled | None:
-        """Return W' as the rescaled `weight`, None where what is live has no such form."""
+        """Return W' as a rescaled `weight`; None if the live adapters have no such form."""
         factors = self[self.live[0]] if len(self.live) == 1 else None
         if not isinstance(factors, Factors):
             return None
-        with exact(weight):
+        with no_autocast(weight):
             return factors.rescaled(weight)
 
     def set(self, active: Container[str], merged: Container[str]) -> None:
         """Set which adapters are active and which are merged."""
         names = tuple(self.named)
-        chosen, live = in_order(names, active, merged)
-        # Past nn.Module.__setattr__: a model may have hundreds of stacks.
+        on = tuple(name for name in names if name in active)
+        # Not through nn.Module.__setattr__, which is slow: a model may have hundreds of stacks.
         vars(self).update(
             names=names,
-            active=chosen,
-            live=live,
+            active=on,
+            live=tuple(name for name in on if name not in merged),
             merged=tuple(name for name in names if name in merged),
         )
 
     @property
     def named(self) -> Mapping[str, "Factors | Blocks"]:
         """The adapters here by name, in attaching order."""
-        # Past ModuleDict's and its parents' own lookups: this runs in the forward of each layer.
+        # Not through ModuleDict.__getitem__, which is slow: each layer's forward reads this.
         return self._modules["factors"]._modules  # type: ignore[union-attr, return-value]
 
     def __getitem__(self, name: str) -> "Factors | Blocks":
         return self._modules["factors"]._modules[name]  # type: ignore[union-attr, return-value]
 
     def parts(self, name: str) -> list[Factors]:
-        """Return an adapter's factors here: one for the whole tensor, or one for each block."""
-        own = self[name]
-        return own.parts if isinstance(own, Blocks) else [own]
+        """Return an adapter's factors: one for the whole tensor, or one for each block."""
+        factors = self[name]
+        return factors.parts if isinstance(factors, Blocks) else [factors]
 
     def add(self, name: str, factors: Factors) -> None:
-        """Add an adapter, active; one of blocks is added block by block."""
+        """Add an adapter and make it active; one of several blocks is added block by block."""
         if factors.block is None:
             self.factors[name] = factors
         else:
@@ -202,15 +233,8 @@ class Stack(nn.Module):
         self.set(self.active, self.merged)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        # The original bits move and are cast with the module, though they are no buffers of it.
+        # The original tensors are not buffers, which a state dict would contain. So they have to be
+        # moved and cast here.
         super()._apply(fn, recurse)
         self.stored = tuple(fn(tensor) for tensor in self.stored)
         return self
-
-
-def in_order(
-    names: Iterable[str], active: Container[str], merged: Container[str]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return which of the names are active, and which of those are live, in the names' order."""
-    chosen = tuple(name for name in names if name in active)
-    return chosen, tuple(name for name in chosen if name not in merged)

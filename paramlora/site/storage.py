@@ -1,8 +1,8 @@
 """Tensors that FSDP (`torch.distributed.fsdp.fully_shard`) has split over processes.
 
-A sharded tensor is read whole by all processes together, and written by each in its part. What
-FSDP has gathered for a forward is a copy, and what is written into that is lost: it is put back
-before anything is handed out or written to.
+All processes read a sharded tensor together, in one piece; each writes to its own part. The tensors
+that FSDP gathers for a forward are copies, and writing to a copy is lost. So FSDP puts them back
+(`settle`) before parameters are handed out or written to.
 """
 
 import sys
@@ -15,7 +15,7 @@ from ..errors import StateError
 
 
 def check_real(path: str, tensor: Any) -> None:
-    """Raise a StateError where a tensor is on the meta device, and holds no values."""
+    """Raise a StateError if a tensor is on the meta device and so holds no values."""
     if isinstance(tensor, Tensor) and tensor.is_meta:
         raise StateError(
             f"{path!r} is on the meta device and holds no values: materialise the model first, by "
@@ -24,18 +24,18 @@ def check_real(path: str, tensor: Any) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor in one piece: one that FSDP has sharded is gathered, by all processes."""
+    """Return a tensor in one piece; a sharded one is gathered, which takes all processes."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def is_sharded(module: nn.Module, tensor: Tensor) -> bool:
-    """Return whether a module's tensor is in parts, or the gathered copy of one that is."""
+    """Return whether a module's tensor is sharded, or the gathered copy of a sharded one."""
     return hasattr(tensor, "full_tensor") or vars(module).get("_is_fsdp_managed_module", False)
 
 
 def settle(model: nn.Module) -> None:
-    """Let FSDP put back what it has gathered in the modules of a model."""
-    # Who has not imported it has sharded nothing, and need not wait for a walk.
+    """Make FSDP drop the copies that it has gathered in the modules of a model."""
+    # A program that has not imported FSDP has sharded nothing, and is spared the traversal.
     kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     if kind is not None:
         for module in model.modules():
@@ -44,7 +44,7 @@ def settle(model: nn.Module) -> None:
 
 
 def check_settled(module: nn.Module, tensor: Tensor, path: str) -> None:
-    """Raise a StateError where a tensor is a gathered copy, which a write would be lost in."""
+    """Raise a StateError if a tensor is a gathered copy: a write to it would be lost."""
     if is_sharded(module, tensor) and not hasattr(tensor, "full_tensor"):
         raise StateError(
             f"{path!r} is gathered by a module that is sharded over processes and holds it; call "
@@ -54,12 +54,12 @@ def check_settled(module: nn.Module, tensor: Tensor, path: str) -> None:
 
 @torch.no_grad()
 def fill(tensor: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into one that may be sharded, by all processes."""
+    """Copy a whole tensor into one that may be sharded; all processes call this."""
     tensor.copy_(in_parts(value, tensor))
 
 
 def in_parts(value: Tensor, like: Tensor) -> Tensor:
-    """Return a whole tensor in the parts that `like` has; one that is in parts as it is."""
+    """Return a whole tensor sharded as `like` is; a sharded one is returned unchanged."""
     if not hasattr(like, "full_tensor") or hasattr(value, "full_tensor"):
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -70,7 +70,7 @@ def in_parts(value: Tensor, like: Tensor) -> Tensor:
 
 
 def writes_files(tensors: list[Tensor]) -> bool:
-    """Return whether this process is the one that writes what all of them gathered."""
+    """Return whether this process is the one that writes the tensors gathered by all."""
     if not any(hasattr(tensor, "full_tensor") for tensor in tensors):
         return True
     return torch.distributed.get_rank() == 0
