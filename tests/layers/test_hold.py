@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import paramlora as pl
 from paramlora import Delta, LoRA
 from tests.support.helpers import unchanged
+from tests.support.mixed import train
 
 
 def net() -> Any:
@@ -55,6 +56,28 @@ def test_statistics_stay_to_the_bit() -> None:
     assert "running statistics that move in training: 2 (1, 2.1)" in str(summary).splitlines()
     steps(model)
     assert pl.fingerprint(model) != base
+
+
+def test_running_statistics_drift_under_a_frozen_base() -> None:
+    """BatchNorm's statistics move in training mode although the base is frozen (PEFT issue 1732).
+
+    `fingerprint` and the summary show it, and `hold_statistics` prevents it.
+    """
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    summary = pl.attach(model, LoRA(rank=2), name="first")
+    assert summary.moving == ("1",)
+    before = pl.fingerprint(model)
+    train(model.eval(), torch.randn(5, 6))
+    assert pl.fingerprint(model) == before
+    with pl.hold_statistics(model):
+        train(model.train(), torch.randn(5, 6))
+    assert pl.fingerprint(model) == before
+    pl.attach(model, LoRA(rank=2), name="second", hold_statistics=True)
+    train(model.train(), torch.randn(5, 6))
+    assert pl.fingerprint(model) == before
+    pl.detach(model, "second")
+    train(model.train(), torch.randn(5, 6))
+    assert pl.fingerprint(model) != before
 
 
 def test_held_is_as_in_use() -> None:

@@ -425,3 +425,19 @@ def test_a_dora_cannot_be_combined() -> None:
         TargetError,
         "cannot combine at 'fc1.weight': the adapters there are of kind DoRA; only low-rank [...]",
     )
+
+
+def test_adapters_of_one_tied_tensor_cannot_be_combined() -> None:
+    """Combining adapters attached to only one of two tied tensors raises StateError."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(7, 4)
+            self.head = nn.Sequential(nn.Linear(4, 7, bias=False))
+            self.head[0].weight = self.embedding.weight
+
+    model = Tied()
+    pl.attach(model.head, pl.LoRA(2), name="a")
+    with pytest.raises(pl.StateError, match="are tied, and adapters were attached to one side"):
+        pl.combine(model, {"a": 1.0}, name="c")

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from paramlora.stack import Stack
-from tests.support.reference import HOSTS, KINDS, Case, Host, Result
+from tests.support.reference import HOSTS, KINDS, Case, Host, Result, floats
 
 # ‖found − reference‖ / ‖reference‖ that a dtype's rounding explains.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -191,3 +191,28 @@ def assert_agrees(actual: Result, expected: Result, **tolerance: Any) -> None:
     tolerance = tolerance or EXACT
     assert_close(actual.outputs, expected.outputs, check_dtype=False, **tolerance)
     assert_close(actual.gradients, ours, check_dtype=False, **tolerance)
+
+
+def outputs(case: Case, model: nn.Module | None = None) -> list[Tensor]:
+    """Return what a model, the case's own where none is given, makes of the case's inputs."""
+    with torch.no_grad():
+        return floats((case.model if model is None else model)(*case.inputs))
+
+
+def factors(model: nn.Module) -> list[Tensor]:
+    """Return copies of all factors of a model."""
+    return [parameter.detach().clone() for parameter in pl.parameters(model)]
+
+
+def written_out(case: Case) -> nn.Module:
+    """Return a plain copy of the case's host whose stored tensors are W', by the formula."""
+    plain = copy.deepcopy(case.plain)
+    state = pl.state_dict(case.model, "one")
+    with torch.no_grad():
+        for path, tensor in plain.named_parameters():
+            own = {
+                key.rpartition(".")[2]: v for key, v in state.items() if key.startswith(path + ".")
+            }
+            if own:
+                tensor.copy_(case.kinds["one"].formula(tensor, own, case.strengths["one"]))
+    return plain

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
@@ -18,7 +19,8 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from tests.support.helpers import EXACT, MLP, assert_agrees, case_of, host_name
-from tests.support.reference import HOSTS, KINDS, Case, Host, floats, shake
+from tests.support.mixed import small
+from tests.support.reference import HOSTS, KINDS, Case, Host, floats, loss, shake
 
 # torch says of itself what it does not do fast, and what it writes down while it traces an LSTM.
 pytestmark = [
@@ -79,6 +81,25 @@ class TestCompile:
             assert_agrees(actual, case.expected("one") if on else case.expected())
             assert_agrees(actual, case.actual())
         assert counter.frame_count == 2
+
+    @pytest.mark.usefixtures("as_large")
+    @pytest.mark.parametrize("needs_dx", [True, False])
+    def test_gradients_of_a_large_layer(self, needs_dx: bool) -> None:
+        """A compiled large layer has the gradients of the dense reference, with and without dx."""
+        model, x = small(), torch.randn(4, 6)
+        state, factors = pl.base_state_dict(model), pl.state_dict(model)
+        leaves = {key: value.clone().requires_grad_() for key, value in factors.items()}
+        ours, theirs = (x.clone().requires_grad_(needs_dx) for _ in range(2))
+        hidden = theirs
+        for i in (0, 2):
+            weight = state[f"{i}.weight"]
+            weight = weight + 1.5 * leaves[f"{i}.weight.B"] @ leaves[f"{i}.weight.A"]
+            hidden = F.linear(torch.tanh(hidden) if i else hidden, weight, state[f"{i}.bias"])
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        inputs = [ours] if needs_dx else []
+        actual = torch.autograd.grad(loss([compiled(ours)]), [*pl.parameters(model), *inputs])
+        inputs = [theirs] if needs_dx else []
+        assert_close(actual, torch.autograd.grad(loss([hidden]), [*leaves.values(), *inputs]))
 
     @pytest.mark.slow
     @pytest.mark.skipif(not CAN_BUILD, reason="needs a C++ compiler and Python's headers")
@@ -381,8 +402,11 @@ class TestFunc:
                 **EXACT,
             )
 
-    def test_gradients_per_sample(self) -> None:
+    @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+    def test_gradients_per_sample(self, large: bool, request: pytest.FixtureRequest) -> None:
         """`vmap(grad)` over the rows of a batch gives each row's own gradients."""
+        if large:
+            request.getfixturevalue("as_large")
         case = case_of(MLP)
         factors, (x,) = factors_of(case.model), case.inputs
 

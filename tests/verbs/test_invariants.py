@@ -100,6 +100,16 @@ class TestInvariant4:
             pl.detach(model)
         assert model.head.weight._backward_hooks
 
+    def test_4_all_tensors_of_one_module(self) -> None:
+        """Detaching from a module with several adapted tensors restores all of them."""
+        model: Any = nn.LSTM(4, 4, num_layers=2)
+        names = [name for name, _ in model.named_parameters()]
+        pl.attach(model, pl.Delta(), "*")
+        assert len(model.parametrizations) == len(names) == 8
+        pl.detach(model)
+        assert type(model) is nn.LSTM
+        assert [name for name, _ in model.named_parameters()] == names
+
     @pytest.mark.parametrize("foreign", [weight_norm, spectral_norm])
     @pytest.mark.parametrize("freeze", [True, False])
     def test_4_foreign_ones_from_before_stay(
