@@ -16,7 +16,8 @@ import torch
 from paramlora.native import load as native
 
 ROOT = Path(__file__).parents[1]
-collect_ignore = ["crash.py"]  # a program that a test runs, no module to look for doctests in
+# A program that a test runs, no module to look for doctests in.
+collect_ignore = ["support/crash.py"]
 
 
 def find_mnist() -> Path | None:

@@ -1,0 +1,1 @@
+"""Tests: each folder of the package and of the experiments has a folder of that name here."""

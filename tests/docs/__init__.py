@@ -1,0 +1,1 @@
+"""Tests that run or check the documentation and the notebooks."""

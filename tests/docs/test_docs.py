@@ -1,0 +1,93 @@
+"""The examples of docs/transformers.md and docs/distributed.md run as they stand.
+
+A Python block runs after those before it in its section; one that begins with a file's name in a
+comment is written to that file instead. A command of a `sh` block runs as it stands, but for the
+words that stand for what a reader has: MODEL, DIR and FILE.csv.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.support import tiny_text
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+ROOT = Path(__file__).parents[2]
+SECTION = re.compile(r"^## (.+?)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CASES = [
+    pytest.param(name, match[1], id=f"{name} {match[1]}")
+    for name in ("transformers.md", "distributed.md")
+    for match in SECTION.finditer((ROOT / "docs" / name).read_text(encoding="utf-8"))
+]
+# What a reader has, and what makes a study short.
+SHORT = "--epochs 1 --seeds 1 --batch 8 --device cpu --no-forgetting --max-length 16"
+
+
+def section_of(name: str, title: str) -> tuple[str, str, int]:
+    """Return a document's text, a section's, and where the section begins."""
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    match = next(m for m in SECTION.finditer(text) if m[1] == title)
+    return text, match[2], match.start(2)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a reader has: a checkpoint, IMDb as JSON lines, a table of texts."""
+    folder = tmp_path_factory.mktemp("reader")
+    tiny_text.checkpoint(folder / "bert")
+    tiny_text.write_jsonl(folder / "train.jsonl", tiny_text.texts(40, 0))
+    tiny_text.write_jsonl(folder / "test.jsonl", tiny_text.texts(16, 1))
+    rows = [f'"{row["text"]}",{row["label"]}' for row in tiny_text.texts(40, 2)]
+    (folder / "own.csv").write_text("\n".join(["review,verdict", *rows, ""]))
+    return folder
+
+
+def command(line: str, world: Path) -> list[str]:
+    """Return a command for this Python, on what this reader has."""
+    words = {"MODEL": world / "bert", "DIR": world, "FILE.csv": world / "own.csv"}
+    parts = [str(words.get(part, part)) for part in shlex.split(line)]
+    if parts[0] == "torchrun":
+        parts[:1] = ["python", "-m", "torch.distributed.run", "--standalone"]
+    assert parts[0] == "python", f"not a command that the test knows: {line}"
+    if "experiments" in parts:
+        parts += SHORT.split()
+        if "--targets" not in parts:
+            parts += ["--targets", "*.query,*.value"]
+    return [sys.executable, *parts[1:]]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "title"), CASES)
+def test_examples(
+    name: str, title: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All blocks of a section run, and what they assert holds."""
+    text, section, start = section_of(name, title)
+    if "torchrun" in section and not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("needs torch.distributed with gloo")
+    blocks = list(BLOCK.finditer(section))
+    assert blocks, f"no block in {title}"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks:
+        if block[1] == "sh":
+            for line in block[2].splitlines():
+                done = subprocess.run(command(line, world), capture_output=True, text=True)
+                assert done.returncode == 0, done.stderr[-3000:]
+        elif file := re.match(r"# (\w+\.py)\n", block[2]):
+            (tmp_path / file[1]).write_text(block[2])
+        else:
+            # Empty lines in front, so that a traceback shows the document's own line.
+            above = "\n" * text.count("\n", 0, start + block.start(2))
+            exec(compile(above + block[2], name, "exec"), namespace)

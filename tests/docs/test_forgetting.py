@@ -1,0 +1,40 @@
+"""The lab's documentation runs, and names commands and options that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments.__main__ import parser
+from experiments.settings import DigitSettings
+
+GUIDE = Path(__file__).parents[2] / "docs" / "forgetting.md"
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_the_guides_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All Python blocks of the guide run, each after those before it."""
+    text = GUIDE.read_text(encoding="utf-8")
+    blocks = list(BLOCK.finditer(text))
+    assert len(blocks) == 4
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks:
+        # Empty lines in front, so that a traceback shows the guide's own line.
+        above = "\n" * text.count("\n", 0, block.start(1))
+        exec(compile(above + block[1], str(GUIDE), "exec"), namespace)
+    assert (tmp_path / "mine.html").stat().st_size > 10_000
+
+
+def test_the_guides_commands_and_options_exist() -> None:
+    """Each command parses as it stands, and each option in the table of remedies is a setting."""
+    text = GUIDE.read_text(encoding="utf-8")
+    commands = re.findall(r"`python -m experiments ([a-z].*?)`", text)
+    assert len(commands) >= 5
+    for command in commands:
+        assert parser().parse_args(command.split())
+    known = {"--" + name.replace("_", "-") for name in DigitSettings.__dataclass_fields__}
+    table = text[text.index("| option |") : text.index("## What an adapter did")]
+    used = set(re.findall(r"--[a-z][a-z-]+", table))
+    assert used - known <= {"--floor", "--base-seeds", "--selection-bases", "--jobs"}
+    assert len(used) > 10

@@ -1,0 +1,24 @@
+"""The README's and the documentation's Python runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/kinds.md"])
+def test_python_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All Python blocks of a document run, from top to bottom, as one program."""
+    document = ROOT / name
+    text = document.read_text(encoding="utf-8")
+    blocks = list(BLOCK.finditer(text))
+    assert blocks, f"no Python block in {document}"
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks:
+        # Empty lines in front, so that a traceback shows the document's own line.
+        above = "\n" * text.count("\n", 0, block.start(1))
+        exec(compile(above + block[1], str(document), "exec"), namespace)

@@ -1,0 +1,1 @@
+"""Tests of figures and of the report page."""

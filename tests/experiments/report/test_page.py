@@ -1,0 +1,247 @@
+"""The report page: what is precomputed, and what a reader's clicks show in a headless browser."""
+
+import base64
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import paramlora as pl
+from experiments.bands import Table
+from experiments.explore import explore, sprite
+from experiments.insight import answers_of, only_at
+from experiments.options import StudyError
+from experiments.page import figure_html, page, table_html, write_page
+from tests.support.helpers import unchanged
+
+CLASSES = ["ant", "bee", "cat", "a <long> name"]
+STRENGTHS = (0.0, 0.5, 1.0, 2.0)
+
+
+def made() -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+    """Return a model with adapters "one" and "two", a loader, and an image for each example."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    pl.attach(model, pl.LoRA(rank=2), name="one")
+    pl.attach(model, pl.LoRA(rank=1), name="two")
+    for factor in pl.parameters(model):
+        nn.init.normal_(factor)
+    inputs, labels = torch.randn(60, 6), torch.randint(4, (60,))
+    images = torch.arange(60, dtype=torch.uint8).view(60, 1, 1).expand(60, 5, 5).contiguous()
+    return model, [(inputs[:40], labels[:40]), (inputs[40:], labels[40:])], images
+
+
+@pytest.fixture(scope="module")
+def explored() -> dict[str, Any]:
+    model, loader, images = made()
+    return explore(
+        model,
+        loader,
+        CLASSES,
+        tuned=[1, 2],
+        images=images,
+        strengths=STRENGTHS,
+        every_layer=["one"],
+    )
+
+
+def test_every_state_is_what_the_model_answers(explored):
+    """Each confusion matrix is that of the model with the adapter on so strong, at those layers."""
+    model, loader, _ = made()
+    assert explored["sites"] == ["0.weight", "2.weight"]
+    assert set(explored["adapters"]["one"]) == {"1", "2", "3"}
+    assert set(explored["adapters"]["two"]) == {"3"}
+    for name, states in explored["adapters"].items():
+        for mask, matrices in states.items():
+            sites = [s for i, s in enumerate(explored["sites"]) if int(mask) >> i & 1]
+            for strength, matrix in zip(STRENGTHS, matrices, strict=True):
+                with only_at(model, sites, name, strength=strength):
+                    assert answers_of(model, loader).confusion == matrix
+    with unchanged(model):
+        again = explore(model, loader, CLASSES, strengths=[1.0])
+    assert again["strengths"] == [0.0, 1.0]
+    with pl.using(model):
+        assert explored["base"] == answers_of(model, loader).confusion
+
+
+def test_pictures_have_their_own_answers(explored):
+    """The sprite's images have their labels, and their answers are the model's at each state."""
+    from PIL import Image
+
+    model, loader, _ = made()
+    pictures = explored["images"]
+    sheet = Image.open(io.BytesIO(base64.b64decode(pictures["sprite"].split(",")[1])))
+    rows = [
+        sheet.getpixel((5 * (i % 32) + 2, 5 * (i // 32) + 2))
+        for i in range(len(pictures["labels"]))
+    ]
+    labels = torch.cat([y for _, y in loader])
+    assert labels[rows].tolist() == pictures["labels"]
+    for name in ("one", "two"):
+        with pl.using(model, **{name: 2.0}):
+            given = answers_of(model, loader).given
+        assert given[rows].tolist() == pictures["answers"][name]["3"][3]
+    for states in pictures["answers"].values():
+        for mask, its in states.items():
+            del mask
+            assert all(len(given) == len(rows) for given in its)
+
+
+def test_a_sprite_is_the_images_side_by_side():
+    """Pixels come back from the PNG, colours as well."""
+    from PIL import Image
+
+    images = torch.randint(256, (5, 3, 4, 3), dtype=torch.uint8)
+    sheet = Image.open(io.BytesIO(base64.b64decode(sprite(images, 2).split(",")[1])))
+    assert sheet.size == (8, 9)
+    pixels = torch.tensor(list(sheet.tobytes())).view(9, 8, 3)
+    assert torch.equal(pixels[3:6, 4:8].to(torch.uint8), images[3])
+
+
+def test_what_does_not_fit_is_refused():
+    """A model without adapters, and class names of another number, are refused."""
+    model, loader, _ = made()
+    with pytest.raises(StudyError, match="3 class names, but 4 outputs"):
+        explore(model, loader, CLASSES[:3])
+    pl.detach(model)
+    with pytest.raises(StudyError, match="has no adapter"):
+        explore(model, loader, CLASSES)
+
+
+def test_a_page_is_one_file_and_says_what_it_is_given(explored):
+    """Nothing is fetched, text is escaped, and the data are there unchanged."""
+    table = Table(["a\nb", "c"], [["<x>", "1 ± 2"]])
+    text = page("A & B", "lead @DATA@ </script>", [("T", table_html(table))], explored)
+    assert not re.search(r"(?:src|href)=[\"'](?!data:)", text)
+    assert not re.search(r"@(?:TITLE|LEAD|EXPLORER|BODY)@", text)
+    assert "http" not in text
+    assert "A &amp; B" in text
+    assert "lead @DATA@ &lt;/script&gt;" in text
+    assert "<td>&lt;x&gt;</td><td>1 ± 2</td>" in text
+    inside = re.search(r'type="application/json">(.*?)</script>', text, re.S)
+    assert inside is not None
+    assert json.loads(inside[1]) == explored
+    assert 'id="explorer"' not in page("t", "l", [])
+    assert 'src="data:image/png;base64,' in figure_html(b"png", "what it shows")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, or a skip that says what is missing."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(
+            executable_path=path, args=["--headless", "--no-sandbox", "--disable-gpu", *quiet]
+        )
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser: Any, explored: dict[str, Any], tmp_path: Path) -> Iterator[Any]:
+    """The page, opened at a phone's width; any error of its script fails the test."""
+    table = Table(["what", *map(str, range(30))], [["wide", *["123.45"] * 30]])
+    write_page(
+        tmp_path / "report.html", "A page", "Its lead.", [("T", table_html(table))], explored
+    )
+    tab, errors = browser.new_page(viewport={"width": 390, "height": 844}), []
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+
+    def fetched(request: Any) -> None:
+        if not request.url.startswith(("file:", "data:")):
+            errors.append(request.url)
+
+    tab.on("request", fetched)
+    tab.goto((tmp_path / "report.html").as_uri())
+    yield tab
+    tab.close()
+    assert errors == []
+
+
+def shown(tab: Any) -> list[list[int]]:
+    """Return the confusion matrix that the page shows."""
+    cells = tab.locator("#cells button").all_text_contents()
+    values = [int(cell or 0) for cell in cells]
+    return [values[i : i + 4] for i in range(0, 16, 4)]
+
+
+def percent(matrix: list[list[int]], classes: list[int]) -> str:
+    right = sum(matrix[c][c] for c in classes)
+    return f"{100 * right / sum(sum(matrix[c]) for c in classes):.2f} %"
+
+
+def test_the_page_begins_with_the_adapter_as_trained(opened, explored):
+    """At first the first adapter is on everywhere at λ 1, with its accuracies beside the base's."""
+    matrix = explored["adapters"]["one"]["3"][2]
+    assert shown(opened) == matrix
+    assert opened.locator("#shown-strength").text_content() == "1"
+    totals = opened.locator("#totals b").all_text_contents()
+    assert totals == [percent(matrix, its) for its in ([0, 1, 2, 3], [1, 2], [0, 3])]
+
+
+def test_the_slider_moves_bars_and_matrix(opened, explored):
+    """Each strength shows its own matrix and bars; at 0 they are the base's."""
+    for step, strength in enumerate(STRENGTHS):
+        opened.locator("#strength").fill(str(step))
+        matrix = explored["adapters"]["one"]["3"][step]
+        assert shown(opened) == matrix
+        assert float(opened.locator("#shown-strength").text_content()) == strength
+        widths = [
+            float(opened.evaluate("e => parseFloat(e.style.width)", bar))
+            for bar in opened.locator(".fill").element_handles()
+        ]
+        expected = [100 * matrix[c][c] / sum(matrix[c]) for c in range(4)]
+        assert widths == pytest.approx(expected, abs=0.01)
+    opened.locator("#strength").fill("0")
+    assert shown(opened) == explored["base"]
+
+
+def test_layers_and_adapters_are_switched(opened, explored):
+    """A layer's button takes it out and in, an adapter's shows the other; the base with none."""
+    opened.get_by_role("button", name="0.weight").click()
+    assert shown(opened) == explored["adapters"]["one"]["2"][2]
+    opened.get_by_role("button", name="2.weight").click()
+    assert shown(opened) == explored["base"]
+    opened.get_by_role("button", name="0.weight").click()
+    assert shown(opened) == explored["adapters"]["one"]["1"][2]
+    opened.get_by_role("button", name="two").click()
+    assert shown(opened) == explored["adapters"]["two"]["3"][2]
+    assert opened.get_by_role("button", name="two").get_attribute("aria-pressed") == "true"
+    assert opened.get_by_role("button", name="0.weight").is_disabled()
+
+
+def test_a_cell_shows_its_images(opened, explored):
+    """A click on a cell shows as many images as are kept of it, and says how many there are."""
+    matrix, pictures = explored["adapters"]["one"]["3"][2], explored["images"]
+    given = pictures["answers"]["one"]["3"][2]
+    for label, answer in ((0, 0), (1, 3), (2, 0)):
+        opened.locator(f'[data-cell="{label}-{answer}"]').click()
+        kept = sum(
+            (one, other) == (label, answer)
+            for one, other in zip(pictures["labels"], given, strict=True)
+        )
+        assert opened.locator("#pictures .grid > div").count() == kept
+        title = opened.locator("#pictures p").first.text_content()
+        names = f"{CLASSES[label]} answered as {CLASSES[answer]}"
+        assert title == f"{names}: {matrix[label][answer]} images"
+    opened.locator("#strength").fill("0")
+    assert f"{explored['base'][2][0]} images" in opened.locator("#pictures p").first.text_content()
+
+
+def test_the_page_fits_a_phone(opened):
+    """At 390 pixels nothing sticks out sideways: what is too wide scrolls by itself."""
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 390
+    assert opened.evaluate("document.querySelector('.wide').scrollWidth") > 390

@@ -1,0 +1,366 @@
+"""The text study: its parts by themselves, and a whole run on a tiny checkpoint."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import paramlora as pl
+from benchmarks import text_methods
+from experiments import text, text_report
+from experiments.__main__ import main
+from experiments.parallel import Group
+from experiments.rundir import RunDirectory
+from experiments.text_bench import TextBatches, TextBench, cross_entropy, linear, prepare_bench
+from experiments.text_data import load_corpus
+from experiments.text_forgetting import Similarity, similarity
+from experiments.text_models import ADAPTER, load_classifier, load_tokenizer, prepare
+from experiments.text_settings import METHODS, TextSettings
+from tests.support.tiny_text import checkpoint, texts, write_jsonl
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny checkpoint, and texts that it can learn to tell apart."""
+    folder = tmp_path_factory.mktemp("world")
+    checkpoint(folder / "bert")
+    write_jsonl(folder / "train.jsonl", texts(100, 0))
+    write_jsonl(folder / "test.jsonl", texts(40, 1))
+    return folder
+
+
+def settings_in(world: Path, **changes: Any) -> TextSettings:
+    given = {
+        "model": str(world / "bert"),
+        "data_dir": str(world),
+        "tokens": str(world / "tokens"),
+        "methods": ",".join(METHODS),
+        "targets": "*.query,*.dense",
+        "batch": 10,
+        "epochs": 10,
+        "patience": 0,
+        "evaluations": 1,
+        "validation": 0.2,
+        "seeds": 1,
+        "lr": 3e-3,
+        "full_lr": 3e-3,
+        "last_lr": 3e-3,
+        "alpha": 4.0,
+        "device": "cpu",
+        "out": str(world / "run"),
+    }
+    return TextSettings(**{**given, **changes})
+
+
+def bench_in(world: Path, **changes: Any) -> TextBench:
+    settings = settings_in(world, **changes)
+    run = RunDirectory(world, {}, {}, [])
+    device = torch.device("cpu")
+    return prepare_bench(settings, run, load_corpus(settings), device, Group())
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path) -> RunDirectory:
+    """A whole run by all methods."""
+    return text.run_text(settings_in(world), lambda line: None)
+
+
+def test_every_method_learns(finished: RunDirectory) -> None:
+    """The methods that reach the whole model tell the texts apart; each says what it trained."""
+    rows = {row["method"]: row for row in text_report.tuned_rows(finished)}
+    assert list(rows) == list(METHODS)
+    assert rows["full"]["trainable"] == rows["full"]["parameters"]
+    r, d, inner, layers = 8, 16, 32, 2
+    # Query and attention.output are (d, d), intermediate and output (d, inner), the pooler (d, d).
+    count = layers * (2 * r * 2 * d + 2 * r * (d + inner)) + r * 2 * d
+    assert rows["lora"]["trainable"] == count
+    assert rows["lora+head"]["trainable"] == count + d * 2 + 2
+    assert rows["last-layers"]["trainable"] == d * d + d + d * 2 + 2
+    for method, row in rows.items():
+        assert method == "last-layers" or row["accuracy"] > 0.7, method
+        assert row["n"] == 40
+        assert 0 < row["best_step"] <= row["steps"] == 10 * 8
+        assert row["validation_accuracy"] == max(row["validation_curve"])
+
+
+def test_proofs_hold(finished: RunDirectory) -> None:
+    """Untrained and off the model is bitwise the base; merged it is that of on."""
+    assert not text_report.failed(finished)
+    assert len(text_report.proofs(finished)) == 5
+    for row in text_report.strength_rows(finished):
+        assert row["agreement"][0] == pytest.approx(1)
+        assert row["retrieval"][0] == row["base_retrieval"]
+        on = next(r for r in finished.rows if r["stage"] == "on" and r["method"] == row["method"])
+        for key, there in (("accuracy", "accuracy"), ("validation", "validation_accuracy")):
+            assert row[key][row["strengths"].index(1.0)] == pytest.approx(on[there])
+
+
+def test_saved_adapter_gives_the_row(world: Path, finished: RunDirectory) -> None:
+    """The file of a run, on a classifier of the same seed, answers as the row says."""
+    bench = bench_in(world)
+    model = bench.model(0)
+    pl.load(model, finished.folder / "adapters" / "lora-0.safetensors")
+    row = next(r for r in finished.rows if r["stage"] == "on" and r["method"] == "lora")
+    assert bench.accuracy(model, "test") == pytest.approx(row["accuracy"])
+
+
+def test_a_stopped_run_goes_on(world: Path, finished: RunDirectory) -> None:
+    """What a run left is not made again, and what is missing comes out the same."""
+    settings, folder = settings_in(world), finished.folder
+    lines = (folder / "results.jsonl").read_text().splitlines(keepends=True)
+    before = [json.loads(line) for line in lines]
+    kept = [line for line, row in zip(lines, before, strict=True) if row["method"] != "lora"]
+    (folder / "results.jsonl").write_text("".join(kept) + '{"stage": "on", "meth')
+    said: list[str] = []
+    again = text.run_text(settings, said.append)
+    assert f"resumed  {len(kept)} rows are there, 2 stages are left" in said
+
+    def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        rows = [{k: v for k, v in row.items() if k not in ("seconds", "commit")} for row in rows]
+        return sorted(rows, key=lambda row: (row["method"], row["stage"]))
+
+    assert without_time(again.rows) == without_time(before)
+
+
+def test_report(world: Path, finished: RunDirectory) -> None:
+    """The report has the methods, the strengths, proofs, settings; and is the same made again."""
+    assert main(["report", str(finished.folder)]) == 0
+    report = (finished.folder / "report.md").read_text()
+    for said in (
+        "| lora+head |",
+        "retrieval",
+        "off, the logits are bitwise",
+        "strengths.png",
+        "n = 1",
+    ):
+        assert said in report
+    figure = (finished.folder / "strengths.png").read_bytes()
+    text_report.write_text_report(finished.folder)
+    assert (finished.folder / "report.md").read_text() == report
+    assert (finished.folder / "strengths.png").read_bytes() == figure
+
+
+def test_command_line(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`python -m experiments text` runs a study of a file and prints its table."""
+    rows = write_jsonl(world / "own.jsonl", texts(60, 2))
+    arguments = (
+        f"text --model {world / 'bert'} --data {rows} --methods lora --targets *.query *.key"
+    )
+    arguments += f" --epochs 1 --seeds 1 --batch 8 --device cpu --tokens {world / 'tokens'}"
+    arguments += f" --out {world / 'own'} --no-forgetting --accumulate 2 --precision bf16"
+    assert main(arguments.split()) == 0
+    printed = capsys.readouterr().out
+    assert "holds in 1 of 1: off, the logits are bitwise the base's" in printed
+    assert "lora" in printed
+
+
+def test_what_cannot_be_done_is_said(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No checkpoint, and targets that match nothing, end with a message and status 2."""
+    common = f"--data-dir {world} --device cpu --tokens {world / 'tokens'} --out {world / 'bad'}"
+    assert main(f"text --model {world / 'none'} {common}".split()) == 2
+    assert "no checkpoint of a text model can be loaded there" in capsys.readouterr().err
+    arguments = f"text --model {world / 'bert'} --targets *.q_lin --methods lora {common}2"
+    assert main(arguments.split()) == 2
+    assert "--targets *.q_lin: no tensor matches '*.q_lin'" in capsys.readouterr().err
+
+
+def test_all_methods_see_the_same(world: Path) -> None:
+    """A seed decides the classifier and the batches, whatever the method."""
+    bench = bench_in(world)
+    one, two = bench.model(3), bench.model(3)
+    assert pl.fingerprint(one) == pl.fingerprint(two) != pl.fingerprint(bench.model(4))
+    for a, b in zip(TextBatches(bench, 3), TextBatches(bench, 3), strict=True):
+        assert_close(a, b, rtol=0, atol=0)
+
+
+def test_global_stream_is_left_alone(world: Path) -> None:
+    """Loading a classifier and attaching draw nothing from torch's global generator."""
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    model = load_classifier(str(world / "bert"), 2, 0, seed=1)
+    prepare(model, "lora", settings_in(world), torch.Generator().manual_seed(0))
+    assert_close(torch.rand(3), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 4])
+def test_parts_of_a_batch_add_up(world: Path, parts: int) -> None:
+    """Accumulated over parts and processes, the gradient is that of the whole batch's mean."""
+    bench = bench_in(world, epochs=1, accumulate=parts, by_length=False)
+    model: Any = bench.model(0).double()
+    batches = TextBatches(bench, 0)
+    whole = bench.tokens["train"].batch(batches.rows[0])
+    logits = model(input_ids=whole[0], attention_mask=whole[1]).logits
+    F.cross_entropy(logits, whole[2]).backward()
+    expected = model.classifier.weight.grad.clone()
+    found = torch.zeros_like(expected)
+    for rank in range(3):
+        object.__setattr__(bench, "group", Group(rank, 3))
+        mine = list(TextBatches(bench, 0))[:parts]
+        rows = sum(len(batch[0]) for batch in mine)
+        for batch in mine:
+            model.zero_grad()
+            cross_entropy(model, *batch).backward()
+            # As the training loop weighs parts, and DistributedDataParallel processes.
+            found += model.classifier.weight.grad * len(batch[0]) / rows / 3
+    # The objective is computed in float32.
+    assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_schedule() -> None:
+    """The rate rises to its peak over the first 6 %, and falls in a line, above 0 to the last."""
+    rates = [linear(2.0, 100)(step) for step in range(1, 101)]
+    assert rates[:6] == pytest.approx([2 * i / 6 for i in range(1, 7)])
+    assert rates[-1] > 0
+    falls = [a - b for a, b in pairwise(rates[6:])]
+    assert falls == pytest.approx([falls[0]] * len(falls))
+    assert rates[-1] == pytest.approx(2 / 94)
+
+
+def test_similarity_measures() -> None:
+    """Retrieval counts nearest halves; agreement is 1 for the same order, -1 for the reverse."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = F.normalize(torch.randn(2, 30, 8, generator=generator), dim=-1)
+    one = Similarity(vectors)
+    mine = [int((vectors[0, i] @ vectors[1].T).argmax()) == i for i in range(30)]
+    assert one.retrieval == pytest.approx(sum(mine) / 30)
+    assert Similarity(torch.stack([vectors[0], vectors[0]])).retrieval == 1
+    assert one.agreement(one) == pytest.approx(1)
+    assert one.agreement(Similarity(torch.stack([vectors[0], -vectors[1]]))) == pytest.approx(-1)
+
+
+def test_similarity_is_the_mean_over_tokens(world: Path) -> None:
+    """An embedding is the mean of the last hidden states over a text's own tokens, normalised."""
+    bench = bench_in(world)
+    model: Any = bench.model(0)
+    found = similarity(bench, model).embeddings
+    first = bench.corpus.splits["test"][0][0].split()
+    half = " ".join(first[: len(first) // 2])
+    ids = load_tokenizer(str(world / "bert"))(half, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        states = model.bert(input_ids=ids).last_hidden_state[0]
+    assert_close(found[0, 0], F.normalize(states.mean(0), dim=0), rtol=1e-4, atol=1e-5)
+
+
+def test_early_stopping_keeps_the_best(world: Path) -> None:
+    """A training that gets worse stops, and the model is that of its best evaluation."""
+    bench = bench_in(world, lr=0.5, epochs=6, patience=2, evaluations=2, schedule="constant")
+    model = bench.model(0)
+    trained = prepare(model, "lora", bench.settings, torch.Generator().manual_seed(0))
+    row = bench.fine_tune(model, trained, "lora", 0)
+    assert row["steps"] < 6 * 8
+    assert bench.accuracy(model, "validation") == pytest.approx(row["validation_accuracy"])
+    assert row["best_step"] <= row["steps"] - 2 * (8 // 2)
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "gpt2"])
+def test_other_architectures(tmp_path: Path, world: Path, kind: str) -> None:
+    """The presets' models can be trained by each of their methods, with their presets' targets."""
+    model = str(checkpoint(tmp_path / kind, kind))
+    preset = "distilbert-imdb-best" if kind == "distilbert" else "gpt2-spam"
+    changes: dict[str, Any] = {"data": "imdb", "rank": 2, "epochs": 1, "schedule": "linear"}
+    if kind == "gpt2":
+        changes |= {"targets": "*.c_attn.weight[:, :16],*.c_proj,*.c_fc,score", "balanced": False}
+    settings = TextSettings.of_preset(preset)
+    given = {k: getattr(settings, k) for k in ("preset", "alpha", "scale", "init", "targets")}
+    bench = bench_in(world, model=model, **{**given, "methods": "lora", **changes})
+    classifier = bench.model(0)
+    before = bench.logits(classifier, "validation")
+    trained = prepare(classifier, "lora", bench.settings, torch.Generator().manual_seed(0))
+    assert torch.equal(bench.logits(classifier, "validation"), before)
+    row = bench.fine_tune(classifier, trained, "lora", 0)
+    assert math.isfinite(row["train_loss"])
+    with pl.disabled(classifier, ADAPTER):
+        assert torch.equal(bench.logits(classifier, "validation"), before)
+
+
+def test_two_adapters_on_one_base(world: Path) -> None:
+    """Two tasks' adapters on one base, switched per request or routed per row, answer as alone."""
+    bench = bench_in(world)
+    base, alone = bench.model(0), {}
+    for seed, name in enumerate(("spam", "sentiment")):
+        model = bench.model(0)
+        prepare(model, "lora", bench.settings, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for factor in pl.parameters(model):
+                factor.add_(torch.randn(factor.shape, generator=generator), alpha=0.1)
+        pl.save(model, world / f"{name}.safetensors", ADAPTER)
+        alone[name] = bench.logits(model, "validation")
+        pl.load(base, world / f"{name}.safetensors", name=name)
+    assert not torch.equal(alone["spam"], alone["sentiment"])
+    for name in ("sentiment", "spam", "sentiment"):
+        with pl.using(base, name):
+            assert_close(bench.logits(base, "validation"), alone[name])
+    ids, mask, _ = bench.tokens["validation"].batch(torch.arange(9))
+    route = torch.tensor([0, 1, 1, 0, -1, 1, 0, -1, 0])
+    with torch.no_grad(), pl.routed(base, route, "spam", "sentiment"):
+        mixed = base(input_ids=ids, attention_mask=mask).logits
+    with pl.disabled(base):
+        alone["base"] = bench.logits(base, "validation")
+    expected = torch.stack(
+        [alone[("spam", "sentiment", "base")[which]][i] for i, which in enumerate(route.tolist())]
+    )
+    assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sweep(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sweep runs every combination in its own folder; validation rows order its table."""
+    arguments = f"text --model {world / 'bert'} --data-dir {world} --tokens {world / 'tokens'}"
+    arguments += f" --out {world / 'sweep'} --seeds 1 --epochs 1 --batch 20 --device cpu"
+    arguments += " --methods last-layers,lora --no-forgetting --validation 0.2 --rows 40"
+    arguments += " --vary rank=1,2 --vary targets=*.query;*.query,*.key"
+    assert main(arguments.split()) == 0
+    table = capsys.readouterr().out
+    folders = sorted(path.name for path in (world / "sweep").iterdir() if path.is_dir())
+    assert len(folders) == 4
+    lines = (world / "sweep" / "sweep.md").read_text().splitlines()[4:12]
+    assert len(lines) == 8
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert {(cell[0], cell[1]) for cell in cells} == {
+        (method, f"rank={rank} targets={targets}")
+        for method in ("last-layers", "lora")
+        for rank in (1, 2)
+        for targets in ("*.query", "*.query,*.key")
+    }
+    validation = [float(cell[3]) for cell in cells]
+    assert validation == sorted(validation, reverse=True)
+    trained = {cell[1]: cell[2] for cell in cells if cell[0] == "lora"}
+    assert trained["rank=2 targets=*.query,*.key"] == str(2 * 2 * 2 * 2 * 16)
+    assert "validation" in table
+    assert (world / "sweep" / "results.csv").read_text().count("\n") == 9
+    assert main([*arguments.split(), "--vary", "colour=1"]) == 2
+    assert "--vary takes SETTING=VALUES" in capsys.readouterr().err
+
+
+def test_benchmark_of_methods(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One rate given is taken as it is; of several the validation rows choose; then the seeds."""
+    lora, out = "lora, query and value, r 8", world / "methods"
+    arguments = ["--data-dir", str(world), "--model", str(world / "bert"), "--seeds", "2"]
+    arguments += ["--tokens", str(world / "tokens"), "--out", str(out), "--batch", "10"]
+    arguments += ["--device", "cpu", "--epochs", "1", "--methods", "full", lora]
+    text_methods.main([*arguments, "--rates", "full=3e-3", f"{lora}=3e-3,1e-3"])
+    made = sorted(path.name for path in (out / "grid").iterdir())
+    assert made == [text_methods.slug(lora, rate) for rate in (0.001, 0.003)]
+    rows = [json.loads(line) for line in (out / "table.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["full", lora]
+    assert rows[0]["rate"] == 3e-3
+    validation = {
+        rate: text_report.tuned_rows(
+            RunDirectory.read(out / "grid" / text_methods.slug(lora, rate))
+        )[0]["validation_accuracy"]
+        for rate in (0.001, 0.003)
+    }
+    assert validation[rows[1]["rate"]] == max(validation.values())
+    assert all(len(row["test"]) == 2 and row["seconds"] > 0 for row in rows)
+    with pytest.raises(SystemExit):
+        text_methods.main([*arguments, "--rates", "half=1"])
+    assert "'half=1' names none of ['full'" in capsys.readouterr().err

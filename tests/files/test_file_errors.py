@@ -1,0 +1,457 @@
+"""What loading says of a damaged or foreign file, word for word, and that it changes nothing.
+
+`[...]` in a message stands for words that are not paramlora's.
+"""
+
+import itertools
+import json
+import math
+import os
+import pickle
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import paramlora as pl
+from paramlora import LoRA
+from tests.support.helpers import (
+    A_NAME,
+    LEAVE_OUT,
+    Net,
+    attached,
+    half_merged,
+    plain,
+    refuses,
+    says,
+    unchanged,
+)
+
+
+@dataclass(frozen=True)
+class Typed(pl.Delta):
+    """A kind with a field that no file can hold."""
+
+    dtype: torch.dtype = torch.float32
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A file with an adapter "digits" of the model of `attached`, its values other ones."""
+    model = attached()
+    with torch.no_grad():
+        for parameter in pl.parameters(model, "digits"):
+            parameter.mul_(-3)
+    pl.scale(model, 0.5, "digits")
+    pl.save(model, tmp_path / "digits.safetensors", "digits")
+    return tmp_path / "digits.safetensors"
+
+
+def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with safe_open(path, framework="pt") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()  # noqa: SIM118
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], Any]) -> None:
+    """Change a file's tensors and what its metadata entry says, in place."""
+    tensors, metadata = contents(path)
+    content = json.loads(metadata["paramlora"])
+    change(tensors, content)
+    save_file(tensors, path, {**metadata, "paramlora": json.dumps(content)})
+
+
+def refuses_file(path: Path, message: str, error: type[Exception] = pl.CheckpointError) -> None:
+    """Assert that a file is refused, where its adapter is attached and where it is not."""
+    for make in (attached, plain):
+        refuses(make(), lambda m: pl.load(m, path, name="digits"), error, message.format(path=path))
+
+
+SITE = {"kind": "LoRA", "fields": {"rank": 2}, "strength": 1.0, "shape": [1, 1]}
+
+# What is changed in a file, and what loading it says.
+CHANGES: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], Any], str]] = {
+    "a missing and an unexpected tensor": (
+        lambda tensors, content: tensors.update({"fc1.weight.C": tensors.pop("fc1.weight.A")}),
+        "{path} does not fit: missing fc1.weight.A; unexpected fc1.weight.C",
+    ),
+    "a tensor of another shape": (
+        lambda tensors, content: tensors.update({"fc2.weight.A": torch.ones(3, 4)}),
+        "{path} does not fit: fc2.weight.A: expected (2, 4), found (3, 4)",
+    ),
+    "a tensor for no site": (
+        lambda tensors, content: content["sites"].pop("fc1.weight"),
+        "{path} does not fit: unexpected fc1.weight.A, fc1.weight.B",
+    ),
+    "other numbers": (
+        lambda tensors, content: tensors["fc2.weight.A"].add_(1),
+        "{path} is damaged: its digest is not that of what was saved; save the adapter again",
+    ),
+    "another alpha": (
+        lambda tensors, content: content["sites"]["fc1.weight"]["fields"].update(alpha=64),
+        "{path} is damaged: its digest is not that of what was saved; save the adapter again",
+    ),
+    "another strength": (
+        lambda tensors, content: content["sites"]["fc1.weight"].update(strength=0.25),
+        "{path} is damaged: its digest is not that of what was saved; save the adapter again",
+    ),
+    "a site that is not there": (
+        lambda tensors, content: content["sites"].update(
+            {"fc3.weight": content["sites"].pop("fc2.weight"), "h.0": {**SITE}}
+        ),
+        "{path} belongs to another model: it adapts fc3.weight, h.0, which this one does not have; "
+        "did you mean fc2.weight, fc1.weight, emb.weight?",
+    ),
+    "a site of another shape": (
+        lambda tensors, content: content["sites"]["fc2.weight"].update(shape=[10, 4]),
+        "{path} belongs to another model: 'fc2.weight' has shape [10, 4] there and [3, 4] here",
+    ),
+    "a site that cannot be adapted so": (
+        lambda tensors, content: content["sites"].update({"fc1.bias": {**SITE, "shape": [4]}}),
+        "{path} does not fit this model: cannot adapt 'fc1.bias' with LoRA: a low-rank update "
+        f"needs two dimensions, it has 1; use Delta() {LEAVE_OUT}",
+    ),
+    "a foreign kind": (
+        lambda tensors, content: content["sites"]["fc1.weight"].update(kind="Quantum"),
+        "{path} has an adapter of kind 'Quantum' at 'fc1.weight', and no imported class of that "
+        "name derives from Spec (there are [...]Delta, [...]LoRA[...]); import it",
+    ),
+    "a kind of some other library": (
+        lambda tensors, content: content["sites"]["fc1.weight"].update(kind="system"),
+        "{path} has an adapter of kind 'system' at 'fc1.weight', and no imported class of that "
+        "name derives from Spec (there are [...]); import it",
+    ),
+    "rank 0": (
+        lambda tensors, content: content["sites"]["fc1.weight"]["fields"].update(rank=0),
+        "{path} has settings for 'fc1.weight' that LoRA does not take: rank must be a whole number "
+        "of at least 1, got 0",
+    ),
+    "a rank that no memory holds": (
+        lambda tensors, content: content["sites"]["fc1.weight"]["fields"].update(rank=10**30),
+        "{path} has settings for 'fc1.weight' that give no factors, LoRA(rank=1[...]): [...]",
+    ),
+    "an unknown setting": (
+        lambda tensors, content: content["sites"]["fc1.weight"]["fields"].update(dropout=0.1),
+        "{path} has settings for 'fc1.weight' that LoRA does not take: [...]'dropout'[...]",
+    ),
+    "a newer format": (
+        lambda tensors, content: content.update(version=2),
+        "{path} has format 2, this paramlora reads up to 1; update paramlora",
+    ),
+    "a newer format that is all different": (
+        lambda tensors, content: content.update(version=7, sites=None, digest=None),
+        "{path} has format 7, this paramlora reads up to 1; update paramlora",
+    ),
+    "a strength that is no number": (
+        lambda tensors, content: content["sites"]["fc1.weight"].update(strength=math.nan),
+        "{path} is damaged: the strength for 'fc1.weight' must be a finite number, found nan; save "
+        "the adapter again",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES.keys())
+def test_load_refuses_a_changed_file(
+    file: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], Any], message: str
+) -> None:
+    """A file that says other things than were saved is refused, with the file, key and shapes."""
+    rewrite(file, change)
+    refuses_file(file, message)
+
+
+FILE_PARTS: dict[str, Any] = {"version": "1", "name": 1, "sites": [], "digest": 0}
+SITE_PARTS: dict[str, Any] = {"kind": None, "fields": [], "strength": "1", "shape": 4}
+
+
+@pytest.mark.parametrize("missing", [True, False], ids=["missing", "wrong"])
+@pytest.mark.parametrize("part", [*FILE_PARTS, *SITE_PARTS])
+def test_load_refuses_metadata_of_wrong_types(file: Path, part: str, missing: bool) -> None:
+    """Metadata that lacks a part, or has it with a wrong type, is refused with that part's name."""
+    parts, what = FILE_PARTS, "its metadata 'paramlora'"
+    if part in SITE_PARTS:
+        parts, what = SITE_PARTS, "its metadata for 'fc1.weight'"
+
+    def change(tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
+        holder = content if part in FILE_PARTS else content["sites"]["fc1.weight"]
+        holder[part] = parts[part]
+        if missing:
+            del holder[part]
+
+    rewrite(file, change)
+    refuses_file(
+        file,
+        f"{{path}} is damaged: {what} must have {', '.join(map(repr, parts))}, and {part!r} is "
+        "missing or of the wrong type in [...]; save the adapter again",
+    )
+
+
+NO_JSON = {"empty": "", "cut off": "{", "code": "pl.LoRA(2)", "too deep": "[" * 100_000}
+
+
+@pytest.mark.parametrize("text", NO_JSON.values(), ids=NO_JSON.keys())
+def test_load_refuses_metadata_that_is_no_json(file: Path, text: str) -> None:
+    """Metadata that is no JSON is refused, however deep it is."""
+    tensors, metadata = contents(file)
+    save_file(tensors, file, {**metadata, "paramlora": text})
+    refuses_file(
+        file,
+        "{path} is damaged: its metadata 'paramlora' is no JSON ([...]); save the adapter again",
+    )
+
+
+@pytest.mark.parametrize("text", ["null", "5", '"digits"', "[]", "[1, 2]"])
+def test_load_refuses_metadata_that_is_no_object(file: Path, text: str) -> None:
+    """Metadata that is JSON, and no object, is refused."""
+    tensors, metadata = contents(file)
+    save_file(tensors, file, {**metadata, "paramlora": text})
+    refuses_file(
+        file,
+        "{path} is damaged: its metadata 'paramlora' must have 'version', 'name', 'sites', "
+        "'digest', and 'version' is missing or of the wrong type in [...]; save the adapter again",
+    )
+
+
+def test_load_refuses_a_file_of_another_model(file: Path) -> None:
+    """A file for a model with other paths is refused with the paths that it has and this lacks."""
+    refuses(
+        nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)),
+        lambda m: pl.load(m, file),
+        pl.CheckpointError,
+        f"{file} belongs to another model: it adapts fc1.weight, fc2.weight, which this one does "
+        "not have; did you mean 1.weight, 0.weight?",
+    )
+
+
+def test_load_refuses_a_file_for_other_shapes(file: Path) -> None:
+    """A file for a model with other shapes is refused with the site, its shape there and here."""
+    model = Net()
+    model.fc2 = nn.Linear(4, 6)
+    refuses(
+        model,
+        lambda m: pl.load(m, file),
+        pl.CheckpointError,
+        f"{file} belongs to another model: 'fc2.weight' has shape [3, 4] there and [6, 4] here",
+    )
+
+
+def test_load_refuses_a_lazy_model(file: Path) -> None:
+    """A file is not loaded into a model some of whose tensors have no shape yet."""
+    model = Net()
+    model.head = nn.LazyLinear(3)
+    refuses(
+        model,
+        lambda m: pl.load(m, file),
+        pl.TargetError,
+        "'head.weight' is lazy and has no shape yet; run one batch through the model first, and "
+        "attach then",
+    )
+
+
+def test_load_refuses_other_sites_under_the_same_name(file: Path) -> None:
+    """An adapter is refreshed from a file of the same sites, kinds and ranks only."""
+    refuses(
+        attached(),
+        lambda m: pl.load(m, file, name="letters"),
+        pl.AdapterNameError,
+        f"an adapter 'letters' is attached already, with other sites, kinds or ranks than {file} "
+        "has (fc1.weight, fc2.weight); give name=, or detach it first",
+    )
+
+
+def test_load_refuses_another_rank_under_the_same_name(file: Path) -> None:
+    """An adapter is not refreshed from a file of another rank."""
+    model = plain()
+    pl.attach(model, LoRA(rank=3), name="digits")
+    refuses(
+        model,
+        lambda m: pl.load(m, file),
+        pl.AdapterNameError,
+        f"an adapter 'digits' is attached already, with other sites, kinds or ranks than {file} "
+        "has (fc1.weight, fc2.weight); give name=, or detach it first",
+    )
+
+
+def test_load_refuses_what_is_merged(file: Path) -> None:
+    """A merged adapter is not refreshed from a file."""
+    refuses(
+        half_merged(),
+        lambda m: pl.load(m, file),
+        pl.StateError,
+        "cannot load adapter 'digits' while it is merged; unmerge first",
+    )
+
+
+def test_load_refuses_a_bad_name(file: Path) -> None:
+    """A file is not loaded under a name that no adapter can have."""
+    refuses(plain(), lambda m: pl.load(m, file, name="a.b"), pl.AdapterNameError, f"'a.b' {A_NAME}")
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 2, bias=False))
+
+
+@pytest.fixture
+def small_file(tmp_path: Path) -> Path:
+    """A file with an adapter of the model of `small`, a few hundred bytes long."""
+    model = small()
+    pl.attach(model, LoRA(rank=1))
+    pl.save(model, tmp_path / "small.safetensors")
+    return tmp_path / "small.safetensors"
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+def test_load_refuses_every_truncation(small_file: Path, refresh: bool) -> None:
+    """A file that was cut off anywhere is refused with its name."""
+    whole, model = small_file.read_bytes(), small()
+    if refresh:
+        pl.attach(model, LoRA(rank=1))
+    damaged = says(f"{small_file} is damaged or no .safetensors file ([...]); save the[...]")
+    with unchanged(model):
+        for length in range(len(whole)):
+            small_file.write_bytes(whole[:length])
+            with pytest.raises(pl.CheckpointError, match=damaged):
+                pl.load(model, small_file)
+
+
+def test_load_refuses_every_flipped_bit(small_file: Path) -> None:
+    """A file with one bit flipped, anywhere, is refused with its name, or loads as it was saved."""
+    whole, model, other = small_file.read_bytes(), small(), small()
+    pl.load(other, small_file)
+    expected, rows = pl.state_dict(other), pl.summary(other).sites
+    read = set()
+    with unchanged(model):
+        for position, bit in itertools.product(range(len(whole)), range(8)):
+            flipped = bytearray(whole)
+            flipped[position] ^= 1 << bit
+            small_file.write_bytes(flipped)
+            try:
+                pl.load(model, small_file)
+            except pl.CheckpointError as error:
+                refusal = str(error)
+            else:
+                read.add(position)
+                assert pl.summary(model).sites == rows
+                torch.testing.assert_close(pl.state_dict(model), expected, rtol=0, atol=0)
+                pl.detach(model)
+                continue
+            assert refusal.startswith(f"{small_file} ")
+    # Nothing but the entry that names the library for which the file was written.
+    start = whole.index(b'"format":"pt"')
+    assert read <= set(range(start, start + len(b'"format":"pt"')))
+
+
+def test_load_refuses_files_of_others(tmp_path: Path) -> None:
+    """A .safetensors file that paramlora did not write is refused with what its metadata has."""
+    path = tmp_path / "model.safetensors"
+    save_file(dict(plain().state_dict()), path)
+    refuses_file(
+        path,
+        "{path} was not written by paramlora.save: its metadata has no 'paramlora', only []",
+    )
+    save_file(dict(plain().state_dict()), path, {"format": "pt", "epoch": "3"})
+    refuses_file(
+        path,
+        "{path} was not written by paramlora.save: its metadata has no 'paramlora', only "
+        "['epoch', 'format']",
+    )
+
+
+NO_SAFETENSORS = {
+    "empty": b"",
+    "one byte": b"\0",
+    "text": b"fc1.weight.A",
+    "braces": b"{}" * 99,
+    "random": random.Random(0).randbytes(4096),
+}
+
+
+@pytest.mark.parametrize("content", NO_SAFETENSORS.values(), ids=NO_SAFETENSORS.keys())
+def test_load_refuses_what_is_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
+    """A file of any other bytes, or of none, is refused as no .safetensors file."""
+    path = tmp_path / "digits.safetensors"
+    path.write_bytes(content)
+    refuses_file(path, "{path} is damaged or no .safetensors file ([...]); save the adapter again")
+
+
+class Bomb:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5, "torch"])
+def test_load_never_unpickles(tmp_path: Path, protocol: int | str) -> None:
+    """A pickle, also one of torch.save, is refused and never unpickled."""
+    path, trace = tmp_path / "digits.bin", tmp_path / "trace"
+    if protocol == "torch":
+        torch.save({"fc1.weight.A": Bomb(trace)}, path)
+    else:
+        path.write_bytes(pickle.dumps(Bomb(trace), protocol=int(protocol)))
+    refuses_file(path, "{path} is damaged or no .safetensors file ([...]); save the adapter again")
+    assert not trace.exists()
+    # The trace would be there had it been unpickled.
+    if protocol == "torch":
+        torch.load(path, weights_only=False)
+    else:
+        pickle.loads(path.read_bytes())
+    assert trace.exists()
+
+
+def test_load_refuses_a_folder_and_a_missing_file(tmp_path: Path) -> None:
+    """A folder is refused as such; a file that is not there is a FileNotFoundError."""
+    refuses_file(tmp_path, "{path} is a folder; name the .safetensors file in it")
+    refuses_file(tmp_path / "no", "[...]No such file[...]{path}[...]", FileNotFoundError)
+
+
+def test_save_refuses(tmp_path: Path) -> None:
+    """Saving into a folder that is not there, onto a folder or of no JSON writes nothing."""
+    nowhere = tmp_path / "no" / "digits.safetensors"
+    refuses(
+        attached(),
+        lambda m: pl.save(m, nowhere, "digits"),
+        FileNotFoundError,
+        f"cannot write {nowhere}: there is no folder {nowhere.parent}",
+    )
+    refuses(
+        attached(),
+        lambda m: pl.save(m, tmp_path, "digits"),
+        IsADirectoryError,
+        f"cannot write {tmp_path}: it is a folder; name a file in it",
+    )
+    model = plain()
+    pl.attach(model, Typed(), "fc1", name="typed")
+    refuses(
+        model,
+        lambda m: pl.save(m, tmp_path / "typed.safetensors", "typed"),
+        TypeError,
+        "cannot save adapter 'typed': a spec's fields must be numbers, strings, booleans or None "
+        "([...]dtype[...])",
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_call_can_be_corrected(file: Path) -> None:
+    """After a refusal the right call works as if nothing had been."""
+    model, other = plain(), plain()
+    for call in (
+        lambda: pl.attach(model, LoRA(2), "fc*"),
+        lambda: pl.load(model, file.parent),
+        lambda: pl.merge(model),
+    ):
+        with pytest.raises(pl.ParamloraError, match=r"fc1|folder|nothing"):
+            call()
+    pl.load(model, file)
+    pl.load(other, file)
+    assert pl.fingerprint(model) == pl.fingerprint(other)
+    x = torch.randn(2, 5)
+    assert torch.equal(model.get_submodule("fc1")(x), other.get_submodule("fc1")(x))

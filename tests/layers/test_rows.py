@@ -1,0 +1,125 @@
+"""Adapters per row in every layer: each row is what it is by itself with its adapter."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import paramlora as pl
+from paramlora.layers import rows as route
+from tests.support.routing import IDS, adapted, one_by_one
+
+
+class Model(nn.Module):
+    """A host under the path "host", called with the batch first."""
+
+    def __init__(self, host: nn.Module, call: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.host, self.call = host, call
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.call(self.host, *inputs)
+
+
+def plain(host: nn.Module, *inputs: Tensor) -> Tensor:
+    return host(*inputs)
+
+
+def attended(host: nn.Module, x: Tensor) -> Tensor:
+    x = x if host.batch_first else x.transpose(0, 1)
+    y = host(x, x, x, need_weights=False)[0]
+    return y if host.batch_first else y.transpose(0, 1)
+
+
+def last_state(host: nn.Module, x: Tensor) -> Tensor:
+    y, (h, c) = host(x if host.batch_first else x.transpose(0, 1))
+    y = y if host.batch_first else y.transpose(0, 1)
+    return torch.cat([y[:, -1], h[0], c[0]], dim=1)
+
+
+def floats(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(len(IDS), *shape, dtype=torch.float64)
+
+
+def tokens(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randint(0, 9, (len(IDS), *shape))
+
+
+# Each: the host, what is adapted in it, how it is called, and its inputs.
+HOSTS: dict[str, tuple[Callable[[], nn.Module], str, Callable[..., Tensor], list[Any]]] = {
+    "linear": (lambda: nn.Linear(6, 5), "host", plain, [floats(6)]),
+    "linear-positions": (lambda: nn.Linear(6, 5), "host", plain, [floats(3, 2, 6)]),
+    "embedding": (lambda: nn.Embedding(9, 6), "host", plain, [tokens(4)]),
+    "embedding-padding": (lambda: nn.Embedding(9, 6, padding_idx=3), "host", plain, [tokens(4)]),
+    "bag": (lambda: nn.EmbeddingBag(9, 6), "host", plain, [tokens(4)]),
+    "conv": (lambda: nn.Conv2d(4, 6, 3, groups=2), "host", plain, [floats(4, 5, 5)]),
+    "conv-transposed": (lambda: nn.ConvTranspose1d(4, 6, 3), "host", plain, [floats(4, 5)]),
+    "bilinear": (lambda: nn.Bilinear(4, 3, 5), "host", plain, [floats(4), floats(3)]),
+    "attention": (
+        lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+        "host.in_proj_weight",
+        attended,
+        [floats(5, 8)],
+    ),
+    "attention-output": (
+        lambda: nn.MultiheadAttention(8, 2),
+        "host.out_proj",
+        attended,
+        [floats(5, 8)],
+    ),
+    "lstm": (lambda: nn.LSTM(4, 6), "host.weight_*", last_state, [floats(5, 4)]),
+    "lstm-batch-first": (
+        lambda: nn.LSTM(4, 6, batch_first=True),
+        "host.weight_ih_l0",
+        last_state,
+        [floats(5, 4)],
+    ),
+}
+KINDS: dict[str, Callable[[], pl.kinds.Spec]] = {
+    "lora": lambda: pl.LoRA(rank=2, alpha=3),
+    "pissa": lambda: pl.LoRA(rank=1, init="pissa"),
+    "dora": lambda: pl.DoRA(rank=2),
+    "loha": lambda: pl.LoHa(rank=2),
+    "ia3": pl.IA3,
+    "delta": pl.Delta,
+}
+
+
+@pytest.mark.parametrize("sorts", [False, True], ids=["stacked", "sorted"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("host", HOSTS)
+class TestRows:
+    @pytest.fixture(autouse=True)
+    def _sorts(self, sorts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        cost = -1.0 if sorts else float("inf")
+        monkeypatch.setattr(route, "_WORTH_A_GROUP", defaultdict(lambda: cost))
+
+    def test_rows_are_what_they_are_by_themselves(self, host: str, kind: str) -> None:
+        """Outputs, and the gradients of inputs and factors, in training and in inference."""
+        torch.manual_seed(0)
+        make, target, call, draws = HOSTS[host]
+        model = adapted(Model(make(), call), KINDS[kind], target)
+        inputs = [draw() for draw in draws]
+        leaves = [x.requires_grad_() for x in inputs if x.is_floating_point()]
+        leaves += pl.parameters(model)
+        expected = one_by_one(model, inputs)
+        dy = torch.randn_like(expected)
+        gradients = torch.autograd.grad(expected, leaves, dy)
+        with pl.routed(model, IDS):
+            found = model(*inputs)
+        assert_close(found, expected)
+        # After the exit: the backward has to know what was routed where.
+        assert_close(torch.autograd.grad(found, leaves, dy), gradients)
+        with torch.no_grad(), pl.routed(model, IDS):
+            assert_close(model(*inputs), expected.detach())
+
+
+def test_the_cheaper_way() -> None:
+    """Few rows are stacked; many rows of many adapters are sorted."""
+    assert route.stacks_well(512, 4096, 4096, [16] * 32, "cuda")
+    assert not route.stacks_well(2**17, 4096, 4096, [16] * 32, "cuda")
+    assert route.stacks_well(2**17, 4096, 4096, [16], "cuda")

@@ -1,0 +1,1 @@
+"""Tests of published methods on top of the verbs."""

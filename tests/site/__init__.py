@@ -1,0 +1,1 @@
+"""Tests of one adapted tensor: its blocks, and tensors without data."""

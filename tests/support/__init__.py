@@ -1,0 +1,1 @@
+"""Code that tests share: models, reference computations and assertions."""

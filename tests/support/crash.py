@@ -1,0 +1,115 @@
+"""Saves adapters in child processes that are killed; a program of its own, run by a test.
+
+`python tests/support/crash.py FILE HOW ROUNDS`, HOW being "paramlora", or "directly" to see what a
+plain write into the file comes to. Each save is a generation: all factors have its number. It
+prints how many files were damaged, how many saves were cut off, and how many generations there
+were.
+"""
+
+import functools
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+import paramlora as pl
+
+PATH, HOW, ROUNDS = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+MODEL = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
+
+
+def write(generation: int) -> None:
+    with torch.no_grad():
+        for parameter in pl.parameters(MODEL):
+            parameter.fill_(generation)
+    if HOW == "directly":
+        PATH.write_bytes(save(pl.state_dict(MODEL)))
+    else:
+        pl.save(MODEL, PATH)
+
+
+def read() -> int:
+    """Return the generation of a file that is whole."""
+    with safe_open(PATH, framework="pt") as file:
+        values = {float(x) for key in file.keys() for x in file.get_tensor(key).unique()}  # noqa: SIM118
+    if HOW != "directly":
+        pl.load(MODEL, PATH)
+    (value,) = values
+    return int(value)
+
+
+def save_on(generation: int) -> None:
+    while True:
+        generation += 1
+        write(generation)
+
+
+def killed(child: Callable[[], None], seconds: float | None) -> None:
+    """Run a function in a child that is killed after some time, or kills itself."""
+    process = os.fork()
+    if process == 0:
+        child()
+        os._exit(1)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(process, signal.SIGKILL)
+    _, status = os.waitpid(process, 0)
+    assert os.WIFSIGNALED(status), "the child was not killed"
+
+
+def leftovers() -> list[Path]:
+    return [path for path in PATH.parent.iterdir() if path != PATH]
+
+
+def at_step(step: str, generation: int) -> None:
+    """Save, and be killed where this function of `os` is called."""
+    setattr(os, step, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+    write(generation)
+
+
+def after_a_kill(last: int, seconds: float) -> tuple[int, bool]:
+    """Return the generation in the file after saving was killed, and whether a save was cut off."""
+    killed(lambda: save_on(last), random.uniform(0, 6 * seconds))
+    left = leftovers()
+    for path in left:
+        path.unlink()
+    return read(), bool(left)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    random.seed(0)
+    pl.attach(MODEL, pl.LoRA(rank=16))
+    start = time.perf_counter()
+    for _ in range(5):
+        write(1)
+    seconds = (time.perf_counter() - start) / 5
+    for step in ("fsync", "replace") if HOW != "directly" else ():
+        killed(functools.partial(at_step, step, 99), None)
+        assert read() == 1, step
+        assert len(leftovers()) == 1, step
+        leftovers()[0].unlink()
+    damaged = cut_off = 0
+    last = 1
+    for _ in range(ROUNDS):
+        try:
+            found, cut = after_a_kill(last, seconds)
+        except (SafetensorError, ValueError):
+            damaged += 1
+            write(last)
+            continue
+        assert found >= last, "an older file came back"
+        last, cut_off = found, cut_off + cut
+    print(damaged, cut_off, last)
+
+
+if __name__ == "__main__":
+    main()

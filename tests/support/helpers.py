@@ -1,0 +1,218 @@
+"""What several test files share: a model, how to show that nothing of one has changed, errors."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import paramlora as pl
+from paramlora.site.stack import Stack
+from tests.support.reference import HOSTS, KINDS, Case, Host, Result, floats
+
+# ‖found − reference‖ / ‖reference‖ that a dtype's rounding explains.
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def error(found: Tensor, reference: Tensor) -> float:
+    """Return ‖found − reference‖ / ‖reference‖, where the reference is in float64."""
+    found, reference = found.detach().double(), reference.detach()
+    return float((found - reference).norm() / reference.norm())
+
+
+@contextmanager
+def keeping() -> Iterator[list[Tensor]]:
+    """Yield what autograd keeps for the backward inside, in the order of keeping."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+def bits(tensor: Tensor) -> object:
+    """Return what a tensor holds, bit for bit, and what kind of tensor it is."""
+    if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+        return type(tensor), tensor.dtype, tensor.requires_grad
+    about = (tensor.dtype, tensor.layout, tuple(tensor.shape), tensor.requires_grad)
+    tensor = tensor.detach()
+    if tensor.is_quantized:
+        tensor = tensor.int_repr()
+    return about, tensor.to_dense().contiguous().flatten().view(torch.uint8).tolist()
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Return all that can be seen of a model and its adapters; two equal ones are bit-identical."""
+    tensors = [*model.parameters(), *model.buffers()]
+    blank = any(nn.parameter.is_lazy(tensor) or tensor.is_meta for tensor in tensors)
+    stacks = [module for module in model.modules() if isinstance(module, Stack)]
+    return {
+        "fingerprint": None if blank else pl.fingerprint(model),
+        "modules": [
+            (path, id(module), type(module), module.training, list(vars(module)))
+            for path, module in model.named_modules(remove_duplicate=False)
+        ],
+        "parameters": [
+            (path, id(parameter), id(parameter.grad), bits(parameter))
+            for path, parameter in model.named_parameters(remove_duplicate=False)
+        ],
+        "buffers": [(path, id(b), bits(b)) for path, b in model.named_buffers()],
+        "hooks": [
+            (list(module._forward_hooks), list(module._state_dict_hooks))
+            for module in model.modules()
+        ],
+        "state": [
+            (key, bits(value) if isinstance(value, Tensor) else repr(value))
+            for key, value in model.state_dict().items()
+        ],
+        "adapters": [
+            (
+                stack.active,
+                stack.merged,
+                stack.live,
+                stack.tied,
+                [bits(tensor) for tensor in stack.stored],
+                stack.written,
+                [
+                    (name, part.block, part.spec, part.strength)
+                    for name in stack.factors
+                    for part in stack.parts(name)
+                ],
+            )
+            for stack in stacks
+        ],
+        "frozen": [copy.deepcopy(vars(m).get("_paramlora_before")) for m in model.modules()],
+    }
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Assert that a model is bit-identical after the block."""
+    before = snapshot(model)
+    yield
+    after = snapshot(model)
+    for part, found in before.items():
+        assert after[part] == found, f"the model's {part} changed"
+
+
+def says(message: str) -> str:
+    """Return the pattern of a whole message in which `[...]` stands for anything."""
+    return r"(?s)\A" + ".*".join(map(re.escape, message.split("[...]"))) + r"\Z"
+
+
+def refuses(
+    model: nn.Module, call: Callable[[Any], Any], error: type[Exception], message: str
+) -> None:
+    """Assert that a call raises this error with this message, and changes nothing."""
+    with unchanged(model):
+        with pytest.raises(error, match=says(message)) as caught:
+            call(model)
+        assert caught.type is error
+
+
+class Net(nn.Module):
+    """A model of several kinds of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(7, 5)
+        self.rnn = nn.LSTM(5, 5)
+        self.fc1 = nn.Linear(5, 4)
+        self.act = nn.ReLU()
+        self.norm = nn.LayerNorm(4)
+        self.fc2 = nn.Linear(4, 3)
+        self.gain = nn.Parameter(torch.tensor(2.0))
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    return Net()
+
+
+def attached() -> nn.Module:
+    """A model with "digits" on both Linears and "letters" on the second, which is off."""
+    model = plain()
+    pl.attach(model, pl.LoRA(rank=2), name="digits")
+    pl.attach(model, pl.LoRA(rank=1, alpha=3), "fc2", name="letters")
+    with torch.no_grad():
+        for parameter in pl.parameters(model):
+            parameter.normal_()
+    pl.disable(model, "letters")
+    return model
+
+
+def half_merged() -> nn.Module:
+    """The model of `attached` with "digits" merged."""
+    model = attached()
+    pl.merge(model, "digits")
+    return model
+
+
+LEAVE_OUT = "(leave it out with narrower targets or with exclude=)"
+
+A_NAME = (
+    "cannot be an adapter's name: it must be a string, not empty, without a dot, and not an "
+    "attribute of nn.ModuleDict"
+)
+
+
+# Half a million times the rounding of one operation at most: sums of some ten terms in float64.
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
+
+MLP = Host(
+    lambda: nn.Sequential(nn.Linear(7, 6), nn.GELU(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)),
+    lambda: (torch.randn(4, 7),),
+)
+
+
+def case_of(host: str | Host, kind: str = "lora", dtype: torch.dtype = torch.float64) -> Case:
+    """Return a host, all its tensors adapted by "one", which does something, at strength 0.7."""
+    case = Case.of(HOSTS[host] if isinstance(host, str) else host, dtype)
+    case.attach(KINDS[kind], strength=0.7)
+    return case
+
+
+def host_name(value: object) -> object:
+    """Return a name for a host among the parameters of a test."""
+    return "mlp" if value is MLP else value
+
+
+def assert_agrees(actual: Result, expected: Result, **tolerance: Any) -> None:
+    """Assert that outputs, and all gradients that `actual` has, are those of the reference."""
+    ours = {key: expected.gradients[key] for key in actual.gradients}
+    tolerance = tolerance or EXACT
+    assert_close(actual.outputs, expected.outputs, check_dtype=False, **tolerance)
+    assert_close(actual.gradients, ours, check_dtype=False, **tolerance)
+
+
+def outputs(case: Case, model: nn.Module | None = None) -> list[Tensor]:
+    """Return what a model, the case's own where none is given, makes of the case's inputs."""
+    with torch.no_grad():
+        return floats((case.model if model is None else model)(*case.inputs))
+
+
+def factors(model: nn.Module) -> list[Tensor]:
+    """Return copies of all factors of a model."""
+    return [parameter.detach().clone() for parameter in pl.parameters(model)]
+
+
+def written_out(case: Case) -> nn.Module:
+    """Return a plain copy of the case's host whose stored tensors are W', by the formula."""
+    plain = copy.deepcopy(case.plain)
+    state = pl.state_dict(case.model, "one")
+    with torch.no_grad():
+        for path, tensor in plain.named_parameters():
+            own = {
+                key.rpartition(".")[2]: v for key, v in state.items() if key.startswith(path + ".")
+            }
+            if own:
+                tensor.copy_(case.kinds["one"].formula(tensor, own, case.strengths["one"]))
+    return plain

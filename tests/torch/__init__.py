@@ -1,0 +1,1 @@
+"""Tests of adapted models under torch's own features."""

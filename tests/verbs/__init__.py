@@ -1,0 +1,1 @@
+"""Tests of the functions that a user calls on a model."""
