@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .options import StudyError, add_options, deciding, listed
-from .settings import PRESETS, DigitSettings, preset
-from .streams import TaskSettings
-from .text_settings import TextSettings
+from .digits.settings import PRESETS, DigitSettings, preset
+from .harness.settings import StudyError, add_options, deciding, listed
+from .tasks.streams import TaskSettings
+from .text.settings import TextSettings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,7 +118,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run(**given: object) -> int:
     """Run the digit study with the options given on top of a preset."""
-    from .study import run_digits  # torch and paramlora take their time; --help needs neither
+    # Imported here, as torch and paramlora take their time and --help needs neither.
+    from .digits.study import run_digits
 
     settings = preset(str(given.pop("preset", "blog")), **given)
     return make_report(run_digits(settings).folder)
@@ -126,8 +127,8 @@ def run(**given: object) -> int:
 
 def run_grid(vary: list[str], base_seeds: int, jobs: int, **given: object) -> int:
     """Run a sweep, write its report, and show its table."""
-    from .sweep import cells, parse_grid, run_sweep
-    from .sweepreport import table, write_sweep_report
+    from .sweeps.report import table, write_sweep_report
+    from .sweeps.sweep import cells, parse_grid, run_sweep
 
     settings = preset(str(given.pop("preset", "blog")), **given)
     grid = parse_grid(vary)
@@ -142,7 +143,7 @@ def run_grid(vary: list[str], base_seeds: int, jobs: int, **given: object) -> in
 
 def draw_ranks(folders: list[Path], out: Path) -> int:
     """Draw sweeps over ranks side by side."""
-    from .ranks import write_rank_figure
+    from .sweeps.ranks import write_rank_figure
 
     write_rank_figure(folders, out)
     print(f"figure   {out}")
@@ -153,7 +154,7 @@ def run_selection(
     floor: tuple[float, float], selection_bases: int, base_seeds: int, jobs: int, **given: object
 ) -> int:
     """Choose and measure the remedies, and show the table."""
-    from .select import run_remedies
+    from .sweeps.select import run_remedies
 
     settings = preset(str(given.pop("preset", "blog")), **given)
     folder = Path(settings.out or f"runs/remedies-{settings.preset}")
@@ -171,8 +172,8 @@ def run_selection(
 
 def run_sequence(**given: object) -> int:
     """Learn a sequence of tasks, and show the table of metrics."""
-    from .taskreport import table, write_task_report
-    from .tasks import run_tasks
+    from .tasks.report import table, write_task_report
+    from .tasks.tasks import run_tasks
 
     settings = TaskSettings.of_preset(str(given.pop("preset", "split")), **given)
     run = write_task_report(run_tasks(settings).folder)
@@ -183,7 +184,7 @@ def run_sequence(**given: object) -> int:
 
 def explain_run(folder: Path, seed: int, bases: str, data_dir: str) -> int:
     """Write the page on what a run's adapter did."""
-    from .explain import explain
+    from .digits.report.explain import explain
 
     print(f"page     {explain(folder, seed, bases=bases, data_dir=data_dir)}")
     return 0
@@ -198,12 +199,12 @@ def _add_pool(parser: argparse.ArgumentParser) -> None:
 
 def run_text_study(vary: list[str], jobs: int, **given: object) -> int:
     """Run the text study, or a sweep of it, with the options given on top of a preset."""
-    from .text import run_text
+    from .text.study import run_text
 
     settings = TextSettings.of_preset(str(given.pop("preset", "distilbert-imdb")), **given)
     if vary:
-        from .sweep import parse_grid
-        from .text_sweep import run_text_sweep
+        from .sweeps.sweep import parse_grid
+        from .text.sweep import run_text_sweep
 
         grid = parse_grid(vary, TextSettings)
         folder = Path(settings.out or "-".join(["runs/sweep-text", settings.preset, *sorted(grid)]))
@@ -217,16 +218,16 @@ def run_text_study(vary: list[str], jobs: int, **given: object) -> int:
 
 def make_report(folder: Path) -> int:
     """Write a run's report and figures, and show its table."""
-    from .rundir import RunDirectory
+    from .harness.rundir import RunDirectory
 
     if RunDirectory.read(folder).environment.get("study") == TextSettings.STUDY:
-        from . import text_report
+        from .text import report as text_report
 
         done = text_report.write_text_report(folder)
         print(text_report.terminal(done))
         print(f"report   {folder / 'report.md'}")
         return 1 if text_report.failed(done) else 0
-    from .report import failed, terminal, write_report
+    from .digits.report.report import failed, terminal, write_report
 
     finished = write_report(folder)
     print(terminal(finished))

@@ -15,11 +15,11 @@ from helpers import unchanged
 from torch import nn
 
 import paramlora as pl
-from experiments.bands import Table
-from experiments.explore import explore, sprite
-from experiments.insight import answers_of, only_at
-from experiments.options import StudyError
-from experiments.page import figure_html, page, table_html, write_page
+from experiments.analysis.explore import explore, sprite
+from experiments.analysis.insight import answers_of, only_at
+from experiments.harness.settings import StudyError
+from experiments.report.page import figure_html, page, table_html, write_page
+from experiments.report.table import Table
 
 CLASSES = ["ant", "bee", "cat", "a <long> name"]
 STRENGTHS = (0.0, 0.5, 1.0, 2.0)

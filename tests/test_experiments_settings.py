@@ -8,7 +8,7 @@ import json
 import pytest
 
 from experiments.__main__ import main, parser
-from experiments.settings import (
+from experiments.digits.settings import (
     PRESETS,
     DigitSettings,
     StudyError,
@@ -212,7 +212,16 @@ def test_what_decides_a_result_is_plain_json():
 
 
 @pytest.mark.parametrize(
-    "name", ["settings", "models", "forgetting", "bands", "train", "data", "loggers"]
+    "name",
+    [
+        "digits.settings",
+        "digits.model",
+        "analysis.confusion",
+        "report.table",
+        "harness.train",
+        "digits.data",
+        "harness.loggers",
+    ],
 )
 def test_examples_in_docstrings_run(name):
     """The examples in the experiments' docstrings give what they say."""

@@ -9,20 +9,20 @@ import pytest
 import torch
 
 import paramlora as pl
-from experiments import bench as bench_module
-from experiments import report as report_module
 from experiments.__main__ import main
-from experiments.bands import Band
-from experiments.bases import find, restore
-from experiments.bench import prepare
-from experiments.data import load_data
-from experiments.evaluate import logits_of, score
-from experiments.published import PUBLISHED
-from experiments.report import markdown, scrambling
-from experiments.rundir import RunDirectory
-from experiments.settings import DigitSettings, StudyError, preset
-from experiments.study import run_digits
-from experiments.tables import band_table, digit_table, published_for
+from experiments.analysis.evaluate import logits_of, score
+from experiments.digits import bench as bench_module
+from experiments.digits.bases import find, restore
+from experiments.digits.bench import prepare
+from experiments.digits.data import load_data
+from experiments.digits.report import report as report_module
+from experiments.digits.report.published import PUBLISHED
+from experiments.digits.report.report import markdown, scrambling
+from experiments.digits.report.tables import band_table, digit_table, published_for
+from experiments.digits.settings import DigitSettings, StudyError, preset
+from experiments.digits.study import run_digits
+from experiments.harness.rundir import RunDirectory
+from experiments.report.table import Band
 
 OPTIONS = (
     "--data digits --device cpu --hidden 24,16 --no-relu-logits --base-steps 300 --steps 30 "

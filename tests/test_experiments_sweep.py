@@ -14,18 +14,20 @@ import pytest
 from torch.testing import assert_close
 
 import paramlora as pl
-from experiments import select as select_module
-from experiments import sweep as sweep_module
 from experiments.__main__ import main
-from experiments.bench import ADAPTER
-from experiments.evaluate import score
-from experiments.families import Family, families
-from experiments.ranks import rank_figure, rank_table, series
-from experiments.rundir import Row, RunDirectory
-from experiments.select import choose, gains, run_remedies
-from experiments.settings import DigitSettings, StudyError, preset
-from experiments.study import lora_of
-from experiments.sweep import (
+from experiments.analysis.evaluate import score
+from experiments.digits.bench import ADAPTER
+from experiments.digits.settings import DigitSettings, StudyError, preset
+from experiments.digits.study import lora_of
+from experiments.harness.rundir import Row, RunDirectory
+from experiments.report.figures import png
+from experiments.sweeps import select as select_module
+from experiments.sweeps import sweep as sweep_module
+from experiments.sweeps.families import Family, families
+from experiments.sweeps.ranks import rank_figure, rank_table, series
+from experiments.sweeps.report import points, table
+from experiments.sweeps.select import choose, gains, run_remedies
+from experiments.sweeps.sweep import (
     bench_of,
     cells,
     jobs_of,
@@ -36,8 +38,6 @@ from experiments.sweep import (
     tune_one_by_one,
     tune_together,
 )
-from experiments.sweepreport import points, table
-from experiments.views import png
 
 SMALL: dict[str, Any] = {
     "data": "digits",

@@ -11,14 +11,14 @@ from torch import nn
 from torch.testing import assert_close
 
 import paramlora as pl
-from experiments import streams
 from experiments.__main__ import main
-from experiments.data import load_data
-from experiments.metrics import all_metrics
-from experiments.models import DigitNet
-from experiments.rundir import RunDirectory
-from experiments.streams import Task, TaskSettings, rotated, stream
-from experiments.tasks import COMBINE, Learner, accuracies
+from experiments.analysis.task_metrics import all_metrics
+from experiments.digits.data import load_data
+from experiments.digits.model import DigitNet
+from experiments.harness.rundir import RunDirectory
+from experiments.tasks import streams
+from experiments.tasks.streams import Task, TaskSettings, rotated, stream
+from experiments.tasks.tasks import COMBINE, Learner, accuracies
 
 SMALL: dict[str, Any] = {
     "data": "digits",
