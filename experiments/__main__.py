@@ -3,12 +3,11 @@
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from .digits.settings import PRESETS, DigitSettings, preset
-from .harness.settings import StudyError, add_options, deciding, listed
+from .harness.settings import StudyError, add_options, deciding, presets_of
 from .tasks.streams import TaskSettings
 from .text.settings import TextSettings
 
@@ -87,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         "text",
         help="fine-tune a transformers checkpoint on texts, by several methods, and report",
         description="The text study. In brackets: the value that preset distilbert-imdb has.",
-        epilog=_presets_of(TextSettings.PRESETS, "distilbert-imdb"),
+        epilog=presets_of(TextSettings.PRESETS, "distilbert-imdb"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(text, TextSettings)
@@ -127,11 +126,12 @@ def run(**given: object) -> int:
 
 def run_grid(vary: list[str], base_seeds: int, jobs: int, **given: object) -> int:
     """Run a sweep, write its report, and show its table."""
+    from .harness.grid import parse_grid
     from .sweeps.report import table, write_sweep_report
-    from .sweeps.sweep import cells, parse_grid, run_sweep
+    from .sweeps.sweep import cells, run_sweep
 
     settings = preset(str(given.pop("preset", "blog")), **given)
-    grid = parse_grid(vary)
+    grid = parse_grid(vary, DigitSettings)
     folder = Path(settings.out or "-".join(["runs/sweep", settings.preset, *sorted(grid)]))
     asked = deciding(settings) | {"vary": sorted(vary), "base_seeds": base_seeds}
     run = run_sweep(list(cells(settings, grid, base_seeds)), folder, asked, jobs)
@@ -203,7 +203,7 @@ def run_text_study(vary: list[str], jobs: int, **given: object) -> int:
 
     settings = TextSettings.of_preset(str(given.pop("preset", "distilbert-imdb")), **given)
     if vary:
-        from .sweeps.sweep import parse_grid
+        from .harness.grid import parse_grid
         from .text.sweep import run_text_sweep
 
         grid = parse_grid(vary, TextSettings)
@@ -237,17 +237,7 @@ def make_report(folder: Path) -> int:
 
 def _presets() -> str:
     """Return what each preset sets otherwise than blog."""
-    return _presets_of(PRESETS, "blog")
-
-
-def _presets_of(presets: Mapping[str, Mapping[str, Any]], usual: str) -> str:
-    """Return what each preset of a study sets otherwise than its usual one."""
-    lines = [f"presets other than {usual}:"]
-    for name, values in presets.items():
-        if values:
-            pairs = ", ".join(f"{key} {listed(value)}" for key, value in values.items())
-            lines.append(f"  {name}: {pairs}")
-    return "\n".join(lines)
+    return presets_of(PRESETS, "blog")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from experiments.digits import data as data_module
 from experiments.digits.data import ARCHIVES, FASHION_ARCHIVES, Data, Split, load_data
-from experiments.digits.settings import StudyError
+from experiments.harness.settings import StudyError
 
 
 @pytest.fixture

@@ -39,8 +39,9 @@ from experiments.digits.remedies import (
     routed,
     switched_off,
 )
-from experiments.digits.settings import DigitSettings, StudyError, preset
+from experiments.digits.settings import DigitSettings, preset
 from experiments.harness.rundir import RunDirectory
+from experiments.harness.settings import StudyError
 from experiments.sweeps.sweep import tune_one_by_one, tune_together
 
 SMALL: dict[str, Any] = {

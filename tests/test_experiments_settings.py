@@ -8,14 +8,8 @@ import json
 import pytest
 
 from experiments.__main__ import main, parser
-from experiments.digits.settings import (
-    PRESETS,
-    DigitSettings,
-    StudyError,
-    chosen_digits,
-    deciding,
-    preset,
-)
+from experiments.digits.settings import PRESETS, DigitSettings, chosen_digits, preset
+from experiments.harness.settings import StudyError, deciding
 
 COUNTS = [33, 12, 147, 115, 69, 196, 98, 91, 185, 148]
 OTHER = {

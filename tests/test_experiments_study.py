@@ -16,12 +16,12 @@ from experiments.digits.bases import find, restore
 from experiments.digits.bench import prepare
 from experiments.digits.data import load_data
 from experiments.digits.report import report as report_module
-from experiments.digits.report.published import PUBLISHED
 from experiments.digits.report.report import markdown, scrambling
-from experiments.digits.report.tables import band_table, digit_table, published_for
-from experiments.digits.settings import DigitSettings, StudyError, preset
+from experiments.digits.report.tables import PUBLISHED, band_table, digit_table, published_for
+from experiments.digits.settings import DigitSettings, preset
 from experiments.digits.study import run_digits
 from experiments.harness.rundir import RunDirectory
+from experiments.harness.settings import StudyError
 from experiments.report.table import Band
 
 OPTIONS = (

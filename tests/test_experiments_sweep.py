@@ -16,22 +16,22 @@ from torch.testing import assert_close
 import paramlora as pl
 from experiments.__main__ import main
 from experiments.analysis.evaluate import score
-from experiments.digits.bench import ADAPTER
-from experiments.digits.settings import DigitSettings, StudyError, preset
-from experiments.digits.study import lora_of
+from experiments.digits.bench import ADAPTER, bench_of
+from experiments.digits.recipe import lora_of
+from experiments.digits.settings import DigitSettings, preset
+from experiments.harness import grid
+from experiments.harness.grid import parse_grid
 from experiments.harness.rundir import Row, RunDirectory
+from experiments.harness.settings import StudyError
 from experiments.report.figures import png
 from experiments.sweeps import select as select_module
-from experiments.sweeps import sweep as sweep_module
 from experiments.sweeps.families import Family, families
 from experiments.sweeps.ranks import rank_figure, rank_table, series
 from experiments.sweeps.report import points, table
 from experiments.sweeps.select import choose, gains, run_remedies
 from experiments.sweeps.sweep import (
-    bench_of,
     cells,
     jobs_of,
-    parse_grid,
     run_cell,
     run_sweep,
     trains_together,
@@ -81,7 +81,7 @@ def rows_in(folder: Path) -> list[Row]:
 
 def test_examples_in_docstrings_run():
     """The examples in the docstrings give what they say."""
-    result = doctest.testmod(sweep_module)
+    result = doctest.testmod(grid)
     assert result.attempted
     assert not result.failed
 
@@ -341,7 +341,7 @@ def test_what_cannot_train_together_is_known():
 def test_a_grid_that_cannot_be_is_refused(word, message):
     """What is no setting, or no value of it, is named before anything runs."""
     with pytest.raises(StudyError, match=message):
-        list(cells(DigitSettings(), parse_grid([word])))
+        list(cells(DigitSettings(), parse_grid([word], DigitSettings)))
 
 
 FEW = (

@@ -23,7 +23,7 @@ from experiments.digits.bases import (
 )
 from experiments.digits.data import hold_out
 from experiments.digits.model import DigitNet
-from experiments.digits.settings import StudyError, preset
+from experiments.digits.settings import preset
 from experiments.harness.adam import SmallAdam
 from experiments.harness.loggers import (
     CsvLog,
@@ -33,6 +33,7 @@ from experiments.harness.loggers import (
     logging,
     rows_to_csv,
 )
+from experiments.harness.settings import StudyError
 from experiments.harness.train import (
     Batches,
     cpu_threads,

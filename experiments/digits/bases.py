@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ..harness.adam import SmallAdam
 from ..harness.rundir import replace_file
+from ..harness.settings import StudyError, deciding
 from ..harness.train import Batches, cross_entropy, loader_order, train
 from .model import DigitNet
-from .settings import DigitSettings, StudyError, deciding
+from .settings import DigitSettings
 
 # The settings that a base depends on.
 FIELDS = (

@@ -1,9 +1,12 @@
 """What the stages of the digit study share: the data and the base on the device, and their use."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ import paramlora as pl
 from ..analysis.confusion import wrong_counts
 from ..analysis.evaluate import logits_of, score
 from ..harness.adam import SmallAdam
-from ..harness.environment import commit
+from ..harness.environment import commit, resolve_device
 from ..harness.loggers import Curve, Log, TensorBoardLog, logging
 from ..harness.rundir import Row, RunDirectory
 from ..harness.train import (
@@ -27,12 +30,14 @@ from ..harness.train import (
     seeded_order,
     train,
 )
-from .bases import Base, base_path, find, keep, order_after_base, pretrain, restore
-from .data import Data, hold_out
+from .bases import FIELDS, Base, base_path, find, keep, order_after_base, pretrain, restore
+from .data import Data, hold_out, load_data
 from .settings import DigitSettings, chosen_digits
+from .strengths import Strengths
 
 ADAPTER = "digits"
-CURVE = 200  # points kept of a loss curve, each the mean of as many steps as that takes
+# The settings that decide on data and base; all others are a cell's own.
+SHARED = (*FIELDS, "data", "data_dir", "device", "bases", "validation", "selection")
 
 
 @dataclass(frozen=True)
@@ -226,8 +231,43 @@ def obtain(
     return base, f"trained for {settings.base_steps:,} steps in {seconds:.1f} s"
 
 
-def curve(losses: Tensor) -> Row:
-    """Return the mean training loss and its curve, thinned to CURVE points or fewer, in nats."""
-    every = -(-len(losses) // CURVE)
-    means = [round(float(part.mean()), 6) for part in losses.split(every)]
-    return {"train_loss": float(losses.mean()), "train_curve": means, "train_curve_every": every}
+def bench_of(settings: DigitSettings) -> Bench:
+    """Return the bench of these settings; what it shares with others is made once a process."""
+    bench = shared_bench(shared_settings(settings))
+    confusion = score(bench.base_logits, bench.test_labels)["confusion"]
+    tuned = chosen_digits(settings.digits, wrong_counts(confusion))
+    return dataclasses.replace(bench, settings=settings, tuned=tuned)
+
+
+def shared_settings(settings: DigitSettings) -> DigitSettings:
+    """Return settings that all have in common whose base and data are the same."""
+    return DigitSettings(**{name: getattr(settings, name) for name in SHARED})
+
+
+@lru_cache(maxsize=4)
+def shared_bench(settings: DigitSettings) -> Bench:
+    """Return the bench of shared settings, made once a process."""
+    device, data = resolve_device(settings.device), shared_data(settings.data, settings.data_dir)
+    return prepare(settings, RunDirectory(Path(), {}, {}, []), device, data, lambda line: None)
+
+
+@lru_cache(maxsize=4)
+def shared_strengths(settings: DigitSettings) -> Strengths:
+    """Return the answers at any strength on the base of shared settings, made once a process."""
+    bench = shared_bench(settings)
+    return Strengths(bench.model(), bench.test_inputs, bench.base_logits)
+
+
+@lru_cache(maxsize=2)
+def shared_data(kind: str, data_dir: str) -> Data:
+    """Return the data set that `load_data` returns, read once a process."""
+    return load_data(kind, data_dir)
+
+
+def counted_images(settings: DigitSettings) -> Tensor:
+    """Return the images that answers are counted on, uint8 (n, 28, 28), as they are to be shown."""
+    data = shared_data(settings.data, settings.data_dir)
+    if not settings.selection:
+        return data.test.images
+    _, held = hold_out(data.train.labels, settings.validation, torch.Generator().manual_seed(0))
+    return data.train.images[held]

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .settings import StudyError
+from ..harness.environment import commit, machine
+from ..harness.settings import StudyError
 
 # The MD5 sums that torchvision checks too (torchvision.datasets.MNIST.resources).
 ARCHIVES = {
@@ -316,3 +317,16 @@ def _sklearn_digits(why: str) -> Data:
     parts = train_test_split(range(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     train, test = (Split(images[index], labels[index]) for index in map(torch.tensor, parts))
     return Data("scikit-learn digits", why, train, test)
+
+
+def describe(device: torch.device, data: Data) -> dict[str, Any]:
+    """Return what environment.json says of a run on these data: plain values, one level deep."""
+    return {
+        **machine(device),
+        "data": data.name,
+        "data_why": data.why,
+        "data_digest": data.digest,
+        "train_images": len(data.train.labels),
+        "test_images": len(data.test.labels),
+        "commit": commit(),
+    }

@@ -273,3 +273,8 @@ def factors_of(model: nn.Module, name: str = ADAPTER) -> dict[str, nn.Parameter]
     """Return an adapter's factors by their names among the model's parameters."""
     its = {id(parameter) for parameter in pl.parameters(model, name)}
     return {key: p for key, p in model.named_parameters() if id(p) in its}
+
+
+def lora_of(settings: DigitSettings) -> pl.LoRA:
+    """Return the adapter that the settings ask for."""
+    return pl.LoRA(settings.rank, settings.numerator, init=settings.init)

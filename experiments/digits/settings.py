@@ -5,18 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..harness.settings import Settings, StudyError, deciding, is_device, listed, option
-
-__all__ = [
-    "INITS",
-    "PRESETS",
-    "DigitSettings",
-    "StudyError",
-    "chosen_digits",
-    "deciding",
-    "listed",
-    "preset",
-]
+from ..harness.settings import Settings, is_device, option
 
 INITS = ("kaiming", "gaussian", "gaussian/sqrt_r", "orthogonal")
 SCALE_RULES = ("alpha/r", "alpha/sqrt_r", "alpha")

@@ -17,15 +17,17 @@ from torch import Tensor, nn
 import paramlora as pl
 
 from ..analysis.explore import explore
-from ..harness.environment import DECIDING, describe, resolve_device
+from ..harness.environment import DECIDING, resolve_device
+from ..harness.loggers import curve
 from ..harness.rundir import RunDirectory, replace_file
+from ..harness.settings import deciding
 from ..harness.stages import Stage, run_stages
 from ..harness.train import Batches, Hook
-from .bench import ADAPTER, Bench, curve, prepare
-from .data import load_data
+from .bench import ADAPTER, Bench, prepare
+from .data import describe, load_data
 from .methods import BlogScrambled, attached_ranks, wrap, wrapped_ranks
-from .recipe import answers, factors_of, recipe
-from .settings import DigitSettings, deciding
+from .recipe import answers, factors_of, lora_of, recipe
+from .settings import DigitSettings
 from .strengths import Strengths, chosen, updates
 
 EXPLORED, EXPLORED_SEEDS = "explore.json", 3
@@ -188,8 +190,3 @@ def show_parameters(bench: Bench, spec: pl.Spec, say: Callable[[str], None]) -> 
     share = attached.trainable / attached.total
     say(str(attached))
     say(f"trained  {before:,} parameters before, {attached.trainable:,} now: {share:.2%}")
-
-
-def lora_of(settings: DigitSettings) -> pl.LoRA:
-    """Return the adapter that the settings ask for."""
-    return pl.LoRA(settings.rank, settings.numerator, init=settings.init)

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from ..digits.data import Data
-from ..digits.settings import StudyError
+from .settings import StudyError
 
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "matplotlib", "safetensors", "tqdm")
 # What a result depends on, besides the settings: a run can go on only where these are the same.
@@ -31,19 +30,6 @@ def resolve_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise StudyError(f"--device {name} cannot be used here: {reason}") from None
     return device
-
-
-def describe(device: torch.device, data: Data) -> dict[str, Any]:
-    """Return the contents of environment.json: plain values, one level deep."""
-    return {
-        **machine(device),
-        "data": data.name,
-        "data_why": data.why,
-        "data_digest": data.digest,
-        "train_images": len(data.train.labels),
-        "test_images": len(data.test.labels),
-        "commit": commit(),
-    }
 
 
 def machine(device: torch.device, *packages: str) -> dict[str, Any]:

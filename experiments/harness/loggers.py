@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .rundir import Row
 from .settings import StudyError
 from .train import Hook
 
+CURVE = 200  # points kept of a loss curve, each the mean of as many steps as that takes
 Log = Callable[[int, Mapping[str, float]], None]
 
 
@@ -127,6 +129,13 @@ class EarlyStopping:
         """Give the parameters the values that they had at the best call."""
         for parameter, kept in zip(self.parameters, self.kept, strict=True):
             parameter.copy_(kept)
+
+
+def curve(losses: Tensor) -> Row:
+    """Return the mean training loss and its curve, thinned to CURVE points or fewer, in nats."""
+    every = -(-len(losses) // CURVE)
+    means = [round(float(part.mean()), 6) for part in losses.split(every)]
+    return {"train_loss": float(losses.mean()), "train_curve": means, "train_curve_every": every}
 
 
 def rows_to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

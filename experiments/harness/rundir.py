@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..digits.settings import StudyError
+from .settings import StudyError
 
 Row = dict[str, Any]
 KEY = ("stage", "method", "base_seed", "seed")

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -154,3 +155,13 @@ class _Listed(argparse.Action):
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def presets_of(presets: Mapping[str, Mapping[str, Any]], usual: str) -> str:
+    """Return what each preset of a study sets otherwise than its usual one."""
+    lines = [f"presets other than {usual}:"]
+    for name, values in presets.items():
+        if values:
+            pairs = ", ".join(f"{key} {listed(value)}" for key, value in values.items())
+            lines.append(f"  {name}: {pairs}")
+    return "\n".join(lines)

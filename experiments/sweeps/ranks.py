@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..digits.report.plots import COLOUR, STYLE, Axes
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..harness.settings import StudyError
-from ..report.figures import Figure, plt, png
+from ..report.figures import Axes, Figure, plt, png
+from ..report.style import COLOUR, STYLE
 from ..report.table import Band, Table
 
 SIDES = {"tuned_accuracy": "tuned digits", "other_accuracy": "other digits"}

@@ -11,39 +11,41 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import paramlora as pl
 
-from ..analysis.confusion import wrong_counts
 from ..analysis.evaluate import score, scores
-from ..digits.bases import FIELDS
-from ..digits.bench import ADAPTER, Bench, prepare
-from ..digits.data import Data, hold_out, load_data
-from ..digits.recipe import Recipe, answers, factors_of, recipe
-from ..digits.settings import DigitSettings, chosen_digits
+from ..digits.bench import (
+    ADAPTER,
+    Bench,
+    bench_of,
+    shared_bench,
+    shared_data,
+    shared_settings,
+    shared_strengths,
+)
+from ..digits.data import describe
+from ..digits.recipe import Recipe, answers, factors_of, lora_of, recipe
+from ..digits.settings import DigitSettings
 from ..digits.strengths import Strengths, updates
-from ..digits.study import lora_of
-from ..harness.environment import DECIDING, describe, resolve_device
+from ..harness.environment import DECIDING, resolve_device
+from ..harness.grid import Grid
 from ..harness.rundir import Row, RunDirectory
-from ..harness.settings import Settings, StudyError, listed
+from ..harness.settings import StudyError, listed
 from ..harness.train import Batches
 from .together import StackedBatches, Together, objective_together
 
 KEY = ("stage", "cell", "base_seed", "seed", "strength")
-# The settings that decide on data and base; all others are a cell's own.
-SHARED = (*FIELDS, "data", "data_dir", "device", "bases", "validation", "selection")
 # Those in which adapters may differ that train together.
 STACKED = ("rank", "alpha", "scale_rule", "init")
 # Images of a step of all adapters that train together: with more, a step is arithmetic, which
 # gains nothing, and its memory grows.
 TOGETHER = 1000
-Grid = Mapping[str, Sequence[Any]]
 Training = tuple[Bench, int]  # of which adapter seed
 
 
@@ -91,40 +93,6 @@ def cells(
             yield Cell(name, cell, strengths, together, changes)
 
 
-def parse_grid(given: Sequence[str], kind: type[Settings] = DigitSettings) -> dict[str, list[Any]]:
-    """Return a grid from words such as `rank=1,2,4` and `digits=2,3;9`, for settings of a kind.
-
-    Values are of the setting's type. Commas separate them; where a value has commas itself,
-    semicolons do.
-
-    >>> parse_grid(["rank=1,2", "hidden=24,16;8", "selection=yes"])
-    {'rank': [1, 2], 'hidden': [(24, 16), (8,)], 'selection': [True]}
-    """
-    defaults = {entry.name: entry.default for entry in dataclasses.fields(kind)}
-    grid = {}
-    for word in given:
-        name, sign, text = word.partition("=")
-        name = name.replace("-", "_")
-        if not sign or name not in defaults:
-            raise StudyError(f"--vary takes SETTING=VALUES such as rank=1,2,4, got {word!r}")
-        lists = isinstance(defaults[name], tuple) or "," in str(defaults[name])
-        parted = lists or ";" in text
-        values = text.split(";" if parted else ",")
-        try:
-            grid[name] = [_typed(defaults[name], value) for value in values]
-        except ValueError as error:
-            raise StudyError(f"--vary {word}: {error}") from None
-    return grid
-
-
-def _typed(default: Any, text: str) -> Any:
-    if isinstance(default, bool):
-        return text.lower() in ("1", "yes", "true")
-    if isinstance(default, tuple):
-        return tuple(int(part) for part in text.split(","))
-    return type(default)(text)
-
-
 def jobs_of(todo: Sequence[Cell]) -> list[list[Cell]]:
     """Return the cells in jobs: those that can train together, as far as that pays, are one."""
     found: list[list[Cell]] = []
@@ -157,7 +125,7 @@ def run_job(cells: Sequence[Cell]) -> list[list[Row]]:
     benches = [bench_of(cell.settings) for cell in cells]
     todo = [(bench, seed) for bench in benches for seed in range(bench.settings.seeds)]
     trained = iter((tune_together if _stacks(cells[0]) else tune_one_by_one)(todo))
-    at = _strengths(_shared(cells[0].settings))
+    at = shared_strengths(shared_settings(cells[0].settings))
     rows = []
     for cell, bench in zip(cells, benches, strict=True):
         its = [next(trained) for _ in range(bench.settings.seeds)]
@@ -239,36 +207,6 @@ def _attached(bench: Bench, seed: int) -> tuple[nn.Module, Batches]:
     return model, batches
 
 
-def bench_of(settings: DigitSettings) -> Bench:
-    """Return the bench of these settings; what it shares with others is made once a process."""
-    bench = _shared_bench(_shared(settings))
-    confusion = score(bench.base_logits, bench.test_labels)["confusion"]
-    tuned = chosen_digits(settings.digits, wrong_counts(confusion))
-    return dataclasses.replace(bench, settings=settings, tuned=tuned)
-
-
-def _shared(settings: DigitSettings) -> DigitSettings:
-    """Return settings that all have in common whose base and data are the same."""
-    return DigitSettings(**{name: getattr(settings, name) for name in SHARED})
-
-
-@lru_cache(maxsize=4)
-def _shared_bench(settings: DigitSettings) -> Bench:
-    device, data = resolve_device(settings.device), _data(settings.data, settings.data_dir)
-    return prepare(settings, RunDirectory(Path(), {}, {}, []), device, data, lambda line: None)
-
-
-@lru_cache(maxsize=4)
-def _strengths(settings: DigitSettings) -> Strengths:
-    bench = _shared_bench(settings)
-    return Strengths(bench.model(), bench.test_inputs, bench.base_logits)
-
-
-@lru_cache(maxsize=2)
-def _data(kind: str, data_dir: str) -> Data:
-    return load_data(kind, data_dir)
-
-
 def run_sweep(
     todo: Sequence[Cell],
     folder: Path,
@@ -290,14 +228,14 @@ def run_sweep(
     from joblib import delayed
 
     first = todo[0].settings
-    environment = describe(resolve_device(first.device), _data(first.data, first.data_dir))
+    environment = describe(resolve_device(first.device), shared_data(first.data, first.data_dir))
     run = RunDirectory.start(folder, asked, environment, DECIDING)
     run.key = KEY
     left = [cell for cell in todo if not _done(run, cell)]
     say(f"run      {folder}: {len(todo)} cells, {len(todo) - len(left)} of them done")
     # A job is the same, and so are its rows, whichever of its cells are done.
     todo_jobs = [job for job in jobs_of(todo) if any(cell in left for cell in job)]
-    bases = list(dict.fromkeys(_shared(cell.settings) for cell in left))
+    bases = list(dict.fromkeys(shared_settings(cell.settings) for cell in left))
     for path in _pool(jobs, len(bases))(delayed(_make_base)(base) for base in bases):
         say(f"base     {path}")
     made = _pool(jobs, len(todo_jobs))(delayed(run_job)(job) for job in todo_jobs)
@@ -316,18 +254,9 @@ def _pool(jobs: int, most: int) -> Any:
     return Parallel(n_jobs=min(jobs, max(most, 1)), return_as="generator")
 
 
-def counted_images(settings: DigitSettings) -> Tensor:
-    """Return the images that answers are counted on, uint8 (n, 28, 28), as they are to be shown."""
-    data = _data(settings.data, settings.data_dir)
-    if not settings.selection:
-        return data.test.images
-    _, held = hold_out(data.train.labels, settings.validation, torch.Generator().manual_seed(0))
-    return data.train.images[held]
-
-
 def _make_base(settings: DigitSettings) -> str:
     """Train a base unless it is there; return what the run says of it."""
-    bench = _shared_bench(settings)
+    bench = shared_bench(settings)
     right = score(bench.base_logits, bench.test_labels)["accuracy"]
     return f"seed {settings.seed}, {100 * right:.2f} % of {len(bench.test_labels):,} images right"
 

@@ -25,11 +25,11 @@ import paramlora as pl
 
 from ..analysis.evaluate import logits_of
 from ..analysis.task_metrics import all_metrics, stability_gap, worst_case_accuracy
-from ..digits.data import load_data
+from ..digits.data import describe, load_data
 from ..digits.model import DigitNet
 from ..digits.remedies import lowered, orthogonal
 from ..harness.adam import SmallAdam
-from ..harness.environment import DECIDING, describe, resolve_device
+from ..harness.environment import DECIDING, resolve_device
 from ..harness.loggers import Curve
 from ..harness.rundir import RunDirectory
 from ..harness.settings import deciding

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..analysis.evaluate import score
-from ..digits.bench import curve
 from ..harness.environment import commit
-from ..harness.loggers import Curve, EarlyStopping
+from ..harness.loggers import Curve, EarlyStopping, curve
 from ..harness.parallel import Group, blocks_of, spread
 from ..harness.rundir import Row, RunDirectory
 from ..harness.train import Hook, every, learning_rate, train

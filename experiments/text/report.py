@@ -179,7 +179,8 @@ def checks(run: RunDirectory) -> Iterator[tuple[str, list[bool]]]:
 
 def draw_strengths(run: RunDirectory, path: Path) -> None:
     """Draw accuracy against agreement and retrieval, a curve a method, a point a strength."""
-    from ..digits.report.plots import STYLE, plt
+    from ..report.figures import plt
+    from ..report.style import STYLE
 
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")

@@ -14,11 +14,11 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..harness.grid import Grid
 from ..harness.loggers import rows_to_csv
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..harness.settings import StudyError, listed
 from ..report.table import Table
-from ..sweeps.sweep import Grid
 from .report import percent2, tuned_rows, write_text_report
 from .settings import TextSettings
 

@@ -1,12 +1,12 @@
 """The figures of the digit study, drawn from a run's rows. One thing has one colour everywhere."""
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 
 from ...harness.rundir import Row, RunDirectory
+from ...report.style import COLOUR, STYLE
 from ...report.table import Band
 from .tables import LABEL, base_of, methods_in, published_for, rows_of
 
@@ -14,22 +14,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOUR = {
-    "base": "#555555",
-    "off": "#0072B2",
-    "on": "#D55E00",
-    "wrapped": "#009E73",
-    "scrambled": "#CC79A7",
-    "published": "#000000",
-}
-STYLE: dict[Any, Any] = {
-    "figure.dpi": 120,
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
 def draw(run: RunDirectory, folder: Path) -> dict[str, str]:

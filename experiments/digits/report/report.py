@@ -11,9 +11,9 @@ from pathlib import Path
 from ...analysis.confusion import accuracy
 from ...harness.loggers import rows_to_csv
 from ...harness.rundir import Row, RunDirectory, replace_file
+from ...harness.settings import StudyError
 from ...report.page import figure_html, list_html, page, paragraph, table_html
 from ...report.table import Band, pairs, percent
-from ..settings import StudyError
 from .plots import draw
 from .tables import (
     band_table,
