@@ -11,12 +11,14 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 
 LONGEST = 120  # characters of a folder's name; file systems take 255 bytes
 Kind = TypeVar("Kind", bound="Settings")
+# What `add_subparsers` returns, to which each study adds its commands.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 class StudyError(ValueError):
