@@ -271,6 +271,19 @@ def test_a_report_is_made_from_rows_alone(finished, tmp_path, trainings, capsys)
     assert "digit    images" in capsys.readouterr().out
 
 
+def test_a_run_that_does_not_name_its_study_is_a_digit_study(copied, capsys):
+    """A run of before, without "study" in its environment.json, is reported on as it was then."""
+    path = copied / "run" / "environment.json"
+    environment = json.loads(path.read_text())
+    assert environment.pop("study") == "digits"
+    path.write_text(json.dumps(environment))
+    assert main(["report", str(copied / "run")]) == 0
+    assert "digit    images" in capsys.readouterr().out
+    path.write_text(json.dumps({"study": "opera", **environment}))
+    assert main(["report", str(copied / "run")]) == 2
+    assert "of study 'opera'; there are digits, sweeps, tasks, text" in capsys.readouterr().err
+
+
 def test_a_report_follows_its_rows(finished):
     """A figure that is changed in a row is changed in the report: nothing is remembered."""
     run = RunDirectory.read(finished / "run")

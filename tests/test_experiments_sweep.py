@@ -144,6 +144,21 @@ def test_the_report_of_a_sweep_is_its_rows_summed_up(finished):
     assert "| rank=1 | 0.5 |" in (finished / "run" / "sweep.md").read_text()
 
 
+def test_the_report_of_a_sweep_is_made_again(finished, tmp_path, capsys):
+    """Three files make the same report elsewhere; without a row there is none yet."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("settings.json", "environment.json", "results.jsonl"):
+        (folder / name).write_bytes((finished / "run" / name).read_bytes())
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out.startswith("cell ")
+    for name in ("sweep.md", "fronts.png", "ranks.png", "results.csv"):
+        assert (folder / name).read_bytes() == (finished / "run" / name).read_bytes()
+    (folder / "results.jsonl").unlink()
+    assert main(["report", str(folder)]) == 2
+    assert "has no rows yet" in capsys.readouterr().err
+
+
 def test_a_sweep_resumes_by_cells(finished, tmp_path, capsys):
     """What a stopped sweep has is not trained again, and the rest comes out the same."""
     import shutil

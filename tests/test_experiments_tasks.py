@@ -165,6 +165,14 @@ def test_a_run_records_the_matrix_and_resumes(tmp_path: Path, capsys):
     assert [json.loads(line)["matrix"] for line in path.open()] == [
         json.loads(line)["matrix"] for line in whole.splitlines()
     ]
+    # The report is made again from the rows; without a row there is none yet.
+    (tmp_path / "run" / "tasks.md").unlink()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "tasks.md").exists()
+    path.unlink()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "run")]) == 2
+    assert "has no rows yet" in capsys.readouterr().err
 
 
 def test_the_single_adapter_forgets_what_routing_keeps(tmp_path: Path):

@@ -65,7 +65,7 @@ def run_digits(settings: DigitSettings, say: Callable[[str], None] = print) -> R
     """
     device = resolve_device(settings.device)
     data = load_data(settings.data, settings.data_dir)
-    environment = describe(device, data)
+    environment = {"study": settings.STUDY, **describe(device, data)}
     run = RunDirectory.start(Path(settings.folder), deciding(settings), environment, DECIDING)
     say(f"run      {run.folder}, on {device}")
     say(f"data     {data.name}: {data.why}")

@@ -40,6 +40,7 @@ from ..harness.settings import StudyError, listed
 from ..harness.train import Batches
 from .together import StackedBatches, Together, objective_together
 
+STUDY = "sweeps"  # what environment.json calls it
 KEY = ("stage", "cell", "base_seed", "seed", "strength")
 # Those in which adapters may differ that train together.
 STACKED = ("rank", "alpha", "scale_rule", "init")
@@ -228,7 +229,8 @@ def run_sweep(
     from joblib import delayed
 
     first = todo[0].settings
-    environment = describe(resolve_device(first.device), shared_data(first.data, first.data_dir))
+    data = shared_data(first.data, first.data_dir)
+    environment = {"study": STUDY, **describe(resolve_device(first.device), data)}
     run = RunDirectory.start(folder, asked, environment, DECIDING)
     run.key = KEY
     left = [cell for cell in todo if not _done(run, cell)]

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from ..harness.settings import Commands, add_options
+from ..harness.rundir import RunDirectory
+from ..harness.settings import Commands, StudyError, add_options
 from .streams import TaskSettings
 
 
@@ -25,9 +26,15 @@ def run_sequence(**given: object) -> int:
 
 
 def report(folder: Path) -> int:
-    """Write a run's report and figures, and show its table of metrics."""
+    """Write a run's report and figures, and show its table of metrics.
+
+    Raises:
+        StudyError: no run is there, or none that has a row yet.
+    """
     from .report import table, write_task_report
 
+    if not RunDirectory.read(folder).rows:
+        raise StudyError(f"the run in {folder} has no rows yet: go on with it first")
     run = write_task_report(folder)
     print(table(run).text())
     print(f"report   {run.folder / 'tasks.md'}")

@@ -201,7 +201,7 @@ def task_stages(settings: TaskSettings) -> Iterator[Stage[TaskBench]]:
 def run_tasks(settings: TaskSettings, say: Callable[[str], None] = print) -> RunDirectory:
     """Run all ways of using adapters together over a sequence of tasks; return the run."""
     device, data = resolve_device(settings.device), load_data(settings.data, settings.data_dir)
-    environment = describe(device, data)
+    environment = {"study": settings.STUDY, **describe(device, data)}
     run = RunDirectory.start(Path(settings.folder), deciding(settings), environment, DECIDING)
     say(f"run      {run.folder}, on {device}; data {data.name}: {data.why}")
 
