@@ -32,15 +32,15 @@ import torch
 from torchvision.datasets import MNIST
 
 from benchmarks import blog_study
-from experiments.data import load_data
-from experiments.evaluate import logits_of, score, scores
-from experiments.explore import STRENGTHS
-from experiments.models import DigitNet
-from experiments.report import write_report
-from experiments.rundir import RunDirectory
-from experiments.settings import preset
-from experiments.strengths import Strengths, Update
-from experiments.study import run_digits
+from experiments.analysis.evaluate import logits_of, score, scores
+from experiments.analysis.explore import STRENGTHS
+from experiments.digits.data import load_data
+from experiments.digits.model import DigitNet
+from experiments.digits.report.report import write_report
+from experiments.digits.settings import preset
+from experiments.digits.strengths import Strengths, Update
+from experiments.digits.study import run_digits
+from experiments.harness.rundir import RunDirectory
 
 WANTED = {"study": 4.0, "evaluation": 50.0, "sweep": 1.0}  # times as fast as the script
 GRID = ("rank=1,2,4,8,16", f"strength={','.join(map(str, STRENGTHS))}")

@@ -20,10 +20,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from experiments.bands import Table
-from experiments.rundir import Row, RunDirectory
-from experiments.text_report import percent2, tuned_rows, write_text_report
-from experiments.text_settings import TextSettings
+from experiments.harness.rundir import Row, RunDirectory
+from experiments.report.table import Table
+from experiments.text.report import percent2, tuned_rows, write_text_report
+from experiments.text.settings import TextSettings
 
 ALL = "*.query,*.key,*.value,*.dense"
 # By name: the setting that holds the rate, and what else is set.
@@ -73,7 +73,7 @@ def settings_for(base: TextSettings, name: str, rate: float, folder: str) -> Tex
 
 def run_quietly(settings: TextSettings) -> str:
     """Run the study, or what is left of it; return its folder."""
-    from experiments.text import run_text
+    from experiments.text.study import run_text
 
     run_text(settings, lambda line: None)
     write_text_report(Path(settings.folder))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.__main__ import parser
-from experiments.settings import DigitSettings
+from experiments.digits.settings import DigitSettings
 
 GUIDE = Path(__file__).parents[2] / "docs" / "forgetting.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -19,16 +19,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import paramlora as pl
-from experiments.models import DigitNet
-from experiments.options import StudyError
-from experiments.parallel import Group, shared, spread
-from experiments.rundir import RunDirectory
-from experiments.text_bench import TextBench, prepare_bench
-from experiments.text_data import load_corpus
-from experiments.text_models import prepare as prepare_model
-from experiments.text_settings import TextSettings
-from experiments.train import Batches, cross_entropy, seeded_order
-from experiments.train import train as train_study
+from experiments.digits.model import DigitNet
+from experiments.harness.parallel import Group, shared, spread
+from experiments.harness.rundir import RunDirectory
+from experiments.harness.settings import StudyError
+from experiments.harness.train import Batches, cross_entropy, seeded_order
+from experiments.harness.train import train as train_study
+from experiments.text.bench import TextBench, prepare_bench
+from experiments.text.data import load_corpus
+from experiments.text.models import prepare as prepare_model
+from experiments.text.settings import TextSettings
 from paramlora.site.storage import whole
 from tests.support import tiny_text
 

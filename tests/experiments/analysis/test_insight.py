@@ -11,9 +11,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import paramlora as pl
-from experiments import insight
-from experiments.geometry import Geometry, geometry
-from experiments.insight import (
+from experiments.analysis import insight
+from experiments.analysis.geometry import Geometry, geometry
+from experiments.analysis.insight import (
     Answers,
     answers_of,
     attribution,
@@ -26,7 +26,7 @@ from experiments.insight import (
     sites_of,
     strength_curve,
 )
-from experiments.options import StudyError
+from experiments.harness.settings import StudyError
 from tests.support.helpers import unchanged
 
 CLASSES = 4

@@ -5,8 +5,8 @@ import doctest
 import numpy as np
 import pytest
 
-from experiments import metrics
-from experiments.metrics import (
+from experiments.analysis import task_metrics as metrics
+from experiments.analysis.task_metrics import (
     all_metrics,
     area,
     average_accuracy,
@@ -20,7 +20,7 @@ from experiments.metrics import (
     stability_gap,
     worst_case_accuracy,
 )
-from experiments.options import StudyError
+from experiments.harness.settings import StudyError
 
 # Three tasks; b = (0.1, 0.2, 0.3) before any.
 MATRIX = [[0.9, 0.3, 0.2], [0.7, 0.8, 0.4], [0.5, 0.85, 0.6]]

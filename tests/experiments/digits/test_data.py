@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments import data as data_module
-from experiments.data import ARCHIVES, FASHION_ARCHIVES, Data, Split, load_data
-from experiments.settings import StudyError
+from experiments.digits import data as data_module
+from experiments.digits.data import ARCHIVES, FASHION_ARCHIVES, Data, Split, load_data
+from experiments.harness.settings import StudyError
 
 
 @pytest.fixture
@@ -159,7 +159,8 @@ def test_a_damaged_archive_is_refused_by_name(mirrors, tmp_path):
 def test_mnist_on_disk_needs_no_torchvision(mnist_dir):
     """Reading archives from disk does not import torchvision, which takes seconds."""
     code = (
-        "import sys; from experiments.data import load_data; load_data('mnist', sys.argv[1]);"
+        "import sys; from experiments.digits.data import load_data;"
+        "load_data('mnist', sys.argv[1]);"
         "sys.exit('torchvision' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(mnist_dir)], check=True)

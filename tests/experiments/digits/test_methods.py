@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import paramlora as pl
-from experiments.methods import (
+from experiments.digits.methods import (
     BlogScrambled,
     WrappedLinear,
     attached_ranks,
     wrap,
     wrapped_ranks,
 )
-from experiments.models import DigitNet
+from experiments.digits.model import DigitNet
 
 
 def seeded(seed: int) -> torch.Generator:

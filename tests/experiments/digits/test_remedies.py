@@ -12,11 +12,18 @@ from torch import nn
 from torch.testing import assert_close
 
 import paramlora as pl
-from experiments.bench import ADAPTER, Bench, prepare
-from experiments.data import load_data
-from experiments.evaluate import score
-from experiments.recipe import answers, factors_of, forbidden, memory, memory_generator, recipe
-from experiments.remedies import (
+from experiments.analysis.evaluate import score
+from experiments.digits.bench import ADAPTER, Bench, prepare
+from experiments.digits.data import load_data
+from experiments.digits.recipe import (
+    answers,
+    factors_of,
+    forbidden,
+    memory,
+    memory_generator,
+    recipe,
+)
+from experiments.digits.remedies import (
     Average,
     Gate,
     base_weights,
@@ -32,9 +39,10 @@ from experiments.remedies import (
     routed,
     switched_off,
 )
-from experiments.rundir import RunDirectory
-from experiments.settings import DigitSettings, StudyError, preset
-from experiments.sweep import tune_one_by_one, tune_together
+from experiments.digits.settings import DigitSettings, preset
+from experiments.harness.rundir import RunDirectory
+from experiments.harness.settings import StudyError
+from experiments.sweeps.sweep import tune_one_by_one, tune_together
 
 SMALL: dict[str, Any] = {
     "data": "digits",

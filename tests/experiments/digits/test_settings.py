@@ -8,14 +8,8 @@ import json
 import pytest
 
 from experiments.__main__ import main, parser
-from experiments.settings import (
-    PRESETS,
-    DigitSettings,
-    StudyError,
-    chosen_digits,
-    deciding,
-    preset,
-)
+from experiments.digits.settings import PRESETS, DigitSettings, chosen_digits, preset
+from experiments.harness.settings import StudyError, deciding
 
 COUNTS = [33, 12, 147, 115, 69, 196, 98, 91, 185, 148]
 OTHER = {
@@ -212,7 +206,16 @@ def test_what_decides_a_result_is_plain_json():
 
 
 @pytest.mark.parametrize(
-    "name", ["settings", "models", "forgetting", "bands", "train", "data", "loggers"]
+    "name",
+    [
+        "digits.settings",
+        "digits.model",
+        "analysis.confusion",
+        "report.table",
+        "harness.train",
+        "digits.data",
+        "harness.loggers",
+    ],
 )
 def test_examples_in_docstrings_run(name):
     """The examples in the experiments' docstrings give what they say."""

@@ -9,13 +9,13 @@ import torch
 from torch.testing import assert_close
 
 import paramlora as pl
-from experiments import strengths as strengths_module
-from experiments.evaluate import logits_of
-from experiments.explore import explore
-from experiments.insight import only_at, sites_of
-from experiments.models import DigitNet
-from experiments.recipe import factors_of
-from experiments.strengths import Strengths, chosen, updates
+from experiments.analysis.evaluate import logits_of
+from experiments.analysis.explore import explore
+from experiments.analysis.insight import only_at, sites_of
+from experiments.digits import strengths as strengths_module
+from experiments.digits.model import DigitNet
+from experiments.digits.recipe import factors_of
+from experiments.digits.strengths import Strengths, chosen, updates
 
 LAMBDAS = (0.0, 0.25, 1.0, -0.5, 1.5)
 SPEC = pl.LoRA(3, 2.0)

@@ -9,20 +9,20 @@ import pytest
 import torch
 
 import paramlora as pl
-from experiments import bench as bench_module
-from experiments import report as report_module
 from experiments.__main__ import main
-from experiments.bands import Band
-from experiments.bases import find, restore
-from experiments.bench import prepare
-from experiments.data import load_data
-from experiments.evaluate import logits_of, score
-from experiments.published import PUBLISHED
-from experiments.report import markdown, scrambling
-from experiments.rundir import RunDirectory
-from experiments.settings import DigitSettings, StudyError, preset
-from experiments.study import run_digits
-from experiments.tables import band_table, digit_table, published_for
+from experiments.analysis.evaluate import logits_of, score
+from experiments.digits import bench as bench_module
+from experiments.digits.bases import find, restore
+from experiments.digits.bench import prepare
+from experiments.digits.data import load_data
+from experiments.digits.report import report as report_module
+from experiments.digits.report.report import markdown, scrambling
+from experiments.digits.report.tables import PUBLISHED, band_table, digit_table, published_for
+from experiments.digits.settings import DigitSettings, preset
+from experiments.digits.study import run_digits
+from experiments.harness.rundir import RunDirectory
+from experiments.harness.settings import StudyError
+from experiments.report.table import Band
 
 OPTIONS = (
     "--data digits --device cpu --hidden 24,16 --no-relu-logits --base-steps 300 --steps 30 "
@@ -269,6 +269,19 @@ def test_a_report_is_made_from_rows_alone(finished, tmp_path, trainings, capsys)
     assert made_in(tmp_path) == made_in(finished)
     assert trainings == []
     assert "digit    images" in capsys.readouterr().out
+
+
+def test_a_run_that_does_not_name_its_study_is_a_digit_study(copied, capsys):
+    """A run of before, without "study" in its environment.json, is reported on as it was then."""
+    path = copied / "run" / "environment.json"
+    environment = json.loads(path.read_text())
+    assert environment.pop("study") == "digits"
+    path.write_text(json.dumps(environment))
+    assert main(["report", str(copied / "run")]) == 0
+    assert "digit    images" in capsys.readouterr().out
+    path.write_text(json.dumps({"study": "opera", **environment}))
+    assert main(["report", str(copied / "run")]) == 2
+    assert "of study 'opera'; there are digits, sweeps, tasks, text" in capsys.readouterr().err
 
 
 def test_a_report_follows_its_rows(finished):

@@ -10,12 +10,22 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from experiments.adam import SmallAdam
-from experiments.bases import base_path, find, keep, network, order_after_base, pretrain, restore
-from experiments.data import hold_out
-from experiments.evaluate import logits_of, score, scores
-from experiments.forgetting import Change, accuracy, change, old_and_new
-from experiments.loggers import (
+from experiments.analysis.confusion import Change, accuracy, change, old_and_new
+from experiments.analysis.evaluate import logits_of, score, scores
+from experiments.digits.bases import (
+    base_path,
+    find,
+    keep,
+    network,
+    order_after_base,
+    pretrain,
+    restore,
+)
+from experiments.digits.data import hold_out
+from experiments.digits.model import DigitNet
+from experiments.digits.settings import preset
+from experiments.harness.adam import SmallAdam
+from experiments.harness.loggers import (
     CsvLog,
     Curve,
     EarlyStopping,
@@ -23,9 +33,8 @@ from experiments.loggers import (
     logging,
     rows_to_csv,
 )
-from experiments.models import DigitNet
-from experiments.settings import StudyError, preset
-from experiments.train import (
+from experiments.harness.settings import StudyError
+from experiments.harness.train import (
     Batches,
     cpu_threads,
     cross_entropy,

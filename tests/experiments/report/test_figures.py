@@ -8,11 +8,11 @@ from matplotlib import pyplot as plt
 from torch import nn
 
 import paramlora as pl
-from experiments import own_model
-from experiments.geometry import Geometry
-from experiments.insight import Answers, Front, Ledger, ledger, shapley
-from experiments.loggers import Curve
-from experiments.views import (
+from experiments.analysis.geometry import Geometry
+from experiments.analysis.insight import Answers, Front, Ledger, ledger, shapley
+from experiments.examples import own_model
+from experiments.harness.loggers import Curve
+from experiments.report.figures import (
     confusion_panels,
     contact_sheet,
     geometry_table,

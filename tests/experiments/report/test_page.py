@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 import paramlora as pl
-from experiments.bands import Table
-from experiments.explore import explore, sprite
-from experiments.insight import answers_of, only_at
-from experiments.options import StudyError
-from experiments.page import figure_html, page, table_html, write_page
+from experiments.analysis.explore import explore, sprite
+from experiments.analysis.insight import answers_of, only_at
+from experiments.harness.settings import StudyError
+from experiments.report.page import figure_html, page, table_html, write_page
+from experiments.report.table import Table
 from tests.support.helpers import unchanged
 
 CLASSES = ["ant", "bee", "cat", "a <long> name"]

@@ -14,30 +14,30 @@ import pytest
 from torch.testing import assert_close
 
 import paramlora as pl
-from experiments import select as select_module
-from experiments import sweep as sweep_module
 from experiments.__main__ import main
-from experiments.bench import ADAPTER
-from experiments.evaluate import score
-from experiments.families import Family, families
-from experiments.ranks import rank_figure, rank_table, series
-from experiments.rundir import Row, RunDirectory
-from experiments.select import choose, gains, run_remedies
-from experiments.settings import DigitSettings, StudyError, preset
-from experiments.study import lora_of
-from experiments.sweep import (
-    bench_of,
+from experiments.analysis.evaluate import score
+from experiments.digits.bench import ADAPTER, bench_of
+from experiments.digits.recipe import lora_of
+from experiments.digits.settings import DigitSettings, preset
+from experiments.harness import grid
+from experiments.harness.grid import parse_grid
+from experiments.harness.rundir import Row, RunDirectory
+from experiments.harness.settings import StudyError
+from experiments.report.figures import png
+from experiments.sweeps import select as select_module
+from experiments.sweeps.families import Family, families
+from experiments.sweeps.ranks import rank_figure, rank_table, series
+from experiments.sweeps.report import points, table
+from experiments.sweeps.select import choose, gains, run_remedies
+from experiments.sweeps.sweep import (
     cells,
     jobs_of,
-    parse_grid,
     run_cell,
     run_sweep,
     trains_together,
     tune_one_by_one,
     tune_together,
 )
-from experiments.sweepreport import points, table
-from experiments.views import png
 
 SMALL: dict[str, Any] = {
     "data": "digits",
@@ -81,7 +81,7 @@ def rows_in(folder: Path) -> list[Row]:
 
 def test_examples_in_docstrings_run():
     """The examples in the docstrings give what they say."""
-    result = doctest.testmod(sweep_module)
+    result = doctest.testmod(grid)
     assert result.attempted
     assert not result.failed
 
@@ -142,6 +142,21 @@ def test_the_report_of_a_sweep_is_its_rows_summed_up(finished):
     assert points(run, "rank=1")[0] == points(run, "rank=3")[0]
     assert (finished / "run" / "fronts.png").stat().st_size > 10_000
     assert "| rank=1 | 0.5 |" in (finished / "run" / "sweep.md").read_text()
+
+
+def test_the_report_of_a_sweep_is_made_again(finished, tmp_path, capsys):
+    """Three files make the same report elsewhere; without a row there is none yet."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("settings.json", "environment.json", "results.jsonl"):
+        (folder / name).write_bytes((finished / "run" / name).read_bytes())
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out.startswith("cell ")
+    for name in ("sweep.md", "fronts.png", "ranks.png", "results.csv"):
+        assert (folder / name).read_bytes() == (finished / "run" / name).read_bytes()
+    (folder / "results.jsonl").unlink()
+    assert main(["report", str(folder)]) == 2
+    assert "has no rows yet" in capsys.readouterr().err
 
 
 def test_a_sweep_resumes_by_cells(finished, tmp_path, capsys):
@@ -341,7 +356,7 @@ def test_what_cannot_train_together_is_known():
 def test_a_grid_that_cannot_be_is_refused(word, message):
     """What is no setting, or no value of it, is named before anything runs."""
     with pytest.raises(StudyError, match=message):
-        list(cells(DigitSettings(), parse_grid([word])))
+        list(cells(DigitSettings(), parse_grid([word], DigitSettings)))
 
 
 FEW = (

@@ -11,14 +11,14 @@ from torch import nn
 from torch.testing import assert_close
 
 import paramlora as pl
-from experiments import streams
 from experiments.__main__ import main
-from experiments.data import load_data
-from experiments.metrics import all_metrics
-from experiments.models import DigitNet
-from experiments.rundir import RunDirectory
-from experiments.streams import Task, TaskSettings, rotated, stream
-from experiments.tasks import COMBINE, Learner, accuracies
+from experiments.analysis.task_metrics import all_metrics
+from experiments.digits.data import load_data
+from experiments.digits.model import DigitNet
+from experiments.harness.rundir import RunDirectory
+from experiments.tasks import streams
+from experiments.tasks.streams import Task, TaskSettings, rotated, stream
+from experiments.tasks.tasks import COMBINE, Learner, accuracies
 
 SMALL: dict[str, Any] = {
     "data": "digits",
@@ -165,6 +165,14 @@ def test_a_run_records_the_matrix_and_resumes(tmp_path: Path, capsys):
     assert [json.loads(line)["matrix"] for line in path.open()] == [
         json.loads(line)["matrix"] for line in whole.splitlines()
     ]
+    # The report is made again from the rows; without a row there is none yet.
+    (tmp_path / "run" / "tasks.md").unlink()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "tasks.md").exists()
+    path.unlink()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "run")]) == 2
+    assert "has no rows yet" in capsys.readouterr().err
 
 
 def test_the_single_adapter_forgets_what_routing_keeps(tmp_path: Path):

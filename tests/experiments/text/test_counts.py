@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import paramlora as pl
-from experiments.text_models import ADAPTER, prepare, with_bias
-from experiments.text_settings import TextSettings
+from experiments.text.models import ADAPTER, prepare, with_bias
+from experiments.text.settings import TextSettings
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

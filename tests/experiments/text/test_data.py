@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from experiments.options import StudyError
-from experiments.text_data import Corpus, Tokens, by_length, load_corpus, tokenized
-from experiments.text_models import globs
-from experiments.text_settings import TextSettings
+from experiments.harness.settings import StudyError
+from experiments.text.data import Corpus, Tokens, by_length, load_corpus, tokenized
+from experiments.text.models import globs
+from experiments.text.settings import TextSettings
 from tests.support.tiny_text import texts, write_jsonl
 
 
@@ -294,7 +294,7 @@ def test_conventions_of_the_scale() -> None:
 
 def test_rows_are_json(tmp_path: Path) -> None:
     """What the settings say of a run can be written down and read back."""
-    from experiments.options import deciding
+    from experiments.harness.settings import deciding
 
     for name in TextSettings.PRESETS:
         said = deciding(TextSettings.of_preset(name))

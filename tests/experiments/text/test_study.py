@@ -13,15 +13,16 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from benchmarks import text_methods
-from experiments import text, text_report
 from experiments.__main__ import main
-from experiments.parallel import Group
-from experiments.rundir import RunDirectory
-from experiments.text_bench import TextBatches, TextBench, cross_entropy, linear, prepare_bench
-from experiments.text_data import load_corpus
-from experiments.text_forgetting import Similarity, similarity
-from experiments.text_models import ADAPTER, load_classifier, load_tokenizer, prepare
-from experiments.text_settings import METHODS, TextSettings
+from experiments.harness.parallel import Group
+from experiments.harness.rundir import RunDirectory
+from experiments.text import report as text_report
+from experiments.text import study as text
+from experiments.text.bench import TextBatches, TextBench, cross_entropy, linear, prepare_bench
+from experiments.text.data import load_corpus
+from experiments.text.forgetting import Similarity, similarity
+from experiments.text.models import ADAPTER, load_classifier, load_tokenizer, prepare
+from experiments.text.settings import METHODS, TextSettings
 from tests.support.tiny_text import checkpoint, texts, write_jsonl
 
 pytest.importorskip("transformers", reason="transformers is not installed")

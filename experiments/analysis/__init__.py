@@ -1,0 +1,1 @@
+"""What any classifier's answers tell: evaluation, confusion counts, insight, geometry, metrics."""

@@ -1,0 +1,280 @@
+"""A fine-tuning with the settings' remedies, made for the training loop: objective, batches, hooks.
+
+With no remedy it is the plain one, bit for bit. Replayed images come from a generator of their own,
+so that adding replay leaves images and A as they were.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import paramlora as pl
+
+from ..analysis.evaluate import logits_of
+from ..harness.adam import SmallAdam
+from ..harness.loggers import EarlyStopping
+from ..harness.train import (
+    Batches,
+    Hook,
+    Objective,
+    cosine,
+    cross_entropy,
+    every,
+    learning_rate,
+    seeded_order,
+)
+from .bench import ADAPTER, Bench
+from .remedies import (
+    Average,
+    Gate,
+    Penalty,
+    base_weights,
+    distillation,
+    elastic,
+    fisher,
+    grouped,
+    kept_mass,
+    lowered,
+    principal,
+    project_away,
+    routed,
+)
+from .settings import DigitSettings
+
+FISHER_IMAGES = 200  # as many as EWC's information is estimated from
+LOOK_EVERY = 10  # steps between two looks at the validation images
+Factors = Mapping[str, Tensor]
+
+
+@dataclass
+class Recipe:
+    """What `train` needs for one adapter, and what is left to do after it."""
+
+    objective: Objective
+    batches: "Batches | Joined"
+    hooks: list[Hook]
+    optimizer: SmallAdam
+    restore: list[Callable[[], None]] = field(default_factory=list)
+
+    def finish(self) -> None:
+        """Put averaged or best parameters in place of the last ones."""
+        for call in self.restore:
+            call()
+
+
+class Joined:
+    """Several sources of batches side by side: each batch has the tensors of all."""
+
+    def __init__(self, *sources: Batches) -> None:
+        self.sources = sources
+
+    def __len__(self) -> int:
+        return min(map(len, self.sources))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for parts in zip(*self.sources, strict=True):
+            yield tuple(tensor for part in parts for tensor in part)
+
+
+def memory_generator(seed: int) -> torch.Generator:
+    """Return the generator that draws an adapter seed's replayed images."""
+    return torch.Generator().manual_seed(seed + 2**40)
+
+
+def memory(bench: Bench, generator: torch.Generator, digits: str = "old") -> Tensor:
+    """Return the rows of the images that are replayed, the same number a digit, int64 (n,).
+
+    Those of the old digits come first, and are the same with and without the tuned ones.
+    """
+    rows = []
+    old = sorted(set(bench.labels.unique().tolist()) - set(bench.tuned))
+    for digit in old + (bench.tuned if digits == "all" else []):
+        its = (bench.labels == digit).nonzero().squeeze(1)
+        chosen = torch.randperm(len(its), generator=generator)[: bench.settings.replay]
+        rows.append(its[chosen.to(its.device)])
+    return torch.cat(rows)
+
+
+def draw_batches(
+    bench: Bench, plain: Batches, old: Tensor, generator: torch.Generator
+) -> Batches | Joined:
+    """Return the batches of a fine-tuning: images and labels, z⁰ and old ones where needed.
+
+    Args:
+        bench: the data.
+        plain: the batches without remedies.
+        old: the rows of the replayed images, `memory`.
+        generator: of the order in which they are replayed.
+    """
+    settings = bench.settings
+    tensors = plain.tensors
+    if settings.distill or settings.mass:
+        teacher = torch.zeros(len(bench.labels), bench.base_logits.shape[1], device=old.device)
+        rows = plain.order.unique()
+        teacher[rows] = switched_off_logits(bench, rows)
+        tensors = (*tensors, teacher)
+    batches = Batches(tensors, plain.order, plain.size)
+    if not settings.replay:
+        return batches
+    order = seeded_order(len(old), len(plain.order), generator)
+    again = Batches((bench.inputs, bench.labels), old[order.to(old.device)], plain.size)
+    return Joined(batches, again)
+
+
+def switched_off_logits(bench: Bench, rows: Tensor) -> Tensor:
+    """Return z⁰ of training images. The base is the adapted model switched off, bit for bit."""
+    return logits_of(bench.model(), bench.inputs[rows])
+
+
+def objective_of(
+    settings: DigitSettings, tuned: Sequence[int], penalty: Penalty | None
+) -> Objective:
+    """Return the loss that the settings ask for, in nats:
+
+        CE(z lowered by m, y) + β · distillation + μ · kept mass + CE of replayed images + penalty
+
+    An infinite m and a replay of all digits is ER-ACE (`remedies.lowered`).
+
+    It is called with a batch of `draw_batches`; every term is a mean over its images.
+    """
+    if not (settings.margin or settings.distill or settings.mass or settings.replay or penalty):
+        return cross_entropy
+
+    def objective(model: nn.Module, inputs: Tensor, labels: Tensor, *more: Tensor) -> Tensor:
+        rest, count = list(more), len(labels)
+        teacher = rest.pop(0) if settings.distill or settings.mass else None
+        old_inputs, old_labels = rest if settings.replay else (inputs[:0], labels[:0])
+        both = model(torch.cat([inputs, old_inputs]) if settings.replay else inputs)
+        logits, old = both[:count], both[count:]
+        loss = F.cross_entropy(lowered(logits, tuned, settings.margin), labels)
+        if teacher is not None and settings.distill:
+            loss = loss + settings.distill * distillation(logits, teacher, settings.temperature)
+        if teacher is not None and settings.mass:
+            loss = loss + settings.mass * kept_mass(logits, teacher, tuned)
+        if settings.replay:
+            loss = loss + F.cross_entropy(old, old_labels)
+        return loss if penalty is None else loss + penalty(model)
+
+    return objective
+
+
+def penalty_of(bench: Bench, images: Tensor) -> Penalty | None:
+    """Return the penalty of EWC, its Fisher information from these images, or None."""
+    weight = bench.settings.ewc
+    if not weight:
+        return None
+    model = bench.model()
+    paths = [name for name, p in model.named_parameters() if p.dim() == 2]
+    information = fisher(model, paths, images, torch.Generator().manual_seed(0))
+    plain = elastic(base_weights(model, paths), information)
+    return lambda adapted: weight * plain(adapted)
+
+
+def forbidden(bench: Bench, old: Tensor) -> dict[str, Tensor]:
+    """Return the directions that A may not read, (k, in), by the layer's path."""
+    settings, model = bench.settings, bench.model()
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if settings.null_space_of == "weights":
+        seen = {path: layer.weight.detach() for path, layer in layers.items()}
+    else:
+        seen = {}
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, x, path=path: seen.update({path: x[0]}))
+            for path, layer in layers.items()
+        ]
+        logits_of(model, bench.inputs[old])
+        for hook in hooks:
+            hook.remove()
+    return {path: principal(rows, settings.null_space) for path, rows in seen.items()}
+
+
+def keep_out(factors: Factors, directions: Mapping[str, Tensor]) -> Hook:
+    """Return a hook that keeps every A of `factors` out of its layer's directions, from now on."""
+    pairs = [
+        (factor, directions[name.split(".parametrizations.")[0]])
+        for name, factor in factors.items()
+        if name.endswith(".A")
+    ]
+
+    def hook(step: int, model: nn.Module, loss: Tensor) -> None:
+        for factor, its in pairs:
+            project_away(factor, its)
+
+    hook(0, nn.Identity(), torch.tensor(0.0))
+    return hook
+
+
+def recipe(bench: Bench, model: nn.Module, factors: Factors, plain: Batches, seed: int) -> Recipe:
+    """Return the fine-tuning of one adapter with the settings' remedies.
+
+    Args:
+        bench: the data, the base and the settings.
+        model: the base with the adapter attached.
+        factors: the adapter's, by their names in the model; stacked ones do as well.
+        plain: the batches of the plain fine-tuning.
+        seed: the adapter seed, for the replayed images.
+    """
+    settings, parameters = bench.settings, list(factors.values())
+    generator = memory_generator(seed)
+    rows = memory(bench, generator, settings.replay_of) if settings.replay else None
+    replayed = bench.tuned_rows[:0] if rows is None else rows
+    others = ~torch.isin(bench.labels[replayed], torch.tensor(bench.tuned, device=replayed.device))
+    old = replayed[others]
+    seen = old if settings.replay else bench.tuned_rows
+    penalty = penalty_of(bench, bench.inputs[seen[:FISHER_IMAGES]])
+    made = Recipe(
+        objective_of(settings, bench.tuned, penalty),
+        draw_batches(bench, plain, replayed, generator),
+        [],
+        SmallAdam(parameters, settings.lr),  # type: ignore[arg-type]
+    )
+    if settings.schedule == "cosine":
+        schedule = cosine(settings.lr, settings.steps)
+        made.hooks.append(learning_rate(made.optimizer, schedule))
+    if settings.null_space:
+        made.hooks.append(keep_out(factors, forbidden(bench, old)))
+    if settings.average:
+        average = Average(parameters, round(settings.steps * (1 - settings.average)))
+        made.hooks.append(average)
+        made.restore.append(average.restore)
+    if settings.patience:
+        stopping = EarlyStopping(bench.validated, parameters, settings.patience)  # type: ignore
+        stopping(0, model)
+        made.hooks.append(every(LOOK_EVERY, stopping))
+        made.restore.append(stopping.restore)
+    return made
+
+
+def answers(bench: Bench, on: Tensor, seed: int) -> Tensor:
+    """Return the logits that count: those with the adapter on, or as the settings route them.
+
+    Args:
+        bench: the settings, and z⁰ of the test images.
+        on: z of the test images, (n, classes).
+        seed: the adapter seed, whose replayed images a gate learns from.
+    """
+    route, off = bench.settings.route, bench.base_logits
+    if route == "base":
+        return routed(on, off, bench.tuned)
+    if route == "soft":
+        return grouped(on, off, bench.tuned)
+    if route == "gate":
+        old = memory(bench, memory_generator(seed))
+        rows = torch.cat([bench.tuned_rows[: 10 * len(old)], old])
+        is_tuned = torch.isin(bench.labels[rows], torch.tensor(bench.tuned, device=rows.device))
+        return Gate(switched_off_logits(bench, rows), is_tuned)(on, off)
+    return on
+
+
+def factors_of(model: nn.Module, name: str = ADAPTER) -> dict[str, nn.Parameter]:
+    """Return an adapter's factors by their names among the model's parameters."""
+    its = {id(parameter) for parameter in pl.parameters(model, name)}
+    return {key: p for key, p in model.named_parameters() if id(p) in its}
+
+
+def lora_of(settings: DigitSettings) -> pl.LoRA:
+    """Return the adapter that the settings ask for."""
+    return pl.LoRA(settings.rank, settings.numerator, init=settings.init)

@@ -1,0 +1,1 @@
+"""What every study needs: settings, run folder, stages, training loop, loggers, grids."""

@@ -1,0 +1,49 @@
+"""Grids of settings, as they are typed after --vary."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .settings import Settings, StudyError
+
+Grid = Mapping[str, Sequence[Any]]
+
+
+def parse_grid(given: Sequence[str], kind: type[Settings]) -> dict[str, list[Any]]:
+    """Return a grid from words such as `rank=1,2,4` and `digits=2,3;9`, for settings of a kind.
+
+    Values are of the setting's type. Commas separate them; where a value has commas itself,
+    semicolons do.
+
+    >>> from experiments.harness.settings import option
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Example(Settings):
+    ...     rank: int = option(2, "rank r")
+    ...     hidden: tuple[int, ...] = option((256, 128), "units of each hidden layer")
+    ...     selection: bool = option(False, "whether settings are chosen")
+    >>> parse_grid(["rank=1,2", "hidden=24,16;8", "selection=yes"], Example)
+    {'rank': [1, 2], 'hidden': [(24, 16), (8,)], 'selection': [True]}
+    """
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(kind)}
+    grid = {}
+    for word in given:
+        name, sign, text = word.partition("=")
+        name = name.replace("-", "_")
+        if not sign or name not in defaults:
+            raise StudyError(f"--vary takes SETTING=VALUES such as rank=1,2,4, got {word!r}")
+        lists = isinstance(defaults[name], tuple) or "," in str(defaults[name])
+        parted = lists or ";" in text
+        values = text.split(";" if parted else ",")
+        try:
+            grid[name] = [_typed(defaults[name], value) for value in values]
+        except ValueError as error:
+            raise StudyError(f"--vary {word}: {error}") from None
+    return grid
+
+
+def _typed(default: Any, text: str) -> Any:
+    if isinstance(default, bool):
+        return text.lower() in ("1", "yes", "true")
+    if isinstance(default, tuple):
+        return tuple(int(part) for part in text.split(","))
+    return type(default)(text)

@@ -1,0 +1,1 @@
+"""Tables, figures and one HTML page, for the report of any study."""

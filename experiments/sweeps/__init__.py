@@ -1,0 +1,1 @@
+"""Grids of settings over the digit study, and their reports."""

@@ -1,0 +1,133 @@
+"""What the rank changes: a figure and a table of accuracy against rank, from a sweep's rows alone.
+
+A series is what else the sweep varied, such as the rule that makes the update's scale of alpha and
+r. Base seeds are no series: adapters of all bases are taken together.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..harness.rundir import Row, RunDirectory, replace_file
+from ..harness.settings import StudyError
+from ..report.figures import Axes, Figure, plt, png
+from ..report.style import COLOUR, STYLE
+from ..report.table import Band, Table
+
+SIDES = {"tuned_accuracy": "tuned digits", "other_accuracy": "other digits"}
+# The study's own rule first, in the colour of its adapter; then what the study has no thing for.
+COLOURS = (COLOUR["on"], "#56B4E9", "#E69F00", "#0072B2", "#009E73", "#CC79A7")
+RULES = {
+    "alpha/r": "fixed alpha: s = alpha/r",
+    "alpha/sqrt_r": "rank-stabilized: s = alpha/√r",
+    "alpha": "fixed alpha/r: s = alpha",
+}
+CAPTION = "Accuracy against rank, mean ± sd over adapters and bases together; dotted: the bases."
+
+
+def series(run: RunDirectory) -> dict[str, dict[int, list[Row]]]:
+    """Return fine-tuned rows by series and by rank, ascending; empty where no rank was varied."""
+    its = [r for r in run.rows if r["stage"] == "on" and "rank" in r.get("varied", {})]
+    several = len({row["strength"] for row in its}) > 1
+    found: dict[str, dict[int, list[Row]]] = {}
+    for row in sorted(its, key=lambda row: row["varied"]["rank"]):
+        by_rank = found.setdefault(_name(row, several), {})
+        by_rank.setdefault(row["varied"]["rank"], []).append(row)
+    return found
+
+
+def rank_table(run: RunDirectory) -> Table:
+    """Return accuracies by series and rank, and the points that a rank is above the lowest one.
+
+    The latter are differences between adapters of the same base and seed, so that what bases and
+    the order of the images make of an accuracy does not count in their spread.
+    """
+    head = ["series", "rank"]
+    head += [f"{side}, {what}" for side in SIDES.values() for what in ("%", "points")]
+    rows = []
+    for name, by_rank in series(run).items():
+        lowest = {_pair(row): row for row in next(iter(by_rank.values()))}
+        for rank, its in by_rank.items():
+            cells = [name, str(rank)]
+            for side in SIDES:
+                gained = [100 * (r[side] - lowest[_pair(r)][side]) for r in its]
+                cells.append(Band(tuple(100 * r[side] for r in its)).shown(2))
+                cells.append(Band(tuple(gained)).shown(2))
+            rows.append([*cells, str(len(its))])
+    return Table([*head, "n"], rows)
+
+
+def rank_figure(runs: Sequence[RunDirectory]) -> Figure:
+    """Draw accuracy on tuned and on other digits against rank, a column a run."""
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(
+            2, len(runs), figsize=(2 + 3 * len(runs), 6), squeeze=False, layout="constrained"
+        )
+        for column, run in zip(panels.T, runs, strict=True):
+            for axes, side in zip(column, SIDES, strict=True):
+                _draw(axes, run, side)
+            column[0].set_title(_title(run))
+            column[-1].set_xlabel("rank r")
+        for line, side in zip(panels, SIDES.values(), strict=True):
+            line[0].set_ylabel(f"{side}, % right")
+        figure.legend(
+            *panels[0, 0].get_legend_handles_labels(),
+            frameon=False,
+            ncols=2 if len(runs) == 1 else 4,
+            loc="outside upper center",
+        )
+    return figure
+
+
+def write_rank_figure(folders: Sequence[Path], out: Path) -> None:
+    """Draw the sweeps in these folders side by side into a PNG.
+
+    Raises:
+        StudyError: a folder has no run, or its run did not vary the rank.
+    """
+    runs = [RunDirectory.read(folder) for folder in folders]
+    for run in runs:
+        if not series(run):
+            raise StudyError(
+                f"{run.folder} has no rows by rank: run a sweep with --vary rank=1,2,4"
+            )
+    replace_file(out, png(rank_figure(runs)))
+
+
+def _draw(axes: Axes, run: RunDirectory, side: str) -> None:
+    found = series(run)
+    for number, (name, by_rank) in enumerate(found.items()):
+        bands = [Band(tuple(100 * row[side] for row in its)) for its in by_rank.values()]
+        # Moved aside a little, so that spreads that overlap can be told apart.
+        places = [rank * 2 ** (0.14 * (number - (len(found) - 1) / 2)) for rank in by_rank]
+        means, spreads = [b.mean for b in bands], [b.sd or 0.0 for b in bands]
+        colour = COLOURS[number % len(COLOURS)]
+        mark: Any = {"fmt": "o-", "ms": 3.5, "lw": 1.2, "elinewidth": 0.8, "capsize": 2}
+        axes.errorbar(places, means, spreads, color=colour, label=name, **mark)
+    bases = [100 * row[side] for row in run.rows if row["stage"] == "base"]
+    level = sum(bases) / len(bases)
+    axes.axhline(level, color=COLOUR["base"], linestyle=":", label="base, adapter off")
+    ranks = sorted({rank for by_rank in found.values() for rank in by_rank})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks, map(str, ranks))
+    axes.minorticks_off()
+
+
+def _title(run: RunDirectory) -> str:
+    counts = {len(its) for by_rank in series(run).values() for its in by_rank.values()}
+    bases = len({row["base_seed"] for row in run.rows})
+    each = "–".join(map(str, sorted({min(counts), max(counts)})))
+    what = f"preset {run.settings['preset']}, A {run.settings['init']}"
+    return f"{what}\nn = {each} a point, {bases} base{'s' * (bases > 1)}"
+
+
+def _name(row: Row, with_strength: bool) -> str:
+    varied = {k: v for k, v in row["varied"].items() if k not in ("rank", "seed")}
+    parts = [RULES[varied.pop("scale_rule")]] if "scale_rule" in varied else []
+    parts += [f"{key}={value}" for key, value in varied.items()]
+    parts += [f"λ={row['strength']:g}"] if with_strength else []
+    return " ".join(parts) or "plain"
+
+
+def _pair(row: Row) -> tuple[int, int]:
+    return row["base_seed"], row["seed"]

@@ -1,0 +1,215 @@
+"""Which remedy helps, found honestly: chosen on validation images, measured on the test images.
+
+Settings are chosen with bases that were pre-trained without the validation images (`selection`), by
+right answers on those. The choice is then fixed and measured on bases pre-trained on all training
+images, by the test images, which nothing was chosen by.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from ..digits.settings import DigitSettings
+from ..harness.rundir import Row, RunDirectory, replace_file
+from ..harness.settings import deciding, listed
+from ..report.figures import OFF, ON, Figure, plt, png
+from ..report.table import Band, Table
+from .families import Family, families
+from .sweep import Cell, run_sweep
+
+SIDES = (("all", "#000000", 0.0), ("tuned", ON, 0.2), ("other", OFF, -0.2))
+VALIDATION = 500  # images a digit that settings are chosen by
+
+
+def candidates(
+    settings: DigitSettings, chosen: Sequence[Family], bases: Sequence[int], seeds: int
+) -> Iterator[Cell]:
+    """Yield the jobs of the selection: every candidate on every base, without the test images."""
+    for family in chosen:
+        for number, changes in enumerate(family.candidates):
+            for base in bases:
+                tried = {"validation": VALIDATION, "selection": True, "seed": base, "seeds": seeds}
+                its = dataclasses.replace(settings, **{**changes, **tried})
+                yield Cell(f"{family.name} #{number}", its, family.strengths)
+
+
+def choose(run: RunDirectory, family: Family, floor: tuple[float, float]) -> tuple[int, float]:
+    """Return the number of the best candidate, and its strength, by the selection's rows.
+
+    The best has the highest mean gain over its own bases among those whose tuned and other digits
+    gain at least `floor`, in points; where none does, of all.
+    """
+
+    def merit(entry: tuple[int, float]) -> tuple[bool, float]:
+        every, tuned, other = gains(run, f"{family.name} #{entry[0]}", entry[1])
+        meets = mean(tuned) >= floor[0] and mean(other) >= floor[1]
+        return meets, mean(every)
+
+    tried = [(n, λ) for n in range(len(family.candidates)) for λ in family.strengths]
+    return max(tried, key=merit)
+
+
+def gains(run: RunDirectory, cell: str, strength: float) -> tuple[list[float], ...]:
+    """Return by how many points each adapter is above its own base: all, tuned, other digits."""
+    rows = [row for row in run.rows if row["cell"] == cell]
+    base = {row["base_seed"]: row for row in rows if row["stage"] == "base"}
+    on = [row for row in rows if row["stage"] == "on" and row["strength"] == strength]
+    keys = ("accuracy", "tuned_accuracy", "other_accuracy")
+    return tuple([100 * (row[key] - base[row["base_seed"]][key]) for row in on] for key in keys)
+
+
+def measured(
+    settings: DigitSettings,
+    selection: RunDirectory,
+    chosen: Sequence[Family],
+    bases: Sequence[int],
+    floor: tuple[float, float],
+) -> Iterator[Cell]:
+    """Yield the jobs of the measurement: each family's choice on every base, by the test images."""
+    for family in chosen:
+        number, strength = choose(selection, family, floor)
+        changes = dict(family.candidates[number])
+        # Early stopping does without the images that it looks at; all else has every image.
+        changes |= {"validation": VALIDATION} if changes.get("patience") else {}
+        for base in bases:
+            its = dataclasses.replace(settings, **{**changes, "seed": base})
+            yield Cell(family.name, its, (strength,))
+
+
+def run_remedies(
+    settings: DigitSettings,
+    folder: Path,
+    *,
+    chosen: Sequence[Family] | None = None,
+    base_seeds: int = 5,
+    selection_seeds: int = 2,
+    selection_bases: int = 0,
+    floor: tuple[float, float] = (0.0, 0.0),
+    jobs: int = 1,
+    say: Callable[[str], None] = print,
+) -> tuple[RunDirectory, RunDirectory]:
+    """Choose, measure, and write `remedies.md`; return the runs of selection and measurement.
+
+    Args:
+        settings: the preset, with as many adapter seeds as the measurement has.
+        folder: of both runs; what is there is not made again.
+        chosen: the remedies, by default all `families`.
+        base_seeds: bases, counted from the settings' seed.
+        selection_seeds: adapter seeds of the selection, on each base.
+        selection_bases: bases of the selection; 0: as many as `base_seeds`.
+        floor: what tuned and other digits must gain, in points, for a candidate to be chosen.
+        jobs: processes at a time.
+        say: gets each line of what happens.
+    """
+    chosen = families() if chosen is None else chosen
+    bases = range(settings.seed, settings.seed + base_seeds)
+    asked = deciding(settings) | {
+        "base_seeds": base_seeds,
+        "floor": list(floor),
+        "selection_seeds": selection_seeds,
+        "selection_bases": selection_bases or base_seeds,
+    }
+    few = bases[: selection_bases or base_seeds]
+    todo = list(candidates(settings, chosen, few, selection_seeds))
+    selection = run_sweep(todo, folder / "selection", asked, jobs, say)
+    final = list(measured(settings, selection, chosen, bases, floor))
+    test = run_sweep(final, folder / "test", asked, jobs, say)
+    replace_file(folder / "remedies.png", png(figure(selection, test, chosen, floor)))
+    text = markdown(settings, selection, test, chosen, floor)
+    replace_file(folder / "remedies.md", text.encode())
+    return selection, test
+
+
+def markdown(
+    settings: DigitSettings,
+    selection: RunDirectory,
+    test: RunDirectory,
+    chosen: Sequence[Family],
+    floor: tuple[float, float],
+) -> str:
+    """Return the report of both runs."""
+    base = Band(tuple(100 * row["accuracy"] for row in bases_of(test)))
+    count = len(base.values)
+    seeds = f"{settings.seeds} adapter seeds on each of {count} bases"
+    points = f"{floor[0]} and {floor[1]} points"
+    parts = [
+        f"# Remedies, preset {settings.preset}",
+        f"{test.environment['data']}; the bases have {base.shown(2)} % right (n = {count}, lowest "
+        f"to highest {base.extent(2)}). Points above each adapter's own base, mean ± sd over "
+        f"{seeds}, test images; `needs` says what it takes of the digits not tuned.",
+        table(selection, test, chosen, floor).markdown(),
+        f"Chosen by {VALIDATION} validation images a digit, on bases pre-trained without them, "
+        f"over {selection.settings['selection_seeds']} adapter seeds on each of "
+        f"{selection.settings['selection_bases']} bases: of those "
+        f"candidates whose tuned and other digits gain at least {points} the one with most right "
+        "answers, and where none does, of all. `validation` is its gain there, `of` the number of "
+        "candidates.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def figure(
+    selection: RunDirectory,
+    test: RunDirectory,
+    chosen: Sequence[Family],
+    floor: tuple[float, float],
+) -> Figure:
+    """Draw what each remedy gains on all, tuned and other digits, mean ± sd, test images."""
+    made, axes = plt.subplots(figsize=(8.5, 0.36 * len(chosen) + 1.2), layout="constrained")
+    for line, family in enumerate(reversed(chosen)):
+        _, strength = choose(selection, family, floor)
+        for values, (name, colour, up) in zip(
+            gains(test, family.name, strength), SIDES, strict=True
+        ):
+            band = Band(tuple(values))
+            label = name if line == 0 else None
+            axes.errorbar(
+                band.mean, line + up, xerr=band.sd, fmt="o", ms=4, color=colour, label=label, lw=1
+            )
+    axes.axvline(0, color="#333333", linewidth=0.8)
+    needs = {"nothing": ""}
+    names = [f.name + needs.get(f.old, f"  [{f.old}]") for f in reversed(chosen)]
+    axes.set_yticks(range(len(chosen)), names, fontsize=8)
+    axes.set_xlabel("points above each adapter's own base, test images")
+    axes.set_xscale("symlog", linthresh=3)
+    low, high = axes.get_xlim()
+    ticks = [
+        tick for tick in (-50, -20, -10, -5, -3, -2, -1, 0, 1, 2, 3, 10) if low <= tick <= high
+    ]
+    axes.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
+    axes.grid(axis="x", color="#eeeeee")
+    axes.spines[["top", "right"]].set_visible(False)
+    made.legend(frameon=False, ncols=3, loc="outside upper center")
+    return made
+
+
+def bases_of(run: RunDirectory) -> list[Row]:
+    """Return one row a base."""
+    return list({r["base_seed"]: r for r in run.rows if r["stage"] == "base"}.values())
+
+
+def table(
+    selection: RunDirectory, test: RunDirectory, chosen: Sequence[Family], floor: tuple
+) -> Table:
+    """Return what each remedy gains on the test images, and what was chosen."""
+    head = ["remedy", "needs", "all", "tuned", "other", "n", "validation", "of", "chosen"]
+    rows = []
+    for family in chosen:
+        number, strength = choose(selection, family, floor)
+        bands = [Band(tuple(values)) for values in gains(test, family.name, strength)]
+        there = mean(gains(selection, f"{family.name} #{number}", strength)[0])
+        cells: list[Any] = [
+            family.name,
+            family.old,
+            *(f"{b.mean:+.2f} ± {b.sd or 0:.2f}" for b in bands),
+        ]
+        shown = [f"{band.mean:+.2f} ± {band.sd or 0:.2f}" for band in bands]
+        said = dict(family.candidates[number])
+        said |= {"strength": strength} if len(family.strengths) > 1 else {}
+        of = len(family.candidates) * len(family.strengths)
+        cells = [family.name, family.old, *shown]
+        cells += [str(len(bands[0].values)), f"{there:+.2f}", str(of)]
+        rows.append([*cells, ", ".join(f"{k} {listed(v)}" for k, v in said.items()) or "as preset"])
+    return Table(head, rows)

@@ -1,0 +1,268 @@
+"""Sweeps: the digit study over a grid of settings, many seeds and bases, in parallel.
+
+A cell is one base and one choice of everything that training depends on; all its adapter seeds
+train, together where that is the same, and every strength λ is evaluated without training again.
+Cells that differ in no more than rank and scale are one job, and train together as well. Jobs go
+through joblib: `--jobs N` processes here, or whatever back end is chosen by
+`joblib.parallel_config`, such as a Dask or a Ray cluster.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import paramlora as pl
+
+from ..analysis.evaluate import score, scores
+from ..digits.bench import (
+    ADAPTER,
+    Bench,
+    bench_of,
+    shared_bench,
+    shared_data,
+    shared_settings,
+    shared_strengths,
+)
+from ..digits.data import describe
+from ..digits.recipe import Recipe, answers, factors_of, lora_of, recipe
+from ..digits.settings import DigitSettings
+from ..digits.strengths import Strengths, updates
+from ..harness.environment import DECIDING, resolve_device
+from ..harness.grid import Grid
+from ..harness.rundir import Row, RunDirectory
+from ..harness.settings import StudyError, listed
+from ..harness.train import Batches
+from .together import StackedBatches, Together, objective_together
+
+STUDY = "sweeps"  # what environment.json calls it
+KEY = ("stage", "cell", "base_seed", "seed", "strength")
+# Those in which adapters may differ that train together.
+STACKED = ("rank", "alpha", "scale_rule", "init")
+# Images of a step of all adapters that train together: with more, a step is arithmetic, which
+# gains nothing, and its memory grows.
+TOGETHER = 1000
+Training = tuple[Bench, int]  # of which adapter seed
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Settings, `seeds` of which train, evaluated at each of the strengths.
+
+    `name` says in which of its settings it differs from the others, and `varied` has these, as far
+    as they are of a grid.
+    """
+
+    name: str
+    settings: DigitSettings
+    strengths: tuple[float, ...]
+    together: bool = True
+    varied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def cells(
+    settings: DigitSettings, grid: Grid, base_seeds: int = 1, together: bool = True
+) -> Iterator[Cell]:
+    """Yield the cells of a sweep, in order.
+
+    Args:
+        settings: what the grid changes.
+        grid: values by the name of a setting; every combination is a cell. Strengths are none: a
+            cell has all of them.
+        base_seeds: bases to take, counted from the settings' seed.
+        together: whether the seeds of a cell may train at once.
+
+    Raises:
+        StudyError: a name that is no setting, or a value that is not allowed.
+    """
+    known = {entry.name for entry in dataclasses.fields(settings) if not entry.metadata["place"]}
+    if unknown := [name for name in grid if name not in known]:
+        raise StudyError(f"--vary {unknown[0]} is no setting; there are {', '.join(sorted(known))}")
+    grid = dict(grid)
+    strengths = tuple(float(λ) for λ in grid.pop("strength", [settings.strength]))
+    for values in itertools.product(*grid.values()):
+        changes = dict(zip(grid, values, strict=True))
+        name = " ".join(f"{key}={listed(value)}" for key, value in changes.items()) or "plain"
+        for number in range(base_seeds):
+            seed = changes.get("seed", settings.seed) + number
+            cell = dataclasses.replace(settings, **{**changes, "seed": seed})
+            yield Cell(name, cell, strengths, together, changes)
+
+
+def jobs_of(todo: Sequence[Cell]) -> list[list[Cell]]:
+    """Return the cells in jobs: those that can train together, as far as that pays, are one."""
+    found: list[list[Cell]] = []
+    like: dict[Any, list[Cell]] = {}
+    for cell in todo:
+        same = {name: getattr(DigitSettings, name) for name in STACKED}
+        # An update of no scale is no multiple of another one.
+        none = lora_of(cell.settings).scaling == 0
+        key = cell.together, none, dataclasses.replace(cell.settings, **same)
+        job, images = like.get(key, []), cell.settings.tune_batch or cell.settings.batch
+        whole = sum(c.settings.seeds for c in [*job, cell]) * images > TOGETHER
+        if not job or whole or not _stacks(cell):
+            job = like[key] = []
+            found.append(job)
+        job.append(cell)
+    return found
+
+
+def run_cell(cell: Cell) -> list[Row]:
+    """Train and evaluate a cell's adapters; return a row a seed and strength, and the base's."""
+    return run_job([cell])[0]
+
+
+def run_job(cells: Sequence[Cell]) -> list[list[Row]]:
+    """Train and evaluate the adapters of a job's cells; return the rows of each cell.
+
+    Everything that it needs is made from the cells, so that it runs in any process of any machine
+    that has the code and the data.
+    """
+    benches = [bench_of(cell.settings) for cell in cells]
+    todo = [(bench, seed) for bench in benches for seed in range(bench.settings.seeds)]
+    trained = iter((tune_together if _stacks(cells[0]) else tune_one_by_one)(todo))
+    at = shared_strengths(shared_settings(cells[0].settings))
+    rows = []
+    for cell, bench in zip(cells, benches, strict=True):
+        its = [next(trained) for _ in range(bench.settings.seeds)]
+        rows.append(list(_rows(cell, bench, at, its)))
+    return rows
+
+
+def _rows(
+    cell: Cell, bench: Bench, at: Strengths, trained: Sequence[tuple[Row, float]]
+) -> Iterator[Row]:
+    settings, labels = cell.settings, bench.test_labels
+    common: Row = {"cell": cell.name, "varied": dict(cell.varied)}
+    common |= {"base_seed": settings.seed, "tuned": bench.tuned}
+    base = score(bench.base_logits, labels, bench.tuned)
+    yield {**common, "stage": "base", "seed": None, "strength": 0.0, **base}
+    for seed, (factors, loss) in enumerate(trained):
+        on = at.logits(updates(factors, lora_of(settings).scaling), cell.strengths)
+        if settings.route != "none":
+            on = torch.stack([answers(bench, one, seed) for one in on])
+        for strength, row in zip(cell.strengths, scores(on, labels, bench.tuned), strict=True):
+            about = {"stage": "on", "seed": seed, "strength": strength, "train_loss": loss}
+            yield {**common, **about, **row}
+
+
+def _stacks(cell: Cell) -> bool:
+    return cell.together and trains_together(cell.settings)
+
+
+def trains_together(settings: DigitSettings) -> bool:
+    """Whether adapter seeds can train as one: nothing but batches and factors is a seed's own."""
+    own = settings.ewc > 0 or settings.null_space_of == "old"
+    return not settings.patience and not (settings.replay and own)
+
+
+def tune_one_by_one(todo: Sequence[Training]) -> list[tuple[Row, float]]:
+    """Return the trained factors of each, by name, and its mean training loss."""
+    return [_tuned(bench, seed) for bench, seed in todo]
+
+
+def _tuned(bench: Bench, seed: int) -> tuple[Row, float]:
+    model, plain = _attached(bench, seed)
+    made = recipe(bench, model, factors_of(model), plain, seed)
+    losses = _train(bench, made, model, made.objective, made.batches)
+    made.finish()
+    factors = {name: factor.detach().clone() for name, factor in factors_of(model).items()}
+    return factors, float(losses.mean())
+
+
+def tune_together(todo: Sequence[Training]) -> list[tuple[Row, float]]:
+    """Return what `tune_one_by_one` does, to rounding, from one training of all.
+
+    Their benches have the same base and settings, but for those in STACKED.
+    """
+    parts = [_attached(bench, seed) for bench, seed in todo]
+    scalings = [lora_of(bench.settings).scaling for bench, _ in todo]
+    scales = [1.0 if its == scalings[0] else its / scalings[0] for its in scalings]
+    model = Together(parts[0][0], [factors_of(model) for model, _ in parts], scales)
+    made = [
+        recipe(bench, part, model.factors, plain, seed)
+        for (bench, seed), (part, plain) in zip(todo, parts, strict=True)
+    ]
+    batches = StackedBatches([one.batches for one in made])
+    objective = objective_together([one.objective for one in made], batches.shared)
+    _train(todo[0][0], made[0], model, objective, batches)
+    made[0].finish()
+    losses = torch.stack(model.losses).mean(0).tolist()
+    return [(model.of(index), loss) for index, loss in enumerate(losses)]
+
+
+def _train(bench: Bench, made: Recipe, model: nn.Module, objective: Any, batches: Any) -> Any:
+    return bench.train(model, batches, objective, made.optimizer, "fine-tuning", made.hooks)
+
+
+def _attached(bench: Bench, seed: int) -> tuple[nn.Module, Batches]:
+    """Return the base with a new adapter, and its batches, drawn as the study draws them."""
+    model, generator = bench.model(), torch.Generator().manual_seed(seed)
+    batches = bench.batches(generator)
+    pl.attach(model, lora_of(bench.settings), nn.Linear, name=ADAPTER, generator=generator)
+    return model, batches
+
+
+def run_sweep(
+    todo: Sequence[Cell],
+    folder: Path,
+    asked: Row,
+    jobs: int = 1,
+    say: Callable[[str], None] = print,
+) -> RunDirectory:
+    """Run the cells that have no rows yet, and return the run.
+
+    Bases that several cells share are trained first, so that no two jobs train the same one.
+
+    Args:
+        todo: the cells, all with the same data and device.
+        folder: the run's; one that was stopped goes on from its rows.
+        asked: what is kept as the run's settings.
+        jobs: processes at a time; a back end chosen by `joblib.parallel_config` is obeyed.
+        say: gets each line of what happens.
+    """
+    from joblib import delayed
+
+    first = todo[0].settings
+    data = shared_data(first.data, first.data_dir)
+    environment = {"study": STUDY, **describe(resolve_device(first.device), data)}
+    run = RunDirectory.start(folder, asked, environment, DECIDING)
+    run.key = KEY
+    left = [cell for cell in todo if not _done(run, cell)]
+    say(f"run      {folder}: {len(todo)} cells, {len(todo) - len(left)} of them done")
+    # A job is the same, and so are its rows, whichever of its cells are done.
+    todo_jobs = [job for job in jobs_of(todo) if any(cell in left for cell in job)]
+    bases = list(dict.fromkeys(shared_settings(cell.settings) for cell in left))
+    for path in _pool(jobs, len(bases))(delayed(_make_base)(base) for base in bases):
+        say(f"base     {path}")
+    made = _pool(jobs, len(todo_jobs))(delayed(run_job)(job) for job in todo_jobs)
+    for job, its in zip(todo_jobs, made, strict=True):
+        for cell, rows in zip(job, its, strict=True):
+            if cell in left:
+                run.record_all({**row, "commit": environment["commit"]} for row in rows)
+                say(f"cell     {cell.name}, base seed {cell.settings.seed}")
+    return run
+
+
+def _pool(jobs: int, most: int) -> Any:
+    """Return joblib's pool for `most` calls: for one it starts no process, which takes seconds."""
+    from joblib import Parallel
+
+    return Parallel(n_jobs=min(jobs, max(most, 1)), return_as="generator")
+
+
+def _make_base(settings: DigitSettings) -> str:
+    """Train a base unless it is there; return what the run says of it."""
+    bench = shared_bench(settings)
+    right = score(bench.base_logits, bench.test_labels)["accuracy"]
+    return f"seed {settings.seed}, {100 * right:.2f} % of {len(bench.test_labels):,} images right"
+
+
+def _done(run: RunDirectory, cell: Cell) -> bool:
+    last = {"seed": cell.settings.seeds - 1, "strength": cell.strengths[-1]}
+    return run.has(cell=cell.name, base_seed=cell.settings.seed, **last)

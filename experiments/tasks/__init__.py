@@ -1,0 +1,1 @@
+"""Sequences of tasks on digit images, an adapter a stage."""

@@ -1,0 +1,41 @@
+"""The command of sequences of tasks: `tasks`."""
+
+from pathlib import Path
+
+from ..harness.rundir import RunDirectory
+from ..harness.settings import Commands, StudyError, add_options
+from .streams import TaskSettings
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the study's command to those of `python -m experiments`."""
+    tasks = commands.add_parser(
+        "tasks", help="learn a sequence of tasks, an adapter a stage, and draw the accuracy matrix"
+    )
+    add_options(tasks, TaskSettings)
+    tasks.set_defaults(command=run_sequence)
+
+
+def run_sequence(**given: object) -> int:
+    """Learn a sequence of tasks, and show the table of metrics."""
+    # Imported here, as torch and paramlora take their time and --help needs neither.
+    from .tasks import run_tasks
+
+    settings = TaskSettings.of_preset(str(given.pop("preset", "split")), **given)
+    return report(run_tasks(settings).folder)
+
+
+def report(folder: Path) -> int:
+    """Write a run's report and figures, and show its table of metrics.
+
+    Raises:
+        StudyError: no run is there, or none that has a row yet.
+    """
+    from .report import table, write_task_report
+
+    if not RunDirectory.read(folder).rows:
+        raise StudyError(f"the run in {folder} has no rows yet: go on with it first")
+    run = write_task_report(folder)
+    print(table(run).text())
+    print(f"report   {run.folder / 'tasks.md'}")
+    return 0

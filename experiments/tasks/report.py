@@ -1,0 +1,105 @@
+"""The report of a sequence of tasks: its table and figures, from the rows alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from ..analysis.task_metrics import Matrix
+from ..harness.rundir import Row, RunDirectory, replace_file
+from ..report.table import Band, Table, pairs
+from .tasks import COMBINE
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+METRICS = ("ACC", "BWT", "forgetting", "LA", "WC-ACC of the first", "stability gap of the first")
+
+
+def table(run: RunDirectory) -> Table:
+    """Return the metrics of each way, mean ± sd over the adapter seeds, in points."""
+    rows = []
+    for combine in ways(run):
+        its = rows_of(run, combine)
+        bands = [Band(tuple(100 * row[name] for row in its)) for name in METRICS]
+        rows.append([combine, *(band.shown(1) for band in bands), str(len(its))])
+    return Table(["adapters", *METRICS, "n"], rows)
+
+
+def ways(run: RunDirectory) -> list[str]:
+    """Return the ways that the run has rows of, in order."""
+    return [combine for combine in COMBINE if rows_of(run, combine)]
+
+
+def rows_of(run: RunDirectory, combine: str) -> list[Row]:
+    """Return the rows of a way."""
+    return [row for row in run.rows if row["method"] == combine]
+
+
+def matrices(run: RunDirectory) -> Figure:
+    """Draw the accuracy matrix of each way, the mean over the adapter seeds."""
+    found = ways(run)
+    figure, panels = plt.subplots(
+        1, len(found), figsize=(3.1 * len(found), 4.0), layout="constrained", squeeze=False
+    )
+    for axes, combine in zip(panels[0], found, strict=True):
+        its = rows_of(run, combine)
+        matrix_figure(axes, np.mean([row["matrix"] for row in its], axis=0), its[0]["tasks"])
+        axes.set_title(combine)
+    panels[0][0].set_ylabel("after stage")
+    return figure
+
+
+def matrix_figure(axes: plt.Axes, matrix: Matrix | np.ndarray, tasks: Sequence[str]) -> None:
+    """Draw an accuracy matrix, a stage a row, on `axes`; %, later tasks in grey."""
+    values = 100 * np.asarray(matrix)
+    axes.imshow(values, cmap="viridis", vmin=0, vmax=100)
+    for (i, j), value in np.ndenumerate(values):
+        colour = "black" if value > 70 else "white"
+        weight = "bold" if i == j else "normal"
+        text = f"{value:.0f}"
+        axes.text(j, i, text, ha="center", va="center", color=colour, weight=weight, fontsize=8)
+    axes.set_xticks(range(len(tasks)), tasks, rotation=30, fontsize=8)
+    axes.set_yticks(range(len(values)), map(str, range(1, len(values) + 1)), fontsize=8)
+    axes.set_xlabel("accuracy on task, %")
+
+
+def way(run: RunDirectory) -> Figure:
+    """Draw accuracy on the first task through all later stages: where the stability gap shows."""
+    figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
+    for combine in ways(run):
+        its = rows_of(run, combine)
+        curves = 100 * np.array([row["way"]["first"] for row in its])
+        axes.plot(its[0]["way"]["steps"], curves.mean(0), label=combine)
+    steps = run.settings["steps"]
+    for stage in range(1, run.settings["tasks"] - 1):
+        axes.axvline(stage * steps, color="#bbbbbb", linewidth=0.8, zorder=0)
+    axes.set(xlabel="optimizer step, all later stages", ylabel="first task, % right", ylim=(0, 102))
+    axes.legend(frameon=False, ncols=4)
+    return figure
+
+
+def write_task_report(folder: Path) -> RunDirectory:
+    """Write tasks.md and the figures of the run in `folder`, from its rows; return the run."""
+    run = RunDirectory.read(folder)
+    captions = {
+        "accuracy-matrix.png": (matrices, "Accuracy on each task after each stage, mean."),
+        "first-task.png": (way, "Accuracy on the first task while the later ones are learned."),
+    }
+    parts = [
+        f"# Tasks: {run.settings['stream']}, {run.settings['scenario']}-incremental",
+        f"{run.environment['data']}; points, mean ± sd over adapter seeds on one base.",
+        table(run).markdown(),
+        "ACC, BWT, forgetting, LA, WC-ACC: as `experiments/analysis/task_metrics.py` defines them, "
+        "with sources; the first stage is the base's pre-training.",
+    ]
+    for name, (make, caption) in captions.items():
+        figure = make(run)
+        figure.savefig(folder / name, dpi=120, metadata={"Software": None})
+        plt.close(figure)
+        parts.append(f"![{caption}]({name})\n\n{caption}")
+    parts += ["## Settings", pairs(run.settings).markdown()]
+    replace_file(folder / "tasks.md", ("\n\n".join(parts) + "\n").encode())
+    return run

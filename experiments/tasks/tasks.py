@@ -1,0 +1,227 @@
+"""Sequences of tasks: one adapter a stage on one base, and the accuracy matrix that comes of it.
+
+How the stages' adapters are used together:
+
+    one        a single adapter goes on training: what forgets
+    stacked    a new adapter a stage beside the earlier ones, which stay on and are frozen
+    merged     an adapter a stage on the base alone; all on, each at strength 1/k, the mean update
+               (Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.04089)
+    routed     as merged, but one answers: the task's own where the task is told, else the surest
+
+Scenarios: in `task` the task of an image is told and only its classes count; in `class` it is not
+(van de Ven et al. 2022, "Three types of incremental learning"). Rotated and permuted tasks have the
+same classes, so that only the route differs.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import paramlora as pl
+
+from ..analysis.evaluate import logits_of
+from ..analysis.task_metrics import all_metrics, stability_gap, worst_case_accuracy
+from ..digits.data import describe, load_data
+from ..digits.model import DigitNet
+from ..digits.remedies import lowered, orthogonal
+from ..harness.adam import SmallAdam
+from ..harness.environment import DECIDING, resolve_device
+from ..harness.loggers import Curve
+from ..harness.rundir import RunDirectory
+from ..harness.settings import deciding
+from ..harness.stages import Stage, run_stages
+from ..harness.train import (
+    Batches,
+    Objective,
+    cpu_threads,
+    cross_entropy,
+    every,
+    seeded_order,
+    train,
+)
+from .streams import Task, TaskSettings, stream
+
+COMBINE = ("one", "stacked", "merged", "routed")
+
+
+class Learner:
+    """A base with an adapter a stage, and the way in which they answer together."""
+
+    def __init__(self, settings: TaskSettings, model: nn.Module, combine: str) -> None:
+        self.settings, self.model, self.combine = settings, model, combine
+        self.names: list[str] = []
+
+    def begin(self, generator: torch.Generator) -> list[nn.Parameter]:
+        """Start a stage; return the parameters that train."""
+        if self.combine != "one" or not self.names:
+            self.names.append(f"stage{len(self.names) + 1}")
+            spec = pl.LoRA(self.settings.rank, self.settings.alpha)
+            pl.attach(self.model, spec, nn.Linear, name=self.names[-1], generator=generator)
+            if self.names[:-1]:
+                pl.freeze(self.model, *self.names[:-1])
+        if self.combine in ("merged", "routed"):
+            pl.disable(self.model)
+            pl.enable(self.model, self.names[-1])
+        return pl.parameters(self.model, self.names[-1])
+
+    def objective(self, task: Task) -> Objective:
+        """Return the loss of a stage, with the remedies that the settings ask for."""
+        settings, earlier = self.settings, self.names[:-1]
+        penalties = [self._overlap(name) for name in earlier] if settings.orthogonal else []
+
+        def objective(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+            logits = lowered(model(inputs), task.classes, settings.margin)
+            loss = nn.functional.cross_entropy(logits, labels)
+            for penalty in penalties:
+                loss = loss + settings.orthogonal * penalty(model)
+            return loss
+
+        return objective
+
+    def _overlap(self, name: str) -> Callable[[nn.Module], Tensor]:
+        state = pl.state_dict(self.model, name)
+        earlier = {key: A.detach() for key, A in state.items() if key.endswith(".A")}
+        paths = {}
+        for key in earlier:
+            module, tensor = key.removesuffix(".A").rsplit(".", 1)
+            paths[key] = f"{module}.parametrizations.{tensor}.0.factors.{self.names[-1]}.A"
+        return orthogonal(earlier, paths)
+
+    @torch.no_grad()
+    def answer(self, inputs: Tensor, tasks: Sequence[Task], of: int) -> Tensor:
+        """Return the answers to images of task `of`, int64 (n,), after the stages so far."""
+        told = self.settings.scenario == "task"
+        if self.combine == "routed":
+            logits = self._routed(inputs, tasks, of if told else None)
+        elif self.combine == "merged" and self.names:
+            share = dict.fromkeys(self.names, 1 / len(self.names))
+            with pl.using(self.model, **share):
+                logits = logits_of(self.model, inputs)
+        else:
+            logits = logits_of(self.model, inputs)
+        if told:
+            logits = lowered(logits, tasks[of].classes, torch.inf)
+        return logits.argmax(1)
+
+    def _routed(self, inputs: Tensor, tasks: Sequence[Task], of: int | None) -> Tensor:
+        """Return the logits of the told task's adapter, or those of the surest.
+
+        How sure the model of a stage is: the largest softmax probability of a class of its task.
+        """
+        count = len(self.names) + 1
+        if of is not None:
+            with pl.using(self.model, *([self.names[of - 1]] if 0 < of < count else [])):
+                return logits_of(self.model, inputs)
+        found, sure = [], []
+        for number in range(count):
+            with pl.using(self.model, *([self.names[number - 1]] if number else [])):
+                logits = logits_of(self.model, inputs)
+            # Each answers for its own task's classes only.
+            found.append(lowered(logits, tasks[number].classes, torch.inf))
+            p = logits.softmax(1)[:, list(tasks[number].classes)]
+            sure.append(p.max(1).values)
+        best = torch.stack(sure).argmax(0)
+        return torch.stack(found)[best, torch.arange(len(inputs), device=inputs.device)]
+
+
+@dataclass(frozen=True)
+class TaskBench:
+    """What the stages of a run share."""
+
+    settings: TaskSettings
+    run: RunDirectory
+    tasks: list[Task]
+    base: dict[str, Tensor]
+
+    def model(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            model = DigitNet(self.settings.hidden, "relu")
+        model.load_state_dict(self.base)
+        return model.to(self.tasks[0].test[0].device).eval()
+
+
+def accuracies(learner: Learner, tasks: Sequence[Task], count: int | None = None) -> list[float]:
+    """Return the accuracy on each task, or on the first `count`."""
+    return [
+        float((learner.answer(task.test[0], tasks, number) == task.test[1]).float().mean())
+        for number, task in enumerate(tasks[:count])
+    ]
+
+
+def learn(combine: str, seed: int, bench: TaskBench) -> None:
+    """Learn all tasks in order, and record the matrix, its metrics and the way. Row: "learned"."""
+    settings, tasks = bench.settings, bench.tasks
+    learner = Learner(settings, bench.model(), combine)
+    generator = torch.Generator().manual_seed(seed)
+    matrix, way = [accuracies(learner, tasks)], Curve()
+    for number, task in enumerate(tasks[1:], start=1):
+        parameters = learner.begin(generator)
+        order = seeded_order(len(task.train[1]), settings.steps * settings.batch, generator)
+        batches = Batches(task.train, order, settings.batch)
+        before = (number - 1) * settings.steps
+
+        def look(step: int, model: nn.Module, loss: Tensor, before: int = before) -> None:
+            way(before + step, {"first": accuracies(learner, tasks, 1)[0]})
+
+        optimizer, label = SmallAdam(parameters, settings.lr), f"{combine} {seed}, {task.name}"
+        hooks = [every(max(1, settings.steps // 20), look)]
+        with cpu_threads(settings.threads):
+            objective = learner.objective(task)
+            train(learner.model, batches, objective, optimizer, label=label, hooks=hooks)
+        matrix.append(accuracies(learner, tasks))
+    firsts = [matrix[0][0], *way.values["first"]]
+    bench.run.record(
+        {
+            "stage": "learned",
+            "method": combine,
+            "base_seed": settings.seed,
+            "seed": seed,
+            "tasks": [task.name for task in tasks],
+            "matrix": matrix,
+            **all_metrics(matrix),
+            "WC-ACC of the first": worst_case_accuracy(matrix[-1][-1], [firsts]),
+            "stability gap of the first": stability_gap(firsts),
+            "way": {"steps": [0, *way.steps], "first": firsts},
+        }
+    )
+
+
+def task_stages(settings: TaskSettings) -> Iterator[Stage[TaskBench]]:
+    """Yield what a run consists of."""
+    for combine in COMBINE:
+        for seed in range(settings.seeds):
+            key = {"method": combine, "seed": seed}
+            yield Stage(key, ("learned",), partial(learn, combine, seed))
+
+
+def run_tasks(settings: TaskSettings, say: Callable[[str], None] = print) -> RunDirectory:
+    """Run all ways of using adapters together over a sequence of tasks; return the run."""
+    device, data = resolve_device(settings.device), load_data(settings.data, settings.data_dir)
+    environment = {"study": settings.STUDY, **describe(device, data)}
+    run = RunDirectory.start(Path(settings.folder), deciding(settings), environment, DECIDING)
+    say(f"run      {run.folder}, on {device}; data {data.name}: {data.why}")
+
+    def prepared() -> TaskBench:
+        tasks = stream(settings, data.train.to(device), data.test.to(device))
+        return TaskBench(settings, run, tasks, _pretrained(settings, tasks[0]))
+
+    run_stages(run, task_stages(settings), prepared, say)
+    return run
+
+
+def _pretrained(settings: TaskSettings, task: Task) -> dict[str, Tensor]:
+    """Return the weights of a network trained on the first task; the global generator is left."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = DigitNet(settings.hidden, "relu").to(task.train[0].device)
+    generator = torch.Generator().manual_seed(settings.seed)
+    order = seeded_order(len(task.train[1]), settings.base_steps * settings.batch, generator)
+    batches = Batches(task.train, order, settings.batch)
+    optimizer = SmallAdam(model.parameters(), settings.base_lr)
+    with cpu_threads(settings.threads):
+        train(model, batches, cross_entropy, optimizer, label="pre-training")
+    return {key: value.cpu() for key, value in model.state_dict().items()}

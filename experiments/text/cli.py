@@ -1,0 +1,61 @@
+"""The command of the text study: `text`, with `--vary` a sweep of it."""
+
+import argparse
+import os
+from pathlib import Path
+
+from ..harness.grid import parse_grid
+from ..harness.settings import Commands, add_options, presets_of
+from .settings import TextSettings
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the study's command to those of `python -m experiments`."""
+    text = commands.add_parser(
+        "text",
+        help="fine-tune a transformers checkpoint on texts, by several methods, and report",
+        description="The text study. In brackets: the value that preset distilbert-imdb has.",
+        epilog=presets_of(TextSettings.PRESETS, "distilbert-imdb"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(text, TextSettings)
+    text.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="SETTING=V,V",
+        help="run a sweep over these settings, such as rank=4,8; lists apart by semicolons",
+    )
+    text.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs of a sweep at a time [1]"
+    )
+    text.set_defaults(command=run_text_study)
+
+
+def run_text_study(vary: list[str], jobs: int, **given: object) -> int:
+    """Run the text study, or a sweep of it, with the options given on top of a preset."""
+    # Imported here, as torch and paramlora take their time and --help needs neither.
+    from .study import run_text
+
+    settings = TextSettings.of_preset(str(given.pop("preset", "distilbert-imdb")), **given)
+    if vary:
+        from .sweep import run_text_sweep
+
+        grid = parse_grid(vary, TextSettings)
+        folder = Path(settings.out or "-".join(["runs/sweep-text", settings.preset, *sorted(grid)]))
+        print(run_text_sweep(settings, grid, folder, jobs).text())
+        print(f"rows     {folder / 'results.csv'}")
+        return 0
+    run = run_text(settings)
+    # Under torchrun, one process writes.
+    return report(run.folder) if int(os.environ.get("RANK", "0")) == 0 else 0
+
+
+def report(folder: Path) -> int:
+    """Write a run's report and figures, and show its table."""
+    from .report import failed, terminal, write_text_report
+
+    done = write_text_report(folder)
+    print(terminal(done))
+    print(f"report   {folder / 'report.md'}")
+    return 1 if failed(done) else 0

@@ -1,0 +1,323 @@
+"""Text data sets: read, split, tokenized once, and given out in padded batches on the device.
+
+    IMDb            train.jsonl and test.jsonl (id, rating, label 0 or 1, text), or the official
+                    aclImdb folder or its archive aclImdb_v1.tar.gz
+    SMS spam        SMSSpamCollection, the UCI file: label, tab, text; or the archive around it
+    any other       a .csv file with a head, or a .jsonl file with an object a line
+
+Files may be packed (.gz, .bz2, .xz). A row is a text and a label; labels are numbered in sorted
+order. What is not given as a test set is split off by a seed of its own, so that every run of a
+data set has the same splits.
+"""
+
+import bz2
+import csv
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import re
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from os import environ
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..harness.settings import StudyError
+from .settings import TextSettings
+
+SPLIT_SEED = 123
+PACKED: dict[str, Any] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+Rows = list[tuple[str, str]]  # text, label
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts with their labels in three splits, and in words what they are and where they lie."""
+
+    name: str
+    why: str
+    labels: tuple[str, ...]
+    splits: dict[str, Rows]
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of all rows, in hexadecimal digits."""
+        total = hashlib.sha256()
+        for split, rows in self.splits.items():
+            total.update(json.dumps([split, rows]).encode())
+        return total.hexdigest()
+
+
+def load_corpus(settings: TextSettings) -> Corpus:
+    """Return the data set that the settings name, split into "train", "validation" and "test".
+
+    Raises:
+        StudyError: it is not to be found, or a row of it cannot be read; the message says where.
+    """
+    where = (Path(settings.data_dir), settings.text_column, settings.label_column)
+    train, test, why = _read(settings.data, *where)
+    if settings.balanced:
+        train, test = _balance(train), _balance(test)
+    splits = _split(train, test, settings)
+    labels = tuple(sorted({label for _, label in train}))
+    if len(labels) < 2:
+        raise StudyError(f"--data {settings.data}: a classifier needs two labels, found {labels}")
+    odd = {label for rows in splits.values() for _, label in rows} - {*labels}
+    if odd:
+        raise StudyError(f"--data {settings.data}: the test rows have other labels, {sorted(odd)}")
+    return Corpus(settings.data, why, labels, splits)
+
+
+# Kept for the next run of a sweep: unpacking and reading takes seconds.
+@lru_cache(maxsize=1)
+def _read(data: str, folder: Path, text: str, label: str) -> tuple[Rows, Rows, str]:
+    """Return the rows for training, those of the test set if there is one, and where they lie."""
+    if data in ("imdb", "spam"):
+        named = environ.get(f"PARAMLORA_{data.upper()}")
+        folders = [*([Path(named)] if named else []), folder, folder / data]
+        return _imdb(folders) if data == "imdb" else _spam(folders)
+    path = Path(data)
+    if not path.is_file():
+        raise StudyError(f"--data must be imdb, spam or the path of a file; there is no {path}")
+    return list(_table(path, text, label)), [], f"on disk, in {path}"
+
+
+def _imdb(folders: list[Path]) -> tuple[Rows, Rows, str]:
+    for folder in folders:
+        files = [_packed(folder / f"{split}.jsonl") for split in ("train", "test")]
+        if all(files):
+            train, test = (list(_table(path, "text", "label")) for path in files if path)
+            return train, test, f"on disk, in {folder}"
+        if (folder / "aclImdb" / "train" / "pos").is_dir():
+            train, test = (_acl_folder(folder / "aclImdb" / split) for split in ("train", "test"))
+            return train, test, f"on disk, in {folder / 'aclImdb'}"
+        if (archive := folder / "aclImdb_v1.tar.gz").is_file():
+            return *_acl_archive(archive), f"on disk, in {archive}"
+    raise _missing(
+        "imdb", folders, "train.jsonl and test.jsonl (or .jsonl.xz), or aclImdb_v1.tar.gz"
+    )
+
+
+def _acl_folder(folder: Path) -> Rows:
+    return [
+        (path.read_text(encoding="utf-8"), label)
+        for label, name in (("0", "neg"), ("1", "pos"))
+        for path in sorted((folder / name).glob("*.txt"))
+    ]
+
+
+def _acl_archive(path: Path) -> tuple[Rows, Rows]:
+    found: dict[str, Rows] = {"train": [], "test": []}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            match = re.fullmatch(r"aclImdb/(train|test)/(neg|pos)/[^/]+\.txt", member.name)
+            file = archive.extractfile(member) if match else None
+            if match and file:
+                label = "1" if match[2] == "pos" else "0"
+                found[match[1]].append((file.read().decode("utf-8"), label))
+    # In the archive's order they would depend on how it was packed.
+    return sorted(found["train"]), sorted(found["test"])
+
+
+def _spam(folders: list[Path]) -> tuple[Rows, Rows, str]:
+    for folder in folders:
+        for path in (folder / "SMSSpamCollection", folder / "sms_spam" / "SMSSpamCollection"):
+            if path.is_file():
+                return _sms(path.read_text(encoding="utf-8"), path), [], f"on disk, in {path}"
+        for path in folder.glob("*sms*spam*collection.zip"):
+            with zipfile.ZipFile(path) as archive:
+                text = archive.read("SMSSpamCollection").decode("utf-8")
+            return _sms(text, path), [], f"on disk, in {path}"
+    raise _missing("spam", folders, "SMSSpamCollection, or sms+spam+collection.zip")
+
+
+def _sms(text: str, path: Path) -> Rows:
+    rows: Rows = []
+    for number, line in enumerate(text.rstrip("\n").split("\n"), start=1):
+        label, tab, message = line.partition("\t")
+        if not tab or label not in ("ham", "spam"):
+            raise StudyError(
+                f"{path}, line {number}: no 'ham' or 'spam', tab and text: {line!r:.60}"
+            )
+        rows.append((message.rstrip("\r"), label))
+    return rows
+
+
+def _missing(name: str, folders: list[Path], files: str) -> StudyError:
+    looked = ", ".join(map(str, dict.fromkeys(folders)))
+    return StudyError(
+        f"--data {name} is not in {looked}: put {files} into a folder and name it by --data-dir, "
+        f"or by the environment variable PARAMLORA_{name.upper()}"
+    )
+
+
+def _packed(path: Path) -> Path | None:
+    """Return the file at a path, or the one beside it that is packed."""
+    return next((p for end in PACKED if (p := Path(f"{path}{end}")).is_file()), None)
+
+
+def _table(path: Path, text: str, label: str) -> Iterator[tuple[str, str]]:
+    """Yield text and label of each row of a CSV or JSON-lines file, packed or not."""
+    packed = path.suffix if path.suffix in PACKED else ""
+    kind = Path(path.name.removesuffix(packed)).suffix
+    if kind not in (".csv", ".jsonl"):
+        raise StudyError(f"--data {path}: only .csv and .jsonl files can be read, packed or not")
+    with PACKED[packed](path, "rt", encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file) if kind == ".csv" else _objects(file, path)
+        for number, row in enumerate(rows, start=1):
+            lacking = [column for column in (text, label) if row.get(column) is None]
+            if lacking:
+                raise StudyError(
+                    f"{path}, row {number} has no {' and no '.join(map(repr, lacking))}, only "
+                    f"{', '.join(map(repr, row))}; see --text-column and --label-column"
+                )
+            yield str(row[text]), str(row[label])
+
+
+def _objects(file: io.TextIOBase, path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(file, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise StudyError(f"{path}, line {number} is no JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise StudyError(f"{path}, line {number} must be an object, found {line!r:.60}")
+        yield row
+
+
+def _balance(rows: Rows) -> Rows:
+    """Return as many rows of each label as the rarest has, drawn by the seed of the split."""
+    if not rows:
+        return rows
+    fewest = min(Counter(label for _, label in rows).values())
+    kept: Counter[str] = Counter()
+    chosen = []
+    for text, label in _shuffled(rows):
+        if kept[label] < fewest:
+            kept[label] += 1
+            chosen.append((text, label))
+    return chosen
+
+
+def _split(train: Rows, test: Rows, settings: TextSettings) -> dict[str, Rows]:
+    """Return the three splits; shares that are missing are taken from the front of a shuffle."""
+    train = _shuffled(train)
+    if not test:
+        size = max(1, round(settings.test * len(train)))
+        test, train = train[:size], train[size:]
+    else:
+        test = _shuffled(test)
+    size = max(1, round(settings.validation * len(train)))
+    splits = {"train": train[size:], "validation": train[:size], "test": test}
+    if not splits["train"]:
+        raise StudyError(f"--data {settings.data}: too few rows to split, {len(train)}")
+    return {name: rows[: settings.rows or None] for name, rows in splits.items()}
+
+
+def _shuffled(rows: Rows) -> Rows:
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokenized texts, one after the other, on one device.
+
+    Attributes:
+        ids: int32, all tokens of all texts.
+        starts: int64 (n,), where in `ids` each text begins.
+        lengths: int64 (n,), on the CPU: a batch's width is known without waiting for the device.
+        labels: int64 (n,).
+        pad: the token that fills a batch up.
+    """
+
+    ids: Tensor
+    starts: Tensor
+    lengths: Tensor
+    labels: Tensor
+    pad: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "Tokens":
+        moved = (tensor.to(device) for tensor in (self.ids, self.starts))
+        ids, starts = moved
+        return Tokens(ids, starts, self.lengths, self.labels.to(device), self.pad)
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids and mask, int64 (n, width), and labels, int64 (n,), of rows on the CPU.
+
+        Padded on the right to the longest of them.
+        """
+        lengths, device = self.lengths[rows], self.ids.device
+        columns = torch.arange(int(lengths.max()), device=device)
+        rows, lengths = rows.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
+        mask = columns < lengths[:, None]
+        places = torch.where(mask, self.starts[rows][:, None] + columns, 0)
+        ids = torch.where(mask, self.ids[places].long(), self.pad)
+        return ids, mask.long(), self.labels[rows]
+
+
+def tokenized(
+    corpus: Corpus, split: str, tokenizer: Any, max_length: int, kept: Callable[[str], Path]
+) -> Tokens:
+    """Return a split as tokens, from the file of an earlier run where there is one.
+
+    Args:
+        corpus: the texts.
+        split: "train", "validation" or "test".
+        tokenizer: of transformers.
+        max_length: tokens of a text at most, special ones included.
+        kept: says in which file they are kept, from a digest of all that they depend on.
+    """
+    from safetensors.torch import load, save
+
+    from ..harness.rundir import replace_file
+
+    rows = corpus.splits[split]
+    texts = [text for text, _ in rows]
+    numbers = {label: i for i, label in enumerate(corpus.labels)}
+    labels = torch.tensor([numbers[label] for _, label in rows])
+    how = [_identity(tokenizer), max_length, texts]
+    path = kept(hashlib.sha256(json.dumps(how).encode()).hexdigest()[:16])
+    if path.exists():
+        flat = load(path.read_bytes())
+        ids, lengths = flat["ids"], flat["lengths"].long()
+    else:
+        encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        ids = torch.tensor([token for text in encoded for token in text], dtype=torch.int32)
+        lengths = torch.tensor([len(text) for text in encoded])
+        replace_file(path, save({"ids": ids, "lengths": lengths.int()}))
+    starts = lengths.cumsum(0) - lengths
+    return Tokens(ids, starts, lengths, labels, tokenizer.pad_token_id)
+
+
+def _identity(tokenizer: Any) -> str:
+    """Return a digest of a tokenizer: of its file's content where it has one, else its words."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def by_length(
+    lengths: Tensor, order: Tensor, size: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Return an epoch's batches, int64 rows each, of texts of like length, in a random order.
+
+    The rows are taken in the given random order, some fifty batches at a time, sorted by length in
+    there and cut; so a text's company changes from epoch to epoch. Little is padded then.
+    """
+    batches: list[Tensor] = []
+    for pool in order.split(50 * size):
+        batches += pool[lengths[pool].argsort(stable=True)].split(size)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

@@ -1,0 +1,221 @@
+"""The report of a text run: a pure function of its rows, settings and environment."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..harness.rundir import Row, RunDirectory, replace_file
+from ..harness.settings import StudyError
+from ..report.table import Band, Table, pairs, percent
+
+# A merged network's logits may differ by so much of the largest; products in bf16 by far more.
+CLOSE = {"fp32": 1e-4, "bf16": 0.1}
+TUNED = ("tuned", "on")
+
+
+def write_text_report(folder: Path) -> RunDirectory:
+    """Write report.md and the figure of the text run in `folder`, from its rows; return the run.
+
+    Raises:
+        StudyError: no run is there, or none that has a fine-tuned row yet.
+    """
+    run = RunDirectory.read(folder)
+    if not tuned_rows(run):
+        raise StudyError(f"the run in {folder} has no fine-tuned model yet: go on with it first")
+    figures = {}
+    if strength_rows(run):
+        draw_strengths(run, folder / "strengths.png")
+        figures["strengths.png"] = CAPTION
+    replace_file(folder / "report.md", markdown(run, figures).encode())
+    return run
+
+
+def terminal(run: RunDirectory) -> str:
+    """Return what the terminal shows at the end of a run."""
+    return "\n".join(["", title(run), "", method_table(run).text(), "", *proofs(run)])
+
+
+def markdown(run: RunDirectory, figures: dict[str, str]) -> str:
+    """Return report.md. `figures`: what each figure shows, by its file name."""
+    parts = [f"# Text study, preset {run.settings['preset']}", title(run) + "."]
+    parts += ["## Methods", method_table(run).markdown(), LEGEND]
+    if strength_rows(run):
+        parts += ["## What is forgotten", strength_table(run).markdown(), FORGETTING]
+        parts += [f"![{caption}]({name})" for name, caption in figures.items()]
+    parts += ["## Proofs", "\n".join(f"- {line}" for line in proofs(run))]
+    parts += ["## Settings", pairs(run.settings).markdown()]
+    parts += ["## Environment", pairs(run.environment).markdown()]
+    return "\n\n".join(parts) + "\n"
+
+
+LEGEND = (
+    "Accuracies in %, mean ± sample sd over the seeds. The best moment of a training is the one of "
+    "the highest accuracy on the validation rows; the test rows choose nothing. Time: of training "
+    "alone, without evaluations. Memory: the GPU's peak while training, of everything."
+)
+FORGETTING = (
+    "Strength: λ in W + λ·ΔW. Retrieval: each of up to 1,000 test texts is cut in two, and its "
+    "first half has to find its second among all by the backbone's embeddings. Agreement: "
+    "Spearman's rank correlation of all those cosines with the checkpoint's. Both stand in for a "
+    "benchmark of sentence similarity, which they are not."
+)
+CAPTION = (
+    "Accuracy on the task against what is left of the checkpoint's ability, by strength λ: the "
+    "mean over the seeds, and each of them as a dot"
+)
+
+
+def title(run: RunDirectory) -> str:
+    """Return in a line what was done."""
+    settings, env = run.settings, run.environment
+    seeds = len({row["seed"] for row in tuned_rows(run)})
+    return (
+        f"{settings['model']} on {env['data']}, {env['train_texts']:,} training, "
+        f"{env['validation_texts']:,} validation and {env['test_texts']:,} test texts of "
+        f"{settings['max_length']} tokens at most; n = {seeds} seeds"
+    )
+
+
+def tuned_rows(run: RunDirectory, method: str | None = None) -> list[Row]:
+    """Return the rows of fine-tuned models, of one method where it is named."""
+    rows = [row for row in run.rows if row["stage"] in TUNED]
+    return [row for row in rows if method in (None, row["method"])]
+
+
+def strength_rows(run: RunDirectory) -> list[Row]:
+    """Return the rows that have a figure for each strength."""
+    return [row for row in run.rows if row["stage"] == "strengths"]
+
+
+def methods_in(run: RunDirectory) -> list[str]:
+    """Return the methods that have rows, in the order in which they were asked for."""
+    there = {row["method"] for row in tuned_rows(run)}
+    return [method for method in run.settings["methods"].split(",") if method in there]
+
+
+def method_table(run: RunDirectory) -> Table:
+    """Return a line a method: how much it trains, how well, how long and with what memory."""
+    head = ["method", "trained", "share", "validation", "test", "n", "seconds", "peak GB"]
+    rows = []
+    for method in methods_in(run):
+        its = tuned_rows(run, method)
+        first, peaks = its[0], [row["peak_bytes"] for row in its]
+        rows.append(
+            [
+                method,
+                f"{first['trainable']:,}",
+                f"{first['trainable'] / first['parameters']:.2%}",
+                percent2([row["validation_accuracy"] for row in its]),
+                percent2([row["accuracy"] for row in its]),
+                str(len(its)),
+                Band(tuple(row["seconds"] for row in its)).shown(1),
+                "-" if None in peaks else Band(tuple(p / 1e9 for p in peaks)).shown(2),
+            ]
+        )
+    return Table(head, rows)
+
+
+def percent2(fractions: list[float]) -> str:
+    """Return fractions in % to two places, mean ± sd."""
+    return Band(tuple(100 * value for value in fractions)).shown(2)
+
+
+def strength_table(run: RunDirectory) -> Table:
+    """Return a line a method and strength: accuracy on the task, and what is left of before."""
+    head = ["method", "λ", "validation", "test", "retrieval", "agreement", "n"]
+    rows = []
+    for method in methods_in(run):
+        its = [row for row in strength_rows(run) if row["method"] == method]
+        if its:
+            base = percent(tuple(row["base_retrieval"] for row in its))
+            rows.append([method, "off", "", "", base, "1.000", str(len(its))])
+        for i, strength in enumerate(its[0]["strengths"] if its else []):
+            rows.append(
+                [
+                    method,
+                    f"{strength:g}",
+                    percent2([row["validation"][i] for row in its]),
+                    percent2([row["accuracy"][i] for row in its]),
+                    percent(tuple(row["retrieval"][i] for row in its)),
+                    Band(tuple(row["agreement"][i] for row in its)).shown(3),
+                    str(len(its)),
+                ]
+            )
+    return Table(head, rows)
+
+
+def proofs(run: RunDirectory) -> list[str]:
+    """Return a line for each thing that is proved, with how many fine-tunings hold it."""
+    return [
+        f"{'holds' if all(held) else 'FAILS'} in {sum(held)} of {len(held)}: {claim}"
+        for claim, held in checks(run)
+        if held
+    ]
+
+
+def failed(run: RunDirectory) -> bool:
+    """Whether anything that is to be proved does not hold."""
+    return any(not all(held) for _, held in checks(run))
+
+
+def checks(run: RunDirectory) -> Iterator[tuple[str, list[bool]]]:
+    """Yield what is proved, and for each fine-tuned adapter whether it holds."""
+
+    def each(stage: str, key: str) -> list[bool]:
+        return [row[key] for row in run.rows if row["stage"] == stage]
+
+    yield (
+        "attached and not trained, the logits are bitwise the base's",
+        each("off", "same_at_first"),
+    )
+    yield "off, the logits are bitwise the base's", each("off", "same_logits")
+    yield "off, the base's fingerprint is the base's", each("off", "same_fingerprint")
+    yield "off, the embeddings are bitwise the base's", each("strengths", "same_embeddings")
+    distances = [row["distance_from_on"] for row in run.rows if row["stage"] == "merged"]
+    close = CLOSE["bf16" if run.environment["autocast"] else "fp32"]
+    far = f"largest distance {max(distances, default=0):.1g} of the largest logit"
+    yield f"merged, the logits are those of on to rounding, {far}", [d < close for d in distances]
+
+
+def draw_strengths(run: RunDirectory, path: Path) -> None:
+    """Draw accuracy against agreement and retrieval, a curve a method, a point a strength."""
+    from ..report.figures import plt
+    from ..report.style import STYLE
+
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+        _strengths(run, axes)
+        # Without the version that matplotlib writes, the same rows give the same bytes.
+        figure.savefig(path, metadata={"Software": None})
+        plt.close(figure)
+
+
+def _strengths(run: RunDirectory, axes: Any) -> None:
+    for axis, key, name in zip(
+        axes,
+        ("agreement", "retrieval"),
+        ("agreement with the checkpoint's similarities", "retrieval of a text's other half, %"),
+        strict=True,
+    ):
+        for method in methods_in(run):
+            its = [row for row in strength_rows(run) if row["method"] == method]
+            if not its:
+                continue
+            scale = 100 if key == "retrieval" else 1
+            count = range(len(its[0]["strengths"]))
+            x = [scale * sum(row[key][i] for row in its) / len(its) for i in count]
+            y = [100 * sum(row["accuracy"][i] for row in its) / len(its) for i in count]
+            (mean,) = axis.plot(x, y, marker="o", label=method)
+            for row in its if len(its) > 1 else []:
+                its_x = [scale * value for value in row[key]]
+                its_y = [100 * value for value in row["accuracy"]]
+                axis.plot(its_x, its_y, ".", color=mean.get_color(), alpha=0.4)
+            for i in count:
+                # Upright, so that the labels of close points stand side by side.
+                axis.annotate(f"{its[0]['strengths'][i]:g}", (x[i], y[i]), fontsize=7,
+                              xytext=(0, 5), textcoords="offset points",
+                              rotation=90, ha="center", va="bottom")  # fmt: skip
+        axis.margins(y=0.12)
+        axis.set_xlabel(name)
+        axis.set_ylabel("accuracy on the task, test rows, %")
+        axis.legend(loc="lower left")

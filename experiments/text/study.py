@@ -1,0 +1,200 @@
+"""The text study: a checkpoint, and ways to fine-tune it into a classifier of texts.
+
+For one seed all methods start from the same classifier and see the same batches in the same order.
+What is chosen is chosen on the validation rows: the best moment of a training, and the settings.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import paramlora as pl
+
+from ..harness.environment import DECIDING, commit, machine, resolve_device
+from ..harness.parallel import Group, group
+from ..harness.rundir import RunDirectory
+from ..harness.settings import deciding
+from ..harness.stages import Stage, run_stages
+from .bench import TextBench, autocast_dtype, prepare_bench
+from .data import Corpus, load_corpus
+from .forgetting import similarity
+from .models import ADAPTER, globs, lora_of, prepare
+from .settings import TextSettings
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+ATTACHED = ("off", "on", "merged")
+
+
+def stages(settings: TextSettings) -> Iterator[Stage[TextBench]]:
+    """Yield what a run consists of, in order."""
+    for seed in range(settings.seeds):
+        for method in settings.chosen_methods:
+            key = {"method": method, "seed": seed}
+            if not method.startswith("lora"):
+                yield Stage(key, ("tuned",), partial(tune, method, seed))
+                continue
+            yield Stage(key, ATTACHED, partial(tune_attached, method, seed))
+            if settings.forgetting:
+                yield Stage(key, ("strengths",), partial(try_strengths, method, seed))
+
+
+def run_text(settings: TextSettings, say: Callable[[str], None] = print) -> RunDirectory:
+    """Run the study, or what is left of it, and return its directory.
+
+    Under torchrun all processes call it; the first one writes and talks.
+
+    Args:
+        settings: what to run, and where.
+        say: gets each line of what happens.
+
+    Raises:
+        StudyError: model, data, device or folder cannot be used; the message says why.
+    """
+    with group(resolve_device(settings.device)) as (processes, device):
+        corpus = load_corpus(settings)
+        run = _begin(settings, corpus, device, processes)
+        told = say if processes.first else _silent
+        told(f"run      {run.folder}, on {device}, by {processes.size} process(es)")
+        sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in corpus.splits.items())
+        told(f"data     {corpus.name}: {corpus.why}; {sizes}")
+
+        def prepared() -> TextBench:
+            bench = prepare_bench(settings, run, corpus, device, processes)
+            show_parameters(bench, told)
+            return bench
+
+        run_stages(run, stages(settings), prepared, told)
+        processes.wait()
+    return run
+
+
+def _begin(
+    settings: TextSettings, corpus: Corpus, device: torch.device, processes: Group
+) -> RunDirectory:
+    """Begin the run or go on with it; the first process before the others."""
+    environment = {
+        "study": settings.STUDY,
+        **machine(torch.device(device.type), "transformers", "tokenizers"),
+        "data": corpus.name,
+        "data_why": corpus.why,
+        "data_digest": corpus.digest,
+        "labels": list(corpus.labels),
+        **{f"{split}_texts": len(rows) for split, rows in corpus.splits.items()},
+        "autocast": autocast_dtype(settings, device) is not None,
+        "processes": processes.size,
+        "commit": commit(),
+    }
+    folder = Path(settings.folder)
+    if not processes.first:
+        processes.wait()
+    run = RunDirectory.start(folder, deciding(settings), environment, DECIDING)
+    if processes.first:
+        processes.wait()
+    run.key = ("stage", "method", "seed")
+    return run
+
+
+def tune(method: str, seed: int, bench: TextBench) -> None:
+    """Fine-tune a part of the model itself. Row: "tuned"."""
+    model = bench.model(seed)
+    trained = prepare(model, method, bench.settings, torch.Generator())
+    learned = bench.fine_tune(model, trained, method, seed)
+    bench.record("tuned", method, seed, **learned, **_of_base(model), **bench.scored(model, "test"))
+
+
+def tune_attached(method: str, seed: int, bench: TextBench) -> None:
+    """Fine-tune an adapter, save it, and prove what can be done with it. Rows: ATTACHED.
+
+    A model that is sharded cannot be merged; that is proved on one whole, with the saved adapter.
+    """
+    model = bench.model(seed)
+    before, digest = bench.logits(model, "validation"), pl.fingerprint(model)
+    size = _of_base(model)
+    trained = prepare(model, method, bench.settings, torch.Generator().manual_seed(seed))
+    same_at_first = torch.equal(bench.logits(model, "validation"), before)
+    learned = bench.fine_tune(model, trained, method, seed)
+    path = adapter_path(bench, method, seed)
+    pl.save(model, path, ADAPTER)
+    scored = bench.scored(model, "test")
+
+    # The others must not read the file before the first process has written it.
+    bench.group.wait()
+    model = bench.model(seed)
+    pl.load(model, path)
+    on = bench.logits(model, "validation")
+    with pl.disabled(model):
+        off = bench.logits(model, "validation")
+    with pl.merged(model):
+        merged = bench.logits(model, "validation")
+    proofs = {
+        "same_at_first": same_at_first,
+        "same_logits": torch.equal(off, before),
+        "same_fingerprint": pl.fingerprint(model) == digest,
+    }
+    bench.record("off", method, seed, **proofs)
+    bench.record("on", method, seed, **learned, **size, **scored, adapter_bytes=_size(path))
+    distance = float((merged - on).abs().max() / on.abs().max())
+    bench.record("merged", method, seed, distance_from_on=distance)
+
+
+def try_strengths(method: str, seed: int, bench: TextBench) -> None:
+    """Record the task's accuracy and the checkpoint's own ability at each λ. Row: "strengths".
+
+    A λ is to be chosen by the accuracy on the validation rows.
+    """
+    model = bench.model(seed)
+    base = similarity(bench, model)
+    pl.load(model, adapter_path(bench, method, seed))
+    validation, accuracy, found = [], [], []
+    for strength in STRENGTHS:
+        with pl.using(model, **{ADAPTER: strength}):
+            validation.append(bench.accuracy(model, "validation"))
+            accuracy.append(bench.accuracy(model, "test"))
+            found.append(similarity(bench, model))
+    with pl.disabled(model):
+        off = similarity(bench, model)
+    bench.record(
+        "strengths",
+        method,
+        seed,
+        strengths=list(STRENGTHS),
+        validation=validation,
+        accuracy=accuracy,
+        retrieval=[one.retrieval for one in found],
+        agreement=[one.agreement(base) for one in found],
+        base_retrieval=base.retrieval,
+        same_embeddings=torch.equal(off.embeddings, base.embeddings),
+    )
+
+
+def adapter_path(bench: TextBench, method: str, seed: int) -> Path:
+    """Return where a trained adapter is kept."""
+    return bench.run.folder / "adapters" / f"{method}-{seed}.safetensors"
+
+
+def show_parameters(bench: TextBench, say: Callable[[str], None]) -> None:
+    """Say how much each method trains."""
+    settings = bench.settings
+    total = _of_base(bench.model(0))["parameters"]
+    say(f"model    {settings.model}: {total:,} parameters as a classifier")
+    for method in settings.chosen_methods:
+        trained = prepare(bench.model(0), method, settings, torch.Generator())
+        count = sum(p.numel() for p in trained)
+        what = f" {lora_of(settings)} at {globs(settings.targets)}" if "lora" in method else ""
+        say(f"{method:<12} trains {count:,}, {count / total:.2%}{what}")
+
+
+def _of_base(model: nn.Module) -> dict[str, Any]:
+    return {"parameters": pl.summary(model).total}
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None
+
+
+def _silent(line: str) -> None:
+    pass

@@ -1,0 +1,113 @@
+"""Imports between folders run in one direction only, as the tables here say."""
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# For each folder or file of a package: what else of the package its files may import. An entry such
+# as "kinds.spec" allows that file of a folder and no other. Imports within a folder are free, and
+# the package's own __init__.py may import everything.
+Layers = Mapping[str, set[str]]
+SHARED = {"harness", "analysis", "report"}
+EXPERIMENTS: Layers = {
+    "harness": set(),
+    "analysis": {"harness"},
+    "report": {"harness", "analysis"},
+    "digits": SHARED,
+    "text": SHARED,
+    "examples": SHARED,
+    "sweeps": {*SHARED, "digits"},
+    "tasks": {*SHARED, "digits"},
+    "__main__": {"harness"},  # it finds the studies by their folders, and names none
+}
+BELOW_VERBS = {"layers", "site", "kinds", "errors"}
+PARAMLORA: Layers = {
+    "errors": set(),
+    "native": set(),
+    "kinds": {"errors"},
+    "compute": {"kinds", "native"},
+    "site": {"kinds", "errors"},
+    "layers": {"site", "compute", "kinds", "errors"},
+    "verbs": BELOW_VERBS,
+    "methods": {"verbs", *BELOW_VERBS},
+    "files": {"verbs", *BELOW_VERBS},
+    "peft": {"files", "verbs", *BELOW_VERBS},
+}
+PACKAGES = {"paramlora": PARAMLORA, "experiments": EXPERIMENTS}
+
+
+def imports(path: Path, root: Path) -> Iterator[tuple[int, str]]:
+    """Yield the line and the dotted name of each import of the package `root`, without its name."""
+    package = path.relative_to(root.parent).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            start = ".".join([*above, *filter(None, [node.module])])
+            names = [f"{start}.{name.name}" for name in node.names]
+        elif isinstance(node, ast.Import):
+            names = [name.name for name in node.names]
+        else:
+            continue
+        for name in names:
+            if name.startswith(f"{root.name}."):
+                yield node.lineno, name.removeprefix(f"{root.name}.")
+
+
+def broken(root: Path, layers: Layers) -> list[str]:
+    """Return each import of the package `root` that its layers do not allow, and where it is."""
+    found = []
+    for path in sorted(set(root.rglob("*.py")) - {root / "__init__.py"}):
+        part = Path(path.relative_to(root).parts[0]).stem
+        allowed = layers.get(part, set()) | {part}
+        for line, name in imports(path, root):
+            if not any(f"{name}.".startswith(f"{entry}.") for entry in allowed):
+                found.append(f"{path.relative_to(root.parent)}:{line} imports {name}")
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_follow_the_layers(package: str) -> None:
+    """Each folder imports only what its layer allows; the imports inside functions count too."""
+    assert broken(ROOT / package, PACKAGES[package]) == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_folder_has_a_layer(package: str) -> None:
+    """The table names each folder and file of the package, and nothing else."""
+    parts = {p.relative_to(ROOT / package).parts[0] for p in (ROOT / package).rglob("*.py")}
+    assert {Path(part).stem for part in parts} - {"__init__"} == set(PACKAGES[package])
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("from ..digits.data import Data", "digits.data.Data"),
+        ("from .. import digits", "digits"),
+        ("from experiments import text", "text"),
+        ("import experiments.text.study as study", "text.study"),
+        ("def later():\n    from ..digits import data", "digits.data"),
+    ],
+)
+def test_a_broken_direction_is_found(tmp_path: Path, line: str, name: str) -> None:
+    """Every way of writing an import that is not allowed is reported with its place."""
+    folder = tmp_path / "experiments" / "harness"
+    folder.mkdir(parents=True)
+    text = f"import paramlora as pl\nfrom .settings import StudyError\n{line}\n"
+    (folder / "planted.py").write_text(text)
+    (said,) = broken(tmp_path / "experiments", EXPERIMENTS)
+    assert said.startswith("experiments/harness/planted.py:")
+    assert said.endswith(f" imports {name}")
+
+
+def test_one_file_of_a_folder_can_be_allowed(tmp_path: Path) -> None:
+    """An entry with a dot allows that file and not the folder around it."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "file.py").write_text(
+        "from ..two.spec import Spec\nfrom ..two import spec\nfrom ..two import other\n"
+    )
+    said = broken(tmp_path, {"one": {"two.spec"}})
+    assert [line.split(" ")[-1] for line in said] == ["two.other"]
