@@ -1,12 +1,17 @@
 """Adapters per row: each row of a batch is computed with an adapter of its own, or with none.
 
-    y_i = x_i (W + s_e · B_e A_e)ᵀ + b        e = ids[i]; x_i W ᵀ + b where that is −1
+    y_i = x_i (W + s_e·B_e A_e)ᵀ + b        with e = ids[i]; x_i Wᵀ + b if ids[i] = −1
+
+There are two ways to compute the updates of a layer with low-rank adapters:
 
     stacked     y = x Wᵀ + b + (M ∘ (x Aᵀ)) Bᵀ      A = [A₁; …; A_E], B = [s₁B₁ … s_E B_E]
-    sorted      the rows of an adapter side by side, each adapter with its own
+    sorted      gather the rows of each adapter, multiply by that adapter, scatter back
 
-M is 1 where a column of x Aᵀ belongs to the row's adapter, else 0. `stacks_well` chooses. Layers
-that are not factored, and other modules, run once for each adapter on its rows.
+M (n, R) is 1 if a column of x Aᵀ belongs to the row's adapter, and 0 otherwise. For E = 2 adapters
+of rank 1 and ids = [0, 1, −1], M = [[1, 0], [0, 1], [0, 0]]. Stacking takes three products for any
+number of adapters, but only 1/E of x Aᵀ is used; sorting computes no more than is needed, but takes
+four launches for each adapter. `stacks_well` chooses. Layers with other adapters, and other
+modules, run once for each adapter on its rows (`by_group`).
 """
 
 import inspect
@@ -23,22 +28,19 @@ from ..kinds.spec import LowRank
 from ..site.find import lists, stack_of
 from ..site.stack import Stack
 
-# Floating-point operations that take as long as what sorting costs for each adapter: four launches
-# of 10 µs each, at 400 TFLOP/s on a GPU, and four of 10 µs at 50 GFLOP/s on a CPU.
+# The floating-point operations that take as long as the four launches, of 10 µs each, that sorting
+# costs for each adapter: at 400 TFLOP/s on a GPU, and at 50 GFLOP/s on a CPU.
 _WORTH_A_GROUP = {"cpu": 2e6, "cuda": 1.6e10}
 
 
 def stacks_well(n: int, k: int, m: int, ranks: Sequence[int], device: str) -> bool:
-    """Return whether to compute all adapters for all rows and mask, rather than sort the rows.
-
-    Stacking is three products whatever the number of adapters, of which only the own one's share
-    is used; sorting does no more than is needed, and takes four launches for each adapter.
+    """Return whether to compute all adapters for all rows and mask, instead of sorting the rows.
 
     Args:
-        n: rows, with all positions in them.
+        n: the number of rows, times the positions in each.
         k: the layer's inputs.
-        m: its outputs.
-        ranks: of the adapters that rows ask for.
+        m: the layer's outputs.
+        ranks: the ranks of the adapters that rows are routed to.
         device: "cpu", or "cuda" for any accelerator.
     """
     wasted = 2 * n * (k + m) * (sum(ranks) - sum(ranks) / max(len(ranks), 1))
@@ -46,12 +48,17 @@ def stacks_well(n: int, k: int, m: int, ranks: Sequence[int], device: str) -> bo
 
 
 class Route:
-    """Which rows get which adapter.
+    """The adapter of each row of a batch.
 
     Args:
         ids: int64 (n,), the index of each row's adapter in `names`, −1 for none.
         names: the adapters.
-        paths: those of the sites, by the id of their stack, for messages.
+        paths: the path of each site by the id of its stack, for messages.
+
+    Attributes:
+        groups: for each index that occurs in ids, the rows with it, int64.
+        order: int64 (n,), the rows sorted by adapter: `x[order]` has them side by side.
+        back: int64 (n,), its inverse: `x[order][back]` is x.
     """
 
     def __init__(self, ids: Tensor, names: Sequence[str], paths: dict[int, str]) -> None:
@@ -64,17 +71,18 @@ class Route:
         self._rows: dict[tuple[int, ...], tuple[Tensor, list[int]]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy of a model that is made inside is not routed: it has left the block."""
+        """Return None: a copy of the model made inside the block is outside of the block."""
 
     def on(self, name: str, device: torch.device) -> Tensor:
         """Return `ids`, `order` or `back` on a device."""
-        # A tensor made in inference mode could not be kept for a backward.
+        # A tensor made in inference mode cannot be saved for a backward, so it is cached apart.
         key = name, device, _inferring()
         if key not in self._moved:
             self._moved[key] = getattr(self, name).to(device)
         return self._moved[key]
 
     def check(self, rows: int, stack: Stack) -> None:
+        """Raise a ValueError if an input has another number of rows than `ids`."""
         if rows != len(self.ids):
             raise ValueError(
                 f"ids route {len(self.ids)} rows, and the input of {self.paths[id(stack)]!r} has "
@@ -82,7 +90,7 @@ class Route:
             )
 
     def terms(self, stack: Stack) -> list[tuple[int, LowRank]] | None:
-        """Return the updates that rows ask for, with their ids, None if one is not factored."""
+        """Return (index, update) of the adapters that rows use; None if one is not factored."""
         found = []
         for index, _ in self.groups:
             if index >= 0 and self.names[index] in stack.factors:
@@ -102,9 +110,10 @@ class Route:
         return self._rows[key]
 
     def mask(self, terms: Sequence[tuple[int, LowRank]], like: Tensor) -> Tensor:
-        """Return bool (n, 1, …, R): where M is 0, the column being another adapter's.
+        """Return ¬M, bool (n, 1, …, R): True if the column belongs to another adapter.
 
-        To be filled and not multiplied with: another adapter's infinity is none of the row's.
+        It is for `masked_fill`. Multiplying by M would let another adapter's infinity reach the
+        row, as ∞ · 0 = NaN.
         """
         sizes = tuple((index, len(term.A)) for index, term in terms)
         key = sizes, like.device, _inferring()
@@ -117,8 +126,8 @@ class Route:
 
 
 def route_of(module: nn.Module) -> Route | None:
-    """Return the route by which a host module is to be computed, None where there is none."""
-    # In plain loops: every dense host asks, and torch 2.6 compiles no others.
+    """Return the route of a host module; None outside of `routed`."""
+    # A plain loop, because torch 2.6 does not compile a generator here.
     for stack in read_by(module):
         if stack.route is not None:
             return stack.route
@@ -128,9 +137,14 @@ def route_of(module: nn.Module) -> Route | None:
 def linear(
     x: Tensor, W: Tensor, b: Tensor | None, stack: Stack, *, transposed: bool = False
 ) -> Tensor | None:
-    """Return the output of a Linear, (n, …, m), None where an adapter is not factored.
+    """Return the output of a Linear, (n, …, m); None if an adapter is not factored.
 
-    x: (n, …, k), W: (m, k), b: (m,) or None. `transposed`: what is stored, and the stack's, is Wᵀ.
+    Args:
+        x: (n, …, k).
+        W: (m, k).
+        b: (m,) or None.
+        stack: the routed stack of W, or of Wᵀ if `transposed`.
+        transposed: the stored weight is Wᵀ, (k, m), as in transformers' Conv1D.
     """
     route = stack.route
     terms = route.terms(stack)
@@ -150,9 +164,9 @@ def linear(
     m, k = W.shape
     ranks = [len(term.A) for _, term in terms]
     if stacks_well(x.numel() // max(k, 1), k, m, ranks, "cpu" if x.is_cpu else "cuda"):
-        A = torch.cat([term.A for _, term in terms]).to(x.dtype)
-        B = torch.cat([_scaled(term) for _, term in terms], dim=1).to(x.dtype)
-        h = F.linear(x, A)
+        A = torch.cat([term.A for _, term in terms]).to(x.dtype)  # (R, k)
+        B = torch.cat([_scaled(term) for _, term in terms], dim=1).to(x.dtype)  # (m, R)
+        h = F.linear(x, A)  # (n, …, R)
         h = h.masked_fill(route.mask(terms, h), 0.0)
         return torch.addmm(y, h, B.t()) if x.dim() == 2 else y + F.linear(h, B)
     by_index = dict(terms)
@@ -165,19 +179,23 @@ def linear(
 
 
 def embedding(input: Tensor, stack: Stack, padding_idx: int | None) -> Tensor | None:
-    """Return what is added to the output of an Embedding, (n, …, dim), None if not factored."""
+    """Return the update of an Embedding's output, (n, …, dim); None without a factored one."""
     route = stack.route
     terms = route.terms(stack)
     if not terms:
         return None
     route.check(len(input) if input.dim() else -1, stack)
     rows = [F.embedding(input, _scaled(term), padding_idx) for _, term in terms]
-    h = torch.cat(rows, dim=-1)
+    h = torch.cat(rows, dim=-1)  # (n, …, R)
     return h.masked_fill(route.mask(terms, h), 0.0) @ torch.cat([term.A for _, term in terms])
 
 
 def by_group(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return a module's output, computed once for each adapter on its rows."""
+    """Return a module's output, computed once for each adapter on the rows of that adapter.
+
+    The arguments are bound to the names of the forward, so that `_dimensions` can say which of them
+    have a batch dimension, and which one. The outputs are joined in the order of the rows.
+    """
     stack = next(stack for stack in read_by(module) if stack.route is not None)
     route = stack.route
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
@@ -198,7 +216,7 @@ def by_group(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 @contextmanager
 def _only(module: nn.Module, name: str | None) -> Iterator[None]:
-    """Let one adapter, or none, contribute to a module inside, without a route."""
+    """Let one adapter, or none, contribute to a module inside the block, without a route."""
     stacks = read_by(module)
     before = [(stack.live, stack.route) for stack in stacks]
     for stack in stacks:
@@ -225,7 +243,11 @@ def read_by(module: nn.Module) -> list[Stack]:
 
 
 def _dimensions(module: nn.Module, given: dict[str, Any], stack: Stack) -> tuple[Any, Any]:
-    """Return the batch dimensions of a module's arguments, by name, and those of its outputs."""
+    """Return the batch dimensions of a module's arguments, by name, and of its outputs.
+
+    For an LSTM without `batch_first`, for example: {"input": 1, "hx": 1} and (1, (1, 1)), since it
+    returns its output (time, batch, m) and the pair of states (layers, batch, m).
+    """
     if isinstance(module, nn.MultiheadAttention):
         if given["query"].dim() == 3 and (given.get("attn_mask") is None or _is_shared(given)):
             dim = 0 if module.batch_first else 1
@@ -245,7 +267,7 @@ def _dimensions(module: nn.Module, given: dict[str, Any], stack: Stack) -> tuple
             return {"x" if "x" in given else "input": 0}, 0
     raise ValueError(
         f"cannot route the rows of this call of {stack.route.paths[id(stack)]!r}: give it a batch "
-        "as one dense tensor with a batch dimension, and no mask or offsets of each row's own"
+        "as one dense tensor with a batch dimension, without a mask or offsets for each row"
     )
 
 
@@ -270,7 +292,7 @@ def _tensors_in(value: Any) -> list[Tensor]:
 
 
 def _joined(parts: list[Any], dims: Any, route: Route) -> Any:
-    """Return the groups' outputs as one, in the order of the rows."""
+    """Join the outputs of the groups, in the order of the rows."""
     if isinstance(dims, tuple):
         return tuple(_joined([part[i] for part in parts], dim, route) for i, dim in enumerate(dims))
     if parts[0] is None:
@@ -283,7 +305,7 @@ def _scaled(term: LowRank) -> Tensor:
 
 
 def _inferring() -> bool:
-    # The compiler cannot be asked, and makes such tensors its own.
+    # The compiler cannot trace the question, and creates its own tensors anyway.
     return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
