@@ -203,6 +203,12 @@ class Stack(nn.Module):
             merged=tuple(name for name in names if name in merged),
         )
 
+    def switch(self, active: Container[str]) -> None:
+        """Set which adapters are active; the others stay attached, and merged ones merged."""
+        on = tuple([name for name in self.names if name in active])
+        live = tuple([name for name in on if name not in self.merged]) if self.merged else on
+        vars(self).update(active=on, live=live)
+
     @property
     def named(self) -> Mapping[str, "Factors | Blocks"]:
         """The adapters here by name, in attaching order."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import StateError
 from ..layers.install import check_tied, check_ties, check_whole, remove_all
 from ..site.factors import Blocks, Factors
-from ..site.find import Site, before, below, stored, through
+from ..site.find import Site, before, below, stacks_in, stored, through
 from ..site.names import check_unmerged
 from ..site.place import Place
 from ..site.stack import Stack
@@ -105,7 +105,7 @@ def merged(model: nn.Module, *names: str) -> Iterator[None]:
     Raises, besides what `merge` raises:
         StateError: an adapter is merged already.
     """
-    for stack in Survey(model).stacks:
+    for stack in stacks_in(model):
         if stack.merged:
             raise StateError(f"adapter {stack.merged[0]!r} is merged already; unmerge first")
     merge(model, *names)

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from ..kinds.spec import Strength, is_finite
+from ..site.find import stacks_in
 from ..site.names import check_names, check_unmerged
 from ..site.stack import Stack
-from ..site.survey import Survey
 
 
 def enable(model: nn.Module, *names: str) -> None:
@@ -22,7 +22,7 @@ def enable(model: nn.Module, *names: str) -> None:
         AdapterNameError: there is no adapter of that name.
         StateError: an adapter is merged.
     """
-    _enable(Survey(model).stacks, names)
+    _enable(stacks_in(model), names)
 
 
 def disable(model: nn.Module, *names: str) -> None:
@@ -36,7 +36,7 @@ def disable(model: nn.Module, *names: str) -> None:
         AdapterNameError: there is no adapter of that name.
         StateError: an adapter is merged.
     """
-    _disable(Survey(model).stacks, names)
+    _disable(stacks_in(model), names)
 
 
 def scale(model: nn.Module, factor: Strength, *names: str) -> None:
@@ -62,7 +62,7 @@ def scale(model: nn.Module, factor: Strength, *names: str) -> None:
     0.5
     """
     _check_strength(factor)
-    stacks = Survey(model).stacks
+    stacks = stacks_in(model)
     _check(stacks, names, "scale")
     for stack in stacks:
         for name in names or stack.names:
@@ -129,7 +129,7 @@ def using(model: nn.Module, /, *names: str, **scales: Strength) -> Iterator[None
         check_names(stacks, wanted)
         _check(stacks, (), "toggle")
         for stack in stacks:
-            stack.set(wanted, stack.merged)
+            stack.switch(wanted)
             for name in scales.keys() & stack.named.keys():
                 stack[name].set_strength(scales[name])
         yield
@@ -138,13 +138,13 @@ def using(model: nn.Module, /, *names: str, **scales: Strength) -> Iterator[None
 def _enable(stacks: Sequence[Stack], names: Sequence[str]) -> None:
     _check(stacks, names, "enable")
     for stack in stacks:
-        stack.set({*stack.active, *(names or stack.names)}, stack.merged)
+        stack.switch({*stack.active, *(names or stack.names)})
 
 
 def _disable(stacks: Sequence[Stack], names: Sequence[str]) -> None:
     _check(stacks, names, "disable")
     for stack in stacks:
-        stack.set({*stack.active} - {*(names or stack.names)}, stack.merged)
+        stack.switch({*stack.active} - {*(names or stack.names)})
 
 
 def _check(stacks: Sequence[Stack], names: Collection[str], verb: str) -> None:
@@ -184,7 +184,7 @@ def _restored(model: nn.Module) -> Iterator[list[Stack]]:
     a has to keep its strength 0.5 after the block: that is what the stored weight contains. So a
     merged adapter keeps its state, too, and an adapter that was attached inside keeps its own.
     """
-    stacks = Survey(model).stacks
+    stacks = stacks_in(model)
     saved = []
     for stack in stacks:
         strengths = {name: factors.strength for name, factors in stack.named.items()}
@@ -206,4 +206,4 @@ def _restored(model: nn.Module) -> Iterator[list[Stack]]:
                 vars(stack).update(active=active, live=live)
             else:
                 others = [name for name in stack.active if name not in same]
-                stack.set([*others, *(name for name in same if name in active)], stack.merged)
+                stack.switch([*others, *(name for name in same if name in active)])
