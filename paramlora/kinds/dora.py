@@ -12,18 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .ia3 import along, check_dim
-from .spec import (
-    Factors,
-    LowRank,
-    Rescaled,
-    Spec,
-    Strength,
-    check_flag,
-    check_rank,
-    low_rank_refusal,
-    scaling_of,
-)
+from .fields import check_dim, check_flag, check_rank, low_rank_refusal, scaling_of
+from .spec import Factors, LowRank, Rescaled, Spec, Strength, along
 from .start import check_init, start
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .spec import Factors, Rescaled, Spec, Strength, factor_dtype
+from .fields import check_dim
+from .spec import Factors, Rescaled, Spec, Strength, along, factor_dtype
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,3 @@ class IA3(Spec):
         if weight.dim() <= self.dim:
             return f"it has no dimension {self.dim}, only {weight.dim()}"
         return None
-
-
-def check_dim(dim: object) -> None:
-    """Raise a ValueError where a dimension is not 0 or 1."""
-    if type(dim) is not int or dim not in (0, 1):
-        raise ValueError(f"dim must be 0 or 1, got {dim!r}")
-
-
-def along(values: Tensor, dim: int, weight: Tensor) -> Tensor:
-    """Return one value for each index of dimension `dim` of `weight`, to multiply it with."""
-    return values.view([-1 if i == dim else 1 for i in range(weight.dim())])

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .spec import Factors, Spec, Strength, add_update, check_rank, low_rank_refusal, scaling_of
+from .fields import check_rank, low_rank_refusal, scaling_of
+from .spec import Factors, Spec, Strength, add_update
 from .start import draw
 
 

@@ -6,18 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .spec import (
-    Factors,
-    LowRank,
-    Spec,
-    Strength,
-    add_update,
-    check_flag,
-    check_rank,
-    factor_dtype,
-    low_rank_refusal,
-    scaling_of,
-)
+from .fields import check_flag, check_rank, low_rank_refusal, scaling_of
+from .spec import Factors, LowRank, Spec, Strength, add_update, factor_dtype
 from .start import FROM_WEIGHT, check_init, start
 
 
