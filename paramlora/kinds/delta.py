@@ -1,6 +1,8 @@
 """Delta: a full-size update.
 
-W' = W + λ · D        D: the shape of W
+    W' = W + λ · D        D: the shape of W
+
+λ is the strength (`pl.scale`).
 """
 
 from dataclasses import dataclass

@@ -3,8 +3,8 @@
     W' = m ⊙ V / ‖V‖        V = W + λ · s · B A,  m = ‖W‖ + λ · d,  s = alpha / r
        = c ⊙ V              c = m / ‖V‖
 
-A: (r, in), B: (out, r). The norms are taken for each index of one dimension, `dim`. m, d and c have
-one entry per index of it and are multiplied along it.
+A: (r, in), B: (out, r). m, d and c have one entry per index of one dimension, `dim`, and so do the
+norms. They are multiplied along it. λ is the strength (`pl.scale`).
 """
 
 from collections.abc import Callable

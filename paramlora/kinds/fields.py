@@ -1,7 +1,4 @@
-"""The fields that several kinds share: rank, alpha, rank_stabilized and dim.
-
-s = alpha / r        or alpha / √r if rank_stabilized
-"""
+"""Checks of the fields that several kinds share, and the scale s that follows from them."""
 
 import math
 from numbers import Integral
@@ -40,7 +37,7 @@ def check_dim(dim: object) -> None:
 
 
 def scaling_of(spec: Any) -> float:
-    """Return s, with alpha = r if alpha is None."""
+    """Return s = alpha/r, or alpha/√r if `rank_stabilized`; alpha is r if it is None."""
     alpha = spec.rank if spec.alpha is None else spec.alpha
     return alpha / (math.sqrt(spec.rank) if spec.rank_stabilized else spec.rank)
 

@@ -1,6 +1,8 @@
 """IA3: a tensor that is rescaled along one dimension by a learned vector.
 
-W' = (1 + λ · (l − 1)) ⊙ W        l: (W.shape[dim],)
+    W' = (1 + λ · (l − 1)) ⊙ W        l: (W.shape[dim],)
+
+λ is the strength (`pl.scale`).
 """
 
 from dataclasses import dataclass, field

@@ -1,6 +1,8 @@
 """LoHa: the elementwise product of two low-rank updates.
 
-W' = W + λ · s · (B₁ A₁) ∘ (B₂ A₂)        A₁, A₂: (r, in), B₁, B₂: (out, r), s = alpha / r
+    W' = W + λ · s · (B₁ A₁) ∘ (B₂ A₂)        s = alpha / r
+
+A₁, A₂: (r, in), B₁, B₂: (out, r). λ is the strength (`pl.scale`).
 """
 
 from dataclasses import dataclass, field

@@ -2,7 +2,7 @@
 
     W' = W + λ · s · W₁ ⊗ W₂        W₁: (p, q), W₂: (out/p, in/q), s = alpha / r
 
-W₂, and on request W₁, may itself be a low-rank product: W₁ = B₁ A₁, W₂ = B₂ A₂.
+λ is the strength (`pl.scale`). W₂ = B₂ A₂ if that is smaller, and W₁ = B₁ A₁ on request.
 """
 
 import functools

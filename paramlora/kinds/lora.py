@@ -1,7 +1,9 @@
 """LoRA: a low-rank update.
 
-W' = W + λ · s · B A                    A: (r, in), B: (out, r), s = alpha / r
-W' = W + λ · s · (B A − B₀ A₀)          init="pissa" and "olora"; A₀, B₀: A and B at the start
+    W' = W + λ · s · B A                    s = alpha / r
+    W' = W + λ · s · (B A − B₀ A₀)          with init="pissa" and "olora"
+
+A: (r, in), B: (out, r). A₀ and B₀ are A and B at the start. λ is the strength (`pl.scale`).
 """
 
 from collections.abc import Callable
