@@ -31,7 +31,7 @@ from torch import Tensor
 from ..kinds.spec import LowRank
 from ..native import load
 from .plan import PLAIN, WORTH_A_KERNEL, Path, Plan, choose
-from .watched import EXACT, autocast_dtype, unwatched
+from .watched import EXACT, autocast_dtype, plain_ops_only
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tensor:
@@ -59,7 +59,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tens
         dtype = autocast_dtype(x, W, b)
         plan = choose(n, k, m, dtype or W.dtype, device, grad, built is not None)
         cached = dtype and W.requires_grad and torch.is_autocast_cache_enabled()
-        if plan is not PLAIN and not cached and unwatched(x):
+        if plan is not PLAIN and not cached and not plain_ops_only(x):
             if built is not None and plan.native:
                 dense = plan.forward == "dense", plan.backward == "dense"
                 return built.linear(x, W, b, A, B, s, *dense, dtype)

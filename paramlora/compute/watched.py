@@ -27,19 +27,28 @@ def autocast_dtype(x: Tensor, W: Tensor, b: Tensor | None) -> torch.dtype | None
     return torch.get_autocast_dtype(device)
 
 
-def unwatched(x: Tensor) -> bool:
-    """Return whether x is a common tensor and nothing looks on that only knows plain operations.
+def plain_ops_only(x: Tensor) -> bool:
+    """Return whether only plain operations work on x: no custom autograd node, no in-place change.
 
-    To what records operations those of the twin do not exist, a Function in Python cannot be
-    exported, and an output that was kept must not be written to.
+    That is so in two cases.
+
+    A tracer, a dispatch mode or a transform is active. It sees one torch operation after another.
+    torch.jit.trace, for example, cannot export a Function written in Python, the operations of the
+    native extension are unknown to a dispatch mode, and selective checkpointing keeps the tensors
+    that operations return, so `y.addmm_(...)` would change a tensor that it has already kept.
+
+    Or x is no ordinary matrix of rows. A nested or sparse tensor supports few operations, and a
+    meta tensor has no values that a kernel could read.
     """
-    common = x.dim() > 1 and not x.is_meta and x.layout is torch.strided and not x.is_nested
-    recorded = torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
-    return common and not recorded and not transformed()
+    if x.dim() < 2 or x.is_meta or x.layout is not torch.strided or x.is_nested:
+        return True
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+        return True
+    return transforms_active()
 
 
-def transformed() -> bool:
-    """Return whether the compiler, torch.func or forward-mode differentiation is looking on."""
+def transforms_active() -> bool:
+    """Return whether torch.compile, torch.func or forward-mode differentiation is active."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -51,7 +60,7 @@ def native_for(
     x: Tensor, W: Tensor, b: Tensor | None, terms: Sequence[tuple[int, LowRank]]
 ) -> ModuleType | None:
     """Return the compiled twin where it can take this: float32 on a CPU, without gradients."""
-    if torch.is_grad_enabled() or type(x) is not Tensor or not unwatched(x):
+    if torch.is_grad_enabled() or type(x) is not Tensor or plain_ops_only(x):
         return None
     tensors = [x, W, *([] if b is None else [b]), *(t for _, term in terms for t in term[:2])]
     fits = all(type(t) in EXACT and t.is_cpu and t.dtype is torch.float32 for t in tensors)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compute.watched import transformed
+from ..compute.watched import transforms_active
 from ..site.find import lists, stack_of, stored
 from ..site.stack import CHANGED, once
 from . import rows
@@ -23,7 +23,7 @@ def dense(plain: Callable[..., Any]) -> Callable[..., Any]:
         if rows.route_of(self) is not None:
             return rows.by_group(self, args, kwargs)
         # The compiler finds repeated reads, and what to recompute, by itself.
-        if transformed():
+        if transforms_active():
             return plain(self, *args, **kwargs)
         # torch's attention reads in_proj_weight half a dozen times.
         with once(), _rebuilt(self) if torch.is_grad_enabled() else nullcontext():
@@ -37,7 +37,7 @@ def read_once(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if transformed():
+        if transforms_active():
             return plain(self, *args, **kwargs)
         with once():
             return plain(self, *args, **kwargs)
@@ -90,7 +90,7 @@ def recurrent(plain: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
         if rows.route_of(self) is not None:
             return rows.by_group(self, args, kwargs)
-        if transformed():
+        if transforms_active():
             try:
                 return plain(self, *args, **kwargs)
             finally:
