@@ -30,7 +30,8 @@ from torch import Tensor
 
 from ..kinds.spec import LowRank
 from ..native import load
-from .plan import PLAIN, WORTH_A_KERNEL, Path, Plan, choose
+from . import plan as plans
+from .plan import Path, Plan
 from .watched import EXACT, autocast_dtype, plain_ops_only
 
 
@@ -57,9 +58,9 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tens
         n, device = x.numel() // max(k, 1), "cpu" if x.is_cpu else "cuda"
         built = load.module() if {type(W), type(A), type(B)} <= EXACT else None
         dtype = autocast_dtype(x, W, b)
-        plan = choose(n, k, m, dtype or W.dtype, device, grad, built is not None)
+        plan = plans.choose(n, k, m, dtype or W.dtype, device, grad, built is not None)
         cached = dtype and W.requires_grad and torch.is_autocast_cache_enabled()
-        if plan is not PLAIN and not cached and not plain_ops_only(x):
+        if plan is not plans.PLAIN and not cached and not plain_ops_only(x):
             if built is not None and plan.native:
                 dense = plan.forward == "dense", plan.backward == "dense"
                 return built.linear(x, W, b, A, B, s, *dense, dtype)
@@ -203,7 +204,7 @@ def _scaled(tensor: Tensor, s: float) -> Tensor:
 def _kernel_can(C: Tensor, rank: int) -> bool:
     return (
         C.is_cuda
-        and C.numel() >= WORTH_A_KERNEL
+        and C.numel() >= plans.WORTH_A_KERNEL
         and C.dtype in (torch.bfloat16, torch.float16)
         and rank <= 128
         and C.is_contiguous()
