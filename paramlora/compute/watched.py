@@ -1,4 +1,4 @@
-"""When only plain operations may run: tracing, compiling, transforms, autocast's casts."""
+"""Which modes of torch are active: autocast, tracing, dispatch modes, compiling, transforms."""
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -10,12 +10,16 @@ from torch.autograd import forward_ad
 from ..kinds.spec import LowRank
 from ..native import load
 
-# The types whose values are all that they are.
+# Exactly these types have no __torch_function__ of their own, so native code may read their values.
 EXACT = {Tensor, nn.Parameter}
 
 
 def autocast_dtype(x: Tensor, W: Tensor, b: Tensor | None) -> torch.dtype | None:
-    """Return what torch.autocast has x Wᵀ + b in, None where it leaves one of them as it is."""
+    """Return the dtype in which torch.autocast would compute x Wᵀ + b.
+
+    None if autocast is off for the device, or if it does not cast one of the tensors, such as a
+    float64 or an integer one.
+    """
     if not torch._C._is_any_autocast_enabled() or x.is_meta:
         return None
     device = x.device.type
@@ -28,17 +32,18 @@ def autocast_dtype(x: Tensor, W: Tensor, b: Tensor | None) -> torch.dtype | None
 
 
 def plain_ops_only(x: Tensor) -> bool:
-    """Return whether only plain operations work on x: no custom autograd node, no in-place change.
+    """Return whether a layer's output for x must be computed with plain torch operations.
 
-    That is so in two cases.
+    The faster paths use a custom node of the autograd graph and change tensors in place. Neither
+    works while a tracer, a dispatch mode or a transform records the operations one by one:
 
-    A tracer, a dispatch mode or a transform is active. It sees one torch operation after another.
-    torch.jit.trace, for example, cannot export a Function written in Python, the operations of the
-    native extension are unknown to a dispatch mode, and selective checkpointing keeps the tensors
-    that operations return, so `y.addmm_(...)` would change a tensor that it has already kept.
+    - torch.jit.trace cannot export a Function written in Python.
+    - A dispatch mode does not see what the native extension does.
+    - Selective checkpointing is a dispatch mode that keeps the outputs of some operations. An
+      `addmm_` afterwards would change an output that it has kept.
 
-    Or x is no ordinary matrix of rows. A nested or sparse tensor supports few operations, and a
-    meta tensor has no values that a kernel could read.
+    They do not work on all tensors, either. A nested or sparse tensor supports few operations, a
+    meta tensor has no values, and a 1-D tensor is not a matrix of rows.
     """
     if x.dim() < 2 or x.is_meta or x.layout is not torch.strided or x.is_nested:
         return True
