@@ -34,7 +34,7 @@ from ..kinds.spec import LowRank
 from ..native import load
 from . import plan as plans
 from .plan import Path, Plan
-from .watched import EXACT, autocast_dtype, plain_ops_only
+from .watched import ORDINARY_TYPES, autocast_dtype, plain_ops_only
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tensor:
@@ -62,7 +62,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tens
     if type(x) is Tensor and not torch.compiler.is_compiling():
         m, k = W.shape
         n, device = x.numel() // max(k, 1), "cpu" if x.is_cpu else "cuda"
-        built = load.module() if {type(W), type(A), type(B)} <= EXACT else None
+        built = load.module() if {type(W), type(A), type(B)} <= ORDINARY_TYPES else None
         dtype = autocast_dtype(x, W, b)
         plan = plans.choose(n, k, m, dtype or W.dtype, device, grad, built is not None)
         # autocast casts a trained weight once per autocast block and reuses that cast in all

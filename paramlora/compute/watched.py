@@ -11,7 +11,7 @@ from ..kinds.spec import LowRank
 from ..native import load
 
 # Exactly these types have no __torch_function__ of their own, so native code may read their values.
-EXACT = {Tensor, nn.Parameter}
+ORDINARY_TYPES = {Tensor, nn.Parameter}
 
 
 def autocast_dtype(x: Tensor, W: Tensor, b: Tensor | None) -> torch.dtype | None:
@@ -68,6 +68,6 @@ def native_for(
     if torch.is_grad_enabled() or type(x) is not Tensor or plain_ops_only(x):
         return None
     tensors = [x, W, *([] if b is None else [b]), *(t for _, term in terms for t in term[:2])]
-    fits = all(type(t) in EXACT and t.is_cpu and t.dtype is torch.float32 for t in tensors)
+    fits = all(type(t) in ORDINARY_TYPES and t.is_cpu and t.dtype is torch.float32 for t in tensors)
     plain = all(isinstance(term.scale, float) for _, term in terms)
     return load.module() if fits and plain and autocast_dtype(x, W, b) is None else None
