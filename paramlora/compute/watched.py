@@ -10,7 +10,8 @@ from torch.autograd import forward_ad
 from ..kinds.spec import LowRank
 from ..native import load
 
-# Exactly these types have no __torch_function__ of their own, so native code may read their values.
+# The native extension reads only tensors of exactly these types. A subclass may keep its values
+# elsewhere.
 ORDINARY_TYPES = {Tensor, nn.Parameter}
 
 
