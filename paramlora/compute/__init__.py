@@ -1,1 +1,1 @@
-"""y = x W'ᵀ + b without building W': the choice of path, and what computes it."""
+"""y = x W'ᵀ + b without building W': the choice of a path, and the code of each path."""

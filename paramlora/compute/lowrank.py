@@ -1,23 +1,25 @@
-"""y = x W'ᵀ + b for a low-rank W' = W + s · B A, by the path that costs the least.
+"""y = x W'ᵀ + b for a low-rank W' = W + s · B A, without keeping W'.
 
     factored    y = x Wᵀ + b + s · (x Aᵀ) Bᵀ        dx = dy W + s · (dy B) A
     dense       y = x W'ᵀ + b                       dx = dy W'
     both        dA = s · (dy B)ᵀ x                  dB = s · dyᵀ (x Aᵀ)
 
-    x: (n, k), A: (r, k), B: (m, r), W: (m, k), y: (n, m)
+x: (n, k), W: (m, k), A: (r, k), B: (m, r), y: (n, m).
 
-`plan.choose` is the rule. Neither path computes the dense gradient of W', which is what makes a
-plain parametrization half as fast again, and none keeps W': for the backward there are x itself,
-and x Aᵀ where the forward had it.
+A plain parametrization builds W', keeps it for the backward, and computes its gradient dyᵀ x, from
+which dA and dB follow. That gradient is a third product of n·k·m multiplications beside y and dx.
+Neither path above needs it, and neither keeps W': the backward uses x, and x Aᵀ if the forward
+computed it.
 
-`native` has the same compiled, as one node of the graph, for whoever has built it. `_plain` says it
-in operations that autograd records, for small layers, where a Python Function costs more than it
-saves, and under torch.compile, torch.func and double backward: a Function that reads
-`ctx.needs_input_grad` loses gradients under the compiler, one without `setup_context` cannot be
-transformed, and the compiler plans its own memory anyway.
+There are three implementations, between which `linear` and `plan.choose` decide:
 
-Under torch.autocast the paths are the same, on casts made before. Of a frozen layer's W autocast
-makes one a call, too; that of a trained one it caches, and the layer is left to it.
+- the native extension, if it was built: one node of the autograd graph, in C++;
+- `_Linear`, the same node as a Function in Python;
+- `_plain`, a few torch operations that autograd records by itself. A small layer uses them because
+  a Python Function costs more time than it saves there. torch.compile, torch.func, tracers and
+  dispatch modes need them (`plain_ops_only`), and so does double backward.
+
+Under torch.autocast the paths are the same. They receive tensors that were cast beforehand.
 """
 
 import functools
@@ -30,8 +32,9 @@ from torch import Tensor
 
 from ..kinds.spec import LowRank
 from ..native import load
-from .plan import PLAIN, WORTH_A_KERNEL, Path, Plan, choose
-from .watched import EXACT, autocast_dtype, unwatched
+from . import plan as plans
+from .plan import Path, Plan
+from .watched import ORDINARY_TYPES, autocast_dtype, plain_ops_only
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tensor:
@@ -39,27 +42,34 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tens
 
     Args:
         x: (…, k).
-        W: (m, k), of the dtype of x but under autocast.
+        W: (m, k), of the dtype of x except under autocast.
         b: (m,) or None.
-        terms: low-rank updates; their factors may be of another floating dtype, and are cast:
-            x is shared with the layers beside this one, and not copied to their dtype.
+        terms: low-rank updates. Their factors may have another floating dtype, such as float32
+            beside a bfloat16 W. They are cast to the dtype of x, and x itself is not cast: the
+            layers that share it can then keep one copy of it for the backward.
     """
     if not terms:
         return F.linear(x, W, b)
-    A, B, s = terms[0] if len(terms) == 1 else _together(terms)
+    A, B, s = terms[0] if len(terms) == 1 else _concatenate(terms)
     if isinstance(s, Tensor):
-        B, s = B * s, 1.0
+        B, s = B * s, 1.0  # s may require a gradient, which autograd takes from this product
     grad = torch.is_grad_enabled()
-    # Sizes first, which settles it for small layers. Those of a subclass must not be asked for: it
-    # may be an exporter's fake tensor; nor the compiler's, which would compile for each outcome.
+    # The choice of paths depends on sizes, which must not be read in two cases. A compiled graph
+    # would be specialised to the outcome and compiled again for the other one. And the sizes of a
+    # tensor subclass may have no values, as those of torch.export's fake tensors. Both cases use
+    # plain operations. So do small layers, which `choose` recognises before `plain_ops_only`, the
+    # slowest of these checks, is called.
     if type(x) is Tensor and not torch.compiler.is_compiling():
         m, k = W.shape
         n, device = x.numel() // max(k, 1), "cpu" if x.is_cpu else "cuda"
-        built = load.module() if {type(W), type(A), type(B)} <= EXACT else None
+        built = load.module() if {type(W), type(A), type(B)} <= ORDINARY_TYPES else None
         dtype = autocast_dtype(x, W, b)
-        plan = choose(n, k, m, dtype or W.dtype, device, grad, built is not None)
+        plan = plans.choose(n, k, m, dtype or W.dtype, device, grad, built is not None)
+        # autocast casts a trained weight once per autocast block and reuses that cast in all
+        # calls. The cast below would be one more copy for each call, all kept for the backward.
+        # Of a frozen weight autocast makes a cast per call, too.
         cached = dtype and W.requires_grad and torch.is_autocast_cache_enabled()
-        if plan is not PLAIN and not cached and unwatched(x):
+        if plan is not plans.PLAIN and not cached and not plain_ops_only(x):
             if built is not None and plan.native:
                 dense = plan.forward == "dense", plan.backward == "dense"
                 return built.linear(x, W, b, A, B, s, *dense, dtype)
@@ -72,34 +82,47 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tens
     return _plain(x, W, b, A, B, s)
 
 
-def update(C: Tensor, P: Tensor, Q: Tensor, s: float = 1.0, *, inplace: bool = False) -> Tensor:
+def add_product(
+    C: Tensor, P: Tensor, Q: Tensor, s: float = 1.0, *, inplace: bool = False
+) -> Tensor:
     """Return C + s · P Q in the dtype of C, rounded once; C: (n, m), P: (n, r), Q: (r, m).
 
-    P and Q may be of another floating dtype. `inplace` writes into C.
+    P and Q may have another floating dtype. With `inplace` the result is written into C.
     """
-    if _kernel_can(C, P.shape[1]):
-        from .triton_kernels import update as kernel
+    if _kernel_applies(C, P.shape[1]):
+        from .triton_kernels import add_product as kernel
 
         return kernel(C, P, Q, s, C if inplace else torch.empty_like(C))
     P, Q = P.to(C.dtype), Q.to(C.dtype)
     return C.addmm_(P, Q, alpha=s) if inplace else torch.addmm(C, P, Q, alpha=s)
 
 
-def products(dy: Tensor, B: Tensor, h: Tensor, s: float) -> tuple[Tensor, Tensor]:
-    """Return s · dy B, (n, r), in the dtype of dy, and s · dyᵀ h, (m, r), in the dtype of B.
+def grads_of_h_and_B(dy: Tensor, B: Tensor, h: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    """Return the gradients of h = x Aᵀ and of B, for y = … + s · h Bᵀ.
 
-    dy: (n, m), B: (m, r), h: (n, r); in one pass over dy where that pays.
+    dy: (n, m), B: (m, r), h: (n, r). Both products read dy, the largest of these. The Triton kernel
+    reads it once for both.
+
+    Returns:
+        dh = s · dy B, (n, r), in the dtype of dy, and dB = s · dyᵀ h, (m, r), in the dtype of B.
     """
-    if _kernel_can(dy, B.shape[1]) and B.shape[1] <= 64:
-        from .triton_kernels import products as kernel
+    if _kernel_applies(dy, B.shape[1]) and B.shape[1] <= 64:
+        from .triton_kernels import grads_of_h_and_B as kernel
 
         return kernel(dy, B, h, s)
-    dh = torch.mm(dy, B.to(dy.dtype))
-    return _scaled(dh, s), _scaled(torch.mm(dy.t(), h), s).to(B.dtype)
+    dh = torch.mm(dy, B.to(dy.dtype))  # (n, r)
+    dB = torch.mm(dy.t(), h)  # (m, r)
+    return _scaled(dh, s), _scaled(dB, s).to(B.dtype)
 
 
 class _Linear(torch.autograd.Function):
-    """The eager path in training: see the formulas that open this file."""
+    """One layer as one node of the autograd graph, by the formulas that open this file.
+
+    `forward` takes `ctx` itself. The newer form, a separate `setup_context`, would allow torch.func
+    to transform this class. But `apply` then inspects the signature of `forward` in each call,
+    which triples the time of a small call. `linear` therefore uses `_plain` under torch.func, and
+    also under torch.compile, where a Function that reads `ctx.needs_input_grad` has lost dx.
+    """
 
     @staticmethod
     def forward(
@@ -113,97 +136,122 @@ class _Linear(torch.autograd.Function):
         plan: Plan,
     ) -> Tensor:
         y, h = _forward(x, W, b, A, B, s, plan.forward)
-        # Under autocast W and b are casts, which nothing else would keep.
-        needs = ctx.needs_input_grad
-        kept = W if needs[0] or needs[1] else None, b if needs[2] else None
-        ctx.save_for_backward(x, *kept, A, B, h)
+        # W and b are saved only if the backward uses them. That costs nothing if they are the
+        # layer's own parameters, but under autocast they are casts that nothing else would keep.
+        needs_x, needs_W, needs_b, *_ = ctx.needs_input_grad
+        saved_W, saved_b = W if needs_x or needs_W else None, b if needs_b else None
+        ctx.save_for_backward(x, saved_W, saved_b, A, B, h)
         ctx.s, ctx.path = s, plan.backward
-        # Not a view, which nn.ReLU(inplace=True) could not change behind a Function.
+        # For a 3-D x with a bias F.linear returns a view. autograd refuses to change a view that a
+        # Function returned, so nn.ReLU(inplace=True) behind this layer would raise. detach()
+        # returns the same memory as a tensor that is no view.
         return y.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, h = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # a graph of the backward is wanted: say it in plain operations
-            return _differentiable(needs, grads[0], tuple(inputs), ctx.s)
+        # Gradients are enabled here only if the caller asked for create_graph=True.
+        if torch.is_grad_enabled():
+            return _differentiable_grads(ctx.needs_input_grad, grads[0], tuple(inputs), ctx.s)
         x, W, _, A, B = inputs
-        x2, dy = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, B.shape[0])
+        needs_x, needs_W, needs_b, needs_A, needs_B, *_ = ctx.needs_input_grad
+        x2, dy = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, B.shape[0])  # (n, k), (n, m)
         dx = dW = db = dA = dB = None
-        if needs[4]:
-            h = torch.mm(x2, A.to(x2.dtype).t()) if h is None else h
-            dh, dB = products(dy, B, h, ctx.s)  # dh = s · dy B
-        elif needs[0] or needs[3]:
-            dh = _scaled(torch.mm(dy, B.to(dy.dtype)), ctx.s)
-        if needs[3]:
-            dA = torch.mm(dh.t(), x2).to(A.dtype)
-        if needs[0]:
+        # dh, the gradient of h = x Aᵀ, is a factor of dA, and of dx on the factored path.
+        if needs_B:
+            if h is None:  # the forward took the dense path
+                h = torch.mm(x2, A.to(x2.dtype).t())  # (n, r)
+            dh, dB = grads_of_h_and_B(dy, B, h, ctx.s)  # (n, r), (m, r)
+        elif needs_x or needs_A:
+            dh = _scaled(torch.mm(dy, B.to(dy.dtype)), ctx.s)  # (n, r)
+        if needs_A:
+            dA = torch.mm(dh.t(), x2).to(A.dtype)  # (r, k)
+        if needs_x:
             if ctx.path == "dense":
-                dx = torch.mm(dy, update(W, B, A, ctx.s))
+                dx = torch.mm(dy, add_product(W, B, A, ctx.s))  # (n, k) = (n, m) (m, k)
             else:
-                dx = update(torch.mm(dy, W), dh, A, inplace=True)
+                dx = add_product(torch.mm(dy, W), dh, A, inplace=True)  # (n, k)
             dx = dx.view(x.shape)
-        if needs[1]:
-            dW = torch.mm(dy.t(), x2)
-        if needs[2]:
-            db = dy.sum(0)
+        if needs_W:
+            dW = torch.mm(dy.t(), x2)  # (m, k)
+        if needs_b:
+            db = dy.sum(0)  # (m,)
         return dx, dW, db, dA, dB, None, None
 
 
 def _forward(
     x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, path: Path
 ) -> tuple[Tensor, Tensor | None]:
-    """Return y, and h = x Aᵀ where it was computed; x: (…, k), h: (n, r)."""
+    """Return y, and h = x Aᵀ if it was computed; x: (…, k), y: (…, m), h: (n, r)."""
     if path == "dense":
-        return F.linear(x, update(W, B, A, s), b), None
-    x2 = x.reshape(-1, x.shape[-1])
-    h = torch.mm(x2, A.to(x.dtype).t())
-    # Of x as it is: a strided one is rounded otherwise than its copy, and B = 0 must be the base.
+        return F.linear(x, add_product(W, B, A, s), b), None
+    x2 = x.reshape(-1, x.shape[-1])  # (n, k)
+    h = torch.mm(x2, A.to(x.dtype).t())  # (n, r)
+    # The base's part is computed from x and not from x2. For an x with other strides x2 is a copy,
+    # and the product of the copy may round differently. With B = 0, y must be the base's output bit
+    # for bit.
     y = F.linear(x, W, b).contiguous()
-    update(y.view(-1, W.shape[0]), h, B.t(), s, inplace=True)
+    add_product(y.view(-1, W.shape[0]), h, B.t(), s, inplace=True)
     return y, h
 
 
 def _plain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
     if torch.compiler.is_compiling():
-        # It fuses the scale with the cast, and the sum with an activation that may follow.
+        # The compiler fuses the scaling of A with its cast, and the sum with an activation that may
+        # follow.
         return F.linear(x, W, b) + F.linear(F.linear(x, _scaled(A, s).to(x.dtype)), B.to(x.dtype))
     if A.dtype is not x.dtype:
         A, B = A.to(x.dtype), B.to(x.dtype)
-    # The fewest operations: the scale and the sum ride in the last product.
+    # As few operations as possible: addmm scales and adds while it multiplies.
     if x.dim() == 2:
         return torch.addmm(F.linear(x, W, b), F.linear(x, A), B.t(), alpha=s)
     return F.linear(x, W, b) + F.linear(_scaled(F.linear(x, A), s), B)
 
 
-def _differentiable(
-    needs: tuple[bool, ...], dy: Tensor, tensors: tuple[Any, ...], s: float
+def _differentiable_grads(
+    needs: tuple[bool, ...], dy: Tensor, inputs: tuple[Any, ...], s: float
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of `_plain`, themselves with a graph."""
-    x, W, b, A, B = tensors
-    if W is None:  # no gradient that is wanted depends on it
+    """Return the gradients of the inputs as functions of the inputs, with a graph of their own.
+
+    A gradient penalty, for example, differentiates dB = s · dyᵀ h once more, with h = x Aᵀ. The
+    saved h came from inside `_Linear.forward`, which records no graph. To autograd it would be a
+    constant, and the penalty's gradient of A would silently be zero. The in-place sum and the
+    Triton kernels of `backward` cannot be differentiated either. So y is computed again from the
+    inputs with plain operations, and autograd differentiates those.
+    """
+    x, W, b, A, B = inputs
+    if W is None:
+        # Neither dx nor dW is needed, and the other gradients do not depend on W: any (m, k) does.
         W = x.new_zeros(()).expand(B.shape[0], A.shape[1])
     y = _plain(x, W, b, A, B, s)
-    wanted = [tensor for tensor, needed in zip(tensors, needs, strict=False) if needed]
+    wanted = [tensor for tensor, needed in zip(inputs, needs, strict=False) if needed]
     grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return tuple(next(grads) if needed else None for needed in needs)
 
 
-def _together(terms: list[LowRank]) -> LowRank:
-    """Return several updates as one of their ranks' sum, the scales in B."""
-    A = torch.cat([term.A for term in terms])
-    B = torch.cat([term.B * term.scale for term in terms], dim=1)
+def _concatenate(terms: list[LowRank]) -> LowRank:
+    """Return the sum of several updates as one update, whose rank is the sum of their ranks.
+
+        s₁ B₁ A₁ + s₂ B₂ A₂ = [s₁ B₁, s₂ B₂] [A₁; A₂]
+
+    Two adapters then cost two larger products instead of four. The scales differ between the
+    terms, so they are multiplied into B.
+    """
+    A = torch.cat([term.A for term in terms])  # (Σ r, k)
+    B = torch.cat([term.B * term.scale for term in terms], dim=1)  # (m, Σ r)
     return LowRank(A, B, 1.0)
 
 
 def _scaled(tensor: Tensor, s: float) -> Tensor:
+    """Return s · tensor, without a copy if s is 1."""
     return tensor if s == 1.0 else tensor * s
 
 
-def _kernel_can(C: Tensor, rank: int) -> bool:
+def _kernel_applies(C: Tensor, rank: int) -> bool:
+    """Return whether a Triton kernel can and should process a matrix C at this rank."""
     return (
         C.is_cuda
-        and C.numel() >= WORTH_A_KERNEL
+        and C.numel() >= plans.WORTH_A_KERNEL
         and C.dtype in (torch.bfloat16, torch.float16)
         and rank <= 128
         and C.is_contiguous()

@@ -1,4 +1,4 @@
-"""Which path a Linear with a low-rank update takes, and what rules out all but plain operations."""
+"""Which path a Linear with a low-rank update takes: the rule, and the sizes that it compares."""
 
 from typing import Literal, NamedTuple
 
@@ -8,9 +8,10 @@ Path = Literal["plain", "factored", "dense"]
 
 
 class Plan(NamedTuple):
-    """The paths of one Linear; a plain forward brings its own backward.
+    """The paths of one Linear in the forward and in the backward (see lowrank.py).
 
-    `native` says that the compiled twin takes them, not Python.
+    "plain" is always both, since autograd derives the backward of plain operations. `native` is
+    whether the native extension computes the layer.
     """
 
     forward: Path
@@ -22,8 +23,8 @@ PLAIN = Plan("plain", "plain")
 _SMALL_WEIGHT = Plan("dense", "dense")
 _PATHS: tuple[Path, Path] = ("factored", "dense")
 
-# So many elements, n (k + m), have to pass through a layer before more than plain operations pays;
-# by device and by whether a gradient may be wanted.
+# Plain operations compute a layer through which fewer elements than this pass, n (k + m), by device
+# and by whether a gradient may be wanted.
 PLAIN_BELOW = {
     ("cpu", True): 2**18,
     ("cpu", False): 2**18,
@@ -31,7 +32,8 @@ PLAIN_BELOW = {
     ("cuda", False): 2**22,
 }
 
-# Below this many elements a launch costs more than the traffic that a kernel saves.
+# A Triton kernel processes matrices of at least this many elements. For smaller ones its launch
+# costs more time than the memory traffic that it saves.
 WORTH_A_KERNEL = 2**25
 
 

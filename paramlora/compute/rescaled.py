@@ -1,10 +1,11 @@
-"""Layers on a rescaled weight, W' = (1 + g) ⊙ (W + s · B A), that do without W'.
+"""The outputs of layers on a rescaled weight, W' = (1 + g) ⊙ (W + s · B A), without building W'.
 
-    g on the outputs    y = y₁ + g ⊙ (y₁ − b),  y₁ = x (W + s · B A)ᵀ + b
+    g on the outputs    y = y₁ + g ⊙ (y₁ − b)                       y₁ = x (W + s · B A)ᵀ + b
     g on the inputs     y = (x + g ⊙ x) (W + s · B A)ᵀ + b
 
-Where g is zero, y is bitwise y₁: the base's output as long as the update is zero, too. In half
-precision it is g that is rounded, not 1 + g.
+g is `Rescaled.change`: (m,) on the outputs, (k,) on the inputs. It is never added to the 1. If g is
+zero, y is therefore bitwise y₁, which is the base's output if the update is zero as well. And half
+precision rounds the small g, not 1 + g.
 """
 
 import torch
@@ -20,29 +21,31 @@ def rescaled_linear(x: Tensor, W: Tensor, b: Tensor | None, term: Rescaled) -> T
 
     Args:
         x: (…, k).
-        W: (m, k), of the dtype of x but under autocast.
+        W: (m, k), of the dtype of x except under autocast.
         b: (m,) or None.
-        term: how W is updated and rescaled: m changes along its dimension 0, or k along 1.
+        term: the rescaling, with m changes along dimension 0 or k changes along dimension 1.
     """
     if term.dim == 1:
-        x = _rescaled(x, x, term.change)
+        x = _add_scaled(x, x, term.change)
     y = lowrank.linear(x, W, b, [] if term.update is None else [term.update])
     if term.dim == 0:
-        y = _rescaled(y, y if b is None else y - b.to(y.dtype), term.change)
+        # The bias is not rescaled: (1 + g) ⊙ (y − b) + b = y + g ⊙ (y − b).
+        y = _add_scaled(y, y if b is None else y - b.to(y.dtype), term.change)
     return y
 
 
 def rescaled_rows(y: Tensor, ids: Tensor, term: Rescaled, padding_idx: int | None) -> Tensor:
-    """Return rows y, (…, k), of W + s · B A, looked up by `ids`, as those of W'."""
+    """Return the embeddings of `ids` from W', given y, (…, k), those from W + s · B A."""
     g = term.change
     if term.dim == 0:
-        g = F.embedding(ids, g.unsqueeze(-1))
-    found = _rescaled(y, y, g)
+        g = F.embedding(ids, g.unsqueeze(-1))  # (…, 1), one change per row of W
+    rows = _add_scaled(y, y, g)
     if padding_idx is None:
-        return found
-    # torch gives the padding row no gradient.
-    return torch.where((ids == padding_idx).unsqueeze(-1), found.detach(), found)
+        return rows
+    # torch gives the padding row no gradient. Through g it would get one.
+    return torch.where((ids == padding_idx).unsqueeze(-1), rows.detach(), rows)
 
 
-def _rescaled(y: Tensor, by: Tensor, g: Tensor) -> Tensor:
-    return torch.addcmul(y, by, g.to(y.dtype))
+def _add_scaled(y: Tensor, z: Tensor, g: Tensor) -> Tensor:
+    """Return y + g ⊙ z."""
+    return torch.addcmul(y, z, g.to(y.dtype))

@@ -1,4 +1,4 @@
-"""When only plain operations may run: tracing, compiling, transforms, autocast's casts."""
+"""Which modes of torch are active: autocast, tracing, dispatch modes, compiling, transforms."""
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -10,12 +10,17 @@ from torch.autograd import forward_ad
 from ..kinds.spec import LowRank
 from ..native import load
 
-# The types whose values are all that they are.
-EXACT = {Tensor, nn.Parameter}
+# The native extension reads only tensors of exactly these types. A subclass may keep its values
+# elsewhere.
+ORDINARY_TYPES = {Tensor, nn.Parameter}
 
 
 def autocast_dtype(x: Tensor, W: Tensor, b: Tensor | None) -> torch.dtype | None:
-    """Return what torch.autocast has x Wᵀ + b in, None where it leaves one of them as it is."""
+    """Return the dtype in which torch.autocast would compute x Wᵀ + b.
+
+    None if autocast is off for the device, or if it does not cast one of the tensors, such as a
+    float64 or an integer one.
+    """
     if not torch._C._is_any_autocast_enabled() or x.is_meta:
         return None
     device = x.device.type
@@ -27,19 +32,29 @@ def autocast_dtype(x: Tensor, W: Tensor, b: Tensor | None) -> torch.dtype | None
     return torch.get_autocast_dtype(device)
 
 
-def unwatched(x: Tensor) -> bool:
-    """Return whether x is a common tensor and nothing looks on that only knows plain operations.
+def plain_ops_only(x: Tensor) -> bool:
+    """Return whether a layer's output for x must be computed with plain torch operations.
 
-    To what records operations those of the twin do not exist, a Function in Python cannot be
-    exported, and an output that was kept must not be written to.
+    The faster paths use a custom node of the autograd graph and change tensors in place. Neither
+    works while a tracer, a dispatch mode or a transform records the operations one by one:
+
+    - torch.jit.trace cannot export a Function written in Python.
+    - A dispatch mode does not see what the native extension does.
+    - Selective checkpointing is a dispatch mode that keeps the outputs of some operations. An
+      `addmm_` afterwards would change an output that it has kept.
+
+    They do not work on all tensors, either. A nested or sparse tensor supports few operations, a
+    meta tensor has no values, and a 1-D tensor is not a matrix of rows.
     """
-    common = x.dim() > 1 and not x.is_meta and x.layout is torch.strided and not x.is_nested
-    recorded = torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
-    return common and not recorded and not transformed()
+    if x.dim() < 2 or x.is_meta or x.layout is not torch.strided or x.is_nested:
+        return True
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+        return True
+    return transforms_active()
 
 
-def transformed() -> bool:
-    """Return whether the compiler, torch.func or forward-mode differentiation is looking on."""
+def transforms_active() -> bool:
+    """Return whether torch.compile, torch.func or forward-mode differentiation is active."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -51,9 +66,9 @@ def native_for(
     x: Tensor, W: Tensor, b: Tensor | None, terms: Sequence[tuple[int, LowRank]]
 ) -> ModuleType | None:
     """Return the compiled twin where it can take this: float32 on a CPU, without gradients."""
-    if torch.is_grad_enabled() or type(x) is not Tensor or not unwatched(x):
+    if torch.is_grad_enabled() or type(x) is not Tensor or plain_ops_only(x):
         return None
     tensors = [x, W, *([] if b is None else [b]), *(t for _, term in terms for t in term[:2])]
-    fits = all(type(t) in EXACT and t.is_cpu and t.dtype is torch.float32 for t in tensors)
+    fits = all(type(t) in ORDINARY_TYPES and t.is_cpu and t.dtype is torch.float32 for t in tensors)
     plain = all(isinstance(term.scale, float) for _, term in terms)
     return load.module() if fits and plain and autocast_dtype(x, W, b) is None else None

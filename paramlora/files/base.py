@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from ..site.find import stack_of
 from ..site.names import check_unmerged
 from ..site.storage import check_real, check_settled, in_parts
-from ..site.survey import select
+from ..site.survey import Survey
 from .state import compare, digest
 
 
@@ -40,7 +40,7 @@ def load_base_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
             model is then as it was.
         StateError: an adapter is merged, or the model is on the meta device.
     """
-    check_unmerged(select(model, ()), "load a base under")
+    check_unmerged(Survey(model).stacks, (), "load a base under")
     keys, own = _Keys(model), model.state_dict()
     actual = {name: key for key in own if (name := keys.original(key)) is not None}
     expected = {original: own[key] for original, key in actual.items()}

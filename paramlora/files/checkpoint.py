@@ -23,7 +23,7 @@ from ..site.factors import Factors
 from ..site.find import Site, below
 from ..site.names import check_unmerged
 from ..site.storage import check_real, fill, settle, whole, writes_files
-from ..site.survey import Survey, names_of, select, sites_of
+from ..site.survey import Survey, names_of, sites_of
 from ..verbs.summary import Summary
 from .planned import planned
 from .refresh import check_writable, parts_of_sites, take
@@ -61,7 +61,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str = "
             model is then as it was.
         StateError: the adapter is merged, or the model is on the meta device.
     """
-    check_unmerged(select(model, [name]), "load")
+    check_unmerged(Survey(model).stacks, [name], "load")
     own = state_dict(model, name)
     compare(state, own, f"the state for adapter {name!r}")
     check_writable(model, name)

@@ -10,7 +10,7 @@ from ..layers.install import Planned, check_name, install
 from ..site.factors import Factors
 from ..site.names import check_unmerged
 from ..site.storage import check_real, check_settled, fill, settle
-from ..site.survey import Survey, names_of, select, sites_of
+from ..site.survey import Survey, names_of, sites_of
 from ..verbs.summary import Summary, summary
 
 
@@ -46,7 +46,7 @@ def refresh(
     path: str | os.PathLike[str],
 ) -> None:
     """Copy a file's values into the adapter of that name, which must be of the same make."""
-    check_unmerged(select(model, [name]), "load")
+    check_unmerged(Survey(model).stacks, [name], "load")
     attached = parts_of_sites(model, name)
     new = {plan.place.path: plan.factors for plan in planned}
     same = attached.keys() == new.keys() and all(

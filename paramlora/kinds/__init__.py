@@ -1,8 +1,8 @@
-"""What is learned at a tensor: one class a kind, on tensors only.
+"""Kinds of adapters, one class each: what is learned at a tensor. Tensors only, no modules.
 
-The kinds themselves are also names of `paramlora`. Authors of a new kind derive a frozen dataclass
-from `Spec` and need `draw`, `add_update` and `factor_dtype`; a kind with a fast forward returns a
-`LowRank` or a `Rescaled` (docs/kinds.md).
+`paramlora` exports the kinds themselves. To add a kind, derive a frozen dataclass from `Spec`, and
+use `draw`, `factor_dtype` and `add_update`. A kind whose layers can compute their output without W'
+also returns a `LowRank` or a `Rescaled` (docs/kinds.md).
 """
 
 from .delta import Delta

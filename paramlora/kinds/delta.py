@@ -1,4 +1,9 @@
-"""Delta: W' = W + λ·D, D of the shape of W."""
+"""Delta: a full-size update.
+
+    W' = W + λ · D        D: the shape of W
+
+λ is the strength (`pl.scale`).
+"""
 
 from dataclasses import dataclass
 
@@ -10,10 +15,10 @@ from .spec import Factors, Spec, Strength, add_update, factor_dtype
 
 @dataclass(frozen=True)
 class Delta(Spec):
-    """A full-size update, W' = W + λ·D, of any tensor; D starts at zero.
+    """A full-size update of a tensor of any shape, W' = W + λ·D. D starts at zero.
 
-    For biases, norms and heads: what is trained beside the low-rank factors can then be switched
-    off, saved and merged with them.
+    Use it for biases, norms and heads that are trained together with low-rank adapters. Unlike
+    unfrozen parameters they can then be switched off, saved and merged with the adapter.
 
     >>> Delta().create(torch.ones(3))
     {'D': tensor([0., 0., 0.])}

@@ -1,9 +1,10 @@
-"""Kinds of adapters that rescale a tensor.
+"""DoRA: direction and magnitude of a tensor, learned separately.
 
-    DoRA    W' = m ⊙ V / ‖V‖,  V = W + λ·s·B A,  m = ‖W‖ + λ·d
-    IA3     W' = (1 + λ·(l − 1)) ⊙ W
+    W' = m ⊙ V / ‖V‖        V = W + λ · s · B A,  m = ‖W‖ + λ · d,  s = alpha / r
+       = c ⊙ V              c = m / ‖V‖
 
-λ is the strength, s the scale of the adapter.
+A: (r, in), B: (out, r). m, d and c have one entry per index of one dimension, `dim`, and so do the
+norms. They are multiplied along it. λ is the strength (`pl.scale`).
 """
 
 from collections.abc import Callable
@@ -12,49 +13,38 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .ia3 import along, check_dim
-from .spec import (
-    Factors,
-    LowRank,
-    Rescaled,
-    Spec,
-    Strength,
-    check_flag,
-    check_rank,
-    low_rank_refusal,
-    scaling_of,
-)
-from .start import check_init, start
+from .fields import check_dim, check_flag, check_rank, low_rank_refusal, scaling_of
+from .spec import Factors, LowRank, Rescaled, Spec, Strength, along
+from .start import check_init, init_factors
 
 
 @dataclass(frozen=True)
 class DoRA(Spec):
-    """Weight-decomposed adaptation, W' = m ⊙ V/‖V‖ with V = W + λ·s·BA: direction and magnitude.
+    """Weight-decomposed adaptation, W' = m ⊙ V/‖V‖ with V = W + λ·s·BA and m = ‖W‖ + λ·d.
 
-    The norms are those of the rows of W, seen as in `LoRA`: one for each output of a Linear or a
-    convolution. Learned are A, B and d, by which the magnitudes differ from those of the base,
-    m = ‖W‖ + λ·d; so W' is bitwise W at the start and at strength 0, wherever the norms are
-    computed.
+    A, B and d are learned. d is the difference between the magnitudes m and those of W; it starts
+    at zero, as B does. W' is then bitwise W at the start and at strength 0.
 
     Args:
-        rank, alpha, init, rank_stabilized: those of `LoRA`.
-        dim: the dimension of the tensor along which the magnitudes lie. 1 is for tensors whose
-            outputs lie along dimension 1: transformers' Conv1D, and an Embedding, where it means
-            one magnitude for each feature, as in PEFT (0: one for each row).
-        exact_gradient: differentiate through the norms, on the dense W'. The paper treats them as
-            constants in the backward (section 4.3), which costs less: a Linear or an Embedding
-            then does without W'.
+        rank, alpha, init, rank_stabilized: as in `LoRA`, without the inits "pissa" and "olora".
+        dim: the dimension of the tensor along which the magnitudes lie. With 0, a Linear or a
+            convolution has one magnitude per output, and an Embedding one per row. Use 1 for
+            transformers' Conv1D, whose outputs lie along dimension 1, and for an Embedding with
+            one magnitude per feature, as in PEFT.
+        exact_gradient: whether to differentiate through the norms ‖V‖. By default they are
+            constants in the backward pass, as in the paper (section 4.3). A Linear or an Embedding
+            then computes its output without W'. With True every layer builds W'.
 
     Raises:
-        ValueError: as `LoRA`, and for another dim than 0 or 1.
-
-    Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353.
+        ValueError: a field has an invalid value.
 
     >>> weight = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
     >>> factors = DoRA(rank=1).create(weight)
     >>> DoRA(rank=1).apply(weight, factors | {"d": torch.tensor([5.0, 1.0])})
     tensor([[6., 8.],
             [2., 0.]])
+
+    Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353.
     """
 
     rank: int = 8
@@ -79,27 +69,32 @@ class DoRA(Spec):
         return ("B", "d")
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        factors = start(weight.flatten(1), weight, self.rank, self.init, generator)
+        # The paper learns m itself. A stored m starts as ‖W‖ computed once, on one device. On
+        # another device, or after a cast, ‖W‖ may come out one rounding away from it; then m / ‖V‖
+        # is 0.9999999 and not 1, and W' is not W. With d = 0 the same ‖W‖ is on both sides of the
+        # fraction, so it is exactly 1. At strength 0 it is 1 whatever d has become.
+        factors = init_factors(weight.flatten(1), self.rank, self.init, generator)
         return factors | {"d": factors["A"].new_zeros(weight.shape[self.dim])}
 
     def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:
         A, B, s = factors["A"], factors["B"], self.scaling * strength
+        d = strength * factors["d"]
         if isinstance(s, Tensor):
             B, s = B * s, 1.0
         W = weight.to(A.dtype)
         if self.exact_gradient:
-            V = _added(W, A, B, s)
-            c = _ratio(*self._norms(W, V, B * s), strength * factors["d"])
+            V = _add_product(W, A, B, s)
+            c = _ratio(*self._norms(W, V, B * s), d)
             return (V * along(c, self.dim, W)).to(weight.dtype)
-        V = _added(W.detach(), A.detach(), B.detach(), s)
-        norms = self._norms(W.detach(), V, B.detach() * s)
-        c = along(_ratio(*norms, strength * factors["d"]), self.dim, weight)
-        # c ⊙ V, distributed: autograd then keeps W itself, and no V.
+        V = _add_product(W.detach(), A.detach(), B.detach(), s)
+        c = _ratio(*self._norms(W.detach(), V, B.detach() * s), d)
+        # c ⊙ V would make autograd keep V, a second matrix, for the gradient of c. Multiplying out,
+        # c ⊙ V = c ⊙ W + s · (c ⊙ B) A, it keeps W, which is stored anyway, and the factors.
         if self.dim == 0:
-            B = B * c.view(-1, 1)
+            B = B * c.view(-1, 1)  # (out, r)
         else:
-            A = (A.view(-1, *weight.shape[1:]) * c).view(A.shape)
-        return _added(weight * c, A, B, s).to(weight.dtype)
+            A = (A.view(-1, *weight.shape[1:]) * along(c, 1, weight)).view(A.shape)  # (r, in)
+        return _add_product(weight * along(c, self.dim, weight), A, B, s).to(weight.dtype)
 
     def rescaled(
         self, weight: Tensor, factors: Factors, strength: Strength = 1.0
@@ -107,52 +102,64 @@ class DoRA(Spec):
         if self.exact_gradient:
             return None
         update = LowRank(factors["A"], factors["B"], self.scaling * strength)
-        norms = self._norms_without_V(weight, *update)
-        return Rescaled(_ratio(*norms, strength * factors["d"]) - 1, self.dim, update)
+        c = _ratio(*self._norms_without_V(weight, *update), strength * factors["d"])
+        return Rescaled(c - 1, self.dim, update)
 
     def refusal(self, weight: Tensor) -> str | None:
         return low_rank_refusal(weight)
 
     def _norms(self, W: Tensor, V: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ‖W‖ and ‖V‖ for each index of `dim`."""
-        before, after = (torch.linalg.vector_norm(M, dim=self._others(W)) for M in (W, V))
-        # Where V is W, their norms may still differ by a rounding, for sums run by the strides.
-        rounding = torch.where(B.any(), 0, before - after).detach()
-        return before, after + rounding
+        """Return ‖W‖ and ‖V‖ for each index of `dim`; B is zero if V equals W."""
+        norm_W, norm_V = (torch.linalg.vector_norm(M, dim=self._other_dims(W)) for M in (W, V))
+        # V may equal W and still have other strides, since addmm returns a contiguous matrix.
+        # vector_norm sums in the order of the strides, so the two norms may differ by a rounding,
+        # and their ratio would not be 1. If B is zero, use ‖W‖ for both.
+        rounding = torch.where(B.any(), 0, norm_W - norm_V).detach()
+        return norm_W, norm_V + rounding
 
     def _norms_without_V(
         self, W: Tensor, A: Tensor, B: Tensor, s: Strength
     ) -> tuple[Tensor, Tensor]:
-        """Return the same as constants, for half the traffic.
+        """Return ‖W‖ and ‖V‖ as constants, without building V.
 
-            ‖V‖² = ‖W‖² + u,  u = 2s Σ (W Aᵀ) ∘ B + s² Σ (B A Aᵀ) ∘ B         sums over r
+        With the sums over r, for each row of V = W + s B A:
+
+            ‖V‖² = ‖W‖² + u        u = 2s Σ (W Aᵀ) ∘ B + s² Σ (B A Aᵀ) ∘ B
+
+        The root of the first line is not used as it stands. If B is zero so is u, and √(x·x) is not
+        exactly x on all machines, so ‖V‖ would not be exactly ‖W‖. This form is exact there:
+
             ‖V‖ = ‖W‖ + u / (‖W‖ + √(‖W‖² + u))
 
-        Where B is zero so is u, and ‖V‖ is ‖W‖, which √(x·x) = x does not give on all machines.
-        Measured in float32, the error is that of `_norms`, 5e-8, but ‖W‖/‖V‖ times as large where
-        the update all but cancels a row.
+        W is read twice and V is not built, which is half of the memory traffic of `_norms`. The
+        measured error in float32 is that of `_norms`, 5e-8. For a row that the update nearly
+        cancels it is ‖W‖/‖V‖ times as large.
         """
         W, A, B = W.detach(), A.detach(), B.detach()
         s = s.detach() if isinstance(s, Tensor) else s
-        before = torch.linalg.vector_norm(W, dim=self._others(W), dtype=A.dtype)
+        norm_W = torch.linalg.vector_norm(W, dim=self._other_dims(W), dtype=A.dtype)
         matrix = W.reshape(W.shape[0], -1)
-        if self.dim == 1:
+        if self.dim == 1:  # the rows of Vᵀ = Wᵀ + s Aᵀ Bᵀ
             matrix, A, B = matrix.mT, B.mT, A.mT
-        cross = (matrix @ A.mT.to(W.dtype)).to(B.dtype)
-        u = (B * (2 * s * cross + s * s * (B @ (A @ A.mT)))).sum(1).view(len(before), -1).sum(1)
-        total = before + (before * before + u).clamp_min(0).sqrt()
-        return before, before + u / torch.where(total > 0, total, 1)
+        WA = (matrix @ A.mT.to(W.dtype)).to(B.dtype)  # (rows, r)
+        BAA = B @ (A @ A.mT)  # (rows, r)
+        u = (B * (2 * s * WA + s * s * BAA)).sum(1)  # (rows,)
+        # With dim=1 a convolution's kernel gives each index of `dim` several rows.
+        u = u.view(len(norm_W), -1).sum(1)
+        total = norm_W + (norm_W * norm_W + u).clamp_min(0).sqrt()
+        return norm_W, norm_W + u / torch.where(total > 0, total, 1)
 
-    def _others(self, W: Tensor) -> list[int]:
+    def _other_dims(self, W: Tensor) -> list[int]:
         return [i for i in range(W.dim()) if i != self.dim]
 
 
-def _added(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+def _add_product(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     """Return W + s · B A in the shape of W."""
     return torch.addmm(W.reshape(W.shape[0], -1), B, A, alpha=s).view(W.shape)
 
 
-def _ratio(before: Tensor, after: Tensor, d: Tensor) -> Tensor:
-    """Return m / ‖V‖, and 1 where V is zero and has no direction to give a magnitude to."""
-    there = after > 0
-    return torch.where(there, (before + d) / torch.where(there, after, 1), 1)
+def _ratio(norm_W: Tensor, norm_V: Tensor, d: Tensor) -> Tensor:
+    """Return c = m / ‖V‖, and 1 where V is zero, since it then has no direction to rescale."""
+    nonzero = norm_V > 0
+    # The inner where keeps 0/0 out of the backward, in which NaN · 0 would be NaN.
+    return torch.where(nonzero, (norm_W + d) / torch.where(nonzero, norm_V, 1), 1)

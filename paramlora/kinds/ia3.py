@@ -1,31 +1,40 @@
-"""IA3: W' = W rescaled along one dimension by a learned vector."""
+"""IA3: a tensor that is rescaled along one dimension by a learned vector.
+
+    W' = (1 + λ · (l − 1)) ⊙ W        l: (W.shape[dim],)
+
+λ is the strength (`pl.scale`).
+"""
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .spec import Factors, Rescaled, Spec, Strength, factor_dtype
+from .fields import check_dim
+from .spec import Factors, Rescaled, Spec, Strength, along, factor_dtype
 
 
 @dataclass(frozen=True)
 class IA3(Spec):
-    """A learned factor for each output, or each input: W' = (1 + λ·(l − 1)) ⊙ W; l starts at one.
+    """One learned factor per output or per input, W' = (1 + λ·(l − 1)) ⊙ W. l starts at one.
+
+    Only the weight is rescaled. To rescale a layer's output including its bias, attach to the bias
+    as well.
 
     Args:
-        dim: the dimension of the tensor along which l lies: 0 rescales the outputs of a Linear or
-            a convolution, as the paper does with keys and values, 1 its inputs, as it does in the
-            feed-forward layer. To rescale an output with its bias, attach to the bias as well.
+        dim: the dimension of the tensor along which l lies. 0 rescales the outputs of a Linear or
+            a convolution, which the paper does with keys and values. 1 rescales the inputs, which
+            it does in the feed-forward layer.
 
     Raises:
-        ValueError: another dim than 0 or 1.
-
-    Source: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
-    In-Context Learning", arXiv 2205.05638, section 3.3.
+        ValueError: `dim` is not 0 or 1.
 
     >>> IA3().apply(torch.ones(2, 3), {"l": torch.tensor([1.0, 2.0])}, 0.5)
     tensor([[1.0000, 1.0000, 1.0000],
             [1.5000, 1.5000, 1.5000]])
+
+    Source: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
+    In-Context Learning", arXiv 2205.05638, section 3.3.
     """
 
     dim: int = field(default=0, kw_only=True)
@@ -38,24 +47,13 @@ class IA3(Spec):
         return {"l": torch.ones(weight.shape[self.dim], dtype=dtype, device=weight.device)}
 
     def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:
-        c = 1 + self.rescaled(weight, factors, strength).change
-        return (weight * along(c, self.dim, weight)).to(weight.dtype)
+        change = self.rescaled(weight, factors, strength).change
+        return (weight * along(1 + change, self.dim, weight)).to(weight.dtype)
 
     def rescaled(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Rescaled:
         return Rescaled(strength * (factors["l"] - 1), self.dim, None)
 
     def refusal(self, weight: Tensor) -> str | None:
         if weight.dim() <= self.dim:
-            return f"it has no dimension {self.dim}, only {weight.dim()}"
+            return f"dim={self.dim} is out of range, its number of dimensions is {weight.dim()}"
         return None
-
-
-def check_dim(dim: object) -> None:
-    """Raise a ValueError where a dimension is not 0 or 1."""
-    if type(dim) is not int or dim not in (0, 1):
-        raise ValueError(f"dim must be 0 or 1, got {dim!r}")
-
-
-def along(values: Tensor, dim: int, weight: Tensor) -> Tensor:
-    """Return one value for each index of dimension `dim` of `weight`, to multiply it with."""
-    return values.view([-1 if i == dim else 1 for i in range(weight.dim())])

@@ -1,4 +1,9 @@
-"""LoKr: W' = W + λ·s·(C ⊗ BA), a Kronecker product."""
+"""LoKr: a Kronecker product as update.
+
+    W' = W + λ · s · W₁ ⊗ W₂        W₁: (p, q), W₂: (out/p, in/q), s = alpha / r
+
+λ is the strength (`pl.scale`). W₂ = B₂ A₂ if that is smaller, and W₁ = B₁ A₁ on request.
+"""
 
 import functools
 import math
@@ -7,40 +12,37 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .spec import (
-    Factors,
-    Spec,
-    Strength,
-    add_update,
-    check_flag,
-    check_rank,
-    low_rank_refusal,
-    scaling_of,
-)
+from .fields import check_flag, check_rank, low_rank_refusal, scaling_of
+from .spec import Factors, Spec, Strength, add_update
 from .start import draw, kaiming
 
 
 @dataclass(frozen=True)
 class LoKr(Spec):
-    """A Kronecker product, W' = W + λ·s·W₁ ⊗ W₂: few parameters, and of any rank.
+    """A Kronecker product, W' = W + λ·s·W₁ ⊗ W₂, which has few parameters and may be of any rank.
 
-    W₁ is (p, q) and W₂ (out/p, in/q, …), where p and q are divisors of the tensor's first two
-    dimensions. W₂ is a product B₂A₂ of rank r where that is below half of its larger side, and
-    else in full, as in LyCORIS. W₂, or A₂, starts at zero, the others Kaiming-uniform.
+    W₁ is (p, q) and W₂ is (out/p, in/q, …), where p and q divide the tensor's first two dimensions.
+    W₂ is a product B₂A₂ of rank r if r is less than half of W₂'s larger side. Otherwise it is one
+    full factor, as in LyCORIS. A₂, or a full W₂, starts at zero. The others are Kaiming-uniform.
+    Every layer with a LoKr builds W'.
 
     Args:
-        rank: r of W₂, as above; None for W₂ in full, at a scale of 1.
-        alpha: s = alpha/r as in `LoRA`, also where W₂ is in full for its size.
-        factor: what p and q are to be. Where it does not divide a dimension, the largest divisor
-            below it and below the root; -1 for the largest one below the root.
-        decompose_both: W₁ is B₁A₁, too, by the same rule.
-        rank_stabilized: that of `LoRA`.
+        rank: r, at least 1. None makes W₂ a full factor and s = 1.
+        alpha: s = alpha/r as in `LoRA`, also if W₂ is a full factor because of its size.
+        factor: the wanted size of p and q, at least 1, or -1 for the largest that is possible. If
+            it does not divide a dimension, the next smaller divisor is taken. Neither p nor q
+            exceeds the square root of its dimension.
+        decompose_both: make W₁ a product B₁A₁, too, if r is less than half of its larger side.
+        rank_stabilized: as in `LoRA`.
 
-    Source: Edalati et al. 2022, "KronA", arXiv 2212.10650, section 3; Yeh et al. 2023, LyCORIS,
-    arXiv 2309.14859, section 3.3.
+    Raises:
+        ValueError: a field has an invalid value, or alpha is given without a rank.
 
     >>> {key: tuple(f.shape) for key, f in LoKr(rank=1).create(torch.zeros(12, 10)).items()}
     {'W1': (3, 2), 'B2': (4, 1), 'A2': (1, 5)}
+
+    Source: Edalati et al. 2022, "KronA", arXiv 2212.10650, section 3; Yeh et al. 2023, LyCORIS,
+    arXiv 2309.14859, section 3.3.
     """
 
     rank: int | None = 8
@@ -53,7 +55,9 @@ class LoKr(Spec):
         if self.rank is not None:
             check_rank(self)
         elif self.alpha is not None:
-            raise ValueError(f"alpha is over a rank, and there is none; got alpha={self.alpha!r}")
+            raise ValueError(
+                f"alpha is divided by the rank, so rank=None allows no alpha; got {self.alpha!r}"
+            )
         check_flag(self, "decompose_both")
         whole = isinstance(self.factor, int) and not isinstance(self.factor, bool)
         if not whole or (self.factor < 1 and self.factor != -1):
@@ -71,40 +75,50 @@ class LoKr(Spec):
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         p, q = (_divisor(size, self.factor) for size in weight.shape[:2])
-        out, rest = weight.shape[0] // p, weight.shape[1] // q
+        rows, columns, kernel = weight.shape[0] // p, weight.shape[1] // q, weight.shape[2:]
 
-        def drawn(*shape: int) -> Tensor:
+        def random(*shape: int) -> Tensor:
             return draw(shape, weight, kaiming, generator)
 
-        if self.decompose_both and self._is_low(p, q):
-            factors = {"B1": drawn(p, self.rank), "A1": drawn(self.rank, q)}  # type: ignore[arg-type]
+        if self.decompose_both and self._is_factored(p, q):
+            factors = {"B1": random(p, self.rank), "A1": random(self.rank, q)}  # type: ignore[arg-type]
         else:
-            factors = {"W1": drawn(p, q)}
+            factors = {"W1": random(p, q)}
         zeros = next(iter(factors.values())).new_zeros
-        if not self._is_low(out, rest):
-            return factors | {"W2": zeros(out, rest, *weight.shape[2:])}
-        B2 = drawn(out, self.rank)  # type: ignore[arg-type]
-        return factors | {"B2": B2, "A2": zeros(B2.shape[1], rest * weight.shape[2:].numel())}
+        if not self._is_factored(rows, columns):
+            return factors | {"W2": zeros(rows, columns, *kernel)}
+        B2 = random(rows, self.rank)  # type: ignore[arg-type]
+        return factors | {"B2": B2, "A2": zeros(B2.shape[1], columns * kernel.numel())}
 
     def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:
-        W1 = factors["W1"] if "W1" in factors else factors["B1"] @ factors["A1"]
-        (p, q), (out, rest, *kernel) = W1.shape, weight.shape
+        W1 = factors["W1"] if "W1" in factors else factors["B1"] @ factors["A1"]  # (p, q)
         W2 = factors["W2"] if "W2" in factors else factors["B2"] @ factors["A2"]
-        W2 = W2.view(out // p, rest // q, *kernel)
-        product = torch.kron(W1.view(p, q, *(1 for _ in kernel)), W2)
+        (p, q), (out, into, *kernel) = W1.shape, weight.shape
+        W1 = W1.view(p, q, *(1 for _ in kernel))
+        W2 = W2.view(out // p, into // q, *kernel)
+        product = torch.kron(W1, W2)  # (out, in, *kernel)
         return add_update(weight, self.scaling * strength * product)
 
     def refusal(self, weight: Tensor) -> str | None:
         return low_rank_refusal(weight)
 
-    def _is_low(self, *sides: int) -> bool:
-        return self.rank is not None and self.rank < max(sides) / 2
+    def _is_factored(self, rows: int, columns: int) -> bool:
+        """Return whether a matrix of this size is made of two factors of rank r."""
+        return self.rank is not None and self.rank < max(rows, columns) / 2
 
 
 @functools.cache
 def _divisor(size: int, factor: int) -> int:
-    """Return the divisor of `size` for a Kronecker factor; see `LoKr`."""
+    """Return the size of W₁ along a dimension of `size` elements.
+
+    It is a divisor d of `size` with d ≤ √size, so that W₁ is the smaller of the two matrices:
+
+        _divisor(12, -1) = 3        12 = 3 · 4, and √12 = 3.5
+        _divisor(12, 4) = 3         4 divides 12 but exceeds √12, so W₂ gets the 4
+        _divisor(10, 4) = 2         4 does not divide 10; 2 is the next divisor below √10
+        _divisor(7, 4) = 1          a prime has no other divisor below its root
+    """
     if factor > 0 and size % factor == 0:
         return min(factor, size // factor)
     most = math.isqrt(size) if factor < 0 else min(factor, math.isqrt(size))
-    return next(m for m in range(most, 0, -1) if size % m == 0)
+    return next(d for d in range(most, 0, -1) if size % d == 0)

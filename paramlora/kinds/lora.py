@@ -1,4 +1,10 @@
-"""LoRA: W' = W + λ·(alpha/r)·BA, A: (r, in), B: (out, r)."""
+"""LoRA: a low-rank update.
+
+    W' = W + λ · s · B A                    s = alpha / r
+    W' = W + λ · s · (B A − B₀ A₀)          with init="pissa" and "olora"
+
+A: (r, in), B: (out, r). A₀ and B₀ are A and B at the start. λ is the strength (`pl.scale`).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,66 +12,56 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .spec import (
-    Factors,
-    LowRank,
-    Spec,
-    Strength,
-    add_update,
-    check_flag,
-    check_rank,
-    factor_dtype,
-    low_rank_refusal,
-    scaling_of,
-)
-from .start import FROM_WEIGHT, check_init, start
+from .fields import check_flag, check_rank, low_rank_refusal, scaling_of
+from .spec import Factors, LowRank, Spec, Strength, add_update, factor_dtype
+from .start import check_init, init_factors, truncated_svd
+
+_FROM_WEIGHT = ("pissa", "olora")
 
 
 @dataclass(frozen=True)
 class LoRA(Spec):
-    """A low-rank update, W' = W + λ·(alpha/r)·BA, of any tensor with two or more dimensions.
+    """A low-rank update, W' = W + λ·(alpha/r)·BA, of a tensor with two or more dimensions.
 
-    The tensor is seen as a matrix (out, in): its first dimension, and all others together. For a
-    Linear that is the weight itself, for a convolution (out, in/groups·kernel), for an Embedding
-    (num, dim). The update's rank is at most `rank`. With `batch_dims` it is a batch of matrices,
-    such as one for each expert, and with `transposed` a matrix is (in, out).
+    The tensor is viewed as a matrix (out, in): its first dimension, and all others together. That
+    is the weight itself for a Linear, (out, in/groups·kernel) for a convolution and (num, dim) for
+    an Embedding. `batch_dims` and `transposed` choose another view.
 
     Args:
-        rank: r, at least 1. One above the smaller side of the matrix is allowed, and wasted.
-        alpha: the numerator of the scale; None means `rank`, so a scale of 1.
-        init: how A starts; B starts at zero, so the update does too. "kaiming" (uniform, a = √5,
-            as in the paper's code), "gaussian" (N(0, 1)), "gaussian/sqrt_r" (N(0, 1/r)),
-            "orthogonal" (orthonormal rows, or columns where r is above in), or a callable that
-            fills A, (r, in), in place, such as those of `torch.nn.init`; it draws where it
-            likes, from torch's global generator as a rule. "pissa" and "olora" start from W
-            itself: see below.
-        rank_stabilized: scale by alpha/√r in place of alpha/r (Kalajdzievski 2023,
-            arXiv 2312.03732).
-        batch_dims: how many leading dimensions count matrices, each with an update of its own:
-            with 1, experts (E, out, in) get A: (E, r, in) and B: (E, out, r).
-        transposed: a matrix is stored as (in, out), so that W' = W + λ·s·(BA)ᵀ: as in
-            transformers' Conv1D, and where experts are (E, in, out).
+        rank: r, at least 1. A rank above the smaller side of the matrix adds parameters and gains
+            nothing.
+        alpha: the numerator of the scale; None means alpha = r, so that s = 1.
+        init: how A starts. B starts at zero unless A and B start from W.
+
+            - "kaiming": uniform with a = √5, as in the paper's code.
+            - "gaussian": N(0, 1).
+            - "gaussian/sqrt_r": N(0, 1/r).
+            - "orthogonal": orthonormal rows, or orthonormal columns if r exceeds in.
+            - A callable that fills A, (r, in), in place, such as a function of `torch.nn.init`. It
+              does not receive the generator of `attach`.
+            - "pissa": A and B start as the principal part of W, s·BA = Σ σᵢuᵢvᵢᵀ over the r largest
+              singular values.
+            - "olora": A and B start as the first r rows of R and columns of Q, where W = QR.
+        rank_stabilized: scale by alpha/√r instead of alpha/r.
+        batch_dims: the number of leading dimensions that index separate matrices, each with its
+            own update. With 1, experts of shape (E, out, in) get A: (E, r, in) and B: (E, out, r).
+        transposed: whether a matrix is stored as (in, out), so that W' = W + λ·s·(BA)ᵀ. This is how
+            transformers' Conv1D and some experts store it.
 
     Raises:
-        ValueError: a rank below 1, an alpha that is no finite number, an init of no known name,
-            or, when it is used, one that does not fill A with finite numbers; a `batch_dims` that
-            is no count, a `transposed` that is no bool.
+        ValueError: a field has an invalid value. If `init` is a callable that leaves A unfilled,
+            the error comes from `create`.
 
-    "pissa" trains the principal part of W, s·BA = Σ over the r largest singular values (Meng et
-    al. 2024, arXiv 2404.02948, equations 2 and 3), "olora" s times the first columns of Q and rows
-    of R of its QR decomposition (Büyükakyüz 2024, arXiv 2406.01775). Both papers take that part
-    out of the stored W. Here W stays, and what is taken out is kept beside as constants A₀, B₀:
-
-        W' = W + λ·s·(BA − B₀A₀) = W + λ·s·[B − B₀, B₀] [A; A − A₀]
-
-    which is trained alike, is exactly W at the start and when switched off, and is again a
-    low-rank update of the original W, of rank 2r.
+    >>> spec = LoRA(rank=4, alpha=8)
+    >>> spec.scaling
+    2.0
+    >>> {key: tuple(factor.shape) for key, factor in spec.create(torch.zeros(6, 5)).items()}
+    {'A': (4, 5), 'B': (6, 4)}
 
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models",
-    arXiv 2106.09685, section 4.1.
-
-    >>> LoRA(rank=4, alpha=8).scaling
-    2.0
+    arXiv 2106.09685, section 4.1. "pissa": Meng et al. 2024, arXiv 2404.02948, equations 2 and 3.
+    "olora": Büyükakyüz 2024, arXiv 2406.01775. rank_stabilized: Kalajdzievski 2023,
+    arXiv 2312.03732.
     """
 
     rank: int = 8
@@ -77,21 +73,23 @@ class LoRA(Spec):
 
     def __post_init__(self) -> None:
         check_rank(self)
-        check_init(self.init, FROM_WEIGHT)
+        check_init(self.init, _FROM_WEIGHT)
         if type(self.batch_dims) is not int or self.batch_dims < 0:
-            raise ValueError(f"batch_dims must be a number from 0, got {self.batch_dims!r}")
+            raise ValueError(
+                f"batch_dims must be a whole number of at least 0, got {self.batch_dims!r}"
+            )
         check_flag(self, "transposed")
         if self.init == "pissa" and self.scaling <= 0:
             raise ValueError(f"init='pissa' needs an alpha above 0, got {self.alpha!r}")
 
     @property
     def scaling(self) -> float:
-        """The factor s of the update: alpha/r, or alpha/√r where `rank_stabilized`."""
+        """The factor s of the update: alpha/r, or alpha/√r if `rank_stabilized`."""
         return scaling_of(self)
 
     @property
     def constants(self) -> tuple[str, ...]:
-        return ("A0", "B0") if self.init in ("pissa", "olora") else ()
+        return ("A0", "B0") if self.init in _FROM_WEIGHT else ()
 
     @property
     def fast(self) -> tuple[str, ...]:
@@ -103,31 +101,36 @@ class LoRA(Spec):
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         W = self._matrices(weight)
-        if not self.constants:
-            return start(W, weight, self.rank, self.init, generator)
+        if self.init not in _FROM_WEIGHT:
+            return init_factors(W, self.rank, self.init, generator)
+        # The papers subtract s·BA from the stored weight, and train BA on what is left. Here the
+        # stored weight keeps its bits: the starting values stay beside it as constants A0 and B0,
+        # and `_update` subtracts B0 A0 from BA. Gradients and training are those of the papers.
         W = W.to(factor_dtype(weight))
         if self.init == "pissa":
-            W = W / self.scaling
-        A, B = FROM_WEIGHT[self.init](W, self.rank)  # type: ignore[index]
+            A, B, _ = truncated_svd(W / self.scaling, self.rank)
+        else:
+            Q, R = torch.linalg.qr(W)
+            A, B = R[..., : self.rank, :].contiguous(), Q[..., : self.rank].contiguous()
         return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
 
     def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:
-        A, B, scale = self._terms(factors, strength)
+        A, B, scale = self._update(factors, strength)
         if isinstance(scale, Tensor):
             return add_update(weight, (scale * (B @ A)).view(weight.shape))
-        matrices = weight.reshape(*weight.shape[: self.batch_dims + 1], -1)
-        if matrices.dtype != A.dtype:
-            matrices = matrices.to(A.dtype)
-        # W' in one pass over W: the scale rides in the product.
+        W = weight.reshape(*weight.shape[: self.batch_dims + 1], -1)
+        if W.dtype != A.dtype:
+            W = W.to(A.dtype)
+        # addmm adds the scaled product to W in one pass, without a tensor for BA.
         if self.batch_dims == 0:
-            matrices = torch.addmm(matrices, B, A, alpha=scale)
+            W = torch.addmm(W, B, A, alpha=scale)  # (out, in)
         else:
-            flat = matrices.flatten(0, -3), B.flatten(0, -3), A.flatten(0, -3)
-            matrices = torch.baddbmm(*flat, alpha=scale)
-        return matrices.to(weight.dtype).view(weight.shape)
+            batches = W.flatten(0, -3), B.flatten(0, -3), A.flatten(0, -3)
+            W = torch.baddbmm(*batches, alpha=scale)  # (E, out, in)
+        return W.to(weight.dtype).view(weight.shape)
 
     def low_rank(self, factors: Factors, strength: Strength = 1.0) -> LowRank | None:
-        return None if self.batch_dims else self._terms(factors, strength)
+        return None if self.batch_dims else self._update(factors, strength)
 
     def refusal(self, weight: Tensor) -> str | None:
         if low_rank_refusal(weight):
@@ -137,21 +140,31 @@ class LoRA(Spec):
                 f"with batch_dims={self.batch_dims} it needs {2 + self.batch_dims} dimensions, it "
                 f"has {weight.dim()}"
             )
-        most = min(self._matrices(weight).shape[-2:])
-        if self.constants and self.rank > most:
-            return f"init={self.init!r} at rank {self.rank} needs a matrix of that rank, {most}"
+        largest = min(self._matrices(weight).shape[-2:])
+        if self.constants and self.rank > largest:
+            return (
+                f"init={self.init!r} needs a rank of at most {largest}, the smaller side of the "
+                f"matrix; got {self.rank}"
+            )
         return None
 
     def _matrices(self, weight: Tensor) -> Tensor:
-        """Return a tensor as matrices (out, in), in its batch dimensions."""
+        """Return a tensor as matrices, (…, out, in), one per index of its batch dimensions."""
         matrices = weight.reshape(*weight.shape[: self.batch_dims + 1], -1)
         return matrices.mT if self.transposed else matrices
 
-    def _terms(self, factors: Factors, strength: Strength) -> LowRank:
-        """Return the update as it is added to the stored rows and columns."""
+    def _update(self, factors: Factors, strength: Strength) -> LowRank:
+        """Return the update of the matrices as they are stored, which may be (in, out)."""
         A, B, scale = factors["A"], factors["B"], self.scaling * strength
         if "A0" in factors:
+            # Return B A − B0 A0 as one product of rank 2r. The obvious form is [B, −B0] [A; A0].
+            # At the start A = A0 and B = B0, and its two halves cancel only up to rounding: a fused
+            # multiply-add adds the exact b·a to a rounded −b·a. Entries of W' would then differ
+            # from those of W by 1e-7 of their size. In the form below each half contains a factor
+            # that is exactly zero at the start, so the update is exactly zero.
+            #     [B − B0, B0] [A; A − A0] = (B − B0) A + B0 (A − A0) = B A − B0 A0
             A0, B0 = factors["A0"], factors["B0"]
-            A, B = torch.cat([A, A - A0], dim=-2), torch.cat([B - B0, B0], dim=-1)
+            A = torch.cat([A, A - A0], dim=-2)  # (…, 2r, in)
+            B = torch.cat([B - B0, B0], dim=-1)  # (…, out, 2r)
         update = LowRank(A, B, scale)
         return update.transposed() if self.transposed else update

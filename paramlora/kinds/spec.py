@@ -1,21 +1,22 @@
-"""The mathematics of adapters: what is learned at a tensor, and how it changes that tensor.
+"""The interface of a kind: which factors a tensor gets, and how they change it.
 
-    W' = W + λ · s · B A        A: (r, in), B: (out, r), s = alpha / r
+    W' = apply(W, factors, λ)        W' = W at λ = 0, and at the factors that `create` returns
 
-A spec is what the user writes: a small frozen dataclass that says which factors a tensor gets
-(`create`) and how they change it (`apply`). It knows tensors only: not a module, a name or a file.
-λ, the strength, is the user's dial (`pl.scale`); s belongs to the adapter.
+A spec is a small frozen dataclass that the user writes, such as `LoRA(rank=4)`. Its method
+`create` makes the factors for a tensor, and `apply` computes the adapted tensor from them. λ is the
+strength, which the user sets with `pl.scale`. Specs work on tensors only. They never see a module,
+a name or a file.
 
-Each kind is complete in one class. A kind of your own is a frozen dataclass that derives from
-`Spec` and defines `create` and `apply`; attaching, toggling, merging and saving then work for it.
+Each kind is one final class that derives from `Spec`. There is no registry: attaching, switching,
+merging and saving call the methods below. docs/kinds.md has a complete example of a new kind.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any, NamedTuple
+from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,22 +28,43 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class LowRank(NamedTuple):
-    """An update in factored form: `scale · B A`, A: (r, in), B: (out, r)."""
+    """A low-rank update in factored form, ΔW = scale · B A.
+
+    Args:
+        A: (r, in).
+        B: (out, r).
+        scale: s and the strength together, a number or a tensor without dimensions.
+
+    >>> update = LowRank(A=torch.tensor([[1.0, 2.0]]), B=torch.tensor([[3.0], [4.0]]), scale=0.5)
+    >>> update.scale * (update.B @ update.A)
+    tensor([[1.5000, 3.0000],
+            [2.0000, 4.0000]])
+    """
 
     A: Tensor
     B: Tensor
     scale: Strength
 
     def transposed(self) -> "LowRank":
-        """Return the update of the transposed weight."""
+        """Return the update of the transposed weight, ΔWᵀ = scale · Aᵀ Bᵀ."""
         return LowRank(self.B.mT, self.A.mT, self.scale)
 
 
 class Rescaled(NamedTuple):
-    """A tensor rescaled along one dimension: W' = (1 + change) ⊙ (W + update).
+    """A tensor that is rescaled along one dimension, W' = (1 + change) ⊙ (W + update).
 
-    `change` has one entry for each index of dimension `dim`, 0 or 1, of W. It is kept apart from
-    the 1, so that half precision rounds it by itself.
+    The 1 is not part of `change`, because half precision would round their sum: in bfloat16
+    1 + 0.001 is 1, while 0.001 by itself keeps its eight bits.
+
+    Args:
+        change: (W.shape[dim],), the relative change of each slice of W along `dim`.
+        dim: 0 or 1.
+        update: a low-rank update that is added before W is rescaled, or None.
+
+    >>> term = Rescaled(change=torch.tensor([0.0, 1.0]), dim=0, update=None)
+    >>> (1 + term.change).unsqueeze(1) * torch.ones(2, 3)
+    tensor([[1., 1., 1.],
+            [2., 2., 2.]])
     """
 
     change: Tensor
@@ -52,121 +74,138 @@ class Rescaled(NamedTuple):
 
 @dataclass(frozen=True)
 class Spec(ABC):
-    """What to learn at a tensor. Derive a frozen dataclass from it to make a new kind of adapter.
+    """What to learn at a tensor: the base class of all kinds of adapters.
 
-    The dataclass's fields are saved with the adapter (numbers, strings, booleans and None are),
-    and its class name is the kind that a file and a summary show.
+    To add a kind, derive a frozen dataclass and define `create` and `apply`. The other members are
+    optional. The fields of the dataclass are saved with the adapter, so they must be numbers,
+    strings, booleans or None. The class's name identifies the kind in files and in summaries.
+
+    >>> @dataclass(frozen=True)
+    ... class Offset(Spec):
+    ...     'One learned number t that is added to all elements, W + λ·t.'
+    ...
+    ...     def create(self, weight, generator=None):
+    ...         return {"t": torch.zeros((), dtype=factor_dtype(weight), device=weight.device)}
+    ...
+    ...     def apply(self, weight, factors, strength=1.0):
+    ...         return add_update(weight, strength * factors["t"])
+    >>> Offset().apply(torch.ones(2), {"t": torch.tensor(3.0)}, strength=0.5)
+    tensor([2.5000, 2.5000])
     """
 
     @property
     def rank(self) -> int | None:
-        """The rank that a summary shows; None for a kind that has none."""
+        """The rank that a summary shows; None if the kind has no rank."""
         return None
 
     @property
     def scaling(self) -> float:
-        """The factor s that multiplies the update beside the strength; 1 for a kind without."""
+        """The factor s that multiplies the update beside the strength; 1 if the kind has none."""
         return 1.0
 
     @property
     def additive(self) -> bool:
-        """Whether what is added to a tensor does not depend on the tensor: such kinds commute."""
+        """Whether W' − W is independent of W. Additive adapters can be applied in any order."""
         return False
 
     @property
     def constants(self) -> tuple[str, ...]:
-        """The names of the factors that are never trained: saved and moved with the others."""
+        """The names of factors that are saved and moved with the others but never trained."""
         return ()
 
     @property
     def fast(self) -> tuple[str, ...]:
-        """The names of the factors that `parameter_groups` trains at the higher rate: LoRA's B."""
+        """The names of factors that `parameter_groups` gives the higher rate, such as LoRA's B."""
         return ()
 
     @abstractmethod
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return new factors for `weight`, by name, on its device, in `factor_dtype(weight)`.
+        """Return new factors for `weight`, by name.
 
-        They must leave `weight` as it is: `apply(weight, create(weight))` equals `weight` bitwise.
-        Random ones are drawn by `draw`, so that a seed gives the same factors on every device.
+        They must not change the tensor: `apply(weight, create(weight))` equals `weight` bitwise.
+        Use `draw` for random factors, so that a seed gives the same factors on every device.
+
+        Args:
+            weight: the tensor to adapt, of any shape. `load` passes one on the meta device.
+            generator: the source of random numbers; None means torch's global one.
+
+        Returns:
+            Factors on the device of `weight`, in `factor_dtype(weight)`.
         """
 
     @abstractmethod
     def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:
-        """Return the adapted tensor, of the shape, dtype and device of `weight`.
+        """Return the adapted tensor W'.
 
-        `strength` is λ: at 0 the result equals `weight`, at 1 it is the trained adapter's. The same
-        arguments must give the same result: layers call it again in the backward.
+        The result must depend on the arguments alone, because layers call `apply` a second time in
+        the backward pass instead of keeping W'.
+
+        Args:
+            weight: W, the tensor to adapt.
+            factors: the tensors that `create` returned, trained since.
+            strength: λ. At 0 the result equals `weight` bitwise.
+
+        Returns:
+            A tensor of the shape, dtype and device of `weight`.
         """
 
     def low_rank(self, factors: Factors, strength: Strength = 1.0) -> LowRank | None:
-        """Return the update as factors, or None where it has no such form.
+        """Return the update of a matrix as a `LowRank`, or None if it has no such form.
 
-        A kind that has one is computed without W' in a layer whose forward can do so.
+        A Linear or an Embedding then computes its output without building W'.
         """
         return None
 
     def rescaled(
         self, weight: Tensor, factors: Factors, strength: Strength = 1.0
     ) -> Rescaled | None:
-        """Return W' as `weight`, perhaps with a low-rank update, rescaled along a dimension.
+        """Return W' as a `Rescaled`, or None if it has no such form.
 
-        None where it has no such form. Like `low_rank` it lets layers do without W'.
+        A Linear or an Embedding then computes its output without building W'.
         """
         return None
 
     def refusal(self, weight: Tensor) -> str | None:
-        """Return why this kind cannot adapt `weight`, or None where it can."""
+        """Return why this kind cannot adapt `weight`, or None if it can.
+
+        The text follows "cannot adapt 'fc.weight' with LoRA: " in the error that `attach` raises.
+        """
         return None
 
 
 def factor_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype for factors of `weight`: its own, but float32 for a half-precision one.
+    """Return the dtype for the factors of a tensor: its own, but float32 for half precision.
 
-    Factors in bfloat16 lose most of an optimizer's small steps; they are cast where they are used.
+    A bfloat16 number has eight significant bits, so an optimizer's step below 1/512 of a factor
+    would be rounded away. Factors are cast to the weight's dtype where they are used.
+
+    Args:
+        weight: the tensor to adapt.
+
+    >>> factor_dtype(torch.zeros(2, dtype=torch.bfloat16))
+    torch.float32
     """
     return torch.promote_types(weight.dtype, torch.float32)
 
 
 def add_update(weight: Tensor, update: Tensor) -> Tensor:
-    """Return `weight + update` in the weight's dtype, rounded once."""
+    """Return W + ΔW in the dtype of W, rounded once.
+
+    Args:
+        weight: W.
+        update: ΔW, of a shape that broadcasts to that of W, in any floating dtype.
+
+    >>> add_update(torch.ones(2, dtype=torch.bfloat16), torch.tensor([0.25, 0.5]))
+    tensor([1.2500, 1.5000], dtype=torch.bfloat16)
+    """
     return (weight + update).to(weight.dtype)
 
 
+def along(values: Tensor, dim: int, weight: Tensor) -> Tensor:
+    """Return `values`, one per index of dimension `dim`, in a shape that broadcasts to `weight`."""
+    return values.view([-1 if i == dim else 1 for i in range(weight.dim())])
+
+
 def is_finite(value: object) -> bool:
-    """Return whether a value is a finite number (a bool is none)."""
+    """Return whether a value is a finite real number; a bool does not count as a number."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def check_rank(spec: Any) -> None:
-    """Raise a ValueError where the rank or the alpha of a spec is none; make them Python's own."""
-    rank, alpha = spec.rank, spec.alpha
-    check_flag(spec, "rank_stabilized")
-    if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
-    if alpha is not None and not is_finite(alpha):
-        raise ValueError(f"alpha must be a finite number or None, got {alpha!r}")
-    # numpy's numbers, too: as Python's they can be saved.
-    object.__setattr__(spec, "rank", int(rank))
-    if not isinstance(alpha, int | float | None):
-        object.__setattr__(spec, "alpha", float(alpha))
-
-
-def check_flag(spec: Any, name: str) -> None:
-    """Raise a ValueError where a spec's field of that name, if it has one, is no bool."""
-    value = getattr(spec, name, False)
-    if type(value) is not bool:
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-
-
-def scaling_of(spec: Any) -> float:
-    """Return alpha/r, or alpha/√r where the spec is `rank_stabilized`; alpha None means r."""
-    alpha = spec.rank if spec.alpha is None else spec.alpha
-    return alpha / (math.sqrt(spec.rank) if spec.rank_stabilized else spec.rank)
-
-
-def low_rank_refusal(weight: Tensor) -> str | None:
-    """Return why a tensor has no low-rank update, None where it has."""
-    if weight.dim() < 2:
-        return f"a low-rank update needs two dimensions, it has {weight.dim()}; use Delta()"
-    return None

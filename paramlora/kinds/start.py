@@ -1,4 +1,4 @@
-"""How factors start: random draws, zeros, and starts computed from the weight."""
+"""How new factors are filled: at random, with zeros, or from the singular values of a matrix."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,11 +15,27 @@ def draw(
     fill: Callable[[Tensor, torch.Generator | None], object],
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return a factor of `weight` that `fill(tensor, generator)` has filled in place.
+    """Return a new factor that `fill` has filled with random numbers.
 
-    It is drawn in float32 (float64 for a float64 weight) on the generator's device, the CPU where
-    there is none, and then moved: a seed gives the same factors whatever the weight's device. On
-    the meta device nothing is drawn.
+    The numbers are drawn on the device of the generator and then moved to that of `weight`, so a
+    seed gives the same factor on every device. On the meta device nothing is drawn.
+
+    Args:
+        shape: the factor's shape.
+        weight: the tensor that the factor is for; it determines dtype and device.
+        fill: `fill(factor, generator)` fills a tensor of NaNs in place.
+        generator: the source of random numbers; None means torch's global one on the CPU.
+
+    Returns:
+        A tensor of `factor_dtype(weight)` on the device of `weight`.
+
+    Raises:
+        ValueError: `fill` left NaNs or infinite numbers.
+
+    >>> def fill(factor, generator):
+    ...     factor.normal_(std=0.02, generator=generator)
+    >>> draw((2, 4), torch.zeros(3, 4, dtype=torch.float64), fill).shape
+    torch.Size([2, 4])
     """
     dtype = factor_dtype(weight)
     if weight.is_meta:
@@ -37,64 +53,56 @@ def draw(
 
 
 def check_init(init: object, others: Iterable[str] = ()) -> None:
-    """Raise a ValueError where `init` is neither a known name, nor of the others, nor callable."""
+    """Check that `init` is a known name, one of `others`, or a callable."""
     names = [*_INITS, *others]
     if not callable(init) and init not in names:
         known = ", ".join(map(repr, names))
         raise ValueError(f"init must be one of {known} or a callable, got {init!r}")
 
 
-def start(
+def init_factors(
     matrices: Tensor,
-    weight: Tensor,
     rank: int,
     init: str | Callable[[Tensor], object],
     generator: torch.Generator | None,
 ) -> dict[str, Tensor]:
-    """Return new factors of `weight`, seen as matrices (…, out, in), with an update of zero.
-
-    A, (…, r, in), is filled by `init`, each matrix by itself, for an init may depend on its shape;
-    B, (…, out, r), is zero.
-    """
+    """Return A, filled by `init`, and B = 0, for matrices of shape (…, out, in)."""
     *batch, out, into = matrices.shape
 
     def fill(A: Tensor, generator: torch.Generator | None) -> None:
-        for one in A.view(-1, *A.shape[-2:]):
+        # Matrix by matrix: kaiming and orthogonal depend on the shape of what they fill.
+        for matrix in A.view(-1, rank, into):
             if callable(init):
-                init(one)
+                init(matrix)
             else:
-                _INITS[init](one, generator)
+                _INITS[init](matrix, generator)
 
-    A = draw((*batch, rank, into), weight, fill, generator)
+    A = draw((*batch, rank, into), matrices, fill, generator)
     B = torch.zeros((*batch, out, rank), dtype=A.dtype, device=A.device)
     return {"A": A, "B": B}
 
 
+def kaiming(factor: Tensor, generator: torch.Generator | None) -> None:
+    nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=generator)
+
+
 _INITS: dict[str, Callable[[Tensor, torch.Generator | None], object]] = {
-    "kaiming": lambda A, g: nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=g),
+    "kaiming": kaiming,
     "gaussian": lambda A, g: A.normal_(generator=g),
     "gaussian/sqrt_r": lambda A, g: A.normal_(std=A.shape[0] ** -0.5, generator=g),
     "orthogonal": lambda A, g: nn.init.orthogonal_(A, generator=g),
 }
 
 
-def principal(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A, B with the best approximation BA of W, (…, out, in), singular values in halves."""
+def truncated_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A, B and all singular values of W, where B A is W's best approximation of a rank.
+
+    The roots of the singular values go to both factors. W: (…, out, in), A: (…, r, in),
+    B: (…, out, r), singular values: (…, min(out, in)). r is `rank`, or less if W is smaller.
+    """
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    root = S[..., :rank].sqrt()
-    A, B = root.unsqueeze(-1) * Vh[..., :rank, :], U[..., :rank] * root.unsqueeze(-2)
-    # FSDP takes no other parameters.
-    return A.contiguous(), B.contiguous()
-
-
-def orthonormal(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A, B with the first columns of Q in B and the first rows of R in A, where W = QR."""
-    Q, R = torch.linalg.qr(W)
-    return R[..., :rank, :].contiguous(), Q[..., :rank].contiguous()
-
-
-FROM_WEIGHT = {"pissa": principal, "olora": orthonormal}
-
-
-def kaiming(factor: Tensor, generator: torch.Generator | None) -> None:
-    torch.nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=generator)
+    roots = S[..., :rank].sqrt()
+    A = roots.unsqueeze(-1) * Vh[..., :rank, :]
+    B = U[..., :rank] * roots.unsqueeze(-2)
+    # FSDP refuses parameters that are not contiguous.
+    return A.contiguous(), B.contiguous(), S

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compute.watched import transformed
+from ..compute.watched import transforms_active
 from ..site.find import lists, stack_of, stored
 from ..site.stack import CHANGED, build_once
 from . import rows
@@ -31,7 +31,7 @@ def dense(plain: Callable[..., Any]) -> Callable[..., Any]:
         if rows.route_of(self) is not None:
             return rows.by_group(self, args, kwargs)
         # The compiler decides by itself what to build once and what to recompute.
-        if transformed():
+        if transforms_active():
             return plain(self, *args, **kwargs)
         # torch's attention reads in_proj_weight half a dozen times.
         with build_once(), _rebuilt(self) if torch.is_grad_enabled() else nullcontext():
@@ -45,7 +45,7 @@ def read_once(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if transformed():
+        if transforms_active():
             return plain(self, *args, **kwargs)
         with build_once():
             return plain(self, *args, **kwargs)
@@ -122,7 +122,7 @@ def recurrent(plain: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
         if rows.route_of(self) is not None:
             return rows.by_group(self, args, kwargs)
-        if transformed():
+        if transforms_active():
             try:
                 return plain(self, *args, **kwargs)
             finally:

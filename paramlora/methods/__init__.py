@@ -1,1 +1,1 @@
-"""Published methods on top of the verbs: EVA, LoRA+, combine, extract."""
+"""Published methods that use the verbs: EVA, LoRA+, combine, extract."""

@@ -1,11 +1,17 @@
-"""Adapters made of others: a weighted sum of several.
+"""A new adapter that is the weighted sum of others.
 
-ΔW = Σᵢ wᵢ · λᵢ · sᵢ · Bᵢ Aᵢ
+    ΔW = Σᵢ wᵢ · sᵢ · Bᵢ Aᵢ         wᵢ: the weight of adapter i, sᵢ: its scale times its strength
+
+    cat       A = [w₁s₁A₁; w₂s₂A₂; …], B = [B₁, B₂, …]      B A = ΔW, of rank Σ rᵢ
+    svd       the best approximation of rank r to ΔW        B A ≈ ΔW
+    linear    A = Σ ±√|wᵢsᵢ| Aᵢ, B = Σ √|wᵢsᵢ| Bᵢ           B A = ΔW + products Bᵢ Aⱼ of i ≠ j
+
+"linear" keeps the rank, and each factor is a sum of like factors. Its product contains more than
+ΔW: (B₁ + B₂)(A₁ + A₂) has the two terms B₁A₂ and B₂A₁ beside those of the sum.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,15 +21,15 @@ from ..errors import TargetError
 from ..kinds.delta import Delta
 from ..kinds.lora import LoRA
 from ..kinds.spec import LowRank, is_finite
+from ..kinds.start import truncated_svd
 from ..layers.install import Planned, check_name, check_tied, install
 from ..site.factors import Factors
-from ..site.find import is_swapped
+from ..site.find import dotted, is_swapped
+from ..site.names import check_names
 from ..site.place import Place
-from ..site.survey import Survey, places, select, sites_of
-from ..verbs.summary import Summary, summary
+from ..site.survey import Survey
+from ..verbs.summary import Summary, report
 
-# The fields of a LoRA that a combined one has for itself.
-_SIZE = ("rank", "alpha", "init", "rank_stabilized")
 _METHODS = ("cat", "linear", "svd")
 
 
@@ -43,31 +49,32 @@ def combine(
     method: str = "cat",
     rank: int | None = None,
 ) -> Summary:
-    """Attach a new adapter that is a weighted sum of others, each at the strength that it has.
+    """Attach a new adapter that is the weighted sum of others, each at its current strength.
 
-    It is an ordinary adapter, switched on as `attach` does it. The others stay as they are: switch
-    them off or detach them, or the model has their updates twice. A `Delta` is summed exactly by
-    each method, and a site that only some of the adapters have is summed over those.
+    The new adapter is an ordinary one and is switched on, as by `attach`. The others stay as they
+    are. Switch them off or detach them, or the model contains their updates twice. A site that only
+    some of the adapters have gets the sum over those. Every method sums `Delta`s exactly.
 
     Args:
         model: a module with the adapters.
-        weights: the adapters by name, each with its weight, of either sign.
+        weights: the weight of each adapter, by name. A weight may be negative.
         name: the new adapter's name.
-        method: "cat", the exact sum, of a rank that is the sum of the ranks; "svd", the best
-            approximation to that sum of rank `rank`; or "linear", the sums of the factors, each by
-            √|w·s|, which is the product of sums and no sum of products, but keeps the rank.
-        rank: that of "svd", at most; the largest of the adapters' ranks where it is left out.
+        method: how low-rank updates are summed.
+
+            - "cat": exactly; the rank is the sum of the ranks.
+            - "svd": the best approximation of rank `rank` to that sum.
+            - "linear": A and B are summed separately, each weighted by √|w·s|. The rank stays, but
+              the product of the sums is not the sum of the products.
+        rank: the rank of "svd"; None means the largest rank of the adapters at a site.
 
     Returns:
         The model's summary.
 
     Raises:
-        AdapterNameError: no adapter of that name, or the new name is taken or cannot be one.
-        TargetError: a site whose kinds cannot be summed, or blocks of one tensor that overlap.
-        ValueError: no weights, one that is no finite number, no such method, a rank that is none,
-            or different ranks where "linear" needs one.
-
-    The methods are those of PEFT's `add_weighted_adapter`.
+        AdapterNameError: an adapter does not exist, or the new name is taken or invalid.
+        TargetError: the kinds at a site cannot be summed, or blocks of one tensor overlap.
+        ValueError: there are no weights, a weight is not a finite number, `method` or `rank` is
+            invalid, or "linear" meets different ranks.
 
     >>> import paramlora as pl
     >>> model = nn.Sequential(nn.Linear(4, 3))
@@ -75,34 +82,39 @@ def combine(
     >>> _ = pl.attach(model, pl.LoRA(rank=2), name="b")
     >>> pl.combine(model, {"a": 0.7, "b": 0.3}, name="ab").sites[-1].rank
     3
+
+    The methods are those of PEFT's `add_weighted_adapter`.
     """
     if not isinstance(weights, Mapping):
-        raise TypeError(f"weights map adapters to numbers, {{'a': 0.7, 'b': 0.3}}; got {weights!r}")
+        raise TypeError(
+            f"weights must map adapter names to numbers, as {{'a': 0.7, 'b': 0.3}}; got {weights!r}"
+        )
     _check_arguments(weights, method, rank)
-    select(model, list(weights))
-    check_name(Survey(model), name)
-    here = {place.path: place for place in places(model)}
+    survey = Survey(model)
+    check_names(survey.stacks, weights)
+    check_name(survey, name)
+    tensors = {place.path: place for place in survey.places}
     terms: dict[str, list[_Term]] = {}
     chosen: dict[str, Place] = {}
     for adapter, weight in weights.items():
-        for site in sites_of(model, adapter):
+        for site in survey.sites_of(adapter):
             for path, factors in site.parts(adapter).items():
                 terms.setdefault(path, []).append(_Term(float(weight), factors))
-                chosen[path] = here[site.path]._replace(path=path, block=factors.block)
-    _check_apart(list(chosen.values()))
-    check_tied(Survey(model), list(chosen.values()))
+                chosen[path] = tensors[site.path]._replace(path=path, block=factors.block)
+    _check_overlaps(chosen.values())
+    check_tied(survey, chosen.values())
     planned = [
-        Planned(chosen[path], _combined(chosen[path], its_terms, method, rank))
-        for path, its_terms in terms.items()
+        Planned(place, _sum(place, terms[path], method, rank)) for path, place in chosen.items()
     ]
-    order = {place.path: i for i, place in enumerate(here.values())}
-    planned.sort(key=lambda plan: (order[_whole(plan.place)], plan.place.ranges))
-    install(Survey(model), planned, name, freeze=True)
-    return summary(model)
+    # In the order of the model, as by `attach`, whatever the order of the weights.
+    order = {path: i for i, path in enumerate(tensors)}
 
+    def position(plan: Planned) -> tuple[int, list[tuple[int, int]]]:
+        place = plan.place
+        return order[dotted(place.module_path, place.tensor)], place.ranges
 
-def _whole(place: Place) -> str:
-    return place.path.removesuffix(str(place.block)) if place.block else place.path
+    install(survey, sorted(planned, key=position), name, freeze=True)
+    return report(survey.again())
 
 
 def _check_arguments(weights: Mapping[str, float], method: str, rank: int | None) -> None:
@@ -115,12 +127,12 @@ def _check_arguments(weights: Mapping[str, float], method: str, rank: int | None
         raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
     if rank is not None:
         if method != "svd":
-            raise ValueError(f"rank= is for method='svd'; {method!r} has a rank of its own")
-        LoRA(rank)  # which says what a rank is
+            raise ValueError(f"rank= is for method='svd' only; {method!r} determines its own rank")
+        LoRA(rank)  # raises if the rank is invalid
 
 
-def _check_apart(chosen: list[Place]) -> None:
-    """Raise a TargetError where two places, in part the same, would be of one adapter."""
+def _check_overlaps(chosen: Iterable[Place]) -> None:
+    """Raise a TargetError if two different places share elements of a tensor."""
     by_tensor: dict[int, list[Place]] = {}
     for place in chosen:
         others = by_tensor.setdefault(id(place.stored), [])
@@ -133,87 +145,92 @@ def _check_apart(chosen: list[Place]) -> None:
         others.append(place)
 
 
-def _combined(place: Place, terms: list[_Term], method: str, rank: int | None) -> Factors:
-    """Return the factors at one site; its terms are those of the adapters that have it."""
+def _sum(place: Place, terms: list[_Term], method: str, rank: int | None) -> Factors:
+    """Return the new adapter's factors at one place, from those of the adapters there."""
     block = terms[0].factors.block
-    specs = [term.factors.spec for term in terms]
-    if all(isinstance(spec, Delta) for spec in specs):
-        total = sum(_scaled(term) for term in terms)
-        return Factors(Delta(), {"D": total}, block)  # type: ignore[dict-item]
+    if all(isinstance(term.factors.spec, Delta) for term in terms):
+        D = sum(
+            term.weight * float(term.factors.strength) * term.factors.get_parameter("D").detach()
+            for term in terms
+        )
+        return Factors(Delta(), {"D": D}, block)  # type: ignore[dict-item]
     layout, updates = _updates(place.path, [term.factors for term in terms])
     scales = [term.weight * float(u.scale) for term, u in zip(terms, updates, strict=True)]
     As, Bs = [update.A for update in updates], [update.B for update in updates]
     if method == "linear":
-        signed_B = is_swapped(place.module) and not layout.get("transposed")
-        A, B = _linear(place.path, scales, As, Bs, signed_B)
+        # PEFT's lora_A of an Embedding or a Conv1D is our B, transposed.
+        sign_in_B = is_swapped(place.module) and not layout.get("transposed")
+        A, B = _linear(place.path, scales, As, Bs, sign_in_B)
     else:
-        A = torch.cat([s * A for s, A in zip(scales, As, strict=True)], dim=-2)
+        A = torch.cat([scale * A for scale, A in zip(scales, As, strict=True)], dim=-2)
         B = torch.cat(Bs, dim=-1)
     if method == "svd":
-        A, B = _truncated(A, B, rank or max(A.shape[-2] for A in As))
+        A, B = _truncate(A, B, rank or max(A.shape[-2] for A in As))
     return Factors(LoRA(A.shape[-2], **layout), {"A": A, "B": B}, block)
 
 
-def _scaled(term: _Term) -> Tensor:
-    return term.weight * float(term.factors.strength) * term.factors.get_parameter("D").detach()
-
-
 def _updates(path: str, parts: list[Factors]) -> tuple[dict[str, Any], list[LowRank]]:
-    """Return the fields that say how a LoRA lies in its tensor, and the updates that lie so."""
+    """Return the adapters' updates, and the layout that all of them have.
+
+    If all are plain LoRAs of one layout, the updates are their own factors and the sum is a LoRA of
+    that layout. Otherwise they are updates of the tensor as a matrix, which most kinds can give.
+    """
     layouts = [_layout(part) for part in parts]
     if layouts[0] is not None and all(layout == layouts[0] for layout in layouts):
-        own = [LowRank(p.get_parameter("A"), p.get_parameter("B"), p.scale) for p in parts]
-        return layouts[0], own
-    terms = [part.spec.low_rank(part.tensors, part.strength) for part in parts]
-    updates = [term for term in terms if term is not None]
-    if len(updates) < len(terms):
+        factors = [(p.get_parameter("A"), p.get_parameter("B"), p.scale) for p in parts]
+        return layouts[0], [LowRank(*own) for own in factors]
+    found = [part.spec.low_rank(part.tensors, part.strength) for part in parts]
+    updates = [update for update in found if update is not None]
+    if len(updates) < len(found):
         kinds = ", ".join(dict.fromkeys(type(part.spec).__name__ for part in parts))
         raise TargetError(
             f"cannot combine at {path!r}: the adapters there are of kind {kinds}; only low-rank "
-            "updates can be summed, or Deltas, each with their like"
+            "updates of one layout can be summed, or Deltas with Deltas"
         )
     return {}, updates
 
 
 def _layout(part: Factors) -> dict[str, Any] | None:
-    """Return the fields of a LoRA beside those of its size and start, None for another kind."""
-    if type(part.spec) is not LoRA or part.tensors.keys() != {"A", "B"}:
+    """Return how a LoRA views its tensor as matrices; None for other kinds and with constants."""
+    spec = part.spec
+    if type(spec) is not LoRA or spec.constants:
         return None
-    values = {field.name: getattr(part.spec, field.name) for field in fields(part.spec)}
-    return {key: value for key, value in values.items() if key not in _SIZE}
+    return {"batch_dims": spec.batch_dims, "transposed": spec.transposed}
 
 
 def _linear(
-    path: str, scales: list[float], As: list[Tensor], Bs: list[Tensor], signed_B: bool
+    path: str, scales: list[float], As: list[Tensor], Bs: list[Tensor], sign_in_B: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the sums of A and of B; the sign of a scale goes to what PEFT calls A there."""
+    """Return Σ ±√|scale| A and Σ √|scale| B.
+
+    The sign of a negative scale goes to one of the factors. Which one matters for the products
+    Bᵢ Aⱼ of different adapters; PEFT gives it to lora_A.
+    """
     ranks = [A.shape[-2] for A in As]
     if len(set(ranks)) > 1:
         raise ValueError(
-            f"method='linear' needs one rank, at {path!r} there are {', '.join(map(str, ranks))}; "
-            "use 'cat' or 'svd'"
+            f"method='linear' needs equal ranks, and those at {path!r} are "
+            f"{', '.join(map(str, ranks))}; use 'cat' or 'svd'"
         )
     roots = [math.sqrt(abs(scale)) for scale in scales]
     signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
-    for_A, for_B = (roots, signed) if signed_B else (signed, roots)
+    for_A, for_B = (roots, signed) if sign_in_B else (signed, roots)
     A = sum(root * A for root, A in zip(for_A, As, strict=True))
     B = sum(root * B for root, B in zip(for_B, Bs, strict=True))
     return A, B  # type: ignore[return-value]
 
 
-def _truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the factors of the best approximation to B A of a rank, without B A itself.
+def _truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the factors of the best approximation of a rank to B A, without building B A.
 
-    B A = Q (R Pᵀ) Sᵀ for B = Q R and Aᵀ = S P: the decomposition is that of a small matrix.
+    With B = Q R and Aᵀ = S P, where Q and S have orthonormal columns,
+
+        B A = Q (R Pᵀ) Sᵀ
+
+    so the singular values of B A are those of R Pᵀ, which has only as many rows and columns as A
+    has rows. Truncating this small matrix truncates B A.
     """
-    Q, R = torch.linalg.qr(B)
-    S, P = torch.linalg.qr(A.mT)
-    A, B, _ = decomposed(R @ P.mT, rank)
-    return A @ S.mT, Q @ B
-
-
-def decomposed(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A and B of the best approximation of a rank, and all singular values."""
-    U, values, V = torch.linalg.svd(matrix, full_matrices=False)
-    roots = values[..., :rank].sqrt()
-    return roots.unsqueeze(-1) * V[..., :rank, :], U[..., :rank] * roots.unsqueeze(-2), values
+    Q, R = torch.linalg.qr(B)  # (…, out, r), (…, r, r)
+    S, P = torch.linalg.qr(A.mT)  # (…, in, r), (…, r, r)
+    A, B, _ = truncated_svd(R @ P.mT, rank)
+    return A @ S.mT, Q @ B  # (…, rank, in), (…, out, rank)

@@ -1,10 +1,17 @@
-"""EVA: adapters start along the directions in which their layers' inputs vary most.
+"""EVA: adapters start along the directions in which the inputs of their layers vary most.
 
-    X ≈ U S Vᵀ        X: (n, in), all inputs of a layer; A = the first r rows of Vᵀ, B = 0
+    X ≈ U S Vᵀ        A = the first r rows of Vᵀ, B = 0
 
-The inputs are seen once, in pieces: what is kept of a layer are q singular values and directions,
-of which the next piece makes new ones, [S Vᵀ; X_piece] = U' S' V'ᵀ. That is exact as long as the
-inputs have no more than q directions, and else loses what is below the q-th.
+X, (n, in), contains all inputs of a layer as rows. It is never stored. It arrives in pieces, and
+between two pieces a layer keeps only the q largest singular values and directions:
+
+    [S Vᵀ; X_piece] = U' S' V'ᵀ
+
+The matrix on the left has the singular values and directions of [X_seen; X_piece], because both
+have the same product with their own transpose: X_seenᵀ X_seen = V S Uᵀ U S Vᵀ = (S Vᵀ)ᵀ (S Vᵀ). So
+U need not be kept. This is exact as long as the inputs seen have no more than q directions.
+Otherwise the part beyond the q-th direction is lost at each piece, which is why q exceeds r
+(`oversampling`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,32 +27,33 @@ from ..kinds.lora import LoRA
 from ..site.factors import Factors
 from ..site.find import Site
 from ..site.names import check_unmerged
-from ..site.survey import first_sites, select
+from ..site.survey import Survey
 from ..verbs.toggle import disabled
 
-# Rows to take in at a time: a decomposition costs (q + rows)² · in.
+# Rows in a piece. The decomposition of a piece costs about (q + rows)² · in operations.
 _ROWS = 256
 
 
 class _Directions:
-    """The main directions of the rows seen so far: S Vᵀ, (q, in)."""
+    """The main directions of the rows of X seen so far, as S Vᵀ, (q, in)."""
 
-    def __init__(self, most: int) -> None:
-        self.most, self.rows, self.energy = most, 0, 0.0
-        self.kept: Tensor | None = None
+    def __init__(self, q: int) -> None:
+        self.q, self.rows, self.energy = q, 0, 0.0
+        self.SVh: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
+        """Take in the rows of x, (…, in)."""
         x = x.detach().flatten(0, -2) if x.dim() > 1 else x.detach().unsqueeze(0)
         for piece in x.to(torch.promote_types(x.dtype, torch.float32)).split(_ROWS):
             self.rows += len(piece)
             self.energy += float(piece.square().sum())
-            both = piece if self.kept is None else torch.cat([self.kept, piece])
-            _, S, Vh = torch.linalg.svd(both, full_matrices=False)
-            self.kept = S[: self.most].unsqueeze(1) * Vh[: self.most]
+            stacked = piece if self.SVh is None else torch.cat([self.SVh, piece])
+            _, S, Vh = torch.linalg.svd(stacked, full_matrices=False)
+            self.SVh = S[: self.q].unsqueeze(1) * Vh[: self.q]  # (q, in)
 
     def first(self, rank: int) -> tuple[Tensor, float]:
-        """Return the first directions, orthonormal, and their share of all energy."""
-        _, S, Vh = torch.linalg.svd(self.kept, full_matrices=False)
+        """Return the first directions, (rank, in), and their share of the energy Σ x²."""
+        _, S, Vh = torch.linalg.svd(self.SVh, full_matrices=False)
         return Vh[:rank], float(S[:rank].square().sum()) / max(self.energy, 1e-300)
 
 
@@ -57,83 +65,85 @@ def eva(
     call: Callable[[nn.Module, Any], object] | None = None,
     oversampling: int = 16,
 ) -> dict[str, float]:
-    """Start adapters along the main directions of their layers' inputs; outputs stay as they are.
+    """Start adapters along the main directions of their layers' inputs; outputs do not change.
 
-    The batches pass through the model once, in eval mode and with all adapters switched off. A
-    becomes the first r right-singular vectors of all inputs that a layer has seen, its rows
-    orthonormal; B has to be zero, and stays so. Ranks stay as they are: of the paper, this is
-    ρ = 1.
+    The batches pass through the model once, in evaluation mode and with all adapters off. A becomes
+    the first r right-singular vectors of all inputs that its layer received; its rows are
+    orthonormal. B must be zero and stays zero. Ranks stay as they are, which is ρ = 1 in the paper.
 
     Args:
-        model: a module with adapters of kind `LoRA` or `DoRA`, at Linears.
-        batches: what to pass: a tensor, or a tuple, list or mapping of the model's arguments.
-        names: the adapters; none given means all.
-        call: `call(model, batch)` runs the model, where its arguments are not the batch.
-        oversampling: how many more than r directions are kept on the way.
+        model: a module with `LoRA` or `DoRA` adapters at Linears.
+        batches: the data. Each batch is a tensor, or a tuple, list or mapping of the arguments of
+            the model's forward.
+        names: the adapters to start; all if none is given.
+        call: `call(model, batch)` runs the model on a batch; None passes the batch as arguments.
+        oversampling: the number of directions beyond r that a layer keeps between pieces. A
+            larger number is more exact and slower.
 
     Returns:
-        For each site, the share of its inputs' energy that the r directions hold.
+        For each site, the share of its inputs' energy (Σ x²) that lies in the r directions.
 
     Raises:
-        AdapterNameError: no adapter of that name.
-        TargetError: an adapter is at something else than a Linear, or of another kind.
-        StateError: an adapter is merged, or has learned (its B is not zero), or no input or fewer
-            than r rows reached a layer. The model is then as it was.
-
-    Source: Paischer et al. 2024, "One Initialization to Rule them All: Fine-tuning via Explained
-    Variance Adaptation", arXiv 2410.07170, section 3.
+        AdapterNameError: an adapter does not exist.
+        TargetError: an adapter is of another kind, or not at the weight of a Linear.
+        StateError: an adapter is merged or trained (its B is not zero), or its layer received fewer
+            than r rows of inputs. The model is unchanged then.
+        ValueError: `oversampling` is not a whole number of at least 0.
 
     >>> import paramlora as pl
     >>> model = nn.Linear(6, 3)
     >>> _ = pl.attach(model, pl.LoRA(rank=2), "weight")
     >>> pl.eva(model, [torch.ones(4, 6) + torch.eye(4, 6)])["weight"] > 0.9
     True
+
+    Source: Paischer et al. 2024, "One Initialization to Rule them All: Fine-tuning via Explained
+    Variance Adaptation", arXiv 2410.07170, section 3.
     """
-    chosen = select(model, names)
-    check_unmerged(chosen, "start")
-    by_stack = {id(stack): its_names for stack, its_names in chosen}
+    survey = Survey(model)
     parts = [
         (site, path, factors)
-        for site in first_sites(model)
-        for name in by_stack.get(id(site.stack), ())
+        for site, chosen in survey.select(names)
+        for name in chosen
         for path, factors in site.parts(name).items()
     ]
+    check_unmerged(survey.stacks, names, "start")
     for site, path, factors in parts:
         _check(site, path, factors)
     if type(oversampling) is not int or oversampling < 0:
-        raise ValueError(f"oversampling must be a whole number from 0, got {oversampling!r}")
-    found: dict[nn.Module, _Directions] = {}
+        raise ValueError(f"oversampling must be a whole number of at least 0, got {oversampling!r}")
+    directions: dict[nn.Module, _Directions] = {}
     for site, _, factors in parts:
-        most = factors.tensors["A"].shape[0] + oversampling
-        known = found.setdefault(site.module, _Directions(most))
-        known.most = max(known.most, most)
-    _run(model, batches, call, found)
+        q = factors.tensors["A"].shape[0] + oversampling
+        shared = directions.setdefault(site.module, _Directions(q))
+        shared.q = max(shared.q, q)
+    _run(model, batches, call, directions)
     starts = []
     for site, path, factors in parts:
-        A, inputs = factors.tensors["A"], found[site.module]
+        A, inputs = factors.tensors["A"], directions[site.module]
         if inputs.rows < len(A):
             raise StateError(
                 f"cannot start {path!r} at rank {len(A)} from {inputs.rows} rows of inputs; give "
                 "more batches, or leave it out if its module's forward is never called"
             )
         starts.append((path, A, *inputs.first(len(A))))
-    for _, A, directions, _ in starts:
-        A[: len(directions)] = directions.to(A.dtype)
+    for _, A, first, _ in starts:
+        A[: len(first)] = first.to(A.dtype)  # fewer than r if the layer has fewer inputs
     return {path: share for path, _, _, share in starts}
 
 
 def _check(site: Site, path: str, factors: Factors) -> None:
-    """Raise where an adapter cannot start from its layer's inputs."""
+    """Raise an error if an adapter cannot start from the inputs of its layer."""
     spec, linear = factors.spec, isinstance(site.module, nn.Linear) and site.tensor == "weight"
     if not linear:
         raise TargetError(
-            f"cannot start {path!r} from inputs: it is no Linear's weight; name other adapters"
+            f"cannot start {path!r} from inputs: it is not the weight of an nn.Linear; name other "
+            "adapters"
         )
     plain = isinstance(spec, LoRA | DoRA) and not spec.constants
     if not plain or factors.block is not None or getattr(spec, "transposed", False):
         raise TargetError(
-            f"cannot start {path!r} from inputs: that is for LoRA and DoRA at whole tensors, not "
-            f"transposed, with B zero at the start, and this is {spec!r}; name other adapters"
+            f"cannot start {path!r} from inputs: only LoRA and DoRA at whole tensors can, not "
+            f"transposed and with B zero at the start, and this is {spec!r}; name other adapters"
         )
     if factors.tensors["B"].any():
         raise StateError(
@@ -146,22 +156,23 @@ def _run(
     model: nn.Module,
     batches: Iterable[Any],
     call: Callable[[nn.Module, Any], object] | None,
-    found: dict[nn.Module, _Directions],
+    directions: dict[nn.Module, _Directions],
 ) -> None:
-    """Pass the batches through the model, and each module's inputs to its directions."""
+    """Run the model on the batches, and pass the inputs of each module to its directions."""
     modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
         stack.enter_context(disabled(model))
         for module, training in modes:
             stack.callback(setattr, module, "training", training)
-        for module, directions in found.items():
+        for module, rows in directions.items():
             hook = module.register_forward_pre_hook(
-                lambda _, args, kwargs, to=directions: to.add(args[0] if args else kwargs["input"]),
+                lambda _, args, kwargs, to=rows: to.add(args[0] if args else kwargs["input"]),
                 with_kwargs=True,
             )
             stack.callback(hook.remove)
         for module, _ in modes:
-            # Not by eval(): a layer whose statistics are held remembers what it was told.
+            # Not by eval(). A layer with held statistics (`hold_statistics`) records the calls of
+            # train() and eval(), to know the mode that the user wants.
             module.training = False
         for batch in batches:
             (call or _call)(model, batch)

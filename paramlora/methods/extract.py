@@ -1,6 +1,9 @@
 """The low-rank adapter that is closest to a full fine-tune.
 
-W_tuned − W_base ≈ B A, of rank r, with the least Frobenius norm of what is lost
+    W_tuned − W_base ≈ B A        A: (r, in), B: (out, r)
+
+B A is the truncated singular value decomposition of the difference. No other matrix of rank r is
+closer to it in the Frobenius norm (Eckart and Young).
 """
 
 import torch
@@ -10,106 +13,109 @@ from ..errors import StateError, TargetError
 from ..kinds.delta import Delta
 from ..kinds.lora import LoRA
 from ..kinds.spec import Spec, factor_dtype
+from ..kinds.start import truncated_svd
 from ..layers.install import Planned, check_name, check_tied, install
 from ..site.factors import Factors
 from ..site.place import Place, check, check_shapes
-from ..site.survey import Survey, names_of, places
-from .combine import decomposed
+from ..site.survey import Survey
 
 
 @torch.no_grad()
 def extract(
     model: nn.Module, base: nn.Module, rank: int = 8, *, name: str = "default"
 ) -> dict[str, float]:
-    """Attach to `base` the best adapter of rank `rank` that makes it compute what `model` does.
+    """Attach to `base` the adapter of a given rank with which it is closest to `model`.
 
-    That is with this adapter alone: others on `base` that are switched on come on top.
-
-    Each tensor of two or more dimensions that differs gets a `LoRA`, the truncated singular value
-    decomposition of the difference (Eckart–Young: none of that rank is closer); any other gets a
-    `Delta`, exact but for rounding. It is switched on, as `attach` does it.
+    A tensor with two or more dimensions that differs gets a `LoRA`, the best approximation of that
+    rank to the difference. Any other tensor that differs gets a `Delta`, which is exact up to
+    rounding. The adapter is switched on, as by `attach`. Other adapters on `base` that are on add
+    to it.
 
     Args:
-        model: the base after a full fine-tune; it stays as it is.
-        base: the model before, of the same parameters.
-        rank: r, at least 1; less where a matrix has fewer rows or columns.
+        model: the base after a full fine-tune; it is not changed.
+        base: the model before the fine-tune, with the same parameters.
+        rank: r, at least 1. A smaller matrix gets the rank of its smaller side.
         name: the adapter's name on `base`.
 
     Returns:
-        What is lost, by tensor: ‖ΔW − BA‖ / ‖ΔW‖ in the Frobenius norm, 0 for a `Delta`. A buffer
-        that differs cannot be adapted: it is there too, with 1.
+        The relative error by tensor, ‖ΔW − BA‖ / ‖ΔW‖ in the Frobenius norm; 0 for a `Delta`. A
+        buffer that differs is listed with 1, since an adapter cannot change buffers.
 
     Raises:
-        ValueError: a rank below 1.
-        AdapterNameError: the name is taken, or cannot be one.
-        StateError: `model` has adapters; bake or detach them first.
-        TargetError: the models have other parameters, or other shapes, or differ in nothing; a
-            tensor that differs cannot be adapted.
+        ValueError: the rank is invalid.
+        AdapterNameError: the name is taken or invalid.
+        StateError: `model` has adapters.
+        TargetError: the models differ in names or shapes of parameters, no parameter differs, or
+            a tensor that differs cannot be adapted.
 
     >>> base, tuned = nn.Linear(4, 3), nn.Linear(4, 3)
     >>> lost = extract(tuned, base, rank=3)
     >>> torch.testing.assert_close(base.weight, tuned.weight)
     """
-    spec = LoRA(rank)
-    if names_of(model):
+    rank = LoRA(rank).rank  # raises if the rank is invalid
+    survey, tuned = Survey(base), Survey(model)
+    if tuned.names:
         raise StateError("the model to extract from has adapters; bake or detach them first")
-    check_name(Survey(base), name)
-    changes = _changes(model, base)
-    lost = dict.fromkeys(_other_buffers(model, base), 1.0)
+    check_name(survey, name)
+    changes = _changes(tuned, survey)
+    lost = dict.fromkeys(_changed_buffers(model, base), 1.0)
     planned = []
     for place, change in changes:
-        its_spec, tensors, lost[place.path] = _approximated(change, spec)
-        check(place, its_spec)
-        planned.append(Planned(place, Factors(its_spec, tensors)))
-    check_tied(Survey(base), [place for place, _ in changes])
-    install(Survey(base), planned, name, freeze=True)
+        spec, tensors, lost[place.path] = _approximate(change, rank)
+        check(place, spec)
+        planned.append(Planned(place, Factors(spec, tensors)))
+    check_tied(survey, [place for place, _ in changes])
+    install(survey, planned, name, freeze=True)
     return lost
 
 
-def _approximated(change: Tensor, spec: LoRA) -> tuple[Spec, dict[str, Tensor], float]:
-    """Return the spec and the factors for a change, and the share of it that is lost."""
+def _approximate(change: Tensor, rank: int) -> tuple[Spec, dict[str, Tensor], float]:
+    """Return a spec and its factors for a change of a tensor, and their relative error."""
     if change.dim() < 2:
         return Delta(), {"D": change}, 0.0
-    A, B, values = decomposed(change.flatten(1), spec.rank)
-    lost = values[spec.rank :].norm() / values.norm()
-    return LoRA(A.shape[0]), {"A": A.contiguous(), "B": B.contiguous()}, float(lost)
+    A, B, values = truncated_svd(change.flatten(1), rank)
+    return LoRA(len(A)), {"A": A, "B": B}, float(values[rank:].norm() / values.norm())
 
 
-def _changes(model: nn.Module, base: nn.Module) -> list[tuple[Place, Tensor]]:
-    """Return the places of the base whose tensors differ, tied ones once, with the difference."""
-    tuned = {place.path: place for place in places(model)}
-    own = {place.path: place for place in places(base)}
-    check_shapes([*tuned.values(), *own.values()])
-    others = sorted(tuned.keys() ^ own.keys())
-    others += [p for p in own.keys() & tuned.keys() if own[p].value.shape != tuned[p].value.shape]
-    if others:
+def _changes(tuned: Survey, base: Survey) -> list[tuple[Place, Tensor]]:
+    """Return the places of the base whose tensors differ, with the difference; tied ones once."""
+    tuned_places = {place.path: place for place in tuned.places}
+    base_places = {place.path: place for place in base.places}
+    check_shapes([*tuned_places.values(), *base_places.values()])
+    unlike = sorted(tuned_places.keys() ^ base_places.keys())
+    unlike += [
+        path
+        for path in base_places.keys() & tuned_places.keys()
+        if base_places[path].value.shape != tuned_places[path].value.shape
+    ]
+    if unlike:
         raise TargetError(
-            f"the models are no base and its fine-tune: {', '.join(others[:5])} is not in both, or "
-            "of two shapes"
+            f"model is not a fine-tune of base: {', '.join(unlike[:5])} are missing from one of "
+            "them or differ in shape"
         )
-    first: dict[int, Place] = {}
-    found = []
-    for path, place in own.items():
+    first_place: dict[int, Place] = {}
+    changes = []
+    for path, place in base_places.items():
         W = place.value.detach()
-        V = tuned[path].value.detach().to(W.device)
-        same = first.setdefault(id(place.stored), place)
-        if same is not place:
-            if not torch.equal(tuned[same.path].value, V):
+        W_tuned = tuned_places[path].value.detach().to(W.device)
+        first = first_place.setdefault(id(place.stored), place)
+        if first is not place:
+            if not torch.equal(tuned_places[first.path].value, W_tuned):
                 raise TargetError(
-                    f"{same.path!r} and {path!r} are tied in the base, and differ in the other"
+                    f"{first.path!r} and {path!r} are tied in the base but differ in the fine-tune"
                 )
-        elif not torch.equal(V, W):
+        elif not torch.equal(W_tuned, W):
             dtype = factor_dtype(W)
-            found.append((place, V.to(dtype) - W.to(dtype)))
-    if not found:
+            changes.append((place, W_tuned.to(dtype) - W.to(dtype)))
+    if not changes:
         raise TargetError("the models have the same parameters: there is nothing to extract")
-    return found
+    return changes
 
 
-def _other_buffers(model: nn.Module, base: nn.Module) -> list[str]:
-    own = dict(base.named_buffers())
+def _changed_buffers(model: nn.Module, base: nn.Module) -> list[str]:
+    before = dict(base.named_buffers())
     return [
         path
         for path, buffer in model.named_buffers()
-        if path in own and not torch.equal(buffer.to(own[path].device), own[path])
+        if path in before and not torch.equal(buffer.to(before[path].device), before[path])
     ]

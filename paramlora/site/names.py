@@ -33,11 +33,11 @@ def check_names(stacks: Sequence[Stack], names: Iterable[str]) -> None:
             raise AdapterNameError(f"no adapter {name!r} here; attached are: {listed}{hint}")
 
 
-def check_unmerged(chosen: Iterable[tuple[Stack, Iterable[str]]], verb: str) -> None:
-    """Raise a StateError if a stack has one of its chosen adapters merged."""
-    for stack, names in chosen:
-        for name in names:
-            if name in stack.merged:
+def check_unmerged(stacks: Iterable[Stack], names: Sequence[str], verb: str) -> None:
+    """Raise a StateError if a stack has one of these adapters merged; no name means any."""
+    for stack in stacks:
+        for name in stack.merged:
+            if not names or name in names:
                 raise StateError(
                     f"cannot {verb} adapter {name!r} while it is merged; unmerge first"
                 )

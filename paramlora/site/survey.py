@@ -83,18 +83,18 @@ class Survey:
         modules += [plist for module in modules for plist in lists(module).values()]
         return _each_once(p for module in modules for p in module._parameters.values())
 
-    def select(self, names: Sequence[str]) -> list[tuple[Stack, list[str]]]:
-        """Return each stack with the chosen adapters that it holds; no name chooses all.
+    def select(self, names: Sequence[str]) -> list[tuple[Site, list[str]]]:
+        """Return each first site with the chosen adapters that it holds; no name chooses all.
 
         Raises:
             AdapterNameError: there is no adapter of that name.
         """
         check_names(self.stacks, names)
         held = [
-            (stack, [name for name in stack.named if not names or name in names])
-            for stack in self.stacks
+            (site, [name for name in site.stack.named if not names or name in names])
+            for site in self.first_sites
         ]
-        return [(stack, chosen) for stack, chosen in held if chosen]
+        return [(site, chosen) for site, chosen in held if chosen]
 
     def sites_of(self, name: str) -> list[Site]:
         """Return the sites of one adapter, of tied tensors the first, in module order.
@@ -114,17 +114,9 @@ def names_of(model: nn.Module) -> list[str]:
     return Survey(model).names
 
 
-def select(model: nn.Module, names: Sequence[str]) -> list[tuple[Stack, list[str]]]:
-    return Survey(model).select(names)
-
-
 def sites_of(model: nn.Module, name: str) -> list[Site]:
     return Survey(model).sites_of(name)
 
 
 def places(model: nn.Module) -> list[Place]:
     return Survey(model).places
-
-
-def first_sites(model: nn.Module) -> list[Site]:
-    return Survey(model).first_sites

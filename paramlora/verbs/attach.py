@@ -19,7 +19,7 @@ from ..layers.install import (
 )
 from ..layers.statistics import hold
 from ..site.factors import Factors
-from ..site.names import check_unmerged
+from ..site.names import check_names, check_unmerged
 from ..site.storage import settle
 from ..site.survey import Survey
 from .preview import left_out, preview
@@ -118,7 +118,8 @@ def detach(model: nn.Module, *names: str) -> None:
     True
     """
     survey = Survey(model)
-    check_unmerged(survey.select(names), "detach")
+    check_names(survey.stacks, names)
+    check_unmerged(survey.stacks, names, "detach")
     check_ties(survey.sites)
     check_whole(survey.sites)
     if names:
@@ -162,7 +163,7 @@ def parameters(model: nn.Module, *names: str) -> list[nn.Parameter]:
     settle(model)
     return [
         parameter
-        for stack, chosen in Survey(model).select(names)
+        for site, chosen in Survey(model).select(names)
         for name in chosen
-        for parameter in stack[name].parameters()
+        for parameter in site.stack[name].parameters()
     ]

@@ -142,7 +142,7 @@ def bake(model: nn.Module) -> None:
 def _plan(model: nn.Module, names: tuple[str, ...]) -> list[_Fold]:
     """Check everything, and return what to write where; nothing is written yet."""
     survey = Survey(model)
-    chosen = {id(stack): held for stack, held in survey.select(names)}
+    chosen = {id(site.stack): held for site, held in survey.select(names)}
     folds = []
     _check_still_tied(survey.sites)
     check_tied(survey, [Place(s.path, "", s.module, s.tensor) for s in survey.first_sites])
@@ -180,7 +180,7 @@ def _check_still_tied(sites: list[Site]) -> None:
 
 
 def _check(stack: Stack, names: list[str]) -> None:
-    check_unmerged([(stack, names)], "merge")
+    check_unmerged([stack] if names else [], names, "merge")
     for name in names:
         if name not in stack.active:
             raise StateError(

@@ -61,8 +61,8 @@ def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterat
         Stacks without a named adapter contribute nothing inside: their `live` is empty.
     """
     survey = Survey(model)
-    chosen = [stack for stack, _ in survey.select(names)]
-    check_unmerged([(stack, list(stack.factors)) for stack in chosen], "route to")
+    chosen = [site.stack for site, _ in survey.select(names)]
+    check_unmerged(chosen, (), "route to")
     order = names or tuple(survey.names)
     paths = {id(site.stack): site.path for site in survey.sites}
     route = Route(_checked_ids(ids, order), order, paths)

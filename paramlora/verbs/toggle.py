@@ -1,6 +1,6 @@
 """Switching adapters on and off, and setting their strength; requires_grad is never touched."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -147,10 +147,10 @@ def _disable(stacks: Sequence[Stack], names: Sequence[str]) -> None:
         stack.switch({*stack.active} - {*(names or stack.names)})
 
 
-def _check(stacks: Sequence[Stack], names: Collection[str], verb: str) -> None:
+def _check(stacks: Sequence[Stack], names: Sequence[str], verb: str) -> None:
     """Raise if an adapter of these names, any if none is named, is missing or merged."""
     check_names(stacks, names)
-    check_unmerged([(stack, names or stack.names) for stack in stacks if stack.merged], verb)
+    check_unmerged(stacks, names, verb)
 
 
 def _check_strength(factor: Strength) -> None:

@@ -433,8 +433,8 @@ class TestKept:
         C = torch.randn(6, 5, dtype=torch.float64)
         P, Q = torch.randn(6, 2), torch.randn(2, 5)
         expected = C + 0.5 * P.double() @ Q.double()
-        assert_close(lowrank.update(C, P, Q, 0.5), expected)
-        assert lowrank.update(C, P, Q, 0.5, inplace=True) is C
+        assert_close(lowrank.add_product(C, P, Q, 0.5), expected)
+        assert lowrank.add_product(C, P, Q, 0.5, inplace=True) is C
         assert_close(C, expected)
 
 
@@ -454,10 +454,10 @@ class TestKernel:
         n, m = shape
         C = torch.randn(n, m, device="cuda", dtype=dtype)
         P, Q = torch.randn(n, rank, device="cuda"), torch.randn(m, rank, device="cuda").T
-        assert lowrank._kernel_can(C, rank)
+        assert lowrank._kernel_applies(C, rank)
         expected = C.double() + 0.3 * P.to(dtype).double() @ Q.to(dtype).double()
-        assert error(lowrank.update(C, P, Q, 0.3), expected) < BOUNDS[dtype]
-        assert lowrank.update(C, P, Q, 0.3, inplace=True) is C
+        assert error(lowrank.add_product(C, P, Q, 0.3), expected) < BOUNDS[dtype]
+        assert lowrank.add_product(C, P, Q, 0.3, inplace=True) is C
         assert error(C, expected) < BOUNDS[dtype]
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -470,13 +470,13 @@ class TestKernel:
         n, m = shape
         dy = torch.randn(n, m, device="cuda", dtype=dtype)
         B, h = torch.randn(rank, m, device="cuda").T, torch.randn(n, rank, device="cuda").to(dtype)
-        assert lowrank._kernel_can(dy, rank)
-        found = lowrank.products(dy, B, h, 0.3)
+        assert lowrank._kernel_applies(dy, rank)
+        found = lowrank.grads_of_h_and_B(dy, B, h, 0.3)
         assert [t.dtype for t in found] == [dtype, torch.float32]
         exact = 0.3 * dy.double() @ B.to(dtype).double(), 0.3 * dy.double().T @ h.double()
         for a, e in zip(found, exact, strict=True):
             assert error(a, e) < BOUNDS[dtype]
-        assert_close(found, lowrank.products(dy, B, h, 0.3), rtol=0, atol=0)
+        assert_close(found, lowrank.grads_of_h_and_B(dy, B, h, 0.3), rtol=0, atol=0)
 
     def test_training_step(self) -> None:
         """A large bfloat16 layer through the kernel: values and gradients of the dense one."""

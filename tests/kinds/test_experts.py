@@ -238,9 +238,9 @@ def test_a_file_of_experts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_dims": -1}, "batch_dims must be a number from 0, got -1"),
-        ({"batch_dims": True}, "batch_dims must be a number from 0, got True"),
-        ({"batch_dims": 1.0}, "batch_dims must be a number from 0, got 1.0"),
+        ({"batch_dims": -1}, "batch_dims must be a whole number of at least 0, got -1"),
+        ({"batch_dims": True}, "batch_dims must be a whole number of at least 0, got True"),
+        ({"batch_dims": 1.0}, "batch_dims must be a whole number of at least 0, got 1.0"),
         ({"transposed": 1}, "transposed must be True or False, got 1"),
     ],
 )

@@ -120,7 +120,7 @@ def test_constants_are_no_parameters() -> None:
 def test_what_has_no_such_start() -> None:
     """A rank that the matrix does not have, and a scale without a root, are refused."""
     model = nn.Sequential(nn.Linear(6, 2))
-    message = "cannot adapt '0.weight' with LoRA: init='olora' at rank 3 needs a matrix of that"
+    message = "cannot adapt '0.weight' with LoRA: init='olora' needs a rank of at most 2"
     with pytest.raises(pl.TargetError, match=re.escape(message)):
         pl.attach(model, pl.LoRA(rank=3, init="olora"))
     with pytest.raises(ValueError, match="init='pissa' needs an alpha above 0, got -1"):

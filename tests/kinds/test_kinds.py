@@ -177,7 +177,7 @@ def test_ia3_is_that_of_peft(layer: str, dim: int) -> None:
     [
         (lambda: pl.LoHa(rank=0), "rank must be a whole number of at least 1, got 0"),
         (lambda: pl.LoKr(rank=-1), "rank must be a whole number of at least 1, got -1"),
-        (lambda: pl.LoKr(rank=None, alpha=2), "alpha is over a rank, and there is none"),
+        (lambda: pl.LoKr(rank=None, alpha=2), "so rank=None allows no alpha; got 2"),
         (lambda: pl.LoKr(factor=0), "factor must be a whole number of at least 1, or -1, got 0"),
         (lambda: pl.IA3(dim=-1), "dim must be 0 or 1, got -1"),
     ],
@@ -193,7 +193,7 @@ def test_what_is_no_setting(make: Any, message: str) -> None:
     [
         (pl.LoHa(), "with LoHa: a low-rank update needs two dimensions, it has 1"),
         (pl.LoKr(), "with LoKr: a low-rank update needs two dimensions, it has 1"),
-        (pl.IA3(dim=1), "with IA3: it has no dimension 1, only 1"),
+        (pl.IA3(dim=1), "with IA3: dim=1 is out of range, its number of dimensions is 1"),
     ],
 )
 def test_what_cannot_be_adapted(spec: pl.kinds.Spec, message: str) -> None:

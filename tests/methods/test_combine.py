@@ -204,7 +204,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a rank for all": (
         {"weights": {"a": 1, "b": 1}, "name": "ab", "rank": 3},
         ValueError,
-        "rank= is for method='svd'; 'cat' has a rank of its own",
+        "rank= is for method='svd' only; 'cat' determines its own rank",
     ),
     "rank 0": (
         {"weights": {"a": 1, "b": 1}, "name": "ab", "method": "svd", "rank": 0},
@@ -214,7 +214,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "ranks": (
         {"weights": {"a": 1, "b": 1}, "name": "ab", "method": "linear"},
         ValueError,
-        "method='linear' needs one rank, at 'fc1.weight' there are 2, 3; use 'cat' or 'svd'",
+        "method='linear' needs equal ranks, and those at 'fc1.weight' are 2, 3; use 'cat' or 'svd'",
     ),
 }
 
@@ -237,7 +237,7 @@ def test_other_kinds_cannot_be_combined() -> None:
         lambda m: pl.combine(m, {"a": 1, "b": 1}, name="ab"),
         TargetError,
         "cannot combine at 'fc1.weight': the adapters there are of kind LoRA, Delta; only low-rank "
-        "updates can be summed, or Deltas, each with their like",
+        "updates of one layout can be summed, or Deltas with Deltas",
     )
 
 
@@ -325,8 +325,8 @@ def test_extract_refuses() -> None:
         base,
         lambda m: pl.extract(nn.Linear(3, 3), m, 2),
         TargetError,
-        "the models are no base and its fine-tune: bias, emb.weight, [...] is not in both, or of "
-        "two shapes",
+        "model is not a fine-tune of base: bias, emb.weight, [...] are missing from one of them or "
+        "differ in shape",
     )
     refuses(
         base,
@@ -370,7 +370,7 @@ def test_extract_of_tied_tensors() -> None:
         Tied(True).double(),
         lambda m: pl.extract(untied, m, 1),
         TargetError,
-        "'emb.weight' and 'head.weight' are tied in the base, and differ in the other",
+        "'emb.weight' and 'head.weight' are tied in the base but differ in the fine-tune",
     )
 
 

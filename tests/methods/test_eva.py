@@ -127,11 +127,14 @@ def test_refusals() -> None:
         model,
         start,
         pl.TargetError,
-        "cannot start 'emb.weight' from inputs: it is no Linear's weight; name other adapters",
+        "cannot start 'emb.weight' from inputs: it is not the weight of an nn.Linear; name other "
+        "adapters",
     )
     model = net()
     pl.attach(model, pl.LoHa(rank=2), "fc1")
-    refuses(model, start, pl.TargetError, "cannot start 'fc1.weight' from inputs: that is for[...]")
+    refuses(
+        model, start, pl.TargetError, "cannot start 'fc1.weight' from inputs: only LoRA and[...]"
+    )
     model = net()
     pl.attach(model, pl.LoRA(rank=2), ["fc1", "unused"])
     message = (

@@ -117,8 +117,8 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
             tensors.update({f"{PREFIX}fc.lora_A.weight": torch.ones(4, 4)}),
             tensors.update({f"{PREFIX}fc.lora_B.weight": torch.ones(3, 4)}),
         ),
-        "{path} does not fit this model: cannot adapt 'fc.weight' with LoRA: init='pissa' at rank "
-        "4 needs a matrix of that rank, 3 [...]",
+        "{path} does not fit this model: cannot adapt 'fc.weight' with LoRA: init='pissa' needs a "
+        "rank of at most 3, the smaller side of the matrix; got 4 [...]",
     ),
     "no targets": (
         lambda config, tensors: config.pop("target_modules"),

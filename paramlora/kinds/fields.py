@@ -1,0 +1,49 @@
+"""Checks of the fields that several kinds share, and the scale s that follows from them."""
+
+import math
+from numbers import Integral
+from typing import Any
+
+from torch import Tensor
+
+from .spec import is_finite
+
+
+def check_rank(spec: Any) -> None:
+    """Check rank, alpha and rank_stabilized; convert NumPy scalars to Python numbers."""
+    rank, alpha = spec.rank, spec.alpha
+    check_flag(spec, "rank_stabilized")
+    if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
+    if alpha is not None and not is_finite(alpha):
+        raise ValueError(f"alpha must be a finite number or None, got {alpha!r}")
+    # A file stores fields as JSON, which has no NumPy numbers.
+    object.__setattr__(spec, "rank", int(rank))
+    if not isinstance(alpha, int | float | None):
+        object.__setattr__(spec, "alpha", float(alpha))
+
+
+def check_flag(spec: Any, name: str) -> None:
+    """Check that the field `name` of a spec is a bool."""
+    value = getattr(spec, name)
+    if type(value) is not bool:
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_dim(dim: object) -> None:
+    """Check that a dimension is 0 or 1."""
+    if type(dim) is not int or dim not in (0, 1):
+        raise ValueError(f"dim must be 0 or 1, got {dim!r}")
+
+
+def scaling_of(spec: Any) -> float:
+    """Return s = alpha/r, or alpha/√r if `rank_stabilized`; alpha is r if it is None."""
+    alpha = spec.rank if spec.alpha is None else spec.alpha
+    return alpha / (math.sqrt(spec.rank) if spec.rank_stabilized else spec.rank)
+
+
+def low_rank_refusal(weight: Tensor) -> str | None:
+    """Return why a tensor cannot have a low-rank update, or None if it can."""
+    if weight.dim() < 2:
+        return f"a low-rank update needs two dimensions, it has {weight.dim()}; use Delta()"
+    return None
