@@ -5,7 +5,6 @@ weights of the layer, so the backward builds it again: see `_rebuilt`.
 """
 
 import functools
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compute.watched import transforms_active
+from ..compute.modes import transforms_active
+from ..private_torch import (
+    KNOWS_HOOKS,
+    flat_weight_names,
+    saved_tensors_hooks,
+    set_flat_weights,
+)
 from ..site.find import lists, stack_of, stored
 from ..site.stack import CHANGED, build_once
 from . import rows
@@ -53,10 +58,6 @@ def read_once(plain: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-# torch 2.6 does not have it; there W' is kept for the backward.
-_outer_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-
-
 @contextmanager
 def _rebuilt(module: nn.Module) -> Iterator[None]:
     """Save no W' of the module for the backward, but a closure that rebuilds it.
@@ -85,10 +86,10 @@ def _rebuilt(module: nn.Module) -> Iterator[None]:
             built = getattr(module, name)
             if type(built) is Tensor and not built.is_meta:
                 recipes[built.untyped_storage().data_ptr()] = stack.recipe(plist.original)
-    if not recipes or _outer_hooks is None:
+    if not recipes or not KNOWS_HOOKS:  # torch 2.6 keeps W'
         yield
         return
-    outer = _outer_hooks(False)
+    outer = saved_tensors_hooks()
 
     def pack(tensor: Tensor) -> Any:
         recipe = recipes.get(tensor.untyped_storage().data_ptr())
@@ -145,7 +146,6 @@ def hold_stored(module: nn.RNNBase) -> None:
     plists = lists(module)
     weights = [
         stored(plists[name])[0] if name in plists else getattr(module, name, None)
-        for name in module._flat_weights_names
+        for name in flat_weight_names(module)
     ]
-    module._flat_weights = weights
-    module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]  # type: ignore[arg-type]
+    set_flat_weights(module, weights)

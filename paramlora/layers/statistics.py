@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from ..private_torch import NormWithStatistics
 from ..site.survey import Survey
 
 Modules = Iterable[tuple[str, nn.Module]]
@@ -111,7 +111,7 @@ def with_statistics(modules: Modules) -> list[tuple[str, nn.Module]]:
     return [
         (path, module)
         for path, module in modules
-        if isinstance(module, _NormBase) and module.running_mean is not None
+        if isinstance(module, NormWithStatistics) and module.running_mean is not None
     ]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
+from ..private_torch import is_fsdp_managed
 
 
 def check_real(path: str, tensor: Any) -> None:
@@ -30,7 +31,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def is_sharded(module: nn.Module, tensor: Tensor) -> bool:
     """Return whether a module's tensor is sharded, or the gathered copy of a sharded one."""
-    return hasattr(tensor, "full_tensor") or vars(module).get("_is_fsdp_managed_module", False)
+    return hasattr(tensor, "full_tensor") or is_fsdp_managed(module)
 
 
 def settle(model: nn.Module) -> None:

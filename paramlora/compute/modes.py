@@ -5,10 +5,16 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ..kinds.spec import LowRank
 from ..native import load
+from ..private_torch import (
+    any_autocast_enabled,
+    dispatch_modes_active,
+    forward_ad_active,
+    functorch_active,
+    tracing_state,
+)
 
 # The native extension reads only tensors of exactly these types. A subclass may keep its values
 # elsewhere.
@@ -21,7 +27,7 @@ def autocast_dtype(x: Tensor, W: Tensor, b: Tensor | None) -> torch.dtype | None
     None if autocast is off for the device, or if it does not cast one of the tensors, such as a
     float64 or an integer one.
     """
-    if not torch._C._is_any_autocast_enabled() or x.is_meta:
+    if not any_autocast_enabled() or x.is_meta:
         return None
     device = x.device.type
     if not torch.is_autocast_enabled(device):
@@ -48,18 +54,14 @@ def plain_ops_only(x: Tensor) -> bool:
     """
     if x.dim() < 2 or x.is_meta or x.layout is not torch.strided or x.is_nested:
         return True
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+    if dispatch_modes_active() > 0 or tracing_state() is not None:
         return True
     return transforms_active()
 
 
 def transforms_active() -> bool:
     """Return whether torch.compile, torch.func or forward-mode differentiation is active."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    return torch.compiler.is_compiling() or functorch_active() or forward_ad_active()
 
 
 def native_for(

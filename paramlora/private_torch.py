@@ -1,0 +1,81 @@
+"""Every private name of torch that the library uses, under a name that says what it is.
+
+torch may change or remove these in any release, since they are not part of its interface. They are
+gathered here so that such a change has one place to be noticed and mended:
+`tests/test_private_torch.py` checks each for what the library relies on.
+
+    any_autocast_enabled()      whether autocast is on for any device; cheaper than asking for one
+    dispatch_modes_active()     how many `TorchDispatchMode`s are active
+    tracing_state()             the state of torch.jit.trace; None outside of it
+    functorch_active()          whether a transform of torch.func is active
+    forward_ad_active()         whether forward-mode differentiation is active
+    saved_tensors_hooks()       the innermost (pack, unpack) of `saved_tensors_hooks`, or None
+    flat_weight_names(rnn)      the names of an RNN's weights in the order of its list of weights
+    set_flat_weights(rnn, ws)   set that list
+    is_fsdp_managed(module)     whether `fully_shard` manages the parameters of a module
+    NormWithStatistics          the base class of all layers with running statistics
+
+Not here: `Tensor._version`, which torch's documentation names, and the dictionaries of `nn.Module`
+(`_parameters`, `_buffers`, `_modules`), on which torch's own documentation relies.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics
+
+__all__ = [
+    "KNOWS_HOOKS",
+    "NormWithStatistics",
+    "any_autocast_enabled",
+    "dispatch_modes_active",
+    "flat_weight_names",
+    "forward_ad_active",
+    "functorch_active",
+    "is_fsdp_managed",
+    "saved_tensors_hooks",
+    "set_flat_weights",
+    "tracing_state",
+]
+
+# Names for torch's own functions, not wrappers: small layers call them in every forward.
+any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+dispatch_modes_active: Callable[[], int] = torch._C._len_torch_dispatch_stack
+tracing_state: Callable[[], Any] = torch._C._get_tracing_state
+functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+# Whether `saved_tensors_hooks` can tell; torch 2.6 does not have the function.
+KNOWS_HOOKS = _top_hooks is not None
+
+
+def saved_tensors_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """Return the innermost hooks (pack, unpack) of `torch.autograd.graph.saved_tensors_hooks`."""
+    assert _top_hooks is not None
+    return _top_hooks(False)
+
+
+def forward_ad_active() -> bool:
+    """Return whether forward-mode differentiation is active."""
+    return forward_ad._current_level >= 0
+
+
+def flat_weight_names(module: nn.RNNBase) -> list[str]:
+    """Return the names of an RNN's weights, in the order in which its forward passes them."""
+    return module._flat_weights_names
+
+
+def set_flat_weights(module: nn.RNNBase, weights: list[Any]) -> None:
+    """Set the list of weights that an RNN's forward passes to torch, and the references to them."""
+    module._flat_weights = weights
+    module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
+
+
+def is_fsdp_managed(module: nn.Module) -> bool:
+    """Return whether `torch.distributed.fsdp.fully_shard` manages the parameters of a module."""
+    return bool(vars(module).get("_is_fsdp_managed_module", False))

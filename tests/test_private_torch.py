@@ -1,0 +1,131 @@
+"""The private names of torch do what the library relies on, and no others are used.
+
+A failure here means that torch has changed: mend `paramlora/private_torch.py` first.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from paramlora import private_torch
+
+PACKAGE = Path(private_torch.__file__).parent
+
+
+def test_autocast_is_noticed() -> None:
+    """`any_autocast_enabled` is true inside of torch.autocast only."""
+    assert not private_torch.any_autocast_enabled()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert private_torch.any_autocast_enabled()
+
+
+def test_dispatch_modes_are_noticed() -> None:
+    """`dispatch_modes_active` counts the dispatch modes that are active."""
+    assert private_torch.dispatch_modes_active() == 0
+    with TorchDispatchMode():
+        assert private_torch.dispatch_modes_active() == 1
+
+
+def test_tracing_is_noticed() -> None:
+    """`tracing_state` is None except inside of torch.jit.trace."""
+    seen: list[Any] = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(private_torch.tracing_state())
+        return x + 1
+
+    function(torch.zeros(1))
+    torch.jit.trace(function, torch.zeros(1), check_trace=False)
+    assert seen[0] is None
+    assert seen[1] is not None
+
+
+def test_transforms_of_functions_are_noticed() -> None:
+    """`functorch_active` is true inside of torch.func's transforms only."""
+    seen: list[bool] = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(private_torch.functorch_active())
+        return x.sum()
+
+    function(torch.zeros(1))
+    torch.func.grad(function)(torch.zeros(1))
+    torch.func.vmap(function)(torch.zeros(2, 1))
+    assert seen == [False, True, True]
+
+
+def test_forward_mode_is_noticed() -> None:
+    """`forward_ad_active` is true inside of a dual level only."""
+    assert not private_torch.forward_ad_active()
+    with forward_ad.dual_level():
+        assert private_torch.forward_ad_active()
+
+
+@pytest.mark.skipif(not private_torch.KNOWS_HOOKS, reason="this torch cannot tell the hooks")
+def test_hooks_of_saved_tensors_are_found() -> None:
+    """`saved_tensors_hooks` returns the innermost pair of hooks, and None if there is none."""
+
+    def pack(tensor: Tensor) -> Tensor:
+        return tensor
+
+    def unpack(tensor: Tensor) -> Tensor:
+        return tensor
+
+    assert private_torch.saved_tensors_hooks() is None
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        assert private_torch.saved_tensors_hooks() == (pack, unpack)
+
+
+@pytest.mark.parametrize("cls", [nn.RNN, nn.GRU, nn.LSTM])
+def test_weights_of_recurrent_modules_are_found(cls: Any) -> None:
+    """The list of an RNN's weights has `flat_weight_names`, and a forward renews a stale one."""
+    module, x = cls(3, 3), torch.ones(2, 1, 3)
+    expected = module(x)[0]
+    assert private_torch.flat_weight_names(module) == [n for n, _ in module.named_parameters()]
+    private_torch.set_flat_weights(module, [torch.zeros_like(p) for p in module.parameters()])
+    assert torch.equal(module(x)[0], expected)
+    held = module._flat_weights
+    assert all(a is b for a, b in zip(held, module.parameters(), strict=True))
+    private_torch.set_flat_weights(module, list(module.parameters()))
+    module(x)
+    assert module._flat_weights is not held
+
+
+def test_fsdp_marks_modules_by_name() -> None:
+    """FSDP marks the modules that it manages by the attribute that `is_fsdp_managed` reads.
+
+    tests/torch/test_distributed.py shards modules for real.
+    """
+    module = nn.Linear(1, 1)
+    assert not private_torch.is_fsdp_managed(module)
+    source = Path(torch.distributed.fsdp.__file__).parent
+    assert any("_is_fsdp_managed_module" in path.read_text() for path in source.rglob("*.py"))
+
+
+@pytest.mark.parametrize(
+    "cls", [nn.BatchNorm1d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.LazyBatchNorm2d]
+)
+def test_layers_with_statistics_share_a_base_class(cls: Any) -> None:
+    """Every layer of torch with running statistics derives from `NormWithStatistics`."""
+    assert issubclass(cls, private_torch.NormWithStatistics)
+
+
+def test_no_other_file_uses_private_names() -> None:
+    """Only private_torch.py names `torch._…`, `torch.…._…` or imports a private name of torch."""
+    private = re.compile(
+        r"\btorch(\.\w+)*\._|\bforward_ad\._|from torch[\w.]* import .*\b_[a-zA-Z]"
+    )
+    found = [
+        f"{path.name}: {line.strip()}"
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "private_torch.py"
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if private.search(line)
+    ]
+    assert found == []
