@@ -9,8 +9,8 @@ between two pieces a layer keeps only the q largest singular values and directio
 
 The matrix on the left has the singular values and directions of [X_seen; X_piece]. For a matrix M
 these follow from Mᵀ M alone, and X_seenᵀ X_seen = V S Uᵀ U S Vᵀ = (S Vᵀ)ᵀ (S Vᵀ). So U need not be
-kept. The result is exact if the inputs have no more than q directions. Otherwise each
-piece loses what lies beyond the q-th direction, so q is larger than r (`oversampling`).
+kept. The result is exact if the inputs have no more than q directions. Otherwise each piece loses
+what lies beyond the q-th direction, so q is larger than r (`oversampling`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
