@@ -33,8 +33,8 @@ from torch import Tensor
 from ..kinds.spec import LowRank
 from ..native import load
 from . import plan as plans
+from .modes import ORDINARY_TYPES, autocast_dtype, plain_ops_only
 from .plan import Path, Plan
-from .watched import ORDINARY_TYPES, autocast_dtype, plain_ops_only
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compute.watched import transforms_active
+from ..compute.modes import transforms_active
 from ..site.find import lists, stack_of, stored
 from ..site.stack import CHANGED, once
 from . import rows

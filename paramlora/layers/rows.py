@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..compute.watched import native_for
+from ..compute.modes import native_for
 from ..kinds.spec import LowRank
 from ..site.find import lists, stack_of
 from ..site.stack import Stack
