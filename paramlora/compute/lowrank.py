@@ -11,7 +11,7 @@ which dA and dB follow. That gradient is a third product of n·k·m multiplicati
 Neither path above needs it, and neither keeps W': the backward uses x, and x Aᵀ if the forward
 computed it.
 
-There are three implementations, between which `linear` and `plan.choose` decide:
+There are three implementations. `linear` chooses one by the rule in `plan.choose`:
 
 - the native extension, if it was built: one node of the autograd graph, in C++;
 - `_Linear`, the same node as a Function in Python;
@@ -45,8 +45,8 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tens
         W: (m, k), of the dtype of x except under autocast.
         b: (m,) or None.
         terms: low-rank updates. Their factors may have another floating dtype, such as float32
-            beside a bfloat16 W. They are cast to the dtype of x, and x itself is not cast: the
-            layers that share it can then keep one copy of it for the backward.
+            beside a bfloat16 W. They are cast to the dtype of x. x is not cast to theirs, so that
+            all layers that read x keep the same tensor for the backward.
     """
     if not terms:
         return F.linear(x, W, b)
@@ -66,8 +66,8 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tens
         dtype = autocast_dtype(x, W, b)
         plan = plans.choose(n, k, m, dtype or W.dtype, device, grad, built is not None)
         # autocast casts a trained weight once per autocast block and reuses that cast in all
-        # calls. The cast below would be one more copy for each call, all kept for the backward.
-        # Of a frozen weight autocast makes a cast per call, too.
+        # calls. The cast below would be one more copy for each call, all kept for the backward. A
+        # frozen weight is cast once per call by autocast, too, so it loses nothing here.
         cached = dtype and W.requires_grad and torch.is_autocast_cache_enabled()
         if plan is not plans.PLAIN and not cached and not plain_ops_only(x):
             if built is not None and plan.native:
@@ -221,7 +221,8 @@ def _differentiable_grads(
     """
     x, W, b, A, B = inputs
     if W is None:
-        # Neither dx nor dW is needed, and the other gradients do not depend on W: any (m, k) does.
+        # Neither dx nor dW is needed, and the other gradients do not depend on W. Any tensor of its
+        # shape serves.
         W = x.new_zeros(()).expand(B.shape[0], A.shape[1])
     y = _plain(x, W, b, A, B, s)
     wanted = [tensor for tensor, needed in zip(inputs, needs, strict=False) if needed]

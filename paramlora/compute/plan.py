@@ -10,8 +10,8 @@ Path = Literal["plain", "factored", "dense"]
 class Plan(NamedTuple):
     """The paths of one Linear in the forward and in the backward (see lowrank.py).
 
-    "plain" is always both, since autograd derives the backward of plain operations. `native` is
-    whether the native extension computes the layer.
+    If one of them is "plain", so is the other: autograd derives the backward of plain operations.
+    `native` is whether the native extension computes the layer.
     """
 
     forward: Path
@@ -23,8 +23,8 @@ PLAIN = Plan("plain", "plain")
 _SMALL_WEIGHT = Plan("dense", "dense")
 _PATHS: tuple[Path, Path] = ("factored", "dense")
 
-# Plain operations compute a layer through which fewer elements than this pass, n (k + m), by device
-# and by whether a gradient may be wanted.
+# A layer uses plain operations if fewer elements than this pass through it, n (k + m). The limit
+# depends on the device, and on whether a gradient may be wanted.
 PLAIN_BELOW = {
     ("cpu", True): 2**18,
     ("cpu", False): 2**18,

@@ -3,8 +3,9 @@
     W' = m ⊙ V / ‖V‖        V = W + λ · s · B A,  m = ‖W‖ + λ · d,  s = alpha / r
        = c ⊙ V              c = m / ‖V‖
 
-A: (r, in), B: (out, r). m, d and c have one entry per index of one dimension, `dim`, and so do the
-norms. They are multiplied along it. λ is the strength (`pl.scale`).
+A: (r, in), B: (out, r). The norms are taken for each index of one dimension, `dim`. So ‖W‖, ‖V‖, m,
+d and c are vectors with one entry per index, and ⊙ multiplies each slice by its entry. λ is the
+strength (`pl.scale`).
 """
 
 from collections.abc import Callable
@@ -69,10 +70,10 @@ class DoRA(Spec):
         return ("B", "d")
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        # The paper learns m itself. A stored m starts as ‖W‖ computed once, on one device. On
-        # another device, or after a cast, ‖W‖ may come out one rounding away from it; then m / ‖V‖
-        # is 0.9999999 and not 1, and W' is not W. With d = 0 the same ‖W‖ is on both sides of the
-        # fraction, so it is exactly 1. At strength 0 it is 1 whatever d has become.
+        # The paper learns m itself. It would start as ‖W‖, computed once on one device. On another
+        # device, or after a cast, ‖W‖ may come out one rounding away from it. m / ‖V‖ would then be
+        # 0.9999999 instead of 1, and W' would not be W. With d, each call computes ‖W‖ for both
+        # sides of the fraction. It is exactly 1 if B and d are zero, and always at strength 0.
         factors = init_factors(weight.flatten(1), self.rank, self.init, generator)
         return factors | {"d": factors["A"].new_zeros(weight.shape[self.dim])}
 
@@ -88,8 +89,8 @@ class DoRA(Spec):
             return (V * along(c, self.dim, W)).to(weight.dtype)
         V = _add_product(W.detach(), A.detach(), B.detach(), s)
         c = _ratio(*self._norms(W.detach(), V, B.detach() * s), d)
-        # c ⊙ V would make autograd keep V, a second matrix, for the gradient of c. Multiplying out,
-        # c ⊙ V = c ⊙ W + s · (c ⊙ B) A, it keeps W, which is stored anyway, and the factors.
+        # For the gradient of c in c ⊙ V, autograd would keep V, a second matrix. Multiplied out,
+        # with dim=0, c ⊙ V = c ⊙ W + s · (c ⊙ B) A. It then keeps W, which exists anyway, and B.
         if self.dim == 0:
             B = B * c.view(-1, 1)  # (out, r)
         else:
@@ -122,12 +123,12 @@ class DoRA(Spec):
     ) -> tuple[Tensor, Tensor]:
         """Return ‖W‖ and ‖V‖ as constants, without building V.
 
-        With the sums over r, for each row of V = W + s B A:
+        For each row of V = W + s B A, with sums Σ over r:
 
             ‖V‖² = ‖W‖² + u        u = 2s Σ (W Aᵀ) ∘ B + s² Σ (B A Aᵀ) ∘ B
 
-        The root of the first line is not used as it stands. If B is zero so is u, and √(x·x) is not
-        exactly x on all machines, so ‖V‖ would not be exactly ‖W‖. This form is exact there:
+        ‖V‖ is not computed as the root of this. If B is zero, u is zero, and the root would be
+        √(x·x) with x = ‖W‖, which is not exactly x on all machines. This form is exact for u = 0:
 
             ‖V‖ = ‖W‖ + u / (‖W‖ + √(‖W‖² + u))
 
@@ -161,5 +162,5 @@ def _add_product(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
 def _ratio(norm_W: Tensor, norm_V: Tensor, d: Tensor) -> Tensor:
     """Return c = m / ‖V‖, and 1 where V is zero, since it then has no direction to rescale."""
     nonzero = norm_V > 0
-    # The inner where keeps 0/0 out of the backward, in which NaN · 0 would be NaN.
+    # Without the inner `where` the backward would multiply 0 by m/0, which is NaN.
     return torch.where(nonzero, (norm_W + d) / torch.where(nonzero, norm_V, 1), 1)

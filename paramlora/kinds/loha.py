@@ -21,7 +21,7 @@ class LoHa(Spec):
 
     The tensor is viewed as a matrix as in `LoRA`. B₂ starts at zero. The others are Gaussian, with
     standard deviation 1 for A₁ and A₂ and 0.1 for B₁, as in LyCORIS. Every layer with a LoHa builds
-    W', since the product has no low-rank form of rank r.
+    W', since the elementwise product has no factors of rank r.
 
     Args:
         rank: r, the rank of each of the two products, at least 1.

@@ -2,7 +2,7 @@
 
     W' = W + λ · s · W₁ ⊗ W₂        W₁: (p, q), W₂: (out/p, in/q), s = alpha / r
 
-λ is the strength (`pl.scale`). W₂ = B₂ A₂ if that is smaller, and W₁ = B₁ A₁ on request.
+λ is the strength (`pl.scale`). W₂ = B₂ A₂ if r is small against its size; W₁ = B₁ A₁ on request.
 """
 
 import functools
@@ -29,9 +29,10 @@ class LoKr(Spec):
     Args:
         rank: r, at least 1. None makes W₂ a full factor and s = 1.
         alpha: s = alpha/r as in `LoRA`, also if W₂ is a full factor because of its size.
-        factor: the wanted size of p and q, at least 1, or -1 for the largest that is possible. If
-            it does not divide a dimension, the next smaller divisor is taken. Neither p nor q
-            exceeds the square root of its dimension.
+        factor: the wanted size of p and q, at least 1, or -1 for the largest that is allowed.
+            Neither exceeds the square root of its dimension. If `factor` divides the dimension but
+            exceeds the root, it is replaced by dimension/factor. If it does not divide the
+            dimension, it is replaced by the next smaller divisor.
         decompose_both: make W₁ a product B₁A₁, too, if r is less than half of its larger side.
         rank_stabilized: as in `LoRA`.
 

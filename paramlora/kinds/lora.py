@@ -133,7 +133,7 @@ class LoRA(Spec):
         return None if self.batch_dims else self._update(factors, strength)
 
     def refusal(self, weight: Tensor) -> str | None:
-        if low_rank_refusal(weight):
+        if weight.dim() < 2:
             return low_rank_refusal(weight)
         if weight.dim() < 2 + self.batch_dims:
             return (

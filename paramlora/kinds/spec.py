@@ -54,7 +54,7 @@ class Rescaled(NamedTuple):
     """A tensor that is rescaled along one dimension, W' = (1 + change) ⊙ (W + update).
 
     The 1 is not part of `change`, because half precision would round their sum: in bfloat16
-    1 + 0.001 is 1, while 0.001 by itself keeps its eight bits.
+    1 + 0.001 is 1, while 0.001 by itself has eight significant bits.
 
     Args:
         change: (W.shape[dim],), the relative change of each slice of W along `dim`.
@@ -150,7 +150,7 @@ class Spec(ABC):
         """
 
     def low_rank(self, factors: Factors, strength: Strength = 1.0) -> LowRank | None:
-        """Return the update of a matrix as a `LowRank`, or None if it has no such form.
+        """Return the update of a matrix as a `LowRank`, or None if the kind has no such form.
 
         A Linear or an Embedding then computes its output without building W'.
         """
@@ -159,7 +159,7 @@ class Spec(ABC):
     def rescaled(
         self, weight: Tensor, factors: Factors, strength: Strength = 1.0
     ) -> Rescaled | None:
-        """Return W' as a `Rescaled`, or None if it has no such form.
+        """Return W' as a `Rescaled`, or None if the kind has no such form.
 
         A Linear or an Embedding then computes its output without building W'.
         """
@@ -177,7 +177,7 @@ def factor_dtype(weight: Tensor) -> torch.dtype:
     """Return the dtype for the factors of a tensor: its own, but float32 for half precision.
 
     A bfloat16 number has eight significant bits, so an optimizer's step below 1/512 of a factor
-    would be rounded away. Factors are cast to the weight's dtype where they are used.
+    would be rounded away. Factors are cast to the weight's dtype when they are used.
 
     Args:
         weight: the tensor to adapt.

@@ -23,7 +23,8 @@ def draw(
     Args:
         shape: the factor's shape.
         weight: the tensor that the factor is for; it determines dtype and device.
-        fill: `fill(factor, generator)` fills a tensor of NaNs in place.
+        fill: `fill(factor, generator)` fills a tensor in place. Elements that it leaves out are
+            NaN.
         generator: the source of random numbers; None means torch's global one on the CPU.
 
     Returns:
@@ -95,10 +96,10 @@ _INITS: dict[str, Callable[[Tensor, torch.Generator | None], object]] = {
 
 
 def truncated_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A, B and all singular values of W, where B A is W's best approximation of a rank.
+    """Return A, B and all singular values of W; B A is the best approximation of W of rank r.
 
-    The roots of the singular values go to both factors. W: (…, out, in), A: (…, r, in),
-    B: (…, out, r), singular values: (…, min(out, in)). r is `rank`, or less if W is smaller.
+    r is `rank`, or the smaller side of W if that is less. Both factors contain the roots of the
+    singular values. W: (…, out, in), A: (…, r, in), B: (…, out, r), values: (…, min(out, in)).
     """
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     roots = S[..., :rank].sqrt()

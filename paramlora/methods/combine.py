@@ -6,8 +6,8 @@
     svd       the best approximation of rank r to ΔW        B A ≈ ΔW
     linear    A = Σ ±√|wᵢsᵢ| Aᵢ, B = Σ √|wᵢsᵢ| Bᵢ           B A = ΔW + products Bᵢ Aⱼ of i ≠ j
 
-"linear" keeps the rank, and each factor is a sum of like factors. Its product contains more than
-ΔW: (B₁ + B₂)(A₁ + A₂) has the two terms B₁A₂ and B₂A₁ beside those of the sum.
+"linear" sums the factors instead of the updates, and so keeps the rank. The product of its sums
+contains more than ΔW: (B₁ + B₂)(A₁ + A₂) = B₁A₁ + B₂A₂ + B₁A₂ + B₂A₁.
 """
 
 import math

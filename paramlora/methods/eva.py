@@ -7,11 +7,10 @@ between two pieces a layer keeps only the q largest singular values and directio
 
     [S Vᵀ; X_piece] = U' S' V'ᵀ
 
-The matrix on the left has the singular values and directions of [X_seen; X_piece], because both
-have the same product with their own transpose: X_seenᵀ X_seen = V S Uᵀ U S Vᵀ = (S Vᵀ)ᵀ (S Vᵀ). So
-U need not be kept. This is exact as long as the inputs seen have no more than q directions.
-Otherwise the part beyond the q-th direction is lost at each piece, which is why q exceeds r
-(`oversampling`).
+The matrix on the left has the singular values and directions of [X_seen; X_piece]. For a matrix M
+these follow from Mᵀ M alone, and X_seenᵀ X_seen = V S Uᵀ U S Vᵀ = (S Vᵀ)ᵀ (S Vᵀ). So U need not be
+kept. The result is exact if the inputs have no more than q directions. Otherwise each piece loses
+what lies beyond the q-th direction, so q is larger than r (`oversampling`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -127,7 +126,8 @@ def eva(
             )
         starts.append((path, A, *inputs.first(len(A))))
     for _, A, first, _ in starts:
-        A[: len(first)] = first.to(A.dtype)  # fewer than r if the layer has fewer inputs
+        # A layer with fewer inputs than r has fewer directions; the other rows of A stay random.
+        A[: len(first)] = first.to(A.dtype)
     return {path: share for path, _, _, share in starts}
 
 
@@ -164,9 +164,9 @@ def _run(
         stack.enter_context(disabled(model))
         for module, training in modes:
             stack.callback(setattr, module, "training", training)
-        for module, rows in directions.items():
+        for module, seen in directions.items():
             hook = module.register_forward_pre_hook(
-                lambda _, args, kwargs, to=rows: to.add(args[0] if args else kwargs["input"]),
+                lambda _, args, kwargs, to=seen: to.add(args[0] if args else kwargs["input"]),
                 with_kwargs=True,
             )
             stack.callback(hook.remove)
