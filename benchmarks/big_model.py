@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import paramlora as pl
 
-from .contestants import CONTESTANTS, Contestant, Factors, give, linears
-from .measure import now
+from .harness.contestants import CONTESTANTS, Contestant, Factors, give, linears
+from .harness.measure import now
 
 Row = dict[str, Any]
 BACKEND = "inductor"

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import paramlora as pl
 
 from .big_model import SHAPES, llama
-from .measure import now
+from .harness.measure import now
 
 
 def counting(sent: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

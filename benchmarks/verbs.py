@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 import paramlora as pl
 
-from .__main__ import processor
-from .measure import now
+from .harness.measure import now
+from .layers import processor
 
 LAYERS = 224
 Verbs = dict[str, Callable[[], object]]

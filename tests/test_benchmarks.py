@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.__main__ import main, table
-from benchmarks.contestants import CONTESTANTS, Built, Contestant, ours
-from benchmarks.measure import Case, check
-from benchmarks.shapes import SUITES, Cell, Encoder, cells
+from benchmarks.harness.contestants import CONTESTANTS, Built, Contestant, ours
+from benchmarks.harness.measure import Case, check
+from benchmarks.harness.models import SUITES, Cell, Encoder, cells
+from benchmarks.layers import main, table
 
 
 def tiny(autocast: torch.dtype | None = None) -> Case:

@@ -37,7 +37,7 @@ def test_rows_proofs_and_table(
 
 def test_a_wrong_contestant_is_not_timed(capsys: pytest.CaptureFixture[str]) -> None:
     """A contestant whose update is half of what it should be is named and left out."""
-    from benchmarks.contestants import CONTESTANTS, Built, Contestant, ours
+    from benchmarks.harness.contestants import CONTESTANTS, Built, Contestant, ours
 
     def halved(model: torch.nn.Module, rank: int, alpha: float) -> Built:
         return ours(model, rank, alpha / 2)

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 import paramlora as pl
 
-from .__main__ import processor
-from .measure import BOUNDS, now
-from .shapes import feed_forward
+from .harness.measure import BOUNDS, now
+from .harness.models import feed_forward
+from .layers import processor
 
 Run = Callable[[Tensor], Tensor]
 RANK = 16

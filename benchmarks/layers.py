@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from paramlora import native
 
-from .contestants import CONTESTANTS, Contestant
 from .figure import draw
-from .measure import Case, Entry, check, infer, peak_memory, timed, train_step
-from .shapes import SUITES, cells
+from .harness.contestants import CONTESTANTS, Contestant
+from .harness.measure import Case, Entry, check, infer, peak_memory, timed, train_step
+from .harness.models import SUITES, cells
 
 
 def main(arguments: list[str] | None = None) -> None:

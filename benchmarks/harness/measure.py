@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .contestants import Contestant, Factors, give, linears
-from .shapes import Cell
+from .models import Cell
 
 Values = dict[str, tuple[Tensor, Tensor]]
 
