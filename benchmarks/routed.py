@@ -1,15 +1,14 @@
-"""`python -m benchmarks.rows`: a batch whose rows have adapters of their own, beside PEFT's.
+"""A batch whose rows use different adapters: `pl.routed` beside PEFT's `adapter_names`.
 
-Time over the same model without adapters, inference, rank 16. Outputs of both are held against
-each row by itself in float64 before anything is timed; rounds are interleaved.
+The figures are times over the same model without adapters, in inference with rank 16. Before they
+are timed in interleaved rounds, the outputs of both are checked against each row by itself in
+float64. On a GPU the model is in bfloat16, on a CPU smaller and in float32.
 """
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
-from pathlib import Path
-from statistics import median
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,21 +17,92 @@ from tqdm import tqdm
 
 import paramlora as pl
 
-from .harness.measure import BOUNDS, now
+from .harness import options as shared
+from .harness.cases import BOUNDS, relative_error
+from .harness.contestants import linears
 from .harness.models import feed_forward
-from .layers import processor
+from .harness.results import Row, Table, append, machine, overhead_share, summarized
+from .harness.timing import interleaved
 
 Run = Callable[[Tensor], Tensor]
+Values = dict[tuple[str, int], tuple[Tensor, Tensor]]
 RANK = 16
+REPEATS = 10  # forwards of a contestant in each round
+EXAMPLES = """\
+examples:
+  python -m benchmarks routed
+  python -m benchmarks routed --device cpu --adapters 8 --batches 8 --rounds 3
+"""
 
 
-def entries(adapters: int, n: int, width: int, hidden: int, device: str) -> dict[str, Any]:
-    """Return the contestants' runs, checked, and x."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this subcommand."""
+    what = parser.add_argument_group("what to measure").add_argument
+    what("--adapters", type=int, nargs="+", default=[8, 32], help="numbers of adapters")
+    what("--batches", type=int, nargs="+", default=[8, 64, 512], help="numbers of rows in a batch")
+    how = parser.add_argument_group("how to measure").add_argument
+    shared.add_device(how)
+    shared.add_rounds(how, 15, f"interleaved rounds of {REPEATS} forwards per cell")
+    shared.add_folder(parser.add_argument_group("results").add_argument)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure all cells, write their rows and print a table."""
+    cells = [(adapters, n) for adapters in options.adapters for n in options.batches]
+    lines = []
+    for adapters, n in tqdm(cells, unit="cell", disable=None):
+        rows = measure(adapters, n, options.rounds, options.device)
+        append(options.out / "results.jsonl", rows)
+        floor, own, peer = rows
+        lines.append(
+            [
+                f"{adapters}",
+                f"{n}",
+                f"{floor['median_s'] * 1e3:.3f}",
+                f"{own['ratio']:.2f}",
+                f"{peer['ratio']:.2f}",
+                overhead_share(own["ratio"], peer["ratio"]),
+            ]
+        )
+    head = ["adapters", "rows", "floor ms", "paramlora", "PEFT", "share of\nPEFT's"]
+    print(Table(head, lines).text())
+
+
+@torch.no_grad()
+def measure(adapters: int, n: int, rounds: int, device: str) -> list[Row]:
+    """Return the rows of the floor, paramlora and PEFT."""
+    width, hidden = (256, 1024) if device == "cpu" else (4096, 14336)
+    runs, x = prepare(adapters, n, width, hidden, device)
+    seconds = interleaved(
+        {name: partial(run, x) for name, run in runs.items()},
+        rounds,
+        repeats=REPEATS,
+        warm_up=2,
+        device=device,
+    )
+    floor = summarized(seconds["floor"])["median_s"]
+    rows = []
+    for name, values in seconds.items():
+        own = summarized(values)
+        about = {"suite": f"{device}-rows", "adapters": adapters, "n": n, "contestant": name}
+        version = {"torch": torch.__version__, "machine": machine(device)}
+        rows.append(about | own | {"ratio": own["median_s"] / floor} | version)
+    return rows
+
+
+def prepare(
+    adapters: int, n: int, width: int, hidden: int, device: str
+) -> tuple[dict[str, Run], Tensor]:
+    """Return the forwards of the floor, paramlora and PEFT, and their input x, (n, width).
+
+    Raises:
+        AssertionError: if an output differs from the reference by more than rounding explains.
+    """
     torch.manual_seed(0)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     base = feed_forward(width, hidden, 2).to(device, dtype).requires_grad_(False)
     x = torch.randn(n, width, device=device, dtype=dtype)
-    ids = torch.randint(-1, adapters, (n,))
+    ids = torch.randint(-1, adapters, (n,))  # -1: the row uses no adapter
     model, wrapped, values = _adapted(base, adapters, dtype)
     names = [f"a{i}" if i >= 0 else "__base__" for i in ids.tolist()]
 
@@ -40,39 +110,37 @@ def entries(adapters: int, n: int, width: int, hidden: int, device: str) -> dict
         with pl.routed(model, ids):
             return model(x)
 
-    runs: dict[str, Run] = {
-        "floor": base,
-        "paramlora": routed,
-        "PEFT": lambda x: wrapped(x, adapter_names=names),
-    }
+    def peft(x: Tensor) -> Tensor:
+        return wrapped(x, adapter_names=names)
+
     expected = _row_by_row(base, values, x, ids)
-    for name in ("paramlora", "PEFT"):
+    for name, forward in (("paramlora", routed), ("PEFT", peft)):
         with torch.no_grad():
-            error = float((runs[name](x).double() - expected).norm() / expected.norm())
+            error = relative_error(forward(x), expected)
         assert error < BOUNDS[dtype], f"{name} is off by {error:.1e}; not timed"
-    return {"runs": runs, "x": x}
+    return {"floor": base, "paramlora": routed, "PEFT": peft}, x
 
 
-def _adapted(base: nn.Module, adapters: int, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-
+def _adapted(base: nn.Module, adapters: int, dtype: torch.dtype) -> tuple[nn.Module, Any, Values]:
+    """Return paramlora's and PEFT's model with the same adapters, and their factors in float64."""
     from peft import LoraConfig, get_peft_model
 
     model, other = copy.deepcopy(base), copy.deepcopy(base)
-    paths = [path for path, module in base.named_modules() if isinstance(module, nn.Linear)]
+    paths = list(linears(base))
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=paths)
     wrapped = get_peft_model(other, config, adapter_name="a0", autocast_adapter_dtype=False)
     for i in range(1, adapters):
         wrapped.add_adapter(f"a{i}", config, autocast_adapter_dtype=False)
-    values = {}
     for i in range(adapters):
         pl.attach(model, pl.LoRA(RANK), name=f"a{i}")
-    # The dtype of PEFT's faster setting, so that both do the same arithmetic.
+    # One dtype, the faster setting of PEFT, so that both do the same arithmetic.
     model.to(dtype)
+    values: Values = {}
     with torch.no_grad():
         for i in range(adapters):
             state = pl.state_dict(model, f"a{i}")
             for path in paths:
-                A, B = state[f"{path}.weight.A"], state[f"{path}.weight.B"]
+                A, B = state[f"{path}.weight.A"], state[f"{path}.weight.B"]  # (r, k), (m, r)
                 A.normal_(std=A.shape[1] ** -0.5)
                 B.normal_(std=0.02)
                 layer = wrapped.base_model.model.get_submodule(path)
@@ -82,74 +150,20 @@ def _adapted(base: nn.Module, adapters: int, dtype: torch.dtype) -> tuple[Any, A
     return model.eval(), wrapped.eval(), values
 
 
-def _row_by_row(base: nn.Module, values: Any, x: Tensor, ids: Tensor) -> Tensor:
+def _row_by_row(base: nn.Module, values: Values, x: Tensor, ids: Tensor) -> Tensor:
+    """Return the outputs for x, (n, width), each row computed by itself in float64."""
     rows = x.double()
     for path, module in base.named_children():
         if isinstance(module, nn.Linear):
             W, b = module.weight.double(), module.bias.double()
             updated = []
             for row, i in zip(rows, ids.tolist(), strict=True):
-                A, B = values[path, i] if i >= 0 else (None, None)
-                updated.append(W @ row + b + (0 if A is None else B @ (A @ row)))
+                y = W @ row + b
+                if i >= 0:
+                    A, B = values[path, i]
+                    y = y + B @ (A @ row)
+                updated.append(y)
             rows = torch.stack(updated)
         else:
             rows = module(rows)
     return rows
-
-
-@torch.no_grad()
-def measure(adapters: int, n: int, rounds: int, device: str) -> list[dict[str, Any]]:
-    """Return a row for each contestant."""
-    width, hidden = (256, 1024) if device == "cpu" else (4096, 14336)
-    made = entries(adapters, n, width, hidden, device)
-    seconds: dict[str, list[float]] = {name: [] for name in made["runs"]}
-    for _ in range(rounds + 2):
-        for name, run in made["runs"].items():
-            start = now(device)
-            for _ in range(10):
-                run(made["x"])
-            seconds[name].append((now(device) - start) / 10)
-    return [
-        {
-            "suite": f"{device}-rows",
-            "adapters": adapters,
-            "n": n,
-            "contestant": name,
-            "median_s": median(taken[2:]),
-            "min_s": min(taken[2:]),
-            "ratio": median(taken[2:]) / median(seconds["floor"][2:]),
-            "rounds": rounds,
-            "torch": torch.__version__,
-            "machine": processor() if device == "cpu" else torch.cuda.get_device_name(),
-        }
-        for name, taken in seconds.items()
-    ]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.rows", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--adapters", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 64, 512])
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="a folder")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    cells = [(adapters, n) for adapters in options.adapters for n in options.batches]
-    lines = [
-        f"{'adapters':10}{'n':>6}{'floor ms':>10}{'paramlora':>11}{'PEFT':>8}{'ours / PEFT':>13}"
-    ]
-    with open(options.out / "results.jsonl", "a") as file:
-        for adapters, n in tqdm(cells, unit="cell", disable=None):
-            rows = measure(adapters, n, options.rounds, options.device)
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            by = {row["contestant"]: row for row in rows}
-            own, peer = by["paramlora"]["ratio"], by["PEFT"]["ratio"]
-            floor = by["floor"]["median_s"] * 1e3
-            share = (own - 1) / (peer - 1)
-            lines.append(f"{adapters:<10}{n:6}{floor:10.3f}{own:11.2f}{peer:8.2f}{share:13.2f}")
-    print("\n".join(lines))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,1 +1,1 @@
-"""What the subcommands share: contestants, models, timing, rows of results."""
+"""Code that the subcommands share: contestants, models, checks, timing, rows of results."""
