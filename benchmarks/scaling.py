@@ -7,6 +7,7 @@ to NCCL. The command starts its processes itself; it needs no torchrun.
 """
 
 import argparse
+import json
 import os
 from functools import partial
 from statistics import median
@@ -100,7 +101,7 @@ def measure(rank: int, size: int, options: argparse.Namespace, meet: str) -> Non
             "machine": machine(device.type),
         }
         append(options.out, [row])
-        print(row, flush=True)
+        print(json.dumps(row), flush=True)
     dist.destroy_process_group()
 
 
