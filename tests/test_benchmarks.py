@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import benchmarks
 from benchmarks.__main__ import COMMANDS, main, module_of, parser_with
 from benchmarks.harness.cases import Case, check
 from benchmarks.harness.contestants import CONTESTANTS, Built, Contestant, paramlora, select
@@ -173,7 +174,7 @@ def test_verb_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_tables_agree_with_their_data(file: str, columns: str) -> None:
     """The tables of docs/performance.md have the figures of the CSV files beside it."""
-    docs = Path(__file__).parents[1] / "docs"
+    docs = Path(benchmarks.__file__).parents[1] / "docs"
     lines = (docs / "performance.md").read_text(encoding="utf-8").splitlines()
     shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     with open(docs / "data" / f"{file}.csv", encoding="utf-8", newline="") as opened:
