@@ -1,1 +1,4 @@
-"""Speed and memory against the frozen floor and against peers; run from a checkout."""
+"""Benchmarks of speed and memory beside PEFT and other libraries; run from a checkout.
+
+One file per subcommand; `harness/` holds what they share.
+"""

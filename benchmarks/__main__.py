@@ -1,170 +1,76 @@
-"""`python -m benchmarks`: time and memory of a training step and of inference, beside peers.
+"""The command line `python -m benchmarks`: find the subcommand and run it.
 
-It writes a row for each contestant, cell and mode to `results.jsonl`, prints a table, and draws
-the overheads. Contestants whose package is not installed are named and left out.
+    python -m benchmarks --help             # lists the subcommands
+    python -m benchmarks layers --help      # options and examples of one of them
+
+A subcommand is a module with the functions `add_options(parser)` and `run(options)` and the text
+EXAMPLES, which ends its `--help`. To add one, write the module and add a line to COMMANDS.
 """
 
 import argparse
-import json
-import platform
+import importlib
 import sys
-from pathlib import Path
-from statistics import median
-from typing import Any
+from types import ModuleType
 
-import torch
-from tqdm import tqdm
-
-from paramlora.native import load as native
-
-from .contestants import CONTESTANTS, Contestant
-from .figure import draw
-from .measure import Case, Entry, check, infer, peak_memory, timed, train_step
-from .shapes import SUITES, cells
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--suites", nargs="+", choices=SUITES, help="default: all that can run")
-    parser.add_argument("--modes", nargs="+", default=["eager"],
-                        choices=["eager", "compiled", "graphs"])  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds a cell")
-    parser.add_argument("--quick", action="store_true", help="the first cell of a suite, 3 rounds")
-    parser.add_argument("--threads", type=int, help="threads on the CPU")
-    parser.add_argument("--clock", choices=["wall", "processor"], default="wall",
-                        help="processor: its time, on a CPU that others use as well")  # fmt: skip
-    parser.add_argument("--only", nargs="+", help="names of contestants, beside the floor")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="a folder")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    suites = options.suites or [s for s in SUITES if s[:3] == "cpu" or torch.cuda.is_available()]
-    if native.module() is None:
-        print("paramlora's compiled twin is not built: python -m paramlora.native.build", file=sys.stderr)
-    there = [c for c in CONTESTANTS if c.there and _wanted(c, options.only)]
-    lacking = [c.name for c in CONTESTANTS if not c.there]
-    if lacking:
-        print(f"not installed, left out: {', '.join(lacking)}", file=sys.stderr)
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    with open(options.out / "results.jsonl", "a") as file:
-        todo = [(s, cell, mode) for s in suites for cell in cells(s, options.quick)
-                for mode in options.modes]  # fmt: skip
-        for suite, cell, mode in tqdm(todo, unit="cell"):
-            device = "cpu" if suite[:3] == "cpu" else "cuda"
-            rounds = 3 if options.quick else options.rounds
-            new = _measure(Case.of(cell, device), there, mode, rounds, options.clock)
-            for row in new:
-                file.write(json.dumps(row) + "\n")
-            file.flush()
-            rows += new
-    print(table(rows))
-    draw(rows, options.out / "overheads.png")
+COMMANDS = {
+    "layers": "training step and inference of adapted layers",
+    "routed": "a batch whose rows use different adapters",
+    "verbs": "switching, scaling and merging on 224 layers",
+    "big-model": "training steps and verbs at a billion parameters",
+    "scaling": "training on several GPUs, compared with one",
+    "study-speed": "the digit study, compared with a plain script",
+    "text-methods": "fine-tuning methods on text: accuracy, time, memory",
+    "figure": "draw the overheads that `layers` measured",
+}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return time over the floor, and our overhead over the best peer's, a line a cell."""
-    names = list(dict.fromkeys(row["contestant"] for row in rows))
-    groups: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        key = (row["suite"], str(row["shape"]), str(row["rank"]), row["mode"], row["work"])
-        groups.setdefault(key, {})[row["contestant"]] = row
-    head: tuple[str, ...] = (
-        "suite",
-        "x",
-        "r",
-        "mode",
-        "work",
-        "floor ms",
-        *names[1:],
-        "ours / PEFT",
-        "in one dtype",
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand and return the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    # Only the chosen subcommand is imported, so each needs only its own packages.
+    chosen = {name: module_of(name) for name in given[:1] if name in COMMANDS}
+    options = parser_with(chosen).parse_args(given)
+    return chosen[options.command].run(options) or 0
+
+
+def module_of(command: str) -> ModuleType:
+    """Return the module of a subcommand."""
+    return importlib.import_module(f"benchmarks.{command.replace('-', '_')}")
+
+
+def parser_with(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
+    """Return a parser that lists all subcommands and has the options of those in `modules`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure paramlora beside other libraries.",
+        epilog="`python -m benchmarks COMMAND --help` shows options and examples.",
+        formatter_class=HelpFormatter,
     )
-    lines: list[tuple[str, ...]] = [head]
-    for cell, group in groups.items():
-        ratios = [f"{group[n]['ratio']:.2f}" if n in group else "-" for n in names[1:]]
-        shares = [_share(group, setting) for setting in ("", ", one dtype")]
-        lines.append((*cell, f"{group['floor']['median_s'] * 1e3:.3f}", *ratios, *shares))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, line in COMMANDS.items():
+        command = commands.add_parser(name, help=line, formatter_class=HelpFormatter)
+        if name in modules:
+            command.description = modules[name].__doc__
+            command.epilog = modules[name].EXAMPLES
+            modules[name].add_options(command)
+    return parser
 
 
-def _share(group: dict[str, dict[str, Any]], setting: str) -> str:
-    """Return our overhead over PEFT's, with the same setting of the factors' dtype."""
-    own, peer = group.get("paramlora" + setting), group.get("PEFT" + setting)
-    if own is None or peer is None or peer["ratio"] <= 1:
-        return "-"
-    return f"{(own['ratio'] - 1) / (peer['ratio'] - 1):.2f}"
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of descriptions and shows the defaults of options."""
 
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=22)
+        # argparse does not count the indent of subcommands, and would wrap after long names.
+        self._action_max_length = 4 + max(map(len, COMMANDS))
 
-def _measure(
-    case: Case, there: list[Contestant], mode: str, rounds: int, clock: str
-) -> list[dict[str, Any]]:
-    torch._dynamo.reset()
-    entries: list[Entry] = []
-    errors: dict[str, float] = {}
-    for contestant in there:
-        try:
-            entry = case.enter(contestant, mode)
-            errors[contestant.name] = check(case, entry)
-            entries.append(entry)
-        except Exception as error:  # a peer that fails in a cell is a finding, not the end
-            if contestant.name in ("floor", "paramlora"):
-                raise
-            print(f"{contestant.name} in {case.cell.suite} {mode}: {error}", file=sys.stderr)
-    x = case.x.clone().requires_grad_()
-    memory = {e.contestant.name: peak_memory(e, x) for e in entries}
-    rows = []
-    for work, step in (("train", train_step), ("infer", infer)):
-        seconds = timed(entries, x, step, rounds, clock)
-        for entry in entries:
-            name = entry.contestant.name
-            rows.append(
-                _row(case, entry.contestant, mode, work)
-                | {
-                    "median_s": median(seconds[name]),
-                    "min_s": min(seconds[name]),
-                    "ratio": median(seconds[name]) / median(seconds["floor"]),
-                    "ratio_of_min": min(seconds[name]) / min(seconds["floor"]),
-                    "rounds": rounds,
-                    "clock": clock,
-                    "error": errors[name],
-                    "peak_bytes": memory[name],
-                }
-            )
-    return rows
-
-
-def _row(case: Case, contestant: Contestant, mode: str, work: str) -> dict[str, Any]:
-    on_gpu = case.x.is_cuda
-    return {
-        "suite": case.cell.suite,
-        "shape": list(case.cell.shape),
-        "rank": case.cell.rank,
-        "dtype": str(case.cell.dtype).removeprefix("torch."),
-        "products": str(case.cell.products).removeprefix("torch."),
-        "mode": mode,
-        "work": work,
-        "contestant": contestant.name,
-        "version": contestant.version,
-        "torch": torch.__version__,
-        "native": native.module() is not None,
-        "machine": torch.cuda.get_device_name() if on_gpu else processor(),
-        "threads": None if on_gpu else torch.get_num_threads(),
-    }
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _wanted(contestant: Contestant, only: list[str] | None) -> bool:
-    return not only or contestant.name in (*only, "floor")
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if default in (None, argparse.SUPPRESS, []) or isinstance(default, bool):
+            return action.help
+        values = default if isinstance(default, list) else [default]
+        return f"{action.help} (default: {' '.join(map(str, values))})"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

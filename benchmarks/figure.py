@@ -1,14 +1,14 @@
-"""`python -m benchmarks.figure RESULTS.jsonl FIGURE.png`: the overheads of a benchmark's rows."""
+"""Draw the overheads in a results.jsonl of `layers`, by cell, in training and in inference."""
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from .harness.results import Row, read
 
 COLOURS = {
     "paramlora": "#d62728",
@@ -21,18 +21,30 @@ COLOURS = {
     "LyCORIS": "#9467bd",
     "naive": "#7f7f7f",
 }
-# Below this a difference from the floor is noise; the axis ends there.
+# The axis ends here: smaller differences from the floor are noise.
 LEAST = 0.01
+EXAMPLES = """\
+examples:
+  python -m benchmarks figure runs/benchmarks/results.jsonl overheads.png
+"""
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw time over the floor, less 1, for each contestant: a line a cell, a panel each work."""
-    cells: dict[str, None] = {}
-    for row in rows:
-        cells.setdefault(_cell(row))
-    places = {cell: -i for i, cell in enumerate(cells)}
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this subcommand."""
+    parser.add_argument("results", type=Path, help="a results.jsonl; rows of others are skipped")
+    parser.add_argument("figure", type=Path, help="the figure to write, .png or .svg")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Draw the figure."""
+    draw([row for row in read(options.results) if "work" in row], options.figure)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Draw time over the floor, less 1, for each contestant and cell."""
+    places = {cell: -i for i, cell in enumerate(dict.fromkeys(map(_cell, rows)))}
     figure, axes = plt.subplots(
-        1, 2, figsize=(11, 1.6 + 0.24 * len(cells)), sharey=True, layout="constrained"
+        1, 2, figsize=(11, 1.6 + 0.24 * len(places)), sharey=True, layout="constrained"
     )
     for axis, work in zip(axes, ("train", "infer"), strict=True):
         for name, colour in COLOURS.items():
@@ -55,20 +67,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def _cell(row: dict[str, Any]) -> str:
+def _cell(row: Row) -> str:
     shape = "×".join(map(str, row["shape"]))
     mode = "" if row["mode"] == "eager" else f", {row['mode']}"
     return f"{row['suite']} {shape}, r {row['rank']}{mode}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.figure", description=__doc__)
-    parser.add_argument("results", type=Path, help="a results.jsonl")
-    parser.add_argument("figure", type=Path, help="the figure to write, .png or .svg")
-    options = parser.parse_args()
-    rows = [json.loads(line) for line in options.results.read_text().splitlines()]
-    draw([row for row in rows if "work" in row], options.figure)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,14 @@
-"""The table of docs/text-study.md: methods and settings on one data set, chosen and then repeated.
+"""Fine-tuning methods on one text data set: the tables of docs/text-study.md.
 
-    python -m benchmarks.text_methods --data imdb --data-dir DIR --model FOLDER --out runs/imdb
+1. Grid: each method is trained once at each of its learning rates. The rate with the highest
+   accuracy on the validation rows is chosen, the lowest of several with the same.
+2. Seeds: each method is trained at its chosen rate over the seeds.
+3. Alone: each method is trained three times for one epoch, in its own process and alone on the
+   device. The last training gives its time and memory. It excludes the cost of the first use of
+   each kernel and of each length of a batch.
 
-First every method is trained once at each of its learning rates, and the rate is kept that gives
-the highest accuracy on the validation rows, the lowest of several that do. Then every method is
-trained with it over the seeds; last, each three times more for an epoch, in a process of its own
-and alone on the device: the last of these, free from what the first use of every kernel and of
-every length of a batch costs, gives its time and memory.
-Every training is an ordinary run of the text study in a folder of its own, so that a table that was
-cut off goes on. Where `--rates` leaves one rate there is nothing to choose, and no grid.
+Every training is an ordinary run of the text study in its own folder, so an interrupted command
+continues when it is run again. A method with one rate skips the grid.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from experiments.text.report import percent2, tuned_rows, write_text_report
 from experiments.text.settings import TextSettings
 
 ALL = "*.query,*.key,*.value,*.dense"
-# By name: the setting that holds the rate, and what else is set.
+# By name: the setting that holds the learning rate, and the other settings.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full_lr", {"methods": "full"}),
     "last-layers": ("last_lr", {"methods": "last-layers"}),
@@ -42,7 +42,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora+head, all linear, r 8": ("lr", {"methods": "lora+head", "targets": ALL}),
 }
 Rates = dict[str, tuple[float, ...]]
-# By data set and method, in ascending order. Spam's reach further: its trainings are short.
+# By data set and method, in ascending order. Those of spam go higher: its trainings are short.
 RATES: dict[str, Rates] = {
     "imdb": {
         "full": (3e-5, 6e-5, 1.2e-4),
@@ -62,17 +62,104 @@ RATES: dict[str, Rates] = {
     },
 }
 
+EXAMPLES = """\
+examples:
+  python -m benchmarks text-methods --data imdb --data-dir DIR --model MODEL
+  python -m benchmarks text-methods --data spam --data-dir DIR --model MODEL --epochs 5 --batch 32
+  python -m benchmarks text-methods --data-dir DIR --model MODEL --methods full last-layers \\
+      --rates full=1.2e-4 last-layers=4e-3 --no-forgetting
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this subcommand."""
+    data = parser.add_argument_group("data and model").add_argument
+    data("--data", choices=["imdb", "spam"], default="imdb", help="data set")
+    data("--data-dir", default="data", metavar="DIR", help="folder with the data set")
+    checkpoint = "sentence-transformers/all-MiniLM-L6-v2"
+    data("--model", default=checkpoint, help="checkpoint, a folder or a name")
+    data("--tokens", default="runs/tokens", metavar="DIR", help="folder of tokenized texts")
+    data("--rows", type=int, default=0, help="maximum rows per split, 0 for all")
+    data("--max-length", type=int, help="maximum tokens per text (default: the preset's)")
+    what = parser.add_argument_group("what to measure").add_argument
+    names = f"{', '.join(map(repr, METHODS))} (default: all)"
+    what("--methods", nargs="+", choices=METHODS, metavar="NAME", help=names)
+    rates = "rates of a method in place of its grid: one, or several with commas to choose from"
+    what("--rates", nargs="+", type=rates_of, default=[], metavar="NAME=RATE[,RATE...]", help=rates)
+    phases = ["seeds", "alone"]
+    after = "phases after the grid, seeds and alone; the latter needs an otherwise idle device"
+    what("--phases", nargs="+", choices=phases, default=phases, metavar="PHASE", help=after)
+    kept = "do not measure how well lora and lora+head, r 8, keep the checkpoint's similarities"
+    what("--no-forgetting", dest="forgetting", action="store_false", help=kept)
+    how = parser.add_argument_group("training").add_argument
+    how("--seeds", type=int, default=3, help="seeds of each method")
+    how("--epochs", type=int, default=3, help="epochs of a training")
+    how("--batch", type=int, default=64, help="texts in a batch")
+    how("--device", default="auto", help="auto, cpu or cuda")
+    how("--workers", type=int, default=1, help="processes that train at a time")
+    out = parser.add_argument_group("results").add_argument
+    folder = Path("runs/text-methods")
+    out("--out", type=Path, default=folder, metavar="DIR", help="folder of runs and table.jsonl")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Choose a rate for each method, train with it, write table.jsonl and print the table."""
+    base = base_settings(options)
+    grid = replace(base, seeds=1, forgetting=False)
+    chosen = choose_rates(options, grid)
+    print(json.dumps(chosen), flush=True)
+    seeds, alone = replace(base, seeds=options.seeds), replace(grid, seeds=3, epochs=1)
+    for phase, settings in (("seeds", seeds), ("alone", alone)):
+        if phase not in options.phases:
+            continue
+        jobs = [
+            settings_for(settings, name, rate, str(options.out / phase / slug(name, rate)))
+            for name, rate in chosen.items()
+        ]
+        if phase == "alone":
+            run_apart(jobs)
+        else:
+            run_all(jobs, options.workers)
+        results = [result(options.out, name, rate) for name, rate in chosen.items()]
+        lines = "".join(json.dumps(row) + "\n" for row in results)
+        (options.out / "table.jsonl").write_text(lines)
+        print(table(results).text(), flush=True)
+
+
+def base_settings(options: argparse.Namespace) -> TextSettings:
+    """Return the settings that all runs share, from the preset of the data set."""
+    taken = ("model", "data_dir", "tokens", "rows", "device", "epochs", "batch", "forgetting")
+    given = {key: getattr(options, key) for key in taken} | {"patience": 0}
+    if options.max_length:
+        given["max_length"] = options.max_length
+    return TextSettings.of_preset(f"minilm-{options.data}", **given)
+
+
+def choose_rates(options: argparse.Namespace, grid: TextSettings) -> dict[str, float]:
+    """Train each method at each of its rates, and return the best rate of each."""
+    rates = {**RATES[options.data], **dict(options.rates)}
+    methods = options.methods or list(METHODS)
+    jobs = [
+        settings_for(grid, name, rate, str(options.out / "grid" / slug(name, rate)))
+        for name in methods
+        for rate in rates[name]
+        if len(rates[name]) > 1
+    ]
+    run_all(jobs, options.workers)
+    return {name: best_rate(options.out, name, rates[name]) for name in methods}
+
 
 def settings_for(base: TextSettings, name: str, rate: float, folder: str) -> TextSettings:
-    """Return the settings of one run: scale alpha/r = 2 whatever r is."""
-    field, more = METHODS[name]
-    more = {**more, field: rate, "alpha": 2.0 * more.get("rank", base.rank), "out": folder}
-    more["forgetting"] = base.forgetting and more.get("forgetting", True)
-    return replace(base, **more)
+    """Return the settings of one run. The scale alpha/r is 2 for every rank."""
+    rate_field, others = METHODS[name]
+    changes = {**others, rate_field: rate, "out": folder}
+    changes["alpha"] = 2.0 * others.get("rank", base.rank)
+    changes["forgetting"] = base.forgetting and others.get("forgetting", True)
+    return replace(base, **changes)
 
 
 def run_quietly(settings: TextSettings) -> str:
-    """Run the study, or what is left of it; return its folder."""
+    """Run the study without messages, or the rest of an interrupted one; return its folder."""
     from experiments.text.study import run_text
 
     run_text(settings, lambda line: None)
@@ -81,7 +168,7 @@ def run_quietly(settings: TextSettings) -> str:
 
 
 def run_all(jobs: Iterable[TextSettings], workers: int) -> None:
-    """Run studies side by side, each in one of so many processes."""
+    """Run studies in `workers` processes at a time; with one, in this process."""
     jobs = list(jobs)
     if workers == 1:
         for job in jobs:
@@ -91,7 +178,7 @@ def run_all(jobs: Iterable[TextSettings], workers: int) -> None:
 
 
 def run_apart(jobs: Iterable[TextSettings]) -> None:
-    """Run studies one after the other, each in a process of its own."""
+    """Run studies one after the other, each in its own process."""
     for job in jobs:
         _run_in(1, [job])
 
@@ -103,42 +190,47 @@ def _run_in(processes: int, jobs: list[TextSettings]) -> None:
 
 
 def slug(name: str, rate: float) -> str:
+    """Return the name of the folder of a method at a rate."""
     return f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}"
 
 
 def best_rate(folder: Path, name: str, rates: tuple[float, ...]) -> float:
-    """Return the rate of the highest accuracy on the validation rows, the lowest of several."""
+    """Return the rate with the highest accuracy on the validation rows, the lowest of several."""
     if len(rates) == 1:
         return rates[0]
 
     def validation(rate: float) -> float:
-        return tuned_rows(RunDirectory.read(folder / "grid" / slug(name, rate)))[0][
-            "validation_accuracy"
-        ]
+        run = RunDirectory.read(folder / "grid" / slug(name, rate))
+        return tuned_rows(run)[0]["validation_accuracy"]
 
     return max(sorted(rates), key=validation)
 
 
 def rates_of(word: str) -> tuple[str, tuple[float, ...]]:
-    """Return a method and its rates, as `--rates` names them.
+    """Return a method and its rates from a value of `--rates`.
 
     >>> rates_of("lora, all linear, r 8=1e-3,2e-3")
     ('lora, all linear, r 8', (0.001, 0.002))
     """
     name, _, values = word.rpartition("=")
     if name not in METHODS:
-        raise argparse.ArgumentTypeError(f"{word!r} names none of {list(METHODS)}: NAME=RATE,…")
+        methods = ", ".join(map(repr, METHODS))
+        raise argparse.ArgumentTypeError(
+            f"{word!r} is not NAME=RATE[,RATE...] with NAME one of {methods}"
+        )
     try:
         return name, tuple(float(value) for value in values.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{values!r} is no list of numbers: {name}=1e-3") from None
+        raise argparse.ArgumentTypeError(
+            f"{values!r} is not a list of numbers; write for example '{name}=1e-3,2e-3'"
+        ) from None
 
 
 def result(folder: Path, name: str, rate: float) -> Row:
-    """Return a line of the table: what the seeds gave, and time and memory of the run alone."""
+    """Return accuracies over the seeds, and time and memory of the run alone, if there is one."""
     rows = tuned_rows(RunDirectory.read(folder / "seeds" / slug(name, rate)))
     alone = folder / "alone" / slug(name, rate)
-    timed = tuned_rows(RunDirectory.read(alone))[-1] if alone.exists() else {}
+    last = tuned_rows(RunDirectory.read(alone))[-1] if alone.exists() else {}
     return {
         "method": name,
         "rate": rate,
@@ -146,14 +238,15 @@ def result(folder: Path, name: str, rate: float) -> Row:
         "parameters": rows[0]["parameters"],
         "validation": [row["validation_accuracy"] for row in rows],
         "test": [row["accuracy"] for row in rows],
-        "seconds": timed.get("seconds"),
-        "steps": timed.get("steps"),
-        "peak_bytes": timed.get("peak_bytes"),
+        "seconds": last.get("seconds"),
+        "steps": last.get("steps"),
+        "peak_bytes": last.get("peak_bytes"),
     }
 
 
 def table(results: list[Row]) -> Table:
-    head = ["method", "trained", "share", "rate", "validation %", "test %", "n", "ms a step", "GB"]
+    """Return a line per method."""
+    head = ["method", "trained", "share", "rate", "validation %", "test %", "n", "ms/step", "GB"]
     return Table(
         head,
         [
@@ -171,77 +264,3 @@ def table(results: list[Row]) -> Table:
             for row in results
         ],
     )
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.text_methods", description=__doc__)
-    parser.add_argument("--data", choices=["imdb", "spam"], default="imdb")
-    parser.add_argument("--data-dir", default="data", help="folder with the data set [data]")
-    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
-    parser.add_argument("--tokens", default="runs/tokens", help="folder of tokenized texts")
-    parser.add_argument("--out", type=Path, default=Path("runs/text-methods"), help="a folder")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument(
-        "--rates",
-        nargs="+",
-        type=rates_of,
-        default=[],
-        metavar="NAME=RATE",
-        help="of a method, in place of its grid: one, or several with commas to choose from",
-    )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=1, help="processes side by side [1]")
-    parser.add_argument("--rows", type=int, default=0, help="rows of a split at most; 0: all")
-    parser.add_argument("--max-length", type=int, help="tokens of a text; else the preset's")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--no-forgetting",
-        dest="forgetting",
-        action="store_false",
-        help="leave out what is left of the checkpoint's similarities, of lora and lora+head, r 8",
-    )
-    parser.add_argument(
-        "--phases",
-        nargs="+",
-        choices=["seeds", "alone"],
-        default=["seeds", "alone"],
-        help="what to do after the choice of rates; `alone` wants a device that nobody else uses",
-    )
-    options = parser.parse_args(arguments)
-    taken = ("model", "data_dir", "tokens", "rows", "device", "epochs", "batch", "forgetting")
-    given = {key: getattr(options, key) for key in taken} | {"patience": 0}
-    if options.max_length:
-        given["max_length"] = options.max_length
-    base = TextSettings.of_preset(f"minilm-{options.data}", **given)
-    grid = replace(base, seeds=1, forgetting=False)
-    rates = {**RATES[options.data], **dict(options.rates)}
-    run_all(
-        [
-            settings_for(grid, name, rate, str(options.out / "grid" / slug(name, rate)))
-            for name in options.methods
-            for rate in rates[name]
-            if len(rates[name]) > 1
-        ],
-        options.workers,
-    )
-    chosen = {name: best_rate(options.out, name, rates[name]) for name in options.methods}
-    print(json.dumps(chosen), flush=True)
-    seeds, alone = replace(base, seeds=options.seeds), replace(grid, seeds=3, epochs=1)
-    for part, settings in (("seeds", seeds), ("alone", alone)):
-        if part not in options.phases:
-            continue
-        jobs = [
-            settings_for(settings, name, rate, str(options.out / part / slug(name, rate)))
-            for name, rate in chosen.items()
-        ]
-        run_apart(jobs) if part == "alone" else run_all(jobs, options.workers)
-        results = [result(options.out, name, rate) for name, rate in chosen.items()]
-        lines = "".join(json.dumps(row) + "\n" for row in results)
-        (options.out / "table.jsonl").write_text(lines)
-        print(table(results).text(), flush=True)
-
-
-if __name__ == "__main__":
-    main()

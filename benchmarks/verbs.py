@@ -1,15 +1,11 @@
-"""`python -m benchmarks.verbs`: switching, scaling and merging on 224 layers, beside PEFT's.
+"""Switching, scaling and merging on 224 layers, beside PEFT.
 
-Each verb is timed in interleaved rounds, both libraries in each, on models of one shape. A row for
-each goes to `results.jsonl`.
+The model has the layers of a transformer of 8 B parameters, with the width that `--width` gives.
+Both libraries are timed in interleaved rounds. Each verb and library gives a row in results.jsonl.
 """
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,57 +13,123 @@ from tqdm import tqdm
 
 import paramlora as pl
 
-from .__main__ import processor
-from .measure import now
+from .harness import options as shared
+from .harness.contestants import linears
+from .harness.results import Row, Table, append, machine, summarized
+from .harness.timing import interleaved
 
-LAYERS = 224
+BLOCKS, PER_BLOCK = 32, 7
+RANK = 16
 Verbs = dict[str, Callable[[], object]]
+EXAMPLES = """\
+examples:
+  python -m benchmarks verbs --clock processor
+  python -m benchmarks verbs --dtype bfloat16 --adapters 2
+  python -m benchmarks verbs --width 64 --adapters 2 --rounds 3
+"""
 
 
-def model(width: int, dtype: torch.dtype) -> nn.Module:
-    """32 blocks of seven linear layers, as a transformer of 8 B parameters has."""
-    blocks = [nn.Sequential(*[nn.Linear(width, width) for _ in range(7)]) for _ in range(32)]
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this subcommand."""
+    what = parser.add_argument_group("what to measure").add_argument
+    what("--width", type=int, default=512, help="width of each layer")
+    what("--adapters", type=int, nargs="+", default=[2, 16], help="numbers of adapters, from 2 on")
+    what("--dtype", default="float32", choices=["float32", "bfloat16"], help="dtype of the model")
+    how = parser.add_argument_group("how to measure").add_argument
+    shared.add_rounds(how, 15, "interleaved rounds, after one to warm up")
+    shared.add_clock(how)
+    shared.add_folder(parser.add_argument_group("results").add_argument)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure all verbs, write their rows and print a table."""
+    dtype = getattr(torch, options.dtype)
+    lines = []
+    for adapters in tqdm(options.adapters, desc="adapters", disable=None):
+        rows = measure(adapters, options.width, dtype, options.rounds, options.clock)
+        append(options.out / "results.jsonl", rows)
+        taken = {(row["contestant"], row["verb"]): row["median_s"] * 1e3 for row in rows}
+        for verb in dict.fromkeys(row["verb"] for row in rows):
+            own, peer = taken["paramlora", verb], taken["PEFT", verb]
+            cells = [f"{adapters}", f"{own:.3f}", f"{peer:.3f}", f"{own / peer:.3f}"]
+            lines.append([verb, *cells])
+    head = ["verb", "adapters", "paramlora ms", "PEFT ms", "paramlora / PEFT"]
+    print(Table(head, lines).text())
+
+
+def measure(adapters: int, width: int, dtype: torch.dtype, rounds: int, clock: str) -> list[Row]:
+    """Return a row for each library and verb."""
+    verbs = {
+        "paramlora": paramlora_verbs(width, dtype, adapters),
+        "PEFT": peft_verbs(width, dtype, adapters),
+    }
+    runs = {(name, verb): act for name, acts in verbs.items() for verb, act in acts.items()}
+    seconds = interleaved(runs, rounds, warm_up=1, clock=clock)
+    return [
+        {
+            "suite": "verbs",
+            "layers": BLOCKS * PER_BLOCK,
+            "adapters": adapters,
+            "width": width,
+            "dtype": str(dtype).removeprefix("torch."),
+            "verb": verb,
+            "contestant": name,
+            **summarized(values),
+            "clock": clock,
+            "torch": torch.__version__,
+            "machine": machine("cpu"),
+        }
+        for (name, verb), values in seconds.items()
+    ]
+
+
+def layers(width: int, dtype: torch.dtype) -> nn.Module:
+    """Return 32 blocks of seven linear layers."""
+    blocks = [
+        nn.Sequential(*[nn.Linear(width, width) for _ in range(PER_BLOCK)]) for _ in range(BLOCKS)
+    ]
     return nn.Sequential(*blocks).to(dtype).requires_grad_(False)
 
 
-def ours(width: int, dtype: torch.dtype, adapters: int) -> Verbs:
-    adapted = model(width, dtype)
+def paramlora_verbs(width: int, dtype: torch.dtype, adapters: int) -> Verbs:
+    """Return paramlora's verbs on a new model whose adapter a0 is enabled."""
+    adapted = layers(width, dtype)
     for i in range(adapters):
-        pl.attach(adapted, pl.LoRA(rank=16), name=f"a{i}")
+        pl.attach(adapted, pl.LoRA(RANK), name=f"a{i}")
     pl.disable(adapted)
     pl.enable(adapted, "a0")
 
     def switch() -> None:
-        # To the other one and back, so that every round does the same.
-        for here, there in (("a0", "a1"), ("a1", "a0")):
-            pl.disable(adapted, here)
-            pl.enable(adapted, there)
+        # To a1 and back, so that every call does the same.
+        for old, new in (("a0", "a1"), ("a1", "a0")):
+            pl.disable(adapted, old)
+            pl.enable(adapted, new)
 
     def using() -> None:
         with pl.using(adapted, "a1"):
             pass
 
-    def context() -> None:
+    def disabled() -> None:
         with pl.disabled(adapted):
             pass
 
     return {
         "switch": switch,
         "using": using,
-        "disabled": context,
+        "disabled": disabled,
         "scale": lambda: pl.scale(adapted, 0.5, "a0"),
         "merge": lambda: pl.merge(adapted),
         "unmerge": lambda: pl.unmerge(adapted),
     }
 
 
-def peft(width: int, dtype: torch.dtype, adapters: int) -> Verbs:
+def peft_verbs(width: int, dtype: torch.dtype, adapters: int) -> Verbs:
+    """Return PEFT's counterparts of the verbs on a new model."""
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 
-    base = model(width, dtype)
-    paths = [path for path, module in base.named_modules() if isinstance(module, nn.Linear)]
-    config = LoraConfig(r=16, lora_alpha=16, target_modules=paths)
+    base = layers(width, dtype)
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(linears(base)))
     wrapped = get_peft_model(base, config, adapter_name="a0")
     for i in range(1, adapters):
         wrapped.add_adapter(f"a{i}", config)
@@ -76,86 +138,22 @@ def peft(width: int, dtype: torch.dtype, adapters: int) -> Verbs:
         wrapped.set_adapter("a1")
         wrapped.set_adapter("a0")
 
-    def context() -> None:
+    def disabled() -> None:
         with wrapped.disable_adapter():
             pass
 
     def scale() -> None:
-        # As its users write it: there is no verb for a model.
+        # PEFT has no function for a whole model; its users write this loop.
         for module in wrapped.modules():
             if isinstance(module, LoraLayer):
                 module.set_scale("a0", 0.5)
 
     return {
         "switch": switch,
-        # It has no context for this: there and back is all there is.
+        # PEFT has no context manager for another adapter; the closest is to switch there and back.
         "using": switch,
-        "disabled": context,
+        "disabled": disabled,
         "scale": scale,
         "merge": lambda: wrapped.merge_adapter(["a0"]),
         "unmerge": lambda: wrapped.unmerge_adapter(),
     }
-
-
-def measure(
-    adapters: int, width: int, dtype: torch.dtype, rounds: int, clock: str
-) -> list[dict[str, Any]]:
-    """Return a row for each library and verb."""
-    contestants = {"paramlora": ours(width, dtype, adapters), "PEFT": peft(width, dtype, adapters)}
-    seconds: dict[tuple[str, str], list[float]] = {}
-    for _ in tqdm(range(rounds + 1), desc=f"{adapters} adapters", unit="round", disable=None):
-        for name, verbs in contestants.items():
-            for verb, run in verbs.items():
-                start = now(clock)
-                run()
-                seconds.setdefault((name, verb), []).append(now(clock) - start)
-    # The first round warms up.
-    return [
-        {
-            "suite": "verbs",
-            "layers": LAYERS,
-            "adapters": adapters,
-            "width": width,
-            "dtype": str(dtype).removeprefix("torch."),
-            "verb": verb,
-            "contestant": name,
-            "median_s": median(taken[1:]),
-            "min_s": min(taken[1:]),
-            "rounds": rounds,
-            "clock": clock,
-            "torch": torch.__version__,
-            "machine": processor(),
-        }
-        for (name, verb), taken in seconds.items()
-    ]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.verbs", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--width", type=int, default=512, help="of each layer")
-    parser.add_argument("--adapters", type=int, nargs="+", default=[2, 16])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument(
-        "--clock",
-        default="wall",
-        choices=["wall", "processor"],
-        help="processor: its time, on a machine that others use as well",
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="a folder")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    print(f"{'adapters':10}{'verb':12}{'paramlora ms':>14}{'PEFT ms':>12}{'share':>10}")
-    for adapters in options.adapters:
-        dtype = getattr(torch, options.dtype)
-        rows = measure(adapters, options.width, dtype, options.rounds, options.clock)
-        with open(options.out / "results.jsonl", "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        taken = {(row["contestant"], row["verb"]): row["median_s"] * 1e3 for row in rows}
-        for verb in dict.fromkeys(row["verb"] for row in rows):
-            own, peer = taken["paramlora", verb], taken["PEFT", verb]
-            print(f"{adapters:<10}{verb:12}{own:14.3f}{peer:12.3f}{own / peer:10.3f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,59 +1,101 @@
-"""The benchmark checks its contestants before it times them."""
+"""The benchmarks: their command line, the check of contestants, rounds, rows and tables."""
 
 import copy
+import csv
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.__main__ import main, table
-from benchmarks.contestants import CONTESTANTS, Built, Contestant, ours
-from benchmarks.measure import Case, check
-from benchmarks.shapes import SUITES, Cell, Encoder, cells
+import benchmarks
+from benchmarks.__main__ import COMMANDS, main, module_of, parser_with
+from benchmarks.harness.cases import Case, check
+from benchmarks.harness.contestants import CONTESTANTS, Built, Contestant, paramlora, select
+from benchmarks.harness.models import SUITES, Cell, Encoder, cells
+from benchmarks.harness.timing import interleaved
+from benchmarks.layers import table
+
+INSTALLED = [contestant for contestant in CONTESTANTS if contestant.installed]
 
 
 def tiny(autocast: torch.dtype | None = None) -> Case:
     cell = Cell("cpu-encoder", lambda: Encoder(16, 32, 2), (2, 5, 16), 3, autocast=autocast)
-    return Case.of(cell, "cpu")
+    return Case.create(cell, "cpu")
 
 
-@pytest.mark.parametrize("contestant", [c for c in CONTESTANTS if c.there], ids=lambda c: c.name)
+def test_help_lists_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--help` has one line for each subcommand."""
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    lines = [line.split(None, 1) for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert {(name, line) for name, line in COMMANDS.items()} <= {
+        (line[0], line[1]) for line in lines if len(line) == 2
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_of_subcommands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The help of a subcommand ends with examples, and its parser accepts them."""
+    if command == "study-speed":
+        pytest.importorskip("torchvision", reason="torchvision is not installed")
+    module = module_of(command)
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert capsys.readouterr().out.endswith(module.EXAMPLES)
+    examples = module.EXAMPLES.replace("\\\n", " ").splitlines()[1:]
+    assert examples
+    for line in examples:
+        words = shlex.split(line)
+        start = words.index("benchmarks")
+        assert words[start - 2 : start] == ["python", "-m"]
+        options = parser_with({command: module}).parse_args(words[start + 1 :])
+        assert options.command == command
+
+
+@pytest.mark.parametrize("contestant", INSTALLED, ids=lambda c: c.name)
 def test_contestants_agree_with_float64(contestant: Contestant) -> None:
     """Each contestant that is installed computes the dense reference's outputs and gradients."""
     case = tiny()
-    assert check(case, case.enter(contestant, "eager")) < 1e-4
+    assert check(case, case.prepare(contestant, "eager")) < 1e-4
 
 
-@pytest.mark.parametrize("contestant", [c for c in CONTESTANTS if c.there], ids=lambda c: c.name)
+@pytest.mark.parametrize("contestant", INSTALLED, ids=lambda c: c.name)
 def test_contestants_agree_under_autocast(contestant: Contestant) -> None:
-    """So they do with bfloat16 products, to their rounding and not better."""
+    """With bfloat16 products they agree to the rounding of bfloat16, and not better."""
     case = tiny(torch.bfloat16)
-    assert 1e-4 < check(case, case.enter(contestant, "eager")) < 2e-2
+    assert 1e-4 < check(case, case.prepare(contestant, "eager")) < 2e-2
 
 
 def test_a_wrong_contestant_is_not_timed() -> None:
     """A contestant whose update has another scale is refused."""
 
     def wrong(model: nn.Module, rank: int, alpha: float) -> Built:
-        return ours(model, rank, 1.1 * alpha)
+        return paramlora(model, rank, 1.1 * alpha)
 
     case = tiny()
     with pytest.raises(AssertionError, match=r"wrong is off by .* not timed"):
-        check(case, case.enter(Contestant("wrong", wrong), "eager"))
+        check(case, case.prepare(Contestant("wrong", wrong), "eager"))
 
 
 def test_all_start_from_the_same_base() -> None:
     """No contestant changes the base that the others copy."""
     case = tiny()
     before = copy.deepcopy(case.base.state_dict())
-    for contestant in CONTESTANTS:
-        if contestant.there:
-            check(case, case.enter(contestant, "eager"))
+    for contestant in INSTALLED:
+        check(case, case.prepare(contestant, "eager"))
     after = case.base.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_select() -> None:
+    """The floor comes first in every selection; None selects all that are installed."""
+    assert [contestant.name for contestant in select(["naive"])] == ["floor", "naive"]
+    assert select(None) == INSTALLED
 
 
 def test_every_suite_has_cells() -> None:
@@ -65,9 +107,19 @@ def test_every_suite_has_cells() -> None:
         assert [cell.shape for cell in cells(suite, quick=True)] == [found[0].shape]
 
 
+def test_rounds_are_interleaved() -> None:
+    """Each round calls every run in turn; rounds to warm up are called and not counted."""
+    calls: list[str] = []
+    runs = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    seconds = interleaved(runs, 3, repeats=2, warm_up=1)
+    assert calls == ["a", "a", "b", "b"] * 4
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
 def test_rows_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run writes a row for each contestant and work, with versions and machine, and a table."""
-    main(["--suites", "cpu-mlp", "--quick", "--only", "paramlora", "naive", "--out", str(tmp_path)])
+    command = "layers --suites cpu-mlp --quick --only paramlora naive"
+    assert main([*command.split(), "--out", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert {(row["contestant"], row["work"]) for row in rows} == {
         (name, work) for name in ("floor", "paramlora", "naive") for work in ("train", "infer")
@@ -75,5 +127,61 @@ def test_rows_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert all(row["torch"] == torch.__version__ and row["machine"] for row in rows)
     assert all(row["ratio"] == 1 for row in rows if row["contestant"] == "floor")
     printed = capsys.readouterr().out
-    assert table(rows) in printed
+    assert table(rows).text() in printed
     assert "cpu-mlp" in printed
+    assert (tmp_path / "overheads.png").stat().st_size
+    figure = tmp_path / "again.png"
+    assert main(["figure", str(tmp_path / "results.jsonl"), str(figure)]) == 0
+    assert figure.stat().st_size
+
+
+def test_routed_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`routed` checks both libraries, and writes a row for each of them and the floor."""
+    pytest.importorskip("peft", reason="PEFT is not installed")
+    command = "routed --device cpu --adapters 2 --batches 4 --rounds 1"
+    assert main([*command.split(), "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["contestant"] for row in rows] == ["floor", "paramlora", "PEFT"]
+    assert all(row["rounds"] == 1 and row["ratio"] > 0 for row in rows)
+    assert "share of" in capsys.readouterr().out
+
+
+def test_verb_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`verbs` writes a row for each verb and library."""
+    pytest.importorskip("peft", reason="PEFT is not installed")
+    command = "verbs --width 8 --adapters 2 --rounds 1 --clock processor"
+    assert main([*command.split(), "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    verbs = ("switch", "using", "disabled", "scale", "merge", "unmerge")
+    assert [(row["contestant"], row["verb"]) for row in rows] == [
+        (name, verb) for name in ("paramlora", "PEFT") for verb in verbs
+    ]
+    printed = capsys.readouterr().out
+    assert all(verb in printed for verb in verbs)
+
+
+@pytest.mark.parametrize(
+    ("file", "columns"),
+    [
+        ("layers-cpu", "model x rank work floor_ms paramlora peft naive share"),
+        (
+            "layers-gpu",
+            "model x work floor_ms paramlora peft share paramlora_one_dtype peft_one_dtype "
+            "share_one_dtype naive",
+        ),
+        ("layers-gpu-compiled", "model x work paramlora peft paramlora_one_dtype peft_one_dtype"),
+    ],
+)
+def test_tables_agree_with_their_data(file: str, columns: str) -> None:
+    """The tables of docs/performance.md have the figures of the CSV files beside it."""
+    docs = Path(benchmarks.__file__).parents[1] / "docs"
+    lines = (docs / "performance.md").read_text(encoding="utf-8").splitlines()
+    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    with open(docs / "data" / f"{file}.csv", encoding="utf-8", newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    assert rows
+    for row in rows:
+        if file == "layers-cpu":  # the two settings of PEFT compute the same; the faster is shown
+            row["peft"] = min(row["peft"], row["peft_one_dtype"], key=float)
+        if row.get("mode") != "graphs":
+            assert [row[column] for column in columns.split()] in shown

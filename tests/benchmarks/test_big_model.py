@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import big_model, scaling
+from benchmarks import big_model
+from benchmarks.__main__ import main
+from benchmarks.harness.contestants import Built, Contestant, paramlora, select
+from benchmarks.harness.llama import llama
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -18,9 +21,11 @@ def test_rows_proofs_and_table(
     # The graphs of the compiler without its code, which takes minutes to build on a CPU.
     monkeypatch.setattr(big_model, "BACKEND", "eager")
     out = tmp_path / "rows.jsonl"
-    options = "--model tiny --modes eager checkpointed compiled --batch 2 --length 16 --rank 4"
+    options = (
+        "big-model --model tiny --modes eager checkpointed compiled --batch 2 --length 16 --rank 4"
+    )
     options += f" --rounds 1 --verbs --device cpu --only paramlora --out {out}"
-    big_model.main(options.split())
+    assert main(options.split()) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     trained = [row for row in rows if row["what"] == "train"]
     assert {(row["mode"], row["contestant"]) for row in trained} == {
@@ -32,19 +37,19 @@ def test_rows_proofs_and_table(
     assert all(proofs[claim] for claim in claims)
     (meta,) = (row for row in rows if row["what"] == "meta")
     assert meta["same_logits"]
-    assert big_model.table(rows) in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(table.text() in printed for table in big_model.tables(rows))
 
 
 def test_a_wrong_contestant_is_not_timed(capsys: pytest.CaptureFixture[str]) -> None:
     """A contestant whose update is half of what it should be is named and left out."""
-    from benchmarks.contestants import CONTESTANTS, Built, Contestant, ours
 
     def halved(model: torch.nn.Module, rank: int, alpha: float) -> Built:
-        return ours(model, rank, alpha / 2)
+        return paramlora(model, rank, alpha / 2)
 
-    base = big_model.llama("tiny", "cpu")
-    there = [CONTESTANTS[0], Contestant("halved", halved)]
-    rows = big_model.measure(base, there, "eager", torch.ones(1, 8, dtype=torch.long), 4, 1)
+    contestants = [*select([]), Contestant("halved", halved)]
+    base = llama("tiny", "cpu")
+    rows = big_model.measure(base, contestants, "eager", torch.ones(1, 8, dtype=torch.long), 4, 1)
     assert [row["contestant"] for row in rows] == ["floor"]
     assert "halved, eager, is off by" in capsys.readouterr().err
 
@@ -54,8 +59,8 @@ def test_a_wrong_contestant_is_not_timed(capsys: pytest.CaptureFixture[str]) -> 
 def test_only_the_factors_are_communicated(tmp_path: Path) -> None:
     """Two processes send each other the factors' gradients, and nothing of the base."""
     out = tmp_path / "rows.jsonl"
-    options = f"--model tiny --processes 2 --batch 2 --length 8 --steps 2 --rounds 1 --out {out}"
-    scaling.main(options.split())
+    options = "scaling --model tiny --processes 2 --batch 2 --length 8 --steps 2 --rounds 1"
+    assert main([*options.split(), "--out", str(out)]) == 0
     rows = {row["processes"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert set(rows) == {1, 2}
     assert rows[2]["sent_bytes_a_step"] == rows[2]["factor_bytes"]

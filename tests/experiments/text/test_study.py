@@ -344,11 +344,13 @@ def test_sweep(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_benchmark_of_methods(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One rate given is taken as it is; of several the validation rows choose; then the seeds."""
+    from benchmarks.__main__ import main as benchmark
+
     lora, out = "lora, query and value, r 8", world / "methods"
-    arguments = ["--data-dir", str(world), "--model", str(world / "bert"), "--seeds", "2"]
+    arguments = ["text-methods", "--data-dir", str(world), "--model", str(world / "bert")]
     arguments += ["--tokens", str(world / "tokens"), "--out", str(out), "--batch", "10"]
-    arguments += ["--device", "cpu", "--epochs", "1", "--methods", "full", lora]
-    text_methods.main([*arguments, "--rates", "full=3e-3", f"{lora}=3e-3,1e-3"])
+    arguments += ["--device", "cpu", "--epochs", "1", "--seeds", "2", "--methods", "full", lora]
+    assert benchmark([*arguments, "--rates", "full=3e-3", f"{lora}=3e-3,1e-3"]) == 0
     made = sorted(path.name for path in (out / "grid").iterdir())
     assert made == [text_methods.slug(lora, rate) for rate in (0.001, 0.003)]
     rows = [json.loads(line) for line in (out / "table.jsonl").read_text().splitlines()]
@@ -363,5 +365,5 @@ def test_benchmark_of_methods(world: Path, capsys: pytest.CaptureFixture[str]) -
     assert validation[rows[1]["rate"]] == max(validation.values())
     assert all(len(row["test"]) == 2 and row["seconds"] > 0 for row in rows)
     with pytest.raises(SystemExit):
-        text_methods.main([*arguments, "--rates", "half=1"])
-    assert "'half=1' names none of ['full'" in capsys.readouterr().err
+        benchmark([*arguments, "--rates", "half=1"])
+    assert "'half=1' is not NAME=RATE[,RATE...] with NAME one of 'full'" in capsys.readouterr().err

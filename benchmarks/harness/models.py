@@ -1,5 +1,4 @@
-"""The models and sizes that are measured: those of the digit study, of feed-forward blocks, of an
-encoder, and of a block of Llama-8B."""
+"""The models and sizes that `layers` measures, in suites of cells."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Self-attention of four linear layers; `key_width` below the model's width groups queries."""
+    """Self-attention of four linear layers; grouped queries if `key_width` is below `width`."""
 
     def __init__(self, width: int, heads: int, key_width: int, bias: bool) -> None:
         super().__init__()
@@ -61,12 +60,13 @@ class Llama(nn.Module):
 
 
 def mlp() -> nn.Module:
+    """Return the network of the digit study, 784 → 256 → 128 → 10."""
     layers = [nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)]
     return nn.Sequential(*layers)
 
 
 def feed_forward(width: int, hidden: int, times: int) -> nn.Module:
-    """width → hidden → width, `times` in a row, a GELU inside each."""
+    """Return `times` blocks width → hidden → width, each with a GELU inside."""
     blocks = [
         layer
         for _ in range(times)
@@ -76,15 +76,21 @@ def feed_forward(width: int, hidden: int, times: int) -> nn.Module:
 
 
 def encoders(*sizes: int) -> Callable[[], nn.Module]:
-    """Return a maker of two encoder layers in a row."""
+    """Return a function that builds two encoder layers in a row."""
     return lambda: nn.Sequential(Encoder(*sizes), Encoder(*sizes))
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of a table: a model, its input, and what is adapted with which rank.
+    """A model, the shape of its input, and the rank of its adapters: one row of a table.
 
-    `dtype` is the model's and the input's; products are in `autocast` where one is given.
+    Args:
+        suite: the suite that it belongs to.
+        model: builds the model.
+        shape: shape of the input.
+        rank: rank of the adapters.
+        dtype: dtype of the model and its input.
+        autocast: dtype of the products under `torch.autocast`; None for no autocast.
     """
 
     suite: str
@@ -101,9 +107,9 @@ class Cell:
 
 
 def cells(suite: str, quick: bool) -> Iterator[Cell]:
-    """Yield the cells of a suite, `quick` the first of each kind only."""
+    """Yield the cells of a suite; only the first of them if `quick`."""
     half = torch.bfloat16
-    found = {
+    by_suite = {
         "cpu-mlp": [Cell(suite, mlp, (n, 784), r) for r in (2, 4, 16) for n in (10, 100, 1000)],
         "cpu-ffn": [
             Cell(suite, lambda: feed_forward(1024, 4096, 1), (n, 1024), 16) for n in (32, 512, 2048)
@@ -118,8 +124,8 @@ def cells(suite: str, quick: bool) -> Iterator[Cell]:
         "gpu-autocast": [
             Cell(suite, encoders(768, 3072, 12), (b, 128, 768), 16, autocast=half) for b in (8, 128)
         ],
-    }[suite]
-    yield from found[:1] if quick else found
+    }
+    yield from by_suite[suite][:1] if quick else by_suite[suite]
 
 
 SUITES = ("cpu-mlp", "cpu-ffn", "cpu-encoder", "gpu-mlp", "gpu-ffn", "gpu-block", "gpu-autocast")

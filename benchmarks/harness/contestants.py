@@ -1,9 +1,9 @@
-"""The contestants: who adapts the linear layers of a model, each by its own package.
+"""The contestants: implementations of LoRA on the linear layers of a model.
 
     y = x (W + s · B A)ᵀ + b        at every nn.Linear, A: (r, k), B: (m, r), s = alpha / r
 
-A contestant takes a frozen model and rank and alpha, and returns the adapted model with the factors
-of each layer, so that all can be given the same values and be checked before anything is timed.
+A contestant takes a frozen model, a rank and alpha. It returns the adapted model and the factors of
+each layer, so that all contestants can get the same values and be checked before they are timed.
 """
 
 import importlib.metadata
@@ -23,25 +23,32 @@ Built = tuple[nn.Module, Factors]
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way to adapt a model; `package` is what has to be installed for it.
+    """An implementation of LoRA, or one setting of it.
 
-    `then` is called with the model when it has its factors, which do not count in the outputs where
-    it is `off`, and get no gradients where they are not `learned`.
+    Args:
+        name: its name in rows and tables.
+        build: adapts a model with a rank and alpha.
+        package: the package that it needs.
+        finish: called with the model after the factors have been set, for example to merge them.
+        active: whether the factors contribute to the outputs after `finish`.
+        trained: whether the factors get gradients after `finish`.
     """
 
     name: str
     build: Callable[[nn.Module, int, float], Built]
     package: str = "torch"
-    then: Callable[[nn.Module], None] | None = None
-    off: bool = False
-    learned: bool = True
+    finish: Callable[[nn.Module], None] | None = None
+    active: bool = True
+    trained: bool = True
 
     @property
-    def there(self) -> bool:
+    def installed(self) -> bool:
+        """Whether its package is installed."""
         return importlib.util.find_spec(self.package) is not None
 
     @property
     def version(self) -> str:
+        """The version of its package."""
         distribution = {"lycoris": "lycoris-lora"}.get(self.package, self.package)
         try:
             return importlib.metadata.version(distribution)
@@ -50,34 +57,36 @@ class Contestant:
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear layers of a model by path."""
     return {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
 def floor(model: nn.Module, rank: int, alpha: float) -> Built:
+    """Return the frozen model itself, without factors."""
     return model, {}
 
 
-def ours(model: nn.Module, rank: int, alpha: float) -> Built:
+def paramlora(model: nn.Module, rank: int, alpha: float) -> Built:
+    """Adapt by `paramlora.attach`, with factors in float32."""
     paths = list(linears(model))
     pl.attach(model, pl.LoRA(rank, alpha), nn.Linear)
     state = dict(model.named_parameters())
-    own = "parametrizations.weight.0.factors.default"
-    return model, {p: (state[f"{p}.{own}.A"], state[f"{p}.{own}.B"]) for p in paths}
+    prefix = "parametrizations.weight.0.factors.default"
+    return model, {p: (state[f"{p}.{prefix}.A"], state[f"{p}.{prefix}.B"]) for p in paths}
 
 
-def ours_one_dtype(model: nn.Module, rank: int, alpha: float) -> Built:
-    adapted, factors = ours(model, rank, alpha)
-    # The factors in the base's dtype, too, in place: they stay the same parameters.
+def paramlora_one_dtype(model: nn.Module, rank: int, alpha: float) -> Built:
+    """Adapt by `paramlora.attach`, with factors in the dtype of the model."""
+    adapted, factors = paramlora(model, rank, alpha)
+    dtype = next(p.dtype for p in adapted.parameters() if not p.requires_grad)
+    # Set .data, so that the parameters keep their identity.
     for A, B in factors.values():
-        A.data, B.data = A.to(adapted_dtype(adapted)), B.to(adapted_dtype(adapted))
+        A.data, B.data = A.to(dtype), B.to(dtype)
     return adapted, factors
 
 
-def adapted_dtype(model: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in model.parameters() if not p.requires_grad)
-
-
 def peft(model: nn.Module, rank: int, alpha: float, upcast: bool = True) -> Built:
+    """Adapt by PEFT; `upcast` keeps its default of float32 factors beside half precision."""
     from peft import LoraConfig, get_peft_model
 
     paths = list(linears(model))
@@ -91,10 +100,12 @@ def peft(model: nn.Module, rank: int, alpha: float, upcast: bool = True) -> Buil
 
 
 def peft_one_dtype(model: nn.Module, rank: int, alpha: float) -> Built:
+    """Adapt by PEFT, with factors in the dtype of the model."""
     return peft(model, rank, alpha, upcast=False)
 
 
 def loralib(model: nn.Module, rank: int, alpha: float) -> Built:
+    """Replace each linear layer by loralib's, which is not merged for inference."""
     import loralib as lora
 
     factors: Factors = {}
@@ -115,6 +126,7 @@ def loralib(model: nn.Module, rank: int, alpha: float) -> Built:
 
 
 def lycoris(model: nn.Module, rank: int, alpha: float) -> Built:
+    """Adapt by LyCORIS' LoCon modules."""
     from lycoris.modules.locon import LoConModule
 
     factors: Factors = {}
@@ -122,13 +134,13 @@ def lycoris(model: nn.Module, rank: int, alpha: float) -> Built:
         module = LoConModule(path.replace(".", "_"), linear, 1.0, lora_dim=rank, alpha=alpha)
         module.to(linear.weight)
         module.apply_to()
-        linear.lycoris = module  # so that its parameters are the model's
+        linear.lycoris = module  # registers its parameters in the model
         factors[path] = (module.lora_down.weight, module.lora_up.weight)
     return model, factors
 
 
 class _Naive(nn.Module):
-    """W + s · BA as anyone would write it."""
+    """The parametrization W + s · BA, written plainly."""
 
     def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
         super().__init__()
@@ -141,6 +153,7 @@ class _Naive(nn.Module):
 
 
 def naive(model: nn.Module, rank: int, alpha: float) -> Built:
+    """Adapt by a plain parametrization, which builds W + s · BA in every forward."""
     factors: Factors = {}
     for path, linear in linears(model).items():
         update = _Naive(linear.weight, rank, alpha)
@@ -156,10 +169,10 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 CONTESTANTS = (
     Contestant("floor", floor),
-    Contestant("paramlora", ours, "paramlora"),
-    Contestant("paramlora, one dtype", ours_one_dtype, "paramlora"),
-    Contestant("paramlora, merged", ours, "paramlora", pl.merge, learned=False),
-    Contestant("paramlora, off", ours, "paramlora", pl.disable, off=True, learned=False),
+    Contestant("paramlora", paramlora, "paramlora"),
+    Contestant("paramlora, one dtype", paramlora_one_dtype, "paramlora"),
+    Contestant("paramlora, merged", paramlora, "paramlora", pl.merge, trained=False),
+    Contestant("paramlora, off", paramlora, "paramlora", pl.disable, active=False, trained=False),
     Contestant("PEFT", peft, "peft"),
     Contestant("PEFT, one dtype", peft_one_dtype, "peft"),
     Contestant("loralib", loralib, "loralib"),
@@ -169,8 +182,14 @@ CONTESTANTS = (
 
 
 @torch.no_grad()
-def give(factors: Factors, values: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """Copy the same factors into every contestant."""
+def set_factors(factors: Factors, values: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Copy values into the factors of a contestant, by the path of the layer."""
     for path, (A, B) in factors.items():
         A.copy_(values[path][0])
         B.copy_(values[path][1])
+
+
+def select(names: list[str] | None) -> list[Contestant]:
+    """Return the floor and the installed contestants with these names; all if None."""
+    floor, *others = CONTESTANTS
+    return [floor, *(c for c in others if c.installed and (names is None or c.name in names))]

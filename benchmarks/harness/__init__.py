@@ -1,0 +1,1 @@
+"""Code that the subcommands share: contestants, models, checks, timing, rows of results."""

@@ -1,0 +1,206 @@
+"""Time and memory of a training step and of inference, beside other libraries.
+
+All contestants get the same factors and are checked against float64. They are then timed in
+interleaved rounds. Each contestant, cell, mode and kind of work gives a row in results.jsonl. The
+command prints a table of the times over the floor, the frozen model, and draws the overheads in
+overheads.png. Contestants whose package is not installed are named and left out.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from paramlora.native import load as native
+
+from .figure import draw
+from .harness import options as shared
+from .harness.cases import Case, Entry, check, infer, train_step
+from .harness.contestants import CONTESTANTS, Contestant, select
+from .harness.models import SUITES, cells
+from .harness.results import Row, Table, append, machine, overhead_share, summarized
+from .harness.timing import interleaved, now, peak_bytes
+
+MODES = ["eager", "compiled", "graphs"]
+EXAMPLES = """\
+examples:
+  python -m benchmarks layers --quick
+  python -m benchmarks layers --suites cpu-mlp --threads 1 --clock processor
+  python -m benchmarks layers --suites gpu-ffn gpu-mlp --modes eager compiled --only paramlora PEFT
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this subcommand."""
+    what = parser.add_argument_group("what to measure").add_argument
+    suites = f"{', '.join(SUITES)} (default: all that this machine can run)"
+    what("--suites", nargs="+", choices=SUITES, metavar="SUITE", help=suites)
+    modes = "eager, compiled, or graphs: compiled with CUDA graphs"
+    what("--modes", nargs="+", choices=MODES, default=["eager"], metavar="MODE", help=modes)
+    shared.add_only(what)
+    what("--quick", action="store_true", help="first cell of each suite, 3 rounds")
+    how = parser.add_argument_group("how to measure").add_argument
+    shared.add_rounds(how, 15, "interleaved rounds per cell")
+    how("--threads", type=int, help="threads on the CPU (default: torch's)")
+    shared.add_clock(how)
+    shared.add_folder(parser.add_argument_group("results").add_argument)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure all cells, write their rows, print the table and draw the figure."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if native.module() is None:
+        print(
+            "the native extension is not built: python -m paramlora.native.build", file=sys.stderr
+        )
+    contestants = select(options.only)
+    missing = [contestant.name for contestant in CONTESTANTS if not contestant.installed]
+    if missing:
+        print(f"not installed, left out: {', '.join(missing)}", file=sys.stderr)
+    suites = options.suites or [
+        s for s in SUITES if s.startswith("cpu") or torch.cuda.is_available()
+    ]
+    jobs = [
+        (cell, mode)
+        for suite in suites
+        for cell in cells(suite, options.quick)
+        for mode in options.modes
+    ]
+    rounds = 3 if options.quick else options.rounds
+    rows: list[Row] = []
+    for cell, mode in tqdm(jobs, unit="cell"):
+        case = Case.create(cell, "cpu" if cell.suite.startswith("cpu") else "cuda")
+        new = measure(case, contestants, mode, rounds, options.clock)
+        append(options.out / "results.jsonl", new)
+        rows += new
+    print(table(rows).text())
+    draw(rows, options.out / "overheads.png")
+
+
+def measure(
+    case: Case, contestants: list[Contestant], mode: str, rounds: int, clock: str
+) -> list[Row]:
+    """Return a row for each contestant and kind of work.
+
+    If building or checking a contestant fails, the error is printed and the contestant left out.
+    Errors of the floor and of paramlora in its default setting are raised.
+    """
+    torch._dynamo.reset()
+    entries: list[Entry] = []
+    errors: dict[str, float] = {}
+    for contestant in contestants:
+        try:
+            entry = case.prepare(contestant, mode)
+            errors[contestant.name] = check(case, entry)
+            entries.append(entry)
+        except Exception as error:  # whichever a library raises
+            if contestant.name in ("floor", "paramlora"):
+                raise
+            print(f"{contestant.name} in {case.cell.suite} {mode}: {error}", file=sys.stderr)
+    x = case.x.clone().requires_grad_()
+    memory = {entry.contestant.name: step_bytes(entry, x) for entry in entries}
+    rows = []
+    for work, step in (("train", train_step), ("infer", infer)):
+        seconds = timed(entries, x, step, rounds, clock)
+        floor = summarized(seconds["floor"])
+        for entry in entries:
+            name = entry.contestant.name
+            own = summarized(seconds[name])
+            rows.append(
+                describe(case, entry.contestant, mode, work)
+                | own
+                | {
+                    "ratio": own["median_s"] / floor["median_s"],
+                    "ratio_of_min": own["min_s"] / floor["min_s"],
+                    "clock": clock,
+                    "error": errors[name],
+                    "peak_bytes": memory[name],
+                }
+            )
+    return rows
+
+
+def step_bytes(entry: Entry, x: Tensor) -> int | None:
+    """Return the bytes that a training step adds at its peak, after a first step; None on a CPU."""
+    step = partial(train_step, entry, x)
+    if x.is_cuda:
+        step()
+    return peak_bytes(step, x.device.type)
+
+
+def timed(
+    entries: list[Entry],
+    x: Tensor,
+    step: Callable[[Entry, Tensor], Tensor],
+    rounds: int,
+    clock: str,
+) -> dict[str, list[float]]:
+    """Return the seconds per step of each contestant, one value per round.
+
+    A round repeats the step of each contestant for about 20 ms, by the time of one step of the
+    floor, and at least once.
+    """
+    for entry in entries:
+        for _ in range(3):
+            step(entry, x)
+    start = now(x.device.type, clock)
+    step(entries[0], x)
+    elapsed = now(x.device.type, clock) - start
+    return interleaved(
+        {entry.contestant.name: partial(step, entry, x) for entry in entries},
+        rounds,
+        repeats=max(1, min(200, int(0.02 / max(elapsed, 1e-6)))),
+        device=x.device.type,
+        clock=clock,
+    )
+
+
+def describe(case: Case, contestant: Contestant, mode: str, work: str) -> Row:
+    """Return the part of a row that says what was measured and on what."""
+    on_gpu = case.x.is_cuda
+    return {
+        "suite": case.cell.suite,
+        "shape": list(case.cell.shape),
+        "rank": case.cell.rank,
+        "dtype": str(case.cell.dtype).removeprefix("torch."),
+        "products": str(case.cell.products).removeprefix("torch."),
+        "mode": mode,
+        "work": work,
+        "contestant": contestant.name,
+        "version": contestant.version,
+        "torch": torch.__version__,
+        "native": native.module() is not None,
+        "machine": machine(case.x.device.type),
+        "threads": None if on_gpu else torch.get_num_threads(),
+    }
+
+
+def table(rows: list[Row]) -> Table:
+    """Return a line per cell: times over the floor, and our overhead divided by PEFT's."""
+    names = list(dict.fromkeys(row["contestant"] for row in rows))
+    cells: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        shape = "×".join(map(str, row["shape"]))
+        cell: tuple[str, ...] = (row["suite"], shape, str(row["rank"]), row["mode"], row["work"])
+        cells.setdefault(cell, {})[row["contestant"]] = row
+    head = ["suite", "x", "r", "mode", "work", "floor ms"]
+    head += [name.replace(", ", ",\n") for name in names[1:]]
+    head += ["share of\nPEFT's", "in one\ndtype"]
+    lines = []
+    for cell, group in cells.items():
+        ratios = {name: row["ratio"] for name, row in group.items()}
+        line = [*cell, f"{group['floor']['median_s'] * 1e3:.3f}"]
+        line += [f"{ratios[name]:.2f}" if name in ratios else "-" for name in names[1:]]
+        lines.append(line + [share(ratios, setting) for setting in ("", ", one dtype")])
+    return Table(head, lines)
+
+
+def share(ratios: dict[str, float], setting: str) -> str:
+    """Return our overhead divided by PEFT's; both with the setting that ends their names."""
+    own, peer = ratios.get("paramlora" + setting), ratios.get("PEFT" + setting)
+    return "-" if own is None or peer is None else overhead_share(own, peer)
