@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from paramlora import Delta, LoRA
-from paramlora.files.state import digest
+from paramlora.files.digest import digest
 from paramlora.site.block import Block, split
 
 QKV = ["*.qkv.weight[:4]", "*.qkv.weight[4:8]", "*.qkv.weight[8:]"]

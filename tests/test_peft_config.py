@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from paramlora.peft import config as peft_config
+from paramlora.peft import config_file as peft_config
+from paramlora.peft import modules as peft_modules
 from paramlora.peft import read as peft_import
 from paramlora.peft.config import Config
 
@@ -117,7 +118,7 @@ def test_all_linear_is_that_of_peft() -> None:
 
     model = Net()
     config = peft_import.resolved(model, Config("all-linear"))
-    found = [path for path in peft_import.names(model) if config.targets(path)]
+    found = [path for path in peft_modules.names(model) if config.targets(path)]
     assert found == ["body.0", "body.2", "head"]
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
     assert sorted(wrapped.targeted_module_names) == sorted(found)

@@ -10,7 +10,8 @@ from torch.nn.utils import parametrize
 from ..site.find import stack_of
 from ..site.names import check_unmerged, select
 from ..site.storage import check_real, check_settled, in_parts
-from .state import compare, digest
+from .compare import compare
+from .digest import digest
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Any]:

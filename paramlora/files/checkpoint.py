@@ -7,65 +7,23 @@ unpickled. Where a kind is not one of the library's, its class has to be importe
 is loaded.
 """
 
-import dataclasses
 import json
 import os
-from collections.abc import Mapping
-from typing import Any
 
-import torch
 from safetensors.torch import save as serialized
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import CheckpointError
 from ..layers.install import check_tied
-from ..site.factors import Factors
-from ..site.find import Site, below
-from ..site.names import check_unmerged, names_of, select, sites_of
-from ..site.storage import check_real, fill, settle, whole, writes_files
+from ..site.names import names_of, sites_of
+from ..site.storage import check_real, whole, writes_files
 from ..verbs.summary import Summary
-from .planned import planned
-from .refresh import check_writable, parts_of_sites, take
-from .safetensors_file import ENTRY, VERSION, read, write_atomically
-from .state import compare, digest
-
-
-def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """Return an adapter's factors by `<site>.<factor>`: `fc1.weight.A`.
-
-    As with `nn.Module.state_dict` the tensors are detached, and share memory with the model's;
-    of a model that FSDP has sharded they are in parts (DTensors).
-
-    Raises:
-        AdapterNameError: no adapter of that name.
-    """
-    settle(model)
-    return {
-        f"{path}.{key}": tensor.detach()
-        for path, factors in parts_of_sites(model, name).items()
-        for key, tensor in factors.tensors.items()
-    }
-
-
-@torch.no_grad()
-def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
-    """Copy factors, as `state_dict` gave them, into an adapter that is attached.
-
-    Nothing else changes: no other adapter, not what is active, scaled or trained. Where the model
-    is sharded all processes call it, with whole tensors or with parts.
-
-    Raises:
-        AdapterNameError: no adapter of that name.
-        CheckpointError: missing or unexpected keys, all of them listed, or other shapes; the
-            model is then as it was.
-        StateError: the adapter is merged, or the model is on the meta device.
-    """
-    check_unmerged(select(model, [name]), "load")
-    own = state_dict(model, name)
-    compare(state, own, f"the state for adapter {name!r}")
-    check_writable(model, name)
-    for key, tensor in own.items():
-        fill(tensor, state[key])
+from .digest import digest
+from .metadata import ENTRY, VERSION, describe, read
+from .plan import planned
+from .refresh import take
+from .safetensors_file import write_atomically
+from .state import state_dict
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
@@ -87,7 +45,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         key: whole(tensor).to("cpu", copy=True).contiguous() for key, tensor in state.items()
     }
     described = {
-        path: _describe(factors, site)
+        path: describe(factors, site)
         for site in sites_of(model, name)
         for path, factors in site.parts(name).items()
     }
@@ -142,15 +100,3 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
             f"{path} is damaged: its digest is not that of what was saved; save the adapter again"
         )
     return take(model, found, name, path)
-
-
-def _describe(factors: Factors, site: Site) -> dict[str, Any]:
-    values = {f.name: getattr(factors.spec, f.name) for f in dataclasses.fields(factors.spec)}
-    return {
-        "kind": type(factors.spec).__name__,
-        # A callable (an init) has done its work and cannot be saved.
-        "fields": {key: value for key, value in values.items() if not callable(value)},
-        "strength": float(factors.strength),
-        # Of the whole tensor, also for a block, whose place in it the path has.
-        "shape": list(below(site.plist, site.stack).shape),
-    }

@@ -8,9 +8,10 @@ from torch import nn
 from ..errors import AdapterNameError
 from ..layers.install import Planned, check_name, install
 from ..site.factors import Factors
-from ..site.names import check_unmerged, names_of, select, sites_of
-from ..site.storage import check_real, check_settled, fill, settle
+from ..site.names import check_unmerged, names_of, select
+from ..site.storage import fill, settle
 from ..verbs.summary import Summary, summary
+from .state import check_writable, parts_of_sites
 
 
 def take(
@@ -26,15 +27,6 @@ def take(
         check_name(model, name)
         install(model, planned, name, freeze=True)
     return summary(model)
-
-
-def parts_of_sites(model: nn.Module, name: str) -> dict[str, Factors]:
-    """Return one adapter's factors by the path of the site or block, in the same order."""
-    return {
-        path: factors
-        for site in sites_of(model, name)
-        for path, factors in site.parts(name).items()
-    }
 
 
 @torch.no_grad()
@@ -65,16 +57,6 @@ def refresh(
         factors.set_strength(new[site].strength)
         for key, tensor in factors.tensors.items():
             fill(tensor, new[site].tensors[key])
-
-
-def check_writable(model: nn.Module, name: str) -> None:
-    """Raise a StateError where what is written to an adapter's factors would be lost."""
-    for site in sites_of(model, name):
-        for path, factors in site.parts(name).items():
-            # Parameters alone: constants are buffers, which FSDP leaves whole.
-            for key, parameter in factors.named_parameters():
-                check_settled(site.module, parameter, path)
-                check_real(f"{path}.{key}", parameter)
 
 
 def _shapes(factors: Factors) -> dict[str, torch.Size]:

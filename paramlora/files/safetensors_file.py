@@ -3,22 +3,14 @@
 Its one metadata entry, `paramlora`, says as JSON what the tensors are; see `checkpoint`.
 """
 
-import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..kinds.spec import is_finite
-
-VERSION = 1
-ENTRY = "paramlora"
-_FILE = {"version": int, "name": str, "sites": dict, "digest": str}
-_SITE = {"kind": str, "fields": dict, "strength": (int, float), "shape": list}
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -39,22 +31,6 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of an adapter's file, and what it says of them, every part checked.
-
-    Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: the file is damaged, or was not written by paramlora.
-    """
-    tensors, metadata = read_tensors(path)
-    if ENTRY not in metadata:
-        raise CheckpointError(
-            f"{path} was not written by paramlora.save: its metadata has no {ENTRY!r}, only "
-            f"{sorted(metadata)}"
-        )
-    return tensors, _content(metadata[ENTRY], path)
-
-
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a `.safetensors` file, and its metadata."""
     if os.path.isdir(path):
@@ -69,40 +45,3 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise CheckpointError(
             f"{path} is damaged or no .safetensors file ({error}); save the adapter again"
         ) from error
-
-
-def _content(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what the metadata says, every part of it there and of its type."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: its metadata {ENTRY!r} is no JSON ({error}); save the adapter "
-            "again"
-        ) from error
-    version = content.get("version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version > VERSION:
-        raise CheckpointError(
-            f"{path} has format {version}, this paramlora reads up to {VERSION}; update paramlora"
-        )
-    _check_parts(content, _FILE, f"its metadata {ENTRY!r}", path)
-    for site, entry in content["sites"].items():
-        _check_parts(entry, _SITE, f"its metadata for {site!r}", path)
-        if not is_finite(entry["strength"]):
-            raise CheckpointError(
-                f"{path} is damaged: the strength for {site!r} must be a finite number, found "
-                f"{entry['strength']!r}; save the adapter again"
-            )
-    return content
-
-
-def _check_parts(
-    found: Any, parts: dict[str, Any], what: str, path: str | os.PathLike[str]
-) -> None:
-    """Raise a CheckpointError where `found` is no dict that has these parts of these types."""
-    for key, kind in parts.items():
-        if not isinstance(found, dict) or not isinstance(found.get(key), kind):
-            raise CheckpointError(
-                f"{path} is damaged: {what} must have {', '.join(map(repr, parts))}, and {key!r} "
-                f"is missing or of the wrong type in {found!s:.100}; save the adapter again"
-            )

@@ -1,61 +1,68 @@
-"""Comparing a given state dict with an expected one, and hashing tensors."""
+"""State dicts of adapters."""
 
-import ctypes
-import hashlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import CheckpointError
-from ..site.storage import whole
-
-
-def digest(named: Iterable[tuple[str, Tensor]], preface: str = "") -> str:
-    """Return the SHA-256 over names, dtypes, shapes and bytes, in the names' order."""
-    total = hashlib.sha256(preface.encode())
-    for key, tensor in sorted(named, key=lambda item: item[0]):
-        if tensor.is_meta:
-            raise ValueError(f"{key!r} is on the meta device and has no bytes to digest")
-        total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        _update(total, tensor)
-    return total.hexdigest()
+from ..site.factors import Factors
+from ..site.names import check_unmerged, select, sites_of
+from ..site.storage import check_real, check_settled, fill, settle
+from .compare import compare
 
 
-def compare(state: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
-    """Raise a CheckpointError where keys or shapes differ; every difference is listed."""
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
-    wrong = [
-        f"{key}: expected {tuple(tensor.shape)}, found {found}"
-        for key, tensor in expected.items()
-        if key in state
-        and isinstance(tensor, Tensor)
-        and (found := shown(state[key], tensor)) != tuple(tensor.shape)
-    ]
-    problems = [f"missing {', '.join(missing)}"] if missing else []
-    problems += [f"unexpected {', '.join(unexpected)}"] if unexpected else []
-    problems += wrong
-    if problems:
-        raise CheckpointError(f"{what} does not fit: {'; '.join(problems)}")
+def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Return an adapter's factors by `<site>.<factor>`: `fc1.weight.A`.
+
+    As with `nn.Module.state_dict` the tensors are detached, and share memory with the model's;
+    of a model that FSDP has sharded they are in parts (DTensors).
+
+    Raises:
+        AdapterNameError: no adapter of that name.
+    """
+    settle(model)
+    return {
+        f"{path}.{key}": tensor.detach()
+        for path, factors in parts_of_sites(model, name).items()
+        for key, tensor in factors.tensors.items()
+    }
 
 
-def shown(value: Any, expected: Tensor) -> tuple[int, ...] | str:
-    """Return a value's shape, or what it is where it is no tensor to copy from."""
-    if not isinstance(value, Tensor):
-        return f"no tensor but {type(value).__name__}"
-    if value.is_meta and not expected.is_meta:
-        return "a tensor on the meta device, which has no data"
-    return tuple(value.shape)
+@torch.no_grad()
+def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
+    """Copy factors, as `state_dict` gave them, into an adapter that is attached.
+
+    Nothing else changes: no other adapter, not what is active, scaled or trained. Where the model
+    is sharded all processes call it, with whole tensors or with parts.
+
+    Raises:
+        AdapterNameError: no adapter of that name.
+        CheckpointError: missing or unexpected keys, all of them listed, or other shapes; the
+            model is then as it was.
+        StateError: the adapter is merged, or the model is on the meta device.
+    """
+    check_unmerged(select(model, [name]), "load")
+    own = state_dict(model, name)
+    compare(state, own, f"the state for adapter {name!r}")
+    check_writable(model, name)
+    for key, tensor in own.items():
+        fill(tensor, state[key])
 
 
-def _update(digest: "hashlib._Hash", tensor: Tensor) -> None:
-    """Feed a tensor's bytes in row-major order, without numpy and without a copy on the CPU."""
-    tensor = whole(tensor.detach())
-    if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    tensor = tensor.contiguous().cpu()
-    size = tensor.numel() * tensor.element_size()
-    if size:
-        digest.update((ctypes.c_char * size).from_address(tensor.data_ptr()))
+def parts_of_sites(model: nn.Module, name: str) -> dict[str, Factors]:
+    """Return one adapter's factors by the path of the site or block, in the same order."""
+    return {
+        path: factors
+        for site in sites_of(model, name)
+        for path, factors in site.parts(name).items()
+    }
+
+
+def check_writable(model: nn.Module, name: str) -> None:
+    """Raise a StateError where what is written to an adapter's factors would be lost."""
+    for site in sites_of(model, name):
+        for path, factors in site.parts(name).items():
+            # Parameters alone: constants are buffers, which FSDP leaves whole.
+            for key, parameter in factors.named_parameters():
+                check_settled(site.module, parameter, path)
+                check_real(f"{path}.{key}", parameter)

@@ -26,11 +26,11 @@ from ..site.names import sites_of
 from ..site.place import check_shapes, places
 from ..site.storage import check_real
 from ..verbs.summary import Summary
-from .config import read
+from .config_file import read
+from .disk import CONFIG, TENSORS, check_files, check_place, swap
 from .read import planned
 from .write import exported
 
-_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _OUT_PROJ = ".base_layer.out_proj.lora_B.weight"
 
@@ -71,7 +71,7 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "defau
     2.0
     """
     path = Path(path).resolve()
-    _check_place(path)
+    check_place(path)
     check_whole(sites_of(model, name))
     config, tensors = exported(model, name)
     for key, tensor in tensors.items():
@@ -85,9 +85,9 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "defau
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     beside.mkdir()
     try:
-        write_atomically(beside / _TENSORS, serialized(copies, {"format": "pt"}))
-        write_atomically(beside / _CONFIG, json.dumps(config, indent=2).encode())
-        _swap(beside, path)
+        write_atomically(beside / TENSORS, serialized(copies, {"format": "pt"}))
+        write_atomically(beside / CONFIG, json.dumps(config, indent=2).encode())
+        swap(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -120,13 +120,13 @@ def load_peft(model: nn.Module, path: str | os.PathLike[str], *, name: str = "de
     """
     path = Path(path)
     check_shapes(places(model))
-    _check_files(path)
-    config = read(path / _CONFIG)
-    tensors, _ = read_tensors(path / _TENSORS)
+    check_files(path)
+    config = read(path / CONFIG)
+    tensors, _ = read_tensors(path / TENSORS)
     foreign = [key for key in tensors if not key.startswith(_PREFIX)]
     if foreign:
         raise CheckpointError(
-            f"{path / _TENSORS} is no file of PEFT's: keys there start with {_PREFIX!r}, and "
+            f"{path / TENSORS} is no file of PEFT's: keys there start with {_PREFIX!r}, and "
             f"{', '.join(foreign[:3])} does not"
         )
     state = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
@@ -152,46 +152,3 @@ def _warn_of_twice(tensors: Mapping[str, Tensor]) -> None:
                 UserWarning,
                 stacklevel=3,
             )
-
-
-def _check_place(path: Path) -> None:
-    """Raise where a folder cannot be put at `path`."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        others = sorted({entry.name for entry in path.iterdir()} - {_CONFIG, _TENSORS})
-        if others:
-            raise FileExistsError(
-                f"cannot write {path}: the folder there also has {', '.join(others[:3])}, which "
-                "replacing it would lose; name another"
-            )
-    elif path.exists() or path.is_symlink():
-        raise FileExistsError(f"cannot write {path}: there is a file of that name")
-
-
-def _swap(new: Path, path: Path) -> None:
-    """Move a folder to its place, and one that is there away."""
-    old = new.with_suffix(".old")
-    if path.exists():
-        os.rename(path, old)
-    try:
-        os.rename(new, path)
-    except OSError:
-        if old.exists():
-            os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _check_files(path: Path) -> None:
-    """Raise where a folder does not have the two files."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder; name one that PEFT's save_pretrained wrote")
-    if not (path / _TENSORS).is_file() and (path / "adapter_model.bin").is_file():
-        raise CheckpointError(
-            f"{path} has its tensors in adapter_model.bin, a pickle, which can run any code and is "
-            "not opened; load it in PEFT and save it anew, as .safetensors"
-        )
-    for file in (_CONFIG, _TENSORS):
-        if not (path / file).is_file():
-            raise FileNotFoundError(f"{path} has no {file}; name a folder that PEFT wrote")

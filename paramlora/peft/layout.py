@@ -15,15 +15,17 @@ Note [grouped convolutions]
     mixes groups, which no grouped weight can hold, and is refused.
 """
 
+import re
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import TargetError
 from ..kinds.spec import factor_dtype
-from ..site.find import dotted, is_conv1d, is_swapped, walk
+from ..site.find import dotted, is_swapped
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Part(NamedTuple):
@@ -62,7 +64,7 @@ class Part(NamedTuple):
 
     @property
     def groups(self) -> int:
-        return self.module.groups if isinstance(self.module, _CONVS) else 1
+        return self.module.groups if isinstance(self.module, CONVS) else 1
 
     @property
     def swapped(self) -> bool:
@@ -78,7 +80,7 @@ class Part(NamedTuple):
         }
 
     def magnitude_shape(self, weight: Tensor) -> tuple[int, ...]:
-        if isinstance(self.module, _CONVS):
+        if isinstance(self.module, CONVS):
             return (1, weight.shape[0], *(1 for _ in weight.shape[2:]))
         return (weight.shape[self.dim],)
 
@@ -106,9 +108,9 @@ class Part(NamedTuple):
             return "PEFT has no DoRA for a MultiheadAttention or a grouped convolution"
         if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
             return "PEFT needs queries, keys and values of one size in a MultiheadAttention"
-        if isinstance(module, _CONVS) and _is_dilated(module):
+        if isinstance(module, CONVS) and _is_dilated(module):
             return "PEFT leaves out the dilation of a convolution"
-        if isinstance(module, _CONVS) and module.padding_mode != "zeros":
+        if isinstance(module, CONVS) and module.padding_mode != "zeros":
             return f"PEFT pads with zeros, not by padding_mode={module.padding_mode!r}"
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             return "PEFT renormalises the factors of an Embedding that has max_norm"
@@ -117,33 +119,6 @@ class Part(NamedTuple):
     def _ending(self, letter: str) -> str:
         embedding = isinstance(self.module, nn.Embedding)
         return f"embedding_{letter}" if embedding else f"{letter}.weight"
-
-
-def parts(model: nn.Module) -> dict[str, list[Part]]:
-    """Return the sites of a model that PEFT can adapt too, by the path of the module there."""
-    found: dict[str, list[Part]] = {}
-    for path, module in walk(model):
-        # PEFT cannot replace the model itself, and what it puts at an out_proj is never used.
-        parent = model.get_submodule(path.rpartition(".")[0]) if path else None
-        if path and not isinstance(parent, nn.MultiheadAttention):
-            found[path] = _parts_of(path, module)
-    return {path: its_parts for path, its_parts in found.items() if its_parts}
-
-
-def _parts_of(path: str, module: nn.Module) -> list[Part]:
-    if isinstance(module, nn.MultiheadAttention):
-        return [
-            Part(path, module, "in_proj_weight"),
-            Part(path, module, "out_proj.weight", "base_layer.out_proj"),
-        ]
-    if isinstance(module, (nn.Linear, nn.Embedding, *_CONVS)) or is_conv1d(module):
-        return [Part(path, module, "weight")]
-    return []
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Return whether PEFT's "all-linear" means a module."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _is_dilated(module: nn.Module) -> bool:
@@ -173,30 +148,17 @@ def _gathered(A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Tensor] | None
     return own.flatten(0, 1), torch.block_diag(*B.chunk(groups))
 
 
-def shared(model: nn.Module) -> dict[str, list[str]]:
-    """Return the tensors that a model has at several paths, by each path with its others."""
-    paths: dict[int, list[str]] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        paths.setdefault(id(parameter), []).append(_plain(path))
-    return {
-        path: [other for other in same if other != path]
-        for same in paths.values()
-        for path in same
-        if len(same) > 1
-    }
-
-
-def _plain(path: str) -> str:
-    """Return a parameter's path without the list of parametrizations that stores it."""
-    return path.replace("parametrizations.", "").removesuffix(".original")
-
-
 def norms(weight: Tensor, dim: int) -> Tensor:
     """Return the norm of a weight for each index of a dimension, in the dtype of factors."""
     others = [i for i in range(weight.dim()) if i != dim]
     return torch.linalg.vector_norm(weight.detach(), dim=others, dtype=factor_dtype(weight))
 
 
-def names(model: nn.Module) -> list[str]:
-    """Return the paths of the modules that PEFT would see."""
-    return [path for path, _ in walk(model) if path and "parametrizations" not in path.split(".")]
+FACTOR = re.compile(r"(^|.*\.)lora_(A\.weight|B\.weight|B\.bias|embedding_[AB]|magnitude_vector)")
+
+
+def refuse(path: str, reason: str) -> TargetError:
+    return TargetError(
+        f"a folder of PEFT's cannot hold the adapter at {path!r}: {reason}; detach it from there, "
+        "or use paramlora.save"
+    )

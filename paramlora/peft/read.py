@@ -4,29 +4,23 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, TargetError, nearest
-from ..files.base import base_state_dict
-from ..files.state import compare
-from ..kinds.delta import Delta
+from ..errors import CheckpointError, nearest
+from ..files.compare import compare
+from ..files.plan import check_site, planned_site
 from ..kinds.dora import DoRA
 from ..kinds.lora import LoRA
-from ..kinds.spec import Spec, factor_dtype
+from ..kinds.spec import factor_dtype
 from ..layers.install import Planned
-from ..site.factors import Factors
 from ..site.find import walk
-from ..site.place import Place, check, places
-from ..site.storage import check_real
+from ..site.place import Place, places
 from .config import Config
-from .layout import Part, is_linear, names, norms, parts, shared
-
-_FACTOR = re.compile(r"(^|.*\.)lora_(A\.weight|B\.weight|B\.bias|embedding_[AB]|magnitude_vector)")
-# What PEFT puts between a module and its own tensors.
-_WRAPPERS = re.compile(r"(^|\.)(base_layer|modules_to_save|original_module)(?=\.)")
+from .layout import FACTOR, Part, norms
+from .modules import is_linear, names, parts, shared
+from .read_full import full
 
 
 def planned(
@@ -42,11 +36,11 @@ def planned(
         CheckpointError: something does not fit the model, or PEFT would compute something else.
     """
     for key, tensor in state.items():
-        if not tensor.is_floating_point() and _FACTOR.fullmatch(key):
+        if not tensor.is_floating_point() and FACTOR.fullmatch(key):
             raise CheckpointError(f"{path} is damaged: {key} has dtype {tensor.dtype}")
     try:
         config = resolved(model, config)
-        found = _low_rank(model, config, state, path) + _full(model, config, state, path)
+        found = _low_rank(model, config, state, path) + full(model, config, state, path)
     except re.error as error:
         raise CheckpointError(f"{path} has a setting that is no regular expression: {error}") from (
             error
@@ -96,7 +90,7 @@ def _low_rank(
         if config.use_dora:
             shapes[part.magnitude] = part.magnitude_shape(weight)
         expected |= {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    factors = {key: tensor for key, tensor in state.items() if _FACTOR.fullmatch(key)}
+    factors = {key: tensor for key, tensor in state.items() if FACTOR.fullmatch(key)}
     compare(factors, expected, str(path))
     return [
         _factors(part, config, state, here[part.site], path)
@@ -136,14 +130,14 @@ def _factors(
     weight = place.value.detach()
     if not config.use_dora:
         lora = _lora(ours, alpha, config, part, path)
-        _check(place, lora, path)
+        check_site(place, lora, path)
         # What PEFT takes out of the base when it loads is computed from that, as at the start.
         start = lora.create(weight) if lora.constants else {}
-        return _planned(place, lora, start | tensors, path)
+        return planned_site(place, lora, start | tensors, path)
     magnitude = state[part.magnitude].flatten().to(weight.device, factor_dtype(weight))
     tensors["d"] = magnitude - norms(weight, part.dim)
     spec = DoRA(ours, alpha, rank_stabilized=config.use_rslora, dim=part.dim)
-    return _planned(place, spec, tensors, path)
+    return planned_site(place, spec, tensors, path)
 
 
 def _lora(rank: int, alpha: float, config: Config, part: Part, path: Path) -> LoRA:
@@ -151,86 +145,6 @@ def _lora(rank: int, alpha: float, config: Config, part: Part, path: Path) -> Lo
         return LoRA(rank, alpha, init=config.init, rank_stabilized=config.use_rslora)
     except ValueError as error:
         raise CheckpointError(f"{path} adapts {part.module_path!r}, and {error}") from error
-
-
-def _check(place: Place, spec: Spec, path: Path) -> None:
-    try:
-        check(place, spec)
-    except TargetError as error:
-        raise CheckpointError(f"{path} does not fit this model: {error}") from error
-
-
-def _planned(place: Place, spec: Spec, tensors: Mapping[str, Tensor], path: Path) -> Planned:
-    _check(place, spec, path)
-    base = place.value
-    # Copies: what was read is the file's memory, mapped, aligned as it happens to be.
-    own = {
-        key: tensor.to(base.device, factor_dtype(base), copy=True).contiguous()
-        for key, tensor in tensors.items()
-    }
-    return Planned(place, Factors(spec, own))
-
-
-def _full(
-    model: nn.Module, config: Config, state: Mapping[str, Tensor], path: Path
-) -> list[Planned]:
-    """Return the planned full updates: of trained biases and of modules_to_save.
-
-    What else the folder holds of the base (PEFT adds embeddings, on occasion) has to be the base's.
-    """
-    base: dict[str, Any] = base_state_dict(model)
-    here = {place.path: place for place in places(model)}
-    whole = {key: tensor for key, tensor in state.items() if not _FACTOR.fullmatch(key)}
-    origin = {key: _own_path(key, base) for key in whole}
-    _check_retrained(model, config, base, set(origin.values()), path)
-    expected = {key: base[of] for key, of in origin.items() if of in base}
-    compare(whole, expected, str(path))
-    found: dict[str, Tensor] = {}
-    for key, of in origin.items():
-        check_real(of, base[of])
-        trained = of in here and "original_module" not in key.split(".")
-        if trained and _is_trained(config, of):
-            if of in found and not torch.equal(found[of], whole[key]):
-                raise CheckpointError(f"{path} is damaged: it has two different values of {of!r}")
-            found[of] = whole[key]
-        elif not torch.equal(base[of], whole[key].to(base[of])):
-            raise CheckpointError(
-                f"{path} has other values at {key} than the model; only parameters that PEFT "
-                "trains by bias= or modules_to_save= are taken over"
-            )
-    return [_difference(here[of], tensor, path) for of, tensor in found.items()]
-
-
-def _is_trained(config: Config, tensor: str) -> bool:
-    """Return whether a tensor's path is one that PEFT trains as a whole."""
-    parts = tensor.split(".")
-    above = (".".join(parts[:i]) for i in range(1, len(parts)))
-    return (config.bias != "none" and parts[-1] == "bias") or any(map(config.replaces, above))
-
-
-def _difference(place: Place, tensor: Tensor, path: Path) -> Planned:
-    base = place.value.detach()
-    dtype = factor_dtype(base)
-    update = tensor.to(base.device, dtype) - base.to(dtype)
-    return _planned(place, Delta(), {"D": update}, path)
-
-
-def _own_path(key: str, base: Mapping[str, Any]) -> str:
-    """Return the key of the base that a key with PEFT's wrappers in it stands for."""
-    return key if key in base else _WRAPPERS.sub("", key).removeprefix(".")
-
-
-def _check_retrained(
-    model: nn.Module, config: Config, base: Mapping[str, Any], found: set[str], path: Path
-) -> None:
-    """Raise a CheckpointError where a tensor of a module that PEFT trained whole is not there."""
-    inside = tuple(f"{name}." for name in names(model) if config.replaces(name))
-    missing = [key for key in base if key.startswith(inside) and key not in found]
-    if inside and missing:
-        raise CheckpointError(
-            f"{path} does not fit: modules_to_save is {config.modules_to_save}, and "
-            f"{', '.join(missing)} is not there"
-        )
 
 
 def _check_sides(model: nn.Module, chosen: Iterable[Place], path: Path) -> None:

@@ -1,14 +1,12 @@
 """From an adapter to what a folder of PEFT's says, or why PEFT cannot say it."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from math import sqrt
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import TargetError
-from ..files.base import base_state_dict
 from ..kinds.delta import Delta
 from ..kinds.dora import DoRA
 from ..kinds.lora import LoRA
@@ -17,10 +15,10 @@ from ..site.factors import Blocks, Factors
 from ..site.find import Site, below, is_conv1d
 from ..site.names import sites_of
 from ..site.place import places
-from .config import Config, written
-from .layout import Part, names, norms, parts, shared
-
-Targets = dict[str, tuple[int, float]]
+from .config_file import Targets, written
+from .layout import Part, norms, refuse
+from .modules import parts, shared
+from .write_full import full_key, saved, split
 
 
 def exported(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -36,21 +34,14 @@ def exported(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Ten
     by_module = parts(model)
     targets, tensors, settings = _low_rank(model, by_module, low, name)
     values = {path: _value(site, name) for path, site in full.items()}
-    biases, modules = _split(full)
+    biases, modules = split(full)
     wrapped = {part.wrapped for path in targets for part in by_module[path]}
-    tensors |= {_key(path, wrapped): values[path] for path in biases}
+    tensors |= {full_key(path, wrapped): values[path] for path in biases}
     if biases:
         only = all(path.removesuffix(".bias") in wrapped for path in biases)
         settings["bias"] = "lora_only" if only else "all"
     config = written(targets, modules_to_save=modules, **settings)
-    return config, tensors | _saved(model, config, targets, values)
-
-
-def _refuse(path: str, reason: str) -> TargetError:
-    return TargetError(
-        f"a folder of PEFT's cannot hold the adapter at {path!r}: {reason}; detach it from there, "
-        "or use paramlora.save"
-    )
+    return config, tensors | saved(model, config, targets, values)
 
 
 def _check_sites(model: nn.Module, here: Iterable[Site], name: str) -> None:
@@ -59,18 +50,18 @@ def _check_sites(model: nn.Module, here: Iterable[Site], name: str) -> None:
     for site in here:
         if site.path in others:
             also = " and ".join(others[site.path])
-            raise _refuse(site.path, f"it is {also} as well, PEFT adapts one alone")
+            raise refuse(site.path, f"it is {also} as well, PEFT adapts one alone")
         if isinstance(site.stack[name], Blocks):
-            raise _refuse(site.path, "it is one of blocks of the tensor")
+            raise refuse(site.path, "it is one of blocks of the tensor")
         if list(site.plist)[-1] is not site.stack:
-            raise _refuse(site.path, "another parametrization is on top of the adapter")
+            raise refuse(site.path, "another parametrization is on top of the adapter")
 
 
 def _is_full(site: Site, name: str) -> bool:
     if not isinstance(site.stack.parts(name)[0].spec, Delta):
         return False
     if len(site.plist) > 1:
-        raise _refuse(site.path, "it is parametrized, so there is no such tensor in PEFT's model")
+        raise refuse(site.path, "it is parametrized, so there is no such tensor in PEFT's model")
     return True
 
 
@@ -98,7 +89,7 @@ def _low_rank(
         rank = update.A.shape[0] * part.groups
         setting = (rank, _alpha(factors, update, rank, rslora))
         if targets.setdefault(part.module_path, setting) != setting:
-            raise _refuse(path, "PEFT has one rank and one scale for both projections there")
+            raise refuse(path, "PEFT has one rank and one scale for both projections there")
     adapted = [part for path in targets for part in by_module[path]]
     for part in adapted:
         if part.site not in low:  # PEFT adapts both projections of a MultiheadAttention
@@ -118,7 +109,7 @@ def _is_dora(low: Mapping[str, Site], name: str) -> bool:
     found = {path: isinstance(site.stack.parts(name)[0].spec, DoRA) for path, site in low.items()}
     if len(set(found.values())) > 1:
         path = next(path for path, dora in found.items() if dora)
-        raise _refuse(path, "it is a DoRA, and PEFT has those at all sites or at none")
+        raise refuse(path, "it is a DoRA, and PEFT has those at all sites or at none")
     return all(found.values())
 
 
@@ -135,7 +126,7 @@ def _expressible(part: Part | None, site: Site, name: str) -> tuple[Part, LowRan
     if isinstance(spec, DoRA):
         update = LowRank(factors.tensors["A"], factors.tensors["B"], factors.scale)
     if part is None:
-        raise _refuse(
+        raise refuse(
             site.path,
             "PEFT adapts the weights of Linear, Conv1d, Conv2d, Conv3d, Embedding and Conv1D below "
             "the model itself, and the projections of MultiheadAttention",
@@ -146,7 +137,7 @@ def _expressible(part: Part | None, site: Site, name: str) -> tuple[Part, LowRan
     if isinstance(spec, DoRA) and spec.dim != part.dim:
         reason = f"PEFT has a DoRA's magnitudes along dimension {part.dim} there, not {spec.dim}"
     if reason is not None or update is None:
-        raise _refuse(site.path, str(reason))
+        raise refuse(site.path, str(reason))
     return part, update
 
 
@@ -161,52 +152,3 @@ def _alpha(factors: Factors, update: LowRank, rank: int, rslora: bool) -> float:
     if rslora:
         return alpha * sqrt(growth)
     return alpha * growth * (sqrt(spec.rank) if spec.rank_stabilized else 1)
-
-
-def _split(full: Mapping[str, Site]) -> tuple[list[str], list[str]]:
-    """Return the biases that are trained alone, and the modules to save whole."""
-    owners = {path: path.rpartition(".")[0] for path in full}
-    modules = list(dict.fromkeys(owner for path, owner in owners.items() if not _is_bias(path)))
-    if "" in modules:
-        path = next(path for path, owner in owners.items() if not owner)
-        raise _refuse(path, "PEFT saves whole modules below the model itself")
-    inside = tuple(f"{module}." for module in modules)
-    return [path for path in full if not path.startswith(inside)], modules
-
-
-def _is_bias(path: str) -> bool:
-    return path.rpartition(".")[2] == "bias"
-
-
-def _key(path: str, wrapped: set[str]) -> str:
-    """Return PEFT's key of a tensor of the base, whose adapted modules it wraps."""
-    parts = path.split(".")
-    key = []
-    for i, part in enumerate(parts, 1):
-        key += [part, "base_layer"] if ".".join(parts[:i]) in wrapped else [part]
-    return ".".join(key)
-
-
-def _saved(
-    model: nn.Module, config: Mapping[str, Any], targets: Targets, values: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the tensors of all modules that `modules_to_save` replaces by PEFT's rules."""
-    known = {field.name for field in fields(Config)}
-    rules = Config(**{key: value for key, value in config.items() if key in known})
-    replaced = [name for name in names(model) if rules.replaces(name)]
-    inside = tuple(f"{name}." for name in replaced)
-    for name in targets:
-        clash = [one for one in replaced if one.startswith(f"{name}.")]
-        if not rules.targets(name) or f"{name}.".startswith(inside) or clash:
-            raise _refuse(
-                name, f"PEFT keeps adapters off modules_to_save, here {rules.modules_to_save}"
-            )
-    nested = [name for name in replaced if name.startswith(inside)]
-    if nested:
-        raise _refuse(nested[0], "PEFT saves it whole, and a module that it is in")
-    base, others = base_state_dict(model), shared(model)
-    saved = {key: values.get(key, base[key]) for key in base if inside and key.startswith(inside)}
-    for key in saved:
-        if key in others:
-            raise _refuse(key, f"it is {' and '.join(others[key])} as well")
-    return saved

@@ -1,20 +1,21 @@
 """From the entries of a state dict to the factors that `install` puts into a model."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, TargetError, nearest
-from ..kinds.spec import Spec
+from ..kinds.spec import Spec, factor_dtype
 from ..layers.install import Planned
 from ..site.block import Part, split
 from ..site.factors import Factors
 from ..site.place import Place, check, check_shapes, places
 from ..site.storage import is_sharded
-from .state import compare
+from .compare import compare
+from .metadata import spec_of
 
 
 def planned(
@@ -29,11 +30,11 @@ def planned(
     Where an adapter is `there` that only gets its values, the model may be sharded.
     """
     here = _here(model, described, path)
-    specs = {site: _spec(entry, site, path) for site, entry in described.items()}
+    specs = {site: spec_of(entry, site, path) for site, entry in described.items()}
     expected: dict[str, Tensor] = {}
     for site, spec in specs.items():
         if not (there and is_sharded(here[site].module, here[site].stored)):
-            _check_site(here[site], spec, path)
+            check_site(here[site], spec, path)
         blank = _blank(spec, here[site], path)
         expected |= {f"{site}.{key}": tensor for key, tensor in blank.items()}
     compare(tensors, expected, str(path))
@@ -136,42 +137,21 @@ def _check_shape(place: Place, shape: list[int], path: str | os.PathLike[str]) -
         )
 
 
-def _check_site(place: Place, spec: Spec, path: str | os.PathLike[str]) -> None:
+def check_site(place: Place, spec: Spec, path: str | os.PathLike[str]) -> None:
     try:
         check(place, spec)
     except TargetError as error:
         raise CheckpointError(f"{path} does not fit this model: {error}") from error
 
 
-def _spec(entry: dict[str, Any], site: str, path: str | os.PathLike[str]) -> Spec:
-    imported = list(_derived(Spec))  # type: ignore[type-abstract]
-    # By their places: a notebook's cell that runs again defines its class again.
-    named = {_full_name(kind): kind for kind in imported if kind.__name__ == entry["kind"]}
-    if not named:
-        known = sorted({kind.__name__ for kind in imported})
-        raise CheckpointError(
-            f"{path} has an adapter of kind {entry['kind']!r} at {site!r}, and no imported class "
-            f"of that name derives from Spec (there are {', '.join(known)}); import it"
-        )
-    if len(named) > 1:
-        raise CheckpointError(
-            f"{path} has an adapter of kind {entry['kind']!r} at {site!r}, and there are several "
-            f"classes of that name: {', '.join(sorted(named))}; rename your own"
-        )
-    [kind] = named.values()
-    try:
-        return kind(**entry["fields"])
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} has settings for {site!r} that {entry['kind']} does not take: {error}"
-        ) from error
-
-
-def _full_name(kind: type[Spec]) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _derived(kind: type[Spec]) -> Iterator[type[Spec]]:
-    for derived in kind.__subclasses__():
-        yield derived
-        yield from _derived(derived)
+def planned_site(
+    place: Place, spec: Spec, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]
+) -> Planned:
+    check_site(place, spec, path)
+    base = place.value
+    # Copies: what was read is the file's memory, mapped, aligned as it happens to be.
+    own = {
+        key: tensor.to(base.device, factor_dtype(base), copy=True).contiguous()
+        for key, tensor in tensors.items()
+    }
+    return Planned(place, Factors(spec, own))
