@@ -1,10 +1,8 @@
-"""State dicts of adapters, and one `.safetensors` file for an adapter.
+"""Saving an adapter to one `.safetensors` file, and loading it.
 
-A file has the factors under `<site>.<factor>`, such as `fc1.weight.A`, and one metadata entry,
-`paramlora`: JSON with the format's version, for each site the kind, its fields, the strength and
-the tensor's shape, and a digest of all that and of the factors. Nothing in it is executed or
-unpickled. Where a kind is not one of the library's, its class has to be imported before the file
-is loaded.
+A file holds the factors as tensors and one metadata entry, described in `metadata.py`. Loading it
+executes and unpickles nothing. If an adapter is of a kind of your own, import its class before you
+load the file.
 """
 
 import json
@@ -15,88 +13,112 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..layers.install import check_tied
-from ..site.names import names_of, sites_of
-from ..site.storage import check_real, whole, writes_files
+from ..site.find import sites
+from ..site.place import places
+from ..site.storage import check_real, settle, whole, writes_files
 from ..verbs.summary import Summary
-from .digest import digest
-from .metadata import ENTRY, VERSION, describe, read
-from .plan import planned
-from .refresh import take
+from .metadata import ENTRY, describe, digest_of, read
+from .plan import plan_sites
+from .refresh import attach_or_refresh, is_attached
 from .safetensors_file import write_atomically
-from .state import state_dict
+from .state import holding, tensors_of
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
-    """Save an adapter to one `.safetensors` file that says all that `load` needs.
+    """Save an adapter to one `.safetensors` file that has all that `load` needs.
 
-    The file is written beside its place and moved there: a crash leaves the old one or the new.
-    Where the model is sharded all processes call it, and the first one writes.
+    Saving is atomic: after a crash, `path` holds either the old file or the new one. If FSDP has
+    sharded the model, all processes call `save`, and the first one writes.
+
+    Args:
+        model: a module with adapters.
+        path: the file, in a folder that exists. An existing file is replaced.
+        name: the adapter.
 
     Raises:
-        AdapterNameError: no adapter of that name.
-        FileNotFoundError: no such folder.
-        TypeError: a kind of your own has a field that JSON cannot hold.
+        AdapterNameError: if the model has no adapter of this name.
+        FileNotFoundError: if the folder does not exist.
+        StateError: if the model is on the meta device.
+        TypeError: if a kind of your own has a field that JSON cannot express.
+
+    >>> import tempfile
+    >>> import paramlora as pl
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2, alpha=4), name="digits")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pl.save(model, f"{folder}/digits.safetensors", "digits")
+    ...     pl.load(nn.Sequential(nn.Linear(4, 3)), f"{folder}/digits.safetensors").sites[0].scale
+    2.0
     """
-    state = state_dict(model, name)
+    settle(model)
+    here = holding(sites(model), name)
+    state = tensors_of(here, name)
     for key, tensor in state.items():
         check_real(key, tensor)
-    # Copies: safetensors refuses tensors that share memory.
+    # Copies, because safetensors refuses tensors that share memory.
     tensors = {
         key: whole(tensor).to("cpu", copy=True).contiguous() for key, tensor in state.items()
     }
-    described = {
-        path: describe(factors, site)
-        for site in sites_of(model, name)
-        for path, factors in site.parts(name).items()
-    }
-    content = {"version": VERSION, "name": name, "sites": described}
+    content = describe(here, name)
     try:
-        content["digest"] = digest(tensors.items(), json.dumps(content))
+        content["digest"] = digest_of(tensors, content)
     except TypeError as error:
         raise TypeError(
             f"cannot save adapter {name!r}: a spec's fields must be numbers, strings, booleans or "
             f"None ({error})"
         ) from error
     if writes_files(list(state.values())):
-        # Not by safetensors' own save_file, whose files only their owner may read.
+        # Not by safetensors' `save_file`, which makes files that only their owner can read.
         write_atomically(path, serialized(tensors, {"format": "pt", ENTRY: json.dumps(content)}))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> Summary:
-    """Attach the adapter of a file, or refresh the one of that name that is attached.
+    """Attach the adapter in a file, or copy its values into the attached adapter of that name.
 
-    A new one is attached as `attach` does it: switched on, its factors trained, the base frozen.
-    Into one of the same name, sites and shapes only the values and strengths are copied; that can
-    be done in a model that is sharded, too, by all processes.
+    A new adapter is attached as by `attach`: active, with trainable factors and a frozen base. An
+    attached adapter of that name must have the same sites, kinds and shapes. Its values, settings
+    and strengths are replaced, and nothing else changes. This also works if FSDP has sharded the
+    model; then all processes call `load`.
 
     Args:
         model: a module with the tensors that the file names.
         path: a file that `save` wrote.
-        name: the adapter's name here; without one, its name in the file.
+        name: the adapter's name in the model; by default its name in the file.
 
     Returns:
         The model's summary.
 
     Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: the file is damaged, was not written by paramlora, or belongs to another
-            model; the message names the file, the site, and the shapes expected and found. The
-            model is then as it was.
-        AdapterNameError: the name cannot be one, or belongs to an adapter of other sites, kinds
+        FileNotFoundError: if the file does not exist.
+        CheckpointError: if the file is damaged, was not written by paramlora, or belongs to another
+            model. The message names the file, the site, and what was expected and found. The model
+            does not change.
+        AdapterNameError: if the name is not valid, or belongs to an adapter with other sites, kinds
             or shapes.
-        StateError: the adapter of that name is merged, or the model is on the meta device.
-        TargetError: a tensor of the model is lazy and has no shape yet.
+        StateError: if the adapter of that name is merged, or the model is on the meta device.
+        TargetError: if a tensor of the model is lazy and has no shape yet.
+
+    >>> import tempfile
+    >>> import paramlora as pl
+    >>> model, other = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2), name="digits")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pl.save(model, f"{folder}/digits.safetensors", "digits")
+    ...     pl.load(other, f"{folder}/digits.safetensors", name="numbers").sites[0].adapter
+    'numbers'
     """
     tensors, content = read(path)
     name = content["name"] if name is None else name
-    found = planned(model, tensors, content["sites"], path, name in names_of(model))
-    for plan in found:
+    here = sites(model)
+    refresh = is_attached(here, name)
+    planned = plan_sites(places(model), tensors, content["sites"], path, refresh=refresh)
+    for plan in planned:
         check_real(plan.place.path, plan.place.stored)
-    check_tied(model, [plan.place for plan in found])
-    # Last, because the checks before it say more.
-    saved = content.pop("digest")
-    if digest(tensors.items(), json.dumps(content)) != saved:
+    check_tied(model, [plan.place for plan in planned])
+    # After the checks above, whose messages name the key or site that differs, and before anything
+    # is attached. The digest finds what they cannot: other values in tensors of the right shape.
+    if digest_of(tensors, content) != content["digest"]:
         raise CheckpointError(
-            f"{path} is damaged: its digest is not that of what was saved; save the adapter again"
+            f"{path} is damaged: its content does not match its digest; save the adapter again"
         )
-    return take(model, found, name, path)
+    return attach_or_refresh(model, here, planned, name, path)

@@ -1,4 +1,4 @@
-"""Hashing tensors."""
+"""Hashing named tensors."""
 
 import ctypes
 import hashlib
@@ -11,7 +11,19 @@ from ..site.storage import whole
 
 
 def digest(named: Iterable[tuple[str, Tensor]], preface: str = "") -> str:
-    """Return the SHA-256 over names, dtypes, shapes and bytes, in the names' order."""
+    """Return the SHA-256 of named tensors, as 64 hexadecimal digits.
+
+    Each tensor contributes its name, dtype and shape as text, then its bytes. The text marks where
+    one tensor ends and the next begins, so that moving bytes between tensors changes the digest.
+    The order of `named` has no effect.
+
+    Args:
+        named: pairs of a name and a tensor of any dtype, on any device.
+        preface: text that the digest covers too.
+
+    Raises:
+        ValueError: if a tensor is on the meta device.
+    """
     total = hashlib.sha256(preface.encode())
     for key, tensor in sorted(named, key=lambda item: item[0]):
         if tensor.is_meta:
@@ -21,12 +33,13 @@ def digest(named: Iterable[tuple[str, Tensor]], preface: str = "") -> str:
     return total.hexdigest()
 
 
-def _update(digest: "hashlib._Hash", tensor: Tensor) -> None:
-    """Feed a tensor's bytes in row-major order, without numpy and without a copy on the CPU."""
+def _update(total: "hashlib._Hash", tensor: Tensor) -> None:
+    """Add the bytes of a tensor in row-major order, without a copy if it is dense on the CPU."""
     tensor = whole(tensor.detach())
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
     tensor = tensor.contiguous().cpu()
     size = tensor.numel() * tensor.element_size()
     if size:
-        digest.update((ctypes.c_char * size).from_address(tensor.data_ptr()))
+        # By address: `tensor.numpy()` needs numpy and does not support bfloat16.
+        total.update((ctypes.c_char * size).from_address(tensor.data_ptr()))

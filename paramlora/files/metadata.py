@@ -1,9 +1,18 @@
-"""The metadata entry of an adapter's file: what the tensors are, as JSON."""
+"""The metadata of an adapter's file: JSON that says what the tensors are.
+
+    {"version": 1, "name": "digits", "digest": "9f86d081…",
+     "sites": {"fc1.weight": {"kind": "LoRA", "fields": {"rank": 2, "alpha": null, …},
+                              "strength": 1.0, "shape": [256, 784]}}}
+
+`kind` is the class name of a spec and `fields` are its arguments. `shape` is that of the base's
+tensor, which tells one model from another. The factors are tensors of the file; see Note [keys of
+factors] in `state.py`.
+"""
 
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,33 +21,98 @@ from ..errors import CheckpointError
 from ..kinds.spec import Spec, is_finite
 from ..site.factors import Factors
 from ..site.find import Site, below
+from .digest import digest
 from .safetensors_file import read_tensors
 
 VERSION = 1
-
-
 ENTRY = "paramlora"
-
-
 _FILE = {"version": int, "name": str, "sites": dict, "digest": str}
-
-
 _SITE = {"kind": str, "fields": dict, "strength": (int, float), "shape": list}
 
 
-def _content(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what the metadata says, every part of it there and of its type."""
+def describe(here: Iterable[Site], name: str) -> dict[str, Any]:
+    """Return the metadata of an adapter at these sites, without the digest."""
+    described = {
+        path: _describe_site(factors, site)
+        for site in here
+        for path, factors in site.parts(name).items()
+    }
+    return {"version": VERSION, "name": name, "sites": described}
+
+
+def digest_of(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> str:
+    """Return the digest of a file: of its tensors, and of its metadata without the digest.
+
+    `save` takes the digest of the dict that it writes as JSON, `load` that of the dict that it has
+    read. Both dicts give the same JSON text, because parsing keeps the order of keys, and floats
+    are written with all their digits.
+
+    Raises:
+        TypeError: if JSON cannot express a value.
+    """
+    without = {key: value for key, value in content.items() if key != "digest"}
+    return digest(tensors.items(), json.dumps(without))
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of an adapter's file, and its metadata with all parts and types checked.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        CheckpointError: if the file is damaged, or was not written by paramlora.
+    """
+    tensors, metadata = read_tensors(path)
+    if ENTRY not in metadata:
+        raise CheckpointError(
+            f"{path} was not written by paramlora.save: its metadata has no {ENTRY!r}, only "
+            f"{sorted(metadata)}"
+        )
+    return tensors, _parse(metadata[ENTRY], path)
+
+
+def spec_of(entry: Mapping[str, Any], site: str, path: str | os.PathLike[str]) -> Spec:
+    """Return the spec that a site's metadata describes.
+
+    Raises:
+        CheckpointError: if its class is not imported, is ambiguous, or rejects the fields.
+    """
+    kind = _kind_of(entry, site, path)
+    try:
+        return kind(**entry["fields"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} has settings for {site!r} that {entry['kind']} does not accept: {error}"
+        ) from error
+
+
+def _describe_site(factors: Factors, site: Site) -> dict[str, Any]:
+    spec = factors.spec
+    values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    return {
+        "kind": type(spec).__name__,
+        # A callable `init` cannot be saved, and is not needed: the factors have their values.
+        "fields": {key: value for key, value in values.items() if not callable(value)},
+        "strength": float(factors.strength),
+        # The shape of the whole tensor, also for a block: the path has the block's index.
+        "shape": list(below(site.plist, site.stack).shape),
+    }
+
+
+def _parse(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the metadata that a JSON text holds, or raise a CheckpointError."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is damaged: its metadata {ENTRY!r} is no JSON ({error}); save the adapter "
+            f"{path} is damaged: its metadata {ENTRY!r} is not JSON ({error}); save the adapter "
             "again"
         ) from error
+    # First, because a later version may have other parts.
     version = content.get("version") if isinstance(content, dict) else None
     if isinstance(version, int) and version > VERSION:
         raise CheckpointError(
-            f"{path} has format {version}, this paramlora reads up to {VERSION}; update paramlora"
+            f"{path} has format version {version}, and this paramlora reads versions up to "
+            f"{VERSION}; update paramlora"
         )
     _check_parts(content, _FILE, f"its metadata {ENTRY!r}", path)
     for site, entry in content["sites"].items():
@@ -52,9 +126,9 @@ def _content(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _check_parts(
-    found: Any, parts: dict[str, Any], what: str, path: str | os.PathLike[str]
+    found: Any, parts: Mapping[str, Any], what: str, path: str | os.PathLike[str]
 ) -> None:
-    """Raise a CheckpointError where `found` is no dict that has these parts of these types."""
+    """Raise a CheckpointError if `found` is not a dict with these keys and types of values."""
     for key, kind in parts.items():
         if not isinstance(found, dict) or not isinstance(found.get(key), kind):
             raise CheckpointError(
@@ -63,21 +137,10 @@ def _check_parts(
             )
 
 
-def describe(factors: Factors, site: Site) -> dict[str, Any]:
-    values = {f.name: getattr(factors.spec, f.name) for f in dataclasses.fields(factors.spec)}
-    return {
-        "kind": type(factors.spec).__name__,
-        # A callable (an init) has done its work and cannot be saved.
-        "fields": {key: value for key, value in values.items() if not callable(value)},
-        "strength": float(factors.strength),
-        # Of the whole tensor, also for a block, whose place in it the path has.
-        "shape": list(below(site.plist, site.stack).shape),
-    }
-
-
-def spec_of(entry: dict[str, Any], site: str, path: str | os.PathLike[str]) -> Spec:
+def _kind_of(entry: Mapping[str, Any], site: str, path: str | os.PathLike[str]) -> type[Spec]:
+    """Return the imported class of a site's kind: nothing in a file is imported or executed."""
     imported = list(_derived(Spec))  # type: ignore[type-abstract]
-    # By their places: a notebook's cell that runs again defines its class again.
+    # By full name: a notebook's cell that runs twice defines its class twice, and the last counts.
     named = {_full_name(kind): kind for kind in imported if kind.__name__ == entry["kind"]}
     if not named:
         known = sorted({kind.__name__ for kind in imported})
@@ -90,13 +153,7 @@ def spec_of(entry: dict[str, Any], site: str, path: str | os.PathLike[str]) -> S
             f"{path} has an adapter of kind {entry['kind']!r} at {site!r}, and there are several "
             f"classes of that name: {', '.join(sorted(named))}; rename your own"
         )
-    [kind] = named.values()
-    try:
-        return kind(**entry["fields"])
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} has settings for {site!r} that {entry['kind']} does not take: {error}"
-        ) from error
+    return next(iter(named.values()))
 
 
 def _full_name(kind: type[Spec]) -> str:
@@ -107,19 +164,3 @@ def _derived(kind: type[Spec]) -> Iterator[type[Spec]]:
     for derived in kind.__subclasses__():
         yield derived
         yield from _derived(derived)
-
-
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of an adapter's file, and what it says of them, every part checked.
-
-    Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: the file is damaged, or was not written by paramlora.
-    """
-    tensors, metadata = read_tensors(path)
-    if ENTRY not in metadata:
-        raise CheckpointError(
-            f"{path} was not written by paramlora.save: its metadata has no {ENTRY!r}, only "
-            f"{sorted(metadata)}"
-        )
-    return tensors, _content(metadata[ENTRY], path)

@@ -1,157 +1,170 @@
-"""From the entries of a state dict to the factors that `install` puts into a model."""
+"""From the content of a file to factors at places in a model, with everything checked.
+
+Nothing here changes the model: `refresh.py` does so once the whole plan is made.
+"""
 
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CheckpointError, TargetError, nearest
 from ..kinds.spec import Spec, factor_dtype
 from ..layers.install import Planned
 from ..site.block import Part, split
 from ..site.factors import Factors
-from ..site.place import Place, check, check_shapes, places
+from ..site.place import Place, check, check_shapes
 from ..site.storage import is_sharded
 from .compare import compare
 from .metadata import spec_of
 
+Described = Mapping[str, dict[str, Any]]
+FilePath = str | os.PathLike[str]
 
-def planned(
-    model: nn.Module,
-    tensors: dict[str, Tensor],
-    described: dict[str, dict[str, Any]],
-    path: str | os.PathLike[str],
-    there: bool,
+
+def plan_sites(
+    everywhere: list[Place],
+    tensors: Mapping[str, Tensor],
+    described: Described,
+    path: FilePath,
+    *,
+    refresh: bool,
 ) -> list[Planned]:
-    """Return what a file wants to attach, everything checked against the model.
+    """Return the factors that a file has for a model, in the file's order.
 
-    Where an adapter is `there` that only gets its values, the model may be sharded.
+    Args:
+        everywhere: the places of the model.
+        tensors: the factors in the file, by `<site>.<factor>`.
+        described: the metadata of the file's sites, by path.
+        path: the file, for messages.
+        refresh: whether the values are for an adapter that is attached. Then the model may be
+            sharded, which rules out a new adapter.
+
+    Raises:
+        CheckpointError: if the file does not fit the model.
+        TargetError: if a tensor of the model is lazy.
     """
-    here = _here(model, described, path)
+    here = _places_of(everywhere, described, path)
     specs = {site: spec_of(entry, site, path) for site, entry in described.items()}
-    expected: dict[str, Tensor] = {}
+    blanks: dict[str, dict[str, Tensor]] = {}
     for site, spec in specs.items():
-        if not (there and is_sharded(here[site].module, here[site].stored)):
-            check_site(here[site], spec, path)
-        blank = _blank(spec, here[site], path)
-        expected |= {f"{site}.{key}": tensor for key, tensor in blank.items()}
+        place = here[site]
+        if not (refresh and is_sharded(place.module, place.stored)):
+            check_site(place, spec, path)
+        blanks[site] = _blank(spec, place, path)
+    expected = {f"{site}.{key}": blank for site in blanks for key, blank in blanks[site].items()}
     compare(tensors, expected, str(path))
-    return [
-        Planned(here[site], _factors(here[site], spec, described[site], site, tensors, expected))
-        for site, spec in specs.items()
-    ]
+    planned = []
+    for site, spec in specs.items():
+        dtypes = {key: blank.dtype for key, blank in blanks[site].items()}
+        values = {key: tensors[f"{site}.{key}"] for key in dtypes}
+        planned.append(plan_site(here[site], spec, values, dtypes))
+        planned[-1].factors.set_strength(described[site]["strength"])
+    return planned
 
 
-def _here(
-    model: nn.Module, described: dict[str, dict[str, Any]], path: str | os.PathLike[str]
-) -> dict[str, Place]:
-    """Return the places of the sites that a file has, blocks of tensors among them."""
-    everywhere = {place.path: place for place in places(model)}
-    check_shapes(everywhere.values())
-    parted = {site: (site, None) if site in everywhere else _split(site) for site in described}
-    absent = [site for site, (tensor, _) in parted.items() if tensor not in everywhere]
-    if absent:
-        raise CheckpointError(
-            f"{path} belongs to another model: it adapts {', '.join(absent)}, which this one does "
-            f"not have{nearest(absent[0], everywhere)}"
-        )
-    here: dict[str, Place] = {}
-    for site, (tensor, index) in parted.items():
-        place = everywhere[tensor]
-        _check_shape(place, described[site]["shape"], path)
-        if index is not None:
-            place = _block(place, index, site, path)
-        _check_apart(place, here.values(), path)
-        here[site] = place
-    return here
-
-
-def _split(site: str) -> tuple[str, tuple[Part, ...] | None]:
-    try:
-        return split(site)
-    except ValueError:
-        return site, None
-
-
-def _block(place: Place, index: tuple[Part, ...], site: str, path: str | os.PathLike[str]) -> Place:
-    try:
-        block = place.at(index)
-    except TargetError as error:
-        raise CheckpointError(f"{path} is damaged: {error}; save the adapter again") from error
-    if block.path != site:
-        raise CheckpointError(
-            f"{path} is damaged: it calls {block.path!r} {site!r}; save the adapter again"
-        )
-    return block
-
-
-def _check_apart(place: Place, others: Iterable[Place], path: str | os.PathLike[str]) -> None:
-    """Raise a CheckpointError where two sites of a file are in part the same here."""
-    for other in others:
-        if other.stored is place.stored and place.meets(other):
-            raise CheckpointError(
-                f"{path} does not fit: {other.path!r} and {place.path!r} are, or share, one tensor "
-                "here"
-            )
-
-
-def _factors(
+def plan_site(
     place: Place,
     spec: Spec,
-    entry: dict[str, Any],
-    site: str,
-    tensors: dict[str, Tensor],
-    expected: dict[str, Tensor],
-) -> Factors:
-    device = place.value.device
-    # Copies: what was read is the file's memory, mapped, aligned as it happens to be.
-    own = {
-        key.removeprefix(f"{site}."): tensors[key].to(device, blank.dtype, copy=True)
-        for key, blank in expected.items()
-        if key.rpartition(".")[0] == site
+    tensors: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> Planned:
+    """Return a place with factors that are contiguous copies of `tensors` on its device.
+
+    The copies have the given dtypes, by default `factor_dtype` of the base's tensor.
+    """
+    base = place.value
+    copies = {
+        key: tensor.to(
+            base.device, dtypes[key] if dtypes else factor_dtype(base), copy=True
+        ).contiguous()
+        for key, tensor in tensors.items()
     }
-    factors = Factors(spec, own, place.block)
-    factors.set_strength(entry["strength"])
-    return factors
+    return Planned(place, Factors(spec, copies, place.block))
 
 
-def _blank(spec: Spec, place: Place, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Return what the factors look like, on the meta device."""
-    try:
-        value = place.value
-        return spec.create(torch.empty(value.shape, dtype=value.dtype, device="meta"))
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} has settings for {place.path!r} that give no factors, {spec!r}: {error}"
-        ) from error
-
-
-def _check_shape(place: Place, shape: list[int], path: str | os.PathLike[str]) -> None:
-    found = list(place.whole.shape)
-    if found != shape:
-        raise CheckpointError(
-            f"{path} belongs to another model: {place.path!r} has shape {shape} there and {found} "
-            "here"
-        )
-
-
-def check_site(place: Place, spec: Spec, path: str | os.PathLike[str]) -> None:
+def check_site(place: Place, spec: Spec, path: FilePath) -> None:
+    """Raise a CheckpointError if the spec in a file cannot adapt the tensor at `place`."""
     try:
         check(place, spec)
     except TargetError as error:
         raise CheckpointError(f"{path} does not fit this model: {error}") from error
 
 
-def planned_site(
-    place: Place, spec: Spec, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]
-) -> Planned:
-    check_site(place, spec, path)
-    base = place.value
-    # Copies: what was read is the file's memory, mapped, aligned as it happens to be.
-    own = {
-        key: tensor.to(base.device, factor_dtype(base), copy=True).contiguous()
-        for key, tensor in tensors.items()
-    }
-    return Planned(place, Factors(spec, own))
+def _places_of(everywhere: list[Place], described: Described, path: FilePath) -> dict[str, Place]:
+    """Return the place of each site in a file: a tensor of the model, or a block of one."""
+    check_shapes(everywhere)
+    by_path = {place.path: place for place in everywhere}
+    # A parameter may itself have a name that ends with an index, so whole paths come first.
+    parts = {site: (site, None) if site in by_path else _split(site) for site in described}
+    absent = [site for site, (tensor, _) in parts.items() if tensor not in by_path]
+    if absent:
+        raise CheckpointError(
+            f"{path} belongs to another model: it adapts {', '.join(absent)}, which this model "
+            f"does not have{nearest(absent[0], by_path)}"
+        )
+    here: dict[str, Place] = {}
+    for site, (tensor, index) in parts.items():
+        place = by_path[tensor]
+        _check_shape(place, described[site]["shape"], path)
+        here[site] = place if index is None else _block(place, index, site, path)
+    _check_apart(here.values(), path)
+    return here
+
+
+def _split(site: str) -> tuple[str, tuple[Part, ...] | None]:
+    """Return the path of a tensor and the index of a block, None if the site has no valid index."""
+    try:
+        return split(site)
+    except ValueError:
+        return site, None
+
+
+def _block(place: Place, index: tuple[Part, ...], site: str, path: FilePath) -> Place:
+    """Return the place of a block, which the file must write in its shortest form."""
+    try:
+        block = place.at(index)
+    except TargetError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; save the adapter again") from error
+    if block.path != site:
+        raise CheckpointError(
+            f"{path} is damaged: the site {site!r} must be written {block.path!r}; save the "
+            "adapter again"
+        )
+    return block
+
+
+def _check_apart(here: Iterable[Place], path: FilePath) -> None:
+    """Raise a CheckpointError if two sites of a file have elements in common in this model."""
+    by_tensor: dict[int, list[Place]] = {}
+    for place in here:
+        others = by_tensor.setdefault(id(place.stored), [])
+        for other in others:
+            if place.meets(other):
+                raise CheckpointError(
+                    f"{path} does not fit this model, in which {other.path!r} and {place.path!r} "
+                    "share elements"
+                )
+        others.append(place)
+
+
+def _check_shape(place: Place, shape: list[int], path: FilePath) -> None:
+    found = list(place.whole.shape)
+    if found != shape:
+        raise CheckpointError(
+            f"{path} belongs to another model: {place.path!r} has shape {shape} in the file and "
+            f"{found} in this model"
+        )
+
+
+def _blank(spec: Spec, place: Place, path: FilePath) -> dict[str, Tensor]:
+    """Return factors for a place on the meta device: their names, shapes and dtypes."""
+    try:
+        value = place.value
+        return spec.create(torch.empty(value.shape, dtype=value.dtype, device="meta"))
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} has settings for {place.path!r} that cannot create factors, {spec!r}: {error}"
+        ) from error

@@ -1,6 +1,7 @@
-"""Writing new values into factors that are attached already."""
+"""Attaching the adapter of a file, or copying its values into the one that is attached."""
 
 import os
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -8,50 +9,61 @@ from torch import nn
 from ..errors import AdapterNameError
 from ..layers.install import Planned, check_name, install
 from ..site.factors import Factors
-from ..site.names import check_unmerged, names_of, select
+from ..site.find import Site
+from ..site.names import check_unmerged
 from ..site.storage import fill, settle
 from ..verbs.summary import Summary, summary
-from .state import check_writable, parts_of_sites
+from .state import check_writable, factors_of, holding
 
 
-def take(
-    model: nn.Module, planned: list[Planned], name: str, path: str | os.PathLike[str]
+def attach_or_refresh(
+    model: nn.Module,
+    here: list[Site],
+    planned: list[Planned],
+    name: str,
+    path: str | os.PathLike[str],
 ) -> Summary:
-    """Attach the factors that a file or folder holds, or refresh those of an adapter of that name.
+    """Attach the planned factors, or copy their values into an attached adapter of that name.
 
-    `path` is for messages.
+    Args:
+        model: a module.
+        here: the adapted tensors of the model.
+        planned: the factors of a file, each with its place in the model, checked.
+        name: the adapter's name in the model.
+        path: the file or folder, for messages.
     """
-    if name in names_of(model):
-        refresh(model, planned, name, path)
+    if is_attached(here, name):
+        _refresh(model, holding(here, name), planned, name, path)
     else:
         check_name(model, name)
         install(model, planned, name, freeze=True)
     return summary(model)
 
 
+def is_attached(here: Iterable[Site], name: str) -> bool:
+    """Return whether one of the adapted tensors has an adapter of this name."""
+    return any(name in site.stack.names for site in here)
+
+
 @torch.no_grad()
-def refresh(
+def _refresh(
     model: nn.Module,
+    here: list[Site],
     planned: list[Planned],
     name: str,
     path: str | os.PathLike[str],
 ) -> None:
-    """Copy a file's values into the adapter of that name, which must be of the same make."""
-    check_unmerged(select(model, [name]), "load")
-    attached = parts_of_sites(model, name)
+    """Copy values and specs into the adapter at these sites, if kinds and shapes are the same."""
+    check_unmerged([(site.stack, [name]) for site in here], "load")
+    attached = factors_of(here, name)
     new = {plan.place.path: plan.factors for plan in planned}
-    same = attached.keys() == new.keys() and all(
-        type(new[site].spec) is type(attached[site].spec)
-        and _shapes(new[site]) == _shapes(attached[site])
-        for site in new
-    )
-    if not same:
+    if _signatures(new) != _signatures(attached):
         raise AdapterNameError(
-            f"an adapter {name!r} is attached already, with other sites, kinds or ranks than "
-            f"{path} has ({', '.join(new)}); give name=, or detach it first"
+            f"adapter {name!r} is attached already, and its sites, kinds or ranks differ from "
+            f"those in {path} ({', '.join(new)}); pass another name=, or detach it first"
         )
     settle(model)
-    check_writable(model, name)
+    check_writable(here, name)
     for site, factors in attached.items():
         factors.spec = new[site].spec
         factors.set_strength(new[site].strength)
@@ -59,5 +71,9 @@ def refresh(
             fill(tensor, new[site].tensors[key])
 
 
-def _shapes(factors: Factors) -> dict[str, torch.Size]:
-    return {key: tensor.shape for key, tensor in factors.tensors.items()}
+def _signatures(by_path: dict[str, Factors]) -> dict[str, object]:
+    """Return what must be the same to copy values: by path the kind and the factors' shapes."""
+    return {
+        path: (type(factors.spec), {key: tensor.shape for key, tensor in factors.tensors.items()})
+        for path, factors in by_path.items()
+    }

@@ -1,7 +1,4 @@
-"""An adapter's `.safetensors` file: written whole or not at all, and read with suspicion.
-
-Its one metadata entry, `paramlora`, says as JSON what the tensors are; see `checkpoint`.
-"""
+"""Reading `.safetensors` files, and writing any file atomically."""
 
 import os
 import uuid
@@ -14,25 +11,46 @@ from ..errors import CheckpointError
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new, whole."""
+    """Write a file such that `path` holds either the old content or the new, never a part.
+
+    Writing to `path` itself would destroy the old content first, and a crash or a full disk would
+    then leave a truncated file. So the content goes to a temporary file, which `os.replace` renames
+    in one step.
+
+    - The temporary file is in the same folder, because a rename to another file system copies.
+    - Its name is random, so that two processes that save to one path do not share it.
+    - `fsync` comes before the rename. Otherwise the file system may record the rename first, and a
+      power failure leaves an empty file.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist.
+        IsADirectoryError: if `path` is a folder.
+    """
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+        raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a `.safetensors` file, and its metadata."""
+    """Return the tensors of a `.safetensors` file by key, and its metadata; nothing is unpickled.
+
+    The tensors are views of the file, which stays mapped into memory. Copy what is to be kept.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        CheckpointError: if the file is damaged or has another format.
+    """
     if os.path.isdir(path):
         raise CheckpointError(f"{path} is a folder; name the .safetensors file in it")
     try:
@@ -43,5 +61,5 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is damaged or no .safetensors file ({error}); save the adapter again"
+            f"{path} is damaged or not a .safetensors file ({error}); save the adapter again"
         ) from error

@@ -1,68 +1,121 @@
-"""State dicts of adapters."""
+"""The state dict of one adapter: its factors under the keys `<site>.<factor>`.
 
-from collections.abc import Mapping
+Note [keys of factors]
+    adapted by `digits`                        keys
+    `fc1.weight`                               fc1.weight.A, fc1.weight.B
+    the block `[0:4]` of `qkv.weight`          qkv.weight[:4].A, qkv.weight[:4].B
+    `embed.weight`, to which `head.weight`     embed.weight.A, embed.weight.B
+    is tied
+
+    The index of a block is part of the key, in its shortest form, so that a block has one key
+    however the user wrote its index. Tied tensors share one stack and thus one set of factors.
+    These have keys under the first path in module order only, because a second copy could differ
+    from the first. Loading finds the tensor by that path and adapts all modules that hold it.
+"""
+
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..site.factors import Factors
-from ..site.names import check_unmerged, select, sites_of
+from ..site.find import Site, once_each, sites
+from ..site.names import check_names, check_unmerged
 from ..site.storage import check_real, check_settled, fill, settle
 from .compare import compare
 
 
 def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """Return an adapter's factors by `<site>.<factor>`: `fc1.weight.A`.
+    """Return the factors of an adapter by `<site>.<factor>`, such as `fc1.weight.A`.
 
-    As with `nn.Module.state_dict` the tensors are detached, and share memory with the model's;
-    of a model that FSDP has sharded they are in parts (DTensors).
+    Args:
+        model: a module with adapters.
+        name: the adapter.
+
+    Returns:
+        The factors, detached. They share memory with the model's, as in `nn.Module.state_dict`.
+        If FSDP has sharded the model, they are DTensors.
 
     Raises:
-        AdapterNameError: no adapter of that name.
+        AdapterNameError: if the model has no adapter of this name.
+
+    >>> import paramlora as pl
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2), name="digits")
+    >>> {key: tuple(factor.shape) for key, factor in pl.state_dict(model, "digits").items()}
+    {'0.weight.A': (2, 4), '0.weight.B': (3, 2)}
     """
     settle(model)
-    return {
-        f"{path}.{key}": tensor.detach()
-        for path, factors in parts_of_sites(model, name).items()
-        for key, tensor in factors.tensors.items()
-    }
+    return tensors_of(holding(sites(model), name), name)
 
 
 @torch.no_grad()
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
-    """Copy factors, as `state_dict` gave them, into an adapter that is attached.
+    """Copy factors into an adapter that is attached; nothing else changes.
 
-    Nothing else changes: no other adapter, not what is active, scaled or trained. Where the model
-    is sharded all processes call it, with whole tensors or with parts.
+    If FSDP has sharded the model, all processes call it, with whole tensors or with DTensors.
+
+    Args:
+        model: a module with adapters.
+        state: all factors of the adapter by key, as `state_dict` returns them.
+        name: the adapter.
 
     Raises:
-        AdapterNameError: no adapter of that name.
-        CheckpointError: missing or unexpected keys, all of them listed, or other shapes; the
-            model is then as it was.
-        StateError: the adapter is merged, or the model is on the meta device.
+        AdapterNameError: if the model has no adapter of this name.
+        CheckpointError: if keys are missing or unexpected, or shapes differ; the message lists all
+            differences, and nothing is copied.
+        StateError: if the adapter is merged, or the model is on the meta device.
+
+    >>> import paramlora as pl
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2))
+    >>> pl.load_state_dict(model, {"0.weight.A": torch.ones(2, 4), "0.weight.B": torch.ones(3, 2)})
+    >>> pl.state_dict(model)["0.weight.A"].sum()
+    tensor(8.)
     """
-    check_unmerged(select(model, [name]), "load")
-    own = state_dict(model, name)
-    compare(state, own, f"the state for adapter {name!r}")
-    check_writable(model, name)
-    for key, tensor in own.items():
-        fill(tensor, state[key])
+    here = holding(sites(model), name)
+    check_unmerged([(site.stack, [name]) for site in here], "load")
+    settle(model)
+    factors = tensors_of(here, name)
+    compare(state, factors, f"the state for adapter {name!r}")
+    check_writable(here, name)
+    for key, factor in factors.items():
+        fill(factor, state[key])
 
 
-def parts_of_sites(model: nn.Module, name: str) -> dict[str, Factors]:
-    """Return one adapter's factors by the path of the site or block, in the same order."""
+def holding(here: Iterable[Site], name: str) -> list[Site]:
+    """Return those of the sites that hold an adapter, tied ones once.
+
+    Raises:
+        AdapterNameError: if none of them does.
+    """
+    first = once_each(here)
+    check_names([site.stack for site in first], [name])
+    return [site for site in first if name in site.stack.named]
+
+
+def factors_of(here: Iterable[Site], name: str) -> dict[str, Factors]:
+    """Return an adapter's factors by the path of the site or block; see Note [keys of factors]."""
+    return {path: factors for site in here for path, factors in site.parts(name).items()}
+
+
+def tensors_of(here: Iterable[Site], name: str) -> dict[str, Tensor]:
+    """Return an adapter's tensors, detached, by `<site>.<factor>`."""
     return {
-        path: factors
-        for site in sites_of(model, name)
-        for path, factors in site.parts(name).items()
+        f"{path}.{key}": tensor.detach()
+        for path, factors in factors_of(here, name).items()
+        for key, tensor in factors.tensors.items()
     }
 
 
-def check_writable(model: nn.Module, name: str) -> None:
-    """Raise a StateError where what is written to an adapter's factors would be lost."""
-    for site in sites_of(model, name):
+def check_writable(here: Iterable[Site], name: str) -> None:
+    """Raise a StateError if values copied into an adapter's factors would be lost.
+
+    That is the case for a copy that FSDP has gathered, and for tensors on the meta device.
+    """
+    for site in here:
         for path, factors in site.parts(name).items():
-            # Parameters alone: constants are buffers, which FSDP leaves whole.
+            # Only parameters: constants are buffers, which FSDP does not shard.
             for key, parameter in factors.named_parameters():
                 check_settled(site.module, parameter, path)
                 check_real(f"{path}.{key}", parameter)

@@ -1,8 +1,15 @@
-"""PEFT's `adapter_config.json`: what it says, by PEFT's rules of matching, or why it is refused.
+"""PEFT's settings for LoRA, and which modules they select: by PEFT's own rules of matching.
 
-PEFT writes some forty settings. Those that say which tensors are adapted, and how, are in `Config`;
-some change nothing once an adapter is trained (`_IDLE`); any other must be off (null, false or
-empty), for a setting that is not carried out would give another model without a word.
+The rules differ from setting to setting. `path` is the path of a module, `name` an entry of the
+setting:
+
+    setting                        an entry selects a path if
+    target_modules, a list         the path is the name, or ends with "." and the name
+    target_modules, a string       the string, a regular expression, matches the whole path
+    exclude_modules                the same as for target_modules
+    rank_pattern, alpha_pattern    the name, a regular expression, matches the end of the path,
+                                   from its start or after a dot; the first such entry counts
+    modules_to_save                see `is_saved` and `is_in_saved`
 """
 
 import re
@@ -13,7 +20,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Config:
-    """The settings that are carried out, under PEFT's names and with PEFT's defaults."""
+    """The settings that paramlora supports, with PEFT's names and defaults.
+
+    `init` is `init_lora_weights` if the start of A and B depends on the base, else "kaiming".
+    """
 
     target_modules: str | list[str]
     r: int = 8
@@ -30,29 +40,40 @@ class Config:
     init: str = "kaiming"
 
     def targets(self, path: str) -> bool:
-        """Return whether the module at `path` is adapted, as PEFT's check_target_module_exists."""
-        if not path or _named(self.exclude_modules, path) or self.retrains(path):
+        """Return whether PEFT adapts the module at `path`: its `check_target_module_exists`."""
+        if not path or _selects(self.exclude_modules, path) or self.is_in_saved(path):
             return False
-        if path in self.target_modules and not isinstance(self.target_modules, str):
+        # A whole path in a list is adapted whatever `layers_to_transform` says.
+        if isinstance(self.target_modules, list) and path in self.target_modules:
             return True
-        return _named(self.target_modules, path) and self._is_layer(path)
+        return _selects(self.target_modules, path) and self._is_in_layers(path)
 
-    def retrains(self, path: str) -> bool:
-        """Return whether `modules_to_save` keeps adapters off the module at `path`."""
-        return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save)
+    def is_saved(self, path: str) -> bool:
+        """Return whether `modules_to_save` selects the module at `path` itself.
 
-    def replaces(self, path: str) -> bool:
-        """Return whether `modules_to_save` replaces the module at `path`: by how that ends."""
+        PEFT compares the end of the path without regard to dots: "head" selects `pre_head` too.
+        """
         return any(path.endswith(name) for name in self.modules_to_save)
 
+    def is_in_saved(self, path: str) -> bool:
+        """Return whether `modules_to_save` rules out an adapter for the module at `path`.
+
+        Here PEFT takes the name for a regular expression and looks for it between dots: "head"
+        rules out `head` and `sub.head.dense`, and not `pre_head`.
+        """
+        return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save)
+
     def rank(self, path: str) -> int:
-        return _pattern(self.rank_pattern, path, self.r)
+        return _first_match(self.rank_pattern, path, self.r)
 
     def alpha(self, path: str) -> float:
-        return _pattern(self.alpha_pattern, path, self.lora_alpha)
+        return _first_match(self.alpha_pattern, path, self.lora_alpha)
 
-    def _is_layer(self, path: str) -> bool:
-        """Return whether the first number in `path` is one of `layers_to_transform`."""
+    def _is_in_layers(self, path: str) -> bool:
+        """Return whether the first number in `path` is one of `layers_to_transform`.
+
+        With `layers_pattern` it is the first number after one of these names.
+        """
         layers = self.layers_to_transform
         if layers is None or layers == []:
             return True
@@ -65,16 +86,15 @@ class Config:
         return False
 
 
-def _named(names: str | list[str], path: str) -> bool:
-    """Return whether a path is meant: by a regular expression as a whole, by a list by its end."""
+def _selects(names: str | list[str], path: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def _pattern(numbers: Mapping[str, Any], path: str, default: Any) -> Any:
-    """Return the number of the first pattern that matches the end of a path."""
-    for key, number in numbers.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+def _first_match(numbers: Mapping[str, Any], path: str, default: Any) -> Any:
+    """Return the number of the first pattern that matches the end of a path: `get_pattern_key`."""
+    for pattern, number in numbers.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
             return number
     return default

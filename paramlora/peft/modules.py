@@ -1,56 +1,81 @@
-"""The modules of a model as PEFT sees them."""
+"""A model as PEFT sees it: its modules, the tensors that can be adapted, and tied parameters."""
+
+from dataclasses import dataclass
 
 from torch import nn
 
-from ..site.find import is_conv1d, walk
-from .layout import CONVS, Part
+from ..site.find import dotted, is_conv1d
+from .layout import Part, parts_of
 
 
-def parts(model: nn.Module) -> dict[str, list[Part]]:
-    """Return the sites of a model that PEFT can adapt too, by the path of the module there."""
-    found: dict[str, list[Part]] = {}
-    for path, module in walk(model):
-        # PEFT cannot replace the model itself, and what it puts at an out_proj is never used.
-        parent = model.get_submodule(path.rpartition(".")[0]) if path else None
-        if path and not isinstance(parent, nn.MultiheadAttention):
-            found[path] = _parts_of(path, module)
-    return {path: its_parts for path, its_parts in found.items() if its_parts}
+@dataclass(frozen=True)
+class PeftView:
+    """What PEFT would see in a model, collected in one traversal.
+
+    Attributes:
+        modules: the modules by path, parents first. The model itself is under "". A module with
+            several paths is under the first one. Parametrizations are left out.
+        parts: the tensors that PEFT can adapt, by the path of the module that PEFT wraps.
+        tied: for each path of a tied parameter its other paths.
+    """
+
+    modules: dict[str, nn.Module]
+    parts: dict[str, list[Part]]
+    tied: dict[str, list[str]]
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of the submodules, among which PEFT looks for its targets."""
+        return [path for path in self.modules if path]
 
 
-def _parts_of(path: str, module: nn.Module) -> list[Part]:
-    if isinstance(module, nn.MultiheadAttention):
-        return [
-            Part(path, module, "in_proj_weight"),
-            Part(path, module, "out_proj.weight", "base_layer.out_proj"),
-        ]
-    if isinstance(module, (nn.Linear, nn.Embedding, *CONVS)) or is_conv1d(module):
-        return [Part(path, module, "weight")]
-    return []
+def view(model: nn.Module) -> PeftView:
+    """Return a model as PEFT sees it, with adapters attached or not."""
+    modules: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+    holders: dict[int, list[str]] = {}
+    # With duplicates: a module with two paths has tied parameters.
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(_plain(dotted(path, name)))
+        if module not in seen and "parametrizations" not in path.split("."):
+            modules[path] = module
+        seen.add(module)
+    return PeftView(modules, _parts(modules), _others(holders))
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return whether PEFT's "all-linear" means a module."""
+    """Return whether PEFT's "all-linear" includes a module."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def shared(model: nn.Module) -> dict[str, list[str]]:
-    """Return the tensors that a model has at several paths, by each path with its others."""
-    paths: dict[int, list[str]] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        paths.setdefault(id(parameter), []).append(_plain(path))
+def _parts(modules: dict[str, nn.Module]) -> dict[str, list[Part]]:
+    found = {}
+    for path, module in modules.items():
+        # PEFT cannot wrap the model itself. Nor is there a use in wrapping the `out_proj` of an
+        # attention by itself: the attention reads its weight, and never calls the wrapper.
+        inside = isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
+        parts = [] if not path or inside else parts_of(path, module)
+        if parts:
+            found[path] = parts
+    return found
+
+
+def _others(holders: dict[int, list[str]]) -> dict[str, list[str]]:
+    """Return the other paths of each tied parameter, by each of its paths."""
     return {
-        path: [other for other in same if other != path]
-        for same in paths.values()
-        for path in same
-        if len(same) > 1
+        path: [other for other in paths if other != path]
+        for paths in holders.values()
+        if len(paths) > 1
+        for path in paths
     }
 
 
 def _plain(path: str) -> str:
-    """Return a parameter's path without the list of parametrizations that stores it."""
+    """Return the path that a parameter has without adapters.
+
+    >>> _plain("fc.parametrizations.weight.original")
+    'fc.weight'
+    """
     return path.replace("parametrizations.", "").removesuffix(".original")
-
-
-def names(model: nn.Module) -> list[str]:
-    """Return the paths of the modules that PEFT would see."""
-    return [path for path, _ in walk(model) if path and "parametrizations" not in path.split(".")]

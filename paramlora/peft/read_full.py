@@ -1,4 +1,8 @@
-"""Biases and whole modules of a PEFT folder."""
+"""The whole tensors in a PEFT folder: trained biases and `modules_to_save`, which become `Delta`s.
+
+A folder can also have tensors that PEFT did not train, such as the buffers of a module to save, or
+embeddings. These must be equal to the base's.
+"""
 
 import re
 from collections.abc import Mapping
@@ -11,78 +15,95 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..files.base import base_state_dict
 from ..files.compare import compare
-from ..files.plan import planned_site
+from ..files.plan import check_site, plan_site
 from ..kinds.delta import Delta
 from ..kinds.spec import factor_dtype
 from ..layers.install import Planned
-from ..site.place import Place, places
+from ..site.place import Place
 from ..site.storage import check_real
 from .config import Config
-from .layout import FACTOR
-from .modules import names
+from .layout import is_factor
+from .modules import PeftView
+
+# What PEFT's wrappers put between the path of a module and the names of its tensors.
+_WRAPPERS = re.compile(r"(^|\.)(base_layer|modules_to_save|original_module)(?=\.)")
 
 
-def full(
-    model: nn.Module, config: Config, state: Mapping[str, Tensor], path: Path
+def plan_full(
+    model: nn.Module,
+    seen: PeftView,
+    here: Mapping[str, Place],
+    config: Config,
+    state: Mapping[str, Tensor],
+    path: Path,
 ) -> list[Planned]:
-    """Return the planned full updates: of trained biases and of modules_to_save.
+    """Return a `Delta` for each tensor that PEFT trained whole.
 
-    What else the folder holds of the base (PEFT adds embeddings, on occasion) has to be the base's.
+    Args:
+        model: the model.
+        seen: the model as PEFT sees it.
+        here: the places of the model, by path.
+        config: the folder's settings.
+        state: the folder's tensors, by keys without PEFT's prefix.
+        path: the folder, for messages.
     """
-    base: dict[str, Any] = base_state_dict(model)
-    here = {place.path: place for place in places(model)}
-    whole = {key: tensor for key, tensor in state.items() if not FACTOR.fullmatch(key)}
-    origin = {key: _own_path(key, base) for key in whole}
-    _check_retrained(model, config, base, set(origin.values()), path)
-    expected = {key: base[of] for key, of in origin.items() if of in base}
+    whole = {key: tensor for key, tensor in state.items() if not is_factor(key)}
+    if not whole and not config.modules_to_save:
+        return []
+    base = base_state_dict(model)
+    original = {key: _original_key(key, base) for key in whole}
+    _check_complete(seen, config, base, set(original.values()), path)
+    expected = {key: base[of] for key, of in original.items() if of in base}
     compare(whole, expected, str(path))
-    found: dict[str, Tensor] = {}
-    for key, of in origin.items():
+    trained: dict[str, Tensor] = {}
+    for key, of in original.items():
         check_real(of, base[of])
-        trained = of in here and "original_module" not in key.split(".")
-        if trained and _is_trained(config, of):
-            if of in found and not torch.equal(found[of], whole[key]):
-                raise CheckpointError(f"{path} is damaged: it has two different values of {of!r}")
-            found[of] = whole[key]
+        # A wrapper of a module to save keeps the base's tensors as `original_module`.
+        copy_of_base = "original_module" in key.split(".")
+        if of in here and not copy_of_base and _is_trained(config, of):
+            if of in trained and not torch.equal(trained[of], whole[key]):
+                raise CheckpointError(f"{path} is damaged: it has two different values for {of!r}")
+            trained[of] = whole[key]
         elif not torch.equal(base[of], whole[key].to(base[of])):
             raise CheckpointError(
-                f"{path} has other values at {key} than the model; only parameters that PEFT "
-                "trains by bias= or modules_to_save= are taken over"
+                f"{path} has values at {key} that differ from the model's; only parameters that "
+                "PEFT trains by bias= or modules_to_save= are loaded"
             )
-    return [_difference(here[of], tensor, path) for of, tensor in found.items()]
+    return [_plan_delta(here[of], tensor, path) for of, tensor in trained.items()]
 
 
-def _is_trained(config: Config, tensor: str) -> bool:
-    """Return whether a tensor's path is one that PEFT trains as a whole."""
-    parts = tensor.split(".")
-    above = (".".join(parts[:i]) for i in range(1, len(parts)))
-    return (config.bias != "none" and parts[-1] == "bias") or any(map(config.replaces, above))
+def _original_key(key: str, base: Mapping[str, Any]) -> str:
+    """Return the key of the base that PEFT's key stands for: without the names of wrappers.
 
-
-def _difference(place: Place, tensor: Tensor, path: Path) -> Planned:
-    base = place.value.detach()
-    dtype = factor_dtype(base)
-    update = tensor.to(base.device, dtype) - base.to(dtype)
-    return planned_site(place, Delta(), {"D": update}, path)
-
-
-def _own_path(key: str, base: Mapping[str, Any]) -> str:
-    """Return the key of the base that a key with PEFT's wrappers in it stands for."""
+    >>> _original_key("head.modules_to_save.weight", {})
+    'head.weight'
+    """
     return key if key in base else _WRAPPERS.sub("", key).removeprefix(".")
 
 
-def _check_retrained(
-    model: nn.Module, config: Config, base: Mapping[str, Any], found: set[str], path: Path
+def _check_complete(
+    seen: PeftView, config: Config, base: Mapping[str, Any], found: set[str], path: Path
 ) -> None:
-    """Raise a CheckpointError where a tensor of a module that PEFT trained whole is not there."""
-    inside = tuple(f"{name}." for name in names(model) if config.replaces(name))
+    """Raise a CheckpointError if a module of `modules_to_save` lacks a tensor in the folder."""
+    inside = tuple(f"{name}." for name in seen.paths if config.is_saved(name))
     missing = [key for key in base if key.startswith(inside) and key not in found]
-    if inside and missing:
+    if missing:
         raise CheckpointError(
-            f"{path} does not fit: modules_to_save is {config.modules_to_save}, and "
-            f"{', '.join(missing)} is not there"
+            f"{path} does not fit: modules_to_save is {config.modules_to_save}, but "
+            f"{', '.join(missing)} is missing"
         )
 
 
-# What PEFT puts between a module and its own tensors.
-_WRAPPERS = re.compile(r"(^|\.)(base_layer|modules_to_save|original_module)(?=\.)")
+def _is_trained(config: Config, tensor: str) -> bool:
+    """Return whether PEFT trains the tensor at a path, as a bias or in a module to save."""
+    parts = tensor.split(".")
+    above = (".".join(parts[:i]) for i in range(1, len(parts)))
+    return (config.bias != "none" and parts[-1] == "bias") or any(map(config.is_saved, above))
+
+
+def _plan_delta(place: Place, tensor: Tensor, path: Path) -> Planned:
+    """Return a place with the Delta that turns the base's tensor into the given one."""
+    base, spec = place.value.detach(), Delta()
+    check_site(place, spec, path)
+    dtype = factor_dtype(base)
+    return plan_site(place, spec, {"D": tensor.to(base.device, dtype) - base.to(dtype)})

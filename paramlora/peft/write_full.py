@@ -1,4 +1,4 @@
-"""Biases and whole modules for a PEFT folder."""
+"""The whole tensors for a PEFT folder: trained biases and `modules_to_save`, from `Delta`s."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -7,30 +7,35 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..files.base import base_state_dict
-from ..site.find import Site
 from .config import Config
 from .config_file import Targets
 from .layout import refuse
-from .modules import names, shared
+from .modules import PeftView
 
 
-def split(full: Mapping[str, Site]) -> tuple[list[str], list[str]]:
-    """Return the biases that are trained alone, and the modules to save whole."""
+def split(full: list[str]) -> tuple[list[str], list[str]]:
+    """Return the biases to save by themselves, and the modules to save whole.
+
+    A bias in a module that is saved whole anyway is not in the first list.
+
+    >>> split(["fc.bias", "norm.weight", "norm.bias"])
+    (['fc.bias'], ['norm'])
+    """
     owners = {path: path.rpartition(".")[0] for path in full}
     modules = list(dict.fromkeys(owner for path, owner in owners.items() if not _is_bias(path)))
     if "" in modules:
         path = next(path for path, owner in owners.items() if not owner)
-        raise refuse(path, "PEFT saves whole modules below the model itself")
+        raise refuse(path, "PEFT saves whole submodules, and the model itself has this tensor")
     inside = tuple(f"{module}." for module in modules)
     return [path for path in full if not path.startswith(inside)], modules
 
 
-def _is_bias(path: str) -> bool:
-    return path.rpartition(".")[2] == "bias"
+def peft_key(path: str, wrapped: set[str]) -> str:
+    """Return PEFT's key of a tensor of the base, given the paths of the modules that PEFT wraps.
 
-
-def full_key(path: str, wrapped: set[str]) -> str:
-    """Return PEFT's key of a tensor of the base, whose adapted modules it wraps."""
+    >>> peft_key("mha.out_proj.bias", {"mha", "mha.out_proj"})
+    'mha.base_layer.out_proj.base_layer.bias'
+    """
     parts = path.split(".")
     key = []
     for i, part in enumerate(parts, 1):
@@ -38,26 +43,53 @@ def full_key(path: str, wrapped: set[str]) -> str:
     return ".".join(key)
 
 
-def saved(
-    model: nn.Module, config: Mapping[str, Any], targets: Targets, values: Mapping[str, Tensor]
+def saved_tensors(
+    model: nn.Module,
+    seen: PeftView,
+    content: Mapping[str, Any],
+    targets: Targets,
+    values: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Return the tensors of all modules that `modules_to_save` replaces by PEFT's rules."""
+    """Return the tensors of the modules that `modules_to_save` selects.
+
+    PEFT's rules may select more modules than meant: "fc" also selects `last_fc`. So the rules are
+    applied to the settings that are about to be written. PEFT would save the modules that they
+    select, and must still adapt all targets.
+
+    Args:
+        model: the model.
+        seen: the model as PEFT sees it.
+        content: the settings to be written.
+        targets: the modules with low-rank updates.
+        values: the tensors that the adapter has changed as a whole, by path.
+    """
     known = {field.name for field in fields(Config)}
-    rules = Config(**{key: value for key, value in config.items() if key in known})
-    replaced = [name for name in names(model) if rules.replaces(name)]
-    inside = tuple(f"{name}." for name in replaced)
-    for name in targets:
-        clash = [one for one in replaced if one.startswith(f"{name}.")]
-        if not rules.targets(name) or f"{name}.".startswith(inside) or clash:
+    config = Config(**{key: value for key, value in content.items() if key in known})
+    saved = [name for name in seen.paths if config.is_saved(name)]
+    if not saved:
+        return {}
+    _check_saved(saved, config, targets)
+    base, inside = base_state_dict(model), tuple(f"{name}." for name in saved)
+    tensors = {key: values.get(key, base[key]) for key in base if key.startswith(inside)}
+    for key in tensors:
+        if key in seen.tied:
+            raise refuse(key, f"it is tied to {' and '.join(seen.tied[key])}")
+    return tensors
+
+
+def _check_saved(saved: list[str], config: Config, targets: Targets) -> None:
+    """Raise a TargetError if PEFT would not adapt a target, or would save a module twice."""
+    inside = tuple(f"{name}." for name in saved)
+    for target in targets:
+        contains = any(name.startswith(f"{target}.") for name in saved)
+        if not config.targets(target) or f"{target}.".startswith(inside) or contains:
             raise refuse(
-                name, f"PEFT keeps adapters off modules_to_save, here {rules.modules_to_save}"
+                target, f"PEFT does not adapt modules_to_save, here {config.modules_to_save}"
             )
-    nested = [name for name in replaced if name.startswith(inside)]
+    nested = [name for name in saved if name.startswith(inside)]
     if nested:
-        raise refuse(nested[0], "PEFT saves it whole, and a module that it is in")
-    base, others = base_state_dict(model), shared(model)
-    saved = {key: values.get(key, base[key]) for key in base if inside and key.startswith(inside)}
-    for key in saved:
-        if key in others:
-            raise refuse(key, f"it is {' and '.join(others[key])} as well")
-    return saved
+        raise refuse(nested[0], "PEFT would save it twice, by itself and in a module around it")
+
+
+def _is_bias(path: str) -> bool:
+    return path.rpartition(".")[2] == "bias"
