@@ -305,7 +305,10 @@ def test_files_of_blocks(tmp_path: Path) -> None:
     pl.load(other, path, name="b")
     third = layer()
     pl.attach(third, LoRA(2), "qkv[:4]", name="a")
-    with unchanged(third), pytest.raises(pl.AdapterNameError, match="its sites, kinds or ranks differ"):
+    with (
+        unchanged(third),
+        pytest.raises(pl.AdapterNameError, match="its sites, kinds or ranks differ"),
+    ):
         pl.load(third, path)
 
 
