@@ -63,9 +63,9 @@ def load_base_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         state: all tensors of the base by key, as `base_state_dict` returns them.
 
     Raises:
-        CheckpointError: if keys are missing or unexpected, or shapes differ; the message lists all
+        CheckpointError: keys are missing or unexpected, or shapes differ; the message lists all
             differences, and nothing is loaded.
-        StateError: if an adapter is merged, or the model is on the meta device.
+        StateError: an adapter is merged, or the model is on the meta device.
 
     >>> import paramlora as pl
     >>> model, other = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 3))
@@ -91,7 +91,7 @@ def load_base_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a digest of the base's parameters and buffers that adapters do not affect.
+    """Return a digest of the base's parameters and buffers; adapters do not affect it.
 
     It stays the same while adapters are attached, trained, switched, scaled, merged or detached.
     Equal fingerprints prove that the base is unchanged.
@@ -103,7 +103,7 @@ def fingerprint(model: nn.Module) -> str:
         The SHA-256 of names, dtypes, shapes and bytes, as 64 hexadecimal digits.
 
     Raises:
-        ValueError: if a tensor is on the meta device and has no bytes.
+        ValueError: a tensor is on the meta device and has no bytes.
 
     >>> import paramlora as pl
     >>> model = nn.Sequential(nn.Linear(4, 3))
@@ -118,17 +118,16 @@ def fingerprint(model: nn.Module) -> str:
 class _Base:
     """The base of a model: which of its tensors are the base's, and their original keys.
 
-    A key is one of `state_dict`, or the name of a parameter or buffer. Keys are translated if they
-    lie in a list of parametrizations that has a stack. Say that list is L =
-    `fc.parametrizations.weight`, and that the stack has index 1 in it if it is not alone:
+    A key is one of `state_dict`, or the name of a parameter or buffer. Keys in a list of
+    parametrizations that has a stack are translated. For the list L, `fc.parametrizations.weight`:
 
-        key                     belongs to                                original key
-        L.original              the base; the stack is alone in L         fc.weight
-        L.0.factors.digits.A    an adapter; the stack is alone in L       none
-        L.original, L.original1 the base; L has other parametrizations    unchanged
-        L.0.scale               the parametrization before the stack      unchanged
-        L.1.factors.digits.A    an adapter                                none
-        L.2.scale               the parametrization after the stack       L.1.scale
+        L holds              key                     belongs to           original key
+        the stack alone      L.original              the base             fc.weight
+                             L.0.factors.digits.A    an adapter           none
+        P, the stack, Q      L.original, L.original1 the base             unchanged
+                             L.0.scale               P                    unchanged
+                             L.1.factors.digits.A    an adapter           none
+                             L.2.scale               Q                    L.1.scale
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -158,7 +157,7 @@ class _Base:
         return ".".join([path, str(index - (index > stack_index)), *others])
 
     def original_value(self, key: str, tensor: Tensor) -> Tensor:
-        """Return the base's tensor for a key: while merged, the bits from before the merge."""
+        """Return the base's tensor for a key; if an adapter is merged, the one from before."""
         path, rest = self._split(key)
         if path is None or not rest[0].startswith("original"):
             return tensor
@@ -177,13 +176,13 @@ class _Base:
                     yield original, self.original_value(key, tensor)
 
     def check_settled(self) -> None:
-        """Raise a StateError if a parameter is a copy that FSDP gathered: a write is lost."""
+        """Raise a StateError if FSDP has gathered a parameter: writes to the copy are lost."""
         for path, module in self.modules.items():
             for name, parameter in module.named_parameters(recurse=False):
                 check_settled(module, parameter, f"{path}.{name}")
 
     def _split(self, key: str) -> tuple[str | None, list[str]]:
-        """Return the path of the list with a stack that a key lies in, if any, and the rest."""
+        """Return the path of the list with a stack that has the key, None without one; and the rest."""
         parts = key.split(".")
         if "parametrizations" in parts:
             end = parts.index("parametrizations") + 2

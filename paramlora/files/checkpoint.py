@@ -36,10 +36,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         name: the adapter.
 
     Raises:
-        AdapterNameError: if the model has no adapter of this name.
-        FileNotFoundError: if the folder does not exist.
-        StateError: if the model is on the meta device.
-        TypeError: if a kind of your own has a field that JSON cannot express.
+        AdapterNameError: the model has no adapter of this name.
+        FileNotFoundError: the folder does not exist.
+        StateError: the model is on the meta device.
+        TypeError: a kind of your own has a field that JSON cannot express.
 
     >>> import tempfile
     >>> import paramlora as pl
@@ -89,14 +89,14 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
         The model's summary.
 
     Raises:
-        FileNotFoundError: if the file does not exist.
-        CheckpointError: if the file is damaged, was not written by paramlora, or belongs to another
+        FileNotFoundError: the file does not exist.
+        CheckpointError: the file is damaged, was not written by paramlora, or belongs to another
             model. The message names the file, the site, and what was expected and found. The model
             does not change.
-        AdapterNameError: if the name is not valid, or belongs to an adapter with other sites, kinds
+        AdapterNameError: the name is not valid, or belongs to an adapter with other sites, kinds
             or shapes.
-        StateError: if the adapter of that name is merged, or the model is on the meta device.
-        TargetError: if a tensor of the model is lazy and has no shape yet.
+        StateError: the adapter of that name is merged, or the model is on the meta device.
+        TargetError: a tensor of the model is lazy and has no shape yet.
 
     >>> import tempfile
     >>> import paramlora as pl
@@ -115,8 +115,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     for plan in planned:
         check_real(plan.place.path, plan.place.stored)
     check_tied(model, [plan.place for plan in planned])
-    # After the checks above, whose messages name the key or site that differs, and before anything
-    # is attached. The digest finds what they cannot: other values in tensors of the right shape.
+    # The digest comes last, because the checks above can name the key or site that differs. It
+    # comes before anything is attached, because it finds what they cannot: changed values.
     if digest_of(tensors, content) != content["digest"]:
         raise CheckpointError(
             f"{path} is damaged: its content does not match its digest; save the adapter again"

@@ -22,7 +22,7 @@ def digest(named: Iterable[tuple[str, Tensor]], preface: str = "") -> str:
         preface: text that the digest covers too.
 
     Raises:
-        ValueError: if a tensor is on the meta device.
+        ValueError: a tensor is on the meta device.
     """
     total = hashlib.sha256(preface.encode())
     for key, tensor in sorted(named, key=lambda item: item[0]):

@@ -48,7 +48,7 @@ def digest_of(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> str:
     are written with all their digits.
 
     Raises:
-        TypeError: if JSON cannot express a value.
+        TypeError: JSON cannot express a value.
     """
     without = {key: value for key, value in content.items() if key != "digest"}
     return digest(tensors.items(), json.dumps(without))
@@ -58,8 +58,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     """Return the tensors of an adapter's file, and its metadata with all parts and types checked.
 
     Raises:
-        FileNotFoundError: if the file does not exist.
-        CheckpointError: if the file is damaged, or was not written by paramlora.
+        FileNotFoundError: the file does not exist.
+        CheckpointError: the file is damaged, or was not written by paramlora.
     """
     tensors, metadata = read_tensors(path)
     if ENTRY not in metadata:
@@ -74,7 +74,7 @@ def spec_of(entry: Mapping[str, Any], site: str, path: str | os.PathLike[str]) -
     """Return the spec that a site's metadata describes.
 
     Raises:
-        CheckpointError: if its class is not imported, is ambiguous, or rejects the fields.
+        CheckpointError: its class is not imported, is ambiguous, or rejects the fields.
     """
     kind = _kind_of(entry, site, path)
     try:
@@ -138,7 +138,7 @@ def _check_parts(
 
 
 def _kind_of(entry: Mapping[str, Any], site: str, path: str | os.PathLike[str]) -> type[Spec]:
-    """Return the imported class of a site's kind: nothing in a file is imported or executed."""
+    """Return the class of a site's kind. It must be imported: loading a file imports no code."""
     imported = list(_derived(Spec))  # type: ignore[type-abstract]
     # By full name: a notebook's cell that runs twice defines its class twice, and the last counts.
     named = {_full_name(kind): kind for kind in imported if kind.__name__ == entry["kind"]}

@@ -39,12 +39,12 @@ def plan_sites(
         tensors: the factors in the file, by `<site>.<factor>`.
         described: the metadata of the file's sites, by path.
         path: the file, for messages.
-        refresh: whether the values are for an adapter that is attached. Then the model may be
-            sharded, which rules out a new adapter.
+        refresh: whether the file has new values for an adapter that is attached. Only then may the
+            model be sharded.
 
     Raises:
-        CheckpointError: if the file does not fit the model.
-        TargetError: if a tensor of the model is lazy.
+        CheckpointError: the file does not fit the model.
+        TargetError: a tensor of the model is lazy.
     """
     here = _places_of(everywhere, described, path)
     specs = {site: spec_of(entry, site, path) for site, entry in described.items()}
@@ -76,10 +76,9 @@ def plan_site(
     The copies have the given dtypes, by default `factor_dtype` of the base's tensor.
     """
     base = place.value
+    dtypes = dtypes or dict.fromkeys(tensors, factor_dtype(base))
     copies = {
-        key: tensor.to(
-            base.device, dtypes[key] if dtypes else factor_dtype(base), copy=True
-        ).contiguous()
+        key: tensor.to(base.device, dtypes[key], copy=True).contiguous()
         for key, tensor in tensors.items()
     }
     return Planned(place, Factors(spec, copies, place.block))
@@ -97,7 +96,7 @@ def _places_of(everywhere: list[Place], described: Described, path: FilePath) ->
     """Return the place of each site in a file: a tensor of the model, or a block of one."""
     check_shapes(everywhere)
     by_path = {place.path: place for place in everywhere}
-    # A parameter may itself have a name that ends with an index, so whole paths come first.
+    # Whole paths come first, because a parameter's own name may end with an index.
     parts = {site: (site, None) if site in by_path else _split(site) for site in described}
     absent = [site for site, (tensor, _) in parts.items() if tensor not in by_path]
     if absent:

@@ -72,7 +72,7 @@ def _refresh(
 
 
 def _signatures(by_path: dict[str, Factors]) -> dict[str, object]:
-    """Return what must be the same to copy values: by path the kind and the factors' shapes."""
+    """Return kind and shapes of the factors by path: values can be copied if they are the same."""
     return {
         path: (type(factors.spec), {key: tensor.shape for key, tensor in factors.tensors.items()})
         for path, factors in by_path.items()

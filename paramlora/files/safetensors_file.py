@@ -23,8 +23,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
       power failure leaves an empty file.
 
     Raises:
-        FileNotFoundError: if the folder does not exist.
-        IsADirectoryError: if `path` is a folder.
+        FileNotFoundError: the folder does not exist.
+        IsADirectoryError: `path` is a folder.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -48,8 +48,8 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     The tensors are views of the file, which stays mapped into memory. Copy what is to be kept.
 
     Raises:
-        FileNotFoundError: if the file does not exist.
-        CheckpointError: if the file is damaged or has another format.
+        FileNotFoundError: the file does not exist.
+        CheckpointError: the file is damaged or has another format.
     """
     if os.path.isdir(path):
         raise CheckpointError(f"{path} is a folder; name the .safetensors file in it")

@@ -9,8 +9,8 @@ Note [keys of factors]
 
     The index of a block is part of the key, in its shortest form, so that a block has one key
     however the user wrote its index. Tied tensors share one stack and thus one set of factors.
-    These have keys under the first path in module order only, because a second copy could differ
-    from the first. Loading finds the tensor by that path and adapts all modules that hold it.
+    Their keys have the first path in module order only: under a second path there could be other
+    values. Loading finds the tensor by that path and adapts all modules that hold it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -37,7 +37,7 @@ def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
         If FSDP has sharded the model, they are DTensors.
 
     Raises:
-        AdapterNameError: if the model has no adapter of this name.
+        AdapterNameError: the model has no adapter of this name.
 
     >>> import paramlora as pl
     >>> model = nn.Sequential(nn.Linear(4, 3))
@@ -61,10 +61,10 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str = "
         name: the adapter.
 
     Raises:
-        AdapterNameError: if the model has no adapter of this name.
-        CheckpointError: if keys are missing or unexpected, or shapes differ; the message lists all
+        AdapterNameError: the model has no adapter of this name.
+        CheckpointError: keys are missing or unexpected, or shapes differ; the message lists all
             differences, and nothing is copied.
-        StateError: if the adapter is merged, or the model is on the meta device.
+        StateError: the adapter is merged, or the model is on the meta device.
 
     >>> import paramlora as pl
     >>> model = nn.Sequential(nn.Linear(4, 3))
@@ -84,10 +84,10 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str = "
 
 
 def holding(here: Iterable[Site], name: str) -> list[Site]:
-    """Return those of the sites that hold an adapter, tied ones once.
+    """Return the sites that hold an adapter; of tied sites only the first.
 
     Raises:
-        AdapterNameError: if none of them does.
+        AdapterNameError: none of them does.
     """
     first = once_each(here)
     check_names([site.stack for site in first], [name])

@@ -1,14 +1,13 @@
 """PEFT's settings for LoRA, and which modules they select: by PEFT's own rules of matching.
 
-The rules differ from setting to setting. `path` is the path of a module, `name` an entry of the
-setting:
+The rules differ from setting to setting:
 
-    setting                        an entry selects a path if
-    target_modules, a list         the path is the name, or ends with "." and the name
-    target_modules, a string       the string, a regular expression, matches the whole path
+    setting                        an entry selects the path of a module if
+    target_modules, a list         the path is equal to it, or ends with "." and the entry
+    target_modules, a string       it matches the whole path, as a regular expression
     exclude_modules                the same as for target_modules
-    rank_pattern, alpha_pattern    the name, a regular expression, matches the end of the path,
-                                   from its start or after a dot; the first such entry counts
+    rank_pattern, alpha_pattern    it matches the whole path or a part after a dot up to the end, as
+                                   a regular expression; the first such entry counts
     modules_to_save                see `is_saved` and `is_in_saved`
 """
 
@@ -40,7 +39,7 @@ class Config:
     init: str = "kaiming"
 
     def targets(self, path: str) -> bool:
-        """Return whether PEFT adapts the module at `path`: its `check_target_module_exists`."""
+        """Return whether PEFT adapts the module at `path`, as its `check_target_module_exists`."""
         if not path or _selects(self.exclude_modules, path) or self.is_in_saved(path):
             return False
         # A whole path in a list is adapted whatever `layers_to_transform` says.

@@ -2,7 +2,7 @@
 
 PEFT writes about forty settings. `Config` has those that say which tensors are adapted, and how.
 Some others do not affect a trained adapter (`_NO_EFFECT`). All remaining ones must be off: null,
-false or empty. Ignoring one that is on would load another model than PEFT does, without a warning.
+false or empty. If one that is on were ignored, the loaded model would silently differ from PEFT's.
 """
 
 import json
@@ -40,9 +40,9 @@ _NO_EFFECT = {
     "task_type",
 }
 
-# The values of `init_lora_weights` besides true and false. The plain ones draw A and B and leave
-# the base alone, so that a trained adapter does not depend on them. With the others PEFT changes
-# the base when it loads a folder. For these two paramlora computes that change from the base.
+# The values of `init_lora_weights` besides true and false. With the plain ones PEFT draws A and B
+# and leaves the base alone, so they do not matter once an adapter is trained. With all others PEFT
+# changes the base when it loads a folder. Two of these changes can be computed from the base.
 _PLAIN = ("gaussian", "orthogonal", "eva")
 _FROM_BASE = ("pissa", "olora")
 
@@ -54,7 +54,7 @@ def read_config(path: Path) -> Config:
     """Return the settings in an `adapter_config.json`.
 
     Raises:
-        CheckpointError: if the file is damaged, is of another method than LoRA, or has a setting
+        CheckpointError: the file is damaged, is of another method than LoRA, or has a setting
             that paramlora does not support.
     """
     content = _parse(path)

@@ -18,11 +18,11 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def check_destination(path: Path) -> None:
-    """Raise an error if a folder cannot be written to `path` without a loss of other files.
+    """Raise an error if a folder cannot be written to `path` without losing other files.
 
     Raises:
-        FileExistsError: if `path` is a folder with other files, or not a folder.
-        FileNotFoundError: if the folder around it does not exist.
+        FileExistsError: `path` is a folder with other files, or not a folder.
+        FileNotFoundError: the folder around it does not exist.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
@@ -57,8 +57,8 @@ def check_files(path: Path) -> None:
     """Raise an error if `path` is not a folder with the two files.
 
     Raises:
-        CheckpointError: if the tensors are in a pickle.
-        FileNotFoundError: if the folder or one of the files does not exist.
+        CheckpointError: the tensors are in a pickle.
+        FileNotFoundError: the folder or one of the files does not exist.
     """
     if not path.is_dir():
         raise FileNotFoundError(

@@ -57,12 +57,12 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "defau
         name: the adapter.
 
     Raises:
-        AdapterNameError: if the model has no adapter of this name.
-        TargetError: if PEFT's format cannot express the adapter. The message names the tensor, and
+        AdapterNameError: the model has no adapter of this name.
+        TargetError: PEFT's format cannot express the adapter. The message names the tensor, and
             nothing is written.
-        StateError: if a tensor is sharded, or on the meta device.
-        FileExistsError: if the folder has other files, or is not a folder.
-        FileNotFoundError: if the folder around it does not exist.
+        StateError: a tensor is sharded, or on the meta device.
+        FileExistsError: the folder has other files, or is not a folder.
+        FileNotFoundError: the folder around it does not exist.
 
     >>> import tempfile
     >>> import paramlora as pl
@@ -108,13 +108,13 @@ def load_peft(model: nn.Module, path: str | os.PathLike[str], *, name: str = "de
         The model's summary.
 
     Raises:
-        FileNotFoundError: if the folder or one of its two files does not exist.
-        CheckpointError: if a file is damaged, belongs to another model, or has settings that
+        FileNotFoundError: the folder or one of its two files does not exist.
+        CheckpointError: a file is damaged, belongs to another model, or has settings that
             paramlora does not support. The message names them, and the model does not change.
-        AdapterNameError: if the name is not valid, or belongs to an adapter with other sites, kinds
+        AdapterNameError: the name is not valid, or belongs to an adapter with other sites, kinds
             or shapes.
-        StateError: if the adapter of that name is merged, or a tensor is on the meta device.
-        TargetError: if a tensor of the model is lazy and has no shape yet.
+        StateError: the adapter of that name is merged, or a tensor is on the meta device.
+        TargetError: a tensor of the model is lazy and has no shape yet.
 
     >>> import tempfile
     >>> import paramlora as pl
@@ -150,7 +150,7 @@ def _without_prefix(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tens
 
 
 def _warn_if_added_twice(tensors: Mapping[str, Tensor]) -> None:
-    """Warn if PEFT would add an update twice, and so compute something else than paramlora.
+    """Warn if PEFT adds an update in the adapter twice, so that its outputs differ from ours.
 
     PEFT runs a MultiheadAttention by merging both projections for the forward. For `out_proj` it
     adds the update to the weight, and then calls the `merge` of the layer that wraps `out_proj`,

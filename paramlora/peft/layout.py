@@ -1,7 +1,7 @@
 """How PEFT stores the factors at one tensor: keys and shapes by the type of the module.
 
     Linear, MultiheadAttention     ΔW = s · B A           A: (r, in), B: (out, r)
-    Conv1d, Conv2d, Conv3d         ΔW = s · B A, as W     A: (r, in, k, …), B: (out, r, 1, …)
+    Conv1d, Conv2d, Conv3d         ΔW = s · B A, like W   A: (r, in, k, …), B: (out, r, 1, …)
     Embedding, Conv1D              ΔW = s · (B A)ᵀ        for W: (num, dim) or (in, out)
 
 Conv1D is transformers' own linear layer with a transposed weight. In paramlora ΔW is s · B A for W
@@ -15,11 +15,11 @@ Note [grouped convolutions]
     An update of the stored weight, A: (r, in/g·k), B: (out, r), thus has rank R = r·g in PEFT. With
     g = 2, four inputs, r = 1 and k = 1:
 
-        A = [a b]        PEFT's A = [a b 0 0]   the hidden channel of group 0, its inputs 0 and 1
-                                    [0 0 a b]   the hidden channel of group 1, its inputs 2 and 3
+        A = [a b]        PEFT's A = [a b 0 0]   for group 0, which has the inputs 0 and 1
+                                    [0 0 a b]   for group 1, which has the inputs 2 and 3
 
-    B stays as it is. `_spread` and `_gathered` convert A. What PEFT itself trains has no zeros
-    there: it mixes groups, which the stored weight cannot express, so that loading refuses it.
+    B stays as it is. `_spread` and `_gathered` convert A. An A that PEFT has trained has no such
+    zeros. It mixes groups, which the stored weight cannot express, so loading refuses it.
 """
 
 import re
@@ -41,8 +41,8 @@ class Part(NamedTuple):
     """One tensor that PEFT can adapt, with its keys and shapes in PEFT's format.
 
     Most modules have one part, their weight. A MultiheadAttention has two, `in_proj_weight` and
-    `out_proj.weight`. PEFT wraps the attention for the first, and then its `out_proj` inside of
-    that wrapper for the second, whose keys have the `infix` "base_layer.out_proj".
+    `out_proj.weight`. For the first PEFT wraps the attention. For the second it wraps `out_proj`
+    inside of that wrapper, so that its keys have the `infix` "base_layer.out_proj".
     """
 
     module_path: str
@@ -57,7 +57,7 @@ class Part(NamedTuple):
 
     @property
     def owner_path(self) -> str:
-        """The path of the module that has the tensor: for `out_proj.weight` the inner one."""
+        """The path of the module that has the tensor; for `out_proj.weight` that of `out_proj`."""
         return self.site.rpartition(".")[0]
 
     @property
@@ -119,7 +119,7 @@ class Part(NamedTuple):
         return (A, B) if self.groups == 1 else _gathered(A, B, self.groups)
 
     def refusal(self, use_dora: bool = False) -> str | None:
-        """Return why PEFT does not compute the update of the weight at this module, else None."""
+        """Return why PEFT cannot compute an update of this tensor, None if it can."""
         module = self.module
         if use_dora and (isinstance(module, nn.MultiheadAttention) or self.groups > 1):
             return "PEFT does not support DoRA on a MultiheadAttention or a grouped convolution"
@@ -156,11 +156,11 @@ def parts_of(path: str, module: nn.Module) -> list[Part]:
 
 
 def is_factor(key: str) -> bool:
-    """Return whether PEFT's key is that of a factor, and not that of a whole tensor."""
+    """Return whether a key is that of a factor; all others are those of the base's tensors."""
     return _FACTOR.fullmatch(key) is not None
 
 
-def refuse(path: str, reason: str) -> TargetError:
+def cannot_store(path: str, reason: str) -> TargetError:
     """Return the error for an adapter at `path` that PEFT's format cannot store."""
     return TargetError(
         f"a PEFT folder cannot store the adapter at {path!r}: {reason}; detach it from there, or "

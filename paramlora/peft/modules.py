@@ -53,8 +53,8 @@ def is_linear(module: nn.Module) -> bool:
 def _parts(modules: dict[str, nn.Module]) -> dict[str, list[Part]]:
     found = {}
     for path, module in modules.items():
-        # PEFT cannot wrap the model itself. Nor is there a use in wrapping the `out_proj` of an
-        # attention by itself: the attention reads its weight, and never calls the wrapper.
+        # PEFT cannot wrap the model itself. Wrapping only the `out_proj` of an attention has no
+        # effect: the attention reads the weight of `out_proj` and never calls it.
         inside = isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
         parts = [] if not path or inside else parts_of(path, module)
         if parts:

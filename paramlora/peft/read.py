@@ -47,7 +47,7 @@ def plan_folder(
         path: the folder, for messages.
 
     Raises:
-        CheckpointError: if the folder does not fit the model, or PEFT would compute something else.
+        CheckpointError: the folder does not fit the model, or PEFT would compute something else.
     """
     for key, tensor in state.items():
         if not tensor.is_floating_point() and is_factor(key):
@@ -136,8 +136,8 @@ def _check_part(part: Part, here: Places, config: Config, path: Path) -> None:
 def _is_placeholder(part: Part, seen: PeftView, state: State) -> bool:
     """Return whether both factors of a projection of a MultiheadAttention are zero.
 
-    PEFT always adapts both projections. If only one of them has an adapter, the other one gets
-    zeros, which no training can change: with A = 0 and B = 0 both gradients are zero.
+    PEFT always adapts both projections. If an adapter has only one of them, `save_peft` writes
+    zeros for the other. Such factors can never train: with A = 0 and B = 0 both gradients are zero.
     """
     alone = len(seen.parts[part.module_path]) == 1
     return not (alone or state[part.A_key].any() or state[part.B_key].any())
@@ -165,8 +165,9 @@ def _plan_part(part: Part, place: Place, config: Config, state: State, path: Pat
 
 
 def _spec(part: Part, rank: int, config: Config, path: Path) -> LoRA | DoRA:
-    """Return the spec that gives an update of this rank the scale that PEFT's settings give it."""
-    ratio = rank / config.rank(part.module_path)  # below 1 for a grouped convolution
+    """Return the spec for an update of this rank, with the scale of PEFT's settings."""
+    # PEFT may count a higher rank: see Note [grouped convolutions].
+    ratio = rank / config.rank(part.module_path)
     alpha = config.alpha(part.module_path)
     if ratio != 1:
         alpha *= ratio**0.5 if config.use_rslora else ratio

@@ -14,7 +14,7 @@ from ..kinds.spec import LowRank
 from ..site.factors import Blocks, Factors
 from ..site.find import Site, below, is_conv1d
 from .config_file import Targets, config_content
-from .layout import Part, norms, refuse
+from .layout import Part, cannot_store, norms
 from .modules import PeftView, view
 from .write_full import peft_key, saved_tensors, split
 
@@ -44,7 +44,7 @@ def folder_content(
         name: the adapter.
 
     Raises:
-        TargetError: if PEFT cannot express the adapter; the message names the tensor.
+        TargetError: PEFT cannot express the adapter; the message names the tensor.
     """
     seen = view(model)
     _check_sites(here, name, seen)
@@ -71,15 +71,15 @@ def folder_content(
 
 
 def _check_sites(here: Iterable[Site], name: str, seen: PeftView) -> None:
-    """Raise a TargetError if wrapping a module, as PEFT does, cannot adapt the tensor alike."""
+    """Raise a TargetError if PEFT, which wraps modules, cannot adapt the same tensor."""
     for site in here:
         if site.path in seen.tied:
             tied = " and ".join(seen.tied[site.path])
-            raise refuse(site.path, f"it is tied to {tied}, and PEFT adapts only one of them")
+            raise cannot_store(site.path, f"it is tied to {tied}, and PEFT adapts only one of them")
         if isinstance(site.stack[name], Blocks):
-            raise refuse(site.path, "it adapts blocks of the tensor")
+            raise cannot_store(site.path, "it adapts blocks of the tensor")
         if list(site.plist)[-1] is not site.stack:
-            raise refuse(site.path, "another parametrization comes after the adapter")
+            raise cannot_store(site.path, "another parametrization comes after the adapter")
 
 
 def _is_full(site: Site, name: str) -> bool:
@@ -87,7 +87,7 @@ def _is_full(site: Site, name: str) -> bool:
     if not isinstance(site.stack.parts(name)[0].spec, Delta):
         return False
     if len(site.plist) > 1:
-        raise refuse(site.path, "it is parametrized, so that PEFT's model does not store it")
+        raise cannot_store(site.path, "it is parametrized, so that PEFT's model does not store it")
     return True
 
 
@@ -109,14 +109,14 @@ def _update(site: Site, name: str, part: Part | None) -> _Update:
     (factors,) = site.stack.parts(name)
     spec, term = factors.spec, factors.low_rank()
     if part is None:
-        raise refuse(
+        raise cannot_store(
             site.path,
             "PEFT adapts the weights of Linear, Conv1d, Conv2d, Conv3d, Embedding and Conv1D "
             "submodules, and the projections of a MultiheadAttention",
         )
     reason = part.refusal(isinstance(spec, DoRA))
     if isinstance(spec, DoRA):
-        # The update before the columns are rescaled; PEFT stores the magnitudes beside it.
+        # The update inside of the DoRA, before it is rescaled. The magnitudes are stored apart.
         term = LowRank(factors.tensors["A"], factors.tensors["B"], factors.scale)
         if spec.dim != part.output_dim:
             reason = (
@@ -124,9 +124,9 @@ def _update(site: Site, name: str, part: Part | None) -> _Update:
                 f"{spec.dim}"
             )
     if term is None:
-        raise refuse(site.path, f"{type(spec).__name__} is not a low-rank update of it")
+        raise cannot_store(site.path, f"{type(spec).__name__} is not a low-rank update of it")
     if reason is not None:
-        raise refuse(site.path, reason)
+        raise cannot_store(site.path, reason)
     return _Update(part, factors, below(site.plist, site.stack), term)
 
 
@@ -135,7 +135,7 @@ def _uses_dora(updates: list[_Update]) -> bool:
     found = {update.part.site: isinstance(update.factors.spec, DoRA) for update in updates}
     if len(set(found.values())) > 1:
         path = next(path for path, is_dora in found.items() if is_dora)
-        raise refuse(path, "it is a DoRA, which PEFT needs at all sites or at none")
+        raise cannot_store(path, "it is a DoRA, which PEFT needs at all sites or at none")
     return all(found.values())
 
 
@@ -151,7 +151,9 @@ def _targets(updates: list[_Update], rslora: bool) -> Targets:
     for update in updates:
         found = (update.rank, _alpha(update, rslora))
         if targets.setdefault(update.part.module_path, found) != found:
-            raise refuse(update.part.site, "PEFT has one rank and one scale for both projections")
+            raise cannot_store(
+                update.part.site, "PEFT has one rank and one scale for both projections"
+            )
     return targets
 
 

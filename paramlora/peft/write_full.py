@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..files.base import base_state_dict
 from .config import Config
 from .config_file import Targets
-from .layout import refuse
+from .layout import cannot_store
 from .modules import PeftView
 
 
@@ -25,7 +25,9 @@ def split(full: list[str]) -> tuple[list[str], list[str]]:
     modules = list(dict.fromkeys(owner for path, owner in owners.items() if not _is_bias(path)))
     if "" in modules:
         path = next(path for path, owner in owners.items() if not owner)
-        raise refuse(path, "PEFT saves whole submodules, and the model itself has this tensor")
+        raise cannot_store(
+            path, "PEFT saves whole submodules, and the model itself has this tensor"
+        )
     inside = tuple(f"{module}." for module in modules)
     return [path for path in full if not path.startswith(inside)], modules
 
@@ -52,9 +54,9 @@ def saved_tensors(
 ) -> dict[str, Tensor]:
     """Return the tensors of the modules that `modules_to_save` selects.
 
-    PEFT's rules may select more modules than meant: "fc" also selects `last_fc`. So the rules are
-    applied to the settings that are about to be written. PEFT would save the modules that they
-    select, and must still adapt all targets.
+    By PEFT's rules they may be more modules than intended: "fc" also selects `last_fc`. So the
+    rules are applied to the settings that are about to be written. PEFT would save all modules that
+    they select, and must still adapt all targets.
 
     Args:
         model: the model.
@@ -73,7 +75,7 @@ def saved_tensors(
     tensors = {key: values.get(key, base[key]) for key in base if key.startswith(inside)}
     for key in tensors:
         if key in seen.tied:
-            raise refuse(key, f"it is tied to {' and '.join(seen.tied[key])}")
+            raise cannot_store(key, f"it is tied to {' and '.join(seen.tied[key])}")
     return tensors
 
 
@@ -83,12 +85,14 @@ def _check_saved(saved: list[str], config: Config, targets: Targets) -> None:
     for target in targets:
         contains = any(name.startswith(f"{target}.") for name in saved)
         if not config.targets(target) or f"{target}.".startswith(inside) or contains:
-            raise refuse(
+            raise cannot_store(
                 target, f"PEFT does not adapt modules_to_save, here {config.modules_to_save}"
             )
     nested = [name for name in saved if name.startswith(inside)]
     if nested:
-        raise refuse(nested[0], "PEFT would save it twice, by itself and in a module around it")
+        raise cannot_store(
+            nested[0], "PEFT would save it twice, by itself and in a module around it"
+        )
 
 
 def _is_bias(path: str) -> bool:
