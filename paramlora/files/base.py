@@ -182,7 +182,7 @@ class _Base:
                 check_settled(module, parameter, f"{path}.{name}")
 
     def _split(self, key: str) -> tuple[str | None, list[str]]:
-        """Return the path of the list with a stack that has the key, None without one; and the rest."""
+        """Return the path in `lists` that a key begins with, if any, and the parts after it."""
         parts = key.split(".")
         if "parametrizations" in parts:
             end = parts.index("parametrizations") + 2

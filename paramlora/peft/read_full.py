@@ -58,17 +58,12 @@ def plan_full(
     trained: dict[str, Tensor] = {}
     for key, of in original.items():
         check_real(of, base[of])
-        # A wrapper of a module to save keeps the base's tensors as `original_module`.
-        copy_of_base = "original_module" in key.split(".")
-        if of in here and not copy_of_base and _is_trained(config, of):
+        if of in here and _is_trained(key, of, config):
             if of in trained and not torch.equal(trained[of], whole[key]):
                 raise CheckpointError(f"{path} is damaged: it has two different values for {of!r}")
             trained[of] = whole[key]
-        elif not torch.equal(base[of], whole[key].to(base[of])):
-            raise CheckpointError(
-                f"{path} has values at {key} that differ from the model's; only parameters that "
-                "PEFT trains by bias= or modules_to_save= are loaded"
-            )
+        else:
+            _check_equal(base[of], whole[key], key, path)
     return [_plan_delta(here[of], tensor, path) for of, tensor in trained.items()]
 
 
@@ -94,11 +89,22 @@ def _check_complete(
         )
 
 
-def _is_trained(config: Config, tensor: str) -> bool:
-    """Return whether PEFT trains the tensor at a path, as a bias or in a module to save."""
-    parts = tensor.split(".")
+def _is_trained(key: str, original: str, config: Config) -> bool:
+    """Return whether a key has a tensor that PEFT trained, as a bias or in a module to save."""
+    # Beside a module to save, PEFT's wrapper keeps the base's module as `original_module`.
+    if "original_module" in key.split("."):
+        return False
+    parts = original.split(".")
     above = (".".join(parts[:i]) for i in range(1, len(parts)))
     return (config.bias != "none" and parts[-1] == "bias") or any(map(config.is_saved, above))
+
+
+def _check_equal(base: Tensor, found: Tensor, key: str, path: Path) -> None:
+    if not torch.equal(base, found.to(base)):
+        raise CheckpointError(
+            f"{path} has values at {key} that differ from the model's; only parameters that PEFT "
+            "trains by bias= or modules_to_save= are loaded"
+        )
 
 
 def _plan_delta(place: Place, tensor: Tensor, path: Path) -> Planned:

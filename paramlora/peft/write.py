@@ -50,24 +50,23 @@ def folder_content(
     _check_sites(here, name, seen)
     full = {site.path: site for site in here if _is_full(site, name)}
     updates = _updates([site for site in here if site.path not in full], name, seen)
-    uses_dora, rslora = _uses_dora(updates), _uses_rslora(updates)
-    targets = _targets(updates, rslora)
+    settings = {"use_rslora": _uses_rslora(updates), "use_dora": _uses_dora(updates)}
+    targets = _targets(updates, settings["use_rslora"])
     adapted = [part for path in targets for part in seen.parts[path]]
-    tensors = _factors(updates) | _placeholders(updates, adapted, targets)
+    # It has no effect on what PEFT computes, but PEFT warns if it does not fit the modules.
+    settings["fan_in_fan_out"] = all(is_conv1d(part.module) for part in adapted)
     values = {path: _value(site, name) for path, site in full.items()}
     biases, modules = split(list(full))
     wrapped = {part.owner_path for part in adapted}
-    tensors |= {peft_key(path, wrapped): values[path] for path in biases}
     config = config_content(
-        targets,
-        modules_to_save=modules,
-        use_rslora=rslora,
-        use_dora=uses_dora,
-        # It has no effect on what PEFT computes, but PEFT warns if it does not fit the modules.
-        fan_in_fan_out=all(is_conv1d(part.module) for part in adapted),
-        bias=_bias(biases, wrapped),
+        targets, modules_to_save=modules, **settings, bias=_bias(biases, wrapped)
     )
-    return config, tensors | saved_tensors(model, seen, config, targets, values)
+    return config, {
+        **_factors(updates),
+        **_placeholders(updates, adapted, targets),
+        **{peft_key(path, wrapped): values[path] for path in biases},
+        **saved_tensors(model, seen, config, targets, values),
+    }
 
 
 def _check_sites(here: Iterable[Site], name: str, seen: PeftView) -> None:
@@ -106,28 +105,39 @@ def _updates(here: list[Site], name: str, seen: PeftView) -> list[_Update]:
 
 
 def _update(site: Site, name: str, part: Part | None) -> _Update:
-    (factors,) = site.stack.parts(name)
-    spec, term = factors.spec, factors.low_rank()
     if part is None:
         raise cannot_store(
             site.path,
             "PEFT adapts the weights of Linear, Conv1d, Conv2d, Conv3d, Embedding and Conv1D "
             "submodules, and the projections of a MultiheadAttention",
         )
-    reason = part.refusal(isinstance(spec, DoRA))
-    if isinstance(spec, DoRA):
-        # The update inside of the DoRA, before it is rescaled. The magnitudes are stored apart.
-        term = LowRank(factors.tensors["A"], factors.tensors["B"], factors.scale)
-        if spec.dim != part.output_dim:
-            reason = (
-                f"PEFT has the magnitudes of a DoRA along dimension {part.output_dim} there, not "
-                f"{spec.dim}"
-            )
+    (factors,) = site.stack.parts(name)
+    term = _term(factors)
     if term is None:
-        raise cannot_store(site.path, f"{type(spec).__name__} is not a low-rank update of it")
+        kind = type(factors.spec).__name__
+        raise cannot_store(site.path, f"{kind} is not a low-rank update of it")
+    reason = _refusal(part, factors)
     if reason is not None:
         raise cannot_store(site.path, reason)
     return _Update(part, factors, below(site.plist, site.stack), term)
+
+
+def _term(factors: Factors) -> LowRank | None:
+    """Return the low-rank update that PEFT stores as A and B, None if there is none."""
+    if isinstance(factors.spec, DoRA):
+        # The update before the rescaling, whose magnitudes are stored apart.
+        return LowRank(factors.tensors["A"], factors.tensors["B"], factors.scale)
+    return factors.low_rank()
+
+
+def _refusal(part: Part, factors: Factors) -> str | None:
+    spec = factors.spec
+    if isinstance(spec, DoRA) and spec.dim != part.output_dim:
+        return (
+            f"PEFT has the magnitudes of a DoRA along dimension {part.output_dim} there, not "
+            f"{spec.dim}"
+        )
+    return part.refusal(isinstance(spec, DoRA))
 
 
 def _uses_dora(updates: list[_Update]) -> bool:
