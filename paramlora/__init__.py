@@ -19,7 +19,8 @@ True
 from . import kinds
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
 from .files.base import base_state_dict, fingerprint, load_base_state_dict
-from .files.checkpoint import load, load_state_dict, save, state_dict
+from .files.checkpoint import load, save
+from .files.state import load_state_dict, state_dict
 from .kinds import IA3, Delta, DoRA, LoHa, LoKr, LoRA
 from .layers.statistics import hold_statistics
 from .methods.combine import combine

@@ -1,1 +1,1 @@
-"""State dicts, fingerprints, and one .safetensors file for an adapter."""
+"""State dicts, fingerprints, and one `.safetensors` file for each adapter."""

@@ -1,5 +1,14 @@
-"""The base beneath the adapters: its tensors and their keys, whatever is attached or merged."""
+"""The base's tensors under their original keys, with adapters attached or merged.
 
+An adapter at `fc.weight` changes the keys that PyTorch reports, and `_Base` translates them back:
+
+    without adapters    with adapters
+    fc.bias             fc.bias
+    fc.weight           fc.parametrizations.weight.original
+                        fc.parametrizations.weight.0.factors.digits.A
+"""
+
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,132 +16,176 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..site.find import stack_of
+from ..site.find import dotted, stack_of
 from ..site.names import check_unmerged
+from ..site.stack import Stack
 from ..site.storage import check_real, check_settled, in_parts
-from ..site.survey import Survey
-from .state import compare, digest
+from .compare import compare
+from .digest import digest
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Any]:
-    """Return the base's state dict under its original keys, whatever is attached or merged.
+    """Return the base's state dict under its original keys, with adapters attached or merged.
 
-    It loads into a model of the same code without paramlora. Tensors are shared, as in
-    `nn.Module.state_dict`; the adapted ones come after the others of their module.
+    It loads into the same model without paramlora. Adapted tensors come after the other tensors of
+    their module.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The tensors by key. They share memory with the model's, as in `nn.Module.state_dict`.
+
+    >>> import paramlora as pl
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2))
+    >>> list(pl.base_state_dict(model))
+    ['0.bias', '0.weight']
     """
-    keys, state = _Keys(model), model.state_dict()
-    base: OrderedDict[str, Any] = OrderedDict()
+    base, state = _Base(model), model.state_dict()
+    found: OrderedDict[str, Any] = OrderedDict()
     for key, value in state.items():
-        original = keys.original(key)
+        original = base.original_key(key)
         if original is not None:
-            base[original] = keys.bits(key, value)
-    base._metadata = state._metadata  # type: ignore[attr-defined]  # versions, for loading code
-    return base
+            found[original] = base.original_value(key, value)
+    # The versions of the modules, which `nn.Module.load_state_dict` reads.
+    found._metadata = state._metadata  # type: ignore[attr-defined]
+    return found
 
 
 def load_base_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Load the base's tensors from a state dict with original keys; adapters stay as they are.
+    """Load the base's tensors from a state dict with original keys; adapters do not change.
 
-    Where the model is sharded all processes call it, with whole tensors or with parts.
+    If FSDP has sharded the model, all processes call it, with whole tensors or with DTensors.
+
+    Args:
+        model: any module.
+        state: all tensors of the base by key, as `base_state_dict` returns them.
 
     Raises:
-        CheckpointError: missing or unexpected keys, all of them listed, or other shapes; the
-            model is then as it was.
+        CheckpointError: keys are missing or unexpected, or shapes differ; the message lists all
+            differences, and nothing is loaded.
         StateError: an adapter is merged, or the model is on the meta device.
+
+    >>> import paramlora as pl
+    >>> model, other = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2))
+    >>> pl.load_base_state_dict(model, other.state_dict())
+    >>> pl.fingerprint(model) == pl.fingerprint(other)
+    True
     """
-    check_unmerged(Survey(model).stacks, (), "load a base under")
-    keys, own = _Keys(model), model.state_dict()
-    actual = {name: key for key in own if (name := keys.original(key)) is not None}
-    expected = {original: own[key] for original, key in actual.items()}
+    base, current = _Base(model), model.state_dict()
+    check_unmerged([stack for _, stack in base.lists.values()], (), "load a base under")
+    present = {name: key for key in current if (name := base.original_key(key)) is not None}
+    expected = {original: current[key] for original, key in present.items()}
     compare(state, expected, "the state for the base")
-    for key, own_value in expected.items():
-        check_real(key, own_value)
-    _check_settled(model)
+    for key, tensor in expected.items():
+        check_real(key, tensor)
+    base.check_settled()
     fitting = {
-        actual[key]: in_parts(value, expected[key]) if isinstance(value, Tensor) else value
+        present[key]: in_parts(value, expected[key]) if isinstance(value, Tensor) else value
         for key, value in state.items()
     }
     model.load_state_dict(fitting, strict=False)
 
 
-def _check_settled(model: nn.Module) -> None:
-    """Raise a StateError where a parameter is a gathered copy, which a write would be lost in."""
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            check_settled(module, parameter, f"{path}.{name}")
-
-
 def fingerprint(model: nn.Module) -> str:
-    """Return a digest of the base's parameters and buffers, adapters not counted.
+    """Return a digest of the base's parameters and buffers; adapters do not affect it.
 
-    It is the same before adapters are attached, while they train, are switched, scaled or merged,
-    and after they are gone: two equal ones prove that a base is untouched.
+    It stays the same while adapters are attached, trained, switched, scaled, merged or detached.
+    Equal fingerprints prove that the base is unchanged.
+
+    Args:
+        model: any module.
 
     Returns:
-        SHA-256 over names, dtypes, shapes and bytes, as 64 hexadecimal digits.
+        The SHA-256 of names, dtypes, shapes and bytes, as 64 hexadecimal digits.
 
     Raises:
         ValueError: a tensor is on the meta device and has no bytes.
+
+    >>> import paramlora as pl
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> before = pl.fingerprint(model)
+    >>> _ = pl.attach(model, pl.LoRA(rank=2))
+    >>> pl.fingerprint(model) == before
+    True
     """
-    return digest(_tensors(model))
+    return digest(_Base(model).tensors())
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the base's parameters and buffers, tied ones each, under their original keys."""
-    named: list[tuple[str, Tensor]] = [*model.named_parameters(remove_duplicate=False)]
-    named += model.named_buffers(remove_duplicate=False)
-    keys = _Keys(model)
-    for key, tensor in named:
-        original = keys.original(key)
-        if original is not None:
-            yield original, keys.bits(key, tensor)
+class _Base:
+    """The base of a model: which of its tensors are the base's, and their original keys.
 
+    A key is one of `state_dict`, or the name of a parameter or buffer. Keys in a list of
+    parametrizations that has a stack are translated. For the list L, `fc.parametrizations.weight`:
 
-class _Keys:
-    """What the base's tensors were called before adapters were attached.
-
-    Keys are those of `state_dict`, or names of parameters and buffers.
+        L holds              key                     belongs to           original key
+        the stack alone      L.original              the base             fc.weight
+                             L.0.factors.digits.A    an adapter           none
+        P, the stack, Q      L.original, L.original1 the base             unchanged
+                             L.0.scale               P                    unchanged
+                             L.1.factors.digits.A    an adapter           none
+                             L.2.scale               Q                    L.1.scale
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # By every path, not only the first: state_dict names a shared module under each.
-        self._lists = {
-            path: (plist, stack)
-            for path, plist in model.named_modules(remove_duplicate=False)
-            if isinstance(plist, parametrize.ParametrizationList)
-            for stack in [stack_of(plist)]
-            if stack is not None
+        # With duplicates: `state_dict` has the tensors of a shared module under all its paths.
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.lists: dict[str, tuple[parametrize.ParametrizationList, Stack]] = {
+            path: (module, stack)
+            for path, module in self.modules.items()
+            if isinstance(module, parametrize.ParametrizationList)
+            if (stack := stack_of(module)) is not None
         }
 
-    def original(self, key: str) -> str | None:
-        """Return the key before attaching, None for what belongs to adapters."""
+    def original_key(self, key: str) -> str | None:
+        """Return the key that a tensor had before attaching, None if it belongs to an adapter."""
         path, rest = self._split(key)
         if path is None:
             return key
-        plist, stack = self._lists[path]
-        first, *more = rest
+        plist, stack = self.lists[path]
+        first, *others = rest
         if first.startswith("original"):
             host, tensor = path.rsplit("parametrizations.", 1)
             return host + tensor if len(plist) == 1 else key
-        modules = list(plist)
-        index = modules.index(stack)
-        if int(first) == index:
+        index, stack_index = int(first), list(plist).index(stack)
+        if index == stack_index:
             return None
-        return ".".join([path, str(int(first) - (int(first) > index)), *more])
+        # Without the stack, the parametrizations after it move up by one.
+        return ".".join([path, str(index - (index > stack_index)), *others])
 
-    def bits(self, key: str, tensor: Tensor) -> Tensor:
-        """Return the base's tensor at a key: the original bits where an adapter is merged."""
+    def original_value(self, key: str, tensor: Tensor) -> Tensor:
+        """Return the base's tensor for a key; if an adapter is merged, the one from before."""
         path, rest = self._split(key)
         if path is None or not rest[0].startswith("original"):
             return tensor
-        originals = self._lists[path][1].stored
-        return originals[int(rest[0][len("original") :] or 0)] if originals else tensor
+        _, stack = self.lists[path]
+        return stack.stored[int(rest[0][len("original") :] or 0)] if stack.stored else tensor
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parameters and buffers by original key, tied ones under each of their keys."""
+        for path, module in self.modules.items():
+            for name, tensor in itertools.chain(
+                module._parameters.items(), module._buffers.items()
+            ):
+                key = dotted(path, name)
+                original = self.original_key(key)
+                if tensor is not None and original is not None:
+                    yield original, self.original_value(key, tensor)
+
+    def check_settled(self) -> None:
+        """Raise a StateError if FSDP has gathered a parameter: writes to the copy are lost."""
+        for path, module in self.modules.items():
+            for name, parameter in module.named_parameters(recurse=False):
+                check_settled(module, parameter, f"{path}.{name}")
 
     def _split(self, key: str) -> tuple[str | None, list[str]]:
+        """Return the path in `lists` that a key begins with, if any, and the parts after it."""
         parts = key.split(".")
         if "parametrizations" in parts:
             end = parts.index("parametrizations") + 2
             path = ".".join(parts[:end])
-            if path in self._lists:
+            if path in self.lists:
                 return path, parts[end:]
         return None, parts

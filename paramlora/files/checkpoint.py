@@ -1,157 +1,123 @@
-"""State dicts of adapters, and one `.safetensors` file for an adapter.
+"""Saving an adapter to one `.safetensors` file, and loading it.
 
-A file has the factors under `<site>.<factor>`, such as `fc1.weight.A`, and one metadata entry,
-`paramlora`: JSON with the format's version, for each site the kind, its fields, the strength and
-the tensor's shape, and a digest of all that and of the factors. Nothing in it is executed or
-unpickled. Where a kind is not one of the library's, its class has to be imported before the file
-is loaded.
+A file holds the factors as tensors and one metadata entry, described in `metadata.py`. Loading it
+executes and unpickles nothing. If an adapter is of a kind of your own, import its class before you
+load the file.
 """
 
-import dataclasses
 import json
 import os
-from collections.abc import Mapping
-from typing import Any
 
-import torch
 from safetensors.torch import save as serialized
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import CheckpointError
 from ..layers.install import check_tied
-from ..site.factors import Factors
-from ..site.find import Site, below
-from ..site.names import check_unmerged
-from ..site.storage import check_real, fill, settle, whole, writes_files
-from ..site.survey import Survey, names_of, sites_of
+from ..site.storage import check_real, settle, whole, writes_files
+from ..site.survey import Survey
 from ..verbs.summary import Summary
-from .planned import planned
-from .refresh import check_writable, parts_of_sites, take
-from .safetensors_file import ENTRY, VERSION, read, write_atomically
-from .state import compare, digest
-
-
-def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """Return an adapter's factors by `<site>.<factor>`: `fc1.weight.A`.
-
-    As with `nn.Module.state_dict` the tensors are detached, and share memory with the model's;
-    of a model that FSDP has sharded they are in parts (DTensors).
-
-    Raises:
-        AdapterNameError: no adapter of that name.
-    """
-    settle(model)
-    return {
-        f"{path}.{key}": tensor.detach()
-        for path, factors in parts_of_sites(model, name).items()
-        for key, tensor in factors.tensors.items()
-    }
-
-
-@torch.no_grad()
-def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
-    """Copy factors, as `state_dict` gave them, into an adapter that is attached.
-
-    Nothing else changes: no other adapter, not what is active, scaled or trained. Where the model
-    is sharded all processes call it, with whole tensors or with parts.
-
-    Raises:
-        AdapterNameError: no adapter of that name.
-        CheckpointError: missing or unexpected keys, all of them listed, or other shapes; the
-            model is then as it was.
-        StateError: the adapter is merged, or the model is on the meta device.
-    """
-    check_unmerged(Survey(model).stacks, [name], "load")
-    own = state_dict(model, name)
-    compare(state, own, f"the state for adapter {name!r}")
-    check_writable(model, name)
-    for key, tensor in own.items():
-        fill(tensor, state[key])
+from .metadata import ENTRY, describe, digest_of, read
+from .plan import plan_sites
+from .refresh import attach_or_refresh
+from .safetensors_file import write_atomically
+from .state import tensors_of
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
-    """Save an adapter to one `.safetensors` file that says all that `load` needs.
+    """Save an adapter to one `.safetensors` file that has all that `load` needs.
 
-    The file is written beside its place and moved there: a crash leaves the old one or the new.
-    Where the model is sharded all processes call it, and the first one writes.
+    Saving is atomic: after a crash, `path` holds either the old file or the new one. If FSDP has
+    sharded the model, all processes call `save`, and the first one writes.
+
+    Args:
+        model: a module with adapters.
+        path: the file, in a folder that exists. An existing file is replaced.
+        name: the adapter.
 
     Raises:
-        AdapterNameError: no adapter of that name.
-        FileNotFoundError: no such folder.
-        TypeError: a kind of your own has a field that JSON cannot hold.
+        AdapterNameError: the model has no adapter of this name.
+        FileNotFoundError: the folder does not exist.
+        StateError: the model is on the meta device.
+        TypeError: a kind of your own has a field that JSON cannot express.
+
+    >>> import tempfile
+    >>> import paramlora as pl
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2, alpha=4), name="digits")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pl.save(model, f"{folder}/digits.safetensors", "digits")
+    ...     pl.load(nn.Sequential(nn.Linear(4, 3)), f"{folder}/digits.safetensors").sites[0].scale
+    2.0
     """
-    state = state_dict(model, name)
+    settle(model)
+    here = Survey(model).sites_of(name)
+    state = tensors_of(here, name)
     for key, tensor in state.items():
         check_real(key, tensor)
-    # Copies: safetensors refuses tensors that share memory.
+    # Copies, because safetensors refuses tensors that share memory.
     tensors = {
         key: whole(tensor).to("cpu", copy=True).contiguous() for key, tensor in state.items()
     }
-    described = {
-        path: _describe(factors, site)
-        for site in sites_of(model, name)
-        for path, factors in site.parts(name).items()
-    }
-    content = {"version": VERSION, "name": name, "sites": described}
+    content = describe(here, name)
     try:
-        content["digest"] = digest(tensors.items(), json.dumps(content))
+        content["digest"] = digest_of(tensors, content)
     except TypeError as error:
         raise TypeError(
             f"cannot save adapter {name!r}: a spec's fields must be numbers, strings, booleans or "
             f"None ({error})"
         ) from error
     if writes_files(list(state.values())):
-        # Not by safetensors' own save_file, whose files only their owner may read.
+        # Not by safetensors' `save_file`, which makes files that only their owner can read.
         write_atomically(path, serialized(tensors, {"format": "pt", ENTRY: json.dumps(content)}))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> Summary:
-    """Attach the adapter of a file, or refresh the one of that name that is attached.
+    """Attach the adapter in a file, or copy its values into the attached adapter of that name.
 
-    A new one is attached as `attach` does it: switched on, its factors trained, the base frozen.
-    Into one of the same name, sites and shapes only the values and strengths are copied; that can
-    be done in a model that is sharded, too, by all processes.
+    A new adapter is attached as by `attach`: active, with trainable factors and a frozen base. An
+    attached adapter of that name must have the same sites, kinds and shapes. Its values, settings
+    and strengths are replaced, and nothing else changes. This also works if FSDP has sharded the
+    model; then all processes call `load`.
 
     Args:
         model: a module with the tensors that the file names.
         path: a file that `save` wrote.
-        name: the adapter's name here; without one, its name in the file.
+        name: the adapter's name in the model; by default its name in the file.
 
     Returns:
         The model's summary.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: the file does not exist.
         CheckpointError: the file is damaged, was not written by paramlora, or belongs to another
-            model; the message names the file, the site, and the shapes expected and found. The
-            model is then as it was.
-        AdapterNameError: the name cannot be one, or belongs to an adapter of other sites, kinds
+            model. The message names the file, the site, and what was expected and found. The model
+            does not change.
+        AdapterNameError: the name is not valid, or belongs to an adapter with other sites, kinds
             or shapes.
         StateError: the adapter of that name is merged, or the model is on the meta device.
         TargetError: a tensor of the model is lazy and has no shape yet.
+
+    >>> import tempfile
+    >>> import paramlora as pl
+    >>> model, other = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2), name="digits")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pl.save(model, f"{folder}/digits.safetensors", "digits")
+    ...     pl.load(other, f"{folder}/digits.safetensors", name="numbers").sites[0].adapter
+    'numbers'
     """
     tensors, content = read(path)
     name = content["name"] if name is None else name
-    found = planned(model, tensors, content["sites"], path, name in names_of(model))
-    for plan in found:
+    survey = Survey(model)
+    refresh = name in survey.names
+    planned = plan_sites(survey.places, tensors, content["sites"], path, refresh=refresh)
+    for plan in planned:
         check_real(plan.place.path, plan.place.stored)
-    check_tied(Survey(model), [plan.place for plan in found])
-    # Last, because the checks before it say more.
-    saved = content.pop("digest")
-    if digest(tensors.items(), json.dumps(content)) != saved:
+    check_tied(survey, [plan.place for plan in planned])
+    # The digest comes last, because the checks above can name the key or site that differs. It
+    # comes before anything is attached, because it finds what they cannot: changed values.
+    if digest_of(tensors, content) != content["digest"]:
         raise CheckpointError(
-            f"{path} is damaged: its digest is not that of what was saved; save the adapter again"
+            f"{path} is damaged: its content does not match its digest; save the adapter again"
         )
-    return take(model, found, name, path)
-
-
-def _describe(factors: Factors, site: Site) -> dict[str, Any]:
-    values = {f.name: getattr(factors.spec, f.name) for f in dataclasses.fields(factors.spec)}
-    return {
-        "kind": type(factors.spec).__name__,
-        # A callable (an init) has done its work and cannot be saved.
-        "fields": {key: value for key, value in values.items() if not callable(value)},
-        "strength": float(factors.strength),
-        # Of the whole tensor, also for a block, whose place in it the path has.
-        "shape": list(below(site.plist, site.stack).shape),
-    }
+    return attach_or_refresh(model, survey, planned, name, path)

@@ -1,4 +1,4 @@
-"""Writing new values into factors that are attached already."""
+"""Attaching the adapter of a file, or copying its values into the one that is attached."""
 
 import os
 
@@ -8,59 +8,57 @@ from torch import nn
 from ..errors import AdapterNameError
 from ..layers.install import Planned, check_name, install
 from ..site.factors import Factors
+from ..site.find import Site
 from ..site.names import check_unmerged
-from ..site.storage import check_real, check_settled, fill, settle
-from ..site.survey import Survey, names_of, sites_of
-from ..verbs.summary import Summary, summary
+from ..site.storage import fill, settle
+from ..site.survey import Survey
+from ..verbs.summary import Summary, report
+from .state import check_writable, factors_of
 
 
-def take(
-    model: nn.Module, planned: list[Planned], name: str, path: str | os.PathLike[str]
+def attach_or_refresh(
+    model: nn.Module,
+    survey: Survey,
+    planned: list[Planned],
+    name: str,
+    path: str | os.PathLike[str],
 ) -> Summary:
-    """Attach the factors that a file or folder holds, or refresh those of an adapter of that name.
+    """Attach the planned factors, or copy their values into an attached adapter of that name.
 
-    `path` is for messages.
+    Args:
+        model: a module.
+        survey: a survey of the model.
+        planned: the factors of a file, each with its place in the model, checked.
+        name: the adapter's name in the model.
+        path: the file or folder, for messages.
     """
-    if name in names_of(model):
-        refresh(model, planned, name, path)
+    if name in survey.names:
+        _refresh(model, survey.sites_of(name), planned, name, path)
     else:
-        check_name(Survey(model), name)
-        install(Survey(model), planned, name, freeze=True)
-    return summary(model)
-
-
-def parts_of_sites(model: nn.Module, name: str) -> dict[str, Factors]:
-    """Return one adapter's factors by the path of the site or block, in the same order."""
-    return {
-        path: factors
-        for site in sites_of(model, name)
-        for path, factors in site.parts(name).items()
-    }
+        check_name(survey, name)
+        install(survey, planned, name, freeze=True)
+    return report(survey.again())
 
 
 @torch.no_grad()
-def refresh(
+def _refresh(
     model: nn.Module,
+    here: list[Site],
     planned: list[Planned],
     name: str,
     path: str | os.PathLike[str],
 ) -> None:
-    """Copy a file's values into the adapter of that name, which must be of the same make."""
-    check_unmerged(Survey(model).stacks, [name], "load")
-    attached = parts_of_sites(model, name)
+    """Copy values and specs into the adapter at these sites, if kinds and shapes are the same."""
+    check_unmerged([site.stack for site in here], [name], "load")
+    attached = factors_of(here, name)
     new = {plan.place.path: plan.factors for plan in planned}
-    same = attached.keys() == new.keys() and all(
-        type(new[site].spec) is type(attached[site].spec)
-        and _shapes(new[site]) == _shapes(attached[site])
-        for site in new
-    )
-    if not same:
+    if _signatures(new) != _signatures(attached):
         raise AdapterNameError(
-            f"an adapter {name!r} is attached already, with other sites, kinds or ranks than "
-            f"{path} has ({', '.join(new)}); give name=, or detach it first"
+            f"adapter {name!r} is attached already, and its sites, kinds or ranks differ from "
+            f"those in {path} ({', '.join(new)}); pass another name=, or detach it first"
         )
     settle(model)
-    check_writable(model, name)
+    check_writable(here, name)
     for site, factors in attached.items():
         factors.spec = new[site].spec
         factors.set_strength(new[site].strength)
@@ -68,15 +66,9 @@ def refresh(
             fill(tensor, new[site].tensors[key])
 
 
-def check_writable(model: nn.Module, name: str) -> None:
-    """Raise a StateError where what is written to an adapter's factors would be lost."""
-    for site in sites_of(model, name):
-        for path, factors in site.parts(name).items():
-            # Parameters alone: constants are buffers, which FSDP leaves whole.
-            for key, parameter in factors.named_parameters():
-                check_settled(site.module, parameter, path)
-                check_real(f"{path}.{key}", parameter)
-
-
-def _shapes(factors: Factors) -> dict[str, torch.Size]:
-    return {key: tensor.shape for key, tensor in factors.tensors.items()}
+def _signatures(by_path: dict[str, Factors]) -> dict[str, object]:
+    """Return kind and shapes of the factors by path: values can be copied if they are the same."""
+    return {
+        path: (type(factors.spec), {key: tensor.shape for key, tensor in factors.tensors.items()})
+        for path, factors in by_path.items()
+    }

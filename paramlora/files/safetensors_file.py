@@ -1,62 +1,56 @@
-"""An adapter's `.safetensors` file: written whole or not at all, and read with suspicion.
+"""Reading `.safetensors` files, and writing any file atomically."""
 
-Its one metadata entry, `paramlora`, says as JSON what the tensors are; see `checkpoint`.
-"""
-
-import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..kinds.spec import is_finite
-
-VERSION = 1
-ENTRY = "paramlora"
-_FILE = {"version": int, "name": str, "sites": dict, "digest": str}
-_SITE = {"kind": str, "fields": dict, "strength": (int, float), "shape": list}
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new, whole."""
+    """Write a file such that `path` holds either the old content or the new, never a part.
+
+    Writing to `path` itself would destroy the old content first, and a crash or a full disk would
+    then leave a truncated file. So the content goes to a temporary file, which `os.replace` renames
+    in one step.
+
+    - The temporary file is in the same folder, because a rename to another file system copies.
+    - Its name is random, so that two processes that save to one path do not share it.
+    - `fsync` comes before the rename. Otherwise the file system may record the rename first, and a
+      power failure leaves an empty file.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        IsADirectoryError: `path` is a folder.
+    """
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+        raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
-
-
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of an adapter's file, and what it says of them, every part checked.
-
-    Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: the file is damaged, or was not written by paramlora.
-    """
-    tensors, metadata = read_tensors(path)
-    if ENTRY not in metadata:
-        raise CheckpointError(
-            f"{path} was not written by paramlora.save: its metadata has no {ENTRY!r}, only "
-            f"{sorted(metadata)}"
-        )
-    return tensors, _content(metadata[ENTRY], path)
+        temporary.unlink(missing_ok=True)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a `.safetensors` file, and its metadata."""
+    """Return the tensors of a `.safetensors` file by key, and its metadata; nothing is unpickled.
+
+    The tensors are views of the file, which stays mapped into memory. Copy what is to be kept.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        CheckpointError: the file is damaged or has another format.
+    """
     if os.path.isdir(path):
         raise CheckpointError(f"{path} is a folder; name the .safetensors file in it")
     try:
@@ -67,42 +61,5 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is damaged or no .safetensors file ({error}); save the adapter again"
+            f"{path} is damaged or not a .safetensors file ({error}); save the adapter again"
         ) from error
-
-
-def _content(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what the metadata says, every part of it there and of its type."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: its metadata {ENTRY!r} is no JSON ({error}); save the adapter "
-            "again"
-        ) from error
-    version = content.get("version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version > VERSION:
-        raise CheckpointError(
-            f"{path} has format {version}, this paramlora reads up to {VERSION}; update paramlora"
-        )
-    _check_parts(content, _FILE, f"its metadata {ENTRY!r}", path)
-    for site, entry in content["sites"].items():
-        _check_parts(entry, _SITE, f"its metadata for {site!r}", path)
-        if not is_finite(entry["strength"]):
-            raise CheckpointError(
-                f"{path} is damaged: the strength for {site!r} must be a finite number, found "
-                f"{entry['strength']!r}; save the adapter again"
-            )
-    return content
-
-
-def _check_parts(
-    found: Any, parts: dict[str, Any], what: str, path: str | os.PathLike[str]
-) -> None:
-    """Raise a CheckpointError where `found` is no dict that has these parts of these types."""
-    for key, kind in parts.items():
-        if not isinstance(found, dict) or not isinstance(found.get(key), kind):
-            raise CheckpointError(
-                f"{path} is damaged: {what} must have {', '.join(map(repr, parts))}, and {key!r} "
-                f"is missing or of the wrong type in {found!s:.100}; save the adapter again"
-            )

@@ -1,61 +1,111 @@
-"""Comparing a given state dict with an expected one, and hashing tensors."""
+"""The state dict of one adapter: its factors under the keys `<site>.<factor>`.
 
-import ctypes
-import hashlib
+Note [keys of factors]
+    adapted by `digits`                        keys
+    `fc1.weight`                               fc1.weight.A, fc1.weight.B
+    the block `[0:4]` of `qkv.weight`          qkv.weight[:4].A, qkv.weight[:4].B
+    `embed.weight`, to which `head.weight`     embed.weight.A, embed.weight.B
+    is tied
+
+    The index of a block is part of the key, in its shortest form, so that a block has one key
+    however the user wrote its index. Tied tensors share one stack and thus one set of factors.
+    Their keys have the first path in module order only: under a second path there could be other
+    values. Loading finds the tensor by that path and adapts all modules that hold it.
+"""
+
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import CheckpointError
-from ..site.storage import whole
-
-
-def digest(named: Iterable[tuple[str, Tensor]], preface: str = "") -> str:
-    """Return the SHA-256 over names, dtypes, shapes and bytes, in the names' order."""
-    total = hashlib.sha256(preface.encode())
-    for key, tensor in sorted(named, key=lambda item: item[0]):
-        if tensor.is_meta:
-            raise ValueError(f"{key!r} is on the meta device and has no bytes to digest")
-        total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        _update(total, tensor)
-    return total.hexdigest()
+from ..site.factors import Factors
+from ..site.find import Site
+from ..site.names import check_unmerged
+from ..site.storage import check_real, check_settled, fill, settle
+from ..site.survey import Survey
+from .compare import compare
 
 
-def compare(state: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
-    """Raise a CheckpointError where keys or shapes differ; every difference is listed."""
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
-    wrong = [
-        f"{key}: expected {tuple(tensor.shape)}, found {found}"
-        for key, tensor in expected.items()
-        if key in state
-        and isinstance(tensor, Tensor)
-        and (found := shown(state[key], tensor)) != tuple(tensor.shape)
-    ]
-    problems = [f"missing {', '.join(missing)}"] if missing else []
-    problems += [f"unexpected {', '.join(unexpected)}"] if unexpected else []
-    problems += wrong
-    if problems:
-        raise CheckpointError(f"{what} does not fit: {'; '.join(problems)}")
+def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Return the factors of an adapter by `<site>.<factor>`, such as `fc1.weight.A`.
+
+    Args:
+        model: a module with adapters.
+        name: the adapter.
+
+    Returns:
+        The factors, detached. They share memory with the model's, as in `nn.Module.state_dict`.
+        If FSDP has sharded the model, they are DTensors.
+
+    Raises:
+        AdapterNameError: the model has no adapter of this name.
+
+    >>> import paramlora as pl
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2), name="digits")
+    >>> {key: tuple(factor.shape) for key, factor in pl.state_dict(model, "digits").items()}
+    {'0.weight.A': (2, 4), '0.weight.B': (3, 2)}
+    """
+    settle(model)
+    return tensors_of(Survey(model).sites_of(name), name)
 
 
-def shown(value: Any, expected: Tensor) -> tuple[int, ...] | str:
-    """Return a value's shape, or what it is where it is no tensor to copy from."""
-    if not isinstance(value, Tensor):
-        return f"no tensor but {type(value).__name__}"
-    if value.is_meta and not expected.is_meta:
-        return "a tensor on the meta device, which has no data"
-    return tuple(value.shape)
+@torch.no_grad()
+def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
+    """Copy factors into an adapter that is attached; nothing else changes.
+
+    If FSDP has sharded the model, all processes call it, with whole tensors or with DTensors.
+
+    Args:
+        model: a module with adapters.
+        state: all factors of the adapter by key, as `state_dict` returns them.
+        name: the adapter.
+
+    Raises:
+        AdapterNameError: the model has no adapter of this name.
+        CheckpointError: keys are missing or unexpected, or shapes differ; the message lists all
+            differences, and nothing is copied.
+        StateError: the adapter is merged, or the model is on the meta device.
+
+    >>> import paramlora as pl
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2))
+    >>> pl.load_state_dict(model, {"0.weight.A": torch.ones(2, 4), "0.weight.B": torch.ones(3, 2)})
+    >>> pl.state_dict(model)["0.weight.A"].sum()
+    tensor(8.)
+    """
+    here = Survey(model).sites_of(name)
+    check_unmerged([site.stack for site in here], [name], "load")
+    settle(model)
+    factors = tensors_of(here, name)
+    compare(state, factors, f"the state for adapter {name!r}")
+    check_writable(here, name)
+    for key, factor in factors.items():
+        fill(factor, state[key])
 
 
-def _update(digest: "hashlib._Hash", tensor: Tensor) -> None:
-    """Feed a tensor's bytes in row-major order, without numpy and without a copy on the CPU."""
-    tensor = whole(tensor.detach())
-    if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    tensor = tensor.contiguous().cpu()
-    size = tensor.numel() * tensor.element_size()
-    if size:
-        digest.update((ctypes.c_char * size).from_address(tensor.data_ptr()))
+def factors_of(here: Iterable[Site], name: str) -> dict[str, Factors]:
+    """Return an adapter's factors by the path of the site or block; see Note [keys of factors]."""
+    return {path: factors for site in here for path, factors in site.parts(name).items()}
+
+
+def tensors_of(here: Iterable[Site], name: str) -> dict[str, Tensor]:
+    """Return an adapter's tensors, detached, by `<site>.<factor>`."""
+    return {
+        f"{path}.{key}": tensor.detach()
+        for path, factors in factors_of(here, name).items()
+        for key, tensor in factors.tensors.items()
+    }
+
+
+def check_writable(here: Iterable[Site], name: str) -> None:
+    """Raise a StateError if values copied into an adapter's factors would be lost.
+
+    That is the case for a copy that FSDP has gathered, and for tensors on the meta device.
+    """
+    for site in here:
+        for path, factors in site.parts(name).items():
+            # Only parameters: constants are buffers, which FSDP does not shard.
+            for key, parameter in factors.named_parameters():
+                check_settled(site.module, parameter, path)
+                check_real(f"{path}.{key}", parameter)

@@ -1,1 +1,1 @@
-"""PEFT's adapter folders, read and written."""
+"""Adapter folders in the format of Hugging Face's PEFT: written and read."""

@@ -1,74 +1,28 @@
-"""PEFT's `adapter_config.json`: what it says, by PEFT's rules of matching, or why it is refused.
+"""PEFT's settings for LoRA, and which modules they select: by PEFT's own rules of matching.
 
-PEFT writes some forty settings. Those that say which tensors are adapted, and how, are in `Config`;
-some change nothing once an adapter is trained (`_IDLE`); any other must be off (null, false or
-empty), for a setting that is not carried out would give another model without a word.
+The rules differ from setting to setting:
+
+    setting                        an entry selects the path of a module if
+    target_modules, a list         the path is equal to it, or ends with "." and the entry
+    target_modules, a string       it matches the whole path, as a regular expression
+    exclude_modules                the same as for target_modules
+    rank_pattern, alpha_pattern    it matches the whole path or a part after a dot up to the end, as
+                                   a regular expression; the first such entry counts
+    modules_to_save                see `is_saved` and `is_in_saved`
 """
 
-import json
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-from ..errors import CheckpointError
-
-# Settings without an effect on what a trained adapter computes. Dropout acts in training only, and
-# is no part of an adapter here; `fan_in_fan_out` is decided by the type of the module, as in PEFT.
-_IDLE = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "eva_config",
-    "fan_in_fan_out",
-    "inference_mode",
-    "loftq_config",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
-}
-
-# What A and B were at the start. Others change the stored base when PEFT loads: two of them by what
-# can be computed from the base alone, and is here.
-_PLAIN = ("gaussian", "orthogonal", "eva")
-_FROM_BASE = ("pissa", "olora")
-
-# Settings that go with a list of target_modules.
-_OF_LISTS = {"layers_to_transform", "layers_pattern"}
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    # JSON has NaN and Infinity in Python, and whole numbers that no float can hold.
-    return isinstance(value, int | float) and type(value) is not bool and abs(value) < 1e308
-
-
-def _is_rank(value: Any) -> bool:
-    return _is_whole(value) and 1 <= value < 2**31  # above that a shape overflows
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _is_pattern(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(of(number) for number in value.values())
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings that are carried out, under PEFT's names and with PEFT's defaults."""
+    """The settings that paramlora supports, with PEFT's names and defaults.
+
+    `init` is `init_lora_weights` if the start of A and B depends on the base, else "kaiming".
+    """
 
     target_modules: str | list[str]
     r: int = 8
@@ -85,29 +39,40 @@ class Config:
     init: str = "kaiming"
 
     def targets(self, path: str) -> bool:
-        """Return whether the module at `path` is adapted, as PEFT's check_target_module_exists."""
-        if not path or _named(self.exclude_modules, path) or self.retrains(path):
+        """Return whether PEFT adapts the module at `path`, as its `check_target_module_exists`."""
+        if not path or _selects(self.exclude_modules, path) or self.is_in_saved(path):
             return False
-        if path in self.target_modules and not isinstance(self.target_modules, str):
+        # A whole path in a list is adapted whatever `layers_to_transform` says.
+        if isinstance(self.target_modules, list) and path in self.target_modules:
             return True
-        return _named(self.target_modules, path) and self._is_layer(path)
+        return _selects(self.target_modules, path) and self._is_in_layers(path)
 
-    def retrains(self, path: str) -> bool:
-        """Return whether `modules_to_save` keeps adapters off the module at `path`."""
-        return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save)
+    def is_saved(self, path: str) -> bool:
+        """Return whether `modules_to_save` selects the module at `path` itself.
 
-    def replaces(self, path: str) -> bool:
-        """Return whether `modules_to_save` replaces the module at `path`: by how that ends."""
+        PEFT compares the end of the path without regard to dots: "head" selects `pre_head` too.
+        """
         return any(path.endswith(name) for name in self.modules_to_save)
 
+    def is_in_saved(self, path: str) -> bool:
+        """Return whether `modules_to_save` rules out an adapter for the module at `path`.
+
+        Here PEFT takes the name for a regular expression and looks for it between dots: "head"
+        rules out `head` and `sub.head.dense`, and not `pre_head`.
+        """
+        return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save)
+
     def rank(self, path: str) -> int:
-        return _pattern(self.rank_pattern, path, self.r)
+        return _first_match(self.rank_pattern, path, self.r)
 
     def alpha(self, path: str) -> float:
-        return _pattern(self.alpha_pattern, path, self.lora_alpha)
+        return _first_match(self.alpha_pattern, path, self.lora_alpha)
 
-    def _is_layer(self, path: str) -> bool:
-        """Return whether the first number in `path` is one of `layers_to_transform`."""
+    def _is_in_layers(self, path: str) -> bool:
+        """Return whether the first number in `path` is one of `layers_to_transform`.
+
+        With `layers_pattern` it is the first number after one of these names.
+        """
         layers = self.layers_to_transform
         if layers is None or layers == []:
             return True
@@ -120,117 +85,15 @@ class Config:
         return False
 
 
-_TEXTS = ("a string or a list of strings", lambda v: isinstance(v, str) or _is_names(v))
-_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "r": ("a whole number of at least 1", _is_rank),
-    "lora_alpha": ("a finite number", _is_number),
-    "target_modules": _TEXTS,
-    "exclude_modules": _TEXTS,
-    "layers_to_transform": (
-        "a whole number or a list of them",
-        lambda v: _is_whole(v) or (isinstance(v, list) and all(map(_is_whole, v))),
-    ),
-    "layers_pattern": _TEXTS,
-    "rank_pattern": ("whole numbers by name", _is_pattern(_is_rank)),
-    "alpha_pattern": ("finite numbers by name", _is_pattern(_is_number)),
-    "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
-    "use_dora": ("true or false", lambda v: isinstance(v, bool)),
-    "bias": ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
-    "modules_to_save": ("a list of strings", _is_names),
-}
-
-
-def read(path: Path) -> Config:
-    """Return what an `adapter_config.json` says.
-
-    Raises:
-        CheckpointError: it is damaged, of another method than LoRA, or has a setting that is not
-            carried out here.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: it is no JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} is damaged: it must hold settings by name, found {content!s:.50}"
-        )
-    if content.get("peft_type") != "LORA":
-        raise CheckpointError(
-            f"{path} has peft_type {content.get('peft_type')!r}; only 'LORA' is read here"
-        )
-    _refuse_others(path, content)
-    settings = {key: content[key] for key in _CHECKS if content.get(key) is not None}
-    for key, value in settings.items():
-        wanted, fits = _CHECKS[key]
-        if not fits(value):
-            raise CheckpointError(f"{path} is damaged: {key!r} must be {wanted}, found {value!r}")
-    if "target_modules" not in settings:
-        raise CheckpointError(f"{path} names no target_modules; write them there")
-    if isinstance(settings["target_modules"], str) and settings.keys() & _OF_LISTS:
-        raise CheckpointError(
-            f"{path} is damaged: target_modules is a string, which goes without "
-            f"{' and '.join(sorted(settings.keys() & _OF_LISTS))}"
-        )
-    init = content.get("init_lora_weights")
-    return Config(**settings, init=init if init in _FROM_BASE else "kaiming")
-
-
-def written(targets: Mapping[str, tuple[int, float]], **settings: Any) -> dict[str, Any]:
-    """Return the fewest settings that give each module its rank and alpha, by path.
-
-    Older versions of PEFT refuse what they do not know, so what is off is left out.
-    """
-    r, alpha = Counter(targets.values()).most_common(1)[0][0]
-    ranks = {_anchored(path): rank for path, (rank, _) in targets.items() if rank != r}
-    alphas = {_anchored(path): _short(a) for path, (_, a) in targets.items() if a != alpha}
-    content = {
-        "peft_type": "LORA",
-        "r": r,
-        "lora_alpha": _short(alpha),
-        "target_modules": "|".join(re.escape(path) for path in targets),
-        "inference_mode": True,
-    }
-    more = {"rank_pattern": ranks, "alpha_pattern": alphas, **settings}
-    return content | {key: value for key, value in more.items() if value}
-
-
-def _refuse_others(path: Path, content: dict[str, Any]) -> None:
-    init = content.get("init_lora_weights")
-    switched = init is None or isinstance(init, bool)
-    if not switched and init not in (*_PLAIN, *_FROM_BASE):
-        raise CheckpointError(
-            f"{path} has init_lora_weights {init!r}, which changes the base where it is loaded; "
-            "save it from PEFT as a plain LoRA, by path_initial_model_for_weight_conversion="
-        )
-    known = {*_IDLE, *_CHECKS, "init_lora_weights"}
-    others = [key for key, value in content.items() if key not in known and value]
-    if others:
-        raise CheckpointError(
-            f"{path} has settings that are not carried out here: "
-            f"{', '.join(f'{key}={content[key]!r}' for key in sorted(others))}"
-        )
-
-
-def _named(names: str | list[str], path: str) -> bool:
-    """Return whether a path is meant: by a regular expression as a whole, by a list by its end."""
+def _selects(names: str | list[str], path: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def _pattern(numbers: Mapping[str, Any], path: str, default: Any) -> Any:
-    """Return the number of the first pattern that matches the end of a path."""
-    for key, number in numbers.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+def _first_match(numbers: Mapping[str, Any], path: str, default: Any) -> Any:
+    """Return the number of the first pattern that matches the end of a path: `get_pattern_key`."""
+    for pattern, number in numbers.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
             return number
     return default
-
-
-def _anchored(path: str) -> str:
-    return "^" + re.escape(path)
-
-
-def _short(number: float) -> float:
-    """Return a whole number as an int: so PEFT writes an alpha."""
-    return int(number) if number == int(number) else number

@@ -1,36 +1,34 @@
-"""Folders as Hugging Face's PEFT writes and reads them, both ways.
+"""`save_peft` and `load_peft`: adapter folders as Hugging Face's PEFT writes and reads them.
 
-A folder holds `adapter_config.json` and `adapter_model.safetensors`, whose keys are
-`base_model.model.`, the path of a module and a suffix. Beside factors it can hold whole tensors:
-biases that were trained, and modules that were (`modules_to_save`); here those are `Delta`s. What
-PEFT cannot say is refused before anything is written, and what is not carried out here before
-anything is attached. Nothing is unpickled.
+A folder holds `adapter_config.json` and `adapter_model.safetensors`. The keys of the tensors are
+`base_model.model.`, the path of a module and a suffix. Besides factors a folder can hold whole
+tensors: trained biases, and trained modules (`modules_to_save`). Here these are `Delta`s.
+
+What the format cannot express is refused before anything is written. What paramlora does not
+support is refused before anything is attached. Nothing is unpickled.
 """
 
-import json
 import os
-import shutil
-import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..files.refresh import take
-from ..files.safetensors_file import read_tensors, write_atomically
+from ..files.refresh import attach_or_refresh
+from ..files.safetensors_file import read_tensors
 from ..layers.install import check_whole
 from ..site.place import check_shapes
 from ..site.storage import check_real
-from ..site.survey import places, sites_of
+from ..site.survey import Survey
 from ..verbs.summary import Summary
-from .config import read
-from .read import planned
-from .write import exported
+from .config_file import read_config
+from .disk import CONFIG, TENSORS, check_destination, check_files, write_folder
+from .modules import view
+from .read import plan_folder
+from .write import folder_content
 
-_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _OUT_PROJ = ".base_layer.out_proj.lora_B.weight"
 
@@ -38,28 +36,32 @@ _OUT_PROJ = ".base_layer.out_proj.lora_B.weight"
 def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
     """Save an adapter as a folder that PEFT reads: `PeftModel.from_pretrained(base, path)`.
 
-    Low-rank updates of the weights of Linear, Conv1d, Conv2d, Conv3d, Embedding and transformers'
-    Conv1D become PEFT's, and so do those of `in_proj_weight` and `out_proj.weight` of a
-    MultiheadAttention; their strength goes into alpha. A `Delta` of a bias is saved by PEFT's
-    `bias`; one of any other tensor makes its module one of `modules_to_save`, saved whole.
+    PEFT's format can express:
 
-    The folder appears at once, whole. One that is there is replaced where it has nothing but such
-    two files: the old one moves aside, and goes when the new one has its place.
+    - low-rank updates (`LoRA`, `DoRA`) of the weight of a Linear, Conv1d, Conv2d, Conv3d, Embedding
+      or transformers' Conv1D, and of the `in_proj_weight` and `out_proj.weight` of a
+      MultiheadAttention; the strength is multiplied into alpha;
+    - a `Delta` of a bias, as PEFT's `bias`;
+    - a `Delta` of any other tensor: its module becomes one of `modules_to_save`, saved whole.
 
-    Warns of an update of `out_proj` in a MultiheadAttention, which PEFT to 0.21.2 adds twice.
+    A folder that exists is replaced if it has nothing but PEFT's two files. It is moved aside until
+    the new one is complete and in its place.
+
+    Warns if the adapter updates the `out_proj` of a MultiheadAttention, because PEFT up to at least
+    0.21.2 adds that update twice.
 
     Args:
-        model: a module with adapters, the very one that PEFT is to be given without them.
-        path: the folder, in one that exists.
+        model: a module with adapters. Without them, it must be the model that PEFT is given.
+        path: the folder. The folder around it must exist.
         name: the adapter.
 
     Raises:
-        AdapterNameError: no adapter of that name.
-        TargetError: the adapter has what PEFT cannot say; the message names the tensor. Nothing is
-            written then.
-        StateError: a tensor is sharded over processes, or on the meta device without values.
-        FileExistsError: the folder has other files, or is none.
-        FileNotFoundError: there is no folder to put it in.
+        AdapterNameError: the model has no adapter of this name.
+        TargetError: PEFT's format cannot express the adapter. The message names the tensor, and
+            nothing is written.
+        StateError: a tensor is sharded, or on the meta device.
+        FileExistsError: the folder has other files, or is not a folder.
+        FileNotFoundError: the folder around it does not exist.
 
     >>> import tempfile
     >>> import paramlora as pl
@@ -71,127 +73,96 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "defau
     2.0
     """
     path = Path(path).resolve()
-    _check_place(path)
-    check_whole(sites_of(model, name))
-    config, tensors = exported(model, name)
+    check_destination(path)
+    here = Survey(model).sites_of(name)
+    check_whole(here)
+    config, tensors = folder_content(model, here, name)
     for key, tensor in tensors.items():
         check_real(key, tensor)
-    # Copies: safetensors refuses tensors that share memory.
-    _warn_of_twice(tensors)
+    _warn_if_added_twice(tensors)
+    # Copies, because safetensors refuses tensors that share memory.
     copies = {
         _PREFIX + key: tensor.detach().to("cpu", copy=True).contiguous()
         for key, tensor in tensors.items()
     }
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    beside.mkdir()
-    try:
-        write_atomically(beside / _TENSORS, serialized(copies, {"format": "pt"}))
-        write_atomically(beside / _CONFIG, json.dumps(config, indent=2).encode())
-        _swap(beside, path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    write_folder(path, config, copies)
 
 
 def load_peft(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> Summary:
-    """Attach the adapter of a folder that PEFT wrote, or refresh the one of that name.
+    """Attach the adapter of a PEFT folder, or copy its values into the attached one of that name.
 
-    It is attached as `load` does it: switched on, its factors trained, the base frozen. Biases and
+    It is attached as by `load`: active, with trainable factors and a frozen base. Biases and
     modules that PEFT trained become `Delta`s. The patterns in a config are run as regular
-    expressions, as PEFT does it.
+    expressions, as PEFT runs them.
 
-    Warns of an update of `out_proj` in a MultiheadAttention, which PEFT to 0.21.2 adds twice.
+    Warns if the adapter updates the `out_proj` of a MultiheadAttention, because PEFT up to at least
+    0.21.2 adds that update twice.
 
     Args:
         model: the base that PEFT was given, its modules under the same paths.
         path: a folder with `adapter_config.json` and `adapter_model.safetensors`.
-        name: the adapter's name here.
+        name: the adapter's name in the model.
 
     Returns:
         The model's summary.
 
     Raises:
-        FileNotFoundError: no such folder, or one of the two files is not in it.
-        CheckpointError: a file is damaged, belongs to another model, or has settings that are not
-            carried out here; the message names them. The model is then as it was.
-        AdapterNameError: the name cannot be one, or belongs to an adapter of other sites, kinds
+        FileNotFoundError: the folder or one of its two files does not exist.
+        CheckpointError: a file is damaged, belongs to another model, or has settings that
+            paramlora does not support. The message names them, and the model does not change.
+        AdapterNameError: the name is not valid, or belongs to an adapter with other sites, kinds
             or shapes.
         StateError: the adapter of that name is merged, or a tensor is on the meta device.
         TargetError: a tensor of the model is lazy and has no shape yet.
+
+    >>> import tempfile
+    >>> import paramlora as pl
+    >>> model, other = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 3))
+    >>> _ = pl.attach(model, {"0.weight": pl.LoRA(rank=2), "0.bias": pl.Delta()})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pl.save_peft(model, f"{folder}/digits")
+    ...     [row.kind for row in pl.load_peft(other, f"{folder}/digits").sites]
+    ['LoRA', 'Delta']
     """
     path = Path(path)
-    check_shapes(places(model))
-    _check_files(path)
-    config = read(path / _CONFIG)
-    tensors, _ = read_tensors(path / _TENSORS)
+    survey = Survey(model)
+    check_shapes(survey.places)
+    check_files(path)
+    config = read_config(path / CONFIG)
+    tensors, _ = read_tensors(path / TENSORS)
+    state = _without_prefix(tensors, path / TENSORS)
+    planned = plan_folder(model, view(model), survey.places, config, state, path)
+    for plan in planned:
+        check_real(plan.place.path, plan.place.stored)
+    _warn_if_added_twice(state)
+    return attach_or_refresh(model, survey, planned, name, path)
+
+
+def _without_prefix(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     foreign = [key for key in tensors if not key.startswith(_PREFIX)]
     if foreign:
         raise CheckpointError(
-            f"{path / _TENSORS} is no file of PEFT's: keys there start with {_PREFIX!r}, and "
-            f"{', '.join(foreign[:3])} does not"
+            f"{file} was not written by PEFT: its keys must start with {_PREFIX!r}, found "
+            f"{', '.join(foreign[:3])}"
         )
-    state = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-    found = planned(model, config, state, path)
-    for plan in found:
-        check_real(plan.place.path, plan.place.stored)
-    _warn_of_twice(state)
-    return take(model, found, name, path)
+    return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
 
 
-def _warn_of_twice(tensors: Mapping[str, Tensor]) -> None:
-    """Warn of a defect of PEFT's, by which it computes something else than its own files say.
+def _warn_if_added_twice(tensors: Mapping[str, Tensor]) -> None:
+    """Warn if PEFT adds an update in the adapter twice, so that its outputs differ from ours.
 
-    It is there in 0.21.2, from the start: https://github.com/huggingface/peft/pull/3774.
+    PEFT runs a MultiheadAttention by merging both projections for the forward. For `out_proj` it
+    adds the update to the weight, and then calls the `merge` of the layer that wraps `out_proj`,
+    which adds it again: W + 2·s·BA. The file means W + s·BA, which paramlora computes. See
+    https://github.com/huggingface/peft/pull/3774.
     """
     for key, tensor in tensors.items():
         if key.endswith(_OUT_PROJ) and tensor.any():
             module = f"{key.removesuffix(_OUT_PROJ)}.out_proj"
             warnings.warn(
-                f"PEFT, up to 0.21.2 at least, adds the update of '{module}.weight' twice (pull "
-                "request 3774 there); here it is added once, as the file says. For what such a "
-                f"PEFT computes: paramlora.scale(model.get_submodule({module!r}), 2)",
+                f"PEFT, up to at least 0.21.2, adds the update of '{module}.weight' twice (its "
+                "pull request 3774); paramlora adds it once, as the file says. To compute what "
+                f"such a PEFT computes: paramlora.scale(model.get_submodule({module!r}), 2)",
                 UserWarning,
                 stacklevel=3,
             )
-
-
-def _check_place(path: Path) -> None:
-    """Raise where a folder cannot be put at `path`."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        others = sorted({entry.name for entry in path.iterdir()} - {_CONFIG, _TENSORS})
-        if others:
-            raise FileExistsError(
-                f"cannot write {path}: the folder there also has {', '.join(others[:3])}, which "
-                "replacing it would lose; name another"
-            )
-    elif path.exists() or path.is_symlink():
-        raise FileExistsError(f"cannot write {path}: there is a file of that name")
-
-
-def _swap(new: Path, path: Path) -> None:
-    """Move a folder to its place, and one that is there away."""
-    old = new.with_suffix(".old")
-    if path.exists():
-        os.rename(path, old)
-    try:
-        os.rename(new, path)
-    except OSError:
-        if old.exists():
-            os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _check_files(path: Path) -> None:
-    """Raise where a folder does not have the two files."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder; name one that PEFT's save_pretrained wrote")
-    if not (path / _TENSORS).is_file() and (path / "adapter_model.bin").is_file():
-        raise CheckpointError(
-            f"{path} has its tensors in adapter_model.bin, a pickle, which can run any code and is "
-            "not opened; load it in PEFT and save it anew, as .safetensors"
-        )
-    for file in (_CONFIG, _TENSORS):
-        if not (path / file).is_file():
-            raise FileNotFoundError(f"{path} has no {file}; name a folder that PEFT wrote")

@@ -1,194 +1,171 @@
-"""Where and in what shape PEFT keeps the factors of a tensor, by the type of its module.
+"""How PEFT stores the factors at one tensor: keys and shapes by the type of the module.
 
     Linear, MultiheadAttention     ΔW = s · B A           A: (r, in), B: (out, r)
-    Conv1d, Conv2d, Conv3d         the same, viewed as W  A: (r, in, k, …), B: (out, r, 1, …)
+    Conv1d, Conv2d, Conv3d         ΔW = s · B A, like W   A: (r, in, k, …), B: (out, r, 1, …)
     Embedding, Conv1D              ΔW = s · (B A)ᵀ        for W: (num, dim) or (in, out)
 
-Conv1D is transformers' own Linear with a transposed weight. Here ΔW is always s · B A, for W as it
-is stored, so the last two swap A and B.
+Conv1D is transformers' own linear layer with a transposed weight. In paramlora ΔW is s · B A for W
+as it is stored, so the last row swaps A and B: (B A)ᵀ = Aᵀ Bᵀ.
 
 Note [grouped convolutions]
-    PEFT's A is no grouped convolution: (r, in, k, …), each of its hidden channels sees all inputs;
-    B is one, (out, r/g, 1, …). Ours is an update of the stored weight, (out, in/g, k, …), where all
-    g groups share A. In PEFT's form that is one of rank r·g: the rows of A for group j are ours at
-    that group's inputs and zero elsewhere, and B is ours as it is. What PEFT itself trains there
-    mixes groups, which no grouped weight can hold, and is refused.
+    The weight of a convolution with g groups is (out, in/g, k, …): the outputs of group j see the
+    inputs of group j only. PEFT's B is grouped as well, (out, R/g, 1, …), but its A is not: each
+    hidden channel, a row of A: (R, in, k, …), sees all inputs.
+
+    An update of the stored weight, A: (r, in/g·k), B: (out, r), thus has rank R = r·g in PEFT. With
+    g = 2, four inputs, r = 1 and k = 1:
+
+        A = [a b]        PEFT's A = [a b 0 0]   for group 0, which has the inputs 0 and 1
+                                    [0 0 a b]   for group 1, which has the inputs 2 and 3
+
+    B stays as it is. `_spread` and `_gathered` convert A. An A that PEFT has trained has no such
+    zeros. It mixes groups, which the stored weight cannot express, so loading refuses it.
 """
 
+import re
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import TargetError
 from ..kinds.spec import factor_dtype
-from ..site.find import dotted, is_conv1d, is_swapped, walk
+from ..site.find import dotted, is_conv1d, is_swapped
+from ..site.place import Place
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FACTOR = re.compile(r"(^|.*\.)lora_(A\.weight|B\.weight|B\.bias|embedding_[AB]|magnitude_vector)")
 
 
 class Part(NamedTuple):
-    """One of our sites as PEFT has it: at which module, and under which keys."""
+    """One tensor that PEFT can adapt, with its keys and shapes in PEFT's format.
+
+    Most modules have one part, their weight. A MultiheadAttention has two, `in_proj_weight` and
+    `out_proj.weight`. For the first PEFT wraps the attention. For the second it wraps `out_proj`
+    inside of that wrapper, so that its keys have the `infix` "base_layer.out_proj".
+    """
 
     module_path: str
     module: nn.Module
     tensor: str
-    below: str = ""
+    infix: str = ""
 
     @property
     def site(self) -> str:
+        """The path of the tensor in the model."""
         return dotted(self.module_path, self.tensor)
 
     @property
-    def A(self) -> str:
-        return dotted(self.module_path, self.below, "lora_" + self._ending("A"))
+    def owner_path(self) -> str:
+        """The path of the module that has the tensor; for `out_proj.weight` that of `out_proj`."""
+        return self.site.rpartition(".")[0]
 
     @property
-    def B(self) -> str:
-        return dotted(self.module_path, self.below, "lora_" + self._ending("B"))
+    def place(self) -> Place:
+        """The tensor as a place in the model."""
+        inner, _, name = self.tensor.rpartition(".")
+        return Place(self.site, self.owner_path, self.module.get_submodule(inner), name)
 
     @property
-    def magnitude(self) -> str:
-        return dotted(self.module_path, self.below, "lora_magnitude_vector")
+    def A_key(self) -> str:
+        return self._key("A")
 
     @property
-    def dim(self) -> int:
-        """The dimension of the weight that a DoRA's magnitudes lie along: that of the outputs."""
-        return int(self.swapped)
+    def B_key(self) -> str:
+        return self._key("B")
 
     @property
-    def wrapped(self) -> str:
-        """The path of the module that PEFT wraps for this site."""
-        return self.site.rpartition(".")[0] if self.below else self.module_path
+    def magnitude_key(self) -> str:
+        return dotted(self.module_path, self.infix, "lora_magnitude_vector")
+
+    @property
+    def output_dim(self) -> int:
+        """The dimension of the weight that counts outputs: PEFT's DoRA has a magnitude for each."""
+        return int(self._swapped)
 
     @property
     def groups(self) -> int:
         return self.module.groups if isinstance(self.module, _CONVS) else 1
 
-    @property
-    def swapped(self) -> bool:
-        return is_swapped(self.module)
-
     def shapes(self, weight: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of PEFT's A and B, by key, at a rank as PEFT counts it."""
-        out, *rest = reversed(weight.shape) if self.swapped else weight.shape
-        kernel = rest[1:]
+        """Return the shapes of PEFT's A and B, by key, at the rank R that PEFT counts."""
+        out, inputs, *kernel = reversed(weight.shape) if self._swapped else weight.shape
         return {
-            self.A: (rank, rest[0] * self.groups, *kernel),
-            self.B: (out, rank // self.groups, *(1 for _ in kernel)),
+            self.A_key: (rank, inputs * self.groups, *kernel),  # (R, in, k, …)
+            self.B_key: (out, rank // self.groups, *(1 for _ in kernel)),  # (out, R/g, 1, …)
         }
 
     def magnitude_shape(self, weight: Tensor) -> tuple[int, ...]:
         if isinstance(self.module, _CONVS):
             return (1, weight.shape[0], *(1 for _ in weight.shape[2:]))
-        return (weight.shape[self.dim],)
+        return (weight.shape[self.output_dim],)
 
     def to_peft(self, weight: Tensor, A: Tensor, B: Tensor) -> dict[str, Tensor]:
         """Return PEFT's tensors, by key, for the update B A, A: (r, in), B: (out, r)."""
         rank = A.shape[0] * self.groups
-        if self.swapped:
+        if self._swapped:
             A, B = B.T, A.T
         elif self.groups > 1:
-            A = _spread(A, self.groups, weight.shape[1])
+            A = _spread(A, self.groups, channels=weight.shape[1])
         shapes = self.shapes(weight, rank)
-        return {key: factor.reshape(shapes[key]) for key, factor in ((self.A, A), (self.B, B))}
+        factors = {self.A_key: A, self.B_key: B}
+        return {key: factor.reshape(shapes[key]) for key, factor in factors.items()}
 
     def from_peft(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return our A and B of the same update, None where it mixes a convolution's groups."""
+        """Return A: (r, in) and B: (out, r) of PEFT's update, None if it mixes groups."""
         A, B = A.flatten(1), B.flatten(1)
-        if self.swapped:
+        if self._swapped:
             return B.T, A.T
         return (A, B) if self.groups == 1 else _gathered(A, B, self.groups)
 
     def refusal(self, use_dora: bool = False) -> str | None:
-        """Return why PEFT computes something else at this module than its weight's update."""
+        """Return why PEFT cannot compute an update of this tensor, None if it can."""
         module = self.module
         if use_dora and (isinstance(module, nn.MultiheadAttention) or self.groups > 1):
-            return "PEFT has no DoRA for a MultiheadAttention or a grouped convolution"
+            return "PEFT does not support DoRA on a MultiheadAttention or a grouped convolution"
         if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
-            return "PEFT needs queries, keys and values of one size in a MultiheadAttention"
+            return "PEFT needs queries, keys and values of the same size in a MultiheadAttention"
         if isinstance(module, _CONVS) and _is_dilated(module):
-            return "PEFT leaves out the dilation of a convolution"
+            return "PEFT ignores the dilation of a convolution"
         if isinstance(module, _CONVS) and module.padding_mode != "zeros":
-            return f"PEFT pads with zeros, not by padding_mode={module.padding_mode!r}"
+            return f"PEFT pads with zeros and ignores padding_mode={module.padding_mode!r}"
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             return "PEFT renormalises the factors of an Embedding that has max_norm"
         return None
 
-    def _ending(self, letter: str) -> str:
+    @property
+    def _swapped(self) -> bool:
+        return is_swapped(self.module)
+
+    def _key(self, letter: str) -> str:
         embedding = isinstance(self.module, nn.Embedding)
-        return f"embedding_{letter}" if embedding else f"{letter}.weight"
+        suffix = f"lora_embedding_{letter}" if embedding else f"lora_{letter}.weight"
+        return dotted(self.module_path, self.infix, suffix)
 
 
-def parts(model: nn.Module) -> dict[str, list[Part]]:
-    """Return the sites of a model that PEFT can adapt too, by the path of the module there."""
-    found: dict[str, list[Part]] = {}
-    for path, module in walk(model):
-        # PEFT cannot replace the model itself, and what it puts at an out_proj is never used.
-        parent = model.get_submodule(path.rpartition(".")[0]) if path else None
-        if path and not isinstance(parent, nn.MultiheadAttention):
-            found[path] = _parts_of(path, module)
-    return {path: its_parts for path, its_parts in found.items() if its_parts}
-
-
-def _parts_of(path: str, module: nn.Module) -> list[Part]:
+def parts_of(path: str, module: nn.Module) -> list[Part]:
+    """Return the parts of a module, none if PEFT's LoRA does not adapt modules of its type."""
     if isinstance(module, nn.MultiheadAttention):
         return [
             Part(path, module, "in_proj_weight"),
-            Part(path, module, "out_proj.weight", "base_layer.out_proj"),
+            Part(path, module, "out_proj.weight", infix="base_layer.out_proj"),
         ]
     if isinstance(module, (nn.Linear, nn.Embedding, *_CONVS)) or is_conv1d(module):
         return [Part(path, module, "weight")]
     return []
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Return whether PEFT's "all-linear" means a module."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+def is_factor(key: str) -> bool:
+    """Return whether a key is that of a factor; all others are those of the base's tensors."""
+    return _FACTOR.fullmatch(key) is not None
 
 
-def _is_dilated(module: nn.Module) -> bool:
-    pairs = zip(module.dilation, module.kernel_size, strict=True)  # type: ignore[arg-type]
-    return any(dilation > 1 and size > 1 for dilation, size in pairs)
-
-
-def _spread(A: Tensor, groups: int, channels: int) -> Tensor:
-    """Return A for each group at that group's inputs: (r, c·k) to (g·r, g·c·k)."""
-    spread = A.new_zeros(groups, A.shape[0], groups, channels, A.shape[1] // channels)
-    for group in range(groups):
-        spread[group, :, group] = A.view(A.shape[0], channels, -1)
-    return spread.flatten(2).flatten(0, 1)
-
-
-def _gathered(A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Tensor] | None:
-    """Return the factors of a grouped weight's update, from PEFT's A: (R, g·c·k), B: (out, R/g).
-
-    Their rank is R/g where all groups share A, as in what `_spread` gives, and R otherwise.
-    """
-    blocks = A.view(groups, A.shape[0] // groups, groups, -1)
-    own = torch.stack([blocks[group, :, group] for group in range(groups)])
-    if blocks.count_nonzero() != own.count_nonzero():
-        return None
-    if all(torch.equal(block, own[0]) for block in own):
-        return own[0], B
-    return own.flatten(0, 1), torch.block_diag(*B.chunk(groups))
-
-
-def shared(model: nn.Module) -> dict[str, list[str]]:
-    """Return the tensors that a model has at several paths, by each path with its others."""
-    paths: dict[int, list[str]] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        paths.setdefault(id(parameter), []).append(_plain(path))
-    return {
-        path: [other for other in same if other != path]
-        for same in paths.values()
-        for path in same
-        if len(same) > 1
-    }
-
-
-def _plain(path: str) -> str:
-    """Return a parameter's path without the list of parametrizations that stores it."""
-    return path.replace("parametrizations.", "").removesuffix(".original")
+def cannot_store(path: str, reason: str) -> TargetError:
+    """Return the error for an adapter at `path` that PEFT's format cannot store."""
+    return TargetError(
+        f"a PEFT folder cannot store the adapter at {path!r}: {reason}; detach it from there, or "
+        "use paramlora.save"
+    )
 
 
 def norms(weight: Tensor, dim: int) -> Tensor:
@@ -197,6 +174,32 @@ def norms(weight: Tensor, dim: int) -> Tensor:
     return torch.linalg.vector_norm(weight.detach(), dim=others, dtype=factor_dtype(weight))
 
 
-def names(model: nn.Module) -> list[str]:
-    """Return the paths of the modules that PEFT would see."""
-    return [path for path, _ in walk(model) if path and "parametrizations" not in path.split(".")]
+def _is_dilated(module: nn.Module) -> bool:
+    pairs = zip(module.dilation, module.kernel_size, strict=True)  # type: ignore[arg-type]
+    return any(dilation > 1 and size > 1 for dilation, size in pairs)
+
+
+def _spread(A: Tensor, groups: int, channels: int) -> Tensor:
+    """Return PEFT's A, zero outside of each group's inputs; see Note [grouped convolutions]."""
+    spread = A.new_zeros(groups, A.shape[0], groups, channels, A.shape[1] // channels)
+    for group in range(groups):
+        spread[group, :, group] = A.view(A.shape[0], channels, -1)  # (r, in/g, k)
+    return spread.flatten(2).flatten(0, 1)  # (g, r, g, in/g, k) to (g·r, in·k)
+
+
+def _gathered(A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Tensor] | None:
+    """Return our factors for PEFT's A: (R, in·k) and B: (out, R/g), None if A mixes groups.
+
+    The rank is R/g if all groups have the same block of A, as after `_spread`. Otherwise each group
+    has its own update B_j A_j of its rows of the weight, and together these have rank R:
+
+        [B_0 A_0]   [B_0  0 ] [A_0]
+        [B_1 A_1] = [ 0  B_1] [A_1]
+    """
+    by_group = A.view(groups, A.shape[0] // groups, groups, -1)  # (g, R/g, g, in/g·k)
+    blocks = torch.stack([by_group[group, :, group] for group in range(groups)])  # (g, R/g, in/g·k)
+    if by_group.count_nonzero() != blocks.count_nonzero():
+        return None
+    if all(torch.equal(block, blocks[0]) for block in blocks):
+        return blocks[0], B
+    return blocks.flatten(0, 1), torch.block_diag(*B.chunk(groups))  # (R, in/g·k), (out, R)

@@ -1,211 +1,223 @@
-"""From an adapter to what a folder of PEFT's says, or why PEFT cannot say it."""
+"""From an adapter to the content of a PEFT folder, or the reason why PEFT cannot express it."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Iterable
 from math import sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..errors import TargetError
-from ..files.base import base_state_dict
 from ..kinds.delta import Delta
 from ..kinds.dora import DoRA
 from ..kinds.lora import LoRA
 from ..kinds.spec import LowRank
 from ..site.factors import Blocks, Factors
 from ..site.find import Site, below, is_conv1d
-from ..site.survey import places, sites_of
-from .config import Config, written
-from .layout import Part, names, norms, parts, shared
+from .config_file import Targets, config_content
+from .layout import Part, cannot_store, norms
+from .modules import PeftView, view
+from .write_full import peft_key, saved_tensors, split
 
-Targets = dict[str, tuple[int, float]]
+
+class _Update(NamedTuple):
+    """A low-rank update of one tensor, with what it takes to write it in PEFT's format."""
+
+    part: Part
+    factors: Factors
+    weight: Tensor  # the base's W
+    term: LowRank  # A: (r, in), B: (out, r)
+
+    @property
+    def rank(self) -> int:
+        """The rank R that PEFT counts: r·g in a grouped convolution."""
+        return self.term.A.shape[0] * self.part.groups
 
 
-def exported(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the settings and the tensors, by keys without PEFT's prefix, of an adapter.
+def folder_content(
+    model: nn.Module, here: list[Site], name: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the settings of an adapter, and its tensors by keys without PEFT's prefix.
+
+    Args:
+        model: a module with adapters.
+        here: the sites of the adapter, tied ones once.
+        name: the adapter.
 
     Raises:
-        TargetError: what PEFT cannot say, by the tensor's path.
+        TargetError: PEFT cannot express the adapter; the message names the tensor.
     """
-    here = {site.path: site for site in sites_of(model, name)}
-    _check_sites(model, here.values(), name)
-    full = {path: site for path, site in here.items() if _is_full(site, name)}
-    low = {path: site for path, site in here.items() if path not in full}
-    by_module = parts(model)
-    targets, tensors, settings = _low_rank(model, by_module, low, name)
+    seen = view(model)
+    _check_sites(here, name, seen)
+    full = {site.path: site for site in here if _is_full(site, name)}
+    updates = _updates([site for site in here if site.path not in full], name, seen)
+    settings = {"use_rslora": _uses_rslora(updates), "use_dora": _uses_dora(updates)}
+    targets = _targets(updates, settings["use_rslora"])
+    adapted = [part for path in targets for part in seen.parts[path]]
+    # It has no effect on what PEFT computes, but PEFT warns if it does not fit the modules.
+    settings["fan_in_fan_out"] = all(is_conv1d(part.module) for part in adapted)
     values = {path: _value(site, name) for path, site in full.items()}
-    biases, modules = _split(full)
-    wrapped = {part.wrapped for path in targets for part in by_module[path]}
-    tensors |= {_key(path, wrapped): values[path] for path in biases}
-    if biases:
-        only = all(path.removesuffix(".bias") in wrapped for path in biases)
-        settings["bias"] = "lora_only" if only else "all"
-    config = written(targets, modules_to_save=modules, **settings)
-    return config, tensors | _saved(model, config, targets, values)
-
-
-def _refuse(path: str, reason: str) -> TargetError:
-    return TargetError(
-        f"a folder of PEFT's cannot hold the adapter at {path!r}: {reason}; detach it from there, "
-        "or use paramlora.save"
+    biases, modules = split(list(full))
+    wrapped = {part.owner_path for part in adapted}
+    config = config_content(
+        targets, modules_to_save=modules, **settings, bias=_bias(biases, wrapped)
     )
+    return config, {
+        **_factors(updates),
+        **_placeholders(updates, adapted, targets),
+        **{peft_key(path, wrapped): values[path] for path in biases},
+        **saved_tensors(model, seen, config, targets, values),
+    }
 
 
-def _check_sites(model: nn.Module, here: Iterable[Site], name: str) -> None:
-    """Raise a TargetError where PEFT, which wraps modules, does not get to a tensor as we do."""
-    others = shared(model)
+def _check_sites(here: Iterable[Site], name: str, seen: PeftView) -> None:
+    """Raise a TargetError if PEFT, which wraps modules, cannot adapt the same tensor."""
     for site in here:
-        if site.path in others:
-            also = " and ".join(others[site.path])
-            raise _refuse(site.path, f"it is {also} as well, PEFT adapts one alone")
+        if site.path in seen.tied:
+            tied = " and ".join(seen.tied[site.path])
+            raise cannot_store(site.path, f"it is tied to {tied}, and PEFT adapts only one of them")
         if isinstance(site.stack[name], Blocks):
-            raise _refuse(site.path, "it is one of blocks of the tensor")
+            raise cannot_store(site.path, "it adapts blocks of the tensor")
         if list(site.plist)[-1] is not site.stack:
-            raise _refuse(site.path, "another parametrization is on top of the adapter")
+            raise cannot_store(site.path, "another parametrization comes after the adapter")
 
 
 def _is_full(site: Site, name: str) -> bool:
+    """Return whether an adapter is a Delta at a site, which PEFT saves as a whole tensor."""
     if not isinstance(site.stack.parts(name)[0].spec, Delta):
         return False
     if len(site.plist) > 1:
-        raise _refuse(site.path, "it is parametrized, so there is no such tensor in PEFT's model")
+        raise cannot_store(site.path, "it is parametrized, so that PEFT's model does not store it")
     return True
 
 
 def _value(site: Site, name: str) -> Tensor:
+    """Return the tensor at a site with this adapter alone: W + λ·D."""
     return site.stack[name](below(site.plist, site.stack)).detach()
 
 
-def _low_rank(
-    model: nn.Module, by_module: Mapping[str, list[Part]], low: Mapping[str, Site], name: str
-) -> tuple[Targets, dict[str, Tensor], dict[str, Any]]:
-    """Return PEFT's rank and alpha by module, its tensors, and what else its settings say."""
-    if not low:
-        raise TargetError(f"adapter {name!r} has no low-rank update, and PEFT's LoRA needs one")
-    by_site = {part.site: part for its_parts in by_module.values() for part in its_parts}
-    specs = [site.stack.parts(name)[0].spec for site in low.values()]
-    rslora = all(isinstance(spec, LoRA | DoRA) and spec.rank_stabilized for spec in specs)
-    targets: Targets = {}
-    tensors: dict[str, Tensor] = {}
-    for path, site in low.items():
-        part, update = _expressible(by_site.get(path), site, name)
-        (factors,), weight = site.stack.parts(name), below(site.plist, site.stack)
-        tensors |= part.to_peft(weight, update.A, update.B)
-        if isinstance(factors.spec, DoRA):
-            tensors |= _magnitude(part, weight, factors)
-        rank = update.A.shape[0] * part.groups
-        setting = (rank, _alpha(factors, update, rank, rslora))
-        if targets.setdefault(part.module_path, setting) != setting:
-            raise _refuse(path, "PEFT has one rank and one scale for both projections there")
-    adapted = [part for path in targets for part in by_module[path]]
-    for part in adapted:
-        if part.site not in low:  # PEFT adapts both projections of a MultiheadAttention
-            # Past a parametrization of another adapter's.
-            weight = next(place.value for place in places(model) if place.path == part.site)
-            rank, _ = targets[part.module_path]
-            shapes = part.shapes(weight, rank)
-            tensors |= {key: weight.new_zeros(shape) for key, shape in shapes.items()}
-    transposed = all(is_conv1d(part.module) for part in adapted)
-    dora = _is_dora(low, name)
-    settings = {"use_rslora": rslora, "use_dora": dora, "fan_in_fan_out": transposed}
-    return targets, tensors, settings
+def _updates(here: list[Site], name: str, seen: PeftView) -> list[_Update]:
+    if not here:
+        raise TargetError(
+            f"adapter {name!r} has no low-rank update, and a PEFT folder needs at least one"
+        )
+    by_site = {part.site: part for parts in seen.parts.values() for part in parts}
+    return [_update(site, name, by_site.get(site.path)) for site in here]
 
 
-def _is_dora(low: Mapping[str, Site], name: str) -> bool:
-    """Return whether an adapter is a DoRA at all its sites; one that is at some is refused."""
-    found = {path: isinstance(site.stack.parts(name)[0].spec, DoRA) for path, site in low.items()}
+def _update(site: Site, name: str, part: Part | None) -> _Update:
+    if part is None:
+        raise cannot_store(
+            site.path,
+            "PEFT adapts the weights of Linear, Conv1d, Conv2d, Conv3d, Embedding and Conv1D "
+            "submodules, and the projections of a MultiheadAttention",
+        )
+    (factors,) = site.stack.parts(name)
+    term = _term(factors)
+    if term is None:
+        kind = type(factors.spec).__name__
+        raise cannot_store(site.path, f"{kind} is not a low-rank update of it")
+    reason = _refusal(part, factors)
+    if reason is not None:
+        raise cannot_store(site.path, reason)
+    return _Update(part, factors, below(site.plist, site.stack), term)
+
+
+def _term(factors: Factors) -> LowRank | None:
+    """Return the low-rank update that PEFT stores as A and B, None if there is none."""
+    if isinstance(factors.spec, DoRA):
+        # The update before the rescaling, whose magnitudes are stored apart.
+        return LowRank(factors.tensors["A"], factors.tensors["B"], factors.scale)
+    return factors.low_rank()
+
+
+def _refusal(part: Part, factors: Factors) -> str | None:
+    spec = factors.spec
+    if isinstance(spec, DoRA) and spec.dim != part.output_dim:
+        return (
+            f"PEFT has the magnitudes of a DoRA along dimension {part.output_dim} there, not "
+            f"{spec.dim}"
+        )
+    return part.refusal(isinstance(spec, DoRA))
+
+
+def _uses_dora(updates: list[_Update]) -> bool:
+    """Return whether an adapter is a DoRA at all sites, or raise if it is one at some only."""
+    found = {update.part.site: isinstance(update.factors.spec, DoRA) for update in updates}
     if len(set(found.values())) > 1:
-        path = next(path for path, dora in found.items() if dora)
-        raise _refuse(path, "it is a DoRA, and PEFT has those at all sites or at none")
+        path = next(path for path, is_dora in found.items() if is_dora)
+        raise cannot_store(path, "it is a DoRA, which PEFT needs at all sites or at none")
     return all(found.values())
 
 
-def _magnitude(part: Part, weight: Tensor, factors: Factors) -> dict[str, Tensor]:
-    """Return a DoRA's magnitudes, ‖W‖ + λ·d, by key."""
-    d = factors.get_parameter("d")
-    magnitude = norms(weight.to(d.dtype), part.dim) + float(factors.strength) * d
-    return {part.magnitude: magnitude.view(part.magnitude_shape(weight))}
+def _uses_rslora(updates: list[_Update]) -> bool:
+    """Return whether all updates have the scale alpha/√r; else PEFT's alpha/r serves for all."""
+    specs = [update.factors.spec for update in updates]
+    return all(isinstance(spec, LoRA | DoRA) and spec.rank_stabilized for spec in specs)
 
 
-def _expressible(part: Part | None, site: Site, name: str) -> tuple[Part, LowRank]:
-    (factors,) = site.stack.parts(name)
-    spec, update = factors.spec, factors.low_rank()
-    if isinstance(spec, DoRA):
-        update = LowRank(factors.tensors["A"], factors.tensors["B"], factors.scale)
-    if part is None:
-        raise _refuse(
-            site.path,
-            "PEFT adapts the weights of Linear, Conv1d, Conv2d, Conv3d, Embedding and Conv1D below "
-            "the model itself, and the projections of MultiheadAttention",
-        )
-    reason = part.refusal(isinstance(spec, DoRA))
-    if update is None:
-        reason = f"{type(spec).__name__} is no low-rank update of it"
-    if isinstance(spec, DoRA) and spec.dim != part.dim:
-        reason = f"PEFT has a DoRA's magnitudes along dimension {part.dim} there, not {spec.dim}"
-    if reason is not None or update is None:
-        raise _refuse(site.path, str(reason))
-    return part, update
-
-
-def _alpha(factors: Factors, update: LowRank, rank: int, rslora: bool) -> float:
-    """Return the alpha that gives the update its scale at PEFT's rank, strength included."""
-    spec = factors.spec
-    if not isinstance(spec, LoRA | DoRA) or spec.rank != update.A.shape[0]:
-        return float(update.scale) * (sqrt(rank) if rslora else rank)
-    # From the alpha that the user wrote: alpha/r times r need not be alpha.
-    alpha = (spec.rank if spec.alpha is None else spec.alpha) * float(factors.strength)
-    growth = rank // spec.rank
-    if rslora:
-        return alpha * sqrt(growth)
-    return alpha * growth * (sqrt(spec.rank) if spec.rank_stabilized else 1)
-
-
-def _split(full: Mapping[str, Site]) -> tuple[list[str], list[str]]:
-    """Return the biases that are trained alone, and the modules to save whole."""
-    owners = {path: path.rpartition(".")[0] for path in full}
-    modules = list(dict.fromkeys(owner for path, owner in owners.items() if not _is_bias(path)))
-    if "" in modules:
-        path = next(path for path, owner in owners.items() if not owner)
-        raise _refuse(path, "PEFT saves whole modules below the model itself")
-    inside = tuple(f"{module}." for module in modules)
-    return [path for path in full if not path.startswith(inside)], modules
-
-
-def _is_bias(path: str) -> bool:
-    return path.rpartition(".")[2] == "bias"
-
-
-def _key(path: str, wrapped: set[str]) -> str:
-    """Return PEFT's key of a tensor of the base, whose adapted modules it wraps."""
-    parts = path.split(".")
-    key = []
-    for i, part in enumerate(parts, 1):
-        key += [part, "base_layer"] if ".".join(parts[:i]) in wrapped else [part]
-    return ".".join(key)
-
-
-def _saved(
-    model: nn.Module, config: Mapping[str, Any], targets: Targets, values: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the tensors of all modules that `modules_to_save` replaces by PEFT's rules."""
-    known = {field.name for field in fields(Config)}
-    rules = Config(**{key: value for key, value in config.items() if key in known})
-    replaced = [name for name in names(model) if rules.replaces(name)]
-    inside = tuple(f"{name}." for name in replaced)
-    for name in targets:
-        clash = [one for one in replaced if one.startswith(f"{name}.")]
-        if not rules.targets(name) or f"{name}.".startswith(inside) or clash:
-            raise _refuse(
-                name, f"PEFT keeps adapters off modules_to_save, here {rules.modules_to_save}"
+def _targets(updates: list[_Update], rslora: bool) -> Targets:
+    """Return PEFT's rank and alpha of each module."""
+    targets: Targets = {}
+    for update in updates:
+        found = (update.rank, _alpha(update, rslora))
+        if targets.setdefault(update.part.module_path, found) != found:
+            raise cannot_store(
+                update.part.site, "PEFT has one rank and one scale for both projections"
             )
-    nested = [name for name in replaced if name.startswith(inside)]
-    if nested:
-        raise _refuse(nested[0], "PEFT saves it whole, and a module that it is in")
-    base, others = base_state_dict(model), shared(model)
-    saved = {key: values.get(key, base[key]) for key in base if inside and key.startswith(inside)}
-    for key in saved:
-        if key in others:
-            raise _refuse(key, f"it is {' and '.join(others[key])} as well")
-    return saved
+    return targets
+
+
+def _alpha(update: _Update, rslora: bool) -> float:
+    """Return the alpha with which PEFT's scale, alpha/R or alpha/√R, is λ·s.
+
+    The usual case starts from the alpha that the user wrote, because a division and a product need
+    not cancel: 1 / 49 * 49 is 0.9999999999999999. With R = r·g,
+
+        s = alpha/r   gives  λ·s·R = λ·alpha·g
+        s = alpha/√r  gives  λ·s·R = λ·alpha·g·√r,  and with rslora  λ·s·√R = λ·alpha·√g
+    """
+    spec, rank = update.factors.spec, update.rank
+    if not isinstance(spec, LoRA | DoRA) or spec.rank != update.term.A.shape[0]:
+        return float(update.term.scale) * (sqrt(rank) if rslora else rank)
+    alpha = (spec.rank if spec.alpha is None else spec.alpha) * float(update.factors.strength)
+    if rslora:
+        return alpha * sqrt(update.part.groups)
+    return alpha * update.part.groups * (sqrt(spec.rank) if spec.rank_stabilized else 1)
+
+
+def _factors(updates: list[_Update]) -> dict[str, Tensor]:
+    """Return PEFT's A and B, and the magnitudes of a DoRA, by key."""
+    tensors: dict[str, Tensor] = {}
+    for part, factors, weight, term in updates:
+        tensors |= part.to_peft(weight, term.A, term.B)
+        if isinstance(factors.spec, DoRA):
+            d = factors.get_parameter("d")
+            # ‖W‖ + λ·d, the norm for each output
+            magnitude = norms(weight.to(d.dtype), part.output_dim) + float(factors.strength) * d
+            tensors[part.magnitude_key] = magnitude.view(part.magnitude_shape(weight))
+    return tensors
+
+
+def _placeholders(
+    updates: list[_Update], adapted: list[Part], targets: Targets
+) -> dict[str, Tensor]:
+    """Return zeros for the projection of a MultiheadAttention that the adapter does not update.
+
+    PEFT adapts both projections, and refuses a folder that has the factors of only one.
+    """
+    updated = {update.part.site for update in updates}
+    tensors: dict[str, Tensor] = {}
+    for part in adapted:
+        if part.site not in updated:
+            weight, (rank, _) = part.place.value, targets[part.module_path]
+            shapes = part.shapes(weight, rank)
+            tensors |= {key: weight.new_zeros(shape) for key, shape in shapes.items()}
+    return tensors
+
+
+def _bias(biases: list[str], wrapped: set[str]) -> str | None:
+    """Return PEFT's `bias` for the biases that are trained, None without any."""
+    if not biases:
+        return None
+    only_adapted = all(path.removesuffix(".bias") in wrapped for path in biases)
+    return "lora_only" if only_adapted else "all"

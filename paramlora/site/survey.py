@@ -108,15 +108,3 @@ class Survey:
 
 def _each_once(parameters: Iterable[nn.Parameter | None]) -> list[nn.Parameter]:
     return list({id(p): p for p in parameters if p is not None}.values())
-
-
-def names_of(model: nn.Module) -> list[str]:
-    return Survey(model).names
-
-
-def sites_of(model: nn.Module, name: str) -> list[Site]:
-    return Survey(model).sites_of(name)
-
-
-def places(model: nn.Module) -> list[Place]:
-    return Survey(model).places

@@ -13,7 +13,7 @@ PEERS = {"PEFT": "peft", "LyCORIS": "lycoris_lora", "loralib": "loralib"}
 MODULES = {"PEFT": "peft", "LyCORIS": "lycoris", "loralib": "loralib"}
 ANSWERS = ("yes", "no", "in part")
 
-TABLE, EVIDENCE = TEXT.split("## What shows it")
+TABLE, EVIDENCE = TEXT.split("## Evidence")
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in TABLE.splitlines()

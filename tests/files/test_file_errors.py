@@ -91,26 +91,27 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], Any], str
     ),
     "other numbers": (
         lambda tensors, content: tensors["fc2.weight.A"].add_(1),
-        "{path} is damaged: its digest is not that of what was saved; save the adapter again",
+        "{path} is damaged: its content does not match its digest; save the adapter again",
     ),
     "another alpha": (
         lambda tensors, content: content["sites"]["fc1.weight"]["fields"].update(alpha=64),
-        "{path} is damaged: its digest is not that of what was saved; save the adapter again",
+        "{path} is damaged: its content does not match its digest; save the adapter again",
     ),
     "another strength": (
         lambda tensors, content: content["sites"]["fc1.weight"].update(strength=0.25),
-        "{path} is damaged: its digest is not that of what was saved; save the adapter again",
+        "{path} is damaged: its content does not match its digest; save the adapter again",
     ),
     "a site that is not there": (
         lambda tensors, content: content["sites"].update(
             {"fc3.weight": content["sites"].pop("fc2.weight"), "h.0": {**SITE}}
         ),
-        "{path} belongs to another model: it adapts fc3.weight, h.0, which this one does not have; "
-        "did you mean fc2.weight, fc1.weight, emb.weight?",
+        "{path} belongs to another model: it adapts fc3.weight, h.0, which this model does not "
+        "have; did you mean fc2.weight, fc1.weight, emb.weight?",
     ),
     "a site of another shape": (
         lambda tensors, content: content["sites"]["fc2.weight"].update(shape=[10, 4]),
-        "{path} belongs to another model: 'fc2.weight' has shape [10, 4] there and [3, 4] here",
+        "{path} belongs to another model: 'fc2.weight' has shape [10, 4] in the file and [3, 4] in "
+        "this model",
     ),
     "a site that cannot be adapted so": (
         lambda tensors, content: content["sites"].update({"fc1.bias": {**SITE, "shape": [4]}}),
@@ -129,24 +130,24 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], Any], str
     ),
     "rank 0": (
         lambda tensors, content: content["sites"]["fc1.weight"]["fields"].update(rank=0),
-        "{path} has settings for 'fc1.weight' that LoRA does not take: rank must be a whole number "
-        "of at least 1, got 0",
+        "{path} has settings for 'fc1.weight' that LoRA does not accept: rank must be a whole "
+        "number of at least 1, got 0",
     ),
     "a rank that no memory holds": (
         lambda tensors, content: content["sites"]["fc1.weight"]["fields"].update(rank=10**30),
-        "{path} has settings for 'fc1.weight' that give no factors, LoRA(rank=1[...]): [...]",
+        "{path} has settings for 'fc1.weight' that cannot create factors, LoRA(rank=1[...]): [...]",
     ),
     "an unknown setting": (
         lambda tensors, content: content["sites"]["fc1.weight"]["fields"].update(dropout=0.1),
-        "{path} has settings for 'fc1.weight' that LoRA does not take: [...]'dropout'[...]",
+        "{path} has settings for 'fc1.weight' that LoRA does not accept: [...]'dropout'[...]",
     ),
     "a newer format": (
         lambda tensors, content: content.update(version=2),
-        "{path} has format 2, this paramlora reads up to 1; update paramlora",
+        "{path} has format version 2, and this paramlora reads versions up to 1; update paramlora",
     ),
     "a newer format that is all different": (
         lambda tensors, content: content.update(version=7, sites=None, digest=None),
-        "{path} has format 7, this paramlora reads up to 1; update paramlora",
+        "{path} has format version 7, and this paramlora reads versions up to 1; update paramlora",
     ),
     "a strength that is no number": (
         lambda tensors, content: content["sites"]["fc1.weight"].update(strength=math.nan),
@@ -196,12 +197,12 @@ NO_JSON = {"empty": "", "cut off": "{", "code": "pl.LoRA(2)", "too deep": "[" * 
 
 @pytest.mark.parametrize("text", NO_JSON.values(), ids=NO_JSON.keys())
 def test_load_refuses_metadata_that_is_no_json(file: Path, text: str) -> None:
-    """Metadata that is no JSON is refused, however deep it is."""
+    """Metadata that is not JSON is refused, however deep it is."""
     tensors, metadata = contents(file)
     save_file(tensors, file, {**metadata, "paramlora": text})
     refuses_file(
         file,
-        "{path} is damaged: its metadata 'paramlora' is no JSON ([...]); save the adapter again",
+        "{path} is damaged: its metadata 'paramlora' is not JSON ([...]); save the adapter again",
     )
 
 
@@ -223,8 +224,8 @@ def test_load_refuses_a_file_of_another_model(file: Path) -> None:
         nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)),
         lambda m: pl.load(m, file),
         pl.CheckpointError,
-        f"{file} belongs to another model: it adapts fc1.weight, fc2.weight, which this one does "
-        "not have; did you mean 1.weight, 0.weight?",
+        f"{file} belongs to another model: it adapts fc1.weight, fc2.weight, which this model "
+        "does not have; did you mean 1.weight, 0.weight?",
     )
 
 
@@ -236,7 +237,8 @@ def test_load_refuses_a_file_for_other_shapes(file: Path) -> None:
         model,
         lambda m: pl.load(m, file),
         pl.CheckpointError,
-        f"{file} belongs to another model: 'fc2.weight' has shape [3, 4] there and [6, 4] here",
+        f"{file} belongs to another model: 'fc2.weight' has shape [3, 4] in the file and [6, 4] in "
+        "this model",
     )
 
 
@@ -259,8 +261,8 @@ def test_load_refuses_other_sites_under_the_same_name(file: Path) -> None:
         attached(),
         lambda m: pl.load(m, file, name="letters"),
         pl.AdapterNameError,
-        f"an adapter 'letters' is attached already, with other sites, kinds or ranks than {file} "
-        "has (fc1.weight, fc2.weight); give name=, or detach it first",
+        "adapter 'letters' is attached already, and its sites, kinds or ranks differ from those in "
+        f"{file} (fc1.weight, fc2.weight); pass another name=, or detach it first",
     )
 
 
@@ -272,8 +274,8 @@ def test_load_refuses_another_rank_under_the_same_name(file: Path) -> None:
         model,
         lambda m: pl.load(m, file),
         pl.AdapterNameError,
-        f"an adapter 'digits' is attached already, with other sites, kinds or ranks than {file} "
-        "has (fc1.weight, fc2.weight); give name=, or detach it first",
+        "adapter 'digits' is attached already, and its sites, kinds or ranks differ from those in "
+        f"{file} (fc1.weight, fc2.weight); pass another name=, or detach it first",
     )
 
 
@@ -311,7 +313,7 @@ def test_load_refuses_every_truncation(small_file: Path, refresh: bool) -> None:
     whole, model = small_file.read_bytes(), small()
     if refresh:
         pl.attach(model, LoRA(rank=1))
-    damaged = says(f"{small_file} is damaged or no .safetensors file ([...]); save the[...]")
+    damaged = says(f"{small_file} is damaged or not a .safetensors file ([...]); save the[...]")
     with unchanged(model):
         for length in range(len(whole)):
             small_file.write_bytes(whole[:length])
@@ -376,7 +378,9 @@ def test_load_refuses_what_is_no_safetensors_file(tmp_path: Path, content: bytes
     """A file of any other bytes, or of none, is refused as no .safetensors file."""
     path = tmp_path / "digits.safetensors"
     path.write_bytes(content)
-    refuses_file(path, "{path} is damaged or no .safetensors file ([...]); save the adapter again")
+    refuses_file(
+        path, "{path} is damaged or not a .safetensors file ([...]); save the adapter again"
+    )
 
 
 class Bomb:
@@ -397,7 +401,9 @@ def test_load_never_unpickles(tmp_path: Path, protocol: int | str) -> None:
         torch.save({"fc1.weight.A": Bomb(trace)}, path)
     else:
         path.write_bytes(pickle.dumps(Bomb(trace), protocol=int(protocol)))
-    refuses_file(path, "{path} is damaged or no .safetensors file ([...]); save the adapter again")
+    refuses_file(
+        path, "{path} is damaged or not a .safetensors file ([...]); save the adapter again"
+    )
     assert not trace.exists()
     # The trace would be there had it been unpickled.
     if protocol == "torch":
@@ -420,7 +426,7 @@ def test_save_refuses(tmp_path: Path) -> None:
         attached(),
         lambda m: pl.save(m, nowhere, "digits"),
         FileNotFoundError,
-        f"cannot write {nowhere}: there is no folder {nowhere.parent}",
+        f"cannot write {nowhere}: the folder {nowhere.parent} does not exist",
     )
     refuses(
         attached(),

@@ -226,8 +226,8 @@ def test_a_grouped_convolution_that_mixes_groups_is_refused(tmp_path: Path) -> N
     base = grouped()
     trained(base, LoraConfig(r=2, target_modules=["conv"]), IMAGES).save_pretrained(tmp_path)
     message = (
-        f"{tmp_path} has an update at 'conv' that mixes the groups of the convolution, as PEFT "
-        "trains it; no weight of a grouped convolution can hold it"
+        f"{tmp_path} has an update at 'conv' that mixes the groups of the convolution; PEFT trains "
+        "such updates, but the weight of a grouped convolution cannot express them"
     )
     refuses(base, lambda m: pl.load_peft(m, tmp_path), pl.CheckpointError, message)
 

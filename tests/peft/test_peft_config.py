@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 from torch import nn
 
-from paramlora.peft import config as peft_config
-from paramlora.peft import read as peft_import
 from paramlora.peft.config import Config
+from paramlora.peft.config_file import config_content
+from paramlora.peft.modules import view
+from paramlora.peft.read import resolve_all_linear
 
 peft = pytest.importorskip("peft", reason="the oracle of these tests is PEFT")
 from peft.tuners.tuners_utils import check_target_module_exists  # noqa: E402
@@ -87,7 +88,7 @@ def test_the_patterns_are_those_of_peft(numbers: dict[str, int]) -> None:
 def test_what_is_written_means_the_same() -> None:
     """The fewest settings are written, and they give each module its own rank and alpha."""
     targets = {"net.0": (4, 8.0), "sub.net.0": (4, 8.0), "fc1": (2, 8.0), "xnet.0": (4, 0.5)}
-    content = peft_config.written(targets, use_rslora=False, bias="all")
+    content = config_content(targets, use_rslora=False, bias="all")
     assert content == {
         "peft_type": "LORA",
         "r": 4,
@@ -116,8 +117,9 @@ def test_all_linear_is_that_of_peft() -> None:
             self.head = nn.Linear(2, 2)
 
     model = Net()
-    config = peft_import.resolved(model, Config("all-linear"))
-    found = [path for path in peft_import.names(model) if config.targets(path)]
+    seen = view(model)
+    config = resolve_all_linear(model, seen, Config("all-linear"))
+    found = [path for path in seen.paths if config.targets(path)]
     assert found == ["body.0", "body.2", "head"]
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
     assert sorted(wrapped.targeted_module_names) == sorted(found)

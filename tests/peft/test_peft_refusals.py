@@ -76,14 +76,14 @@ def tensor(key: str, value: Tensor | None) -> Callable[[dict[str, Any], dict[str
     return change
 
 
-OTHERS = "{path}/adapter_config.json has settings that are not carried out here: "
+OTHERS = "{path}/adapter_config.json has settings that paramlora does not support: "
 DAMAGED = "{path}/adapter_config.json is damaged: "
 
 # What is changed in a folder, and what loading it says.
 CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]] = {
     "another method": (
         setting(peft_type="LOHA"),
-        "{path}/adapter_config.json has peft_type 'LOHA'; only 'LORA' is read here",
+        "{path}/adapter_config.json has peft_type 'LOHA'; only 'LORA' can be loaded",
     ),
     "repeated layers": (
         setting(layer_replication=[[0, 2]]),
@@ -99,17 +99,17 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
     ),
     "an initialisation that changes the base": (
         setting(init_lora_weights="pissa_niter_4"),
-        "{path}/adapter_config.json has init_lora_weights 'pissa_niter_4', which changes the base "
-        "where it is loaded; save it from PEFT as a plain LoRA, by "
+        "{path}/adapter_config.json has init_lora_weights 'pissa_niter_4', with which PEFT changes "
+        "the base when it loads; save it from PEFT as a plain LoRA, with "
         "path_initial_model_for_weight_conversion=",
     ),
     "a start from the base for another layer": (
         setting(init_lora_weights="olora", target_modules="emb"),
-        "{path} adapts 'emb', and its start, 'olora', is carried out for LoRA of a Linear alone",
+        "{path} adapts 'emb', but init_lora_weights 'olora' is supported for LoRA on a Linear only",
     ),
     "a start from the base without a scale": (
         setting(init_lora_weights="pissa", lora_alpha=0),
-        "{path} adapts 'fc', and init='pissa' needs an alpha above 0, got 0",
+        "{path} adapts 'fc', but init='pissa' needs an alpha above 0, got 0",
     ),
     "a start from the base of too large a rank": (
         lambda config, tensors: (
@@ -122,16 +122,16 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
     ),
     "no targets": (
         lambda config, tensors: config.pop("target_modules"),
-        "{path}/adapter_config.json names no target_modules; write them there",
+        "{path}/adapter_config.json has no target_modules; add them",
     ),
     "targets of a wrong type": (
         setting(target_modules=[1]),
         DAMAGED + "'target_modules' must be a string or a list of strings, found [1]",
     ),
-    "rank 0": (setting(r=0), DAMAGED + "'r' must be a whole number of at least 1, found 0"),
+    "rank 0": (setting(r=0), DAMAGED + "'r' must be an integer of at least 1, found 0"),
     "a rank that no memory holds": (
         setting(r=10**30),
-        DAMAGED + f"'r' must be a whole number of at least 1, found {10**30}",
+        DAMAGED + f"'r' must be an integer of at least 1, found {10**30}",
     ),
     "a large rank": (
         setting(r=2**30),
@@ -148,23 +148,23 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
     ),
     "a pattern of a wrong type": (
         setting(rank_pattern={"fc": "2"}),
-        DAMAGED + "'rank_pattern' must be whole numbers by name, found {{'fc': '2'}}",
+        DAMAGED + "'rank_pattern' must be integers of at least 1 by pattern, found {{'fc': '2'}}",
     ),
     "layers without a list": (
         setting(layers_to_transform=[0]),
-        DAMAGED + "target_modules is a string, which goes without layers_to_transform",
+        DAMAGED + "with layers_to_transform, target_modules must be a list, found a string",
     ),
     "a broken expression": (
         setting(target_modules="(fc"),
-        "{path} has a setting that is no regular expression: [...]",
+        "{path} has a setting that is not a valid regular expression: [...]",
     ),
     "a broken pattern": (
         setting(alpha_pattern={"*": 1}),
-        "{path} has a setting that is no regular expression: [...]",
+        "{path} has a setting that is not a valid regular expression: [...]",
     ),
     "no such module": (
         setting(target_modules="fcc"),
-        "{path} belongs to another model: no module here is meant by target_modules 'fcc'; did you "
+        "{path} belongs to another model: no module here matches target_modules 'fcc'; did you "
         "mean fc?",
     ),
     "more modules than tensors": (
@@ -178,13 +178,13 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
     ),
     "a module without factors": (
         setting(target_modules="fc|rnn"),
-        "{path} does not fit this model: its target_modules mean rnn, which PEFT cannot adapt with "
-        "any effect",
+        "{path} does not fit this model: its target_modules match rnn, which PEFT cannot adapt, or "
+        "adapts without effect",
     ),
     "an out_proj alone": (
         setting(target_modules=["fc", "mha.out_proj"]),
-        "{path} does not fit this model: its target_modules mean mha.out_proj, which PEFT cannot "
-        "adapt with any effect",
+        "{path} does not fit this model: its target_modules match mha.out_proj, which PEFT cannot "
+        "adapt, or adapts without effect",
     ),
     "a tied module": (
         lambda config, tensors: (
@@ -192,16 +192,16 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
             tensors.update({f"{PREFIX}tied.lora_A.weight": torch.ones(2, 4)}),
             tensors.update({f"{PREFIX}tied.lora_B.weight": torch.ones(5, 2)}),
         ),
-        "{path} adapts 'tied.weight', which is head.weight as well; PEFT adapts one of them alone, "
-        "and here they stay one",
+        "{path} adapts 'tied.weight', which is tied to head.weight; PEFT adapts only one of them, "
+        "and paramlora always adapts tied tensors together",
     ),
     "a rank that groups do not divide": (
         setting(target_modules="fc|grouped", r=3),
-        "{path} adapts 'grouped', and its 2 groups do not divide the rank, 3",
+        "{path} adapts 'grouped', but its rank, 3, is not a multiple of its 2 groups",
     ),
     "a dilated convolution": (
         setting(target_modules="dilated"),
-        "{path} adapts 'dilated', and PEFT leaves out the dilation of a convolution",
+        "{path} adapts 'dilated', but PEFT ignores the dilation of a convolution",
     ),
     "a missing tensor": (
         tensor("fc.lora_B.weight", None),
@@ -225,21 +225,21 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
     ),
     "a part of a module to save": (
         tensor("norm.running_mean", None),
-        "{path} does not fit: modules_to_save is ['norm'], and norm.running_mean is not there",
+        "{path} does not fit: modules_to_save is ['norm'], but norm.running_mean is missing",
     ),
     "statistics of another base": (
         tensor("norm.running_mean", torch.ones(4)),
-        "{path} has other values at norm.running_mean than the model; only parameters that PEFT "
-        "trains by bias= or modules_to_save= are taken over",
+        "{path} has values at norm.running_mean that differ from the model's; only parameters that "
+        "PEFT trains by bias= or modules_to_save= are loaded",
     ),
     "an embedding of another base": (
         tensor("emb.weight", torch.ones(5, 4)),
-        "{path} has other values at emb.weight than the model; only parameters that PEFT trains by "
-        "bias= or modules_to_save= are taken over",
+        "{path} has values at emb.weight that differ from the model's; only parameters that PEFT "
+        "trains by bias= or modules_to_save= are loaded",
     ),
     "two values of one tensor": (
         tensor("norm.modules_to_save.bias", torch.full((4,), 9.0)),
-        "{path} is damaged: it has two different values of 'norm.bias'",
+        "{path} is damaged: it has two different values for 'norm.bias'",
     ),
 }
 
@@ -272,50 +272,50 @@ FILES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "no folder": (
         lambda path: path.rename(path.with_name("elsewhere")),
         FileNotFoundError,
-        "{path} is no folder; name one that PEFT's save_pretrained wrote",
+        "{path} is not a folder; pass one that PEFT's save_pretrained wrote",
     ),
     "no config": (
         lambda path: (path / "adapter_config.json").unlink(),
         FileNotFoundError,
-        "{path} has no adapter_config.json; name a folder that PEFT wrote",
+        "{path} has no adapter_config.json; pass a folder that PEFT wrote",
     ),
     "no tensors": (
         lambda path: (path / "adapter_model.safetensors").unlink(),
         FileNotFoundError,
-        "{path} has no adapter_model.safetensors; name a folder that PEFT wrote",
+        "{path} has no adapter_model.safetensors; pass a folder that PEFT wrote",
     ),
     "a pickle": (
         lambda path: (path / "adapter_model.safetensors").rename(path / "adapter_model.bin"),
         CheckpointError,
-        "{path} has its tensors in adapter_model.bin, a pickle, which can run any code and is not "
-        "opened; load it in PEFT and save it anew, as .safetensors",
+        "{path} has its tensors in adapter_model.bin, a pickle, which could run any code and is "
+        "not opened; load it in PEFT and save it again, as .safetensors",
     ),
     "a config that is no JSON": (
         lambda path: (path / "adapter_config.json").write_bytes(b"\xff{"),
         CheckpointError,
-        "{path}/adapter_config.json is damaged: it is no JSON ([...])",
+        "{path}/adapter_config.json is damaged: it is not JSON ([...])",
     ),
     "a deep config": (
         lambda path: (path / "adapter_config.json").write_text("[" * 10**6),
         CheckpointError,
-        "{path}/adapter_config.json is damaged: it is no JSON ([...])",
+        "{path}/adapter_config.json is damaged: it is not JSON ([...])",
     ),
     "a config that is a list": (
         lambda path: (path / "adapter_config.json").write_text("[1]"),
         CheckpointError,
-        "{path}/adapter_config.json is damaged: it must hold settings by name, found [1]",
+        "{path}/adapter_config.json is damaged: it must hold an object, found [1]",
     ),
     "tensors cut short": (
         lambda path: (path / "adapter_model.safetensors").write_bytes(b"abc"),
         CheckpointError,
-        "{path}/adapter_model.safetensors is damaged or no .safetensors file ([...]); save the "
+        "{path}/adapter_model.safetensors is damaged or not a .safetensors file ([...]); save the "
         "adapter again",
     ),
     "tensors of another program": (
         lambda path: save_file({"a": torch.ones(1)}, path / "adapter_model.safetensors"),
         CheckpointError,
-        "{path}/adapter_model.safetensors is no file of PEFT's: keys there start with "
-        "'base_model.model.', and a does not",
+        "{path}/adapter_model.safetensors was not written by PEFT: its keys must start with "
+        "'base_model.model.', found a",
     ),
 }
 
@@ -337,7 +337,7 @@ def test_another_adapter_of_the_name_is_refused(folder: Path) -> None:
         model,
         lambda m: pl.load_peft(m, folder, name="digits"),
         pl.AdapterNameError,
-        "an adapter 'digits' is attached already, with other sites, kinds or ranks than [...]",
+        "adapter 'digits' is attached already, and its sites, kinds or ranks differ from [...]",
     )
     again = attached()
     pl.merge(again)
@@ -351,14 +351,14 @@ def test_another_adapter_of_the_name_is_refused(folder: Path) -> None:
 
 def hold(path: str, reason: str) -> str:
     return (
-        f"a folder of PEFT's cannot hold the adapter at {path!r}: {reason}; detach it from there, "
-        "or use paramlora.save"
+        f"a PEFT folder cannot store the adapter at {path!r}: {reason}; detach it from there, or "
+        "use paramlora.save"
     )
 
 
 PLACES = (
-    "PEFT adapts the weights of Linear, Conv1d, Conv2d, Conv3d, Embedding and Conv1D below the "
-    "model itself, and the projections of MultiheadAttention"
+    "PEFT adapts the weights of Linear, Conv1d, Conv2d, Conv3d, Embedding and Conv1D submodules, "
+    "and the projections of a MultiheadAttention"
 )
 
 # What is attached, and what saving it as a folder says.
@@ -367,71 +367,72 @@ SPECS: dict[str, tuple[Any, str]] = {
     "a raw parameter": ({"gain": LoRA(2)}, hold("gain", PLACES)),
     "full updates alone": (
         {"head.weight": Delta()},
-        hold("head.weight", "it is tied.weight as well, PEFT adapts one alone"),
+        hold("head.weight", "it is tied to tied.weight, and PEFT adapts only one of them"),
     ),
     "no low-rank update": (
         {"fc.bias": Delta()},
-        "adapter 'digits' has no low-rank update, and PEFT's LoRA needs one",
+        "adapter 'digits' has no low-rank update, and a PEFT folder needs at least one",
     ),
     "a whole parameter of the model itself": (
         {"fc": LoRA(2), "gain": Delta()},
-        hold("gain", "PEFT saves whole modules below the model itself"),
+        hold("gain", "PEFT saves whole submodules, and the model itself has this tensor"),
     ),
     "an update and a whole tensor in one module": (
         {"mha.in_proj_weight": LoRA(2), "mha.in_proj_bias": Delta()},
-        hold("mha", "PEFT keeps adapters off modules_to_save, here ['mha']"),
+        hold("mha", "PEFT does not adapt modules_to_save, here ['mha']"),
     ),
     "a whole module whose name ends another's": (
         {"last_fc": LoRA(2), "fc.weight": Delta()},
-        hold("last_fc", "PEFT keeps adapters off modules_to_save, here ['fc']"),
+        hold("last_fc", "PEFT does not adapt modules_to_save, here ['fc']"),
     ),
     "a block of a weight": (
         {"fc.weight[:2]": LoRA(1)},
-        hold("fc.weight", "it is one of blocks of the tensor"),
+        hold("fc.weight", "it adapts blocks of the tensor"),
     ),
     "projections of two ranks": (
         {"mha.in_proj_weight": LoRA(2), "mha.out_proj": LoRA(3)},
-        hold("mha.out_proj.weight", "PEFT has one rank and one scale for both projections there"),
+        hold("mha.out_proj.weight", "PEFT has one rank and one scale for both projections"),
     ),
     "projections of their own": (
         {"cross.out_proj": LoRA(2)},
         hold(
             "cross.out_proj.weight",
-            "PEFT needs queries, keys and values of one size in a MultiheadAttention",
+            "PEFT needs queries, keys and values of the same size in a MultiheadAttention",
         ),
     ),
     "another kind": (
         {"fc": LoRA(2), "last_fc": LoHa(2)},
-        hold("last_fc.weight", "LoHa is no low-rank update of it"),
+        hold("last_fc.weight", "LoHa is not a low-rank update of it"),
     ),
     "a DoRA beside a LoRA": (
         {"fc": LoRA(2), "last_fc": DoRA(2)},
-        hold("last_fc.weight", "it is a DoRA, and PEFT has those at all sites or at none"),
+        hold("last_fc.weight", "it is a DoRA, which PEFT needs at all sites or at none"),
     ),
     "a DoRA of projections": (
         {"mha.in_proj_weight": DoRA(2)},
         hold(
             "mha.in_proj_weight",
-            "PEFT has no DoRA for a MultiheadAttention or a grouped convolution",
+            "PEFT does not support DoRA on a MultiheadAttention or a grouped convolution",
         ),
     ),
     "a DoRA of a grouped convolution": (
         {"grouped": DoRA(2)},
         hold(
-            "grouped.weight", "PEFT has no DoRA for a MultiheadAttention or a grouped convolution"
+            "grouped.weight",
+            "PEFT does not support DoRA on a MultiheadAttention or a grouped convolution",
         ),
     ),
     "magnitudes of rows of an embedding": (
         {"emb": DoRA(2)},
-        hold("emb.weight", "PEFT has a DoRA's magnitudes along dimension 1 there, not 0"),
+        hold("emb.weight", "PEFT has the magnitudes of a DoRA along dimension 1 there, not 0"),
     ),
     "a dilated convolution": (
         {"dilated": LoRA(2)},
-        hold("dilated.weight", "PEFT leaves out the dilation of a convolution"),
+        hold("dilated.weight", "PEFT ignores the dilation of a convolution"),
     ),
     "a convolution that pads in circles": (
         {"circular": LoRA(2)},
-        hold("circular.weight", "PEFT pads with zeros, not by padding_mode='circular'"),
+        hold("circular.weight", "PEFT pads with zeros and ignores padding_mode='circular'"),
     ),
     "a bounded embedding": (
         {"bounded": LoRA(2)},
@@ -457,12 +458,12 @@ def test_other_parametrizations_are_refused(tmp_path: Path) -> None:
     model = net()
     pl.attach(model, LoRA(2), "fc", name="digits")
     parametrizations.orthogonal(model.get_submodule("fc"))
-    message = hold("fc.weight", "another parametrization is on top of the adapter")
+    message = hold("fc.weight", "another parametrization comes after the adapter")
     refuses(model, lambda m: pl.save_peft(m, tmp_path / "a", "digits"), TargetError, message)
     other = net()
     parametrizations.orthogonal(other.get_submodule("fc"))
     pl.attach(other, {"last_fc": LoRA(2), "fc.weight": Delta()}, name="digits")
-    message = hold("fc.weight", "it is parametrized, so there is no such tensor in PEFT's model")
+    message = hold("fc.weight", "it is parametrized, so that PEFT's model does not store it")
     refuses(other, lambda m: pl.save_peft(m, tmp_path / "a", "digits"), TargetError, message)
 
 
@@ -482,13 +483,13 @@ def test_the_folder_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert sorted(entry.name for entry in folder.parent.iterdir()) == ["digits"]
     assert (folder / "adapter_config.json").read_bytes() == before
     (folder / "notes.txt").write_text("mine")
-    message = f"cannot write {folder}: the folder there also has notes.txt, which replacing it "
-    with pytest.raises(FileExistsError, match=says(message + "would lose; name another")):
+    message = f"cannot write {folder}: the folder exists and also has notes.txt, which would be "
+    with pytest.raises(FileExistsError, match=says(message + "lost; choose another path")):
         pl.save_peft(model, folder)
     (folder.parent / "file").touch()
-    with pytest.raises(FileExistsError, match="there is a file of that name"):
+    with pytest.raises(FileExistsError, match="a file of that name exists"):
         pl.save_peft(model, folder.parent / "file")
-    with pytest.raises(FileNotFoundError, match=r"there is no folder \S*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"the folder \S*nowhere does not exist"):
         pl.save_peft(model, folder.parent / "nowhere" / "digits")
     with pytest.raises(pl.AdapterNameError, match="no adapter 'letters' here"):
         pl.save_peft(model, folder.parent / "other", "letters")

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from paramlora import Delta, LoRA
-from paramlora.files.state import digest
+from paramlora.files.digest import digest
 from paramlora.site.block import Block, split
 from tests.support.helpers import LEAVE_OUT, refuses, unchanged
 from tests.support.reference import shake
@@ -305,7 +305,10 @@ def test_files_of_blocks(tmp_path: Path) -> None:
     pl.load(other, path, name="b")
     third = layer()
     pl.attach(third, LoRA(2), "qkv[:4]", name="a")
-    with unchanged(third), pytest.raises(pl.AdapterNameError, match="with other sites"):
+    with (
+        unchanged(third),
+        pytest.raises(pl.AdapterNameError, match="its sites, kinds or ranks differ"),
+    ):
         pl.load(third, path)
 
 
@@ -323,7 +326,11 @@ def rename(path: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("new", "message"),
     [
-        ("[0:4]", "[...] is damaged: it calls 'qkv.weight[:4]' 'qkv.weight[0:4]'; save the [...]"),
+        (
+            "[0:4]",
+            "[...] is damaged: the site 'qkv.weight[0:4]' must be written 'qkv.weight[:4]'; save "
+            "the adapter again",
+        ),
         (
             "[:13]",
             "[...] is damaged: cannot take a block of 'qkv.weight'[...]:13 reaches outside[...]",
@@ -332,11 +339,13 @@ def rename(path: Path, old: str, new: str) -> None:
         ("[::2]", "[...] belongs to another model: it adapts qkv.weight[::2], which this [...]"),
         (
             "[4:9]",
-            "[...] does not fit: 'qkv.weight[4:9]' and 'qkv.weight[8:]' are, or share, one [...]",
+            "[...] does not fit this model, in which 'qkv.weight[4:9]' and 'qkv.weight[8:]' share "
+            "elements",
         ),
         (
             "",
-            "[...] does not fit: 'qkv.weight' and 'qkv.weight[8:]' are, or share, one tensor here",
+            "[...] does not fit this model, in which 'qkv.weight' and 'qkv.weight[8:]' share "
+            "elements",
         ),
     ],
 )
@@ -358,7 +367,8 @@ def test_files_for_an_untied_model(tmp_path: Path) -> None:
     pl.detach(model)
     model["head"].weight = model["embed"].weight
     message = (
-        "[...] does not fit: 'embed.weight[:4]' and 'head.weight[2:]' are, or share, one [...]"
+        "[...] does not fit this model, in which 'embed.weight[:4]' and 'head.weight[2:]' share "
+        "elements"
     )
     refuses(model, lambda m: pl.load(m, tmp_path / "a"), pl.CheckpointError, message)
 
@@ -368,7 +378,9 @@ def test_files_for_a_larger_tensor(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 6))
     pl.attach(model, LoRA(2), "0[:3]")
     pl.save(model, tmp_path / "a")
-    words = "belongs to another model: '0.weight' has shape [6, 4] there and [9, 4] here"
+    words = (
+        "belongs to another model: '0.weight' has shape [6, 4] in the file and [9, 4] in this model"
+    )
     refuses(
         nn.Sequential(nn.Linear(4, 9)),
         lambda model: pl.load(model, tmp_path / "a"),

@@ -631,8 +631,8 @@ USING: dict[str, Row] = {
         attached,
         lambda m: pl.load_state_dict(m, factors(m, fc2_weight_B=[[1.0]]), "digits"),
         pl.CheckpointError,
-        "the state for adapter 'digits' does not fit: fc2.weight.B: expected (3, 2), found no "
-        "tensor but list",
+        "the state for adapter 'digits' does not fit: fc2.weight.B: expected (3, 2), found "
+        "list instead of a tensor",
     ),
     "a state without data": (
         attached,

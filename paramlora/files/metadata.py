@@ -1,0 +1,166 @@
+"""The metadata of an adapter's file: JSON that says what the tensors are.
+
+    {"version": 1, "name": "digits", "digest": "9f86d081…",
+     "sites": {"fc1.weight": {"kind": "LoRA", "fields": {"rank": 2, "alpha": null, …},
+                              "strength": 1.0, "shape": [256, 784]}}}
+
+`kind` is the class name of a spec and `fields` are its arguments. `shape` is that of the base's
+tensor, which tells one model from another. The factors are tensors of the file; see Note [keys of
+factors] in `state.py`.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..kinds.spec import Spec, is_finite
+from ..site.factors import Factors
+from ..site.find import Site, below
+from .digest import digest
+from .safetensors_file import read_tensors
+
+VERSION = 1
+ENTRY = "paramlora"
+_FILE = {"version": int, "name": str, "sites": dict, "digest": str}
+_SITE = {"kind": str, "fields": dict, "strength": (int, float), "shape": list}
+
+
+def describe(here: Iterable[Site], name: str) -> dict[str, Any]:
+    """Return the metadata of an adapter at these sites, without the digest."""
+    described = {
+        path: _describe_site(factors, site)
+        for site in here
+        for path, factors in site.parts(name).items()
+    }
+    return {"version": VERSION, "name": name, "sites": described}
+
+
+def digest_of(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> str:
+    """Return the digest of a file: of its tensors, and of its metadata without the digest.
+
+    `save` takes the digest of the dict that it writes as JSON, `load` that of the dict that it has
+    read. Both dicts give the same JSON text, because parsing keeps the order of keys, and floats
+    are written with all their digits.
+
+    Raises:
+        TypeError: JSON cannot express a value.
+    """
+    without = {key: value for key, value in content.items() if key != "digest"}
+    return digest(tensors.items(), json.dumps(without))
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of an adapter's file, and its metadata with all parts and types checked.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        CheckpointError: the file is damaged, or was not written by paramlora.
+    """
+    tensors, metadata = read_tensors(path)
+    if ENTRY not in metadata:
+        raise CheckpointError(
+            f"{path} was not written by paramlora.save: its metadata has no {ENTRY!r}, only "
+            f"{sorted(metadata)}"
+        )
+    return tensors, _parse(metadata[ENTRY], path)
+
+
+def spec_of(entry: Mapping[str, Any], site: str, path: str | os.PathLike[str]) -> Spec:
+    """Return the spec that a site's metadata describes.
+
+    Raises:
+        CheckpointError: its class is not imported, is ambiguous, or rejects the fields.
+    """
+    kind = _kind_of(entry, site, path)
+    try:
+        return kind(**entry["fields"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} has settings for {site!r} that {entry['kind']} does not accept: {error}"
+        ) from error
+
+
+def _describe_site(factors: Factors, site: Site) -> dict[str, Any]:
+    spec = factors.spec
+    values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    return {
+        "kind": type(spec).__name__,
+        # A callable `init` cannot be saved, and is not needed: the factors have their values.
+        "fields": {key: value for key, value in values.items() if not callable(value)},
+        "strength": float(factors.strength),
+        # The shape of the whole tensor, also for a block: the path has the block's index.
+        "shape": list(below(site.plist, site.stack).shape),
+    }
+
+
+def _parse(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the metadata that a JSON text holds, or raise a CheckpointError."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: its metadata {ENTRY!r} is not JSON ({error}); save the adapter "
+            "again"
+        ) from error
+    # First, because a later version may have other parts.
+    version = content.get("version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, and this paramlora reads versions up to "
+            f"{VERSION}; update paramlora"
+        )
+    _check_parts(content, _FILE, f"its metadata {ENTRY!r}", path)
+    for site, entry in content["sites"].items():
+        _check_parts(entry, _SITE, f"its metadata for {site!r}", path)
+        if not is_finite(entry["strength"]):
+            raise CheckpointError(
+                f"{path} is damaged: the strength for {site!r} must be a finite number, found "
+                f"{entry['strength']!r}; save the adapter again"
+            )
+    return content
+
+
+def _check_parts(
+    found: Any, parts: Mapping[str, Any], what: str, path: str | os.PathLike[str]
+) -> None:
+    """Raise a CheckpointError if `found` is not a dict with these keys and types of values."""
+    for key, kind in parts.items():
+        if not isinstance(found, dict) or not isinstance(found.get(key), kind):
+            raise CheckpointError(
+                f"{path} is damaged: {what} must have {', '.join(map(repr, parts))}, and {key!r} "
+                f"is missing or of the wrong type in {found!s:.100}; save the adapter again"
+            )
+
+
+def _kind_of(entry: Mapping[str, Any], site: str, path: str | os.PathLike[str]) -> type[Spec]:
+    """Return the class of a site's kind. It must be imported: loading a file imports no code."""
+    imported = list(_derived(Spec))  # type: ignore[type-abstract]
+    # By full name: a notebook's cell that runs twice defines its class twice, and the last counts.
+    named = {_full_name(kind): kind for kind in imported if kind.__name__ == entry["kind"]}
+    if not named:
+        known = sorted({kind.__name__ for kind in imported})
+        raise CheckpointError(
+            f"{path} has an adapter of kind {entry['kind']!r} at {site!r}, and no imported class "
+            f"of that name derives from Spec (there are {', '.join(known)}); import it"
+        )
+    if len(named) > 1:
+        raise CheckpointError(
+            f"{path} has an adapter of kind {entry['kind']!r} at {site!r}, and there are several "
+            f"classes of that name: {', '.join(sorted(named))}; rename your own"
+        )
+    return next(iter(named.values()))
+
+
+def _full_name(kind: type[Spec]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _derived(kind: type[Spec]) -> Iterator[type[Spec]]:
+    for derived in kind.__subclasses__():
+        yield derived
+        yield from _derived(derived)

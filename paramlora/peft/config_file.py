@@ -1,0 +1,185 @@
+"""Reading `adapter_config.json` into a `Config`, and the content to write for an adapter.
+
+PEFT writes about forty settings. `Config` has those that say which tensors are adapted, and how.
+Some others do not affect a trained adapter (`_NO_EFFECT`). All remaining ones must be off: null,
+false or empty. If one that is on were ignored, the loaded model would silently differ from PEFT's.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .config import Config
+
+# The rank and the alpha of each adapted module, by path.
+Targets = dict[str, tuple[int, float]]
+
+# `lora_dropout` acts in training only, and an adapter here has no dropout. `fan_in_fan_out` says
+# that weights are stored as (in, out). PEFT corrects it by the type of each module, so the type
+# alone decides here.
+_NO_EFFECT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "fan_in_fan_out",
+    "inference_mode",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+
+# The values of `init_lora_weights` besides true and false. With the plain ones PEFT draws A and B
+# and leaves the base alone, so they do not matter once an adapter is trained. With all others PEFT
+# changes the base when it loads a folder. Two of these changes can be computed from the base.
+_PLAIN = ("gaussian", "orthogonal", "eva")
+_FROM_BASE = ("pissa", "olora")
+
+# Settings that PEFT allows only beside a list of target_modules.
+_NEED_LIST = {"layers_to_transform", "layers_pattern"}
+
+
+def read_config(path: Path) -> Config:
+    """Return the settings in an `adapter_config.json`.
+
+    Raises:
+        CheckpointError: the file is damaged, is of another method than LoRA, or has a setting
+            that paramlora does not support.
+    """
+    content = _parse(path)
+    _refuse_unsupported(path, content)
+    settings = {key: content[key] for key in _CHECKS if content.get(key) is not None}
+    for key, value in settings.items():
+        wanted, is_valid = _CHECKS[key]
+        if not is_valid(value):
+            raise CheckpointError(f"{path} is damaged: {key!r} must be {wanted}, found {value!r}")
+    if "target_modules" not in settings:
+        raise CheckpointError(f"{path} has no target_modules; add them")
+    need_list = sorted(settings.keys() & _NEED_LIST)
+    if isinstance(settings["target_modules"], str) and need_list:
+        raise CheckpointError(
+            f"{path} is damaged: with {' and '.join(need_list)}, target_modules must be a list, "
+            "found a string"
+        )
+    init = content.get("init_lora_weights")
+    return Config(**settings, init=init if init in _FROM_BASE else "kaiming")
+
+
+def config_content(targets: Targets, **settings: Any) -> dict[str, Any]:
+    """Return the fewest settings that give each module its rank and alpha.
+
+    Older versions of PEFT refuse settings that they do not know, so those that are off are left
+    out. Paths must not match by accident, by the rules in `config.py`:
+
+    - `target_modules` is one regular expression. A list with "net.0" would also select `sub.net.0`.
+    - Keys of `rank_pattern` and `alpha_pattern` begin with "^". PEFT puts `(.*\\.)?` before a key,
+      so that "net\\.0" also matches `sub.net.0`, while "^net\\.0" matches `net.0` alone.
+
+    >>> config_content({"net.0": (4, 8.0), "sub.net.0": (4, 8.0), "fc": (2, 8.0)})["rank_pattern"]
+    {'^fc': 2}
+    """
+    r, alpha = Counter(targets.values()).most_common(1)[0][0]
+    ranks = {_anchored(path): rank for path, (rank, _) in targets.items() if rank != r}
+    alphas = {_anchored(path): _short(a) for path, (_, a) in targets.items() if a != alpha}
+    content = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": _short(alpha),
+        "target_modules": "|".join(re.escape(path) for path in targets),
+        "inference_mode": True,
+    }
+    optional = {"rank_pattern": ranks, "alpha_pattern": alphas, **settings}
+    return content | {key: value for key, value in optional.items() if value}
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: it is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: it must hold an object, found {content!s:.50}")
+    return content
+
+
+def _refuse_unsupported(path: Path, content: dict[str, Any]) -> None:
+    if content.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"{path} has peft_type {content.get('peft_type')!r}; only 'LORA' can be loaded"
+        )
+    init = content.get("init_lora_weights")
+    if not (init is None or isinstance(init, bool) or init in (*_PLAIN, *_FROM_BASE)):
+        raise CheckpointError(
+            f"{path} has init_lora_weights {init!r}, with which PEFT changes the base when it "
+            "loads; save it from PEFT as a plain LoRA, with "
+            "path_initial_model_for_weight_conversion="
+        )
+    known = {*_NO_EFFECT, *_CHECKS, "init_lora_weights"}
+    others = [key for key, value in content.items() if key not in known and value]
+    if others:
+        raise CheckpointError(
+            f"{path} has settings that paramlora does not support: "
+            f"{', '.join(f'{key}={content[key]!r}' for key in sorted(others))}"
+        )
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    # Python's JSON has NaN and Infinity, and integers too large for a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_integer(value) and 1 <= value < 2**31  # above that the size of a shape overflows
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_mapping_to(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(is_valid, value.values()))
+
+
+# For each setting of `Config` what it must be, in words and as a function.
+_TEXTS = ("a string or a list of strings", lambda v: isinstance(v, str) or _is_names(v))
+_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": ("an integer of at least 1", _is_rank),
+    "lora_alpha": ("a finite number", _is_number),
+    "target_modules": _TEXTS,
+    "exclude_modules": _TEXTS,
+    "layers_to_transform": (
+        "an integer or a list of integers",
+        lambda v: _is_integer(v) or (isinstance(v, list) and all(map(_is_integer, v))),
+    ),
+    "layers_pattern": _TEXTS,
+    "rank_pattern": ("integers of at least 1 by pattern", _is_mapping_to(_is_rank)),
+    "alpha_pattern": ("finite numbers by pattern", _is_mapping_to(_is_number)),
+    "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
+    "use_dora": ("true or false", lambda v: isinstance(v, bool)),
+    "bias": ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
+    "modules_to_save": ("a list of strings", _is_names),
+}
+
+
+def _anchored(path: str) -> str:
+    return "^" + re.escape(path)
+
+
+def _short(number: float) -> float:
+    """Return a whole number as an int, as PEFT writes an alpha."""
+    return int(number) if number == int(number) else number

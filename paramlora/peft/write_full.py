@@ -1,0 +1,99 @@
+"""The whole tensors for a PEFT folder: trained biases and `modules_to_save`, from `Delta`s."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..files.base import base_state_dict
+from .config import Config
+from .config_file import Targets
+from .layout import cannot_store
+from .modules import PeftView
+
+
+def split(full: list[str]) -> tuple[list[str], list[str]]:
+    """Return the biases to save by themselves, and the modules to save whole.
+
+    A bias in a module that is saved whole anyway is not in the first list.
+
+    >>> split(["fc.bias", "norm.weight", "norm.bias"])
+    (['fc.bias'], ['norm'])
+    """
+    owners = {path: path.rpartition(".")[0] for path in full}
+    modules = list(dict.fromkeys(owner for path, owner in owners.items() if not _is_bias(path)))
+    if "" in modules:
+        path = next(path for path, owner in owners.items() if not owner)
+        raise cannot_store(
+            path, "PEFT saves whole submodules, and the model itself has this tensor"
+        )
+    inside = tuple(f"{module}." for module in modules)
+    return [path for path in full if not path.startswith(inside)], modules
+
+
+def peft_key(path: str, wrapped: set[str]) -> str:
+    """Return PEFT's key of a tensor of the base, given the paths of the modules that PEFT wraps.
+
+    >>> peft_key("mha.out_proj.bias", {"mha", "mha.out_proj"})
+    'mha.base_layer.out_proj.base_layer.bias'
+    """
+    parts = path.split(".")
+    key = []
+    for i, part in enumerate(parts, 1):
+        key += [part, "base_layer"] if ".".join(parts[:i]) in wrapped else [part]
+    return ".".join(key)
+
+
+def saved_tensors(
+    model: nn.Module,
+    seen: PeftView,
+    content: Mapping[str, Any],
+    targets: Targets,
+    values: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Return the tensors of the modules that `modules_to_save` selects.
+
+    By PEFT's rules they may be more modules than intended: "fc" also selects `last_fc`. So the
+    rules are applied to the settings that are about to be written. PEFT would save all modules that
+    they select, and must still adapt all targets.
+
+    Args:
+        model: the model.
+        seen: the model as PEFT sees it.
+        content: the settings to be written.
+        targets: the modules with low-rank updates.
+        values: the tensors that the adapter has changed as a whole, by path.
+    """
+    known = {field.name for field in fields(Config)}
+    config = Config(**{key: value for key, value in content.items() if key in known})
+    saved = [name for name in seen.paths if config.is_saved(name)]
+    if not saved:
+        return {}
+    _check_saved(saved, config, targets)
+    base, inside = base_state_dict(model), tuple(f"{name}." for name in saved)
+    tensors = {key: values.get(key, base[key]) for key in base if key.startswith(inside)}
+    for key in tensors:
+        if key in seen.tied:
+            raise cannot_store(key, f"it is tied to {' and '.join(seen.tied[key])}")
+    return tensors
+
+
+def _check_saved(saved: list[str], config: Config, targets: Targets) -> None:
+    """Raise a TargetError if PEFT would not adapt a target, or would save a module twice."""
+    inside = tuple(f"{name}." for name in saved)
+    for target in targets:
+        contains = any(name.startswith(f"{target}.") for name in saved)
+        if not config.targets(target) or f"{target}.".startswith(inside) or contains:
+            raise cannot_store(
+                target, f"PEFT does not adapt modules_to_save, here {config.modules_to_save}"
+            )
+    nested = [name for name in saved if name.startswith(inside)]
+    if nested:
+        raise cannot_store(
+            nested[0], "PEFT would save it twice, by itself and in a module around it"
+        )
+
+
+def _is_bias(path: str) -> bool:
+    return path.rpartition(".")[2] == "bias"
