@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..kinds.spec import Spec, is_finite
 from ..site.factors import Factors
-from ..site.find import Site, below
+from ..site.find import Site, base_weight
 from .digest import digest
 from .safetensors_file import read_tensors
 
@@ -94,7 +94,7 @@ def _describe_site(factors: Factors, site: Site) -> dict[str, Any]:
         "fields": {key: value for key, value in values.items() if not callable(value)},
         "strength": float(factors.strength),
         # The shape of the whole tensor, also for a block: the path has the block's index.
-        "shape": list(below(site.plist, site.stack).shape),
+        "shape": list(base_weight(site.plist, site.stack).shape),
     }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, TargetError, nearest
 from ..kinds.spec import Spec, factor_dtype
-from ..layers.install import Planned
+from ..layers.install import PlannedSite
 from ..site.block import Part, split
 from ..site.factors import Factors
 from ..site.place import Place, check, check_shapes
@@ -31,7 +31,7 @@ def plan_sites(
     path: FilePath,
     *,
     refresh: bool,
-) -> list[Planned]:
+) -> list[PlannedSite]:
     """Return the factors that a file has for a model, in the file's order.
 
     Args:
@@ -70,7 +70,7 @@ def plan_site(
     spec: Spec,
     tensors: Mapping[str, Tensor],
     dtypes: Mapping[str, torch.dtype] | None = None,
-) -> Planned:
+) -> PlannedSite:
     """Return a place with factors that are contiguous copies of `tensors` on its device.
 
     The copies have the given dtypes, by default `factor_dtype` of the base's tensor.
@@ -81,7 +81,7 @@ def plan_site(
         key: tensor.to(base.device, dtypes[key], copy=True).contiguous()
         for key, tensor in tensors.items()
     }
-    return Planned(place, Factors(spec, copies, place.block))
+    return PlannedSite(place, Factors(spec, copies, place.block))
 
 
 def check_site(place: Place, spec: Spec, path: FilePath) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..errors import AdapterNameError
-from ..layers.install import Planned, check_name, install
+from ..layers.install import PlannedSite, check_name, install
 from ..site.factors import Factors
 from ..site.find import Site
 from ..site.names import check_unmerged
@@ -19,7 +19,7 @@ from .state import check_writable, factors_of
 def attach_or_refresh(
     model: nn.Module,
     survey: Survey,
-    planned: list[Planned],
+    planned: list[PlannedSite],
     name: str,
     path: str | os.PathLike[str],
 ) -> Summary:
@@ -44,7 +44,7 @@ def attach_or_refresh(
 def _refresh(
     model: nn.Module,
     here: list[Site],
-    planned: list[Planned],
+    planned: list[PlannedSite],
     name: str,
     path: str | os.PathLike[str],
 ) -> None:

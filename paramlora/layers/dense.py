@@ -19,7 +19,7 @@ from ..private_torch import (
     saved_tensors_hooks,
     set_flat_weights,
 )
-from ..site.find import lists, stack_of, stored
+from ..site.find import parametrization_lists, stack_of, stored_tensors
 from ..site.stack import CHANGED, build_once
 from . import rows
 
@@ -80,7 +80,7 @@ def _rebuilt(module: nn.Module) -> Iterator[None]:
     packed as (version, tensor), W' as (recipe, its shape and strides).
     """
     recipes = {}
-    for name, plist in lists(module).items():
+    for name, plist in parametrization_lists(module).items():
         stack = stack_of(plist)
         if stack is not None and stack.live and len(plist) == 1:
             built = getattr(module, name)
@@ -143,9 +143,9 @@ def hold_stored(module: nn.RNNBase) -> None:
     torch's forward, and moving or casting the module, leave W' in that list. It would keep its
     graph alive there, and a tensor with a graph cannot be deep-copied.
     """
-    plists = lists(module)
+    plists = parametrization_lists(module)
     weights = [
-        stored(plists[name])[0] if name in plists else getattr(module, name, None)
+        stored_tensors(plists[name])[0] if name in plists else getattr(module, name, None)
         for name in flat_weight_names(module)
     ]
     set_flat_weights(module, weights)

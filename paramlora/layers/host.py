@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import StateError
-from ..site.find import Site, lists, stack_of
+from ..site.find import Site, parametrization_lists, stack_of
 from ..site.stack import Stack
 from ..site.survey import Survey
 from .dense import hold_stored
@@ -61,10 +61,10 @@ def register(module: nn.Module, tensor: str, stack: Stack) -> None:
         if parametrize.is_parametrized(module):
             before.cls, before.owner = type(module), id(module)
             module.__class__ = _copied_class(type(module))
-    plist = lists(module).get(tensor)
+    plist = parametrization_lists(module).get(tensor)
     if plist is None:
         parametrize.register_parametrization(module, tensor, stack, unsafe=True)
-        lists(module)[tensor].__class__ = SiteList
+        parametrization_lists(module)[tensor].__class__ = SiteList
     else:
         # register_parametrization would run the existing parametrizations to check the result.
         plist.append(stack.train(module.training))
@@ -160,7 +160,7 @@ def _several(module: nn.Module, plist: SiteList) -> Sequence[Tensor] | None:
 
 
 def _is_host(module: nn.Module) -> bool:
-    return any(stack_of(plist) is not None for plist in lists(module).values())
+    return any(stack_of(plist) is not None for plist in parametrization_lists(module).values())
 
 
 def _before(module: nn.Module) -> Before:
@@ -183,7 +183,7 @@ def _stored_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in module._parameters.items():
         if parameter is not None:
             yield name, parameter
-    for name, plist in lists(module).items():
+    for name, plist in parametrization_lists(module).items():
         for key, parameter in plist._parameters.items():
             if parameter is not None:
                 yield (name if key == "original" else f"{name}.{key}"), parameter

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..errors import AdapterNameError, StateError
 from ..site.factors import Factors
-from ..site.find import Site, stored
+from ..site.find import Site, stored_tensors
 from ..site.place import Place
 from ..site.stack import Stack
 from ..site.storage import is_sharded
@@ -18,7 +18,7 @@ from .statistics import release
 
 
 @dataclass
-class Planned:
+class PlannedSite:
     """A tensor that is about to get an adapter, and its factors."""
 
     place: Place
@@ -40,7 +40,7 @@ def check_name(survey: Survey, name: str) -> None:
         )
 
 
-def install(survey: Survey, planned: list[Planned], name: str, freeze: bool) -> None:
+def install(survey: Survey, planned: list[PlannedSite], name: str, freeze: bool) -> None:
     """Put new factors at their places.
 
     Everything was checked before: no user input can make this fail half-way.
@@ -99,7 +99,7 @@ def check_whole(sites: Iterable[Site]) -> None:
     FSDP keeps a copy of the module's parameters, which would stay what they are now.
     """
     for site in sites:
-        if any(is_sharded(site.module, tensor) for tensor in stored(site.plist)):
+        if any(is_sharded(site.module, tensor) for tensor in stored_tensors(site.plist)):
             raise StateError(
                 f"{site.path!r} is sharded over processes; merge or detach before fully_shard, or "
                 "save the adapter and load it where the model is whole"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..compute import lowrank
 from ..compute.rescaled import rescaled_linear
-from ..site.find import lists
+from ..site.find import parametrization_lists
 from ..site.stack import Stack
 from . import rows
 from .dense import dense
@@ -39,7 +39,7 @@ def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
             rescaled = stack.rescaled(weight)
             if rescaled is not None:
                 return rescaled_linear(input, weight, self.bias, rescaled)
-        elif len(lists(self)) == 1:
+        elif len(parametrization_lists(self)) == 1:
             output = rows.linear(input, weight, self.bias, stack)
             if output is not None:
                 return output
@@ -61,7 +61,7 @@ def conv1d_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
                 if terms is not None:
                     terms = [term.transposed() for term in terms]
                     output = lowrank.linear(x, W, self.bias, terms)  # type: ignore[arg-type]
-            elif len(lists(self)) == 1:
+            elif len(parametrization_lists(self)) == 1:
                 output = rows.linear(x, W, self.bias, stack, transposed=True)  # type: ignore[arg-type]
         return run_dense(self, x) if output is None else output
 

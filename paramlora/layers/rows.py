@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..compute.modes import native_for
 from ..kinds.spec import LowRank
-from ..site.find import lists, stack_of
+from ..site.find import parametrization_lists, stack_of
 from ..site.stack import Stack
 
 # The floating-point operations that take as long as the four launches, of 10 µs each, that sorting
@@ -231,9 +231,9 @@ def _only(module: nn.Module, name: str | None) -> Iterator[None]:
 
 def read_by(module: nn.Module) -> list[Stack]:
     """Return the stacks at the tensors that a module's own forward reads."""
-    plists = list(lists(module).values())
+    plists = list(parametrization_lists(module).values())
     if isinstance(module, nn.MultiheadAttention):
-        plists.extend(lists(module.out_proj).values())
+        plists.extend(parametrization_lists(module.out_proj).values())
     found = []
     for plist in plists:
         stack = stack_of(plist)

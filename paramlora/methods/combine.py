@@ -22,7 +22,7 @@ from ..kinds.delta import Delta
 from ..kinds.lora import LoRA
 from ..kinds.spec import LowRank, is_finite
 from ..kinds.start import truncated_svd
-from ..layers.install import Planned, check_name, check_tied, install
+from ..layers.install import PlannedSite, check_name, check_tied, install
 from ..site.factors import Factors
 from ..site.find import dotted, is_swapped
 from ..site.names import check_names
@@ -104,12 +104,12 @@ def combine(
     _check_overlaps(chosen.values())
     check_tied(survey, chosen.values())
     planned = [
-        Planned(place, _sum(place, terms[path], method, rank)) for path, place in chosen.items()
+        PlannedSite(place, _sum(place, terms[path], method, rank)) for path, place in chosen.items()
     ]
     # In the order of the model, as by `attach`, whatever the order of the weights.
     order = {path: i for i, path in enumerate(tensors)}
 
-    def position(plan: Planned) -> tuple[int, list[tuple[int, int]]]:
+    def position(plan: PlannedSite) -> tuple[int, list[tuple[int, int]]]:
         place = plan.place
         return order[dotted(place.module_path, place.tensor)], place.ranges
 

@@ -14,7 +14,7 @@ from ..kinds.delta import Delta
 from ..kinds.lora import LoRA
 from ..kinds.spec import Spec, factor_dtype
 from ..kinds.start import truncated_svd
-from ..layers.install import Planned, check_name, check_tied, install
+from ..layers.install import PlannedSite, check_name, check_tied, install
 from ..site.factors import Factors
 from ..site.place import Place, check, check_shapes
 from ..site.survey import Survey
@@ -63,7 +63,7 @@ def extract(
     for place, change in changes:
         spec, tensors, lost[place.path] = _approximate(change, rank)
         check(place, spec)
-        planned.append(Planned(place, Factors(spec, tensors)))
+        planned.append(PlannedSite(place, Factors(spec, tensors)))
     check_tied(survey, [place for place, _ in changes])
     install(survey, planned, name, freeze=True)
     return lost

@@ -17,7 +17,7 @@ from ..files.plan import check_site, plan_site
 from ..kinds.dora import DoRA
 from ..kinds.lora import LoRA
 from ..kinds.spec import factor_dtype
-from ..layers.install import Planned
+from ..layers.install import PlannedSite
 from ..site.place import Place
 from .config import Config
 from .layout import Part, is_factor, norms
@@ -35,7 +35,7 @@ def plan_folder(
     config: Config,
     state: State,
     path: Path,
-) -> list[Planned]:
+) -> list[PlannedSite]:
     """Return the factors that a folder has for a model, in the model's order.
 
     Args:
@@ -84,7 +84,7 @@ def resolve_all_linear(model: nn.Module, seen: PeftView, config: Config) -> Conf
 
 def _plan_low_rank(
     seen: PeftView, here: Places, config: Config, state: State, path: Path
-) -> list[Planned]:
+) -> list[PlannedSite]:
     targets = _targets(seen, config, path)
     expected: dict[str, Tensor] = {}
     for part in targets:
@@ -143,7 +143,7 @@ def _is_placeholder(part: Part, seen: PeftView, state: State) -> bool:
     return not (alone or state[part.A_key].any() or state[part.B_key].any())
 
 
-def _plan_part(part: Part, place: Place, config: Config, state: State, path: Path) -> Planned:
+def _plan_part(part: Part, place: Place, config: Config, state: State, path: Path) -> PlannedSite:
     factors = part.from_peft(state[part.A_key], state[part.B_key])
     if factors is None:
         raise CheckpointError(

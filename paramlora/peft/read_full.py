@@ -18,7 +18,7 @@ from ..files.compare import compare
 from ..files.plan import check_site, plan_site
 from ..kinds.delta import Delta
 from ..kinds.spec import factor_dtype
-from ..layers.install import Planned
+from ..layers.install import PlannedSite
 from ..site.place import Place
 from ..site.storage import check_real
 from .config import Config
@@ -36,7 +36,7 @@ def plan_full(
     config: Config,
     state: Mapping[str, Tensor],
     path: Path,
-) -> list[Planned]:
+) -> list[PlannedSite]:
     """Return a `Delta` for each tensor that PEFT trained whole.
 
     Args:
@@ -107,7 +107,7 @@ def _check_equal(base: Tensor, found: Tensor, key: str, path: Path) -> None:
         )
 
 
-def _plan_delta(place: Place, tensor: Tensor, path: Path) -> Planned:
+def _plan_delta(place: Place, tensor: Tensor, path: Path) -> PlannedSite:
     """Return a place with the Delta that turns the base's tensor into the given one."""
     base, spec = place.value.detach(), Delta()
     check_site(place, spec, path)

@@ -12,7 +12,7 @@ from ..kinds.dora import DoRA
 from ..kinds.lora import LoRA
 from ..kinds.spec import LowRank
 from ..site.factors import Blocks, Factors
-from ..site.find import Site, below, is_conv1d
+from ..site.find import Site, base_weight, is_conv1d
 from .config_file import Targets, config_content
 from .layout import Part, cannot_store, norms
 from .modules import PeftView, view
@@ -92,7 +92,7 @@ def _is_full(site: Site, name: str) -> bool:
 
 def _value(site: Site, name: str) -> Tensor:
     """Return the tensor at a site with this adapter alone: W + λ·D."""
-    return site.stack[name](below(site.plist, site.stack)).detach()
+    return site.stack[name](base_weight(site.plist, site.stack)).detach()
 
 
 def _updates(here: list[Site], name: str, seen: PeftView) -> list[_Update]:
@@ -119,7 +119,7 @@ def _update(site: Site, name: str, part: Part | None) -> _Update:
     reason = _refusal(part, factors)
     if reason is not None:
         raise cannot_store(site.path, reason)
-    return _Update(part, factors, below(site.plist, site.stack), term)
+    return _Update(part, factors, base_weight(site.plist, site.stack), term)
 
 
 def _term(factors: Factors) -> LowRank | None:

@@ -40,7 +40,7 @@ class Factors(nn.Module):
     put_strength = set_strength
 
     def forward(self, weight: Tensor) -> Tensor:
-        return applied(self.spec, self.block, weight, self.tensors, self.strength)
+        return apply_factors(self.spec, self.block, weight, self.tensors, self.strength)
 
     def low_rank(self) -> LowRank | None:
         term = self.spec.low_rank(self.tensors, self.strength)
@@ -106,7 +106,7 @@ class Blocks(nn.Module):
         return list(self._modules.values())  # type: ignore[arg-type]
 
 
-def applied(
+def apply_factors(
     spec: Spec, block: Block | None, weight: Tensor, tensors: Tensors, strength: Strength
 ) -> Tensor:
     """Return `weight` with a block of it, or all of it, changed by a spec."""

@@ -53,7 +53,7 @@ def dotted(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def lists(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+def parametrization_lists(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
     """Return a module's lists of parametrizations by tensor name; empty if it has none."""
     # What parametrize.is_parametrized asks, but without nn.Module.__getattr__: every verb calls
     # this for each module.
@@ -115,14 +115,14 @@ def sites_in(modules: Iterable[tuple[str, nn.Module]]) -> list[Site]:
     for path, module in modules:
         if "parametrizations" not in module._modules:
             continue
-        for tensor, plist in lists(module).items():
+        for tensor, plist in parametrization_lists(module).items():
             stack = stack_of(plist)
             if stack is not None:
                 found.append(Site(dotted(path, tensor), module, tensor, stack))
     return found
 
 
-def stored(plist: parametrize.ParametrizationList) -> list[Tensor]:
+def stored_tensors(plist: parametrize.ParametrizationList) -> list[Tensor]:
     """Return the tensors that a list of parametrizations stores, `original` or `original0`, …"""
     if plist.is_tensor:
         # Without nn.Module.__getattr__, which is slow.
@@ -131,19 +131,21 @@ def stored(plist: parametrize.ParametrizationList) -> list[Tensor]:
     return [getattr(plist, f"original{i}") for i in range(plist.ntensors)]
 
 
-def below(plist: parametrize.ParametrizationList, stack: Stack | None) -> Tensor:
+def base_weight(plist: parametrize.ParametrizationList, stack: Stack | None) -> Tensor:
     """Return the base's W: the result of the parametrizations before the stack in the list."""
-    values = (stack and stack.stored) or stored(plist)
-    return through(before(plist, stack), values)
+    values = (stack and stack.stored) or stored_tensors(plist)
+    return apply_parametrizations(preceding(plist, stack), values)
 
 
-def before(plist: parametrize.ParametrizationList, stack: Stack | None) -> list[nn.Module]:
+def preceding(plist: parametrize.ParametrizationList, stack: Stack | None) -> list[nn.Module]:
     """Return the parametrizations that come before a stack; all if there is no stack."""
     parametrizations: list[Any] = list(plist._modules.values())
     return parametrizations if stack is None else parametrizations[: parametrizations.index(stack)]
 
 
-def through(parametrizations: Sequence[nn.Module], values: Sequence[Tensor]) -> Tensor:
+def apply_parametrizations(
+    parametrizations: Sequence[nn.Module], values: Sequence[Tensor]
+) -> Tensor:
     """Apply parametrizations, one after the other, to the stored tensors.
 
     They run in evaluation mode: reading a base must not advance spectral_norm's power iteration.

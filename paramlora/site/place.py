@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..errors import TargetError
 from ..kinds.spec import FLOATS, Spec
 from .block import Block, Part
-from .find import below, dotted, lists, stack_of, stored
+from .find import base_weight, dotted, parametrization_lists, stack_of, stored_tensors
 from .stack import Stack
 from .storage import is_sharded
 
@@ -26,8 +26,8 @@ class Place(NamedTuple):
     @property
     def whole(self) -> Tensor:
         """The base's W: the stored tensor, or the result of the parametrizations below a stack."""
-        plist = lists(self.module).get(self.tensor)
-        return self.stored if plist is None else below(plist, stack_of(plist))
+        plist = parametrization_lists(self.module).get(self.tensor)
+        return self.stored if plist is None else base_weight(plist, stack_of(plist))
 
     @property
     def value(self) -> Tensor:
@@ -77,13 +77,13 @@ class Place(NamedTuple):
     @property
     def stored(self) -> Tensor:
         """The stored tensor: the parameter itself, or the first one below parametrizations."""
-        plist = lists(self.module).get(self.tensor)
-        return getattr(self.module, self.tensor) if plist is None else stored(plist)[0]
+        plist = parametrization_lists(self.module).get(self.tensor)
+        return getattr(self.module, self.tensor) if plist is None else stored_tensors(plist)[0]
 
     @property
     def stack(self) -> Stack | None:
         """The stack that is at the tensor already."""
-        return stack_of(lists(self.module).get(self.tensor))
+        return stack_of(parametrization_lists(self.module).get(self.tensor))
 
 
 def places_in(modules: Iterable[tuple[str, nn.Module]]) -> list[Place]:
@@ -94,8 +94,10 @@ def places_in(modules: Iterable[tuple[str, nn.Module]]) -> list[Place]:
         if "parametrizations" in path.split("."):
             continue
         names = [name for name, parameter in module._parameters.items() if parameter is not None]
-        plists = lists(module).items()
-        names += [name for name, plist in plists if isinstance(stored(plist)[0], nn.Parameter)]
+        plists = parametrization_lists(module).items()
+        names += [
+            name for name, plist in plists if isinstance(stored_tensors(plist)[0], nn.Parameter)
+        ]
         found += [Place(dotted(path, name), path, module, name) for name in names]
     return found
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from ..kinds.spec import LowRank, Rescaled
-from .factors import Blocks, Factors, applied
+from .factors import Blocks, Factors, apply_factors
 
 CHANGED = (
     "a tensor needed for the gradient was changed in place (an optimizer's step, a merge) between "
@@ -168,7 +168,7 @@ class Stack(nn.Module):
                 raise RuntimeError(CHANGED)
             built = weight
             for spec, block, tensors, strength in steps:
-                built = applied(spec, block, built, tensors, strength)
+                built = apply_factors(spec, block, built, tensors, strength)
             return built
 
         return build

@@ -5,7 +5,7 @@ from functools import cached_property
 
 from torch import nn
 
-from .find import Site, lists, sites_in, walk
+from .find import Site, parametrization_lists, sites_in, walk
 from .names import check_names, ordered_names
 from .place import Place, places_in
 from .stack import Stack
@@ -80,7 +80,7 @@ class Survey:
     def base_parameters(self) -> list[nn.Parameter]:
         """The stored parameters of the base, each once, including other parametrizations."""
         modules = [module for _, module in self.modules]
-        modules += [plist for module in modules for plist in lists(module).values()]
+        modules += [plist for module in modules for plist in parametrization_lists(module).values()]
         return _each_once(p for module in modules for p in module._parameters.values())
 
     def select(self, names: Sequence[str]) -> list[tuple[Site, list[str]]]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..kinds.spec import Spec
 from ..layers.install import (
-    Planned,
+    PlannedSite,
     check_name,
     check_tied,
     check_ties,
@@ -86,7 +86,7 @@ def attach(
         print(expected)
         return expected
     planned = [
-        Planned(place, Factors(spec, spec.create(place.value.detach(), generator), place.block))
+        PlannedSite(place, Factors(spec, spec.create(place.value.detach(), generator), place.block))
         for place, spec in resolved.found
     ]
     install(survey, planned, name, freeze)

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from ..errors import StateError
 from ..layers.install import check_tied, check_ties, check_whole, remove_all
 from ..site.factors import Blocks, Factors
-from ..site.find import Site, before, below, stacks_in, stored, through
+from ..site.find import (
+    Site,
+    apply_parametrizations,
+    base_weight,
+    preceding,
+    stacks_in,
+    stored_tensors,
+)
 from ..site.names import check_unmerged
 from ..site.place import Place
 from ..site.stack import Stack
@@ -62,7 +69,7 @@ def merge(model: nn.Module, *names: str) -> None:
     True
     """
     for site, chosen, tensors in _plan(model, names):
-        stack, parameters = site.stack, stored(site.plist)
+        stack, parameters = site.stack, stored_tensors(site.plist)
         original = stack.stored or tuple(tensor.data for tensor in parameters)
         _write(parameters, tensors, stack, original)
         stack.set(stack.active, (*stack.merged, *chosen))
@@ -86,7 +93,7 @@ def unmerge(model: nn.Module) -> None:
         # A deep copy has other parameters, whose versions at the merge are not known.
         if any(
             written() is parameter and parameter._version != version
-            for parameter in stored(site.plist)
+            for parameter in stored_tensors(site.plist)
             for written, version in site.stack.written
         ):
             raise StateError(
@@ -94,7 +101,7 @@ def unmerge(model: nn.Module) -> None:
                 "bake keeps it"
             )
     for site in sites:
-        _write(stored(site.plist), site.stack.stored, site.stack, ())
+        _write(stored_tensors(site.plist), site.stack.stored, site.stack, ())
         site.stack.set(site.stack.active, ())
 
 
@@ -171,7 +178,7 @@ def _check_still_tied(sites: list[Site]) -> None:
     first: dict[int, Site] = {}
     for site in sites:
         other = first.setdefault(id(site.stack), site)
-        if stored(site.plist)[0] is not stored(other.plist)[0]:
+        if stored_tensors(site.plist)[0] is not stored_tensors(other.plist)[0]:
             raise StateError(
                 f"cannot merge: {site.path!r} and {other.path!r} were tied when their adapter was "
                 "attached, and are not any more (to_empty unties, for one); detach, tie them again "
@@ -214,7 +221,7 @@ def _check_order(site: Site, names: list[str]) -> None:
 def _folded(site: Site, names: list[str]) -> list[Tensor]:
     """Return the tensors to store so that the base computes W' of the named adapters."""
     stack, plist = site.stack, site.plist
-    W = value = below(plist, stack)
+    W = value = base_weight(plist, stack)
     for name in stack.named:
         if name in names or name in stack.merged:
             value = _applied(stack[name], value)
@@ -222,7 +229,7 @@ def _folded(site: Site, names: list[str]) -> list[Tensor]:
     shares_storage = value.untyped_storage().data_ptr() == W.untyped_storage().data_ptr()
     if shares_storage or value.stride() != W.stride():
         value = torch.empty_like(W).copy_(value)
-    parametrizations = before(plist, stack)
+    parametrizations = preceding(plist, stack)
     return _inverted(site, value, parametrizations) if parametrizations else [value]
 
 
@@ -254,8 +261,8 @@ def _inverted(site: Site, value: Tensor, before: list[nn.Module]) -> list[Tensor
     except (AttributeError, NotImplementedError):
         parts = []
     tensors = [parts] if isinstance(parts, Tensor) else list(parts)
-    if len(tensors) == len(stored(site.plist)):
-        again = through(before, tensors)
+    if len(tensors) == len(stored_tensors(site.plist)):
+        again = apply_parametrizations(before, tensors)
         bound = 16 * torch.finfo(value.dtype).eps
         if torch.allclose(again, value, rtol=bound, atol=bound * float(value.abs().max())):
             return tensors

@@ -9,7 +9,7 @@ from ..kinds.spec import Spec
 from ..layers.statistics import is_held, with_statistics
 from ..site.block import split
 from ..site.factors import Factors
-from ..site.find import lists
+from ..site.find import parametrization_lists
 from ..site.place import Place
 from ..site.stack import Stack
 from ..site.survey import Survey
@@ -60,6 +60,9 @@ def _new(place: Place, spec: Spec, name: str, tied: tuple[str, ...]) -> SiteSumm
 def _order(survey: Survey) -> dict[str, int]:
     """Return each tensor's position in a summary: within a module, parametrized ones first."""
     index = {id(module): i for i, (_, module) in enumerate(survey.modules)}
-    tensors = [(index[id(p.module)], p.tensor not in lists(p.module), p) for p in survey.places]
+    tensors = [
+        (index[id(p.module)], p.tensor not in parametrization_lists(p.module), p)
+        for p in survey.places
+    ]
     tensors.sort(key=lambda entry: entry[:2])
     return {place.path: i for i, (*_, place) in enumerate(tensors)}

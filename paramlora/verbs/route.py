@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import StateError
 from ..layers.forward import forward_for
 from ..layers.rows import Route, by_group, read_by, route_of
-from ..site.find import Site, lists
+from ..site.find import Site, parametrization_lists
 from ..site.names import check_unmerged
 from ..site.survey import Survey
 
@@ -124,7 +124,7 @@ def _reads_routed_output(module: nn.Module, routed: Collection[int]) -> bool:
     """
     return (
         isinstance(module, nn.MultiheadAttention)
-        and not lists(module)
+        and not parametrization_lists(module)
         and "forward" not in vars(module)
         and any(id(stack) in routed for stack in read_by(module))
     )

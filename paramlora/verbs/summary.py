@@ -10,7 +10,7 @@ from ..errors import some
 from ..kinds.spec import Spec
 from ..layers.statistics import is_held, with_statistics
 from ..site.factors import Factors
-from ..site.find import below
+from ..site.find import base_weight
 from ..site.place import Place
 from ..site.stack import Stack
 from ..site.survey import Survey
@@ -124,7 +124,14 @@ def report(survey: Survey, fresh: str | None = None) -> Summary:
     # A frozen base may still have gradients from before it was frozen; those do not count.
     seen = any(p.grad is not None for p in trained)
     rows = [
-        row(path, name, part, site.stack, below(site.plist, site.stack), seen and name != fresh)
+        row(
+            path,
+            name,
+            part,
+            site.stack,
+            base_weight(site.plist, site.stack),
+            seen and name != fresh,
+        )
         for site in here
         for name in site.stack.factors
         for path, part in site.parts(name).items()
