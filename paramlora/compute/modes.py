@@ -1,13 +1,8 @@
 """Which modes of torch are active: autocast, tracing, dispatch modes, compiling, transforms."""
 
-from collections.abc import Sequence
-from types import ModuleType
-
 import torch
 from torch import Tensor, nn
 
-from ..kinds.spec import LowRank
-from ..native import load
 from ..private_torch import (
     any_autocast_enabled,
     dispatch_modes_active,
@@ -62,15 +57,3 @@ def plain_ops_only(x: Tensor) -> bool:
 def transforms_active() -> bool:
     """Return whether torch.compile, torch.func or forward-mode differentiation is active."""
     return torch.compiler.is_compiling() or functorch_active() or forward_ad_active()
-
-
-def native_for(
-    x: Tensor, W: Tensor, b: Tensor | None, terms: Sequence[tuple[int, LowRank]]
-) -> ModuleType | None:
-    """Return the compiled twin where it can take this: float32 on a CPU, without gradients."""
-    if torch.is_grad_enabled() or type(x) is not Tensor or plain_ops_only(x):
-        return None
-    tensors = [x, W, *([] if b is None else [b]), *(t for _, term in terms for t in term[:2])]
-    fits = all(type(t) in ORDINARY_TYPES and t.is_cpu and t.dtype is torch.float32 for t in tensors)
-    plain = all(isinstance(term.scale, float) for _, term in terms)
-    return load.module() if fits and plain and autocast_dtype(x, W, b) is None else None

@@ -42,34 +42,24 @@ def choose(
 ) -> Plan:
     """Return how to compute a Linear with a low-rank update, in the forward and in the backward.
 
-    The compiled twin, where it is there, takes all that the Triton kernels do not. Without it,
-    plain operations where what passes through the layer, n (k + m) elements, is so little that
-    Python costs more than a pass over it.
+    Which code: the native extension if it is built, except at sizes where the Triton kernels are
+    faster. Without it, plain operations if so few elements pass through the layer, n (k + m), that
+    a Function in Python costs more than it saves.
 
-    The update goes to the product, n rows, or to the weight, k rows of the transposed one in the
-    forward and m in the backward: both read and write as many columns, so the fewer rows decide. On
-    the CPU a weight costs more where its gradients are wanted, four times as much in Python and
-    twice in the twin, for it is a new tensor and made twice, while the product is there in the
-    cache; without gradients it saves x Aᵀ, too. Without gradients and without the twin a small
-    weight is worth it on a GPU: two launches in place of three.
+    Which path: the update is added to the product x Wᵀ, which has n rows, or to the weight, which
+    has k rows in the forward (transposed) and m in the backward. Both have the same number of
+    columns, so the smaller number of rows decides. Three exceptions:
 
-    Half precision stays with the product, though for n > k the weight would be cheaper: W' rounded
-    to bfloat16 loses 32 % of an update of standard deviation 1e-4 to weights of 0.02, and 90 % of
-    one of 1e-5, and what an adapter does must not hang on how many rows a batch has.
+    - On a CPU with gradients, W' costs more than the product: it is a new tensor and built twice,
+      while the product is still in the cache. So its rows count twice, and four times without the
+      extension.
+    - Without gradients and without the extension, a small layer on a GPU builds W': two launches
+      instead of three.
+    - Half precision always takes the product, although W' would be cheaper for n > k. W' rounded to
+      bfloat16 loses 32 % of an update of standard deviation 1e-4 on weights of 0.02, and 90 % of
+      one of 1e-5. The effect of an adapter must not depend on the number of rows of a batch.
 
-    Measured, as time over the frozen floor (r 16 but for the first line; P: by the product, W: by
-    the weight; an EPYC in float32; an H100 in bfloat16, 4096 → 14336 → 4096 twice, one dtype):
-
-        EPYC, MLP, r 4, training, n 10, 100, 1000    plain 2.78 1.91 1.52, Function 3.85 2.09 1.14
-        EPYC, twin, training    784 → 256, n 1000    P 1.14  W 1.12        (inference 1.08  1.03)
-                                256 → 128, n 1000    P 1.36  W 1.27                   1.28  1.03
-                                1024 → 4096, n 512   P 1.06  W 1.11                   1.04  1.08
-        H100, training          n 512                twin P 2.08  Python P 3.07  W 3.89
-                                n 4096               twin P 1.19  Python P 1.19  W 1.22
-                                n 16384              twin P 1.19  Python P 1.17  W 1.12
-        H100, inference         n 512                twin P 1.30  Python P 1.68  W 1.92
-                                n 4096               twin P 1.18  Python P 1.15  W 1.15
-                                n 16384              twin P 1.15  Python P 1.12  W 1.04
+    The measurements behind this rule are in docs/performance.md, "The choice of path".
 
     Args:
         n: the rows of x.

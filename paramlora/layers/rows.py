@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..compute.modes import native_for
+from ..compute.modes import plain_ops_only
 from ..kinds.spec import LowRank
 from ..site.find import parametrization_lists, stack_of
 from ..site.stack import Stack
@@ -68,7 +68,6 @@ class Route:
         self.groups = list(zip(present.tolist(), order.split(counts.tolist()), strict=True))
         self.order, self.back = order, order.argsort()
         self._moved: dict[Any, Tensor] = {}
-        self._rows: dict[tuple[int, ...], tuple[Tensor, list[int]]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Return None: a copy of the model made inside the block is outside of the block."""
@@ -99,15 +98,6 @@ class Route:
                     return None
                 found.append((index, term))
         return found
-
-    def rows_of(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """Return the rows of these adapters side by side, int64, and how many each has."""
-        key = tuple(indices)
-        if key not in self._rows:
-            groups = dict(self.groups)
-            mine = [groups[index] for index in key]
-            self._rows[key] = torch.cat(mine), [len(rows) for rows in mine]
-        return self._rows[key]
 
     def mask(self, terms: Sequence[tuple[int, LowRank]], like: Tensor) -> Tensor:
         """Return ¬M, bool (n, 1, …, R): True if the column belongs to another adapter.
@@ -155,11 +145,6 @@ def linear(
         return F.linear(x, W, b)
     if transposed:
         terms = [(index, term.transposed()) for index, term in terms]
-    built = native_for(x, W, b, terms)
-    if built is not None:
-        order, counts = route.rows_of([index for index, _ in terms])
-        As, Bs, scales = zip(*(term for _, term in terms), strict=True)
-        return built.routed(x, W, b, order, counts, As, Bs, scales)
     y = F.linear(x, W, b)
     m, k = W.shape
     ranks = [len(term.A) for _, term in terms]
@@ -170,6 +155,15 @@ def linear(
         h = h.masked_fill(route.mask(terms, h), 0.0)
         return torch.addmm(y, h, B.t()) if x.dim() == 2 else y + F.linear(h, B)
     by_index = dict(terms)
+    if x.is_cpu and not torch.is_grad_enabled() and type(y) is Tensor and not plain_ops_only(x):
+        # The general way below makes four tensors of the size of x or y. On a CPU the page faults
+        # of new memory may take half as long as y itself. These tensors are as large as one
+        # adapter's rows. (On a GPU index_add_ is slow in half precision.)
+        for index, rows in route.groups:
+            if index in by_index:
+                part = x.index_select(0, rows)  # (rows of one adapter, …, k)
+                y.index_add_(0, rows, _update(part, by_index[index], y))
+        return y
     parts = x.index_select(0, route.on("order", x.device)).split([len(r) for _, r in route.groups])
     updates = [
         _update(part, by_index.get(index), y)

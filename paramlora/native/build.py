@@ -10,15 +10,16 @@ from . import load
 
 
 def build(verbose: bool = False) -> Path:
-    """Compile the twin for the torch at hand, where that has not been done; return the file.
+    """Compile the native extension for the installed torch unless it exists; return its path.
 
     Raises:
-        RuntimeError: there is no compiler, no ninja, or the compiler fails.
+        RuntimeError: there is no compiler or no ninja, or the compiler fails.
     """
     target = load.path()
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Elsewhere, then moved: one that was cut off or runs beside this leaves nothing half made.
+        # In a folder of its own, and then moved: an interrupted build, or two at a time, leave no
+        # incomplete file.
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             _compile(scratch, verbose)
             os.replace(Path(scratch) / f"{load.NAME}.so", target)
@@ -27,7 +28,8 @@ def build(verbose: bool = False) -> Path:
 
 
 def _compile(folder: str, verbose: bool) -> None:
-    # A ninja that pip installed beside this interpreter counts, whether or not it is activated.
+    # Find the ninja that pip installed beside this interpreter, even if the environment is not
+    # activated.
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join([before, str(Path(sys.executable).parent)])
     try:
@@ -43,8 +45,9 @@ def _compile(folder: str, verbose: bool) -> None:
         )
     except (ImportError, RuntimeError, OSError, subprocess.SubprocessError) as error:
         raise RuntimeError(
-            "the compiled twin cannot be built; it takes a C++ compiler, Python's headers, ninja "
-            f"and setuptools (pip install ninja setuptools); all works without it: {error}"
+            "the native extension cannot be built: it needs a C++ compiler, Python's headers, "
+            "ninja and setuptools (pip install ninja setuptools), and paramlora works without it: "
+            f"{error}"
         ) from error
     finally:
         os.environ["PATH"] = before

@@ -1,12 +1,12 @@
-"""The compiled twin of `lowrank`'s forward and backward: optional, built once for each torch.
+"""Loading the native extension: `lowrank`'s forward and backward in C++, built once for each torch.
 
-    python -m paramlora.build           # half a minute; needs a C++ compiler and ninja
+    python -m paramlora.native.build           # half a minute; needs a C++ compiler and ninja
 
-From then on it is found and used by every process, with nothing to switch on; without it the same
-is computed in Python. It makes one node of the autograd graph of the operations of a Linear with a
-low-rank update, which are what an adapter costs where layers are small (docs/performance.md), and
-takes a file of some hundred kilobytes in the cache folder of torch's extensions
-(TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions). PARAMLORA_NATIVE=0 leaves it out.
+After that every process finds and uses it. Without it the same is computed in Python. The extension
+makes one node of the autograd graph of a Linear with a low-rank update, where Python makes seven:
+in small layers these nodes are most of an adapter's cost (docs/performance.md). The file has some
+hundred kilobytes and lies in the cache folder of torch's extensions (TORCH_EXTENSIONS_DIR, or
+~/.cache/torch_extensions). PARAMLORA_NATIVE=0 switches it off.
 """
 
 import functools
@@ -23,13 +23,11 @@ import torch
 
 NAME = "paramlora_native"
 SOURCE = Path(__file__).with_name("native.cpp")
-# Not linked with OpenMP: torch's own runtime, which is loaded for all, takes the loops. Two of them
-# would have two pools of threads wait for each other.
-FLAGS = ["-O3", "-fopenmp", "-Wno-psabi"]
+FLAGS = ["-O2"]
 
 
 def path() -> Path:
-    """Return where the built file is, or would be: one for each torch, Python and source."""
+    """Return the path of the built file, one for each version of torch, Python and the source."""
     about = (torch.__version__, sys.implementation.cache_tag, platform.machine(), *FLAGS)
     digest = hashlib.sha256("\n".join(about).encode() + SOURCE.read_bytes()).hexdigest()
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
@@ -38,14 +36,14 @@ def path() -> Path:
 
 @functools.cache
 def module() -> ModuleType | None:
-    """Return the built twin, None where there is none for this torch or it is switched off."""
+    """Return the native extension; None if it is not built for this torch or switched off."""
     if os.environ.get("PARAMLORA_NATIVE") == "0":
         return None
     try:
         file = path()
-    except (OSError, RuntimeError):  # no source beside this file, or no home to have a cache in
+    except (OSError, RuntimeError):  # the source is missing, or there is no home folder
         return None
-    # Unlike Path.exists, it says no to a folder that must not be looked into.
+    # Unlike Path.exists, this returns False for a folder that may not be read.
     if not os.path.exists(file):
         return None
     spec = importlib.util.spec_from_file_location(NAME, file)

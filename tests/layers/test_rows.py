@@ -1,5 +1,6 @@
 """Adapters per row in every layer: each row is what it is by itself with its adapter."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,8 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from paramlora.layers import rows as route
+from tests.support.helpers import BOUNDS, error
+from tests.support.reference import shake
 from tests.support.routing import IDS, adapted, one_by_one
 
 
@@ -123,3 +126,28 @@ def test_the_cheaper_way() -> None:
     assert route.stacks_well(512, 4096, 4096, [16] * 32, "cuda")
     assert not route.stacks_well(2**17, 4096, 4096, [16] * 32, "cuda")
     assert route.stacks_well(2**17, 4096, 4096, [16], "cuda")
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("rank", [1, 3, 16])
+@pytest.mark.parametrize("shape", [(1, 20), (40, 20), (9, 5, 20)], ids=str)
+def test_rows_in_inference(
+    shape: tuple[int, ...], rank: int, stacked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without gradients each row equals float64's, for one row or many of an adapter, or none."""
+    monkeypatch.setattr(route, "stacks_well", lambda *sizes: stacked)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 70), nn.ReLU(), nn.Linear(70, 3))
+    for i in range(3):
+        pl.attach(model, pl.LoRA(rank, 2.0), name=f"a{i}")
+    shake(model)
+    x = torch.randn(shape)
+    ids = torch.randint(-1, 3, shape[:1])
+    ids[0] = 2
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        with pl.routed(model, ids):
+            found = model(x)
+        for i, row, output in zip(ids.tolist(), x.double(), found, strict=True):
+            with pl.disabled(exact) if i < 0 else pl.using(exact, f"a{i}"):
+                assert error(output, exact(row)) < BOUNDS[torch.float32]
