@@ -1,6 +1,6 @@
 """Random sequences of verbs on random models, against plain dense models kept beside them.
 
-Each verb that is called on a model is entered into its book (`book.py`). After every step the two
+Each verb that is called on a model is entered into its book (`reference_model.py`). After every step the two
 must agree in outputs, weights, flags, base, factors and summary, and so must a second model, copied
 or loaded from the first, that was set aside.
 
@@ -34,7 +34,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import paramlora as pl
-from tests.support.book import LAYERS, Book, Net, Part, World, close, exactly, same, stored
+from tests.support.reference_model import LAYERS, Book, Net, Part, World, close, exactly, same, stored
 
 NAMES = "abc"
 EXAMPLES = int(os.environ.get("PARAMLORA_EXAMPLES", "0"))
