@@ -2,13 +2,18 @@
 
 import copy
 import io
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import paramlora as pl
+from tests.support.helpers import Row, refuses
 from tests.support.mixed import assert_bits, attach_two, mixed, small
+from tests.support.models import attached, half_merged
 from tests.support.reference import shake
+from tests.support.reference_model import Net
 
 
 def shake_all(model: nn.Module) -> None:
@@ -44,3 +49,101 @@ def test_state_dict_round_trip() -> None:
     shake_all(fresh)
     fresh.load_state_dict(torch.load(buffer, weights_only=True))
     assert_bits(fresh(x), model(x))
+
+
+def factors(model: nn.Module, **changed: Any) -> dict[str, Any]:
+    """Return the state of "digits" with some entries changed, those that are None left out."""
+    return edited(pl.state_dict(model, "digits"), changed)
+
+
+def base(model: nn.Module, **changed: Any) -> dict[str, Any]:
+    """Return the base's state with some entries changed, those that are None left out."""
+    return edited(pl.base_state_dict(model), changed)
+
+
+def edited(state: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
+    state = {**state, **{key.replace("_", "."): value for key, value in changed.items()}}
+    return {key: value for key, value in state.items() if value is not None}
+
+
+STATES: dict[str, Row] = {
+    "a state with missing, unexpected and wrong entries": (
+        attached,
+        lambda m: pl.load_state_dict(
+            m,
+            factors(m, fc1_weight_A=None, fc3_weight_A=torch.ones(1), fc2_weight_B=torch.ones(9)),
+            "digits",
+        ),
+        pl.CheckpointError,
+        "the state for adapter 'digits' does not fit: missing fc1.weight.A; unexpected "
+        "fc3.weight.A; fc2.weight.B: expected (3, 2), found (9,)",
+    ),
+    "a state without tensors": (
+        attached,
+        lambda m: pl.load_state_dict(m, factors(m, fc2_weight_B=[[1.0]]), "digits"),
+        pl.CheckpointError,
+        "the state for adapter 'digits' does not fit: fc2.weight.B: expected (3, 2), found no "
+        "tensor but list",
+    ),
+    "a state without data": (
+        attached,
+        lambda m: pl.load_state_dict(
+            m, factors(m, fc2_weight_B=torch.ones(3, 2, device="meta")), "digits"
+        ),
+        pl.CheckpointError,
+        "the state for adapter 'digits' does not fit: fc2.weight.B: expected (3, 2), found a "
+        "tensor on the meta device, which has no data",
+    ),
+    "the state of another adapter": (
+        attached,
+        lambda m: pl.load_state_dict(m, pl.state_dict(m, "letters"), "digits"),
+        pl.CheckpointError,
+        "the state for adapter 'digits' does not fit: missing fc1.weight.A, fc1.weight.B; "
+        "fc2.weight.A: expected (2, 4), found (1, 4); fc2.weight.B: expected (3, 2), found (3, 1)",
+    ),
+    "a base with missing, unexpected and wrong entries": (
+        attached,
+        lambda m: pl.load_base_state_dict(
+            m, base(m, fc1_bias=None, fc3_bias=torch.ones(1), fc2_weight=torch.ones(9, 4))
+        ),
+        pl.CheckpointError,
+        "the state for the base does not fit: missing fc1.bias; unexpected fc3.bias; fc2.weight: "
+        "expected (3, 4), found (9, 4)",
+    ),
+    "a base under other keys": (
+        attached,
+        lambda m: pl.load_base_state_dict(
+            m, {key: value for key, value in m.state_dict().items() if "fc" not in key}
+        ),
+        pl.CheckpointError,
+        "the state for the base does not fit: missing fc1.bias, fc1.weight, fc2.bias, fc2.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", STATES.values(), ids=STATES.keys())
+def test_a_state_is_refused(row: Row) -> None:
+    """A bad call on attached adapters says what is wrong and what to do, and changes nothing."""
+    make, call, error, message = row
+    refuses(make(), call, error, message)
+
+
+def test_loading_a_base_under_what_is_merged() -> None:
+    """A base is not loaded under a merged adapter, whose original bits are those of the old one."""
+    refuses(
+        half_merged(),
+        lambda m: pl.load_base_state_dict(m, pl.base_state_dict(m)),
+        pl.StateError,
+        "cannot load a base under adapter 'digits' while it is merged; unmerge first",
+    )
+
+
+def test_factors_come_in_one_order() -> None:
+    """`state_dict` and `parameters` give factors in one order, with tied weights too."""
+    model = Net(["linear"], tied=True)
+    pl.attach(model, pl.LoRA(rank=1), ["head", "layers.0"])
+    state, parameters = pl.state_dict(model), pl.parameters(model)
+    assert list(state) == [
+        f"{path}.{key}" for path in ("emb.weight", "layers.0.weight") for key in "AB"
+    ]
+    assert [t.data_ptr() for t in state.values()] == [p.data_ptr() for p in parameters]

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from paramlora.layers import rows as route
-from tests.support.routing import IDS, adapted, one_by_one
+from tests.support.models import IDS, adapted, one_by_one
 
 
 class Model(nn.Module):

@@ -1,6 +1,5 @@
 """Weighted sums of adapters, beside PEFT's, and the adapter that is closest to a full fine-tune."""
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from paramlora import Delta, LoRA, TargetError
-from tests.support.helpers import EXACT, attached, plain, refuses, unchanged
+from tests.support.helpers import EXACT, refuses
+from tests.support.models import plain
 from tests.support.reference import shake
 
 
@@ -238,139 +238,6 @@ def test_other_kinds_cannot_be_combined() -> None:
         TargetError,
         "cannot combine at 'fc1.weight': the adapters there are of kind LoRA, Delta; only low-rank "
         "updates can be summed, or Deltas, each with their like",
-    )
-
-
-def fine_tuned(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
-    """Return a model and its base: one update of rank 2, full ones, and an unchanged tensor."""
-    base = plain().to(dtype)
-    model = copy.deepcopy(base)
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    with torch.no_grad():
-        model.get_parameter("fc1.weight").add_(noise(4, 2) @ noise(2, 5))
-        model.get_parameter("emb.weight").add_(noise(7, 5))
-        model.get_parameter("fc2.bias").add_(noise(3))
-        model.get_parameter("gain").add_(1)
-    return model, base
-
-
-def test_extract_finds_the_best_adapter() -> None:
-    """An update of rank 2 is found exactly; of a full one, as much as a rank of 2 can hold."""
-    model, base = fine_tuned()
-    expected = copy.deepcopy(model.state_dict())
-    change = expected["emb.weight"] - base.state_dict()["emb.weight"]
-    with unchanged(model):
-        lost = pl.extract(model, base, rank=2, name="tuned")
-    values = torch.linalg.svdvals(change)
-    assert lost == {
-        "emb.weight": pytest.approx(float(values[2:].norm() / values.norm())),
-        "fc1.weight": pytest.approx(0, abs=1e-14),
-        "fc2.bias": 0.0,
-        "gain": 0.0,
-    }
-    kinds = {row.site: (row.kind, row.rank) for row in pl.summary(base).sites}
-    assert kinds == {
-        "emb.weight": ("LoRA", 2),
-        "fc1.weight": ("LoRA", 2),
-        "fc2.bias": ("Delta", None),
-        "gain": ("Delta", None),
-    }
-    pl.bake(base)
-    actual = base.state_dict()
-    error = (actual.pop("emb.weight") - expected.pop("emb.weight")).norm()
-    assert_close(error, values[2:].norm(), **EXACT)
-    assert_close(dict(actual), dict(expected), **EXACT)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_extract_of_full_rank_gives_the_model(dtype: torch.dtype) -> None:
-    """At a rank that is large enough nothing is lost, and the factors have the size they need."""
-    model, base = fine_tuned(dtype)
-    lost = pl.extract(model, base, rank=64)
-    assert max(lost.values()) < 1e-6
-    assert {row.site: row.rank for row in pl.summary(base).sites}["emb.weight"] == 5
-    pl.bake(base)
-    assert_close(dict(base.state_dict()), dict(model.state_dict()))
-
-
-def test_extract_reports_buffers() -> None:
-    """Statistics that moved in the fine-tune are no part of an adapter, and are named."""
-    base = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    model = copy.deepcopy(base)
-    with torch.no_grad():
-        model.get_parameter("0.weight").add_(1)
-    model(torch.randn(5, 3))
-    lost = pl.extract(model, base, rank=1)
-    assert {path for path, share in lost.items() if share == 1} == {
-        "1.running_mean",
-        "1.running_var",
-        "1.num_batches_tracked",
-    }
-
-
-def test_extract_refuses() -> None:
-    """What is no base and its fine-tune is refused, and nothing has changed."""
-    model, base = fine_tuned()
-    refuses(
-        base,
-        lambda m: pl.extract(attached().double(), m, 2),
-        pl.StateError,
-        "the model to extract from has adapters; bake or detach them first",
-    )
-    refuses(
-        base,
-        lambda m: pl.extract(nn.Linear(3, 3), m, 2),
-        TargetError,
-        "the models are no base and its fine-tune: bias, emb.weight, [...] is not in both, or of "
-        "two shapes",
-    )
-    refuses(
-        base,
-        lambda m: pl.extract(copy.deepcopy(m), m, 2),
-        TargetError,
-        "the models have the same parameters: there is nothing to extract",
-    )
-    refuses(
-        base,
-        lambda m: pl.extract(model, m, 0),
-        ValueError,
-        "rank must be a whole number of at least 1, got 0",
-    )
-    refuses(
-        attached().double(),
-        lambda m: pl.extract(model, m, 2, name="digits"),
-        pl.AdapterNameError,
-        "an adapter 'digits' is attached already [...]",
-    )
-
-
-def test_extract_of_tied_tensors() -> None:
-    """A tied tensor is extracted once; where the fine-tune untied it, it is refused."""
-
-    class Tied(nn.Module):
-        def __init__(self, tied: bool) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.emb, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
-            self.head.weight = self.emb.weight if tied else nn.Parameter(self.emb.weight.detach())
-
-    model, base = Tied(True).double(), Tied(True).double()
-    with torch.no_grad():
-        model.emb.weight.add_(1)
-    assert list(pl.extract(model, base, 1)) == ["emb.weight"]
-    assert_close(base.head.weight, model.head.weight, **EXACT)
-    untied = Tied(False).double()
-    with torch.no_grad():
-        untied.emb.weight.add_(1)
-    refuses(
-        Tied(True).double(),
-        lambda m: pl.extract(untied, m, 1),
-        TargetError,
-        "'emb.weight' and 'head.weight' are tied in the base, and differ in the other",
     )
 
 

@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from paramlora.site.stack import Stack
+from tests.support.models import attached, plain
 from tests.support.reference import HOSTS, KINDS, Case, Host, Result, floats
 
 # ‖found − reference‖ / ‖reference‖ that a dtype's rounding explains.
@@ -118,44 +120,6 @@ def refuses(
         assert caught.type is error
 
 
-class Net(nn.Module):
-    """A model of several kinds of tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb = nn.Embedding(7, 5)
-        self.rnn = nn.LSTM(5, 5)
-        self.fc1 = nn.Linear(5, 4)
-        self.act = nn.ReLU()
-        self.norm = nn.LayerNorm(4)
-        self.fc2 = nn.Linear(4, 3)
-        self.gain = nn.Parameter(torch.tensor(2.0))
-
-
-def plain() -> nn.Module:
-    torch.manual_seed(0)
-    return Net()
-
-
-def attached() -> nn.Module:
-    """A model with "digits" on both Linears and "letters" on the second, which is off."""
-    model = plain()
-    pl.attach(model, pl.LoRA(rank=2), name="digits")
-    pl.attach(model, pl.LoRA(rank=1, alpha=3), "fc2", name="letters")
-    with torch.no_grad():
-        for parameter in pl.parameters(model):
-            parameter.normal_()
-    pl.disable(model, "letters")
-    return model
-
-
-def half_merged() -> nn.Module:
-    """The model of `attached` with "digits" merged."""
-    model = attached()
-    pl.merge(model, "digits")
-    return model
-
-
 LEAVE_OUT = "(leave it out with narrower targets or with exclude=)"
 
 A_NAME = (
@@ -216,3 +180,28 @@ def written_out(case: Case) -> nn.Module:
             if own:
                 tensor.copy_(case.kinds["one"].formula(tensor, own, case.strengths["one"]))
     return plain
+
+
+# A model, what is called on it, and the error and the message that this gives.
+Row = tuple[Callable[[], nn.Module], Callable[[Any], Any], type[Exception], str]
+
+
+def entered(context: Any) -> None:
+    with context:
+        raise AssertionError("the context was entered")
+
+
+def leaves(n: int, k: int, m: int, dtype: torch.dtype, rank: int = 3) -> list[Tensor]:
+    torch.manual_seed(0)
+    half = dtype in (torch.bfloat16, torch.float16)
+    factor = torch.float32 if half else dtype
+    shapes = [(n, k), (m, k), (m,)]
+    plain = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+    factors = [torch.randn(s, dtype=torch.float64).to(factor) for s in ((rank, k), (m, rank))]
+    return [tensor.requires_grad_() for tensor in (*plain, *factors)]
+
+
+def refuses_file(path: Path, message: str, error: type[Exception] = pl.CheckpointError) -> None:
+    """Assert that a file is refused, where its adapter is attached and where it is not."""
+    for make in (attached, plain):
+        refuses(make(), lambda m: pl.load(m, path, name="digits"), error, message.format(path=path))

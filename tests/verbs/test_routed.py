@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import paramlora as pl
 from tests.support.helpers import BOUNDS, error
-from tests.support.routing import IDS, adapted, one_by_one
+from tests.support.models import IDS, adapted, one_by_one
 
 
 def linear() -> nn.Sequential:

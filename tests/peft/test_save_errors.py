@@ -1,0 +1,183 @@
+"""What PEFT's folders cannot hold is refused, word for word, and nothing is written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.nn.utils import parametrizations
+
+import paramlora as pl
+from paramlora import Delta, DoRA, LoHa, LoRA, TargetError
+from tests.support.helpers import refuses, says
+from tests.support.peft_layers import attached, net
+
+
+def hold(path: str, reason: str) -> str:
+    return (
+        f"a folder of PEFT's cannot hold the adapter at {path!r}: {reason}; detach it from there, "
+        "or use paramlora.save"
+    )
+
+
+PLACES = (
+    "PEFT adapts the weights of Linear, Conv1d, Conv2d, Conv3d, Embedding and Conv1D below the "
+    "model itself, and the projections of MultiheadAttention"
+)
+
+
+# What is attached, and what saving it as a folder says.
+SPECS: dict[str, tuple[Any, str]] = {
+    "a recurrent layer": ({"rnn.weight_ih_l0": LoRA(2)}, hold("rnn.weight_ih_l0", PLACES)),
+    "a raw parameter": ({"gain": LoRA(2)}, hold("gain", PLACES)),
+    "full updates alone": (
+        {"head.weight": Delta()},
+        hold("head.weight", "it is tied.weight as well, PEFT adapts one alone"),
+    ),
+    "no low-rank update": (
+        {"fc.bias": Delta()},
+        "adapter 'digits' has no low-rank update, and PEFT's LoRA needs one",
+    ),
+    "a whole parameter of the model itself": (
+        {"fc": LoRA(2), "gain": Delta()},
+        hold("gain", "PEFT saves whole modules below the model itself"),
+    ),
+    "an update and a whole tensor in one module": (
+        {"mha.in_proj_weight": LoRA(2), "mha.in_proj_bias": Delta()},
+        hold("mha", "PEFT keeps adapters off modules_to_save, here ['mha']"),
+    ),
+    "a whole module whose name ends another's": (
+        {"last_fc": LoRA(2), "fc.weight": Delta()},
+        hold("last_fc", "PEFT keeps adapters off modules_to_save, here ['fc']"),
+    ),
+    "a block of a weight": (
+        {"fc.weight[:2]": LoRA(1)},
+        hold("fc.weight", "it is one of blocks of the tensor"),
+    ),
+    "projections of two ranks": (
+        {"mha.in_proj_weight": LoRA(2), "mha.out_proj": LoRA(3)},
+        hold("mha.out_proj.weight", "PEFT has one rank and one scale for both projections there"),
+    ),
+    "projections of their own": (
+        {"cross.out_proj": LoRA(2)},
+        hold(
+            "cross.out_proj.weight",
+            "PEFT needs queries, keys and values of one size in a MultiheadAttention",
+        ),
+    ),
+    "another kind": (
+        {"fc": LoRA(2), "last_fc": LoHa(2)},
+        hold("last_fc.weight", "LoHa is no low-rank update of it"),
+    ),
+    "a DoRA beside a LoRA": (
+        {"fc": LoRA(2), "last_fc": DoRA(2)},
+        hold("last_fc.weight", "it is a DoRA, and PEFT has those at all sites or at none"),
+    ),
+    "a DoRA of projections": (
+        {"mha.in_proj_weight": DoRA(2)},
+        hold(
+            "mha.in_proj_weight",
+            "PEFT has no DoRA for a MultiheadAttention or a grouped convolution",
+        ),
+    ),
+    "a DoRA of a grouped convolution": (
+        {"grouped": DoRA(2)},
+        hold(
+            "grouped.weight", "PEFT has no DoRA for a MultiheadAttention or a grouped convolution"
+        ),
+    ),
+    "magnitudes of rows of an embedding": (
+        {"emb": DoRA(2)},
+        hold("emb.weight", "PEFT has a DoRA's magnitudes along dimension 1 there, not 0"),
+    ),
+    "a dilated convolution": (
+        {"dilated": LoRA(2)},
+        hold("dilated.weight", "PEFT leaves out the dilation of a convolution"),
+    ),
+    "a convolution that pads in circles": (
+        {"circular": LoRA(2)},
+        hold("circular.weight", "PEFT pads with zeros, not by padding_mode='circular'"),
+    ),
+    "a bounded embedding": (
+        {"bounded": LoRA(2)},
+        hold(
+            "bounded.weight",
+            "PEFT renormalises the factors of an Embedding that has max_norm",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("spec", "message"), SPECS.values(), ids=SPECS.keys())
+def test_what_peft_cannot_say_is_refused(spec: Any, message: str, tmp_path: Path) -> None:
+    """What PEFT cannot say is refused by name, and nothing is written."""
+    model = net()
+    pl.attach(model, spec, name="digits")
+    refuses(model, lambda m: pl.save_peft(m, tmp_path / "a", "digits"), TargetError, message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_parametrizations_are_refused(tmp_path: Path) -> None:
+    """A parametrization on top of the adapter is one that PEFT does not have."""
+    model = net()
+    pl.attach(model, LoRA(2), "fc", name="digits")
+    parametrizations.orthogonal(model.get_submodule("fc"))
+    message = hold("fc.weight", "another parametrization is on top of the adapter")
+    refuses(model, lambda m: pl.save_peft(m, tmp_path / "a", "digits"), TargetError, message)
+    other = net()
+    parametrizations.orthogonal(other.get_submodule("fc"))
+    pl.attach(other, {"last_fc": LoRA(2), "fc.weight": Delta()}, name="digits")
+    message = hold("fc.weight", "it is parametrized, so there is no such tensor in PEFT's model")
+    refuses(other, lambda m: pl.save_peft(m, tmp_path / "a", "digits"), TargetError, message)
+
+
+def test_the_folder_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of an adapter is replaced whole; one with other files, or a file, stays as it is."""
+    model = attached()
+    pl.scale(model, 0.5)
+    pl.save_peft(model, folder)
+    assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == 1.5
+    assert sorted(entry.name for entry in folder.parent.iterdir()) == ["digits"]
+    before = (folder / "adapter_config.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: 1 / 0)
+        pl.scale(model, 1)
+        with pytest.raises(ZeroDivisionError, match="zero"):
+            pl.save_peft(model, folder)
+    assert sorted(entry.name for entry in folder.parent.iterdir()) == ["digits"]
+    assert (folder / "adapter_config.json").read_bytes() == before
+    (folder / "notes.txt").write_text("mine")
+    message = f"cannot write {folder}: the folder there also has notes.txt, which replacing it "
+    with pytest.raises(FileExistsError, match=says(message + "would lose; name another")):
+        pl.save_peft(model, folder)
+    (folder.parent / "file").touch()
+    with pytest.raises(FileExistsError, match="there is a file of that name"):
+        pl.save_peft(model, folder.parent / "file")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder \S*nowhere"):
+        pl.save_peft(model, folder.parent / "nowhere" / "digits")
+    with pytest.raises(pl.AdapterNameError, match="no adapter 'letters' here"):
+        pl.save_peft(model, folder.parent / "other", "letters")
+
+
+def test_a_model_without_values_is_refused(folder: Path, tmp_path: Path) -> None:
+    """On the meta device there are no values to save, and none that a file's would be kept in."""
+    model = attached().to("meta")
+    reason = "is on the meta device and holds no values: materialise the model first, [...]"
+    refuses(
+        model,
+        lambda m: pl.save_peft(m, tmp_path / "a"),
+        pl.StateError,
+        f"'fc.lora_A.weight' {reason}",
+    )
+    refuses(
+        net().to("meta"), lambda m: pl.load_peft(m, folder), pl.StateError, f"'fc.bias' {reason}"
+    )
+    pl.detach(model := attached(), "default")
+    pl.attach(model, LoRA(2), "fc")
+    pl.save_peft(model, tmp_path / "low")
+    refuses(
+        net().to("meta"),
+        lambda m: pl.load_peft(m, tmp_path / "low"),
+        pl.StateError,
+        f"'fc.weight' {reason}",
+    )

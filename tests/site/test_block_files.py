@@ -1,0 +1,117 @@
+"""Files of adapters of blocks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.testing import assert_close
+
+import paramlora as pl
+from paramlora import Delta, LoRA
+from paramlora.files.state import digest
+from tests.support.helpers import refuses, unchanged
+from tests.support.models import layer
+from tests.support.reference import shake
+
+
+def bits(actual: object, expected: object) -> None:
+    assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_files_of_blocks(tmp_path: Path) -> None:
+    """State dicts and files have the index in their keys, and load bit for bit, again and again."""
+    model, path = layer(), tmp_path / "a.safetensors"
+    specs: Any = {"qkv[:4]": LoRA(2), "qkv[8:, 1:3]": Delta(), "experts[1]": LoRA(1)}
+    pl.attach(model, specs, name="a")
+    shake(model)
+    keys = [f"{site}.{key}" for site in ("experts[1]", "qkv.weight[:4]") for key in "AB"]
+    assert list(pl.state_dict(model, "a")) == [*keys, "qkv.weight[8:, 1:3].D"]
+    pl.scale(model, 0.7)
+    pl.save(model, path, "a")
+    other = layer()
+    assert pl.load(other, path) == pl.summary(model)
+    bits(pl.state_dict(other, "a"), pl.state_dict(model, "a"))
+    bits(other.qkv.weight, model.qkv.weight)
+    shake(model)
+    pl.scale(model, 0.2)
+    pl.load(model, path)
+    assert pl.summary(other) == pl.summary(model)
+    bits(other.experts, model.experts)
+    pl.load_state_dict(other, pl.state_dict(model, "a"), "a")
+    pl.load(other, path, name="b")
+    third = layer()
+    pl.attach(third, LoRA(2), "qkv[:4]", name="a")
+    with unchanged(third), pytest.raises(pl.AdapterNameError, match="with other sites"):
+        pl.load(third, path)
+
+
+def rename(path: Path, old: str, new: str) -> None:
+    """Give a site of a file another name, digest and all."""
+    with safe_open(path, framework="pt") as file:
+        content = json.loads(file.metadata()["paramlora"])
+        tensors = {k.replace(old, new): file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    content["sites"] = {k.replace(old, new): v for k, v in content["sites"].items()}
+    del content["digest"]
+    content["digest"] = digest(tensors.items(), json.dumps(content))
+    save_file(tensors, path, {"paramlora": json.dumps(content)})
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        ("[0:4]", "[...] is damaged: it calls 'qkv.weight[:4]' 'qkv.weight[0:4]'; save the [...]"),
+        (
+            "[:13]",
+            "[...] is damaged: cannot take a block of 'qkv.weight'[...]:13 reaches outside[...]",
+        ),
+        ("[:5]", "[...] does not fit: qkv.weight[:5].B: expected (5, 2), found (4, 2)"),
+        ("[::2]", "[...] belongs to another model: it adapts qkv.weight[::2], which this [...]"),
+        (
+            "[4:9]",
+            "[...] does not fit: 'qkv.weight[4:9]' and 'qkv.weight[8:]' are, or share, one [...]",
+        ),
+        (
+            "",
+            "[...] does not fit: 'qkv.weight' and 'qkv.weight[8:]' are, or share, one tensor here",
+        ),
+    ],
+)
+def test_files_of_other_blocks(tmp_path: Path, new: str, message: str) -> None:
+    """A file with blocks that are none, or overlap, or are of other shapes is refused by name."""
+    path = tmp_path / "a.safetensors"
+    model = layer()
+    pl.attach(model, LoRA(2), ["qkv[:4]", "qkv[8:]"])
+    pl.save(model, path)
+    rename(path, "[:4]", new)
+    refuses(layer(), lambda model: pl.load(model, path), pl.CheckpointError, message)
+
+
+def test_files_for_an_untied_model(tmp_path: Path) -> None:
+    """A file with adapters of two tensors is refused where these are tied, and so one."""
+    model: Any = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+    pl.attach(model, LoRA(2), ["embed[:4]", "head[2:]"])
+    pl.save(model, tmp_path / "a")
+    pl.detach(model)
+    model["head"].weight = model["embed"].weight
+    message = (
+        "[...] does not fit: 'embed.weight[:4]' and 'head.weight[2:]' are, or share, one [...]"
+    )
+    refuses(model, lambda m: pl.load(m, tmp_path / "a"), pl.CheckpointError, message)
+
+
+def test_files_for_a_larger_tensor(tmp_path: Path) -> None:
+    """A block belongs to a tensor of one shape: that of another is refused, where it fits too."""
+    model = nn.Sequential(nn.Linear(4, 6))
+    pl.attach(model, LoRA(2), "0[:3]")
+    pl.save(model, tmp_path / "a")
+    words = "belongs to another model: '0.weight' has shape [6, 4] there and [9, 4] here"
+    refuses(
+        nn.Sequential(nn.Linear(4, 9)),
+        lambda model: pl.load(model, tmp_path / "a"),
+        pl.CheckpointError,
+        f"{tmp_path / 'a'} {words}",
+    )
