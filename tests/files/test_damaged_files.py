@@ -15,7 +15,7 @@ from torch import nn
 
 import paramlora as pl
 from paramlora import LoRA
-from tests.support.helpers import refuses_file, says, unchanged
+from tests.support.helpers import refuses_file, pattern, unchanged
 from tests.support.mixed import mixed
 from tests.support.models import plain
 
@@ -39,7 +39,7 @@ def test_load_refuses_every_truncation(small_file: Path, refresh: bool) -> None:
     whole, model = small_file.read_bytes(), small()
     if refresh:
         pl.attach(model, LoRA(rank=1))
-    damaged = says(f"{small_file} is damaged or no .safetensors file ([...]); save the[...]")
+    damaged = pattern(f"{small_file} is damaged or no .safetensors file ([...]); save the[...]")
     with unchanged(model):
         for length in range(len(whole)):
             small_file.write_bytes(whole[:length])

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations
 
 import paramlora as pl
 from paramlora import Delta, DoRA, LoHa, LoRA, TargetError
-from tests.support.helpers import refuses, says
+from tests.support.helpers import refuses, pattern
 from tests.support.peft_layers import attached, net
 
 
@@ -148,7 +148,7 @@ def test_the_folder_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert (folder / "adapter_config.json").read_bytes() == before
     (folder / "notes.txt").write_text("mine")
     message = f"cannot write {folder}: the folder there also has notes.txt, which replacing it "
-    with pytest.raises(FileExistsError, match=says(message + "would lose; name another")):
+    with pytest.raises(FileExistsError, match=pattern(message + "would lose; name another")):
         pl.save_peft(model, folder)
     (folder.parent / "file").touch()
     with pytest.raises(FileExistsError, match="there is a file of that name"):

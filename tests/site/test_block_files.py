@@ -1,4 +1,4 @@
-"""Files of adapters of blocks."""
+"""Files and state dicts of adapters of blocks."""
 
 import json
 from pathlib import Path
@@ -8,23 +8,19 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.testing import assert_close
 
 import paramlora as pl
 from paramlora import Delta, LoRA
 from paramlora.files.state import digest
 from tests.support.helpers import refuses, unchanged
-from tests.support.models import layer
+from tests.support.mixed import assert_bits
+from tests.support.models import fused
 from tests.support.reference import shake
 
 
-def bits(actual: object, expected: object) -> None:
-    assert_close(actual, expected, rtol=0, atol=0)
-
-
-def test_files_of_blocks(tmp_path: Path) -> None:
-    """State dicts and files have the index in their keys, and load bit for bit, again and again."""
-    model, path = layer(), tmp_path / "a.safetensors"
+def test_save_and_load(tmp_path: Path) -> None:
+    """State dicts and files have the index in their keys, and restore blocks bit for bit."""
+    model, path = fused(), tmp_path / "a.safetensors"
     specs: Any = {"qkv[:4]": LoRA(2), "qkv[8:, 1:3]": Delta(), "experts[1]": LoRA(1)}
     pl.attach(model, specs, name="a")
     shake(model)
@@ -32,25 +28,25 @@ def test_files_of_blocks(tmp_path: Path) -> None:
     assert list(pl.state_dict(model, "a")) == [*keys, "qkv.weight[8:, 1:3].D"]
     pl.scale(model, 0.7)
     pl.save(model, path, "a")
-    other = layer()
+    other = fused()
     assert pl.load(other, path) == pl.summary(model)
-    bits(pl.state_dict(other, "a"), pl.state_dict(model, "a"))
-    bits(other.qkv.weight, model.qkv.weight)
+    assert_bits(pl.state_dict(other, "a"), pl.state_dict(model, "a"))
+    assert_bits(other.qkv.weight, model.qkv.weight)
     shake(model)
     pl.scale(model, 0.2)
     pl.load(model, path)
     assert pl.summary(other) == pl.summary(model)
-    bits(other.experts, model.experts)
+    assert_bits(other.experts, model.experts)
     pl.load_state_dict(other, pl.state_dict(model, "a"), "a")
     pl.load(other, path, name="b")
-    third = layer()
+    third = fused()
     pl.attach(third, LoRA(2), "qkv[:4]", name="a")
     with unchanged(third), pytest.raises(pl.AdapterNameError, match="with other sites"):
         pl.load(third, path)
 
 
-def rename(path: Path, old: str, new: str) -> None:
-    """Give a site of a file another name, digest and all."""
+def rename_site(path: Path, old: str, new: str) -> None:
+    """Rename a site in a file, and update the digest."""
     with safe_open(path, framework="pt") as file:
         content = json.loads(file.metadata()["paramlora"])
         tensors = {k.replace(old, new): file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
@@ -80,18 +76,18 @@ def rename(path: Path, old: str, new: str) -> None:
         ),
     ],
 )
-def test_files_of_other_blocks(tmp_path: Path, new: str, message: str) -> None:
-    """A file with blocks that are none, or overlap, or are of other shapes is refused by name."""
+def test_files_with_wrong_blocks(tmp_path: Path, new: str, message: str) -> None:
+    """A file whose blocks are invalid, overlap or have other shapes raises CheckpointError."""
     path = tmp_path / "a.safetensors"
-    model = layer()
+    model = fused()
     pl.attach(model, LoRA(2), ["qkv[:4]", "qkv[8:]"])
     pl.save(model, path)
-    rename(path, "[:4]", new)
-    refuses(layer(), lambda model: pl.load(model, path), pl.CheckpointError, message)
+    rename_site(path, "[:4]", new)
+    refuses(fused(), lambda model: pl.load(model, path), pl.CheckpointError, message)
 
 
-def test_files_for_an_untied_model(tmp_path: Path) -> None:
-    """A file with adapters of two tensors is refused where these are tied, and so one."""
+def test_file_of_an_untied_model(tmp_path: Path) -> None:
+    """A file with overlapping blocks of two tensors does not load if the model ties the tensors."""
     model: Any = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
     pl.attach(model, LoRA(2), ["embed[:4]", "head[2:]"])
     pl.save(model, tmp_path / "a")
@@ -103,15 +99,15 @@ def test_files_for_an_untied_model(tmp_path: Path) -> None:
     refuses(model, lambda m: pl.load(m, tmp_path / "a"), pl.CheckpointError, message)
 
 
-def test_files_for_a_larger_tensor(tmp_path: Path) -> None:
-    """A block belongs to a tensor of one shape: that of another is refused, where it fits too."""
+def test_file_of_another_tensor_shape(tmp_path: Path) -> None:
+    """A block loads only into a tensor of the same shape, even if the block would fit."""
     model = nn.Sequential(nn.Linear(4, 6))
     pl.attach(model, LoRA(2), "0[:3]")
     pl.save(model, tmp_path / "a")
-    words = "belongs to another model: '0.weight' has shape [6, 4] there and [9, 4] here"
+    message = "belongs to another model: '0.weight' has shape [6, 4] there and [9, 4] here"
     refuses(
         nn.Sequential(nn.Linear(4, 9)),
         lambda model: pl.load(model, tmp_path / "a"),
         pl.CheckpointError,
-        f"{tmp_path / 'a'} {words}",
+        f"{tmp_path / 'a'} {message}",
     )

@@ -1,4 +1,4 @@
-"""Targets with an index: which block they mean, and what is refused."""
+"""Targets with an index, such as `qkv[:, :768]`: which block they mean, and their errors."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -6,17 +6,13 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import nn
-from torch.testing import assert_close
 
 import paramlora as pl
 from paramlora import LoRA
 from paramlora.site.block import Block, split
 from tests.support.helpers import LEAVE_OUT, refuses
-from tests.support.models import QKV, layer
-
-
-def bits(actual: object, expected: object) -> None:
-    assert_close(actual, expected, rtol=0, atol=0)
+from tests.support.mixed import assert_bits
+from tests.support.models import QKV, fused
 
 
 def cannot(shape: tuple[int, ...], reason: str, path: str = "qkv.weight") -> str:
@@ -64,16 +60,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("target", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_refused_blocks(target: Any, message: str) -> None:
-    """An index that a tensor does not have is refused with its shape, and nothing changes."""
-    refuses(layer(), lambda m: pl.attach(m, LoRA(2), target), pl.TargetError, message)
+def test_invalid_index(target: Any, message: str) -> None:
+    """An index that does not fit the tensor raises TargetError with its shape."""
+    refuses(fused(), lambda m: pl.attach(m, LoRA(2), target), pl.TargetError, message)
 
 
 @pytest.mark.parametrize("index", ["", "[2:]"])
-def test_refused_exclusions(index: str) -> None:
-    """A block cannot be left out of a whole, nor of another block."""
+def test_exclude_part_of_a_target(index: str) -> None:
+    """Excluding a part of a targeted tensor or block raises TargetError."""
     refuses(
-        layer(),
+        fused(),
         lambda m: pl.attach(m, LoRA(2), f"qkv{index}", exclude="qkv[:4]"),
         pl.TargetError,
         f"cannot leave 'qkv.weight[:4]' out of 'qkv.weight{index}': exclude= takes whole tensors, "
@@ -82,7 +78,7 @@ def test_refused_exclusions(index: str) -> None:
 
 
 def test_brackets_of_a_glob() -> None:
-    """Brackets that read as an index are one; elsewhere in a glob they are characters."""
+    """Brackets at the end of a target are an index; elsewhere they are a set of characters."""
     model = nn.ModuleDict(
         {"fc1": nn.Linear(2, 2), "fc2": nn.Linear(2, 2), "fc[0]": nn.Linear(2, 2)}
     )
@@ -96,49 +92,49 @@ def test_brackets_of_a_glob() -> None:
         "no tensor matches 'fc', of which 'fc[12]' would be a block; for characters of a glob, "
         "name the tensor as well: 'fc[12].weight'",
     )
-    # A module that is called so is meant as it is called.
+    # A module whose name ends in brackets is matched by its name.
     assert pl.attach(model, LoRA(1), "fc[0]").sites[0].site == "fc[0].weight"
 
 
 @pytest.mark.parametrize("text", ["[:, :3]", "[2]", "[1:-1, -1]", "[ 0 : 4 ,1: ]", "[:2, :, 1:2]"])
-def test_an_index_is_read_as_python_reads_it(text: str) -> None:
-    """A block is what Python's own index gives, and its text means the same block again."""
+def test_index_means_what_it_means_in_python(text: str) -> None:
+    """A block equals Python's own indexing, and its text parses to the same block."""
     x = torch.arange(60).view(5, 4, 3)
     index: Callable[[str], Any] = lambda text: eval(f"x{text}", {"x": x})  # noqa: E731
     path, parts = split(f"path{text}")
     block = Block.of(parts or (), x.shape)
     assert path == "path"
     assert block is not None
-    bits(block.cut(x), index(text))
-    bits(index(str(block)), index(text))
+    assert_bits(block.cut(x), index(text))
+    assert_bits(index(str(block)), index(text))
     written = block.put(x, -index(text))
     expected = x.clone()
     exec(f"x{text} *= -1", {"x": expected})
-    bits(written, expected)
+    assert_bits(written, expected)
 
 
-def test_the_first_target_counts() -> None:
-    """A tensor of which blocks were named first is not adapted as a whole, nor the other way."""
+def test_first_target_wins() -> None:
+    """If targets name a tensor and its blocks, the first one wins."""
     for specs, sites in (
         ({"qkv[:4]": LoRA(1), "*": LoRA(2)}, ["experts", "qkv.weight[:4]"]),
         ({"qkv.weight": LoRA(1), "qkv[:4]": LoRA(2)}, ["qkv.weight"]),
         ({"qkv[:4]": LoRA(1), "qkv[0:4, :]": LoRA(2)}, ["qkv.weight[:4]"]),
     ):
-        summary = pl.attach(layer(), cast(Any, specs), exclude="*.bias")
+        summary = pl.attach(fused(), cast(Any, specs), exclude="*.bias")
         assert [row.site for row in summary.sites] == sites
         assert summary.sites[-1].rank == 1
 
 
-def test_all_of_a_tensor_is_the_tensor() -> None:
-    """An index that leaves nothing out means the whole."""
-    model = layer()
+def test_index_of_everything() -> None:
+    """An index that covers the whole tensor means the tensor."""
+    model = fused()
     pl.attach(model, LoRA(2), "qkv[:, 0:4]")
     assert list(pl.state_dict(model)) == ["qkv.weight.A", "qkv.weight.B"]
 
 
-def test_exclude_takes_tensors_and_blocks() -> None:
-    """`exclude` leaves out a tensor with its blocks, before they are looked for, or one block."""
-    model = nn.ModuleList([layer(), layer(), nn.Linear(2, 2)])
+def test_exclude() -> None:
+    """`exclude` leaves out a tensor with all its blocks, or a single block."""
+    model = nn.ModuleList([fused(), fused(), nn.Linear(2, 2)])
     targets = [*QKV, "*.weight[:3]"]
     with pytest.raises(pl.TargetError, match=r"'2\.weight', which has shape \(2, 2\)"):
         pl.attach(model, LoRA(2), "*.weight[:3]")

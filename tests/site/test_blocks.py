@@ -1,4 +1,4 @@
-"""Blocks of a tensor as sites of their own; their arithmetic is also in `test_conformance.py`."""
+"""Blocks of a tensor as sites; values and gradients are also in `test_conformance.py`."""
 
 import copy
 from typing import Any
@@ -12,12 +12,9 @@ from torch.testing import assert_close
 import paramlora as pl
 from paramlora import Delta, LoRA
 from tests.support.helpers import unchanged
-from tests.support.models import QKV, layer
+from tests.support.mixed import assert_bits
+from tests.support.models import QKV, CountingLoRA, fused
 from tests.support.reference import shake
-
-
-def bits(actual: object, expected: object) -> None:
-    assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -27,8 +24,8 @@ def bits(actual: object, expected: object) -> None:
         (["*.c_attn"], 2_371_616),
     ],
 )
-def test_counts_of_gpt2(targets: list[str], trainable: int) -> None:
-    """GPT-2 small with a head of two classes has the published counts, by block and by tensor."""
+def test_parameter_counts_of_gpt2(targets: list[str], trainable: int) -> None:
+    """GPT-2 small with a two-class head has the published counts, by block and by tensor."""
     transformers = pytest.importorskip("transformers")
     with torch.device("meta"):
         model = nn.ModuleDict(
@@ -44,9 +41,9 @@ def test_counts_of_gpt2(targets: list[str], trainable: int) -> None:
 
 
 @pytest.mark.parametrize("spec", [LoRA(rank=2), Delta()])
-def test_only_the_block_is_updated(spec: pl.kinds.Spec) -> None:
-    """The block of W' is the update of the block of W; the rest is W, bit for bit."""
-    model = layer()
+def test_elements_outside_the_block(spec: pl.kinds.Spec) -> None:
+    """The update changes the elements of the block; all others keep the bits of W."""
+    model = fused()
     W = model.qkv.weight.detach().clone()
     pl.attach(model, spec, ["qkv.weight[4:8, 1:3]", "experts[1]"])
     shake(model)
@@ -57,15 +54,15 @@ def test_only_the_block_is_updated(spec: pl.kinds.Spec) -> None:
     assert_close(model.qkv.weight.detach(), expected, rtol=1e-6, atol=1e-6)
     outside = torch.ones(12, 4, dtype=torch.bool)
     outside[4:8, 1:3] = False
-    bits(model.qkv.weight.detach()[outside], W[outside])
+    assert_bits(model.qkv.weight.detach()[outside], W[outside])
     base = pl.base_state_dict(model)["experts"]
-    bits(model.experts.detach()[[0, 2]], base[[0, 2]])
+    assert_bits(model.experts.detach()[[0, 2]], base[[0, 2]])
     assert not torch.equal(model.experts[1], base[1])
 
 
-def test_three_blocks_are_three_adapters_of_parts() -> None:
-    """Query, key and value with a block each give what three separate Linears give."""
-    model, x = layer(), torch.randn(2, 5, 4)
+def test_blocks_equal_separate_layers() -> None:
+    """Adapted blocks for query, key and value equal three separately adapted Linears."""
+    model, x = fused(), torch.randn(2, 5, 4)
     pl.attach(model.qkv, LoRA(rank=2), [f"weight[{i}:{i + 4}]" for i in (0, 4, 8)])
     shake(model)
     parts: Any = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
@@ -85,32 +82,22 @@ def test_three_blocks_are_three_adapters_of_parts() -> None:
     assert_close(gradients, torch.autograd.grad(expected.square().sum(), pl.parameters(parts)))
 
 
-class Seen(LoRA):
-    """A LoRA that counts how often W' is built."""
-
-    built = 0
-
-    def apply(self, weight: Tensor, factors: Any, strength: Any = 1.0) -> Tensor:
-        Seen.built += 1
-        return super().apply(weight, factors, strength)
-
-
-def test_a_fused_linear_never_builds_its_weight() -> None:
-    """Blocks of a Linear are computed in factored form, forward and backward."""
-    model, x = layer(), torch.randn(2, 5, 4)
-    pl.attach(model, Seen(rank=2), QKV)
-    pl.attach(model, Seen(rank=1), "qkv[:, 1:]", name="columns")
+def test_linear_does_not_build_the_weight() -> None:
+    """A Linear with adapted blocks uses the factored form, forward and backward."""
+    model, x = fused(), torch.randn(2, 5, 4)
+    pl.attach(model, CountingLoRA(rank=2), QKV)
+    pl.attach(model, CountingLoRA(rank=1), "qkv[:, 1:]", name="columns")
     shake(model)
-    Seen.built = 0
+    CountingLoRA.built = 0
     model.qkv(x).sum().backward()
-    assert Seen.built == 0
+    assert CountingLoRA.built == 0
     assert_close(model.qkv(x), nn.functional.linear(x, model.qkv.weight, model.qkv.bias))
-    assert Seen.built == 4
+    assert CountingLoRA.built == 4
 
 
-def test_a_mapping_gives_each_block_its_spec() -> None:
-    """Blocks of one tensor may have other kinds, ranks and scales, and are rows of their own."""
-    model = layer()
+def test_mapping_of_blocks_to_specs() -> None:
+    """Blocks of one tensor can have different kinds, ranks and scales, and a row each."""
+    model = fused()
     specs: Any = {"*.qkv[8:]": Delta(), "qkv[:4]": LoRA(3, 6), "experts[-1]": LoRA(1)}
     summary = pl.attach(model, specs)
     rows = [(row.site, row.shape, row.kind, row.rank, row.scale) for row in summary.sites]
@@ -124,9 +111,9 @@ def test_a_mapping_gives_each_block_its_spec() -> None:
     assert [row.scale for row in pl.summary(model).sites] == [0.5, 1.0, 0.5]
 
 
-def test_other_adapters_may_have_other_blocks() -> None:
-    """Adapters may have the same tensor's whole, or blocks that overlap; they add up in order."""
-    model = layer()
+def test_overlapping_blocks_of_several_adapters() -> None:
+    """Several adapters can have the whole tensor or overlapping blocks; they add up in order."""
+    model = fused()
     W = model.qkv.weight.detach().clone()
     for name, target in (("a", "qkv[:8]"), ("b", "qkv"), ("c", "qkv[6:, :2]"), ("d", "qkv[0]")):
         pl.attach(model, Delta(), target, name=name)
@@ -147,33 +134,33 @@ def test_other_adapters_may_have_other_blocks() -> None:
     assert [row.adapter for row in pl.summary(model).sites] == ["a", "c", "d"]
 
 
-def test_verbs_act_on_all_blocks_of_an_adapter() -> None:
-    """Toggling, freezing, scaling, merging and detaching blocks are as for whole tensors."""
-    model, x = layer(), torch.randn(2, 5, 4)
+def test_verbs_on_blocks() -> None:
+    """Toggling, freezing, scaling, merging and detaching work on blocks as on whole tensors."""
+    model, x = fused(), torch.randn(2, 5, 4)
     with unchanged(model):
         base = model(x)
         pl.attach(model, LoRA(2), [*QKV, "experts[0]"])
-        bits(model(x), base)
+        assert_bits(model(x), base)
         shake(model)
         adapted = model(x).detach()
         with pl.disabled(model):
-            bits(model(x), base)
+            assert_bits(model(x), base)
         with pl.merged(model):
             assert_close(model(x), adapted)
         other = copy.deepcopy(model)
         shake(other)
         pl.detach(other)
-        bits(model(x).detach(), adapted)
+        assert_bits(model(x).detach(), adapted)
         pl.freeze(model)
         assert not any(p.requires_grad for p in pl.parameters(model))
         with pl.using(model, default=0.0):
             assert_close(model(x), base)
         pl.detach(model)
-        bits(model(x), base)
+        assert_bits(model(x), base)
 
 
 def test_blocks_of_a_tied_tensor() -> None:
-    """A block of one side is seen on the other; the same tensor by two paths is one tensor."""
+    """A block of one tied tensor appears in the other; both paths name the same site."""
     model: Any = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
     model["head"].weight = model["embed"].weight
     pl.attach(model, LoRA(2), ["head[5:]", "embed[:2]", "embed[5:]"])
@@ -183,28 +170,28 @@ def test_blocks_of_a_tied_tensor() -> None:
     adapted = model["head"].weight.detach().clone()
     assert_close(model["embed"](torch.arange(7)), adapted)
     with pl.merged(model):
-        bits(model["embed"].weight.detach(), adapted)
+        assert_bits(model["embed"].weight.detach(), adapted)
     with pytest.raises(pl.TargetError, match="overlap"):
         pl.attach(model, LoRA(2), ["head[4:]", "embed[5:]"], name="other")
 
 
-def test_blocks_above_weight_norm() -> None:
-    """Of a tensor that weight_norm computes, a block is adapted on top, and merged into g and v."""
+def test_blocks_on_weight_norm() -> None:
+    """A block of a weight_norm weight is adapted on top of the norm, and merged into g and v."""
     model = nn.Linear(4, 6)
     weight_norm(model)
     before = model.weight.detach().clone()
     pl.attach(model, LoRA(2), "weight[:3]")
     shake(model)
     adapted = model.weight.detach().clone()
-    bits(adapted[3:], before[3:])
+    assert_bits(adapted[3:], before[3:])
     with pl.merged(model):
         assert_close(model.weight.detach(), adapted)
     pl.detach(model)
-    bits(model.weight.detach(), before)
+    assert_bits(model.weight.detach(), before)
 
 
-def test_transforms_and_the_compiler() -> None:
-    """torch.func maps over the factors of blocks, and the compiler makes one graph of them."""
+def test_vmap_and_compile() -> None:
+    """vmap maps over the factors of blocks, and a model with blocks compiles to one graph."""
     model, x = nn.Sequential(nn.Linear(4, 6), nn.Conv1d(2, 6, 3)), torch.randn(2, 4)
     pl.attach(model, LoRA(2), ["0[:3]", "0[4:, 1:]", "1[2:, :, 1:]"])
     shake(model)

@@ -1,4 +1,4 @@
-"""A model of layers that PEFT adapts, and of some that it does not."""
+"""A model with layers that PEFT can adapt and layers that it cannot."""
 
 import torch
 from torch import nn
@@ -6,11 +6,12 @@ from torch import nn
 import paramlora as pl
 from paramlora import Delta, LoRA
 
+# What the keys of a PEFT file begin with.
 PREFIX = "base_model.model."
 
 
 class Net(nn.Module):
-    """Layers of which PEFT adapts some, and some it does not."""
+    """Layers that PEFT can adapt and layers that it cannot."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,11 +33,13 @@ class Net(nn.Module):
 
 
 def net() -> nn.Module:
+    """Return a `Net` without adapters, always with the same weights."""
     torch.manual_seed(0)
     return Net()
 
 
 def attached() -> nn.Module:
+    """Return a `Net` with a low-rank update, a bias and a whole module."""
     model = net()
     pl.attach(model, {"fc": LoRA(2, 3), "fc.bias": Delta(), "norm.*": Delta()})
     with torch.no_grad():

@@ -16,7 +16,7 @@ from tests.support.helpers import (
     case_of,
     factors,
     host_name,
-    written_out,
+    dense_copy,
 )
 from tests.support.mixed import assert_bits
 from tests.support.reference import HOSTS, KINDS, Case, Host, floats, loss
@@ -46,7 +46,7 @@ class TestHooks:
 
         instrument(case.model[0], "before")
         case.attach(KINDS["lora"])
-        plain = written_out(case)
+        plain = dense_copy(case)
         instrument(plain[0], "before")
         for model in (case.model, plain):
             instrument(model[2], "after")
@@ -62,7 +62,7 @@ class TestHooks:
     def test_hooks_that_change_values(self) -> None:
         """The value a hook returns replaces inputs, outputs or gradients, as on a dense model."""
         case = case_of(MLP)
-        plain = written_out(case)
+        plain = dense_copy(case)
         for model in (case.model, plain):
             model[2].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
             model[2].register_forward_hook(lambda module, args, out: out.sin())

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations
 
 import paramlora as pl
 from paramlora import LoRA
-from tests.support.helpers import Row, entered, refuses
+from tests.support.helpers import Row, enter, refuses
 from tests.support.models import attached, half_merged, plain
 
 
@@ -114,7 +114,7 @@ MERGING: dict[str, Row] = {
     ),
     "merging inside of merged": (
         half_merged,
-        lambda m: entered(pl.merged(m, "letters")),
+        lambda m: enter(pl.merged(m, "letters")),
         pl.StateError,
         "adapter 'digits' is merged already; unmerge first",
     ),

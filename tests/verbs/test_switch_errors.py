@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import paramlora as pl
-from tests.support.helpers import Row, entered, refuses
+from tests.support.helpers import Row, enter, refuses
 from tests.support.models import attached, half_merged, plain
 
 SWITCHING: dict[str, Row] = {
@@ -45,7 +45,7 @@ SWITCHING: dict[str, Row] = {
     ),
     "strength infinite": (
         attached,
-        lambda m: entered(pl.using(m, digits=-math.inf)),
+        lambda m: enter(pl.using(m, digits=-math.inf)),
         ValueError,
         "a strength must be a finite number, got -inf",
     ),
@@ -95,12 +95,12 @@ VERBS: dict[str, Callable[[nn.Module, str], Any]] = {
     "enable": pl.enable,
     "disable": pl.disable,
     "scale": lambda m, name: pl.scale(m, 2.0, name),
-    "enabled": lambda m, name: entered(pl.enabled(m, name)),
-    "disabled": lambda m, name: entered(pl.disabled(m, name)),
-    "using": lambda m, name: entered(pl.using(m, name)),
-    "using at a strength": lambda m, name: entered(pl.using(m, **{name: 0.5})),
+    "enabled": lambda m, name: enter(pl.enabled(m, name)),
+    "disabled": lambda m, name: enter(pl.disabled(m, name)),
+    "using": lambda m, name: enter(pl.using(m, name)),
+    "using at a strength": lambda m, name: enter(pl.using(m, **{name: 0.5})),
     "merge": pl.merge,
-    "merged": lambda m, name: entered(pl.merged(m, name)),
+    "merged": lambda m, name: enter(pl.merged(m, name)),
     "detach": pl.detach,
     "load_state_dict": lambda m, name: pl.load_state_dict(m, pl.state_dict(m, "digits"), name),
     "freeze": pl.freeze,
