@@ -1,4 +1,4 @@
-"""What of a PEFT folder is refused, word for word, and that nothing has changed then."""
+"""PEFT folders that cannot be loaded: each error word by word, with the model unchanged."""
 
 import copy
 import json
@@ -17,11 +17,13 @@ from tests.support.helpers import refuses
 from tests.support.peft_layers import PREFIX, attached, net
 
 
-def setting(**settings: Any) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+def set_config(**settings: Any) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
     return lambda config, tensors: config.update(settings)
 
 
-def tensor(key: str, value: Tensor | None) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+def set_tensor(
+    key: str, value: Tensor | None
+) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
     def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         if value is None:
             del tensors[PREFIX + key]
@@ -31,42 +33,48 @@ def tensor(key: str, value: Tensor | None) -> Callable[[dict[str, Any], dict[str
     return change
 
 
-OTHERS = "{path}/adapter_config.json has settings that are not carried out here: "
+UNSUPPORTED = "{path}/adapter_config.json has settings that are not carried out here: "
 
 
 DAMAGED = "{path}/adapter_config.json is damaged: "
 
 
-# What is changed in a folder, and what loading it says.
+# A change of a folder, and the message of loading it.
 CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]] = {
     "another method": (
-        setting(peft_type="LOHA"),
+        set_config(peft_type="LOHA"),
         "{path}/adapter_config.json has peft_type 'LOHA'; only 'LORA' is read here",
     ),
     "repeated layers": (
-        setting(layer_replication=[[0, 2]]),
-        OTHERS + "layer_replication=[[0, 2]]",
+        set_config(layer_replication=[[0, 2]]),
+        UNSUPPORTED + "layer_replication=[[0, 2]]",
     ),
-    "quantized": (setting(use_qalora=True), OTHERS + "use_qalora=True"),
-    "tokens": (setting(trainable_token_indices=[3]), OTHERS + "trainable_token_indices=[3]"),
-    "raw parameters": (setting(target_parameters=["gain"]), OTHERS + "target_parameters=['gain']"),
-    "a bias in B": (setting(lora_bias=True), OTHERS + "lora_bias=True"),
+    "quantized": (set_config(use_qalora=True), UNSUPPORTED + "use_qalora=True"),
+    "tokens": (
+        set_config(trainable_token_indices=[3]),
+        UNSUPPORTED + "trainable_token_indices=[3]",
+    ),
+    "raw parameters": (
+        set_config(target_parameters=["gain"]),
+        UNSUPPORTED + "target_parameters=['gain']",
+    ),
+    "a bias in B": (set_config(lora_bias=True), UNSUPPORTED + "lora_bias=True"),
     "several, and one of a later version": (
-        setting(kasa_config={"beta": 1}, use_new=1, use_newer=None, use_newest=False),
-        OTHERS + "kasa_config={{'beta': 1}}, use_new=1",
+        set_config(kasa_config={"beta": 1}, use_new=1, use_newer=None, use_newest=False),
+        UNSUPPORTED + "kasa_config={{'beta': 1}}, use_new=1",
     ),
     "an initialisation that changes the base": (
-        setting(init_lora_weights="pissa_niter_4"),
+        set_config(init_lora_weights="pissa_niter_4"),
         "{path}/adapter_config.json has init_lora_weights 'pissa_niter_4', which changes the base "
         "where it is loaded; save it from PEFT as a plain LoRA, by "
         "path_initial_model_for_weight_conversion=",
     ),
     "a start from the base for another layer": (
-        setting(init_lora_weights="olora", target_modules="emb"),
+        set_config(init_lora_weights="olora", target_modules="emb"),
         "{path} adapts 'emb', and its start, 'olora', is carried out for LoRA of a Linear alone",
     ),
     "a start from the base without a scale": (
-        setting(init_lora_weights="pissa", lora_alpha=0),
+        set_config(init_lora_weights="pissa", lora_alpha=0),
         "{path} adapts 'fc', and init='pissa' needs an alpha above 0, got 0",
     ),
     "a start from the base of too large a rank": (
@@ -83,64 +91,64 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
         "{path}/adapter_config.json names no target_modules; write them there",
     ),
     "targets of a wrong type": (
-        setting(target_modules=[1]),
+        set_config(target_modules=[1]),
         DAMAGED + "'target_modules' must be a string or a list of strings, found [1]",
     ),
-    "rank 0": (setting(r=0), DAMAGED + "'r' must be a whole number of at least 1, found 0"),
+    "rank 0": (set_config(r=0), DAMAGED + "'r' must be a whole number of at least 1, found 0"),
     "a rank that no memory holds": (
-        setting(r=10**30),
+        set_config(r=10**30),
         DAMAGED + f"'r' must be a whole number of at least 1, found {10**30}",
     ),
     "a large rank": (
-        setting(r=2**30),
+        set_config(r=2**30),
         "{path} does not fit: fc.lora_A.weight: expected (1073741824, 4), found (2, 4); "
         "fc.lora_B.weight: expected (3, 1073741824), found (3, 2)",
     ),
     "an alpha that is no number": (
-        setting(lora_alpha=float("nan")),
+        set_config(lora_alpha=float("nan")),
         DAMAGED + "'lora_alpha' must be a finite number, found nan",
     ),
     "an alpha that no float holds": (
-        setting(lora_alpha=10**400),
+        set_config(lora_alpha=10**400),
         DAMAGED + "'lora_alpha' must be a finite number, found 1000[...]",
     ),
     "a pattern of a wrong type": (
-        setting(rank_pattern={"fc": "2"}),
+        set_config(rank_pattern={"fc": "2"}),
         DAMAGED + "'rank_pattern' must be whole numbers by name, found {{'fc': '2'}}",
     ),
     "layers without a list": (
-        setting(layers_to_transform=[0]),
+        set_config(layers_to_transform=[0]),
         DAMAGED + "target_modules is a string, which goes without layers_to_transform",
     ),
     "a broken expression": (
-        setting(target_modules="(fc"),
+        set_config(target_modules="(fc"),
         "{path} has a setting that is no regular expression: [...]",
     ),
     "a broken pattern": (
-        setting(alpha_pattern={"*": 1}),
+        set_config(alpha_pattern={"*": 1}),
         "{path} has a setting that is no regular expression: [...]",
     ),
     "no such module": (
-        setting(target_modules="fcc"),
+        set_config(target_modules="fcc"),
         "{path} belongs to another model: no module here is meant by target_modules 'fcc'; did you "
         "mean fc?",
     ),
     "more modules than tensors": (
-        setting(target_modules=["fc", "last_fc"]),
+        set_config(target_modules=["fc", "last_fc"]),
         "{path} does not fit: missing last_fc.lora_A.weight, last_fc.lora_B.weight",
     ),
     "fewer modules than tensors": (
-        setting(target_modules="last_fc"),
+        set_config(target_modules="last_fc"),
         "{path} does not fit: missing last_fc.lora_A.weight, last_fc.lora_B.weight; unexpected "
         "fc.lora_A.weight, fc.lora_B.weight",
     ),
     "a module without factors": (
-        setting(target_modules="fc|rnn"),
+        set_config(target_modules="fc|rnn"),
         "{path} does not fit this model: its target_modules mean rnn, which PEFT cannot adapt with "
         "any effect",
     ),
     "an out_proj alone": (
-        setting(target_modules=["fc", "mha.out_proj"]),
+        set_config(target_modules=["fc", "mha.out_proj"]),
         "{path} does not fit this model: its target_modules mean mha.out_proj, which PEFT cannot "
         "adapt with any effect",
     ),
@@ -154,57 +162,57 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
         "and here they stay one",
     ),
     "a rank that groups do not divide": (
-        setting(target_modules="fc|grouped", r=3),
+        set_config(target_modules="fc|grouped", r=3),
         "{path} adapts 'grouped', and its 2 groups do not divide the rank, 3",
     ),
     "a dilated convolution": (
-        setting(target_modules="dilated"),
+        set_config(target_modules="dilated"),
         "{path} adapts 'dilated', and PEFT leaves out the dilation of a convolution",
     ),
     "a missing tensor": (
-        tensor("fc.lora_B.weight", None),
+        set_tensor("fc.lora_B.weight", None),
         "{path} does not fit: missing fc.lora_B.weight",
     ),
     "a tensor too many": (
-        tensor("fc.lora_magnitude_vector", torch.ones(3)),
+        set_tensor("fc.lora_magnitude_vector", torch.ones(3)),
         "{path} does not fit: unexpected fc.lora_magnitude_vector",
     ),
     "factors that are whole numbers": (
-        tensor("fc.lora_A.weight", torch.ones(2, 4, dtype=torch.int32)),
+        set_tensor("fc.lora_A.weight", torch.ones(2, 4, dtype=torch.int32)),
         "{path} is damaged: fc.lora_A.weight has dtype torch.int32",
     ),
     "a tensor that the model does not have": (
-        tensor("other.weight", torch.ones(3)),
+        set_tensor("other.weight", torch.ones(3)),
         "{path} does not fit: unexpected other.weight",
     ),
     "a bias of another shape": (
-        tensor("fc.base_layer.bias", torch.ones(4)),
+        set_tensor("fc.base_layer.bias", torch.ones(4)),
         "{path} does not fit: fc.base_layer.bias: expected (3,), found (4,)",
     ),
     "a part of a module to save": (
-        tensor("norm.running_mean", None),
+        set_tensor("norm.running_mean", None),
         "{path} does not fit: modules_to_save is ['norm'], and norm.running_mean is not there",
     ),
     "statistics of another base": (
-        tensor("norm.running_mean", torch.ones(4)),
+        set_tensor("norm.running_mean", torch.ones(4)),
         "{path} has other values at norm.running_mean than the model; only parameters that PEFT "
         "trains by bias= or modules_to_save= are taken over",
     ),
     "an embedding of another base": (
-        tensor("emb.weight", torch.ones(5, 4)),
+        set_tensor("emb.weight", torch.ones(5, 4)),
         "{path} has other values at emb.weight than the model; only parameters that PEFT trains by "
         "bias= or modules_to_save= are taken over",
     ),
     "two values of one tensor": (
-        tensor("norm.modules_to_save.bias", torch.full((4,), 9.0)),
+        set_tensor("norm.modules_to_save.bias", torch.full((4,), 9.0)),
         "{path} is damaged: it has two different values of 'norm.bias'",
     ),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES.keys())
-def test_a_folder_is_refused(folder: Path, change: Callable[..., Any], message: str) -> None:
-    """A folder that is damaged, foreign, or says more than is carried out is refused, by name."""
+def test_changed_folder(folder: Path, change: Callable[..., Any], message: str) -> None:
+    """A folder that is damaged, foreign or uses unsupported settings raises CheckpointError."""
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
     change(config, tensors)
@@ -216,8 +224,8 @@ def test_a_folder_is_refused(folder: Path, change: Callable[..., Any], message: 
         )
 
 
-def test_what_the_model_has_already_is_no_obstacle(folder: Path) -> None:
-    """Tensors of the base that PEFT adds to a folder are taken where they are the model's."""
+def test_tensors_of_the_base(folder: Path) -> None:
+    """Tensors of the base in a folder are accepted if they equal those of the model."""
     tensors = load_file(folder / "adapter_model.safetensors")
     tensors[f"{PREFIX}emb.weight"] = net().get_parameter("emb.weight").detach()
     tensors[f"{PREFIX}norm.original_module.bias"] = torch.zeros(4)
@@ -279,16 +287,16 @@ FILES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize(("change", "error", "message"), FILES.values(), ids=FILES.keys())
-def test_files_are_refused(
+def test_missing_or_damaged_files(
     folder: Path, change: Callable[[Path], Any], error: type[Exception], message: str
 ) -> None:
-    """A folder without the two files, or with damaged ones, is refused."""
+    """A folder whose files are missing or damaged raises, and names the file."""
     change(folder)
     refuses(net(), lambda m: pl.load_peft(m, folder), error, message.format(path=folder))
 
 
-def test_another_adapter_of_the_name_is_refused(folder: Path) -> None:
-    """A folder does not replace an adapter of the same name and another make, nor a merged one."""
+def test_name_in_use(folder: Path) -> None:
+    """A folder does not replace a merged adapter, nor one with other sites, kinds or ranks."""
     model = net()
     pl.attach(model, LoRA(3), "fc", name="digits")
     refuses(
@@ -297,18 +305,18 @@ def test_another_adapter_of_the_name_is_refused(folder: Path) -> None:
         pl.AdapterNameError,
         "an adapter 'digits' is attached already, with other sites, kinds or ranks than [...]",
     )
-    again = attached()
-    pl.merge(again)
+    merged = attached()
+    pl.merge(merged)
     refuses(
-        again,
+        merged,
         lambda m: pl.load_peft(m, folder),
         pl.StateError,
         "cannot load adapter 'default' while it is merged; unmerge first",
     )
 
 
-def test_a_refresh_copies_the_values(folder: Path) -> None:
-    """Loading into an adapter of the same make copies values and settings, and no more."""
+def test_refresh(folder: Path) -> None:
+    """Loading into an adapter of the same make copies values and settings, and nothing else."""
     model = attached()
     with torch.no_grad():
         for parameter in pl.parameters(model):

@@ -1,4 +1,4 @@
-"""What PEFT's folders cannot hold is refused, word for word, and nothing is written."""
+"""Adapters that a PEFT folder cannot hold: each error word by word, with nothing written."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,11 @@ from torch.nn.utils import parametrizations
 
 import paramlora as pl
 from paramlora import Delta, DoRA, LoHa, LoRA, TargetError
-from tests.support.helpers import refuses, pattern
+from tests.support.helpers import pattern, refuses
 from tests.support.peft_layers import attached, net
 
 
-def hold(path: str, reason: str) -> str:
+def cannot_hold(path: str, reason: str) -> str:
     return (
         f"a folder of PEFT's cannot hold the adapter at {path!r}: {reason}; detach it from there, "
         "or use paramlora.save"
@@ -26,13 +26,13 @@ PLACES = (
 )
 
 
-# What is attached, and what saving it as a folder says.
+# The adapter, and the message of saving it.
 SPECS: dict[str, tuple[Any, str]] = {
-    "a recurrent layer": ({"rnn.weight_ih_l0": LoRA(2)}, hold("rnn.weight_ih_l0", PLACES)),
-    "a raw parameter": ({"gain": LoRA(2)}, hold("gain", PLACES)),
+    "a recurrent layer": ({"rnn.weight_ih_l0": LoRA(2)}, cannot_hold("rnn.weight_ih_l0", PLACES)),
+    "a raw parameter": ({"gain": LoRA(2)}, cannot_hold("gain", PLACES)),
     "full updates alone": (
         {"head.weight": Delta()},
-        hold("head.weight", "it is tied.weight as well, PEFT adapts one alone"),
+        cannot_hold("head.weight", "it is tied.weight as well, PEFT adapts one alone"),
     ),
     "no low-rank update": (
         {"fc.bias": Delta()},
@@ -40,67 +40,69 @@ SPECS: dict[str, tuple[Any, str]] = {
     ),
     "a whole parameter of the model itself": (
         {"fc": LoRA(2), "gain": Delta()},
-        hold("gain", "PEFT saves whole modules below the model itself"),
+        cannot_hold("gain", "PEFT saves whole modules below the model itself"),
     ),
     "an update and a whole tensor in one module": (
         {"mha.in_proj_weight": LoRA(2), "mha.in_proj_bias": Delta()},
-        hold("mha", "PEFT keeps adapters off modules_to_save, here ['mha']"),
+        cannot_hold("mha", "PEFT keeps adapters off modules_to_save, here ['mha']"),
     ),
     "a whole module whose name ends another's": (
         {"last_fc": LoRA(2), "fc.weight": Delta()},
-        hold("last_fc", "PEFT keeps adapters off modules_to_save, here ['fc']"),
+        cannot_hold("last_fc", "PEFT keeps adapters off modules_to_save, here ['fc']"),
     ),
     "a block of a weight": (
         {"fc.weight[:2]": LoRA(1)},
-        hold("fc.weight", "it is one of blocks of the tensor"),
+        cannot_hold("fc.weight", "it is one of blocks of the tensor"),
     ),
     "projections of two ranks": (
         {"mha.in_proj_weight": LoRA(2), "mha.out_proj": LoRA(3)},
-        hold("mha.out_proj.weight", "PEFT has one rank and one scale for both projections there"),
+        cannot_hold(
+            "mha.out_proj.weight", "PEFT has one rank and one scale for both projections there"
+        ),
     ),
     "projections of their own": (
         {"cross.out_proj": LoRA(2)},
-        hold(
+        cannot_hold(
             "cross.out_proj.weight",
             "PEFT needs queries, keys and values of one size in a MultiheadAttention",
         ),
     ),
     "another kind": (
         {"fc": LoRA(2), "last_fc": LoHa(2)},
-        hold("last_fc.weight", "LoHa is no low-rank update of it"),
+        cannot_hold("last_fc.weight", "LoHa is no low-rank update of it"),
     ),
     "a DoRA beside a LoRA": (
         {"fc": LoRA(2), "last_fc": DoRA(2)},
-        hold("last_fc.weight", "it is a DoRA, and PEFT has those at all sites or at none"),
+        cannot_hold("last_fc.weight", "it is a DoRA, and PEFT has those at all sites or at none"),
     ),
     "a DoRA of projections": (
         {"mha.in_proj_weight": DoRA(2)},
-        hold(
+        cannot_hold(
             "mha.in_proj_weight",
             "PEFT has no DoRA for a MultiheadAttention or a grouped convolution",
         ),
     ),
     "a DoRA of a grouped convolution": (
         {"grouped": DoRA(2)},
-        hold(
+        cannot_hold(
             "grouped.weight", "PEFT has no DoRA for a MultiheadAttention or a grouped convolution"
         ),
     ),
     "magnitudes of rows of an embedding": (
         {"emb": DoRA(2)},
-        hold("emb.weight", "PEFT has a DoRA's magnitudes along dimension 1 there, not 0"),
+        cannot_hold("emb.weight", "PEFT has a DoRA's magnitudes along dimension 1 there, not 0"),
     ),
     "a dilated convolution": (
         {"dilated": LoRA(2)},
-        hold("dilated.weight", "PEFT leaves out the dilation of a convolution"),
+        cannot_hold("dilated.weight", "PEFT leaves out the dilation of a convolution"),
     ),
     "a convolution that pads in circles": (
         {"circular": LoRA(2)},
-        hold("circular.weight", "PEFT pads with zeros, not by padding_mode='circular'"),
+        cannot_hold("circular.weight", "PEFT pads with zeros, not by padding_mode='circular'"),
     ),
     "a bounded embedding": (
         {"bounded": LoRA(2)},
-        hold(
+        cannot_hold(
             "bounded.weight",
             "PEFT renormalises the factors of an Embedding that has max_norm",
         ),
@@ -109,30 +111,32 @@ SPECS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("spec", "message"), SPECS.values(), ids=SPECS.keys())
-def test_what_peft_cannot_say_is_refused(spec: Any, message: str, tmp_path: Path) -> None:
-    """What PEFT cannot say is refused by name, and nothing is written."""
+def test_unsupported_adapter(spec: Any, message: str, tmp_path: Path) -> None:
+    """An adapter that PEFT does not support raises TargetError, and nothing is written."""
     model = net()
     pl.attach(model, spec, name="digits")
     refuses(model, lambda m: pl.save_peft(m, tmp_path / "a", "digits"), TargetError, message)
     assert not list(tmp_path.iterdir())
 
 
-def test_other_parametrizations_are_refused(tmp_path: Path) -> None:
-    """A parametrization on top of the adapter is one that PEFT does not have."""
+def test_other_parametrizations(tmp_path: Path) -> None:
+    """Another parametrization on the same tensor raises: PEFT has none."""
     model = net()
     pl.attach(model, LoRA(2), "fc", name="digits")
     parametrizations.orthogonal(model.get_submodule("fc"))
-    message = hold("fc.weight", "another parametrization is on top of the adapter")
+    message = cannot_hold("fc.weight", "another parametrization is on top of the adapter")
     refuses(model, lambda m: pl.save_peft(m, tmp_path / "a", "digits"), TargetError, message)
     other = net()
     parametrizations.orthogonal(other.get_submodule("fc"))
     pl.attach(other, {"last_fc": LoRA(2), "fc.weight": Delta()}, name="digits")
-    message = hold("fc.weight", "it is parametrized, so there is no such tensor in PEFT's model")
+    message = cannot_hold(
+        "fc.weight", "it is parametrized, so there is no such tensor in PEFT's model"
+    )
     refuses(other, lambda m: pl.save_peft(m, tmp_path / "a", "digits"), TargetError, message)
 
 
-def test_the_folder_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of an adapter is replaced whole; one with other files, or a file, stays as it is."""
+def test_existing_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with an adapter is replaced whole; a folder with other files, or a file, stays."""
     model = attached()
     pl.scale(model, 0.5)
     pl.save_peft(model, folder)
@@ -159,8 +163,8 @@ def test_the_folder_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         pl.save_peft(model, folder.parent / "other", "letters")
 
 
-def test_a_model_without_values_is_refused(folder: Path, tmp_path: Path) -> None:
-    """On the meta device there are no values to save, and none that a file's would be kept in."""
+def test_meta_device(folder: Path, tmp_path: Path) -> None:
+    """Saving from or loading into a model on the meta device raises StateError."""
     model = attached().to("meta")
     reason = "is on the meta device and holds no values: materialise the model first, [...]"
     refuses(
