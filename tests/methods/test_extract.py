@@ -1,4 +1,4 @@
-"""The adapter that is closest to a full fine-tune."""
+"""`extract`: the adapter that is closest to a full fine-tune."""
 
 import copy
 
@@ -10,11 +10,11 @@ from torch.testing import assert_close
 import paramlora as pl
 from paramlora import TargetError
 from tests.support.helpers import EXACT, refuses, unchanged
-from tests.support.models import attached, plain
+from tests.support.models import Tied, attached, plain
 
 
 def fine_tuned(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
-    """Return a model and its base: one update of rank 2, full ones, and an unchanged tensor."""
+    """Return a model and its base: one update of rank 2, full updates, one unchanged tensor."""
     base = plain().to(dtype)
     model = copy.deepcopy(base)
     generator = torch.Generator().manual_seed(0)
@@ -30,8 +30,8 @@ def fine_tuned(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module
     return model, base
 
 
-def test_extract_finds_the_best_adapter() -> None:
-    """An update of rank 2 is found exactly; of a full one, as much as a rank of 2 can hold."""
+def test_best_adapter() -> None:
+    """An update of rank 2 is found exactly; of a full update, the best part of rank 2."""
     model, base = fine_tuned()
     expected = copy.deepcopy(model.state_dict())
     change = expected["emb.weight"] - base.state_dict()["emb.weight"]
@@ -59,8 +59,8 @@ def test_extract_finds_the_best_adapter() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_extract_of_full_rank_gives_the_model(dtype: torch.dtype) -> None:
-    """At a rank that is large enough nothing is lost, and the factors have the size they need."""
+def test_full_rank(dtype: torch.dtype) -> None:
+    """At a large rank the loss is zero, and the factors have only the rank that they need."""
     model, base = fine_tuned(dtype)
     lost = pl.extract(model, base, rank=64)
     assert max(lost.values()) < 1e-6
@@ -69,8 +69,8 @@ def test_extract_of_full_rank_gives_the_model(dtype: torch.dtype) -> None:
     assert_close(dict(base.state_dict()), dict(model.state_dict()))
 
 
-def test_extract_reports_buffers() -> None:
-    """Statistics that moved in the fine-tune are no part of an adapter, and are named."""
+def test_buffers() -> None:
+    """Buffers that changed in the fine-tune are reported as lost."""
     base = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     model = copy.deepcopy(base)
     with torch.no_grad():
@@ -84,8 +84,8 @@ def test_extract_reports_buffers() -> None:
     }
 
 
-def test_extract_refuses() -> None:
-    """What is no base and its fine-tune is refused, and nothing has changed."""
+def test_invalid_arguments() -> None:
+    """Models that are not a base and its fine-tune raise, and change nothing."""
     model, base = fine_tuned()
     refuses(
         base,
@@ -120,26 +120,19 @@ def test_extract_refuses() -> None:
     )
 
 
-def test_extract_of_tied_tensors() -> None:
-    """A tied tensor is extracted once; where the fine-tune untied it, it is refused."""
-
-    class Tied(nn.Module):
-        def __init__(self, tied: bool) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.emb, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
-            self.head.weight = self.emb.weight if tied else nn.Parameter(self.emb.weight.detach())
-
-    model, base = Tied(True).double(), Tied(True).double()
+def test_tied_tensors() -> None:
+    """A tied tensor is extracted once; a fine-tune that untied it raises TargetError."""
+    base = Tied().double()
+    model, untied = copy.deepcopy(base), Tied(tied=False).double()
+    untied.load_state_dict(base.state_dict())
     with torch.no_grad():
         model.emb.weight.add_(1)
     assert list(pl.extract(model, base, 1)) == ["emb.weight"]
     assert_close(base.head.weight, model.head.weight, **EXACT)
-    untied = Tied(False).double()
     with torch.no_grad():
         untied.emb.weight.add_(1)
     refuses(
-        Tied(True).double(),
+        Tied().double(),
         lambda m: pl.extract(untied, m, 1),
         TargetError,
         "'emb.weight' and 'head.weight' are tied in the base, and differ in the other",
