@@ -1,4 +1,4 @@
-"""Saving leaves a whole file, whatever happens in the middle of it."""
+"""Saving is atomic: after an error or a kill, the file is the old one or the new one."""
 
 import os
 import stat
@@ -10,26 +10,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 import paramlora as pl
 from paramlora import LoRA
 from tests.support.helpers import unchanged
-from tests.support.mixed import mixed
 from tests.support.models import attached, plain
+from tests.support.reference import shake
 
 ROOT = Path(__file__).parents[2]
 
 
-def shake(model: nn.Module, *names: str) -> None:
-    """Fill factors with random numbers."""
-    with torch.no_grad():
-        for parameter in pl.parameters(model, *names):
-            parameter.normal_()
-
-
-def test_saving_again_replaces_the_file(tmp_path: Path) -> None:
-    """Saving over a file replaces it, also by a smaller one, and leaves nothing else behind."""
+def test_overwriting(tmp_path: Path) -> None:
+    """Saving over a file replaces it, also by a smaller one, and leaves no other file."""
     path = tmp_path / "digits.safetensors"
     for rank in (8, 1):
         model = plain()
@@ -39,8 +31,8 @@ def test_saving_again_replaces_the_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_is_as_readable_as_others(tmp_path: Path) -> None:
-    """A saved file gets the permissions that any new file gets here."""
+def test_permissions(tmp_path: Path) -> None:
+    """A saved file has the permissions of any new file."""
     model = attached()
     pl.save(model, tmp_path / "digits", "digits")
     (tmp_path / "other").touch()
@@ -50,17 +42,17 @@ def test_a_file_is_as_readable_as_others(tmp_path: Path) -> None:
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """A file that is there already."""
+    """An existing file."""
     pl.save(attached(), tmp_path / "digits.safetensors", "digits")
     return tmp_path / "digits.safetensors"
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace", "write", "open"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failing_save_leaves_the_old_file(
+def test_failing_save(
     old: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException
 ) -> None:
-    """Whatever step of saving fails, the old file is as it was, and nothing lies beside it."""
+    """If any step of saving fails, the old file keeps its bytes and no other file is left."""
     before, model = old.read_bytes(), attached()
     shake(model)
 
@@ -68,7 +60,7 @@ def test_a_failing_save_leaves_the_old_file(
         raise error
 
     class Full:
-        """A file on a disk that is full after some bytes."""
+        """A file on a disk that is full after 100 bytes."""
 
         def __init__(self, path: Any, mode: str) -> None:
             self.file = os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY), mode)
@@ -96,10 +88,8 @@ def test_a_failing_save_leaves_the_old_file(
     torch.testing.assert_close(load_file(old), pl.state_dict(model, "digits"), rtol=0, atol=0)
 
 
-def test_data_is_on_the_disk_before_the_file_is_replaced(
-    old: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The new file is written whole and synced before it takes the old one's place."""
+def test_sync_before_replace(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new file is written and synced completely before it replaces the old one."""
     before, steps = old.read_bytes(), []
     fsync, replace = os.fsync, os.replace
 
@@ -125,7 +115,7 @@ def test_data_is_on_the_disk_before_the_file_is_replaced(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
-def test_a_kill_leaves_the_old_file_or_the_new(tmp_path: Path) -> None:
+def test_killed_process(tmp_path: Path) -> None:
     """After a kill at any moment of saving, the file is whole: the old one or the new one."""
     program = "tests/support/crash.py"
     done = subprocess.run(
@@ -139,27 +129,6 @@ def test_a_kill_leaves_the_old_file_or_the_new(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     damaged, cut_off, generations = map(int, done.stdout.split())
     assert damaged == 0
-    # The kills did hit saves, and others had succeeded.
+    # Some kills interrupted a save, and some saves succeeded.
     assert cut_off >= 3
     assert generations >= 3
-
-
-def test_9_a_crash_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saving that fails at any step leaves the old file whole, and nothing beside it."""
-    model, _ = mixed()
-    pl.attach(model, pl.LoRA(rank=2), "head", name="low")
-    path = tmp_path / "low.safetensors"
-    pl.save(model, path, "low")
-    good = path.read_bytes()
-
-    def crash(*_: object) -> None:
-        raise OSError("no space left")
-
-    for step in ("fsync", "replace"):
-        shake(model)
-        with monkeypatch.context() as patch:
-            patch.setattr(f"os.{step}", crash)
-            with pytest.raises(OSError, match="no space left"):
-                pl.save(model, path, "low")
-        assert path.read_bytes() == good
-        assert [found.name for found in tmp_path.iterdir()] == [path.name]

@@ -1,6 +1,6 @@
-"""What loading says of a damaged or foreign file, word for word, and that it changes nothing.
+"""Files that do not fit or were changed: each error of `load` word by word, the model unchanged.
 
-`[...]` in a message stands for words that are not paramlora's.
+`[...]` in a message stands for words that do not come from paramlora.
 """
 
 import json
@@ -24,14 +24,14 @@ from tests.support.models import Net, attached, half_merged, plain
 
 @dataclass(frozen=True)
 class Typed(pl.Delta):
-    """A kind with a field that no file can hold."""
+    """A kind with a field that JSON cannot represent."""
 
     dtype: torch.dtype = torch.float32
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A file with an adapter "digits" of the model of `attached`, its values other ones."""
+    """A file with an adapter "digits" for the model of `attached`, with other values."""
     model = attached()
     with torch.no_grad():
         for parameter in pl.parameters(model, "digits"):
@@ -47,7 +47,7 @@ def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], Any]) -> None:
-    """Change a file's tensors and what its metadata entry says, in place."""
+    """Change the tensors and the metadata of a file in place."""
     tensors, metadata = contents(path)
     content = json.loads(metadata["paramlora"])
     change(tensors, content)
@@ -56,7 +56,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], An
 
 SITE = {"kind": "LoRA", "fields": {"rank": 2}, "strength": 1.0, "shape": [1, 1]}
 
-# What is changed in a file, and what loading it says.
+# A change of a file, and the message of loading it.
 CHANGES: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], Any], str]] = {
     "a missing and an unexpected tensor": (
         lambda tensors, content: tensors.update({"fc1.weight.C": tensors.pop("fc1.weight.A")}),
@@ -82,7 +82,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], Any], str
         lambda tensors, content: content["sites"]["fc1.weight"].update(strength=0.25),
         "{path} is damaged: its digest is not that of what was saved; save the adapter again",
     ),
-    "a site that is not there": (
+    "a site that the model does not have": (
         lambda tensors, content: content["sites"].update(
             {"fc3.weight": content["sites"].pop("fc2.weight"), "h.0": {**SITE}}
         ),
@@ -93,17 +93,17 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], Any], str
         lambda tensors, content: content["sites"]["fc2.weight"].update(shape=[10, 4]),
         "{path} belongs to another model: 'fc2.weight' has shape [10, 4] there and [3, 4] here",
     ),
-    "a site that cannot be adapted so": (
+    "a kind that does not fit the site": (
         lambda tensors, content: content["sites"].update({"fc1.bias": {**SITE, "shape": [4]}}),
         "{path} does not fit this model: cannot adapt 'fc1.bias' with LoRA: a low-rank update "
         f"needs two dimensions, it has 1; use Delta() {LEAVE_OUT}",
     ),
-    "a foreign kind": (
+    "an unknown kind": (
         lambda tensors, content: content["sites"]["fc1.weight"].update(kind="Quantum"),
         "{path} has an adapter of kind 'Quantum' at 'fc1.weight', and no imported class of that "
         "name derives from Spec (there are [...]Delta, [...]LoRA[...]); import it",
     ),
-    "a kind of some other library": (
+    "a kind that is not a Spec": (
         lambda tensors, content: content["sites"]["fc1.weight"].update(kind="system"),
         "{path} has an adapter of kind 'system' at 'fc1.weight', and no imported class of that "
         "name derives from Spec (there are [...]); import it",
@@ -113,7 +113,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], Any], str
         "{path} has settings for 'fc1.weight' that LoRA does not take: rank must be a whole number "
         "of at least 1, got 0",
     ),
-    "a rank that no memory holds": (
+    "a rank of 10**30": (
         lambda tensors, content: content["sites"]["fc1.weight"]["fields"].update(rank=10**30),
         "{path} has settings for 'fc1.weight' that give no factors, LoRA(rank=1[...]): [...]",
     ),
@@ -125,11 +125,11 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], Any], str
         lambda tensors, content: content.update(version=2),
         "{path} has format 2, this paramlora reads up to 1; update paramlora",
     ),
-    "a newer format that is all different": (
+    "a newer format with other keys": (
         lambda tensors, content: content.update(version=7, sites=None, digest=None),
         "{path} has format 7, this paramlora reads up to 1; update paramlora",
     ),
-    "a strength that is no number": (
+    "a strength of NaN": (
         lambda tensors, content: content["sites"]["fc1.weight"].update(strength=math.nan),
         "{path} is damaged: the strength for 'fc1.weight' must be a finite number, found nan; save "
         "the adapter again",
@@ -138,10 +138,10 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], Any], str
 
 
 @pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES.keys())
-def test_load_refuses_a_changed_file(
+def test_changed_file(
     file: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], Any], message: str
 ) -> None:
-    """A file that says other things than were saved is refused, with the file, key and shapes."""
+    """A file whose tensors or metadata were changed raises, and names file, key and shapes."""
     rewrite(file, change)
     refuses_file(file, message)
 
@@ -152,11 +152,11 @@ SITE_PARTS: dict[str, Any] = {"kind": None, "fields": [], "strength": "1", "shap
 
 @pytest.mark.parametrize("missing", [True, False], ids=["missing", "wrong"])
 @pytest.mark.parametrize("part", [*FILE_PARTS, *SITE_PARTS])
-def test_load_refuses_metadata_of_wrong_types(file: Path, part: str, missing: bool) -> None:
-    """Metadata that lacks a part, or has it with a wrong type, is refused with that part's name."""
-    parts, what = FILE_PARTS, "its metadata 'paramlora'"
+def test_metadata_of_wrong_types(file: Path, part: str, missing: bool) -> None:
+    """Metadata with a missing part, or a part of a wrong type, raises and names the part."""
+    parts, place = FILE_PARTS, "its metadata 'paramlora'"
     if part in SITE_PARTS:
-        parts, what = SITE_PARTS, "its metadata for 'fc1.weight'"
+        parts, place = SITE_PARTS, "its metadata for 'fc1.weight'"
 
     def change(tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
         holder = content if part in FILE_PARTS else content["sites"]["fc1.weight"]
@@ -167,17 +167,17 @@ def test_load_refuses_metadata_of_wrong_types(file: Path, part: str, missing: bo
     rewrite(file, change)
     refuses_file(
         file,
-        f"{{path}} is damaged: {what} must have {', '.join(map(repr, parts))}, and {part!r} is "
+        f"{{path}} is damaged: {place} must have {', '.join(map(repr, parts))}, and {part!r} is "
         "missing or of the wrong type in [...]; save the adapter again",
     )
 
 
-NO_JSON = {"empty": "", "cut off": "{", "code": "pl.LoRA(2)", "too deep": "[" * 100_000}
+INVALID_JSON = {"empty": "", "cut off": "{", "code": "pl.LoRA(2)", "too deep": "[" * 100_000}
 
 
-@pytest.mark.parametrize("text", NO_JSON.values(), ids=NO_JSON.keys())
-def test_load_refuses_metadata_that_is_no_json(file: Path, text: str) -> None:
-    """Metadata that is no JSON is refused, however deep it is."""
+@pytest.mark.parametrize("text", INVALID_JSON.values(), ids=INVALID_JSON.keys())
+def test_metadata_that_is_not_json(file: Path, text: str) -> None:
+    """Metadata that is not JSON, or is nested too deeply, raises."""
     tensors, metadata = contents(file)
     save_file(tensors, file, {**metadata, "paramlora": text})
     refuses_file(
@@ -187,8 +187,8 @@ def test_load_refuses_metadata_that_is_no_json(file: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["null", "5", '"digits"', "[]", "[1, 2]"])
-def test_load_refuses_metadata_that_is_no_object(file: Path, text: str) -> None:
-    """Metadata that is JSON, and no object, is refused."""
+def test_metadata_that_is_not_an_object(file: Path, text: str) -> None:
+    """Metadata that is JSON but not an object raises."""
     tensors, metadata = contents(file)
     save_file(tensors, file, {**metadata, "paramlora": text})
     refuses_file(
@@ -198,83 +198,65 @@ def test_load_refuses_metadata_that_is_no_object(file: Path, text: str) -> None:
     )
 
 
-def test_load_refuses_a_file_of_another_model(file: Path) -> None:
-    """A file for a model with other paths is refused with the paths that it has and this lacks."""
-    refuses(
-        nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)),
-        lambda m: pl.load(m, file),
-        pl.CheckpointError,
-        f"{file} belongs to another model: it adapts fc1.weight, fc2.weight, which this one does "
-        "not have; did you mean 1.weight, 0.weight?",
-    )
-
-
-def test_load_refuses_a_file_for_other_shapes(file: Path) -> None:
-    """A file for a model with other shapes is refused with the site, its shape there and here."""
-    model = Net()
-    model.fc2 = nn.Linear(4, 6)
-    refuses(
-        model,
-        lambda m: pl.load(m, file),
-        pl.CheckpointError,
-        f"{file} belongs to another model: 'fc2.weight' has shape [3, 4] there and [6, 4] here",
-    )
-
-
-def test_load_refuses_a_lazy_model(file: Path) -> None:
-    """A file is not loaded into a model some of whose tensors have no shape yet."""
+def with_lazy_head() -> nn.Module:
     model = Net()
     model.head = nn.LazyLinear(3)
-    refuses(
-        model,
-        lambda m: pl.load(m, file),
+    return model
+
+
+def with_rank_3() -> nn.Module:
+    model = plain()
+    pl.attach(model, LoRA(rank=3), name="digits")
+    return model
+
+
+# A model, the name to load under, and the error of loading a good file into it.
+MODELS: dict[str, tuple[Callable[[], nn.Module], str | None, type[Exception], str]] = {
+    "a lazy layer": (
+        with_lazy_head,
+        None,
         pl.TargetError,
         "'head.weight' is lazy and has no shape yet; run one batch through the model first, and "
         "attach then",
-    )
-
-
-def test_load_refuses_other_sites_under_the_same_name(file: Path) -> None:
-    """An adapter is refreshed from a file of the same sites, kinds and ranks only."""
-    refuses(
-        attached(),
-        lambda m: pl.load(m, file, name="letters"),
+    ),
+    "other sites under the same name": (
+        attached,
+        "letters",
         pl.AdapterNameError,
-        f"an adapter 'letters' is attached already, with other sites, kinds or ranks than {file} "
+        "an adapter 'letters' is attached already, with other sites, kinds or ranks than {path} "
         "has (fc1.weight, fc2.weight); give name=, or detach it first",
-    )
-
-
-def test_load_refuses_another_rank_under_the_same_name(file: Path) -> None:
-    """An adapter is not refreshed from a file of another rank."""
-    model = plain()
-    pl.attach(model, LoRA(rank=3), name="digits")
-    refuses(
-        model,
-        lambda m: pl.load(m, file),
+    ),
+    "another rank under the same name": (
+        with_rank_3,
+        None,
         pl.AdapterNameError,
-        f"an adapter 'digits' is attached already, with other sites, kinds or ranks than {file} "
+        "an adapter 'digits' is attached already, with other sites, kinds or ranks than {path} "
         "has (fc1.weight, fc2.weight); give name=, or detach it first",
-    )
-
-
-def test_load_refuses_what_is_merged(file: Path) -> None:
-    """A merged adapter is not refreshed from a file."""
-    refuses(
-        half_merged(),
-        lambda m: pl.load(m, file),
+    ),
+    "a merged adapter": (
+        half_merged,
+        None,
         pl.StateError,
         "cannot load adapter 'digits' while it is merged; unmerge first",
-    )
+    ),
+    "an invalid name": (plain, "a.b", pl.AdapterNameError, f"'a.b' {A_NAME}"),
+}
 
 
-def test_load_refuses_a_bad_name(file: Path) -> None:
-    """A file is not loaded under a name that no adapter can have."""
-    refuses(plain(), lambda m: pl.load(m, file, name="a.b"), pl.AdapterNameError, f"'a.b' {A_NAME}")
+@pytest.mark.parametrize(("make", "name", "error", "message"), MODELS.values(), ids=MODELS.keys())
+def test_model_or_name_that_does_not_fit(
+    file: Path,
+    make: Callable[[], nn.Module],
+    name: str | None,
+    error: type[Exception],
+    message: str,
+) -> None:
+    """A good file raises if the model or the adapter of that name cannot take it."""
+    refuses(make(), lambda m: pl.load(m, file, name=name), error, message.format(path=file))
 
 
-def test_save_refuses(tmp_path: Path) -> None:
-    """Saving into a folder that is not there, onto a folder or of no JSON writes nothing."""
+def test_save_errors(tmp_path: Path) -> None:
+    """Saving to an impossible path, or a spec that JSON cannot hold, writes nothing."""
     nowhere = tmp_path / "no" / "digits.safetensors"
     refuses(
         attached(),
@@ -300,8 +282,8 @@ def test_save_refuses(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_refused_call_can_be_corrected(file: Path) -> None:
-    """After a refusal the right call works as if nothing had been."""
+def test_correct_call_after_errors(file: Path) -> None:
+    """After refused calls the correct call works as on a fresh model."""
     model, other = plain(), plain()
     for call in (
         lambda: pl.attach(model, LoRA(2), "fc*"),

@@ -1,4 +1,4 @@
-"""torch's state dict of an adapted model, and `base_state_dict`."""
+"""State dicts: torch's own, those of adapters, and those of the base."""
 
 import copy
 import io
@@ -11,19 +11,18 @@ from torch import nn
 import paramlora as pl
 from tests.support.helpers import Row, refuses
 from tests.support.mixed import assert_bits, attach_two, mixed, small
-from tests.support.models import attached, half_merged
+from tests.support.models import Tied, attached, half_merged
 from tests.support.reference import shake
-from tests.support.reference_model import Net
 
 
-def shake_all(model: nn.Module) -> None:
+def add_one(model: nn.Module) -> None:
     """Add 1 to all parameters."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
 
 
-def test_base_state_dict_keeps_the_keys() -> None:
+def test_base_state_dict() -> None:
     """`base_state_dict` returns the keys from before attaching and loads into a plain model."""
     model, x = mixed()
     plain = copy.deepcopy(model)
@@ -34,30 +33,30 @@ def test_base_state_dict_keeps_the_keys() -> None:
     with pl.merged(model):
         assert_bits(dict(pl.base_state_dict(model)), dict(plain.state_dict()))
     other, _ = mixed()
-    shake_all(other)
+    add_one(other)
     other.load_state_dict(pl.base_state_dict(model))
     assert_bits(other.eval()(x), plain.eval()(x))
 
 
-def test_state_dict_round_trip() -> None:
+def test_state_dict_of_torch() -> None:
     """The model's own state dict, saved and loaded with torch, restores base and factors."""
     model, x = small(), torch.randn(4, 6)
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     buffer.seek(0)
     fresh = small()
-    shake_all(fresh)
+    add_one(fresh)
     fresh.load_state_dict(torch.load(buffer, weights_only=True))
     assert_bits(fresh(x), model(x))
 
 
 def factors(model: nn.Module, **changed: Any) -> dict[str, Any]:
-    """Return the state of "digits" with some entries changed, those that are None left out."""
+    """Return the state of "digits" with some entries changed, and those that are None left out."""
     return edited(pl.state_dict(model, "digits"), changed)
 
 
 def base(model: nn.Module, **changed: Any) -> dict[str, Any]:
-    """Return the base's state with some entries changed, those that are None left out."""
+    """Return the state of the base with some entries changed, and those that are None left out."""
     return edited(pl.base_state_dict(model), changed)
 
 
@@ -122,14 +121,14 @@ STATES: dict[str, Row] = {
 
 
 @pytest.mark.parametrize("row", STATES.values(), ids=STATES.keys())
-def test_a_state_is_refused(row: Row) -> None:
-    """A bad call on attached adapters says what is wrong and what to do, and changes nothing."""
+def test_state_that_does_not_fit(row: Row) -> None:
+    """A state with missing, unexpected or wrong entries raises, and all of them are listed."""
     make, call, error, message = row
     refuses(make(), call, error, message)
 
 
-def test_loading_a_base_under_what_is_merged() -> None:
-    """A base is not loaded under a merged adapter, whose original bits are those of the old one."""
+def test_base_of_a_merged_adapter() -> None:
+    """Loading a base raises while an adapter is merged: unmerging would restore the old one."""
     refuses(
         half_merged(),
         lambda m: pl.load_base_state_dict(m, pl.base_state_dict(m)),
@@ -138,12 +137,12 @@ def test_loading_a_base_under_what_is_merged() -> None:
     )
 
 
-def test_factors_come_in_one_order() -> None:
-    """`state_dict` and `parameters` give factors in one order, with tied weights too."""
-    model = Net(["linear"], tied=True)
-    pl.attach(model, pl.LoRA(rank=1), ["head", "layers.0"])
+def test_order_of_factors() -> None:
+    """`state_dict` and `parameters` return factors in the same order, with tied weights too."""
+    tied = Tied()
+    # The head comes last, but its tensor has the path of the embedding, which comes first.
+    model = nn.ModuleDict({"emb": tied.emb, "fc": nn.Linear(4, 3), "head": tied.head})
+    pl.attach(model, pl.LoRA(rank=1), ["head", "fc"])
     state, parameters = pl.state_dict(model), pl.parameters(model)
-    assert list(state) == [
-        f"{path}.{key}" for path in ("emb.weight", "layers.0.weight") for key in "AB"
-    ]
+    assert list(state) == [f"{path}.{key}" for path in ("emb.weight", "fc.weight") for key in "AB"]
     assert [t.data_ptr() for t in state.values()] == [p.data_ptr() for p in parameters]
