@@ -1,4 +1,4 @@
-"""DoRA is PEFT's to rounding, exact where it starts, and keeps the layer's fast forward."""
+"""DoRA: equal to PEFT's, exact at the start, and without W' in the layer's forward."""
 
 import copy
 from typing import Any
@@ -13,18 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import paramlora as pl
 from tests.support.helpers import keeping
-
-
-class Model(nn.Module):
-    """One adapted layer, named so that both libraries can mean it, and its inputs."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
+from tests.support.models import Wrapped
 
 HOSTS: dict[str, tuple[Any, Any, pl.DoRA]] = {
     "linear": (lambda: nn.Linear(7, 5), lambda: torch.randn(4, 7), pl.DoRA(rank=3, alpha=2)),
@@ -49,8 +38,8 @@ HOSTS: dict[str, tuple[Any, Any, pl.DoRA]] = {
 }
 
 
-def theirs_of(layer: nn.Module) -> Any:
-    """Return a model with PEFT's DoRA, in float64, none of its factors zero."""
+def with_peft_dora(layer: nn.Module) -> Any:
+    """Return a model with PEFT's DoRA, in float64, with all factors random."""
     fan_in_fan_out = isinstance(layer, Conv1D)
     config = peft.LoraConfig(
         r=3,
@@ -59,7 +48,7 @@ def theirs_of(layer: nn.Module) -> Any:
         use_dora=True,
         fan_in_fan_out=fan_in_fan_out,
     )
-    model = peft.get_peft_model(Model(layer), config).double()
+    model = peft.get_peft_model(Wrapped(layer), config).double()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -67,7 +56,7 @@ def theirs_of(layer: nn.Module) -> Any:
     return model
 
 
-def split(theirs: nn.Module) -> dict[str, Any]:
+def peft_factors(theirs: nn.Module) -> dict[str, Any]:
     """Return PEFT's trained tensors by the names of our factors."""
     found = {}
     for key, parameter in theirs.named_parameters():
@@ -80,7 +69,7 @@ def split(theirs: nn.Module) -> dict[str, Any]:
 def as_ours(found: dict[str, Any], transposed: bool) -> dict[str, Tensor]:
     """Return PEFT's tensors, or their gradients, in the shapes of our factors."""
     A, B, d = found["A"].flatten(1), found["B"].flatten(1), found["d"].flatten()
-    # Where the outputs lie along the weight's dimension 1, PEFT's factors are of its transpose.
+    # If dimension 1 of the weight is that of the outputs, PEFT's factors are of its transpose.
     return {"A": B.T, "B": A.T, "d": d} if transposed else {"A": A, "B": B, "d": d}
 
 
@@ -90,16 +79,16 @@ def norms(W: Tensor, dim: int) -> Tensor:
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_equal_to_peft(host: str) -> None:
-    """Given PEFT's factors, outputs, all gradients and the merged weight are PEFT's."""
+    """With PEFT's factors, outputs, gradients and the merged weight equal PEFT's."""
     make, inputs, spec = HOSTS[host]
     torch.manual_seed(0)
     layer = make().double()
     W = layer.weight.detach().clone()
-    ours: Any = Model(copy.deepcopy(layer))
-    theirs = theirs_of(layer)
+    ours: Any = Wrapped(copy.deepcopy(layer))
+    theirs = with_peft_dora(layer)
     pl.attach(ours, spec, "layer")
-    found = split(theirs)
-    state = as_ours({key: tensor.detach() for key, tensor in found.items()}, spec.dim == 1)
+    theirs_by_name = peft_factors(theirs)
+    state = as_ours({key: tensor.detach() for key, tensor in theirs_by_name.items()}, spec.dim == 1)
     state["d"] = state["d"] - norms(W, spec.dim)
     pl.load_state_dict(ours, {f"layer.weight.{key}": value for key, value in state.items()})
     x = inputs()
@@ -108,7 +97,7 @@ def test_equal_to_peft(host: str) -> None:
     assert_close(found_y, expected_y, rtol=1e-10, atol=1e-10)
     found_y.square().sum().backward()
     expected_y.square().sum().backward()
-    gradients = as_ours({key: tensor.grad for key, tensor in found.items()}, spec.dim == 1)
+    gradients = as_ours({key: tensor.grad for key, tensor in theirs_by_name.items()}, spec.dim == 1)
     actual = zip(pl.state_dict(ours), pl.parameters(ours), strict=True)
     assert_close(
         {key.rpartition(".")[2]: parameter.grad for key, parameter in actual},
@@ -124,10 +113,11 @@ def test_equal_to_peft(host: str) -> None:
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("exact", [False, True])
-def test_start_and_strength_zero_are_the_base_bit_for_bit(
-    dim: int, dtype: torch.dtype, exact: bool
-) -> None:
-    """At the start, and at strength 0 whatever was learned, W' is W: any strides, zero rows too."""
+def test_base_at_the_start_and_at_strength_zero(dim: int, dtype: torch.dtype, exact: bool) -> None:
+    """At the start, and at strength 0 after training, W' is bit-for-bit W.
+
+    This holds for any strides, and for weights with rows or columns of zeros.
+    """
     spec = pl.DoRA(rank=4, dim=dim, exact_gradient=exact)
     for seed in range(3):
         torch.manual_seed(seed)
@@ -144,7 +134,7 @@ def test_start_and_strength_zero_are_the_base_bit_for_bit(
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_zero_rows_give_no_nan(exact: bool) -> None:
+def test_zero_rows(exact: bool) -> None:
     """A row of zeros, which has no direction, stays zero at first and gets finite gradients."""
     layer = nn.Linear(4, 5)
     layer.weight.data[2] = 0
@@ -155,8 +145,8 @@ def test_zero_rows_give_no_nan(exact: bool) -> None:
     assert not layer.weight[2].any()
 
 
-def test_exact_gradient_is_that_of_finite_differences() -> None:
-    """With exact_gradient the gradients are those of W' itself; without, the norms are constant."""
+def test_exact_gradient() -> None:
+    """With exact_gradient, gradients equal finite differences; without it, norms are constants."""
     torch.manual_seed(0)
     W = torch.randn(4, 5, dtype=torch.float64)
     factors = pl.DoRA(rank=2).create(W)
@@ -167,14 +157,14 @@ def test_exact_gradient_is_that_of_finite_differences() -> None:
         return spec.apply(W, dict(zip(factors, values, strict=True)), 0.7)
 
     assert torch.autograd.gradcheck(call, inputs)
-    # From B = 0, where W' is W, too.
+    # Also at B = 0, where W' is W.
     start = [inputs[0], torch.zeros_like(inputs[1]).requires_grad_(), inputs[2]]
     assert torch.autograd.gradcheck(call, start)
-    one, other = (
-        torch.autograd.grad(call(*inputs, exact=exact).sum(), inputs) for exact in (True, False)
+    exact, constant = (
+        torch.autograd.grad(call(*inputs, exact=flag).sum(), inputs) for flag in (True, False)
     )
-    assert_close(one[2], other[2])
-    assert not torch.allclose(one[1], other[1], rtol=0.1)
+    assert_close(exact[2], constant[2])
+    assert not torch.allclose(exact[1], constant[1], rtol=0.1)
 
 
 @pytest.mark.parametrize(("layer", "x"), [
@@ -182,10 +172,10 @@ def test_exact_gradient_is_that_of_finite_differences() -> None:
     (nn.Embedding(64, 48), torch.randint(64, (8,))),
 ])  # fmt: skip
 @pytest.mark.parametrize("dim", [0, 1])
-def test_fast_forward_builds_no_weight(
+def test_forward_does_not_build_the_weight(
     layer: Any, x: Tensor, dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Linear and an Embedding do without W': their forward never calls `apply`."""
+    """The forward of a Linear and of an Embedding never calls `apply`, which builds W'."""
     layer = copy.deepcopy(layer)
     pl.attach(layer, pl.DoRA(rank=2, dim=dim), "weight")
     for parameter in pl.parameters(layer):
@@ -199,40 +189,22 @@ def test_fast_forward_builds_no_weight(
     assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
-        ({"alpha": float("nan")}, "alpha must be a finite number or None, got nan"),
-        ({"init": "kaimin"}, "init must be one of .* or a callable, got 'kaimin'"),
-        ({"dim": 2}, "dim must be 0 or 1, got 2"),
-        ({"dim": True}, "dim must be 0 or 1, got True"),
-    ],
-)
-def test_what_is_no_setting(options: dict[str, Any], message: str) -> None:
-    """Settings that make no sense are refused when they are written down."""
-    with pytest.raises(ValueError, match=message):
-        pl.DoRA(**options)
-    with pytest.raises(pl.TargetError, match="needs two dimensions, it has 1"):
-        pl.attach(nn.Linear(3, 2), pl.DoRA(), "bias")
-
-
-def test_kept_for_the_backward() -> None:
-    """W' keeps W itself, the factors and a few numbers a row for its backward: no second matrix."""
+def test_saved_for_the_backward() -> None:
+    """Building W' saves W, the factors and a few numbers a row, but no second matrix."""
     W = torch.randn(64, 48)
     spec = pl.DoRA(rank=2)
     factors = {key: torch.randn_like(f).requires_grad_() for key, f in spec.create(W).items()}
-    with keeping() as kept:
+    with keeping() as saved:
         spec.apply(W, factors)
     known = {tensor.untyped_storage().data_ptr() for tensor in (W, *factors.values())}
-    others = {t.untyped_storage().data_ptr(): t.numel() for t in kept} | dict.fromkeys(known, 0)
-    # B times its row's factor, and some vectors of the rows.
-    assert sum(others.values()) <= 64 * 2 + 10 * 64
+    sizes = {t.untyped_storage().data_ptr(): t.numel() for t in saved} | dict.fromkeys(known, 0)
+    # B scaled by row, and some vectors with a number a row.
+    assert sum(sizes.values()) <= 64 * 2 + 10 * 64
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_under_transforms(dim: int) -> None:
-    """torch.func, checkpointing and a compiled graph give what autograd gives."""
+def test_transforms(dim: int) -> None:
+    """Under torch.func, checkpointing and torch.compile, gradients equal those of autograd."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
     pl.attach(model, pl.DoRA(rank=2, dim=dim))

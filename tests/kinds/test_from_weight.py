@@ -1,4 +1,4 @@
-"""PiSSA and OLoRA start from the weight as PEFT does, and leave the stored weight as it is."""
+"""PiSSA and OLoRA: the start is that of PEFT, and the stored weight keeps its bits."""
 
 import copy
 import re
@@ -26,8 +26,8 @@ class Net(nn.Module):
         return self.fc2(self.fc1(x).tanh())
 
 
-def pair(init: str) -> tuple[Any, Any, Any]:
-    """Return a base, the same with our adapter, and with PEFT's."""
+def models(init: str) -> tuple[Any, Any, Any]:
+    """Return a base, a copy with our adapter, and a copy with PEFT's."""
     torch.manual_seed(0)
     base = Net()
     ours, theirs = copy.deepcopy(base), copy.deepcopy(base)
@@ -39,9 +39,9 @@ def pair(init: str) -> tuple[Any, Any, Any]:
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_factors_are_those_of_peft(init: str) -> None:
-    """The starting factors are PEFT's, each of the r directions up to its sign."""
-    _, ours, theirs = pair(init)
+def test_factors_equal_peft(init: str) -> None:
+    """The starting factors equal PEFT's, up to the sign of each of the r directions."""
+    _, ours, theirs = models(init)
     state = pl.state_dict(ours)
     for name in ("fc1", "fc2"):
         layer = theirs.get_submodule(f"base_model.model.{name}")
@@ -53,8 +53,8 @@ def test_factors_are_those_of_peft(init: str) -> None:
 
 @pytest.mark.parametrize("init", INITS)
 def test_trains_as_peft_does(init: str) -> None:
-    """Ten steps of Adam on the same data give the function that they give in PEFT."""
-    base, ours, theirs = pair(init)
+    """Ten steps of Adam on the same data give the same function as in PEFT."""
+    base, ours, theirs = models(init)
     x, y = torch.randn(32, 12), torch.randn(32, 5)
     for model in (ours, theirs):
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -64,14 +64,14 @@ def test_trains_as_peft_does(init: str) -> None:
             (model(x) - y).square().mean().backward()
             optimizer.step()
     assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-5)
-    # And something was learned that these bounds can tell from the base.
+    # Training has moved the outputs by more than these bounds.
     assert float((ours(x) - base(x)).detach().abs().mean()) > 0.05
 
 
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_stored_weight_keeps_its_bits(init: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """At the start, moved, switched off and saved, all stands on the original base, bit for bit."""
+def test_stored_weight_keeps_its_bits(init: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The stored weight keeps the bits of the base: at the start, trained, off and saved."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 9), nn.Conv1d(1, 4, 3), nn.Flatten()).to(dtype)
     model: Any = copy.deepcopy(base)
@@ -96,9 +96,8 @@ def test_the_stored_weight_keeps_its_bits(init: str, dtype: torch.dtype, tmp_pat
         assert torch.linalg.matrix_rank(update, rtol=1e-9) == 4
 
 
-def test_constants_are_no_parameters() -> None:
-    """What starts as a constant stays one: never trained, counted, frozen or unfrozen; but moved,
-    saved and loaded."""
+def test_constants_are_not_trained() -> None:
+    """The constants A0 and B0 are saved, loaded and cast, but never trained or counted."""
     model = nn.Linear(6, 5)
     found = pl.attach(model, pl.LoRA(rank=2, init="pissa"), "weight")
     assert found.trainable == found.sites[0].parameters == 2 * (6 + 5)
@@ -117,11 +116,9 @@ def test_constants_are_no_parameters() -> None:
     assert all(tensor.dtype == torch.float64 for tensor in pl.state_dict(model).values())
 
 
-def test_what_has_no_such_start() -> None:
-    """A rank that the matrix does not have, and a scale without a root, are refused."""
+def test_rank_above_the_matrix() -> None:
+    """A rank above the smaller side of the matrix raises TargetError."""
     model = nn.Sequential(nn.Linear(6, 2))
     message = "cannot adapt '0.weight' with LoRA: init='olora' needs a rank of at most 2"
     with pytest.raises(pl.TargetError, match=re.escape(message)):
         pl.attach(model, pl.LoRA(rank=3, init="olora"))
-    with pytest.raises(ValueError, match="init='pissa' needs an alpha above 0, got -1"):
-        pl.LoRA(rank=3, alpha=-1, init="pissa")

@@ -1,4 +1,4 @@
-"""How factors start: their distributions, their scale, and where the random numbers come from."""
+"""How factors start: distributions, scale, dtype, and the random numbers used."""
 
 import math
 
@@ -22,8 +22,8 @@ def factors(
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_b_is_zero_and_shapes_are_those_of_the_formula(init: str) -> None:
-    """Whatever the init, A is (r, in), B is (out, r), and B is zero."""
+def test_shapes(init: str) -> None:
+    """With every init A is (r, in), B is (out, r), and B is zero."""
     found = factors(pl.LoRA(rank=RANK, init=init), (OUT, 8, 5, 10))
     assert found["A"].shape == (RANK, 400)
     assert found["B"].shape == (OUT, RANK)
@@ -32,17 +32,17 @@ def test_b_is_zero_and_shapes_are_those_of_the_formula(init: str) -> None:
 
 
 def test_kaiming() -> None:
-    """Kaiming with a = √5 is uniform on ±1/√in: bounds, mean, deviation, all its deciles."""
+    """Kaiming with a = √5 is uniform on ±1/√in."""
     A, bound = factors(pl.LoRA(rank=RANK))["A"], IN**-0.5
     assert float(A.abs().max()) <= bound
-    # n values: the largest is above 1 − 20/n of the bound but for a chance of e⁻²⁰.
+    # The largest of n values exceeds (1 − 20/n)·bound with probability 1 − e⁻²⁰.
     assert float(A.abs().max()) >= bound * (1 - 20 / COUNT)
     assert_uniform((A / bound + 1) / 2)
 
 
 @pytest.mark.parametrize(("init", "std"), [("gaussian", 1.0), ("gaussian/sqrt_r", RANK**-0.5)])
 def test_gaussian(init: str, std: float) -> None:
-    """A Gaussian init has mean 0 and deviation 1, or 1/√r, and the deciles of a Gaussian."""
+    """A Gaussian init has mean 0, deviation 1 or 1/√r, and the deciles of a Gaussian."""
     A = factors(pl.LoRA(rank=RANK, init=init))["A"]
     # Five standard errors of a mean and of a deviation.
     assert abs(float(A.mean())) <= 5 * std / math.sqrt(COUNT)
@@ -51,9 +51,9 @@ def test_gaussian(init: str, std: float) -> None:
 
 
 def assert_uniform(values: Tensor) -> None:
-    """Assert that values are uniform on [0, 1] and that no two rows are alike.
+    """Assert that values are uniform on [0, 1] and that rows do not correlate.
 
-    Each tenth holds n/10 of them to five standard errors, √(0.09 n), and rows do not correlate.
+    Each tenth holds n/10 of them to five standard errors, √(0.09 n).
     """
     tenths = torch.histc(values, 10, 0, 1)
     assert float((tenths - COUNT / 10).abs().max()) <= 5 * math.sqrt(0.09 * COUNT)
@@ -68,14 +68,14 @@ def test_orthogonal(rank: int) -> None:
     assert_close(A @ A.T, torch.eye(rank), rtol=0, atol=1e-5)
 
 
-def test_orthogonal_above_the_dimension() -> None:
-    """Where the rank is above the input's size, A has orthonormal columns in place of rows."""
+def test_orthogonal_with_a_large_rank() -> None:
+    """If the rank exceeds the input size, A has orthonormal columns."""
     A = factors(pl.LoRA(rank=9, init="orthogonal"), (OUT, 4))["A"]
     assert_close(A.T @ A, torch.eye(4), rtol=0, atol=1e-5)
 
 
 def test_callable() -> None:
-    """A callable fills A, (r, in), in place, without a gradient being recorded."""
+    """A callable init fills A, (r, in), in place, and no gradient is recorded."""
     shapes = []
 
     def init(A: Tensor) -> None:
@@ -91,8 +91,8 @@ def test_callable() -> None:
     assert abs(float(found["A"].std()) - std) <= 5 * std / math.sqrt(2 * COUNT)
 
 
-def test_delta_is_zero() -> None:
-    """A Delta starts at zero in the tensor's shape."""
+def test_delta() -> None:
+    """A Delta starts as zeros in the shape of the tensor."""
     assert_close(factors(pl.Delta(), (3, 2))["D"], torch.zeros(3, 2))
 
 
@@ -108,7 +108,7 @@ def test_delta_is_zero() -> None:
     ],
 )
 def test_scaling(spec: pl.LoRA, scaling: float) -> None:
-    """The scale is alpha/r, or alpha/√r where rank-stabilized; no alpha means the rank."""
+    """The scale is alpha/r, or alpha/√r if rank-stabilized; alpha=None means the rank."""
     assert spec.scaling == scaling
     A, B = torch.randn(spec.rank, 3).double(), torch.randn(5, spec.rank).double()
     found = spec.apply(torch.zeros(5, 3).double(), {"A": A, "B": B}, 2.0)
@@ -126,7 +126,7 @@ def test_scaling(spec: pl.LoRA, scaling: float) -> None:
 )
 @pytest.mark.parametrize("spec", [*(pl.LoRA(rank=2, init=init) for init in INITS), pl.Delta()])
 def test_dtype(spec: pl.kinds.Spec, dtype: torch.dtype, expected: torch.dtype) -> None:
-    """Factors have the tensor's dtype, but float32 for a half-precision one; they are trained."""
+    """Factors have the dtype of the tensor, but float32 for half precision, and are trained."""
     model = nn.Linear(6, 4, dtype=dtype)
     pl.attach(model, spec)
     assert all(p.dtype == expected and p.requires_grad for p in pl.parameters(model))
@@ -137,8 +137,8 @@ def host() -> nn.Module:
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_generator_leaves_the_global_stream(init: str) -> None:
-    """With a generator, attaching draws from it alone: the global stream stays where it was."""
+def test_generator(init: str) -> None:
+    """With a generator, attaching does not advance the global generator."""
     model = host()
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -150,8 +150,8 @@ def test_generator_leaves_the_global_stream(init: str) -> None:
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_same_seed_same_factors(init: str) -> None:
-    """A seed decides the factors, in a generator or the global stream; no two sites are alike."""
+def test_seed(init: str) -> None:
+    """Equal seeds give equal factors, and factors of two sites differ."""
 
     def attached(seed: int | None) -> dict[str, Tensor]:
         model = host()
@@ -160,20 +160,10 @@ def test_same_seed_same_factors(init: str) -> None:
         pl.attach(model, pl.LoRA(rank=2, init=init), generator=generator)
         return pl.state_dict(model)
 
-    one = attached(2)
-    assert_close(attached(2), one, rtol=0, atol=0)
-    assert_close(attached(None), one, rtol=0, atol=0)
-    same_shape = [key for key, A in one.items() if key.endswith(".A") and A.shape == (2, 8)]
-    assert not torch.equal(one[same_shape[0]], one[same_shape[1]])
+    first = attached(2)
+    assert_close(attached(2), first, rtol=0, atol=0)
+    assert_close(attached(None), first, rtol=0, atol=0)
+    same_shape = [key for key, A in first.items() if key.endswith(".A") and A.shape == (2, 8)]
+    assert not torch.equal(first[same_shape[0]], first[same_shape[1]])
     other = attached(3)
-    assert all(not torch.equal(other[key], A) for key, A in one.items() if key.endswith(".A"))
-
-
-def test_the_meta_device_draws_nothing() -> None:
-    """On the meta device factors have shapes and no numbers, and no stream advances."""
-    with torch.device("meta"):
-        model = host()
-    before = torch.get_rng_state()
-    pl.attach(model, pl.LoRA(rank=2))
-    assert all(parameter.is_meta for parameter in pl.parameters(model))
-    assert_close(torch.get_rng_state(), before)
+    assert all(not torch.equal(other[key], A) for key, A in first.items() if key.endswith(".A"))

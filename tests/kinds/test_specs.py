@@ -1,10 +1,86 @@
-"""Specs refuse unknown settings and settings of the wrong type."""
+"""Settings of specs: which are accepted, and the error of each one that is not."""
 
+import math
 from collections.abc import Callable
 
 import pytest
 
 import paramlora as pl
+from paramlora import IA3, DoRA, LoHa, LoKr, LoRA
+from tests.support.helpers import pattern
+
+RANK = "rank must be a whole number of at least 1, got "
+ALPHA = "alpha must be a finite number or None, got "
+BATCH_DIMS = "batch_dims must be a whole number of at least 0, got "
+# What makes a spec, and the message of the ValueError that this raises.
+INVALID: dict[str, tuple[Callable[[], pl.kinds.Spec], str]] = {
+    "rank 0": (lambda: LoRA(rank=0), RANK + "0"),
+    "negative rank": (lambda: LoRA(rank=-4), RANK + "-4"),
+    "boolean rank": (lambda: LoRA(rank=True), RANK + "True"),
+    "fractional rank": (lambda: LoRA(rank=2.5), RANK + "2.5"),  # type: ignore[arg-type]
+    "infinite alpha": (lambda: LoRA(alpha=math.inf), ALPHA + "inf"),
+    "alpha NaN": (lambda: LoRA(alpha=math.nan), ALPHA + "nan"),
+    "boolean alpha": (lambda: LoRA(alpha=True), ALPHA + "True"),
+    "alpha a string": (lambda: LoRA(alpha="8"), ALPHA + "'8'"),  # type: ignore[arg-type]
+    "unknown init": (
+        lambda: LoRA(init="xavier"),
+        "init must be one of 'kaiming', 'gaussian', 'gaussian/sqrt_r', 'orthogonal'[...] or a "
+        "callable, got 'xavier'",
+    ),
+    "negative alpha for pissa": (
+        lambda: LoRA(rank=3, alpha=-1, init="pissa"),
+        "init='pissa' needs an alpha above 0, got -1",
+    ),
+    # The string "no" would count as true.
+    "rank_stabilized a string": (
+        lambda: LoRA(4, rank_stabilized="no"),  # type: ignore[arg-type]
+        "rank_stabilized must be True or False, got 'no'",
+    ),
+    "transposed a number": (
+        lambda: LoRA(2, transposed=1),  # type: ignore[arg-type]
+        "transposed must be True or False, got 1",
+    ),
+    "negative batch_dims": (lambda: LoRA(2, batch_dims=-1), BATCH_DIMS + "-1"),
+    "boolean batch_dims": (lambda: LoRA(2, batch_dims=True), BATCH_DIMS + "True"),
+    "batch_dims a float": (
+        lambda: LoRA(2, batch_dims=1.0),  # type: ignore[arg-type]
+        BATCH_DIMS + "1.0",
+    ),
+    "DoRA, rank 0": (lambda: DoRA(rank=0), RANK + "0"),
+    "DoRA, alpha NaN": (lambda: DoRA(alpha=math.nan), ALPHA + "nan"),
+    "DoRA, unknown init": (
+        lambda: DoRA(init="kaimin"),
+        "init must be one of [...] or a callable, got 'kaimin'",
+    ),
+    "DoRA, dim 2": (lambda: DoRA(dim=2), "dim must be 0 or 1, got 2"),
+    "DoRA, boolean dim": (lambda: DoRA(dim=True), "dim must be 0 or 1, got True"),
+    "DoRA, exact_gradient a string": (
+        lambda: DoRA(2, exact_gradient="no"),  # type: ignore[arg-type]
+        "exact_gradient must be True or False, got 'no'",
+    ),
+    "LoHa, rank 0": (lambda: LoHa(rank=0), RANK + "0"),
+    "LoKr, negative rank": (lambda: LoKr(rank=-1), RANK + "-1"),
+    "LoKr, alpha without a rank": (
+        lambda: LoKr(rank=None, alpha=2),
+        "[...]so rank=None allows no alpha; got 2",
+    ),
+    "LoKr, factor 0": (
+        lambda: LoKr(factor=0),
+        "factor must be a whole number of at least 1, or -1, got 0",
+    ),
+    "LoKr, decompose_both a number": (
+        lambda: LoKr(2, decompose_both=1),  # type: ignore[arg-type]
+        "decompose_both must be True or False, got 1",
+    ),
+    "IA3, negative dim": (lambda: IA3(dim=-1), "dim must be 0 or 1, got -1"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), INVALID.values(), ids=INVALID.keys())
+def test_invalid_settings(make: Callable[[], pl.kinds.Spec], message: str) -> None:
+    """An invalid setting raises ValueError when the spec is made."""
+    with pytest.raises(ValueError, match=pattern(message)):
+        make()
 
 
 def test_dropout_is_not_a_setting() -> None:
@@ -15,15 +91,8 @@ def test_dropout_is_not_a_setting() -> None:
             make(dropout=0.1)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: pl.LoRA(4, rank_stabilized="no"),  # type: ignore[arg-type]
-        lambda: pl.DoRA(2, exact_gradient="no"),  # type: ignore[arg-type]
-        lambda: pl.LoKr(2, decompose_both=1),  # type: ignore[arg-type]
-    ],
-)
-def test_flags_must_be_bools(make: Callable[[], pl.kinds.Spec]) -> None:
-    """A flag that is not a bool raises ValueError: the string "no" would count as true."""
-    with pytest.raises(ValueError, match="must be True or False, got"):
-        make()
+def test_numpy_scalars() -> None:
+    """NumPy scalars are accepted and become Python numbers, which a file can hold."""
+    numpy = pytest.importorskip("numpy")
+    spec = pl.LoRA(numpy.int64(4), numpy.float32(2))
+    assert (type(spec.rank), type(spec.alpha), spec) == (int, float, pl.LoRA(4, 2.0))

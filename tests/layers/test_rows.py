@@ -13,8 +13,8 @@ from torch.testing import assert_close
 import paramlora as pl
 from paramlora.layers import rows as route
 from tests.support.helpers import BOUNDS, error
+from tests.support.models import IDS, one_by_one, with_three_adapters
 from tests.support.reference import shake
-from tests.support.routing import IDS, adapted, one_by_one
 
 
 class Model(nn.Module):
@@ -105,7 +105,7 @@ class TestRows:
         """Outputs, and the gradients of inputs and factors, in training and in inference."""
         torch.manual_seed(0)
         make, target, call, draws = HOSTS[host]
-        model = adapted(Model(make(), call), KINDS[kind], target)
+        model = with_three_adapters(Model(make(), call), KINDS[kind], target)
         inputs = [draw() for draw in draws]
         leaves = [x.requires_grad_() for x in inputs if x.is_floating_point()]
         leaves += pl.parameters(model)

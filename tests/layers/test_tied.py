@@ -16,7 +16,7 @@ from tests.support.helpers import (
     unchanged,
 )
 from tests.support.mixed import assert_bits
-from tests.support.reference import KINDS, Case, Host, shake
+from tests.support.reference import KINDS, Case, Host, loss, shake
 
 
 class Tied(nn.Module):
@@ -104,3 +104,32 @@ class TestTied:
                 assert_bits(model["head"].weight.detach(), adapted)
             with pl.disabled(model):
                 assert_bits(model["embed"](ids).detach(), bits)
+
+
+@pytest.mark.parametrize("side", ["embed", "head", "*"])
+@pytest.mark.parametrize("spec", [pl.LoRA(rank=2, alpha=3), pl.Delta()])
+def test_8_tied_weights_stay_tied(side: str, spec: pl.kinds.Spec) -> None:
+    """An adapter on either side is seen on both, its gradients add up, and the tie outlives it."""
+    torch.default_generator.manual_seed(0)
+    model, ids = Tied().double(), torch.randint(11, (4,))
+    weight, state = model.embed.weight, copy.deepcopy(model.state_dict())
+    with unchanged(model):
+        pl.attach(model, spec, [side] if side != "*" else ["embed", "head"])
+        shake(model)
+        W, bias = weight.detach(), model.head.bias.detach()
+        leaves = [p.detach().clone().requires_grad_() for p in pl.parameters(model)]
+        dense = W + (leaves[0] if len(leaves) == 1 else 1.5 * leaves[1] @ leaves[0])
+        assert_close(model.embed.weight, dense)
+        assert_close(model.head.weight, dense)
+        expected = dense[ids] @ dense.T + bias
+        assert_close(model(ids), expected)
+        actual = torch.autograd.grad(loss([model(ids)]), pl.parameters(model))
+        assert_close(actual, torch.autograd.grad(loss([expected]), leaves))
+        with pl.merged(model):
+            assert model.embed.weight is model.head.weight
+            assert_close(model(ids), expected)
+        with pytest.raises(pl.StateError, match=r"embed\.weight, head\.weight are tied"):
+            pl.detach(model.head)
+        pl.detach(model)
+    assert model.embed.weight is model.head.weight is weight
+    assert_bits(model.state_dict(), state)

@@ -1,7 +1,7 @@
-"""Weighted sums of adapters, beside PEFT's, and the adapter that is closest to a full fine-tune."""
+"""Weighted sums of adapters, compared with PEFT's and with dense updates."""
 
-import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from paramlora import Delta, LoRA, TargetError
-from tests.support.helpers import EXACT, attached, plain, refuses, unchanged
+from tests.support.helpers import EXACT, refuses
+from tests.support.models import Tied, plain
 from tests.support.reference import shake
 
 
 class Net(nn.Module):
-    """Layers of each kind that PEFT can combine, for ids (n, 5)."""
+    """Layers of each type that PEFT can combine; the input is ids (n, 5)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ def net() -> nn.Module:
     return Net().double()
 
 
-# For each adapter its settings in PEFT.
+# The settings of each adapter in PEFT.
 SETTINGS: dict[str, dict[str, Any]] = {
     "a": {"r": 2, "lora_alpha": 3, "target_modules": ["emb", "conv", "fc"]},
     "b": {"r": 2, "lora_alpha": 5, "target_modules": ["emb", "conv", "fc", "head"]},
@@ -56,10 +57,10 @@ SUMS: dict[str, tuple[str, dict[str, float], int | None]] = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("method", "weights", "rank"), SUMS.values(), ids=SUMS.keys())
-def test_sums_are_those_of_peft(
+def test_equal_to_peft(
     method: str, weights: dict[str, float], rank: int | None, tmp_path: Path
 ) -> None:
-    """Each method gives the merged weights that PEFT's add_weighted_adapter gives."""
+    """Each method gives the merged weights of PEFT's `add_weighted_adapter`."""
     peft = pytest.importorskip("peft", reason="the oracle of this test is PEFT")
     model, wrapped = net(), None
     for name, settings in SETTINGS.items():
@@ -86,7 +87,7 @@ def test_sums_are_those_of_peft(
 
 
 def dense(model: nn.Module, weights: dict[str, float]) -> dict[str, Tensor]:
-    """Return the weighted sum of updates, by tensor, from the factors alone."""
+    """Return the weighted sum of the updates by tensor, computed from the factors."""
     total: dict[str, Tensor] = {}
     rows = {(row.adapter, row.site): row for row in pl.summary(model).sites}
     for name, weight in weights.items():
@@ -99,8 +100,8 @@ def dense(model: nn.Module, weights: dict[str, float]) -> dict[str, Tensor]:
     return total
 
 
-def of_two() -> nn.Module:
-    """A model with "a" and "b", of several ranks, strengths and sites, one of them off."""
+def with_two_adapters() -> nn.Module:
+    """Return a model with "a" and "b" of several ranks, strengths and sites, "b" off."""
     model = plain().double()
     pl.attach(model, {"fc1": LoRA(2, 3), "rnn.weight*": LoRA(1), "fc2.bias": Delta()}, name="a")
     pl.attach(model, {"fc?": LoRA(3), "fc?.bias": Delta()}, name="b")
@@ -111,9 +112,9 @@ def of_two() -> nn.Module:
 
 
 @pytest.mark.parametrize("method", ["cat", "svd"])
-def test_a_sum_is_exact(method: str) -> None:
-    """A sum of full rank is that of the updates, strengths included, whatever is on or merged."""
-    model, weights = of_two(), {"a": 0.7, "b": -0.3}
+def test_exact_sum(method: str) -> None:
+    """At full rank the sum equals that of the updates, strengths included, merged or off."""
+    model, weights = with_two_adapters(), {"a": 0.7, "b": -0.3}
     expected = dense(model, weights)
     pl.merge(model, "a")
     rank = 9 if method == "svd" else None
@@ -129,9 +130,9 @@ def test_a_sum_is_exact(method: str) -> None:
             assert_close(weight, plain().double().get_parameter(path) + update, **EXACT)
 
 
-def test_a_sum_is_an_ordinary_adapter(tmp_path: Path) -> None:
-    """It is trained, saved and loaded as any other, and is independent of those it came from."""
-    model = of_two()
+def test_sum_is_independent(tmp_path: Path) -> None:
+    """A sum keeps its values when its parts change or are detached, and can be saved."""
+    model = with_two_adapters()
     pl.combine(model, {"a": 0.7, "b": 0.3}, name="ab")
     before = {key: tensor.clone() for key, tensor in pl.state_dict(model, "ab").items()}
     with torch.no_grad():
@@ -144,19 +145,19 @@ def test_a_sum_is_an_ordinary_adapter(tmp_path: Path) -> None:
     assert_close(pl.state_dict(other, "ab"), before, rtol=0, atol=0)
 
 
-def test_svd_is_the_best_of_its_rank() -> None:
-    """The error of "svd" is the norm of the singular values left out, which none can beat."""
-    model, weights = of_two(), {"a": 1.0, "b": 1.0}
+def test_svd_is_optimal() -> None:
+    """The error of "svd" is the norm of the singular values left out, the least possible."""
+    model, weights = with_two_adapters(), {"a": 1.0, "b": 1.0}
     expected = dense(model, weights)["fc1.weight"]
     for rank in (1, 2, 3):
         pl.combine(model, weights, name=f"r{rank}", method="svd", rank=rank)
         actual = dense(model, {f"r{rank}": 1.0})["fc1.weight"]
-        left = torch.linalg.svdvals(expected)[rank:]
-        assert_close((expected - actual).norm(), left.norm(), **EXACT)
+        left_out = torch.linalg.svdvals(expected)[rank:]
+        assert_close((expected - actual).norm(), left_out.norm(), **EXACT)
 
 
-def test_blocks_are_summed_by_block() -> None:
-    """Blocks are sites of their own in a sum too, and ones that overlap are refused."""
+def test_blocks() -> None:
+    """Blocks are sites of their own in a sum, and overlapping ones raise TargetError."""
     model = plain().double()
     pl.attach(model, {"fc1.weight[:2]": LoRA(1), "fc1.weight[2:]": LoRA(2)}, name="a")
     pl.attach(model, {"fc1.weight[:2]": LoRA(1)}, name="b")
@@ -175,22 +176,22 @@ def test_blocks_are_summed_by_block() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "no weights": (
+    "empty weights": (
         {"weights": {}, "name": "ab"},
         ValueError,
         "no weights: name at least one adapter, such as {'a': 0.7, 'b': 0.3}",
     ),
-    "no number": (
+    "a weight of NaN": (
         {"weights": {"a": math.nan}, "name": "ab"},
         ValueError,
         "the weight of 'a' must be a finite number, got nan",
     ),
-    "no method": (
+    "an unknown method": (
         {"weights": {"a": 1}, "name": "ab", "method": "ties"},
         ValueError,
         "method must be one of cat, linear, svd, got 'ties'",
     ),
-    "no adapter": (
+    "an unknown adapter": (
         {"weights": {"a": 1, "d": 1}, "name": "ab"},
         pl.AdapterNameError,
         "no adapter 'd' here; attached are: 'a', 'b'[...]",
@@ -201,7 +202,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "an adapter 'a' is attached already (there are 'a', 'b'); choose another name=, or detach "
         "it first",
     ),
-    "a rank for all": (
+    "a rank for 'cat'": (
         {"weights": {"a": 1, "b": 1}, "name": "ab", "rank": 3},
         ValueError,
         "rank= is for method='svd' only; 'cat' determines its own rank",
@@ -211,7 +212,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "rank must be a whole number of at least 1, got 0",
     ),
-    "ranks": (
+    "unequal ranks for 'linear'": (
         {"weights": {"a": 1, "b": 1}, "name": "ab", "method": "linear"},
         ValueError,
         "method='linear' needs equal ranks, and those at 'fc1.weight' are 2, 3; use 'cat' or 'svd'",
@@ -220,224 +221,82 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_combined_is_refused(
-    arguments: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    """A sum that cannot be is refused, and changes nothing."""
-    refuses(of_two(), lambda m: pl.combine(m, **arguments), error, message)
-
-
-def test_other_kinds_cannot_be_combined() -> None:
-    """Updates of low rank are summed with their like, and so are Deltas."""
-    model = plain()
-    pl.attach(model, LoRA(2), "fc1", name="a")
-    pl.attach(model, {"fc1": Delta()}, name="b")
-    refuses(
-        model,
-        lambda m: pl.combine(m, {"a": 1, "b": 1}, name="ab"),
-        TargetError,
-        "cannot combine at 'fc1.weight': the adapters there are of kind LoRA, Delta; only low-rank "
-        "updates of one layout can be summed, or Deltas with Deltas",
-    )
-
-
-def fine_tuned(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
-    """Return a model and its base: one update of rank 2, full ones, and an unchanged tensor."""
-    base = plain().to(dtype)
-    model = copy.deepcopy(base)
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    with torch.no_grad():
-        model.get_parameter("fc1.weight").add_(noise(4, 2) @ noise(2, 5))
-        model.get_parameter("emb.weight").add_(noise(7, 5))
-        model.get_parameter("fc2.bias").add_(noise(3))
-        model.get_parameter("gain").add_(1)
-    return model, base
-
-
-def test_extract_finds_the_best_adapter() -> None:
-    """An update of rank 2 is found exactly; of a full one, as much as a rank of 2 can hold."""
-    model, base = fine_tuned()
-    expected = copy.deepcopy(model.state_dict())
-    change = expected["emb.weight"] - base.state_dict()["emb.weight"]
-    with unchanged(model):
-        lost = pl.extract(model, base, rank=2, name="tuned")
-    values = torch.linalg.svdvals(change)
-    assert lost == {
-        "emb.weight": pytest.approx(float(values[2:].norm() / values.norm())),
-        "fc1.weight": pytest.approx(0, abs=1e-14),
-        "fc2.bias": 0.0,
-        "gain": 0.0,
-    }
-    kinds = {row.site: (row.kind, row.rank) for row in pl.summary(base).sites}
-    assert kinds == {
-        "emb.weight": ("LoRA", 2),
-        "fc1.weight": ("LoRA", 2),
-        "fc2.bias": ("Delta", None),
-        "gain": ("Delta", None),
-    }
-    pl.bake(base)
-    actual = base.state_dict()
-    error = (actual.pop("emb.weight") - expected.pop("emb.weight")).norm()
-    assert_close(error, values[2:].norm(), **EXACT)
-    assert_close(dict(actual), dict(expected), **EXACT)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_extract_of_full_rank_gives_the_model(dtype: torch.dtype) -> None:
-    """At a rank that is large enough nothing is lost, and the factors have the size they need."""
-    model, base = fine_tuned(dtype)
-    lost = pl.extract(model, base, rank=64)
-    assert max(lost.values()) < 1e-6
-    assert {row.site: row.rank for row in pl.summary(base).sites}["emb.weight"] == 5
-    pl.bake(base)
-    assert_close(dict(base.state_dict()), dict(model.state_dict()))
-
-
-def test_extract_reports_buffers() -> None:
-    """Statistics that moved in the fine-tune are no part of an adapter, and are named."""
-    base = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    model = copy.deepcopy(base)
-    with torch.no_grad():
-        model.get_parameter("0.weight").add_(1)
-    model(torch.randn(5, 3))
-    lost = pl.extract(model, base, rank=1)
-    assert {path for path, share in lost.items() if share == 1} == {
-        "1.running_mean",
-        "1.running_var",
-        "1.num_batches_tracked",
-    }
-
-
-def test_extract_refuses() -> None:
-    """What is no base and its fine-tune is refused, and nothing has changed."""
-    model, base = fine_tuned()
-    refuses(
-        base,
-        lambda m: pl.extract(attached().double(), m, 2),
-        pl.StateError,
-        "the model to extract from has adapters; bake or detach them first",
-    )
-    refuses(
-        base,
-        lambda m: pl.extract(nn.Linear(3, 3), m, 2),
-        TargetError,
-        "model is not a fine-tune of base: bias, emb.weight, [...] are missing from one of them or "
-        "differ in shape",
-    )
-    refuses(
-        base,
-        lambda m: pl.extract(copy.deepcopy(m), m, 2),
-        TargetError,
-        "the models have the same parameters: there is nothing to extract",
-    )
-    refuses(
-        base,
-        lambda m: pl.extract(model, m, 0),
-        ValueError,
-        "rank must be a whole number of at least 1, got 0",
-    )
-    refuses(
-        attached().double(),
-        lambda m: pl.extract(model, m, 2, name="digits"),
-        pl.AdapterNameError,
-        "an adapter 'digits' is attached already [...]",
-    )
-
-
-def test_extract_of_tied_tensors() -> None:
-    """A tied tensor is extracted once; where the fine-tune untied it, it is refused."""
-
-    class Tied(nn.Module):
-        def __init__(self, tied: bool) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.emb, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
-            self.head.weight = self.emb.weight if tied else nn.Parameter(self.emb.weight.detach())
-
-    model, base = Tied(True).double(), Tied(True).double()
-    with torch.no_grad():
-        model.emb.weight.add_(1)
-    assert list(pl.extract(model, base, 1)) == ["emb.weight"]
-    assert_close(base.head.weight, model.head.weight, **EXACT)
-    untied = Tied(False).double()
-    with torch.no_grad():
-        untied.emb.weight.add_(1)
-    refuses(
-        Tied(True).double(),
-        lambda m: pl.extract(untied, m, 1),
-        TargetError,
-        "'emb.weight' and 'head.weight' are tied in the base but differ in the fine-tune",
-    )
+def test_invalid_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    """Invalid weights, names, methods and ranks raise, and change nothing."""
+    refuses(with_two_adapters(), lambda m: pl.combine(m, **arguments), error, message)
 
 
 class Experts(nn.Module):
-    """A stack of three matrices, and the same ones by themselves."""
+    """A stack of three matrices, and the same matrices as separate parameters."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stack = nn.Parameter(torch.randn(3, 4, 5).double())
-        self.alone = nn.ParameterList(list(self.stack.detach().clone()))
+        self.separate = nn.ParameterList(list(self.stack.detach().clone()))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("method", ["cat", "linear", "svd"])
-def test_stacks_of_matrices_are_summed_each(method: str, transposed: bool) -> None:
-    """A stack's updates are combined matrix by matrix, as if each were a tensor of its own."""
+def test_stacks_of_matrices(method: str, transposed: bool) -> None:
+    """The updates of a stack are combined matrix by matrix, as of separate parameters."""
     model, weights = Experts(), {"a": 0.7, "b": -0.3}
     for name, alpha in (("a", 3.0), ("b", 1.0)):
-        one = LoRA(2, alpha, transposed=transposed)
-        each = LoRA(2, alpha, transposed=transposed, batch_dims=1)
-        pl.attach(model, {"stack": each, "alone.*": one}, name=name)
+        single = LoRA(2, alpha, transposed=transposed)
+        batched = LoRA(2, alpha, transposed=transposed, batch_dims=1)
+        pl.attach(model, {"stack": batched, "separate.*": single}, name=name)
         shake(model, name)
         state = pl.state_dict(model, name)
         for i in range(3):
             for key in "AB":
-                state[f"alone.{i}.{key}"].copy_(state[f"stack.{key}"][i])
+                state[f"separate.{i}.{key}"].copy_(state[f"stack.{key}"][i])
     pl.combine(model, weights, name="ab", method=method)
     with pl.using(model, "ab"), torch.no_grad():
-        assert_close(model.stack, torch.stack(list(model.alone)), **EXACT)
+        assert_close(model.stack, torch.stack(list(model.separate)), **EXACT)
 
 
-def test_other_layouts_of_a_stack_cannot_be_combined() -> None:
-    """One adapter's update lies in a tensor in one way."""
-    model = Experts()
-    pl.attach(model, LoRA(2, batch_dims=1), "stack", name="a")
-    pl.attach(model, LoRA(2, batch_dims=1, transposed=True), "stack", name="b")
-    refuses(
-        model,
-        lambda m: pl.combine(m, {"a": 1.0, "b": 1.0}, name="ab"),
-        TargetError,
-        "cannot combine at 'stack': the adapters there are of kind LoRA; only low-rank [...]",
-    )
+@pytest.mark.parametrize(
+    ("make", "target", "specs", "message"),
+    [
+        (
+            plain,
+            "fc1.weight",
+            (LoRA(2), Delta()),
+            "cannot combine at 'fc1.weight': the adapters there are of kind LoRA, Delta; "
+            "only low-rank updates of one layout can be summed, or Deltas with Deltas",
+        ),
+        # A DoRA is not W plus an update.
+        (
+            plain,
+            "fc1.weight",
+            (pl.DoRA(2), pl.DoRA(2)),
+            "cannot combine at 'fc1.weight': the adapters there are of kind DoRA; only low-rank "
+            "[...]",
+        ),
+        (
+            Experts,
+            "stack",
+            (LoRA(2, batch_dims=1), LoRA(2, batch_dims=1, transposed=True)),
+            "cannot combine at 'stack': the adapters there are of kind LoRA; only low-rank [...]",
+        ),
+    ],
+    ids=["LoRA and Delta", "DoRA", "two layouts"],
+)
+def test_kinds_that_cannot_be_combined(
+    make: Callable[[], nn.Module],
+    target: str,
+    specs: tuple[pl.kinds.Spec, pl.kinds.Spec],
+    message: str,
+) -> None:
+    """Only low-rank updates of one layout, or Deltas, can be summed."""
+    model = make()
+    for name, spec in zip("ab", specs, strict=True):
+        pl.attach(model, spec, target, name=name)
+    refuses(model, lambda m: pl.combine(m, {"a": 1.0, "b": 1.0}, name="ab"), TargetError, message)
 
 
-def test_a_dora_cannot_be_combined() -> None:
-    """A DoRA is no sum of an update and the base, so it has no part in a sum of updates."""
-    model = plain()
-    pl.attach(model, pl.DoRA(2), "fc1", name="a")
-    refuses(
-        model,
-        lambda m: pl.combine(m, {"a": 1.0}, name="ab"),
-        TargetError,
-        "cannot combine at 'fc1.weight': the adapters there are of kind DoRA; only low-rank [...]",
-    )
-
-
-def test_adapters_of_one_tied_tensor_cannot_be_combined() -> None:
+def test_one_side_of_a_tie() -> None:
     """Combining adapters attached to only one of two tied tensors raises StateError."""
-
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding = nn.Embedding(7, 4)
-            self.head = nn.Sequential(nn.Linear(4, 7, bias=False))
-            self.head[0].weight = self.embedding.weight
-
     model = Tied()
-    pl.attach(model.head, pl.LoRA(2), name="a")
+    pl.attach(model.head, pl.LoRA(2), "weight", name="a")
     with pytest.raises(pl.StateError, match="are tied, and adapters were attached to one side"):
         pl.combine(model, {"a": 1.0}, name="c")

@@ -1,4 +1,4 @@
-"""EVA starts A along the inputs' main directions, and changes no output."""
+"""EVA starts A along the main directions of the inputs, and changes no output."""
 
 import re
 from typing import Any
@@ -13,7 +13,7 @@ from tests.support.helpers import refuses
 
 
 class Net(nn.Module):
-    """Two Linears, with what behaves otherwise in training between them."""
+    """Two Linears with layers between them that differ in training mode."""
 
     def __init__(self, *, embed: bool = False) -> None:
         super().__init__()
@@ -42,8 +42,8 @@ def batches(rows: int = 40, count: int = 20, decay: float = 0.7) -> list[Tensor]
 
 
 @pytest.mark.parametrize("spec", [pl.LoRA(rank=4), pl.DoRA(rank=4)])
-def test_directions_are_those_of_a_plain_svd(spec: pl.kinds.Spec) -> None:
-    """A is the first right-singular vectors of all inputs in one matrix, up to their signs."""
+def test_equal_to_svd(spec: pl.kinds.Spec) -> None:
+    """A holds the first right-singular vectors of all inputs in one matrix, up to sign."""
     model, data = net(), batches()
     pl.attach(model, spec, ["fc1", "fc2"])
     found = pl.eva(model, data)
@@ -53,7 +53,7 @@ def test_directions_are_those_of_a_plain_svd(spec: pl.kinds.Spec) -> None:
     for name, inputs in (("fc1", X), ("fc2", hidden.detach())):
         _, S, Vh = torch.linalg.svd(inputs, full_matrices=False)
         A = pl.state_dict(model)[f"{name}.weight.A"]
-        # The pieces lose what is below the twentieth direction: a thousandth of the first.
+        # Each batch keeps twenty directions; the rest are below a thousandth of the first.
         assert_close((A * Vh[:4]).sum(1).abs(), torch.ones(4, dtype=A.dtype), rtol=0, atol=1e-5)
         assert_close(A @ A.T, torch.eye(4, dtype=A.dtype))
         energy = float(S[:4].square().sum() / S.square().sum())
@@ -64,8 +64,8 @@ def base(model: Any) -> tuple[Tensor, Tensor]:
     return model.fc1.parametrizations.weight.original, model.fc1.bias
 
 
-def test_all_directions_kept_is_exact() -> None:
-    """Where as many directions are kept as there are, the pieces lose nothing."""
+def test_exact_with_enough_directions() -> None:
+    """If as many directions are kept as the inputs have, the result is exact."""
     model, data = net(), batches(decay=0.97)
     pl.attach(model, pl.LoRA(rank=4), "fc1")
     pl.eva(model, data, oversampling=36)
@@ -76,7 +76,7 @@ def test_all_directions_kept_is_exact() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_keep_their_bits(dtype: torch.dtype) -> None:
-    """Outputs, statistics, modes, hooks and what is active stay; only A of the named changes."""
+    """Outputs, statistics, modes, hooks and active adapters stay; only the named A changes."""
     model = net(dtype)
     pl.attach(model, pl.LoRA(rank=3), ["fc1", "fc2"], name="one")
     pl.attach(model, pl.LoRA(rank=2), "fc1", name="two")
@@ -84,7 +84,7 @@ def test_outputs_keep_their_bits(dtype: torch.dtype) -> None:
     model.norm.eval()
     x = torch.randn(8, 40).to(dtype)
     modes = [module.training for module in model.modules()]
-    print_before, two = pl.fingerprint(model), pl.state_dict(model, "two")["fc1.weight.A"].clone()
+    base_before, two = pl.fingerprint(model), pl.state_dict(model, "two")["fc1.weight.A"].clone()
     one = pl.state_dict(model, "one")["fc1.weight.A"].clone()
     model.eval()
     before = model(x)
@@ -94,14 +94,14 @@ def test_outputs_keep_their_bits(dtype: torch.dtype) -> None:
     assert [module.training for module in model.modules()] == modes
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert [row.active for row in pl.summary(model).sites if row.adapter == "two"] == [False]
-    assert pl.fingerprint(model) == print_before
+    assert pl.fingerprint(model) == base_before
     assert torch.equal(pl.state_dict(model, "two")["fc1.weight.A"], two)
     assert not torch.equal(pl.state_dict(model, "one")["fc1.weight.A"], one)
     assert torch.equal(model.eval()(x), before)
 
 
-def test_it_starts_better_than_chance() -> None:
-    """The directions hold far more of the inputs' energy than the random ones before them."""
+def test_share_of_energy() -> None:
+    """A holds far more of the energy of the inputs than a random start, as `eva` returns."""
     model, data = net(), batches()
     pl.attach(model, pl.LoRA(rank=4, init="orthogonal"), "fc1")
     X = torch.cat(data)
@@ -115,8 +115,8 @@ def test_it_starts_better_than_chance() -> None:
     assert share() > 2 * before
 
 
-def test_refusals() -> None:
-    """What has no inputs to start from is refused by name, and nothing changes."""
+def test_errors() -> None:
+    """A site that has no inputs to start from raises, and nothing changes."""
 
     def start(model: Any) -> object:
         return pl.eva(model, batches(count=1))
@@ -149,8 +149,8 @@ def test_refusals() -> None:
     refuses(model, start, pl.StateError, "cannot start adapter 'default' while it is merged[...]")
 
 
-def test_an_error_inside_leaves_the_model() -> None:
-    """Where the model or the batches raise, modes, hooks and what is active are put back."""
+def test_error_in_the_forward() -> None:
+    """If the model or the batches raise, modes, hooks and active adapters are restored."""
     model = net()
     pl.attach(model, pl.LoRA(rank=2), "fc1")
     with pytest.raises(RuntimeError, match=re.escape("mat1 and mat2 shapes")):

@@ -1,9 +1,11 @@
-"""What several test files share: a model, how to show that nothing of one has changed, errors."""
+"""Assertions and small functions that several test files share."""
 
 import copy
+import gc
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,21 +15,22 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from paramlora.site.stack import Stack
+from tests.support.models import attached, plain
 from tests.support.reference import HOSTS, KINDS, Case, Host, Result, floats
 
-# ‖found − reference‖ / ‖reference‖ that a dtype's rounding explains.
+# The relative error, ‖found − reference‖ / ‖reference‖, that rounding in a dtype explains.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def error(found: Tensor, reference: Tensor) -> float:
-    """Return ‖found − reference‖ / ‖reference‖, where the reference is in float64."""
+    """Return ‖found − reference‖ / ‖reference‖, with the reference in float64."""
     found, reference = found.detach().double(), reference.detach()
     return float((found - reference).norm() / reference.norm())
 
 
 @contextmanager
 def keeping() -> Iterator[list[Tensor]]:
-    """Yield what autograd keeps for the backward inside, in the order of keeping."""
+    """Yield a list to which autograd's saved tensors are appended inside the block."""
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -38,24 +41,34 @@ def keeping() -> Iterator[list[Tensor]]:
         yield kept
 
 
+@contextmanager
+def new_garbage_only() -> Iterator[None]:
+    """Let gc.collect in the block visit only the objects made in it: all others take a second."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def bits(tensor: Tensor) -> object:
-    """Return what a tensor holds, bit for bit, and what kind of tensor it is."""
+    """Return the bits of a tensor, its dtype, layout, shape and flag, to compare with `==`."""
     if nn.parameter.is_lazy(tensor) or tensor.is_meta:
         return type(tensor), tensor.dtype, tensor.requires_grad
-    about = (tensor.dtype, tensor.layout, tuple(tensor.shape), tensor.requires_grad)
+    properties = (tensor.dtype, tensor.layout, tuple(tensor.shape), tensor.requires_grad)
     tensor = tensor.detach()
     if tensor.is_quantized:
         tensor = tensor.int_repr()
-    return about, tensor.to_dense().contiguous().flatten().view(torch.uint8).tolist()
+    return properties, tensor.to_dense().contiguous().flatten().view(torch.uint8).tolist()
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Return all that can be seen of a model and its adapters; two equal ones are bit-identical."""
+    """Return the state of a model and its adapters; equal snapshots mean bit-identical models."""
     tensors = [*model.parameters(), *model.buffers()]
-    blank = any(nn.parameter.is_lazy(tensor) or tensor.is_meta for tensor in tensors)
+    no_values = any(nn.parameter.is_lazy(tensor) or tensor.is_meta for tensor in tensors)
     stacks = [module for module in model.modules() if isinstance(module, Stack)]
     return {
-        "fingerprint": None if blank else pl.fingerprint(model),
+        "fingerprint": None if no_values else pl.fingerprint(model),
         "modules": [
             (path, id(module), type(module), module.training, list(vars(module)))
             for path, module in model.named_modules(remove_duplicate=False)
@@ -100,60 +113,22 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     yield
     after = snapshot(model)
     for part, found in before.items():
-        assert after[part] == found, f"the model's {part} changed"
+        assert after[part] == found, f"changed: the {part} of the model"
 
 
-def says(message: str) -> str:
-    """Return the pattern of a whole message in which `[...]` stands for anything."""
+def pattern(message: str) -> str:
+    """Return the regular expression of a whole message in which `[...]` matches any text."""
     return r"(?s)\A" + ".*".join(map(re.escape, message.split("[...]"))) + r"\Z"
 
 
 def refuses(
     model: nn.Module, call: Callable[[Any], Any], error: type[Exception], message: str
 ) -> None:
-    """Assert that a call raises this error with this message, and changes nothing."""
+    """Assert that a call raises exactly this error with this message, and changes nothing."""
     with unchanged(model):
-        with pytest.raises(error, match=says(message)) as caught:
+        with pytest.raises(error, match=pattern(message)) as caught:
             call(model)
         assert caught.type is error
-
-
-class Net(nn.Module):
-    """A model of several kinds of tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb = nn.Embedding(7, 5)
-        self.rnn = nn.LSTM(5, 5)
-        self.fc1 = nn.Linear(5, 4)
-        self.act = nn.ReLU()
-        self.norm = nn.LayerNorm(4)
-        self.fc2 = nn.Linear(4, 3)
-        self.gain = nn.Parameter(torch.tensor(2.0))
-
-
-def plain() -> nn.Module:
-    torch.manual_seed(0)
-    return Net()
-
-
-def attached() -> nn.Module:
-    """A model with "digits" on both Linears and "letters" on the second, which is off."""
-    model = plain()
-    pl.attach(model, pl.LoRA(rank=2), name="digits")
-    pl.attach(model, pl.LoRA(rank=1, alpha=3), "fc2", name="letters")
-    with torch.no_grad():
-        for parameter in pl.parameters(model):
-            parameter.normal_()
-    pl.disable(model, "letters")
-    return model
-
-
-def half_merged() -> nn.Module:
-    """The model of `attached` with "digits" merged."""
-    model = attached()
-    pl.merge(model, "digits")
-    return model
 
 
 LEAVE_OUT = "(leave it out with narrower targets or with exclude=)"
@@ -163,8 +138,7 @@ A_NAME = (
     "attribute of nn.ModuleDict"
 )
 
-
-# Half a million times the rounding of one operation at most: sums of some ten terms in float64.
+# At most half a million times the rounding of one operation: sums of about ten terms in float64.
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 
 MLP = Host(
@@ -174,27 +148,27 @@ MLP = Host(
 
 
 def case_of(host: str | Host, kind: str = "lora", dtype: torch.dtype = torch.float64) -> Case:
-    """Return a host, all its tensors adapted by "one", which does something, at strength 0.7."""
+    """Return a host with adapter "one" on all its tensors, at strength 0.7, its factors random."""
     case = Case.of(HOSTS[host] if isinstance(host, str) else host, dtype)
     case.attach(KINDS[kind], strength=0.7)
     return case
 
 
 def host_name(value: object) -> object:
-    """Return a name for a host among the parameters of a test."""
+    """Return the test id of a host."""
     return "mlp" if value is MLP else value
 
 
 def assert_agrees(actual: Result, expected: Result, **tolerance: Any) -> None:
-    """Assert that outputs, and all gradients that `actual` has, are those of the reference."""
-    ours = {key: expected.gradients[key] for key in actual.gradients}
+    """Assert that outputs, and the gradients that `actual` has, equal those of the reference."""
+    gradients = {key: expected.gradients[key] for key in actual.gradients}
     tolerance = tolerance or EXACT
     assert_close(actual.outputs, expected.outputs, check_dtype=False, **tolerance)
-    assert_close(actual.gradients, ours, check_dtype=False, **tolerance)
+    assert_close(actual.gradients, gradients, check_dtype=False, **tolerance)
 
 
 def outputs(case: Case, model: nn.Module | None = None) -> list[Tensor]:
-    """Return what a model, the case's own where none is given, makes of the case's inputs."""
+    """Return the outputs of a model, by default the adapted one, for the inputs of the case."""
     with torch.no_grad():
         return floats((case.model if model is None else model)(*case.inputs))
 
@@ -204,15 +178,42 @@ def factors(model: nn.Module) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in pl.parameters(model)]
 
 
-def written_out(case: Case) -> nn.Module:
-    """Return a plain copy of the case's host whose stored tensors are W', by the formula."""
+def dense_copy(case: Case) -> nn.Module:
+    """Return a plain copy of the host that stores W', computed by the formula of the kind."""
     plain = copy.deepcopy(case.plain)
     state = pl.state_dict(case.model, "one")
     with torch.no_grad():
         for path, tensor in plain.named_parameters():
-            own = {
+            site_factors = {
                 key.rpartition(".")[2]: v for key, v in state.items() if key.startswith(path + ".")
             }
-            if own:
-                tensor.copy_(case.kinds["one"].formula(tensor, own, case.strengths["one"]))
+            if site_factors:
+                tensor.copy_(case.kinds["one"].formula(tensor, site_factors, case.strengths["one"]))
     return plain
+
+
+# A row of a table of errors: what makes the model, the call on it, the error and its message.
+Row = tuple[Callable[[], nn.Module], Callable[[Any], Any], type[Exception], str]
+
+
+def enter(context: Any) -> None:
+    """Enter a context manager, which must raise."""
+    with context:
+        raise AssertionError("the context was entered")
+
+
+def leaves(n: int, k: int, m: int, dtype: torch.dtype, rank: int = 3) -> list[Tensor]:
+    """Return x (n, k), W (m, k), b (m,), A (rank, k) and B (m, rank), all requiring gradients."""
+    torch.manual_seed(0)
+    half = dtype in (torch.bfloat16, torch.float16)
+    factor = torch.float32 if half else dtype
+    shapes = [(n, k), (m, k), (m,)]
+    plain = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+    factors = [torch.randn(s, dtype=torch.float64).to(factor) for s in ((rank, k), (m, rank))]
+    return [tensor.requires_grad_() for tensor in (*plain, *factors)]
+
+
+def refuses_file(path: Path, message: str, error: type[Exception] = pl.CheckpointError) -> None:
+    """Assert that loading a file is refused, as a new adapter and into an attached one."""
+    for make in (attached, plain):
+        refuses(make(), lambda m: pl.load(m, path, name="digits"), error, message.format(path=path))

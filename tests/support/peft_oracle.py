@@ -1,4 +1,4 @@
-"""PEFT as the oracle: what it computes with a folder, beside what paramlora does."""
+"""PEFT as the oracle: compare what it computes from a folder with what paramlora computes."""
 
 import copy
 import warnings
@@ -16,10 +16,11 @@ peft = pytest.importorskip("peft", reason="the oracle of these tests is PEFT")
 
 
 def loaded(base: nn.Module, folder: Path) -> Any:
-    """Return PEFT's model of a folder, with every update added once.
+    """Return PEFT's model of a folder, with each update added once.
 
-    PEFT to 0.21.2 adds that of an `out_proj` twice (https://github.com/huggingface/peft/pull/3774);
-    `test_peft_adds_the_update_of_out_proj_twice` says when that is over. Half of it, twice, is it.
+    PEFT to 0.21.2 adds the update of an `out_proj` twice
+    (https://github.com/huggingface/peft/pull/3774), so B is halved here. The test
+    `test_out_proj_in_peft` fails when PEFT has changed this.
     """
     wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
     with torch.no_grad():
@@ -30,7 +31,7 @@ def loaded(base: nn.Module, folder: Path) -> Any:
 
 
 def trained(model: nn.Module, config: Any, inputs: Any, steps: int = 2) -> Any:
-    """Return PEFT's model of a copy of `model`, after some steps of an optimizer."""
+    """Return PEFT's model of a copy of `model`, trained for some steps."""
     wrapped = peft.get_peft_model(copy.deepcopy(model), config)
     trainable = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trainable, lr=0.05)
@@ -42,6 +43,7 @@ def trained(model: nn.Module, config: Any, inputs: Any, steps: int = 2) -> Any:
 
 
 def outputs(model: nn.Module, inputs: Any) -> Tensor:
+    """Return the output tensor of a model: the logits of a transformers model."""
     result = model(**inputs) if isinstance(inputs, dict) else model(inputs)
     return getattr(result, "logits", result)
 
@@ -53,15 +55,15 @@ def bound(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def comes_in(model: nn.Module, wrapped: Any, inputs: Any, folder: Path) -> nn.Module:
-    """Assert that what PEFT saves is what `model` has when it has loaded that; return it."""
+def check_import(model: nn.Module, wrapped: Any, inputs: Any, folder: Path) -> nn.Module:
+    """Save PEFT's adapter, assert that it computes the same when loaded here; return the model."""
     wrapped.save_pretrained(folder)
-    # PEFT's own model of that folder: it does not save all that it trains (in_proj_bias, say).
-    again = loaded(model, folder)
+    # PEFT's model of the folder: it does not save all that it trains (in_proj_bias, for one).
+    reloaded = loaded(model, folder)
     ours = copy.deepcopy(model)
     base = outputs(ours, inputs)
     pl.load_peft(ours, folder)
-    expected = outputs(again, inputs)
+    expected = outputs(reloaded, inputs)
     assert (expected - base).abs().max() > 1e-3
     assert_close(outputs(ours, inputs), expected, **bound(model))
     with pl.disabled(ours):
@@ -70,14 +72,14 @@ def comes_in(model: nn.Module, wrapped: Any, inputs: Any, folder: Path) -> nn.Mo
 
 
 @torch.no_grad()
-def goes_out(model: nn.Module, base: nn.Module, inputs: Any, folder: Path) -> Any:
-    """Assert that PEFT, given the base, computes what `model` does; return its model."""
+def check_export(model: nn.Module, base: nn.Module, inputs: Any, folder: Path) -> Any:
+    """Save our adapter, assert that it computes the same in PEFT; return PEFT's model."""
     name = pl.summary(model).sites[0].adapter
     pl.save_peft(model, folder, name)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # missing or unexpected keys are warnings of PEFT's
+        warnings.simplefilter("error")  # PEFT warns of missing or unexpected keys
         warnings.filterwarnings("ignore", message=".*(fan_in_fan_out|groups > 1).*")
-        warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about PEFT
+        warnings.filterwarnings("ignore", category=FutureWarning)  # from transformers, about PEFT
         wrapped = loaded(base, folder)
     expected = outputs(model, inputs)
     assert (expected - outputs(base, inputs)).abs().max() > 1e-3
@@ -86,8 +88,8 @@ def goes_out(model: nn.Module, base: nn.Module, inputs: Any, folder: Path) -> An
 
 
 @torch.no_grad()
-def same_merged(model: nn.Module, wrapped: Any) -> None:
-    """Assert that the merged weights are those of PEFT's model, all of them."""
+def check_merged(model: nn.Module, wrapped: Any) -> None:
+    """Assert that all merged weights equal those of PEFT's model."""
     ours = copy.deepcopy(model)
     pl.bake(ours)
     theirs = wrapped.merge_and_unload().state_dict()

@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.testing import assert_close
 
@@ -21,7 +23,14 @@ from tests.support.helpers import (
     outputs,
     unchanged,
 )
-from tests.support.mixed import assert_bits, small
+from tests.support.mixed import (
+    Mixed,
+    assert_bits,
+    attach_two,
+    mixed,
+    small,
+    train,
+)
 from tests.support.reference import Host, floats, loss, shake
 
 
@@ -126,3 +135,78 @@ class TestCopies:
             expected = [0.75 * mean + 0.25 * new for mean, new in pairs]
         assert_close(factors(averaged), expected, **EXACT)
         assert_close(pl.base_state_dict(averaged.module), case.plain.state_dict(), **EXACT)
+
+
+def changes(tmp_path: Path) -> dict[str, Callable[[Mixed, Tensor], object]]:
+    """Return what can be done to a model with the adapters of `attach_two`, by name."""
+    source, _ = mixed()
+    attach_two(source.eval())
+    shake(source)
+    pl.save(source, tmp_path / "low.safetensors", "low")
+
+    def merge_and_unmerge(model: Mixed, x: Tensor) -> None:
+        pl.merge(model)
+        pl.unmerge(model)
+
+    def load_base(model: Mixed, x: Tensor) -> None:
+        state = pl.base_state_dict(model)
+        pl.load_base_state_dict(model, {key: value + 1 for key, value in state.items()})
+
+    return {
+        "attach": lambda model, x: pl.attach(model, pl.LoRA(rank=1), name="more"),
+        "attach_elsewhere": lambda model, x: pl.attach(model, pl.Delta(), "norm", name="more"),
+        "detach": lambda model, x: pl.detach(model),
+        "detach_one": lambda model, x: pl.detach(model, "low"),
+        "disable": lambda model, x: pl.disable(model, "full"),
+        "scale": lambda model, x: pl.scale(model, 0.5),
+        "merge": lambda model, x: pl.merge(model),
+        "merge_and_unmerge": merge_and_unmerge,
+        "bake": lambda model, x: pl.bake(model),
+        "freeze": lambda model, x: pl.freeze(model, "full"),
+        "train": lambda model, x: train(model, x),
+        "load": lambda model, x: pl.load(model, tmp_path / "low.safetensors"),
+        "load_base": load_base,
+        "normalise": lambda model, x: spectral_norm(model.head),
+        "double": lambda model, x: model.double(),
+        "hook": lambda model, x: model.head.register_forward_hook(lambda *_: None),
+    }
+
+
+CHANGES = [
+    *("attach", "attach_elsewhere", "detach", "detach_one", "disable", "scale", "merge"),
+    *("merge_and_unmerge", "bake", "freeze", "train", "load", "load_base", "normalise"),
+    *("double", "hook"),
+]
+
+
+# What is refused while an adapter is merged.
+REFUSED = {"detach", "detach_one", "disable", "scale", "merge", "merge_and_unmerge", "load"}
+
+
+REFUSED |= {"load_base", "train"}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("started", ["attached", "merged", "normed"])
+def test_6_a_deep_copy_is_independent(change: str, started: str, tmp_path: Path) -> None:
+    """Whatever is done to a copy leaves the original alone, and the other way round."""
+    for done_to_the_copy in (True, False):
+        model, x = mixed()
+        if started == "normed":
+            weight_norm(model.head)
+        attach_two(model.eval())
+        shake(model)
+        if started == "merged" and change not in REFUSED:
+            pl.merge(model)
+        model(x)
+        other = copy.deepcopy(model)
+        assert_bits(other(x), model(x))
+        changed, kept = (other, model) if done_to_the_copy else (model, other)
+        expected = kept(x).detach()
+        with unchanged(kept):
+            changes(tmp_path)[change](changed, x)
+        assert_bits(kept(x).detach(), expected)
+        assert_bits(copy.deepcopy(changed)(x.clone()), changed(x))
+        pl.unmerge(kept)
+        pl.detach(kept)
+        assert type(kept.embed) is nn.Embedding

@@ -1,8 +1,8 @@
-"""Data parallel and sharded training of adapters on two CPU processes is that of one process.
+"""Adapters trained by two CPU processes, data parallel or sharded, equal those of one process.
 
 Each process gets every other row of a batch, so the mean of their losses, and of their gradients,
-is that of the whole batch. A scenario runs in both processes and leaves in a file what it found;
-what is expected comes from a plain dense model, in the one process of the test.
+is that of the whole batch. The expected values come from a plain dense model in the test's own
+process.
 """
 
 import sys
@@ -19,40 +19,24 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import paramlora as pl
-from experiments.digits.model import DigitNet
-from experiments.harness.parallel import Group, shared, spread
-from experiments.harness.rundir import RunDirectory
-from experiments.harness.settings import StudyError
-from experiments.harness.train import Batches, cross_entropy, seeded_order
-from experiments.harness.train import train as train_study
-from experiments.text.bench import TextBench, prepare_bench
-from experiments.text.data import load_corpus
-from experiments.text.models import prepare as prepare_model
-from experiments.text.settings import TextSettings
-from paramlora.site.storage import whole
-from tests.support import tiny_text
+from tests.support.helpers import EXACT
+from tests.support.processes import WORLD, Results, draw, needs_sharding, run, shared_folder
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not dist.is_available() or not dist.is_gloo_available(),
     reason="needs torch.distributed with gloo",
 )
 
-WORLD, STEPS = 2, 4
-# Half a million times the rounding of one operation at most: sums of some ten terms in float64.
-EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 Factors = list[Tensor]
-# Which adapters are on in each step.
+STEPS = 4
+# The active adapters in each step.
 ALWAYS, IN_TURN = [("one",)] * STEPS, [("one",), ("two",)] * (STEPS // 2)
-
-
-def drawn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def base() -> nn.Sequential:
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     model.load_state_dict(
-        {k: drawn(i, *v.shape) for i, (k, v) in enumerate(model.state_dict().items())}
+        {k: draw(i, *v.shape) for i, (k, v) in enumerate(model.state_dict().items())}
     )
     return model
 
@@ -63,7 +47,7 @@ def adapted() -> nn.Sequential:
         pl.attach(model, pl.LoRA(rank=2, alpha=3), name=name)
         state = pl.state_dict(model, name)
         state = {
-            key: drawn(10 * i + j, *value.shape) / 2 for j, (key, value) in enumerate(state.items())
+            key: draw(10 * i + j, *value.shape) / 2 for j, (key, value) in enumerate(state.items())
         }
         pl.load_state_dict(model, state, name)
     return model
@@ -76,7 +60,7 @@ def factors_of(model: nn.Module) -> dict[str, Factors]:
 
 
 def dense(x: Tensor, *active: Factors) -> Tensor:
-    """Return what the plain model computes with W + s·BA written out; s = 3/2."""
+    """Return the outputs of the plain model with weights W + s·BA, s = 3/2."""
     plain = base()
     first, second = plain[0].weight, plain[2].weight
     for A, B, A2, B2 in active:
@@ -85,13 +69,13 @@ def dense(x: Tensor, *active: Factors) -> Tensor:
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
-    return drawn(100 + step, 8, 6), drawn(200 + step, 8, 3)
+    return draw(100 + step, 8, 6), draw(200 + step, 8, 3)
 
 
 def trained_alone(plan: list[tuple[str, ...]]) -> tuple[list[Tensor], dict[str, Factors]]:
-    """Return the losses, and the factors in the end, of training the dense model in one process."""
+    """Return the losses and the final factors of training the dense model in one process."""
     factors = factors_of(adapted())
-    leaves = [factor.requires_grad_() for own in factors.values() for factor in own]
+    leaves = [f.requires_grad_() for adapter in factors.values() for f in adapter]
     optimizer, losses = torch.optim.Adam(leaves, lr=0.1), []
     for step, active in enumerate(plan):
         x, y = batch(step)
@@ -100,11 +84,11 @@ def trained_alone(plan: list[tuple[str, ...]]) -> tuple[list[Tensor], dict[str, 
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-    return losses, {name: [f.detach() for f in own] for name, own in factors.items()}
+    return losses, {name: [f.detach() for f in adapter] for name, adapter in factors.items()}
 
 
 def train(model: nn.Module, plan: list[tuple[str, ...]]) -> list[Tensor]:
-    """Train on this process's rows; return the losses, each the mean over the processes."""
+    """Train on the rows of this process; return the losses, averaged over the processes."""
     optimizer, losses = torch.optim.Adam(pl.parameters(model), lr=0.1), []
     for step, active in enumerate(plan):
         x, y = (tensor[dist.get_rank() :: WORLD] for tensor in batch(step))
@@ -119,8 +103,8 @@ def train(model: nn.Module, plan: list[tuple[str, ...]]) -> list[Tensor]:
     return losses
 
 
-def counting(sent: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Average gradients as DDP does, and take down how many bytes that sends."""
+def average_and_count(sent: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average gradients as DDP does, and append the number of bytes sent."""
     buffer = bucket.buffer()
     sent.append(buffer.numel() * buffer.element_size())
     work = dist.all_reduce(buffer.div_(WORLD), async_op=True)
@@ -130,10 +114,10 @@ def counting(sent: list[int], bucket: dist.GradBucket) -> torch.futures.Future[T
 def data_parallel(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, plan in (("always", ALWAYS), ("in turn", IN_TURN)):
-        # What is off gets no gradient: DDP has to be told that this can be.
+        # DDP must be told that factors may get no gradient: those of inactive adapters get none.
         model = DistributedDataParallel(adapted(), find_unused_parameters=True)
         sent: list[int] = []
-        model.register_comm_hook(sent, counting)
+        model.register_comm_hook(sent, average_and_count)
         found[key] = train(model, plan), factors_of(model)
         found[f"bytes {key}"] = sum(sent)
     x, _ = batch(0)
@@ -189,7 +173,7 @@ def sharded(folder: Path) -> dict[str, Any]:
 
 
 def gathered(folder: Path) -> dict[str, Any]:
-    """The root alone is sharded: after a forward without gradients FSDP leaves copies in place."""
+    """Shard the root module alone, so that FSDP keeps gathered copies after a no_grad forward."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -211,8 +195,7 @@ def gathered(folder: Path) -> dict[str, Any]:
             found["refused"].append(str(error))
 
     state = {
-        key: drawn(7 + i, *t.shape)
-        for i, (key, t) in enumerate(pl.state_dict(other, "one").items())
+        key: draw(7 + i, *t.shape) for i, (key, t) in enumerate(pl.state_dict(other, "one").items())
     }
     part = {key[2:]: tensor for key, tensor in state.items() if key[0] == "0"}
     refused(lambda: pl.merge(model))
@@ -226,20 +209,20 @@ def gathered(folder: Path) -> dict[str, Any]:
     pl.save(model, folder / "before.safetensors", "one")
     forward()
     pl.load_state_dict(model, state, "one")
-    # Training puts the copies back: a write into them would be lost by now.
+    # Training drops the gathered copies: a write into them would be lost by now.
     found["loss"] = train(model, [("one", "two")])[0]
     pl.load_state_dict(model, state, "one")
     found["on"] = forward()
     base_state = {key: value + 1 for key, value in base().state_dict().items()}
     pl.load_base_state_dict(model, base_state)
     found["other base"] = forward()
-    dist.barrier()  # until the first process has written the file
+    dist.barrier()  # the first process writes the file
     pl.load(model, folder / "before.safetensors")
     found["one"] = [cast(Any, p).detach().full_tensor() for p in pl.parameters(model, "one")]
     return found
 
 
-KINDS = [pl.DoRA(2), pl.Delta(), pl.LoRA(2, init="pissa"), pl.LoRA(2, init="olora")]
+SPECS = [pl.DoRA(2), pl.Delta(), pl.LoRA(2, init="pissa"), pl.LoRA(2, init="olora")]
 
 
 def of_kind(spec: pl.kinds.Spec) -> nn.Sequential:
@@ -247,17 +230,17 @@ def of_kind(spec: pl.kinds.Spec) -> nn.Sequential:
     pl.attach(model, spec, name="one", generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for i, factor in enumerate(pl.parameters(model)):
-            factor.add_(drawn(i, *factor.shape), alpha=0.1)
+            factor.add_(draw(i, *factor.shape), alpha=0.1)
     return model
 
 
 def kinds(folder: Path) -> dict[str, Any]:
-    """Sharded, every kind's outputs, gradients, and outputs after saving, wiping and loading."""
+    """Shard every kind: outputs, gradients, and outputs after saving, zeroing and loading."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     x, mesh, found = batch(0)[0], init_device_mesh("cpu", (WORLD,)), {}
-    for i, spec in enumerate(KINDS):
+    for i, spec in enumerate(SPECS):
         model = of_kind(spec)
         for layer in (model[0], model[2], model):
             fully_shard(layer, mesh=mesh)
@@ -274,95 +257,32 @@ def kinds(folder: Path) -> dict[str, Any]:
     return found
 
 
-def tiny_bench(folder: Path, how: str, group: Group) -> TextBench:
-    settings = TextSettings(
-        model=str(folder / "bert"),
-        data_dir=str(folder),
-        tokens=str(folder / "tokens"),
-        targets="*.query,*.dense",
-        methods="lora",
-        alpha=2.0,
-        lr=1e-3,
-        batch=9,
-        accumulate=2,
-        epochs=1,
-        validation=0.3,
-        device="cpu",
-        parallel="ddp" if how == "alone" else how,
-    )
-    run = RunDirectory(folder, {}, {}, [])
-    return prepare_bench(settings, run, load_corpus(settings), torch.device("cpu"), group)
+SCENARIOS = [data_parallel]
+if not needs_sharding.args[0]:
+    SCENARIOS += [sharded, gathered, kinds]
 
 
-def text_study(folder: Path, how: str, group: Group) -> dict[str, Any]:
-    """Fine-tune in the study's own way; batches of 9 in two parts cannot be shared out evenly."""
-    bench = tiny_bench(folder, how, group)
-    model = bench.model(0).double()
-    prepare_model(model, "lora", bench.settings, torch.Generator().manual_seed(0))
-    row = bench.fine_tune(model, pl.parameters(model), "lora", 0)
-    pl.save(model, folder / f"{how}.safetensors", "text")
-    scored = bench.scored(model, "test")
-    factors = [cast(Any, whole(p.detach())) for p in pl.parameters(model)]
-    return {"factors": factors, "row": {**row, **scored}}
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the files that the scenarios write."""
+    return shared_folder(tmp_path_factory, "distributed")
 
 
-def text_data_parallel(folder: Path) -> dict[str, Any]:
-    return text_study(folder, "ddp", Group(dist.get_rank(), WORLD))
-
-
-def text_sharded(folder: Path) -> dict[str, Any]:
-    return text_study(folder, "fsdp", Group(dist.get_rank(), WORLD))
-
-
-def digit_study(how: str, group: Group) -> dict[str, Any]:
-    """Fine-tune the digit study's network on drawn images, through its loop and its batches."""
-    torch.manual_seed(0)
-    model = DigitNet([24, 16], "relu").double()
-    pl.attach(model, pl.LoRA(rank=2, alpha=1), generator=torch.Generator().manual_seed(0))
-    images, labels = drawn(1, 200, 784), torch.arange(200) % 10
-    order = seeded_order(200, 60 * 10, torch.Generator().manual_seed(0))
-    batches = Batches((images, labels), order, 10)
-    parallel = spread(model, how, group, list(model.children()))
-    optimizer = torch.optim.Adam(pl.parameters(model), 1e-3)
-    losses = train_study(parallel, shared(batches, group), cross_entropy, optimizer)
-    total = group.total(losses.clone()) / group.size
-    factors = [cast(Any, whole(p.detach())) for p in pl.parameters(model)]
-    return {"losses": total, "factors": factors}
-
-
-def digits_data_parallel(folder: Path) -> dict[str, Any]:
-    return digit_study("ddp", Group(dist.get_rank(), WORLD))
-
-
-def digits_sharded(folder: Path) -> dict[str, Any]:
-    return digit_study("fsdp", Group(dist.get_rank(), WORLD))
-
-
-def process(rank: int, scenario: Callable[[Path], dict[str, Any]], folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD
-    )
-    torch.save(scenario(folder), folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def run(scenario: Callable[[Path], dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Run a scenario in the processes; return what each of them found."""
-    torch.multiprocessing.spawn(process, (scenario, folder), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Results:
+    """What each scenario returned in each process."""
+    return run(SCENARIOS, folder)
 
 
 @pytest.mark.slow
-def test_data_parallel(tmp_path: Path) -> None:
-    """With DistributedDataParallel losses and factors are those of one process on whole batches.
+def test_data_parallel(folder: Path, results: Results) -> None:
+    """With DistributedDataParallel, losses and factors equal those of one process on whole batches.
 
-    Also where two adapters are trained in turn; and afterwards the verbs act on what DDP wraps.
-    What is sent in a step are the factors' gradients, and nothing of the base.
+    This holds too if two adapters are trained in turn. Each step sends the gradients of the
+    factors and nothing else. Afterwards the verbs act on the wrapped model.
     """
     size = sum(factor.nbytes for factors in factors_of(adapted()).values() for factor in factors)
-    for found in run(data_parallel, tmp_path):
+    for found in results["data_parallel"]:
         for key, plan in (("always", ALWAYS), ("in turn", IN_TURN)):
             assert_close(tuple(found[key]), trained_alone(plan), **EXACT)
             assert found[f"bytes {key}"] == STEPS * size
@@ -376,16 +296,14 @@ def test_data_parallel(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on the CPU"
-)
-def test_sharded(tmp_path: Path) -> None:
-    """With fully_shard after attach losses and factors are those of one process.
+@needs_sharding
+def test_sharded(folder: Path, results: Results) -> None:
+    """With fully_shard after attach, losses and factors equal those of one process.
 
-    Toggling, scaling, saving and the digest work on the shards; what would have to write behind
-    FSDP's back is refused, and nothing is changed by that.
+    Toggling, scaling, saving and `fingerprint` work on the shards. Verbs that write to the stored
+    weights raise, and change nothing.
     """
-    for found in run(sharded, tmp_path):
+    for found in results["sharded"]:
         assert found["types"] == {"DTensor"}
         losses, factors = trained_alone(ALWAYS)
         assert_close(tuple(found["always"]), (losses, factors), **EXACT)
@@ -399,32 +317,29 @@ def test_sharded(tmp_path: Path) -> None:
         assert len(found["refused"]) == 4
         assert all("'0.weight'" in message and "shard" in message for message in found["refused"])
     model = base()
-    pl.load(model, tmp_path / "one.safetensors")
+    pl.load(model, folder / "one.safetensors")
     assert_close([p.detach() for p in pl.parameters(model)], factors["one"], **EXACT)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on the CPU"
-)
-def test_gathered(tmp_path: Path) -> None:
-    """What FSDP has gathered for a forward is never written to, where the write would be lost.
+@needs_sharding
+def test_gathered(folder: Path, results: Results) -> None:
+    """Loading and saving use the shards, not the copies that FSDP gathers for a forward.
 
-    Whole factors, whole bases and files are loaded into the parts; a file is written once, by the
-    first process; what cannot be done is refused.
+    A write into such a copy would be lost. Only the first process writes a file. Verbs that write
+    to the stored weights raise.
     """
     x, _ = batch(0)
     other = adapted()
     before = [p.detach().clone() for p in pl.parameters(other, "one")]
     state = {
-        key: drawn(7 + i, *t.shape)
-        for i, (key, t) in enumerate(pl.state_dict(other, "one").items())
+        key: draw(7 + i, *t.shape) for i, (key, t) in enumerate(pl.state_dict(other, "one").items())
     }
     pl.load_state_dict(other, state, "one")
     with torch.no_grad():
         on = other(x)
         loss = (on - batch(0)[1]).square().mean()
-    for found in run(gathered, tmp_path):
+    for found in results["gathered"]:
         assert len(found["refused"]) == 5
         assert all("shard" in message for message in found["refused"])
         assert found["parts"] == {"DTensor"}
@@ -433,77 +348,20 @@ def test_gathered(tmp_path: Path) -> None:
         assert_close(found["one"], before, **EXACT)
         assert not torch.equal(found["on"], found["other base"])
     model = base()
-    pl.load(model, tmp_path / "before.safetensors")
+    pl.load(model, folder / "before.safetensors")
     assert_close([p.detach() for p in pl.parameters(model)], before, **EXACT)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on the CPU"
-)
-def test_every_kind_sharded(tmp_path: Path) -> None:
-    """Every kind of adapter computes, learns, is saved and loaded sharded as it is whole."""
+@needs_sharding
+def test_every_kind_sharded(folder: Path, results: Results) -> None:
+    """Outputs, gradients and files of sharded adapters equal those of whole ones, for each kind."""
     x, _ = batch(0)
-    for found in run(kinds, tmp_path):
-        for spec in KINDS:
+    for found in results["kinds"]:
+        for spec in SPECS:
             model = of_kind(spec)
             y = model(x)
             y.square().sum().backward()
             grads = [p.grad for p in pl.parameters(model)]
             expected = y.detach()
             assert_close(found[repr(spec)], (expected, grads, expected), **EXACT)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on the CPU"
-)
-def test_text_study(tmp_path: Path) -> None:
-    """The text study by two processes, DDP and FSDP2, trains the factors that one alone trains.
-
-    Its batches are shared out unevenly and in parts; every process finds the same figures.
-    """
-    pytest.importorskip("transformers", reason="transformers is not installed")
-    tiny_text.checkpoint(tmp_path / "bert")
-    tiny_text.write_jsonl(tmp_path / "train.jsonl", tiny_text.texts(50, 0))
-    tiny_text.write_jsonl(tmp_path / "test.jsonl", tiny_text.texts(15, 1))
-    alone = text_study(tmp_path, "alone", Group())
-    for how, scenario in (("ddp", text_data_parallel), ("fsdp", text_sharded)):
-        for found in run(scenario, tmp_path):
-            # The loss is computed in float32.
-            assert_close(found["factors"], alone["factors"], rtol=1e-4, atol=1e-6)
-            for key in (
-                "accuracy",
-                "loss",
-                "validation_accuracy",
-                "steps",
-                "best_step",
-                "train_loss",
-            ):
-                assert found["row"][key] == pytest.approx(alone["row"][key], rel=1e-4), key
-        model = tiny_bench(tmp_path, how, Group()).model(0).double()
-        pl.load(model, tmp_path / f"{how}.safetensors")
-        loaded = [p.detach() for p in pl.parameters(model)]
-        assert_close(loaded, alone["factors"], rtol=1e-4, atol=1e-6)
-        (tmp_path / "meet").unlink(missing_ok=True)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on the CPU"
-)
-def test_digit_study(tmp_path: Path) -> None:
-    """The digit study's loop by two processes, DDP and FSDP2, gives one's losses and factors."""
-    alone = digit_study("ddp", Group())
-    assert alone["losses"].shape == (60,)
-    for scenario in (digits_data_parallel, digits_sharded):
-        for found in run(scenario, tmp_path):
-            assert_close(found["losses"], alone["losses"], rtol=1e-6, atol=1e-6)  # kept in float32
-            assert_close(found["factors"], alone["factors"], rtol=1e-8, atol=1e-10)
-        (tmp_path / "meet").unlink(missing_ok=True)
-
-
-def test_a_batch_that_cannot_be_shared_is_refused() -> None:
-    """Means over unequal shares would be wrong: such a batch is refused, with what to do."""
-    with pytest.raises(StudyError, match=r"a batch of 3 cannot be shared out evenly to 2"):
-        next(shared([(torch.zeros(3, 1),)], Group(0, 2)))

@@ -13,10 +13,10 @@ import paramlora as pl
 from tests.support.helpers import (
     MLP,
     case_of,
+    dense_copy,
     factors,
     host_name,
     outputs,
-    written_out,
 )
 from tests.support.mixed import assert_bits
 from tests.support.reference import Host, dense, floats, loss, shake
@@ -42,7 +42,7 @@ class TestAutocast:
         model's weights. With the adapter off, outputs are bit-for-bit the plain model's.
         """
         case = case_of(host, dtype=torch.float32)
-        plain = written_out(case)
+        plain = dense_copy(case)
 
         def run(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
             with torch.autocast("cpu", torch.bfloat16):
@@ -96,7 +96,7 @@ class TestDtypes:
         assert case.model[0].weight.dtype == dtype
         (out,) = outputs(case)
         assert out.dtype == dtype
-        (plain,) = outputs(case, written_out(case))
+        (plain,) = outputs(case, dense_copy(case))
         expected = case.expected("one").outputs
         assert error([out], expected) <= 2 * error([plain], expected)
 

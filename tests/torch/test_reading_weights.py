@@ -3,6 +3,11 @@
 Notes on PEFT were checked with version 0.21.
 """
 
+import copy
+import threading
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +17,8 @@ from torch.testing import assert_close
 import paramlora as pl
 from paramlora import LoRA
 from tests.support.helpers import EXACT, unchanged
-from tests.support.mixed import small
-from tests.support.reference import shake
+from tests.support.mixed import MATRICES, mixed, small, train
+from tests.support.reference import floats, shake
 
 
 class Direct(nn.Module):
@@ -100,3 +105,130 @@ def test_writing_to_an_adapted_weight() -> None:
         tensor.data[0] += 1
         assert not torch.equal(model[0].weight, before)
         assert_close(model[0](x), F.linear(x, model[0].weight, model[0].bias))
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def test_2_the_weight_is_the_adapted_one() -> None:
+    """`layer.weight` is W', dense and plain; the layer keeps its class; rank BA is at most r."""
+    for dtype in DTYPES:
+        model, x = mixed(dtype)
+        base = copy.deepcopy(model)
+        pl.attach(model, pl.LoRA(rank=2), MATRICES)
+        train(model.eval(), x)
+        assert isinstance(model.head, nn.Linear)
+        assert isinstance(model.rnn, nn.GRU)
+        for row in pl.summary(model).sites:
+            owner, _, name = row.site.rpartition(".")
+            read = getattr(model.get_submodule(owner), name)
+            assert type(read) is Tensor
+            assert read.dtype == dtype
+            assert read.layout is torch.strided
+            update = (read - base.get_parameter(row.site)).detach().double().flatten(1)
+            assert update.any()
+            # What rounding W + ΔW adds to the rank is below √size units in the last place.
+            noise = torch.finfo(dtype).eps * float(read.detach().double().norm())
+            assert torch.linalg.matrix_rank(update, atol=noise, rtol=0.0) <= 2
+
+
+def hosts() -> dict[str, tuple[nn.Module, tuple[Tensor, ...]]]:
+    """Return modules whose forwards read weights in different ways, with inputs."""
+    x = torch.randn(3, 2, 4)
+    return {
+        "linear": (nn.Linear(4, 4), (x,)),
+        "conv": (nn.Conv1d(2, 4, 3), (x,)),
+        "lstm": (nn.LSTM(4, 4), (x,)),
+        "attention": (nn.MultiheadAttention(4, 2), (x, x, x)),
+    }
+
+
+@pytest.mark.parametrize("spec", [pl.LoRA(rank=2), pl.Delta()])
+@pytest.mark.parametrize("host", hosts())
+def test_nothing_stale_is_read(host: str, spec: pl.kinds.Spec) -> None:
+    """Every forward and every read uses the current factors, also after a read under no_grad."""
+    torch.default_generator.manual_seed(0)
+    model, inputs = hosts()[host]
+    pl.attach(model, spec, "*weight*")
+    names = [row.site for row in pl.summary(model).sites if "." not in row.site]
+    seen: list[Tensor] = []
+    for _ in range(3):
+        shake(model)
+        with torch.no_grad():
+            assert not any(getattr(model, name).requires_grad for name in names)
+            without = floats(model(*inputs))[0]
+        assert all(getattr(model, name).requires_grad for name in names)
+        out = floats(model(*inputs))[0]
+        assert_close(out, without)
+        assert all(not torch.equal(out, before) for before in seen)
+        grads = torch.autograd.grad(out.square().sum(), pl.parameters(model))
+        assert all(grad.any() for grad in grads)
+        seen.append(out)
+
+
+class Waiting(pl.Delta):
+    """A Delta that waits while it is applied, until it may continue."""
+
+    inside, go_on = threading.Event(), threading.Event()
+
+    def apply(
+        self, weight: Tensor, factors: Mapping[str, Tensor], strength: float | Tensor = 1.0
+    ) -> Tensor:
+        self.inside.set()
+        self.go_on.wait(30)
+        return super().apply(weight, factors, strength)
+
+
+@pytest.mark.parametrize("host", hosts())
+def test_other_threads_share_nothing(host: str) -> None:
+    """Reads are not stale while another thread is inside a forward of another model."""
+    (model, inputs), (other, _) = hosts()[host], hosts()[host]
+    pl.attach(model, pl.Delta(), "*weight*")
+    Waiting.go_on.set()
+    pl.attach(other, Waiting(), "*weight*")
+    Waiting.go_on.clear()
+    Waiting.inside.clear()
+    thread = threading.Thread(target=lambda: other(*inputs))
+    thread.start()
+    try:
+        assert Waiting.inside.wait(30)
+        with torch.no_grad():
+            before = floats(model(*inputs))[0]
+        shake(model)
+        after = floats(model(*inputs))[0]
+        assert after.requires_grad
+        assert not torch.equal(before, after)
+    finally:
+        Waiting.go_on.set()
+        thread.join()
+
+
+class Pausing(nn.LSTM):
+    """An LSTM that can pause between reading its weights and using them."""
+
+    paused, inside, go_on = False, threading.Event(), threading.Event()
+
+    def check_forward_args(self, *args: Any) -> None:
+        if self.paused:
+            self.inside.set()
+            self.go_on.wait(30)
+        super().check_forward_args(*args)
+
+
+def test_threads_share_a_recurrent_module() -> None:
+    """A forward in one thread does not change the weights that another is about to use."""
+    model, x = Pausing(4, 4), torch.randn(3, 2, 4)
+    pl.attach(model, pl.LoRA(rank=2), "weight*")
+    shake(model)
+    expected, found = model(x)[0].detach(), []
+    model.paused = True
+    thread = threading.Thread(target=lambda: found.append(model(x)[0].detach()))
+    thread.start()
+    try:
+        assert model.inside.wait(30)
+        model.paused = False
+        model(x)
+    finally:
+        model.go_on.set()
+        thread.join()
+    assert_close(found, [expected])

@@ -11,12 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 import paramlora as pl
 from tests.support.helpers import BOUNDS, error
-from tests.support.routing import IDS, adapted, one_by_one
+from tests.support.models import IDS, one_by_one, with_three_adapters
 
 
 def linear() -> nn.Sequential:
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
-    adapted(model, lambda: pl.LoRA(rank=2, alpha=3), "?")
+    with_three_adapters(model, lambda: pl.LoRA(rank=2, alpha=3), "?")
     return model
 
 

@@ -1,8 +1,8 @@
 """Random sequences of verbs on random models, against plain dense models kept beside them.
 
-Each verb that is called on a model is entered into its book (`book.py`). After every step the two
-must agree in outputs, weights, flags, base, factors and summary, and so must a second model, copied
-or loaded from the first, that was set aside.
+Each verb that is called on a model is entered into its book (`reference_model.py`). After every
+step the two must agree in outputs, weights, flags, base, factors and summary, and so must a second
+model, copied or loaded from the first, that was set aside.
 
 `PARAMLORA_EXAMPLES=2000` runs so many sequences, other ones each time.
 """
@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,38 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import paramlora as pl
-from tests.support.book import LAYERS, Book, Net, Part, World, close, exactly, same, stored
+from tests.support.reference_model import (
+    LAYERS,
+    Book,
+    Net,
+    Part,
+    World,
+    close,
+    exactly,
+    same,
+    stored,
+)
+from tests.support.state_machine import (
+    ALREADY_MERGED,
+    BAD_NAME,
+    IS_MERGED,
+    IS_OFF,
+    IS_TAKEN,
+    NAMES,
+    NOTHING,
+    File,
+    Refusal,
+    a_free_name,
+    a_name,
+    a_scope,
+    a_seed,
+    a_spec,
+    a_strength,
+    any_name,
+    mostly,
+    some_names,
+)
 
-NAMES = "abc"
 EXAMPLES = int(os.environ.get("PARAMLORA_EXAMPLES", "0"))
 SETTINGS = settings(
     max_examples=EXAMPLES or 25,
@@ -45,58 +74,6 @@ SETTINGS = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-
-
-BAD_NAME = (pl.AdapterNameError, r"^no adapter '.' here; attached are: ")
-IS_MERGED = (pl.StateError, r"^cannot .* adapter '.' while it is merged; unmerge first$")
-ALREADY_MERGED = (pl.StateError, r"^adapter '.' is merged already; unmerge first$")
-IS_OFF = (pl.StateError, r"^adapter '.' is switched off")
-NOTHING = (pl.StateError, r"^nothing to merge")
-IS_TAKEN = (pl.AdapterNameError, r"^an adapter '.' is attached already")
-Refusal = tuple[type[Exception], str]
-
-
-def now(strategy: Callable[["Machine"], st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
-    """Return a strategy that depends on what the machine's model is like then."""
-    return st.runner().flatmap(strategy)
-
-
-def mostly(good: st.SearchStrategy[Any], other: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    return st.integers(0, 9).flatmap(lambda i: other if i == 9 else good)
-
-
-# Names that are mostly attached or mostly free, and parts of the model that are mostly all of it.
-any_name = st.sampled_from(NAMES)
-a_name = mostly(now(lambda m: st.sampled_from(m.book.names() or NAMES)), any_name)
-some_names = mostly(
-    now(lambda m: st.lists(st.sampled_from(m.book.names() or NAMES), max_size=2, unique=True)),
-    st.lists(any_name, max_size=2, unique=True),
-)
-a_free_name = now(lambda m: st.sampled_from(sorted({*NAMES} - {*m.book.names()}) or NAMES))
-a_scope = mostly(st.just(""), now(lambda m: st.sampled_from(m.scopes)))
-a_strength = st.sampled_from([0.0, 0.5, 1.0, -1.0, 2.0])
-a_seed = st.integers(0, 2**16)
-a_spec = st.one_of(
-    st.just(pl.Delta()),
-    st.builds(
-        pl.LoRA,
-        rank=st.integers(1, 5),
-        alpha=st.sampled_from([None, 1, 0.5, 3.0]),
-        init=st.sampled_from(
-            ["kaiming", "gaussian", "gaussian/sqrt_r", "orthogonal", nn.init.ones_]
-        ),
-        rank_stabilized=st.booleans(),
-    ),
-)
-
-
-@dataclass
-class File:
-    """A file, and what the book says of the adapter in it."""
-
-    path: Path
-    name: str
-    parts: dict[str, Part]
 
 
 class Machine(RuleBasedStateMachine):
@@ -541,63 +518,3 @@ def _one_thread() -> Iterator[None]:
 def test_any_sequence_of_verbs_agrees_with_a_dense_model() -> None:
     """Whatever verbs are called in whatever order, a model agrees with its dense book."""
     run_state_machine_as_test(Machine, settings=SETTINGS)
-
-
-# Sequences that went wrong once, or would with a small mistake.
-
-
-def small() -> tuple[nn.Sequential, Tensor]:
-    """Return a model with adapters "a" and "b" that do something, and an input for it."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
-    for name in "ab":
-        pl.attach(model, pl.LoRA(rank=1), name=name)
-    with torch.no_grad():
-        for parameter in pl.parameters(model):
-            parameter.normal_()
-    return model, torch.randn(2, 3, dtype=torch.float64)
-
-
-def test_merging_inside_of_using_keeps_the_strength() -> None:
-    """What is merged at a strength keeps that strength when the context ends, so that a second
-    merge, which folds both anew, changes no output."""
-    model, x = small()
-    with pl.using(model, a=0.5):
-        pl.merge(model)
-        inside = model(x)
-    assert {row.scale for row in pl.summary(model).sites if row.adapter == "a"} == {0.5}
-    pl.disable(model, "b")
-    close(model(x), inside)
-    pl.enable(model, "b")
-    both = model(x)
-    pl.merge(model, "b")
-    close(model(x), both)
-    pl.unmerge(model)
-    close(model(x), both)
-
-
-@pytest.mark.parametrize("alone", [True, False])
-def test_attaching_inside_of_a_context_what_was_detached_there(alone: bool) -> None:
-    """A context puts back what it found, not what is attached inside under the same name, be it
-    alone at its tensor or not."""
-    model, _ = small()
-    if alone:
-        pl.detach(model, "b")
-    pl.scale(model, 3.0, "a")
-    pl.disable(model, "a")
-    with pl.enabled(model, "a"):
-        pl.detach(model, "a")
-        pl.attach(model, pl.LoRA(rank=1), name="a")
-    rows = [row for row in pl.summary(model).sites if row.adapter == "a"]
-    assert [(row.active, row.scale) for row in rows] == [(True, 1.0)] * 2
-
-
-def test_factors_come_in_one_order() -> None:
-    """`state_dict` and `parameters` give factors in one order, with tied weights too."""
-    model = Net(["linear"], tied=True)
-    pl.attach(model, pl.LoRA(rank=1), ["head", "layers.0"])
-    state, parameters = pl.state_dict(model), pl.parameters(model)
-    assert list(state) == [
-        f"{path}.{key}" for path in ("emb.weight", "layers.0.weight") for key in "AB"
-    ]
-    assert [t.data_ptr() for t in state.values()] == [p.data_ptr() for p in parameters]

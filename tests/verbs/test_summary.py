@@ -11,7 +11,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import paramlora as pl
 from paramlora import Delta, LoRA
-from tests.support.helpers import Net, attached, half_merged, plain, refuses, unchanged
+from tests.support.helpers import refuses, unchanged
+from tests.support.models import Net, attached, half_merged, plain
 
 
 def skipped(summary: pl.Summary) -> dict[str, tuple[str, bool]]:
@@ -162,3 +163,15 @@ def test_a_dry_run_refuses_what_attaching_refuses() -> None:
         pl.TargetError,
         "no tensor matches 'fc9'; did you mean fc2, fc1?",
     )
+
+
+def test_a_rank_above_the_smaller_side_is_allowed_and_marked() -> None:
+    """A rank above the smaller side of the matrix works as any other, and the summary marks it."""
+    model = plain()
+    rows = pl.attach(model, LoRA(rank=4), name="wide").sites
+    assert [(row.site, row.note) for row in rows] == [
+        ("fc1.weight", ""),
+        ("fc2.weight", "rank above the smaller side"),
+    ]
+    assert "rank above the smaller side" in str(pl.summary(model)).splitlines()[2]
+    assert [row.parameters for row in rows] == [4 * (5 + 4), 4 * (4 + 3)]

@@ -6,7 +6,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import paramlora as pl
+from paramlora import LoRA
+from tests.support.helpers import Row, refuses
 from tests.support.mixed import train
+from tests.support.models import attached, plain
 
 
 def test_a_type_matches_adapted_and_derived_modules() -> None:
@@ -34,3 +37,151 @@ def test_a_tensor_without_elements(spec: pl.kinds.Spec) -> None:
     with pytest.raises(pl.TargetError, match=r"'0.weight' with .*: it has no elements"):
         pl.attach(model, spec, "*weight")
     assert list(model.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+A_TARGET = "a target is a module type, a glob over paths, or a callable (path, module) -> bool, got"
+
+
+TARGETS: dict[str, Row] = {
+    "typo in a path": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), "fc9"),
+        pl.TargetError,
+        "no tensor matches 'fc9'; did you mean fc2, fc1?",
+    ),
+    "typo in a tensor": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), "fc1.wieght"),
+        pl.TargetError,
+        "no tensor matches 'fc1.wieght'; did you mean fc1.weight, fc2.weight, emb.weight?",
+    ),
+    "nothing like it": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), "h.*.c_attn"),
+        pl.TargetError,
+        "no tensor matches 'h.*.c_attn'; there are emb, rnn, fc1, norm, fc2, gain, emb.weight, "
+        "rnn.weight_ih_l0, …",
+    ),
+    "typo in a path of an adapted model": (
+        attached,
+        lambda m: pl.attach(m, LoRA(2), "fc9", name="two"),
+        pl.TargetError,
+        "no tensor matches 'fc9'; did you mean fc2, fc1?",
+    ),
+    "the second of a list": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), ["fc1", "fc3"]),
+        pl.TargetError,
+        "no tensor matches 'fc3'; did you mean fc2, fc1?",
+    ),
+    "the second of a mapping": (
+        plain,
+        lambda m: pl.attach(m, {"fc1": LoRA(2), "fc2.bais": pl.Delta()}),
+        pl.TargetError,
+        "no tensor matches 'fc2.bais'; did you mean fc2.bias, fc1.bias, fc2.weight?",
+    ),
+    "a type that is not there": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), nn.Conv2d),
+        pl.TargetError,
+        "no tensor matches Conv2d; modules with a weight here are Embedding, LayerNorm, Linear",
+    ),
+    "a type without a weight": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), nn.LSTM),
+        pl.TargetError,
+        "no tensor matches LSTM; there is no parameter 'weight' in rnn, only rnn.weight_ih_l0, "
+        "rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0: name those with a glob",
+    ),
+    "a path without a weight": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), "act"),
+        pl.TargetError,
+        "no tensor matches 'act'; there is no parameter 'weight' in act",
+    ),
+    "a callable that matches nothing": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), lambda path, module: False),
+        pl.TargetError,
+        "no tensor matches <lambda>; modules with a weight here are Embedding, LayerNorm, Linear",
+    ),
+    "no parameter at all": (
+        nn.ReLU,
+        lambda m: pl.attach(m, LoRA(2), "fc1"),
+        pl.TargetError,
+        "no tensor matches 'fc1'; there are no parameters",
+    ),
+    "no weight at all": (
+        nn.ReLU,
+        lambda m: pl.attach(m, LoRA(2)),
+        pl.TargetError,
+        "no tensor matches Linear; modules with a weight here are none",
+    ),
+    "everything excluded": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), "fc?", exclude="fc*"),
+        pl.TargetError,
+        "every tensor that matches is excluded by exclude='fc*'",
+    ),
+    "typo in exclude": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), exclude=["fc2", "fc9"]),
+        pl.TargetError,
+        "exclude= matches nothing: no 'fc9'; did you mean fc2, fc1?",
+    ),
+    "an empty list": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), []),
+        pl.TargetError,
+        "no targets given; name at least one, such as nn.Linear or '*.fc1'",
+    ),
+    "an empty mapping": (
+        plain,
+        lambda m: pl.attach(m, {}),
+        pl.TargetError,
+        "no targets given; name at least one, such as nn.Linear or '*.fc1'",
+    ),
+    "mapping plus targets": (
+        plain,
+        lambda m: pl.attach(m, {"fc1": LoRA(2)}, "fc2"),
+        TypeError,
+        "with a mapping from target to spec, leave targets out",
+    ),
+    "a module as a target": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), m.fc1),
+        TypeError,
+        f"{A_TARGET} Linear(in_features=5, out_features=4, bias=True)",
+    ),
+    "a number as a target": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), 5),  # type: ignore[arg-type]
+        TypeError,
+        f"{A_TARGET} 5",
+    ),
+    "None in a list": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), ["fc1", None]),  # type: ignore[list-item]
+        TypeError,
+        f"{A_TARGET} None",
+    ),
+    "None as exclude": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), exclude=None),  # type: ignore[arg-type]
+        TypeError,
+        f"{A_TARGET} None",
+    ),
+    "a type that is no module": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), int),  # type: ignore[arg-type]
+        TypeError,
+        "a target type is a module type such as nn.Linear, got <class 'int'>",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", TARGETS.values(), ids=TARGETS.keys())
+def test_target_errors(row: Row) -> None:
+    """A bad attach says what was given, what there is and what to do, and changes nothing."""
+    make, call, error, message = row
+    refuses(make(), call, error, message)

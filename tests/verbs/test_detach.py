@@ -1,14 +1,18 @@
-"""Verbs on a part of a model, and on what was changed behind the adapters' back."""
+"""`detach` is the exact inverse of `attach`, of the whole model and of its parts."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.testing import assert_close
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import paramlora as pl
+from tests.support.helpers import unchanged
+from tests.support.mixed import MATRICES, assert_bits, attach_two, flags, mixed, train
 
 
 def net() -> nn.Sequential:
@@ -21,8 +25,75 @@ def shaken(model: nn.Module) -> None:
             parameter.normal_()
 
 
-def flags(model: nn.Module) -> list[bool]:
-    return [parameter.requires_grad for parameter in model.parameters()]
+class TestInvariant4:
+    """Detaching is the exact inverse of attaching."""
+
+    def test_4_all_is_given_back(self) -> None:
+        """Class, parameter identity, order, requires_grad, hooks and bits are as they were."""
+        model, x = mixed()
+        model.eval()
+        model.table.requires_grad_(False)
+        model.head.register_forward_hook(lambda *_: None)
+        model.rnn.register_forward_pre_hook(lambda *_: None)
+        model.embed.register_full_backward_hook(lambda *_: None)
+        model.head.weight.register_hook(lambda grad: grad)
+        with unchanged(model):
+            attach_two(model)
+            train(model, x)
+            pl.detach(model, "low")
+            pl.attach(model, pl.LoRA(rank=1), MATRICES, name="low")
+            pl.disable(model, "full")
+            pl.merge(model, "low")
+            pl.unmerge(model)
+            pl.detach(model)
+        assert model.head.weight._backward_hooks
+
+    def test_4_all_tensors_of_one_module(self) -> None:
+        """Detaching from a module with several adapted tensors restores all of them."""
+        model: Any = nn.LSTM(4, 4, num_layers=2)
+        names = [name for name, _ in model.named_parameters()]
+        pl.attach(model, pl.Delta(), "*")
+        assert len(model.parametrizations) == len(names) == 8
+        pl.detach(model)
+        assert type(model) is nn.LSTM
+        assert [name for name, _ in model.named_parameters()] == names
+
+    @pytest.mark.parametrize("foreign", [weight_norm, spectral_norm])
+    @pytest.mark.parametrize("freeze", [True, False])
+    def test_4_foreign_ones_from_before_stay(
+        self, foreign: Callable[[nn.Module], nn.Module], freeze: bool
+    ) -> None:
+        """A weight_norm or spectral_norm from before stays, with its class and its bits."""
+        model, x = mixed()
+        foreign(model.eval().head)
+        weight = model.head.weight.detach().clone()
+        with unchanged(model):
+            attach_two(model, freeze=freeze)
+            assert_bits(model.head.weight.detach(), weight)
+            train(model, x)
+            assert not torch.equal(model.head.weight, weight)
+            pl.detach(model)
+            model.zero_grad()
+        assert_bits(model.head.weight.detach(), weight)
+
+    @pytest.mark.parametrize(("foreign", "parts"), [(weight_norm, 2), (spectral_norm, 1)])
+    def test_4_foreign_ones_from_after_stay(
+        self, foreign: Callable[[nn.Module], nn.Module], parts: int
+    ) -> None:
+        """One that is registered after ours stays and works as on the plain layer."""
+        model, x = mixed()
+        plain = copy.deepcopy(model.eval())
+        attach_two(model)
+        torch.manual_seed(1)
+        foreign(model.head)
+        torch.manual_seed(1)
+        foreign(plain.head)
+        train(model, x)
+        pl.detach(model)
+        assert len([n for n, _ in model.head.named_parameters() if "original" in n]) == parts
+        assert_bits(model.state_dict(), plain.state_dict())
+        assert_bits(model(x), plain(x))
+        assert flags(model) == flags(plain)
 
 
 class Tied(nn.Module):
@@ -107,80 +178,3 @@ class TestParts:
         pl.attach(model, pl.LoRA(2), "emb", name="b")
         shaken(model)
         assert torch.equal(model.emb.weight, model.head.weight)
-
-
-class TestMergedWeights:
-    def test_a_write_while_merged_is_not_lost(self) -> None:
-        """Unmerging is refused where it would lose what was written since; baking keeps that."""
-        model = net()
-        pl.attach(model, pl.LoRA(2), "0")
-        shaken(model)
-        pl.merge(model)
-        copied = copy.deepcopy(model)
-        with torch.no_grad():
-            model[0].weight.add_(1)
-        written = model[0].weight.clone()
-        with pytest.raises(pl.StateError, match=r"'0.weight' was written to since the merge.*bake"):
-            pl.unmerge(model)
-        assert torch.equal(model[0].weight, written)
-        pl.bake(model)
-        assert torch.equal(model[0].weight, written)
-        pl.unmerge(copied)
-
-    def test_merging_keeps_the_memory_format(self) -> None:
-        """A channels_last weight is one when merged, baked or unmerged."""
-        layer = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
-        strides = layer.weight.stride()
-        pl.attach(layer, pl.LoRA(2), "weight")
-        shaken(layer)
-        dense = layer.weight.detach().clone()
-        pl.merge(layer)
-        assert layer.weight.stride() == strides
-        assert_close(layer.weight, dense)
-        pl.bake(layer)
-        assert layer.weight.stride() == strides
-
-
-class TestInputs:
-    def test_a_typo_in_exclude_is_refused(self) -> None:
-        """An exclude that matches nothing is an error that names what there is."""
-        with pytest.raises(
-            pl.TargetError, match=r"exclude= matches nothing: no '2.wieght'.*2.weight"
-        ):
-            pl.attach(net(), pl.LoRA(2), exclude="2.wieght")
-
-    def test_an_init_that_returns_is_refused(self) -> None:
-        """An init that returns a tensor, and leaves A as it was, is an error."""
-        model = net()
-        with pytest.raises(ValueError, match=r"in place, as torch.nn.init.normal_ does"):
-            pl.attach(model, pl.LoRA(2, init=torch.randn_like))
-        assert not pl.summary(model).sites
-
-    def test_numbers_of_numpy(self) -> None:
-        """numpy's numbers are numbers, and become Python's, which a file can hold."""
-        numpy = pytest.importorskip("numpy")
-        spec = pl.LoRA(numpy.int64(4), numpy.float32(2))
-        assert (type(spec.rank), type(spec.alpha), spec) == (int, float, pl.LoRA(4, 2.0))
-
-    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-    def test_a_strength_that_is_no_number(self, bad: float) -> None:
-        """Strengths that are not finite are refused, given as a number or as a tensor."""
-        model = net()
-        pl.attach(model, pl.LoRA(2))
-        for factor in (bad, torch.tensor(bad)):
-            with pytest.raises(ValueError, match="finite number"):
-                pl.scale(model, factor)
-
-    def test_names_in_a_list(self) -> None:
-        """A list of names is refused in words: names are separate arguments."""
-        model = net()
-        pl.attach(model, pl.LoRA(2))
-        with pytest.raises(TypeError, match=r"separate arguments.*\['default'\]"):
-            pl.disable(model, ["default"])
-
-    def test_assigning_a_tensor(self) -> None:
-        """Assigning to an adapted tensor is refused with what to do in its place."""
-        model = net()
-        pl.attach(model, pl.LoRA(2))
-        with pytest.raises(NotImplementedError, match="load_base_state_dict, or detach"):
-            model[0].weight = torch.zeros(3, 4)

@@ -1,4 +1,4 @@
-"""LoRA+: which factor learns at which rate, as in PEFT's optimizer."""
+"""LoRA+: the learning rate of each factor, as in PEFT's optimizer."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ class Net(nn.Module):
 
 
 def rates(model: Any, **options: Any) -> dict[str, float]:
-    """Return each factor's rate, by its key in the state dict."""
+    """Return the learning rate of each factor, by its key in the state dict."""
     keys = {}
     for name in ("one", "two"):
         if name in {row.adapter for row in pl.summary(model).sites}:
@@ -39,23 +39,23 @@ def rates(model: Any, **options: Any) -> dict[str, float]:
 
 
 def test_rates() -> None:
-    """B and DoRA's magnitudes get lr · ratio, all else lr, and embeddings their own where given."""
+    """B and DoRA's magnitudes get lr · ratio, all else lr, embeddings their own rate if given."""
     model = Net()
     pl.attach(model, {"emb": pl.LoRA(rank=2), "fc": pl.DoRA(rank=2)}, name="one")
     pl.attach(model, {"fc.weight": pl.LoHa(rank=2), "fc.bias": pl.Delta()}, name="two")
     slow = {"emb.weight.A", "fc.weight.A"}
     fast = {"emb.weight.B", "fc.weight.B", "fc.weight.d"}
-    others = {"fc.weight.A1", "fc.weight.B1", "fc.weight.A2", "fc.weight.B2", "fc.bias.D"}
+    two = {"fc.weight.A1", "fc.weight.B1", "fc.weight.A2", "fc.weight.B2", "fc.bias.D"}
     expected = {f"one {key}": 0.01 for key in slow} | {f"one {key}": 0.08 for key in fast}
-    expected |= {f"two {key}": 0.01 for key in others}
+    expected |= {f"two {key}": 0.01 for key in two}
     assert rates(model, lr=0.01, ratio=8) == expected
-    own = {"one emb.weight.A": 1e-6, "one emb.weight.B": 1e-6}
-    assert rates(model, lr=0.01, ratio=8, embedding_lr=1e-6) == expected | own
+    embedding = {"one emb.weight.A": 1e-6, "one emb.weight.B": 1e-6}
+    assert rates(model, lr=0.01, ratio=8, embedding_lr=1e-6) == expected | embedding
     assert [g["lr"] for g in pl.parameter_groups(model, "two", lr=0.01)] == [0.01]
 
 
 def test_trains_as_peft_does() -> None:
-    """Some steps of AdamW in these groups give what PEFT's LoRA+ optimizer gives."""
+    """Ten steps of AdamW in these groups give what PEFT's LoRA+ optimizer gives."""
     torch.manual_seed(0)
     base = Net()
     ours = copy.deepcopy(base)
@@ -94,8 +94,8 @@ def test_trains_as_peft_does() -> None:
         ({"lr": 1e-3, "embedding_lr": math.nan}, "embedding_lr must be a positive number, got nan"),
     ],
 )
-def test_what_is_no_rate(options: dict[str, float], message: str) -> None:
-    """A rate that is no positive number is refused, and so is a name that there is not."""
+def test_invalid_arguments(options: dict[str, float], message: str) -> None:
+    """A rate that is not positive raises ValueError, an unknown name AdapterNameError."""
     model = nn.Linear(3, 2)
     pl.attach(model, pl.LoRA(rank=1), "weight")
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -1,8 +1,4 @@
-"""PEFT's folders, both ways, for each type of layer; PEFT itself is the oracle.
-
-What PEFT trains and saves is loaded here, and what is saved here is loaded there; each time outputs
-and merged weights agree.
-"""
+"""PEFT's folders for each type of torch layer, read and written; PEFT itself is the oracle."""
 
 import copy
 import json
@@ -22,21 +18,21 @@ from tests.support.reference import shake
 peft = pytest.importorskip("peft", reason="the oracle of these tests is PEFT")
 from tests.support.peft_oracle import (  # noqa: E402
     bound,
-    comes_in,
-    goes_out,
+    check_export,
+    check_import,
+    check_merged,
     loaded,
     outputs,
-    same_merged,
     trained,
 )
 
-# Of PEFT's about what is tried here on purpose, and ours about `out_proj`, which has its own test.
+# PEFT warns of settings that are tested on purpose. `out_proj` has a test of its warning.
 pytestmark = pytest.mark.filterwarnings("ignore")
 LoraConfig = peft.LoraConfig
 
 
 class Mixed(nn.Module):
-    """One layer of each type that PEFT's LoRA adapts, for ids (n, 6)."""
+    """One layer of each type that PEFT's LoRA adapts; the input is ids (n, 6)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +54,7 @@ class Mixed(nn.Module):
 
 
 class Grouped(nn.Module):
-    """Convolutions of two groups, and of as many as there are channels."""
+    """A convolution of two groups, and a depthwise convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,12 +120,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS.keys())
-def test_what_peft_trains_comes_in(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_import(settings: dict[str, Any], tmp_path: Path) -> None:
     """What PEFT trains and saves gives the same outputs and merged weights here."""
     model = mixed()
     wrapped = trained(model, LoraConfig(r=3, lora_alpha=4, **settings), IDS)
-    ours = comes_in(model, wrapped, IDS, tmp_path)
-    same_merged(ours, loaded(model, tmp_path))
+    ours = check_import(model, wrapped, IDS, tmp_path)
+    check_merged(ours, loaded(model, tmp_path))
 
 
 SPECS: dict[str, Any] = {
@@ -164,22 +160,25 @@ SPECS: dict[str, Any] = {
 
 @pytest.mark.parametrize("strength", [1.0, -0.37])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
-def test_what_is_saved_peft_loads(spec: Any, strength: float, tmp_path: Path) -> None:
+def test_export(spec: Any, strength: float, tmp_path: Path) -> None:
     """What is saved here gives the same outputs and merged weights in PEFT, strength included."""
     base = mixed()
     model = copy.deepcopy(base)
     pl.attach(model, spec, name="digits")
     shake(model)
     pl.scale(model, strength)
-    wrapped = goes_out(model, base, IDS, tmp_path / "digits")
-    same_merged(model, wrapped)
-    again = copy.deepcopy(base)
-    pl.load_peft(again, tmp_path / "digits", name="again")
-    same_merged(again, loaded(base, tmp_path / "digits"))
+    wrapped = check_export(model, base, IDS, tmp_path / "digits")
+    check_merged(model, wrapped)
+    reloaded = copy.deepcopy(base)
+    pl.load_peft(reloaded, tmp_path / "digits", name="again")
+    check_merged(reloaded, loaded(base, tmp_path / "digits"))
 
 
-def test_peft_adds_the_update_of_out_proj_twice(tmp_path: Path) -> None:
-    """A file means each update once; PEFT to 0.21.2 differs, we say so, and `scale` follows it."""
+def test_out_proj_in_peft(tmp_path: Path) -> None:
+    """PEFT to 0.21.2 adds the update of `out_proj` twice; loading and saving warn of it.
+
+    A strength of 2 on `out_proj` gives PEFT's outputs.
+    """
     base = mixed()
     wrapped = trained(base, LoraConfig(r=3, target_modules=["mha"]), IDS).requires_grad_(False)
     wrapped.save_pretrained(tmp_path)
@@ -189,27 +188,27 @@ def test_peft_adds_the_update_of_out_proj_twice(tmp_path: Path) -> None:
     assert_close(outputs(base, IDS), outputs(wrapped, IDS), **bound(base))
     pl.scale(base, 1)  # PEFT has one scale for both projections
     with pytest.warns(UserWarning, match=r"adds the update of 'mha.out_proj.weight' twice"):
-        pl.save_peft(base, tmp_path / "again")
+        pl.save_peft(base, tmp_path / "reloaded")
 
 
 @pytest.mark.parametrize("target", ["conv", "depthwise"])
-def test_grouped_convolutions_go_out_and_come_back(target: str, tmp_path: Path) -> None:
-    """An update of a grouped convolution is, in PEFT, one of rank r·g; it comes back as it was."""
+def test_grouped_convolution(target: str, tmp_path: Path) -> None:
+    """The update of a grouped convolution is saved for PEFT with rank r·groups, and loads again."""
     base = grouped()
     model = copy.deepcopy(base)
     for rslora in (False, True):
         pl.attach(model, LoRA(2, 3, rank_stabilized=rslora), target, name="digits")
         shake(model)
-        goes_out(model, base, IMAGES, tmp_path / "digits")
-        again = copy.deepcopy(base)
-        row = pl.load_peft(again, tmp_path / "digits").sites[0]
+        check_export(model, base, IMAGES, tmp_path / "digits")
+        reloaded = copy.deepcopy(base)
+        row = pl.load_peft(reloaded, tmp_path / "digits").sites[0]
         assert (row.rank, row.kind) == (2, "LoRA")
-        assert_close(outputs(again, IMAGES), outputs(model, IMAGES), **bound(base))
+        assert_close(outputs(reloaded, IMAGES), outputs(model, IMAGES), **bound(base))
         pl.detach(model)
 
 
-def test_other_blocks_of_a_grouped_convolution_come_in(tmp_path: Path) -> None:
-    """An A that is zero outside of each group's inputs is loaded, whatever its blocks are."""
+def test_grouped_convolution_with_other_blocks(tmp_path: Path) -> None:
+    """An A that is zero outside of each group's inputs is loaded, whichever rows are zero."""
     base = grouped()
     config = LoraConfig(r=4, target_modules=["conv"], init_lora_weights=False)
     wrapped = peft.get_peft_model(copy.deepcopy(base), config).eval()
@@ -217,12 +216,12 @@ def test_other_blocks_of_a_grouped_convolution_come_in(tmp_path: Path) -> None:
     with torch.no_grad():
         A[:2, 2:] = 0
         A[2:, :2] = 0
-    ours = comes_in(base, wrapped, IMAGES, tmp_path)
+    ours = check_import(base, wrapped, IMAGES, tmp_path)
     assert pl.summary(ours).sites[0].rank == 4
 
 
-def test_a_grouped_convolution_that_mixes_groups_is_refused(tmp_path: Path) -> None:
-    """What PEFT trains on a grouped convolution is no update of its weight: refused, by name."""
+def test_grouped_convolution_that_mixes_groups(tmp_path: Path) -> None:
+    """An update that mixes groups, as PEFT trains it, raises: no weight can hold it."""
     base = grouped()
     trained(base, LoraConfig(r=2, target_modules=["conv"]), IMAGES).save_pretrained(tmp_path)
     message = (
@@ -233,8 +232,8 @@ def test_a_grouped_convolution_that_mixes_groups_is_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_a_round_trip_keeps_bits_and_settings(dtype: torch.dtype, tmp_path: Path) -> None:
-    """What goes out and comes back has the same factors, bit for bit, and the same settings."""
+def test_round_trip(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Saved and loaded, an adapter keeps its settings and the bits of its factors."""
     base = mixed(dtype)
     model = copy.deepcopy(base)
     spec: dict[Any, pl.kinds.Spec] = {
@@ -247,20 +246,20 @@ def test_a_round_trip_keeps_bits_and_settings(dtype: torch.dtype, tmp_path: Path
     pl.attach(model, spec, name="digits")
     shake(model)
     pl.save_peft(model, tmp_path / "digits", "digits")
-    again = copy.deepcopy(base)
-    rows = pl.load_peft(again, tmp_path / "digits", name="digits").sites
+    reloaded = copy.deepcopy(base)
+    rows = pl.load_peft(reloaded, tmp_path / "digits", name="digits").sites
     assert rows == pl.summary(model).sites
     expected = pl.state_dict(model, "digits")
-    for key, factor in pl.state_dict(again, "digits").items():
+    for key, factor in pl.state_dict(reloaded, "digits").items():
         assert factor.dtype == expected[key].dtype
-        if key.endswith(".D"):  # a whole tensor is saved in the model's dtype
+        if key.endswith(".D"):  # a whole tensor is saved in the dtype of the model
             assert_close(factor, expected[key], rtol=0, atol=4 * torch.finfo(dtype).eps)
         else:
             assert torch.equal(factor, expected[key]), key
 
 
-def test_an_adapter_of_a_merged_or_disabled_model_goes_out_alike(tmp_path: Path) -> None:
-    """What is saved does not hang on what is on, merged or attached beside it."""
+def test_saving_is_independent_of_state(tmp_path: Path) -> None:
+    """The files are the same whether the adapter is on, merged or off, and beside another one."""
     model = mixed()
     pl.attach(model, {"fc": LoRA(3), "head.*": Delta()}, name="digits")
     pl.attach(model, LoRA(2), "fc", name="letters")
@@ -271,26 +270,26 @@ def test_an_adapter_of_a_merged_or_disabled_model_goes_out_alike(tmp_path: Path)
         pl.save_peft(model, folders[1], "digits")
     with pl.disabled(model):
         pl.save_peft(model, folders[2], "digits")
-    first, *others = [
+    first, *rest = [
         [(folder / file).read_bytes() for file in ("adapter_config.json", FILE)]
         for folder in folders
     ]
-    assert others == [first, first]
+    assert rest == [first, first]
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_start_from_the_base_comes_in(init: str, tmp_path: Path) -> None:
-    """PEFT takes the start out of the stored base when it loads; here it is kept beside it."""
+def test_init_from_the_weight(init: str, tmp_path: Path) -> None:
+    """PiSSA and OLoRA of PEFT load without changing the base, and are saved as plain LoRAs."""
     base = mixed(torch.float32)
     settings = {"target_modules": ["fc", "head"], "alpha_pattern": {"head": 2}}
     wrapped = trained(base, LoraConfig(r=3, lora_alpha=4, init_lora_weights=init, **settings), IDS)
     with torch.no_grad():
         expected = outputs(wrapped, IDS)
-    ours = comes_in(base, wrapped, IDS, tmp_path / "theirs")
+    ours = check_import(base, wrapped, IDS, tmp_path / "theirs")
     assert_close(outputs(ours, IDS), expected, **bound(base))
     assert pl.fingerprint(ours) == pl.fingerprint(base)
-    # And out again, for the original base and without a word of where it started.
-    goes_out(ours, base, IDS, tmp_path / "ours")
-    plain = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
-    assert plain["r"] == 6
-    assert "init_lora_weights" not in plain
+    # Saved again, it is for the original base, without the init.
+    check_export(ours, base, IDS, tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert config["r"] == 6
+    assert "init_lora_weights" not in config

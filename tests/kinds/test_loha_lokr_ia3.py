@@ -1,4 +1,4 @@
-"""LoHa, LoKr and (IA)³ are those of PEFT and of LyCORIS, given the same factors."""
+"""LoHa, LoKr and (IA)³ equal those of PEFT and of LyCORIS with the same factors."""
 
 import copy
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import paramlora as pl
+from tests.support.models import Wrapped
 
 LAYERS: dict[str, tuple[Any, Any]] = {
     "linear": (lambda: nn.Linear(12, 10), lambda: torch.randn(4, 12)),
@@ -35,17 +36,8 @@ NAMES = {
 }
 
 
-class Model(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
 def as_ours(named: Any) -> dict[str, Tensor]:
-    """Return the factors among named tensors under the names that they have here."""
+    """Select the factors among named tensors, and give them our names."""
     parts = ((key.split("."), value.detach()) for key, value in named)
     return {NAMES[part]: value for key, value in parts for part in key if part in NAMES}
 
@@ -69,23 +61,23 @@ CASES = {
 }
 
 
-# Not a full W2 on a Conv1d: there PEFT's product has its dimensions mixed up (torch.kron pads W1 in
-# front, where LyCORIS pads it behind), and is then reshaped to the weight's.
+# Not a full W2 on a Conv1d: PEFT's product has its dimensions in the wrong order there. torch.kron
+# pads the shape of W1 at the front, LyCORIS at the end.
 PAIRS = [(kind, layer) for kind in CASES for layer in LAYERS]
 PAIRS.remove(("lokr_full", "conv1d"))
 
 
 @pytest.mark.parametrize(("kind", "layer"), PAIRS)
 def test_equal_to_peft(kind: str, layer: str) -> None:
-    """Given PEFT's factors, the outputs are PEFT's, and the shapes are those that PEFT chooses."""
+    """With PEFT's factors, outputs equal PEFT's, and the factors have the same shapes."""
     spec, config = CASES[kind]
     make, inputs = LAYERS[layer]
     torch.manual_seed(0)
     plain = make().double()
-    ours: Any = Model(copy.deepcopy(plain))
+    ours: Any = Wrapped(copy.deepcopy(plain))
     config = copy.deepcopy(config)
     config.target_modules = ["layer"]
-    theirs = peft.get_peft_model(Model(plain), config).double()
+    theirs = peft.get_peft_model(Wrapped(plain), config).double()
     fill(theirs)
     pl.attach(ours, spec, "layer")
     state = as_ours(theirs.named_parameters())
@@ -110,17 +102,19 @@ def test_equal_to_peft(kind: str, layer: str) -> None:
     ],
 )
 def test_equal_to_lycoris_modules(spec: pl.kinds.Spec, make_theirs: Any, layer: str) -> None:
-    """Given the factors of LyCORIS' modules, the update is theirs, in the shapes that they choose,
-    and those that start at zero do so here."""
+    """With the factors of LyCORIS' modules, the update equals theirs.
+
+    The factors have the same shapes, and the same ones start at zero.
+    """
     torch.manual_seed(0)
     plain = LAYERS[layer][0]()
     theirs = make_theirs(plain)
-    mine = spec.create(plain.weight.detach())
+    ours = spec.create(plain.weight.detach())
     start = as_ours(theirs.named_parameters())
-    assert {key: value.shape for key, value in mine.items()} == {
+    assert {key: value.shape for key, value in ours.items()} == {
         key: value.shape for key, value in start.items()
     }
-    assert {key for key in mine if not mine[key].any()} == {
+    assert {key for key in ours if not ours[key].any()} == {
         key for key in start if not start[key].any()
     }
     fill(theirs)
@@ -143,8 +137,8 @@ def test_equal_to_lycoris_functions() -> None:
     assert_close(lokr.apply(W, f), expected)
 
 
-def test_divisors_are_those_of_lycoris() -> None:
-    """LoKr's first factor has the sides that LyCORIS chooses, for any dimension and factor."""
+def test_lokr_factorization() -> None:
+    """The first factor of LoKr has the sides that LyCORIS chooses, for any size and factor."""
     for size in (*range(1, 200), 768, 1024, 50257):
         for factor in (-1, 1, 2, 3, 4, 7, 8, 16, 100):
             spec = pl.LoKr(rank=None, factor=factor)
@@ -154,16 +148,16 @@ def test_divisors_are_those_of_lycoris() -> None:
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("layer", ["linear", "conv2d"])
-def test_ia3_is_that_of_peft(layer: str, dim: int) -> None:
-    """Given PEFT's vector, on the outputs with their bias or on the inputs, the outputs agree."""
+def test_ia3_equals_peft(layer: str, dim: int) -> None:
+    """With PEFT's vector, on outputs and their bias or on inputs, outputs equal PEFT's."""
     make, inputs = LAYERS[layer]
     torch.manual_seed(0)
     plain = make().double()
-    ours: Any = Model(copy.deepcopy(plain))
+    ours: Any = Wrapped(copy.deepcopy(plain))
     config = peft.IA3Config(
         target_modules=["layer"], feedforward_modules=["layer"] if dim == 1 else []
     )
-    theirs = peft.get_peft_model(Model(plain), config).double()
+    theirs = peft.get_peft_model(Wrapped(plain), config).double()
     fill(theirs)
     [vector] = [p.detach().flatten() for p in theirs.parameters() if p.requires_grad]
     pl.attach(ours, pl.IA3(dim=dim), "layer.weight" if dim else ["layer.weight", "layer.bias"])
@@ -173,30 +167,15 @@ def test_ia3_is_that_of_peft(layer: str, dim: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: pl.LoHa(rank=0), "rank must be a whole number of at least 1, got 0"),
-        (lambda: pl.LoKr(rank=-1), "rank must be a whole number of at least 1, got -1"),
-        (lambda: pl.LoKr(rank=None, alpha=2), "so rank=None allows no alpha; got 2"),
-        (lambda: pl.LoKr(factor=0), "factor must be a whole number of at least 1, or -1, got 0"),
-        (lambda: pl.IA3(dim=-1), "dim must be 0 or 1, got -1"),
-    ],
-)
-def test_what_is_no_setting(make: Any, message: str) -> None:
-    """Settings that make no sense are refused when they are written down."""
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-@pytest.mark.parametrize(
     ("spec", "message"),
     [
+        (pl.DoRA(), "with DoRA: a low-rank update needs two dimensions, it has 1"),
         (pl.LoHa(), "with LoHa: a low-rank update needs two dimensions, it has 1"),
         (pl.LoKr(), "with LoKr: a low-rank update needs two dimensions, it has 1"),
         (pl.IA3(dim=1), "with IA3: dim=1 is out of range, its number of dimensions is 1"),
     ],
 )
-def test_what_cannot_be_adapted(spec: pl.kinds.Spec, message: str) -> None:
-    """A bias is refused, by name, by the kinds that need a matrix."""
+def test_bias_needs_another_kind(spec: pl.kinds.Spec, message: str) -> None:
+    """A kind that needs a matrix raises TargetError for a bias."""
     with pytest.raises(pl.TargetError, match=message):
         pl.attach(nn.Linear(3, 2), spec, "bias")

@@ -1,4 +1,4 @@
-"""PEFT's folders for models of transformers, tiny and random; PEFT itself is the oracle."""
+"""PEFT's folders for transformers models, tiny and random; PEFT itself is the oracle."""
 
 import copy
 from collections.abc import Callable
@@ -18,15 +18,17 @@ peft = pytest.importorskip("peft", reason="the oracle of these tests is PEFT")
 transformers = pytest.importorskip("transformers")
 from tests.support.peft_oracle import (  # noqa: E402
     bound,
-    comes_in,
-    goes_out,
+    check_export,
+    check_import,
+    check_merged,
     loaded,
     outputs,
-    same_merged,
     trained,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, about what is tried here on purpose
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # PEFT warns of settings that are tested on purpose
 
 IDS = torch.randint(40, (2, 5), generator=torch.Generator().manual_seed(0))
 PIXELS = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -84,7 +86,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
 }
 
 
-def made(name: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
+def build_model(name: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
     torch.manual_seed(0)
     make, inputs = MODELS[name]
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
@@ -92,7 +94,7 @@ def made(name: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def in_dtypes(cases: dict[str, Any]) -> list[Any]:
-    """Return all cases in float64, and for each model the plain one in float32 too."""
+    """Return all cases in float64, and the first one of each model in float32 too."""
     return [
         pytest.param(case, dtype, id=f"{name}-{dtype}".replace("torch.", ""))
         for name, case in cases.items()
@@ -124,15 +126,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("case", "dtype"), in_dtypes(CASES))
-def test_what_peft_trains_comes_in(
-    case: tuple[str, dict[str, Any]], dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_import(case: tuple[str, dict[str, Any]], dtype: torch.dtype, tmp_path: Path) -> None:
     """What PEFT trains and saves gives the same logits and merged weights here."""
     name, settings = case
-    model, inputs = made(name, dtype)
+    model, inputs = build_model(name, dtype)
     wrapped = trained(model, peft.LoraConfig(r=3, lora_alpha=4, **settings), inputs)
-    ours = comes_in(model, wrapped, inputs, tmp_path)
-    same_merged(ours, loaded(model, tmp_path))
+    ours = check_import(model, wrapped, inputs, tmp_path)
+    check_merged(ours, loaded(model, tmp_path))
 
 
 SPECS: dict[str, tuple[str, Any]] = {
@@ -150,40 +150,36 @@ SPECS: dict[str, tuple[str, Any]] = {
 
 
 @pytest.mark.parametrize(("case", "dtype"), in_dtypes(SPECS))
-def test_what_is_saved_peft_loads(
-    case: tuple[str, Any], dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_export(case: tuple[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
     """What is saved here gives the same logits and merged weights in PEFT."""
     name, spec = case
-    base, inputs = made(name, dtype)
+    base, inputs = build_model(name, dtype)
     model = copy.deepcopy(base)
     pl.attach(model, spec, name="digits")
     shake(model)
     pl.scale(model, 0.7)
-    same_merged(model, goes_out(model, base, inputs, tmp_path / "digits"))
+    check_merged(model, check_export(model, base, inputs, tmp_path / "digits"))
 
 
 @torch.no_grad()
-def test_transformers_reads_and_writes_the_same_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`load_adapter` and `save_pretrained` of a transformers model work with these folders."""
-    # transformers 5.24 asks for PEFT 0.22, which was not out when it was: what is written to and
-    # read from a folder does not hang on that.
-    here = "transformers.integrations.peft.MIN_PEFT_VERSION"
-    monkeypatch.setattr(here, peft.__version__, raising=False)
-    base, inputs = made("llama", torch.float64)
-    model, theirs = copy.deepcopy(base), copy.deepcopy(base)
+def test_load_adapter_and_save_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transformers model loads folders of paramlora, and paramlora loads its folders."""
+    # transformers 5.24 requires PEFT 0.22, which was not released yet. Reading and writing folders
+    # does not depend on it.
+    minimum = "transformers.integrations.peft.MIN_PEFT_VERSION"
+    monkeypatch.setattr(minimum, peft.__version__, raising=False)
+    base, inputs = build_model("llama", torch.float64)
+    model, loads_ours = copy.deepcopy(base), copy.deepcopy(base)
     pl.attach(model, LoRA(3, 5), "*_proj", name="digits")
     shake(model)
     pl.save_peft(model, tmp_path / "digits", "digits")
-    theirs.load_adapter(tmp_path / "digits")  # type: ignore[operator]
-    assert_close(outputs(theirs, inputs), outputs(model, inputs), **bound(base))
+    loads_ours.load_adapter(tmp_path / "digits")  # type: ignore[operator]
+    assert_close(outputs(loads_ours, inputs), outputs(model, inputs), **bound(base))
 
-    other, ours = copy.deepcopy(base), copy.deepcopy(base)
+    theirs, ours = copy.deepcopy(base), copy.deepcopy(base)
     settings = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
-    other.add_adapter(peft.LoraConfig(**settings))  # type: ignore[operator]
-    other.save_pretrained(tmp_path / "theirs")  # type: ignore[operator]
+    theirs.add_adapter(peft.LoraConfig(**settings))  # type: ignore[operator]
+    theirs.save_pretrained(tmp_path / "theirs")  # type: ignore[operator]
     pl.load_peft(ours, tmp_path / "theirs")
-    assert_close(outputs(ours, inputs), outputs(other, inputs), **bound(base))
+    assert_close(outputs(ours, inputs), outputs(theirs, inputs), **bound(base))
     assert (outputs(ours, inputs) - outputs(base, inputs)).abs().max() > 1e-3

@@ -1,4 +1,4 @@
-"""Which modules the settings of a PEFT config mean: the same as in PEFT itself."""
+"""The modules, ranks and alphas that a PEFT config means: the same as in PEFT itself."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ PATHS = [
       for layer in LAYERS],
 ]  # fmt: skip
 
-# Regular expressions and lists; PEFT turns a list into a set, so the order has no effect.
+# Regular expressions and lists. PEFT turns a list into a set, so its order has no effect.
 TARGETS: dict[str, dict[str, Any]] = {
     "ends": {"target_modules": ["fc1", "net.0", "q"]},
     "whole paths": {"target_modules": ["h.layers.1.q", "layers.0.mlp.fc1"]},
@@ -57,8 +57,8 @@ TARGETS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", TARGETS.values(), ids=TARGETS.keys())
-def test_the_modules_are_those_of_peft(settings: dict[str, Any]) -> None:
-    """Lists match by the end of a path, expressions all of it, with PEFT's exceptions."""
+def test_target_modules(settings: dict[str, Any]) -> None:
+    """A list matches the end of a path, an expression all of it, with PEFT's exceptions."""
     theirs, ours = peft.LoraConfig(**settings), Config(**settings)
     expected = [path for path in PATHS if check_target_module_exists(theirs, path)]
     assert [path for path in PATHS if ours.targets(path)] == expected
@@ -76,7 +76,7 @@ def test_the_modules_are_those_of_peft(settings: dict[str, Any]) -> None:
         {"^h\\.layers\\.1\\.q": 7},
     ],
 )
-def test_the_patterns_are_those_of_peft(numbers: dict[str, int]) -> None:
+def test_rank_and_alpha_patterns(numbers: dict[str, int]) -> None:
     """The first pattern that matches the end of a path gives its rank and alpha."""
     config = Config(["q"], r=9, lora_alpha=9, rank_pattern=numbers, alpha_pattern=numbers)
     expected = [numbers.get(get_pattern_key(numbers, path), 9) for path in PATHS]
@@ -85,8 +85,8 @@ def test_the_patterns_are_those_of_peft(numbers: dict[str, int]) -> None:
     assert set(expected) != {9}
 
 
-def test_what_is_written_means_the_same() -> None:
-    """The fewest settings are written, and they give each module its own rank and alpha."""
+def test_written_config() -> None:
+    """The written config is minimal and gives each module its rank and alpha."""
     targets = {"net.0": (4, 8.0), "sub.net.0": (4, 8.0), "fc1": (2, 8.0), "xnet.0": (4, 0.5)}
     content = config_content(targets, use_rslora=False, bias="all")
     assert content == {
@@ -107,8 +107,8 @@ def test_what_is_written_means_the_same() -> None:
     assert found == targets
 
 
-def test_all_linear_is_that_of_peft() -> None:
-    """ "all-linear" means every Linear below the model but the one that gives the output."""
+def test_all_linear() -> None:
+    """`"all-linear"` means every Linear below the model except the output layer."""
 
     class Net(nn.Module):
         def __init__(self) -> None:

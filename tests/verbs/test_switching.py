@@ -1,95 +1,60 @@
-"""The invariants on what must not touch what: copies (6), adapters and states (7), ties (8)."""
+"""Switching adapters on, off and to a strength: what it changes, and what it leaves."""
 
 import copy
 import gc
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm, weight_norm
-from torch.testing import assert_close
 
 import paramlora as pl
 from tests.support.helpers import unchanged
-from tests.support.mixed import Mixed, assert_bits, attach_two, fields, flags, mixed, train, values
-from tests.support.reference import loss, shake
+from tests.support.mixed import (
+    Mixed,
+    assert_bits,
+    attach_two,
+    fields,
+    flags,
+    mixed,
+    values,
+)
+from tests.support.reference import shake
+from tests.support.reference_model import close
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
-def changes(tmp_path: Path) -> dict[str, Callable[[Mixed, Tensor], object]]:
-    """Return what can be done to a model with the adapters of `attach_two`, by name."""
-    source, _ = mixed()
-    attach_two(source.eval())
-    shake(source)
-    pl.save(source, tmp_path / "low.safetensors", "low")
-
-    def merge_and_unmerge(model: Mixed, x: Tensor) -> None:
-        pl.merge(model)
-        pl.unmerge(model)
-
-    def load_base(model: Mixed, x: Tensor) -> None:
-        state = pl.base_state_dict(model)
-        pl.load_base_state_dict(model, {key: value + 1 for key, value in state.items()})
-
-    return {
-        "attach": lambda model, x: pl.attach(model, pl.LoRA(rank=1), name="more"),
-        "attach_elsewhere": lambda model, x: pl.attach(model, pl.Delta(), "norm", name="more"),
-        "detach": lambda model, x: pl.detach(model),
-        "detach_one": lambda model, x: pl.detach(model, "low"),
-        "disable": lambda model, x: pl.disable(model, "full"),
-        "scale": lambda model, x: pl.scale(model, 0.5),
-        "merge": lambda model, x: pl.merge(model),
-        "merge_and_unmerge": merge_and_unmerge,
-        "bake": lambda model, x: pl.bake(model),
-        "freeze": lambda model, x: pl.freeze(model, "full"),
-        "train": lambda model, x: train(model, x),
-        "load": lambda model, x: pl.load(model, tmp_path / "low.safetensors"),
-        "load_base": load_base,
-        "normalise": lambda model, x: spectral_norm(model.head),
-        "double": lambda model, x: model.double(),
-        "hook": lambda model, x: model.head.register_forward_hook(lambda *_: None),
-    }
-
-
-CHANGES = [
-    *("attach", "attach_elsewhere", "detach", "detach_one", "disable", "scale", "merge"),
-    *("merge_and_unmerge", "bake", "freeze", "train", "load", "load_base", "normalise"),
-    *("double", "hook"),
-]
-
-
-# What is refused while an adapter is merged.
-REFUSED = {"detach", "detach_one", "disable", "scale", "merge", "merge_and_unmerge", "load"}
-REFUSED |= {"load_base", "train"}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("started", ["attached", "merged", "normed"])
-def test_6_a_deep_copy_is_independent(change: str, started: str, tmp_path: Path) -> None:
-    """Whatever is done to a copy leaves the original alone, and the other way round."""
-    for done_to_the_copy in (True, False):
-        model, x = mixed()
-        if started == "normed":
-            weight_norm(model.head)
-        attach_two(model.eval())
-        shake(model)
-        if started == "merged" and change not in REFUSED:
-            pl.merge(model)
-        model(x)
-        other = copy.deepcopy(model)
-        assert_bits(other(x), model(x))
-        changed, kept = (other, model) if done_to_the_copy else (model, other)
-        expected = kept(x).detach()
-        with unchanged(kept):
-            changes(tmp_path)[change](changed, x)
-        assert_bits(kept(x).detach(), expected)
-        assert_bits(copy.deepcopy(changed)(x.clone()), changed(x))
-        pl.unmerge(kept)
-        pl.detach(kept)
-        assert type(kept.embed) is nn.Embedding
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_1_new_or_off_is_the_base(
+    dtype: torch.dtype, training: bool, mode: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    """Outputs are bitwise the base's after attach before training; with adapters off, always."""
+    model, x = mixed(dtype)
+    base = copy.deepcopy(model).train(training)
+    model.train(training)
+    attach_two(model)
+    with mode():
+        expected = base(x)
+        assert_bits(model(x), expected)
+    shake(model)
+    pl.scale(model, 0.3, "full")
+    with mode():
+        assert not torch.equal(model(x), expected)
+        with pl.disabled(model):
+            assert_bits(model(x), expected)
+        with pl.using(model):
+            assert_bits(model(x), expected)
+        with pl.merged(model):
+            pass
+        pl.disable(model)
+        assert_bits(model(x), expected)
 
 
 class TestInvariant7:
@@ -232,43 +197,47 @@ class TestInvariant7:
         assert_bits(values(model, "low"), saved)
 
 
-class Tied(nn.Module):
-    """A model whose head has the embedding's weight."""
+def small() -> tuple[nn.Sequential, Tensor]:
+    """Return a model with adapters "a" and "b" that do something, and an input for it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
+    for name in "ab":
+        pl.attach(model, pl.LoRA(rank=1), name=name)
+    with torch.no_grad():
+        for parameter in pl.parameters(model):
+            parameter.normal_()
+    return model, torch.randn(2, 3, dtype=torch.float64)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.head = nn.Linear(6, 11)
-        self.head.weight = self.embed.weight
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.embed(ids))
+def test_merging_inside_of_using_keeps_the_strength() -> None:
+    """What is merged at a strength keeps that strength when the context ends, so that a second
+    merge, which folds both anew, changes no output."""
+    model, x = small()
+    with pl.using(model, a=0.5):
+        pl.merge(model)
+        inside = model(x)
+    assert {row.scale for row in pl.summary(model).sites if row.adapter == "a"} == {0.5}
+    pl.disable(model, "b")
+    close(model(x), inside)
+    pl.enable(model, "b")
+    both = model(x)
+    pl.merge(model, "b")
+    close(model(x), both)
+    pl.unmerge(model)
+    close(model(x), both)
 
 
-@pytest.mark.parametrize("side", ["embed", "head", "*"])
-@pytest.mark.parametrize("spec", [pl.LoRA(rank=2, alpha=3), pl.Delta()])
-def test_8_tied_weights_stay_tied(side: str, spec: pl.kinds.Spec) -> None:
-    """An adapter on either side is seen on both, its gradients add up, and the tie outlives it."""
-    torch.default_generator.manual_seed(0)
-    model, ids = Tied().double(), torch.randint(11, (4,))
-    weight, state = model.embed.weight, copy.deepcopy(model.state_dict())
-    with unchanged(model):
-        pl.attach(model, spec, [side] if side != "*" else ["embed", "head"])
-        shake(model)
-        W, bias = weight.detach(), model.head.bias.detach()
-        leaves = [p.detach().clone().requires_grad_() for p in pl.parameters(model)]
-        dense = W + (leaves[0] if len(leaves) == 1 else 1.5 * leaves[1] @ leaves[0])
-        assert_close(model.embed.weight, dense)
-        assert_close(model.head.weight, dense)
-        expected = dense[ids] @ dense.T + bias
-        assert_close(model(ids), expected)
-        actual = torch.autograd.grad(loss([model(ids)]), pl.parameters(model))
-        assert_close(actual, torch.autograd.grad(loss([expected]), leaves))
-        with pl.merged(model):
-            assert model.embed.weight is model.head.weight
-            assert_close(model(ids), expected)
-        with pytest.raises(pl.StateError, match=r"embed\.weight, head\.weight are tied"):
-            pl.detach(model.head)
-        pl.detach(model)
-    assert model.embed.weight is model.head.weight is weight
-    assert_bits(model.state_dict(), state)
+@pytest.mark.parametrize("alone", [True, False])
+def test_attaching_inside_of_a_context_what_was_detached_there(alone: bool) -> None:
+    """A context puts back what it found, not what is attached inside under the same name, be it
+    alone at its tensor or not."""
+    model, _ = small()
+    if alone:
+        pl.detach(model, "b")
+    pl.scale(model, 3.0, "a")
+    pl.disable(model, "a")
+    with pl.enabled(model, "a"):
+        pl.detach(model, "a")
+        pl.attach(model, pl.LoRA(rank=1), name="a")
+    rows = [row for row in pl.summary(model).sites if row.adapter == "a"]
+    assert [(row.active, row.scale) for row in rows] == [(True, 1.0)] * 2

@@ -1,0 +1,186 @@
+"""Adapters that a PEFT folder cannot hold: each error word by word, with nothing written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.nn.utils import parametrizations
+
+import paramlora as pl
+from paramlora import Delta, DoRA, LoHa, LoRA, TargetError
+from tests.support.helpers import pattern, refuses
+from tests.support.peft_layers import attached, net
+
+
+def cannot_hold(path: str, reason: str) -> str:
+    return (
+        f"a PEFT folder cannot store the adapter at {path!r}: {reason}; detach it from there, "
+        "or use paramlora.save"
+    )
+
+
+PLACES = (
+    "PEFT adapts the weights of Linear, Conv1d, Conv2d, Conv3d, Embedding and Conv1D "
+    "submodules, and the projections of a MultiheadAttention"
+)
+
+
+# The adapter, and the message of saving it.
+SPECS: dict[str, tuple[Any, str]] = {
+    "a recurrent layer": ({"rnn.weight_ih_l0": LoRA(2)}, cannot_hold("rnn.weight_ih_l0", PLACES)),
+    "a raw parameter": ({"gain": LoRA(2)}, cannot_hold("gain", PLACES)),
+    "full updates alone": (
+        {"head.weight": Delta()},
+        cannot_hold("head.weight", "it is tied to tied.weight, and PEFT adapts only one of them"),
+    ),
+    "no low-rank update": (
+        {"fc.bias": Delta()},
+        "adapter 'digits' has no low-rank update, and a PEFT folder needs at least one",
+    ),
+    "a whole parameter of the model itself": (
+        {"fc": LoRA(2), "gain": Delta()},
+        cannot_hold("gain", "PEFT saves whole submodules, and the model itself has this tensor"),
+    ),
+    "an update and a whole tensor in one module": (
+        {"mha.in_proj_weight": LoRA(2), "mha.in_proj_bias": Delta()},
+        cannot_hold("mha", "PEFT does not adapt modules_to_save, here ['mha']"),
+    ),
+    "a whole module whose name ends another's": (
+        {"last_fc": LoRA(2), "fc.weight": Delta()},
+        cannot_hold("last_fc", "PEFT does not adapt modules_to_save, here ['fc']"),
+    ),
+    "a block of a weight": (
+        {"fc.weight[:2]": LoRA(1)},
+        cannot_hold("fc.weight", "it adapts blocks of the tensor"),
+    ),
+    "projections of two ranks": (
+        {"mha.in_proj_weight": LoRA(2), "mha.out_proj": LoRA(3)},
+        cannot_hold("mha.out_proj.weight", "PEFT has one rank and one scale for both projections"),
+    ),
+    "projections of their own": (
+        {"cross.out_proj": LoRA(2)},
+        cannot_hold(
+            "cross.out_proj.weight",
+            "PEFT needs queries, keys and values of the same size in a MultiheadAttention",
+        ),
+    ),
+    "another kind": (
+        {"fc": LoRA(2), "last_fc": LoHa(2)},
+        cannot_hold("last_fc.weight", "LoHa is not a low-rank update of it"),
+    ),
+    "a DoRA beside a LoRA": (
+        {"fc": LoRA(2), "last_fc": DoRA(2)},
+        cannot_hold("last_fc.weight", "it is a DoRA, which PEFT needs at all sites or at none"),
+    ),
+    "a DoRA of projections": (
+        {"mha.in_proj_weight": DoRA(2)},
+        cannot_hold(
+            "mha.in_proj_weight",
+            "PEFT does not support DoRA on a MultiheadAttention or a grouped convolution",
+        ),
+    ),
+    "a DoRA of a grouped convolution": (
+        {"grouped": DoRA(2)},
+        cannot_hold(
+            "grouped.weight",
+            "PEFT does not support DoRA on a MultiheadAttention or a grouped convolution",
+        ),
+    ),
+    "magnitudes of rows of an embedding": (
+        {"emb": DoRA(2)},
+        cannot_hold(
+            "emb.weight", "PEFT has the magnitudes of a DoRA along dimension 1 there, not 0"
+        ),
+    ),
+    "a dilated convolution": (
+        {"dilated": LoRA(2)},
+        cannot_hold("dilated.weight", "PEFT ignores the dilation of a convolution"),
+    ),
+    "a convolution that pads in circles": (
+        {"circular": LoRA(2)},
+        cannot_hold("circular.weight", "PEFT pads with zeros and ignores padding_mode='circular'"),
+    ),
+    "a bounded embedding": (
+        {"bounded": LoRA(2)},
+        cannot_hold(
+            "bounded.weight",
+            "PEFT renormalises the factors of an Embedding that has max_norm",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("spec", "message"), SPECS.values(), ids=SPECS.keys())
+def test_unsupported_adapter(spec: Any, message: str, tmp_path: Path) -> None:
+    """An adapter that PEFT does not support raises TargetError, and nothing is written."""
+    model = net()
+    pl.attach(model, spec, name="digits")
+    refuses(model, lambda m: pl.save_peft(m, tmp_path / "a", "digits"), TargetError, message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_parametrizations(tmp_path: Path) -> None:
+    """Another parametrization on the same tensor raises: PEFT has none."""
+    model = net()
+    pl.attach(model, LoRA(2), "fc", name="digits")
+    parametrizations.orthogonal(model.get_submodule("fc"))
+    message = cannot_hold("fc.weight", "another parametrization comes after the adapter")
+    refuses(model, lambda m: pl.save_peft(m, tmp_path / "a", "digits"), TargetError, message)
+    other = net()
+    parametrizations.orthogonal(other.get_submodule("fc"))
+    pl.attach(other, {"last_fc": LoRA(2), "fc.weight": Delta()}, name="digits")
+    message = cannot_hold("fc.weight", "it is parametrized, so that PEFT's model does not store it")
+    refuses(other, lambda m: pl.save_peft(m, tmp_path / "a", "digits"), TargetError, message)
+
+
+def test_existing_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with an adapter is replaced whole; a folder with other files, or a file, stays."""
+    model = attached()
+    pl.scale(model, 0.5)
+    pl.save_peft(model, folder)
+    assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == 1.5
+    assert sorted(entry.name for entry in folder.parent.iterdir()) == ["digits"]
+    before = (folder / "adapter_config.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: 1 / 0)
+        pl.scale(model, 1)
+        with pytest.raises(ZeroDivisionError, match="zero"):
+            pl.save_peft(model, folder)
+    assert sorted(entry.name for entry in folder.parent.iterdir()) == ["digits"]
+    assert (folder / "adapter_config.json").read_bytes() == before
+    (folder / "notes.txt").write_text("mine")
+    message = f"cannot write {folder}: the folder exists and also has notes.txt, which would be "
+    with pytest.raises(FileExistsError, match=pattern(message + "lost; choose another path")):
+        pl.save_peft(model, folder)
+    (folder.parent / "file").touch()
+    with pytest.raises(FileExistsError, match="a file of that name exists"):
+        pl.save_peft(model, folder.parent / "file")
+    with pytest.raises(FileNotFoundError, match=r"the folder \S*nowhere does not exist"):
+        pl.save_peft(model, folder.parent / "nowhere" / "digits")
+    with pytest.raises(pl.AdapterNameError, match="no adapter 'letters' here"):
+        pl.save_peft(model, folder.parent / "other", "letters")
+
+
+def test_meta_device(folder: Path, tmp_path: Path) -> None:
+    """Saving from or loading into a model on the meta device raises StateError."""
+    model = attached().to("meta")
+    reason = "is on the meta device and holds no values: materialise the model first, [...]"
+    refuses(
+        model,
+        lambda m: pl.save_peft(m, tmp_path / "a"),
+        pl.StateError,
+        f"'fc.lora_A.weight' {reason}",
+    )
+    refuses(
+        net().to("meta"), lambda m: pl.load_peft(m, folder), pl.StateError, f"'fc.bias' {reason}"
+    )
+    pl.detach(model := attached(), "default")
+    pl.attach(model, LoRA(2), "fc")
+    pl.save_peft(model, tmp_path / "low")
+    refuses(
+        net().to("meta"),
+        lambda m: pl.load_peft(m, tmp_path / "low"),
+        pl.StateError,
+        f"'fc.weight' {reason}",
+    )

@@ -1,0 +1,72 @@
+"""Run functions in several processes that form one group of torch.distributed.
+
+Starting a process takes seconds, most of them to import torch. So all scenarios of a test file run
+one after the other in the same processes, and its tests check the results.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from filelock import FileLock
+from torch import Tensor
+
+WORLD = 2
+Scenario = Callable[[Path], dict[str, Any]]
+Results = dict[str, list[dict[str, Any]]]
+needs_sharding = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on the CPU"
+)
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    """Return normal numbers that are the same in every process."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def shared_folder(factory: pytest.TempPathFactory, name: str) -> Path:
+    """Return a temporary folder that all workers of pytest-xdist share."""
+    root = factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def run(
+    scenarios: Sequence[Scenario],
+    folder: Path,
+    prepare: Callable[[Path], None] = lambda folder: None,
+) -> Results:
+    """Run each scenario in every process; return the results by scenario, one for each process.
+
+    pytest-xdist may give tests of one file to several workers. The first worker runs the
+    scenarios, and the others wait for it and read its results.
+    """
+    with FileLock(folder / "lock"):
+        if not (folder / "done").exists():
+            prepare(folder)
+            (folder / "rendezvous").unlink(missing_ok=True)
+            torch.multiprocessing.spawn(_process, (scenarios, folder), nprocs=WORLD)
+            (folder / "done").touch()
+    return {
+        scenario.__name__: [
+            torch.load(folder / f"{scenario.__name__}-{rank}.pt", weights_only=True)
+            for rank in range(WORLD)
+        ]
+        for scenario in scenarios
+    }
+
+
+def _process(rank: int, scenarios: Sequence[Scenario], folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD
+    )
+    for scenario in scenarios:
+        torch.save(scenario(folder), folder / f"{scenario.__name__}-{rank}.pt")
+        dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,253 @@
+"""What each bad call of `attach` says, word for word, and that it leaves the model bit-identical.
+
+A message names what was given, what was found and what to do. `[...]` in one of them stands for
+words that are not paramlora's.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import paramlora as pl
+from paramlora import LoRA
+from tests.support.helpers import A_NAME, LEAVE_OUT, Row, refuses, unchanged
+from tests.support.models import attached, plain
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is also the head's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(7, 5)
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.emb.weight
+
+
+class Holder(nn.Module):
+    """A tensor of any kind, beside a Linear."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(5, 4)
+        self.table = nn.Parameter(tensor, requires_grad=False)
+
+
+class Failing(nn.Module):
+    """Counts the calls of an init, and fails at the second."""
+
+    calls = 0
+
+    def __call__(self, tensor: Tensor) -> None:
+        self.calls += 1
+        if self.calls == 2:
+            raise FloatingPointError("the init failed")
+        nn.init.zeros_(tensor)
+
+
+def one_sided() -> nn.Module:
+    """A tied model to one side of which an adapter was attached through a part."""
+    model = Tied()
+    pl.attach(model.head, LoRA(rank=2), "weight")
+    return model
+
+
+def hooked() -> nn.Module:
+    with warnings.catch_warnings():  # the old weight_norm, which torch advises against
+        warnings.simplefilter("ignore")
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(5, 4)), nn.Linear(4, 3))
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 4), nn.LazyLinear(3))
+
+
+def packed() -> nn.Module:
+    return nn.Sequential(torch.ao.nn.quantized.dynamic.Linear(5, 4), nn.ReLU())
+
+
+DTYPE = "only floating tensors of 16 to 64 bits can be adapted, not integer, complex or packed ones"
+
+
+def other_dtype(dtype: torch.dtype) -> Row:
+    """Return the row of a tensor whose dtype cannot be adapted."""
+
+    def make() -> nn.Module:
+        zeros = torch.zeros(4, 5)
+        if dtype is not torch.qint8:
+            return Holder(zeros.to(dtype))
+        with warnings.catch_warnings():  # torch is about to drop this dtype
+            warnings.simplefilter("ignore")
+            return Holder(torch.quantize_per_tensor(zeros, 0.1, 0, dtype))
+
+    return (
+        make,
+        lambda m: pl.attach(m, pl.Delta(), ["fc1", "table"]),
+        pl.TargetError,
+        f"cannot adapt 'table' with Delta: its dtype is {dtype}; {DTYPE} {LEAVE_OUT}",
+    )
+
+
+ATTACHING: dict[str, Row] = {
+    "a weight that a hook computes": (
+        hooked,
+        lambda m: pl.attach(m, LoRA(2)),
+        pl.TargetError,
+        "cannot adapt '0.weight': a hook computes it, as the old weight_norm and spectral_norm and "
+        "pruning do; use those of torch.nn.utils.parametrizations, or leave it out with narrower "
+        "targets or with exclude=",
+    ),
+    "a tie with an adapter on one side": (
+        one_sided,
+        lambda m: pl.attach(m, LoRA(2), "emb", name="two"),
+        pl.StateError,
+        "'emb.weight' and 'head.weight' are tied, and adapters were attached to one side alone, "
+        "through a part of the model; detach those, and attach to the whole",
+    ),
+    "an init that fills nothing": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2, init=torch.zeros_like)),
+        ValueError,
+        "init did not fill a factor of shape (2, 5) with finite numbers; it has to do so in place, "
+        "as torch.nn.init.normal_ does",
+    ),
+    "a spec's class": (
+        plain,
+        lambda m: pl.attach(m, LoRA),  # type: ignore[arg-type]
+        TypeError,
+        "a spec is an instance such as LoRA(rank=8), got <class 'paramlora.kinds.lora.LoRA'>",
+    ),
+    "a spec's class in a mapping": (
+        plain,
+        lambda m: pl.attach(m, {"fc1": LoRA(2), "fc2": LoRA}),  # type: ignore[dict-item]
+        TypeError,
+        "a spec is an instance such as LoRA(rank=8), got <class 'paramlora.kinds.lora.LoRA'>",
+    ),
+    "LoRA on a bias": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), "fc*"),
+        pl.TargetError,
+        "cannot adapt 'fc1.bias' with LoRA: a low-rank update needs two dimensions, it has 1; use "
+        f"Delta() {LEAVE_OUT}",
+    ),
+    "LoRA on a number": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), "gain"),
+        pl.TargetError,
+        "cannot adapt 'gain' with LoRA: a low-rank update needs two dimensions, it has 0; use "
+        f"Delta() {LEAVE_OUT}",
+    ),
+    "integer": other_dtype(torch.int8),
+    "boolean": other_dtype(torch.bool),
+    "complex": other_dtype(torch.complex64),
+    "eight bits": other_dtype(torch.float8_e4m3fn),
+    "quantized": other_dtype(torch.qint8),
+    "sparse": (
+        lambda: Holder(torch.eye(4).to_sparse()),
+        lambda m: pl.attach(m, LoRA(2), ["fc1", "table"]),
+        pl.TargetError,
+        "cannot adapt 'table' with LoRA: its layout is torch.sparse_coo; adapters need a strided "
+        f"(dense) tensor {LEAVE_OUT}",
+    ),
+    "packed, by type": (
+        packed,
+        lambda m: pl.attach(m, LoRA(2)),
+        pl.TargetError,
+        "no tensor matches Linear; packed (quantized) weights cannot be adapted, as those of 0",
+    ),
+    "packed, by path": (
+        packed,
+        lambda m: pl.attach(m, LoRA(2), "0"),
+        pl.TargetError,
+        "no tensor matches '0'; packed (quantized) weights cannot be adapted, as those of 0",
+    ),
+    "lazy": (
+        lazy,
+        lambda m: pl.attach(m, LoRA(2), "1"),
+        pl.TargetError,
+        "'1.weight' is lazy and has no shape yet; run one batch through the model first, and "
+        "attach then",
+    ),
+    "lazy elsewhere": (
+        lazy,
+        lambda m: pl.attach(m, LoRA(2), "0"),
+        pl.TargetError,
+        "'1.weight' is lazy and has no shape yet; run one batch through the model first, and "
+        "attach then",
+    ),
+    "a name that is taken": (
+        attached,
+        lambda m: pl.attach(m, LoRA(2), "emb", name="letters"),
+        pl.AdapterNameError,
+        "an adapter 'letters' is attached already (there are 'digits', 'letters'); choose another "
+        "name=, or detach it first",
+    ),
+    "an empty name": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), name=""),
+        pl.AdapterNameError,
+        f"'' {A_NAME}",
+    ),
+    "a name with a dot": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), name="v1.2"),
+        pl.AdapterNameError,
+        f"'v1.2' {A_NAME}",
+    ),
+    "a number for a name": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), name=3),  # type: ignore[arg-type]
+        pl.AdapterNameError,
+        f"3 {A_NAME}",
+    ),
+    "a name that ModuleDict has": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), name="keys"),
+        pl.AdapterNameError,
+        f"'keys' {A_NAME}",
+    ),
+    "an init that fails at the second tensor": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2, init=Failing())),
+        FloatingPointError,
+        "the init failed",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", ATTACHING.values(), ids=ATTACHING.keys())
+def test_attach_refuses(row: Row) -> None:
+    """A bad attach says what was given, what there is and what to do, and changes nothing."""
+    make, call, error, message = row
+    refuses(make(), call, error, message)
+
+
+UNFIT: dict[str, Callable[[], nn.Module]] = {
+    "lazy": lambda: nn.Sequential(nn.LazyLinear(3)),
+    "int64": lambda: nn.Sequential(holder(torch.ones(3, 3, dtype=torch.int64))),
+    "bool": lambda: nn.Sequential(holder(torch.ones(3, 3, dtype=torch.bool))),
+    "complex64": lambda: nn.Sequential(holder(torch.ones(3, 3, dtype=torch.complex64))),
+    "qint8": lambda: nn.Sequential(
+        holder(torch.quantize_per_tensor(torch.ones(3, 3), 0.1, 0, torch.qint8))
+    ),
+    "sparse": lambda: nn.Sequential(holder(torch.ones(3, 3).to_sparse())),
+    "two dimensions": lambda: nn.Sequential(nn.LayerNorm(3)),
+}
+
+
+def holder(tensor: Tensor) -> nn.Module:
+    module = nn.Module()
+    module.weight = nn.Parameter(tensor, requires_grad=False)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("reason", UNFIT)
+def test_10_what_cannot_be_adapted_is_refused(reason: str) -> None:
+    """Lazy, integer, complex, quantized, sparse and 1-D tensors are refused by name."""
+    model = UNFIT[reason]()
+    with unchanged(model), pytest.raises(pl.TargetError, match=rf"'0\.weight'.*{reason}"):
+        pl.attach(model, pl.LoRA(rank=2), "0.weight")

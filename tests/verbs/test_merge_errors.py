@@ -1,0 +1,155 @@
+"""What each bad `merge`, `unmerge`, `bake` or `detach` says, word for word."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import paramlora as pl
+from paramlora import LoRA
+from tests.support.helpers import Row, enter, refuses
+from tests.support.models import attached, half_merged, plain
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is also the head's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(7, 5)
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.emb.weight
+
+
+def tied() -> nn.Module:
+    model = Tied()
+    pl.attach(model, LoRA(rank=2), "emb")
+    return model
+
+
+def one_sided() -> nn.Module:
+    """A tied model to one side of which an adapter was attached through a part."""
+    model = Tied()
+    pl.attach(model.head, LoRA(rank=2), "weight")
+    return model
+
+
+def untied() -> nn.Module:
+    """A tied model whose tie was cut under the adapter, as `to_empty` does on another device."""
+    model = tied()
+    held: Any = model.get_submodule("head.parametrizations.weight")
+    held.original = nn.Parameter(held.original.detach().clone(), requires_grad=False)
+    return model
+
+
+def overwritten() -> nn.Module:
+    """The model of `half_merged` with a merged weight that was written to."""
+    model = half_merged()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key == "fc1.parametrizations.weight.original":
+                parameter.add_(1)
+    return model
+
+
+def spectral() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(5, 4)), nn.Linear(4, 3))
+    pl.attach(model, LoRA(rank=2, init="gaussian"))
+    with torch.no_grad():
+        for parameter in pl.parameters(model):
+            parameter.normal_()
+    return model
+
+
+MERGING: dict[str, Row] = {
+    "merging what is off": (
+        attached,
+        lambda m: pl.merge(m, "digits", "letters"),
+        pl.StateError,
+        "adapter 'letters' is switched off, so merging it would change what the model computes; "
+        "enable it first",
+    ),
+    "merging nothing": (
+        plain,
+        lambda m: pl.merge(m),
+        pl.StateError,
+        "nothing to merge: no adapter is attached here",
+    ),
+    "merging all when all are off or merged": (
+        half_merged,
+        lambda m: pl.merge(m),
+        pl.StateError,
+        "nothing to merge: of the adapters here ('digits', 'letters') each is merged already or "
+        "switched off; unmerge or enable first",
+    ),
+    "merging a tie with an adapter on one side": (
+        one_sided,
+        lambda m: pl.merge(m),
+        pl.StateError,
+        "'emb.weight' and 'head.weight' are tied, and adapters were attached to one side alone, "
+        "through a part of the model; detach those, and attach to the whole",
+    ),
+    "merging a tie that was cut": (
+        untied,
+        lambda m: pl.merge(m),
+        pl.StateError,
+        "cannot merge: 'head.weight' and 'emb.weight' were tied when their adapter was attached, "
+        "and are not any more (to_empty unties, for one); detach, tie them again and attach",
+    ),
+    "unmerging what was written to": (
+        overwritten,
+        lambda m: pl.unmerge(m),
+        pl.StateError,
+        "'fc1.weight' was written to since the merge, and unmerging would lose that; bake keeps it",
+    ),
+    "normalising what is merged": (
+        half_merged,
+        lambda m: parametrizations.weight_norm(m.fc1),
+        pl.StateError,
+        "_WeightNorm cannot take over a tensor into which adapter 'digits' is merged; unmerge "
+        "first",
+    ),
+    "merging inside of merged": (
+        half_merged,
+        lambda m: enter(pl.merged(m, "letters")),
+        pl.StateError,
+        "adapter 'digits' is merged already; unmerge first",
+    ),
+    "merging over spectral_norm": (
+        spectral,
+        lambda m: pl.merge(m),
+        pl.StateError,
+        "cannot merge at '0.weight': _SpectralNorm below the adapter cannot store the merged "
+        "weight; remove it first, or leave the adapter unmerged",
+    ),
+    "baking with something off": (
+        attached,
+        lambda m: pl.bake(m),
+        pl.StateError,
+        "adapter 'letters' is switched off and would be lost; enable it, or detach it",
+    ),
+    "baking one side of a tie": (
+        tied,
+        lambda m: pl.bake(m.head),
+        pl.StateError,
+        "'weight' shares its adapter with a tensor outside of this module: emb.weight, head.weight "
+        "are tied; call it on a module that holds them all",
+    ),
+    "detaching one side of a tie": (
+        tied,
+        lambda m: pl.detach(m.emb),
+        pl.StateError,
+        "'weight' shares its adapter with a tensor outside of this module: emb.weight, head.weight "
+        "are tied; call it on a module that holds them all",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", MERGING.values(), ids=MERGING.keys())
+def test_verbs_refuse(row: Row) -> None:
+    """A bad call on attached adapters says what is wrong and what to do, and changes nothing."""
+    make, call, error, message = row
+    refuses(make(), call, error, message)
