@@ -100,7 +100,7 @@ def host(request: pytest.FixtureRequest) -> Host:
     return ALL_HOSTS[request.param]
 
 
-# Half a million times the rounding of one operation at most: sums of some ten terms in float64.
+# About 500,000 float64 roundings; the sums here have some ten terms.
 assert_exact = functools.partial(assert_close, rtol=1e-10, atol=1e-10)
 
 
@@ -121,7 +121,7 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 
 
 def read(model: nn.Module, path: str) -> Tensor:
-    """Return a tensor, or the block of it, as any reader of the module's attribute gets it."""
+    """Return a tensor, or a block of it, read as an attribute of its module."""
     path, index = parted(path)
     owner, _, name = path.rpartition(".")
     value = getattr(model.get_submodule(owner), name)
@@ -133,29 +133,11 @@ def bits(model: nn.Module) -> dict[str, Tensor]:
 
 
 class TestConformance:
-    """What holds for every kind of adapter at every host; a new kind is one line in KINDS."""
-
-    @half_too
-    @each_kind_and_host
-    def test_a_new_adapter_changes_no_output(
-        self, kind: Kind, host: Host, dtype: torch.dtype
-    ) -> None:
-        """Attached and not trained, an adapter leaves outputs and tensors bitwise the base's."""
-        case = Case.of(host, dtype)
-        pl.attach(case.model, kind.spec, targets=case.sites(kind))
-        for path, parameter in case.plain.named_parameters():
-            assert_bits(read(case.model, path).detach(), parameter.detach())
-        found = floats(case.model(*case.inputs))
-        # Where a product's input is strided, torch rounds by whether the weight requires a
-        # gradient: the base has two outputs there, as it was and frozen.
-        expected = floats(copy.deepcopy(case.plain)(*case.inputs))
-        if not all(map(torch.equal, found, expected)):
-            expected = case.base().outputs
-        assert_bits(found, expected)
+    """Claims about every kind on every host. To test a new kind, add one line to `KINDS`."""
 
     @every_pair
     def test_values_and_gradients(self, kind: Kind, host: Host) -> None:
-        """Outputs, and gradients of factors and inputs, are those of the dense reference."""
+        """Outputs and gradients of factors and inputs equal those of the dense reference."""
         case = Case.of(host)
         case.attach(kind, strength=0.7)
         actual = case.actual()
@@ -164,9 +146,27 @@ class TestConformance:
         assert actual.gradients.keys() == factors | inputs
         assert_conforms(actual, case.expected("one"))
 
+    @half_too
+    @each_kind_and_host
+    def test_a_new_adapter_changes_no_output(
+        self, kind: Kind, host: Host, dtype: torch.dtype
+    ) -> None:
+        """Attaching an adapter leaves the outputs and tensors bitwise unchanged."""
+        case = Case.of(host, dtype)
+        pl.attach(case.model, kind.spec, targets=case.sites(kind))
+        for path, parameter in case.plain.named_parameters():
+            assert_bits(read(case.model, path).detach(), parameter.detach())
+        found = floats(case.model(*case.inputs))
+        # If the input of a product is strided, torch rounds differently for a frozen weight. The
+        # base then has two outputs: as it was, and frozen as attaching freezes it.
+        expected = floats(copy.deepcopy(case.plain)(*case.inputs))
+        if not all(map(torch.equal, found, expected)):
+            expected = case.base().outputs
+        assert_bits(found, expected)
+
     @each_kind_and_host
     def test_several_adapters(self, kind: Kind, host: Host) -> None:
-        """Several adapters at once, of other kinds, ranks and strengths, add up in order."""
+        """Several adapters of different kinds, ranks and strengths apply in attaching order."""
         case = Case.of(host)
         case.attach(kind, "one", strength=0.5)
         for name, other, strength in (
@@ -185,7 +185,7 @@ class TestConformance:
 
     @each_tensor
     def test_each_tensor_alone(self, kind: Kind, host: Host) -> None:
-        """Adapting one tensor of a host, whichever, gives what the dense reference gives."""
+        """A host with one tensor adapted, for each of its tensors, equals the dense reference."""
         for path in Case.of(host).sites(kind):
             case = Case.of(host)
             case.attach(kind, targets=path)
@@ -193,7 +193,7 @@ class TestConformance:
 
     @each_kind_and_host
     def test_base_is_trained_beside(self, kind: Kind, host: Host) -> None:
-        """With freeze=False the base's tensors get the gradients that they get in the reference."""
+        """With freeze=False the gradients of the base's tensors equal those of the reference."""
         case = Case.of(host)
         case.attach(kind, freeze=False)
         actual = case.actual()
@@ -202,7 +202,7 @@ class TestConformance:
 
     @each_kind_and_host
     def test_disabled(self, kind: Kind, host: Host) -> None:
-        """Switched off, outputs and the gradients of inputs are bitwise those of the base."""
+        """With the adapter off, outputs and gradients of inputs are bitwise the base's."""
         case = Case.of(host)
         case.attach(kind)
         pl.disable(case.model)
@@ -214,7 +214,7 @@ class TestConformance:
 
     @each_kind_and_host
     def test_merged(self, kind: Kind, host: Host) -> None:
-        """Merged, the stored tensors are W' and the outputs stay; unmerged, the bits are back."""
+        """Merging stores W' and keeps the outputs; unmerging restores the stored bits."""
         case = Case.of(host)
         case.attach(kind, strength=0.7)
         before = bits(case.model)
@@ -236,10 +236,10 @@ class TestConformance:
     @half_too
     @each_kind_and_host
     def test_low_precision(self, kind: Kind, host: Host, dtype: torch.dtype) -> None:
-        """In float32 and bfloat16 the error is at most that of a dense model, give or take.
+        """In float32 and bfloat16 the error is at most about that of the dense model.
 
-        Measured against the float64 reference, on ‖error‖ / ‖value‖ of each output and gradient:
-        at most twice what the plain dense model makes in that dtype, and two roundings.
+        The error is ‖error‖ / ‖value‖ of each output and gradient against the float64 reference.
+        The bound is twice the error of the plain dense model in that dtype, plus two roundings.
         """
         case = Case.of(host, dtype)
         case.attach(kind)
@@ -254,7 +254,7 @@ class TestConformance:
 
     @each_kind_and_host
     def test_readers_get_a_plain_dense_tensor(self, kind: Kind, host: Host) -> None:
-        """Whoever reads a tensor gets W', a plain tensor of the base's dtype, with its gradient."""
+        """Reading an adapted tensor returns W', a plain tensor of the base's dtype."""
         for dtype in (torch.float64, torch.bfloat16):
             case = Case.of(host, dtype)
             case.attach(kind, strength=0.7)
@@ -268,8 +268,8 @@ class TestConformance:
                     if key.rpartition(".")[0] == path
                 }
                 wanted = kind.formula(W.detach().double(), factors, 0.7).to(dtype)
-                # In half precision W' is computed in float32, whose rounding is that of the largest
-                # terms: it stays where they cancel.
+                # For a half-precision base W' is computed in float32. If the largest terms cancel,
+                # their rounding error remains.
                 double = dtype == torch.float64
                 rtol = 1e-12 if double else torch.finfo(dtype).eps
                 atol = 1e-12 if double else torch.finfo(torch.float32).eps * float(W.abs().max())
@@ -277,7 +277,7 @@ class TestConformance:
 
     @each_kind_and_host
     def test_detach_gives_back(self, kind: Kind, host: Host) -> None:
-        """After detach the classes, parameters, their order, flags and bits are as before."""
+        """Detaching restores classes, parameters, their order, requires_grad and bits."""
         case = Case.of(host)
         model = case.model
         next(model.parameters()).requires_grad_(False)
@@ -296,19 +296,19 @@ class TestConformance:
 
     @each_kind_and_host
     def test_saved_and_loaded(self, kind: Kind, host: Host, tmp_path: Path) -> None:
-        """Saved and loaded into a plain copy, an adapter has its bits, and the same outputs."""
+        """An adapter loaded into a plain copy has the saved bits and gives the same outputs."""
         case = Case.of(host)
         case.attach(kind, strength=0.7)
         other = copy.deepcopy(case.plain)
         pl.save(case.model, tmp_path / "one.safetensors", "one")
         pl.load(other, tmp_path / "one.safetensors")
         assert_bits(pl.state_dict(other, "one"), pl.state_dict(case.model, "one"))
-        # Not to the bit: a product may depend on where in memory its factors begin.
+        # Not bitwise: a product may depend on the memory alignment of its factors.
         assert_exact(floats(other(*case.inputs)), floats(case.model(*case.inputs)))
 
     @each_kind_and_host
     def test_a_copy_is_independent(self, kind: Kind, host: Host) -> None:
-        """A deep copy computes the same, and nothing done to it reaches the original."""
+        """A deep copy gives the same outputs, and changing it leaves the original unchanged."""
         case = Case.of(host)
         case.attach(kind)
         case.model(*case.inputs)
@@ -324,7 +324,7 @@ class TestConformance:
 
     @each_rank
     def test_rank_of_the_update(self, kind: Kind, host: Host) -> None:
-        """The update of a low-rank kind, seen as (out, everything else), has rank r at most."""
+        """The update of a low-rank kind, seen as (out, everything else), has the kind's rank."""
         case = Case.of(host)
         case.attach(kind)
         for path in case.sites(kind):
