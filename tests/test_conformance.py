@@ -35,7 +35,7 @@ ALL_KINDS = KINDS | BLOCKS | VARIANTS | {"lora_transposed": TRANSPOSED}
 LARGE = {
     f"{name}_as_large": host
     for name, host in HOSTS.items()
-    if name.startswith(("linear", "encoder"))
+    if name.startswith(("linear", "encoder", "transformers"))
 }
 ALL_HOSTS = HOSTS | LARGE
 
@@ -66,18 +66,17 @@ EVERY_PAIR = [
     *pairs(["lora_transposed"], ["embedding_padding", "conv2d_groups", "bare_3d"]),
 ]
 
-# The one host of all kinds is a Transformer's encoder layer. It has Linears, whose forward depends
-# on the kind (factored, rescaled or dense), attention, which reads a dense W', and LayerNorms and
-# biases, which are vectors. An Embedding goes with it as the only other layer whose forward depends
-# on the kind.
-# The one kind of all hosts is LoRA. A forward that can use its factors never builds W', and every
-# other forward and all readers get it as a dense W'. Hosts that have vectors only take no LoRA:
-# there it is Delta.
+# All kinds run on one host, a Transformer's encoder layer. It has Linears, whose forward depends on
+# the kind (factored, rescaled or dense), attention, which reads a dense W', and LayerNorms and
+# biases, which are vectors. An Embedding goes with it: its forward depends on the kind as well, and
+# shares no code with a Linear's.
+# All hosts run with one kind, LoRA. A forward that can use its factors never builds W', and every
+# other forward reads a dense W'. Hosts with vectors only run with Delta, for LoRA needs a matrix.
 EACH_KIND = pairs(ALL_KINDS, ["encoder_layer", "embedding_padding"])
 WITH_LORA = pairs(["lora"], ALL_HOSTS)
 VECTORS_ONLY = [host for host in HOSTS if ("lora", host) not in WITH_LORA]
 EACH_KIND_AND_HOST = [*dict.fromkeys(EACH_KIND + WITH_LORA + pairs(["delta"], VECTORS_ONLY))]
-# Delta is for claims about single tensors, because it takes biases as well.
+# For the claim about each tensor alone, all hosts run with Delta too, which takes biases as well.
 EACH_TENSOR = [*dict.fromkeys(EACH_KIND_AND_HOST + pairs(["delta"], HOSTS))]
 EACH_RANK = [pair for pair in EACH_KIND_AND_HOST if ALL_KINDS[pair[0]].rank]
 
@@ -85,6 +84,7 @@ every_pair = pytest.mark.parametrize(("kind", "host"), EVERY_PAIR, indirect=True
 each_kind_and_host = pytest.mark.parametrize(("kind", "host"), EACH_KIND_AND_HOST, indirect=True)
 each_tensor = pytest.mark.parametrize(("kind", "host"), EACH_TENSOR, indirect=True)
 each_rank = pytest.mark.parametrize(("kind", "host"), EACH_RANK, indirect=True)
+each_kind = pytest.mark.parametrize("kind", ALL_KINDS, indirect=True)
 half_too = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
@@ -259,7 +259,7 @@ class TestConformance:
             case = Case.of(host, dtype)
             case.attach(kind, strength=0.7)
             for path in case.sites(kind):
-                value, W = read(case.model, path), read(case.plain, path)
+                value, W = read(case.model, path), read(case.plain, path).detach()
                 assert type(value) is Tensor
                 assert (value.dtype, value.shape) == (W.dtype, W.shape)
                 factors = {
@@ -267,7 +267,7 @@ class TestConformance:
                     for key, factor in pl.state_dict(case.model, "one").items()
                     if key.rpartition(".")[0] == path
                 }
-                wanted = kind.formula(W.detach().double(), factors, 0.7).to(dtype)
+                wanted = kind.formula(W.double(), factors, 0.7).to(dtype)
                 # For a half-precision base W' is computed in float32. If the largest terms cancel,
                 # their rounding error remains.
                 double = dtype == torch.float64
@@ -332,3 +332,12 @@ class TestConformance:
             matrix = update.reshape(update.shape[0], -1)
             expected = min(kind.rank or 0, *matrix.shape)
             assert torch.linalg.matrix_rank(matrix, rtol=1e-9) == expected
+
+    @each_kind
+    def test_strength_is_one_by_default(self, kind: Kind) -> None:
+        """Without a strength, the methods of a spec return what they return at strength 1."""
+        W = torch.randn(6, 6, dtype=torch.float64)
+        factors = {key: f + torch.randn_like(f) for key, f in kind.spec.create(W).items()}
+        assert_bits(kind.spec.apply(W, factors), kind.spec.apply(W, factors, 1.0))
+        assert_bits(kind.spec.low_rank(factors), kind.spec.low_rank(factors, 1.0))
+        assert_bits(kind.spec.rescaled(W, factors), kind.spec.rescaled(W, factors, 1.0))
