@@ -139,6 +139,19 @@ class TestPaths:
         assert torch.autograd.gradcheck(call, tensors, fast_mode=True)
         assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
 
+    @pytest.mark.parametrize("only", range(5), ids="xWbAB".__getitem__)
+    def test_second_derivatives_of_one_tensor(self, way: str, only: int) -> None:
+        """If one tensor alone requires a gradient, gradients of gradients are right as well."""
+        tensors = [tensor.detach() for tensor in leaves(60, 7, 5, torch.float64)]
+
+        def call(tensor: Tensor) -> Tensor:
+            tensors[only] = tensor
+            x, W, b, A, B = tensors
+            return lowrank.linear(x, W, b, [LowRank(A, B, 0.7)])
+
+        leaf = tensors[only].clone().requires_grad_()
+        assert torch.autograd.gradgradcheck(call, [leaf], fast_mode=True)
+
     @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=5))[1:])
     def test_only_what_is_wanted(self, way: str, wanted: tuple[bool, ...]) -> None:
         """Whatever requires a gradient gets the right one, and nothing else gets any."""
