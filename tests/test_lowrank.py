@@ -64,6 +64,28 @@ class TestPaths:
         for pair, (n, k, m) in SHAPES.items():
             assert paths.choose(n, k, m, torch.float32, "cpu", True)[:2] == pair
 
+    @pytest.mark.usefixtures("as_large")
+    @pytest.mark.parametrize("pair", SHAPES, ids="-".join)
+    def test_each_direction_takes_its_path(
+        self, pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The update is added to the product on the factored path, to the weight on the dense."""
+        n, k, m = SHAPES[pair]
+        x, W, b, A, B = leaves(n, k, m, torch.float32)
+        shapes, plain = [], lowrank.update
+
+        def update(C: Tensor, *given: Any, **options: Any) -> Tensor:
+            shapes.append(tuple(C.shape))
+            return plain(C, *given, **options)
+
+        monkeypatch.setattr(lowrank, "update", update)
+        lowrank.linear(x, W, b, [LowRank(A, B, 0.7)]).sum().backward()
+        products = (n, m), (n, k)
+        assert shapes == [
+            (m, k) if path == "dense" else product
+            for path, product in zip(pair, products, strict=True)
+        ]
+
     def test_rule(self) -> None:
         """Little work is plain; else the fewer rows decide, the CPU's weights counting fourfold."""
         plain, factored, dense = "plain", "factored", "dense"
