@@ -36,6 +36,28 @@ def take(pair: tuple[str, str], way: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 class TestPaths:
     @pytest.mark.usefixtures("as_large")
+    @pytest.mark.parametrize("pair", SHAPES, ids="-".join)
+    def test_each_direction_takes_its_path(
+        self, pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The update is added to the product on the factored path, to the weight on the dense."""
+        n, k, m = SHAPES[pair]
+        x, W, b, A, B = leaves(n, k, m, torch.float32)
+        shapes, plain = [], lowrank.add_product
+
+        def add_product(C: Tensor, *given: Any, **options: Any) -> Tensor:
+            shapes.append(tuple(C.shape))
+            return plain(C, *given, **options)
+
+        monkeypatch.setattr(lowrank, "add_product", add_product)
+        lowrank.linear(x, W, b, [LowRank(A, B, 0.7)]).sum().backward()
+        products = (n, m), (n, k)
+        assert shapes == [
+            (m, k) if path == "dense" else product
+            for path, product in zip(pair, products, strict=True)
+        ]
+
+    @pytest.mark.usefixtures("as_large")
     def test_shapes_lead_to_their_paths(self) -> None:
         """Each shape of this file takes the path that it is listed under."""
         for pair, (n, k, m) in SHAPES.items():
@@ -115,6 +137,19 @@ class TestPaths:
 
         assert torch.autograd.gradcheck(call, tensors, fast_mode=True)
         assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
+
+    @pytest.mark.parametrize("only", range(5), ids="xWbAB".__getitem__)
+    def test_second_derivatives_of_one_tensor(self, way: str, only: int) -> None:
+        """If one tensor alone requires a gradient, gradients of gradients are right as well."""
+        tensors = [tensor.detach() for tensor in leaves(60, 7, 5, torch.float64)]
+
+        def call(tensor: Tensor) -> Tensor:
+            tensors[only] = tensor
+            x, W, b, A, B = tensors
+            return lowrank.linear(x, W, b, [LowRank(A, B, 0.7)])
+
+        leaf = tensors[only].clone().requires_grad_()
+        assert torch.autograd.gradgradcheck(call, [leaf], fast_mode=True)
 
     @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=5))[1:])
     def test_only_what_is_wanted(self, way: str, wanted: tuple[bool, ...]) -> None:

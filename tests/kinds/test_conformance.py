@@ -1,7 +1,12 @@
-"""Every kind of adapter at every host agrees with a plain dense model, values and gradients."""
+"""Every kind of adapter on every host layer agrees with a plain dense model.
+
+Values and gradients are tested for every kind on every host. Every other claim is tested for every
+kind on one host, and for every host with one kind. The dense reference is in `reference.py`.
+"""
 
 import copy
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -25,44 +30,77 @@ from tests.support.reference import (
     shake,
 )
 
-PAIRS = [
-    pytest.param(kind, host, False, id=f"{kind_name}-{host_name}")
-    for kind_name, kind in KINDS.items()
-    for host_name, host in HOSTS.items()
-    if any(map(kind.takes, host.make().parameters()))
+ALL_KINDS = KINDS | BLOCKS | VARIANTS | {"lora_transposed": TRANSPOSED}
+# A large Linear is computed by a Function of its own. In these hosts small ones are, too.
+LARGE = {
+    f"{name}_as_large": host
+    for name, host in HOSTS.items()
+    if name.startswith(("linear", "encoder", "transformers"))
+}
+ALL_HOSTS = HOSTS | LARGE
+
+
+def pairs(kinds: Iterable[str], hosts: Iterable[str]) -> list[tuple[str, str]]:
+    """Return each kind with each host that has a tensor for it."""
+    return [
+        (kind, host)
+        for host in hosts
+        for kind in kinds
+        if any(map(ALL_KINDS[kind].takes, ALL_HOSTS[host].make().parameters()))
+    ]
+
+
+# One host or more for each way in which a forward gets W'. Their blocks have more than a few
+# elements: the rounding error of a gradient with two elements is chance, in the reference too.
+FOR_BLOCKS = (
+    *("linear", "linear_wide", "linear_own_forward", "conv2d_groups", "conv_transpose1d"),
+    *("embedding_padding", "bag_weighted", "lstm_packed", "attention", "bare_3d"),
+)
+EVERY_PAIR = [
+    *pairs(KINDS, HOSTS),
+    *pairs(["lora"], LARGE),
+    *pairs(BLOCKS, FOR_BLOCKS),
+    *pairs(["lora_blocks"], ["linear_as_large"]),
+    *pairs(VARIANTS, [*FOR_BLOCKS, "lstm_deep", "bare_listed"]),
+    *pairs(["lora_transposed"], ["linear", "linear_as_large", "linear_wide_as_large"]),
+    *pairs(["lora_transposed"], ["embedding_padding", "conv2d_groups", "bare_3d"]),
 ]
-# Blocks of tensors, and variants of kinds, in all the ways in which a forward gets at W'. Of hosts
-# whose blocks have more than a few elements: the rounding of a gradient of two is chance, beside
-# that of the reference, too.
-PAIRS += [
-    pytest.param(kind, HOSTS[host_name], False, id=f"{kind_name}-{host_name}")
-    for kind_name, kind in (BLOCKS | VARIANTS).items()
-    for host_name in (
-        *("linear", "linear_wide", "linear_own_forward", "conv2d_groups", "conv_transpose1d"),
-        *("embedding_padding", "bag_weighted", "lstm_packed", "attention", "bare_3d"),
-    )
-]
-PAIRS += [
-    pytest.param(kind, HOSTS[host_name], False, id=f"{kind_name}-{host_name}")
-    for kind_name, kind in VARIANTS.items()
-    for host_name in ("lstm_deep", "bare_listed")
-]
-PAIRS += [pytest.param(BLOCKS["lora_blocks"], HOSTS["linear"], True, id="lora_blocks-as_large")]
-PAIRS += [
-    pytest.param(TRANSPOSED, HOSTS[name], as_large, id=f"lora_transposed-{name}-{as_large}")
-    for name, as_large in (
-        *(("linear", False), ("linear", True), ("linear_wide", True), ("embedding_padding", False)),
-        *(("conv2d_groups", False), ("bare_3d", False)),
-    )
-]
-# A large Linear is computed by a Function of its own; here small ones are, too.
-PAIRS += [
-    pytest.param(KINDS["lora"], host, True, id=f"lora-{host_name}_as_large")
-    for host_name, host in HOSTS.items()
-    if host_name.startswith(("linear", "encoder"))
-]
-PAIRS_WITH_A_RANK = [p for p in PAIRS if isinstance(p.values[0], Kind) and p.values[0].rank]
-# Half a million times the rounding of one operation at most: sums of some ten terms in float64.
+
+# All kinds run on one host, a Transformer's encoder layer. It has Linears, whose forward depends on
+# the kind (factored, rescaled or dense), attention, which reads a dense W', and LayerNorms and
+# biases, which are vectors. An Embedding goes with it: its forward depends on the kind as well, and
+# shares no code with a Linear's.
+# All hosts run with one kind, LoRA. A forward that can use its factors never builds W', and every
+# other forward reads a dense W'. Hosts with vectors only run with Delta, for LoRA needs a matrix.
+EACH_KIND = pairs(ALL_KINDS, ["encoder_layer", "embedding_padding"])
+WITH_LORA = pairs(["lora"], ALL_HOSTS)
+VECTORS_ONLY = [host for host in HOSTS if ("lora", host) not in WITH_LORA]
+EACH_KIND_AND_HOST = [*dict.fromkeys(EACH_KIND + WITH_LORA + pairs(["delta"], VECTORS_ONLY))]
+# For the claim about each tensor alone, all hosts run with Delta too, which takes biases as well.
+EACH_TENSOR = [*dict.fromkeys(EACH_KIND_AND_HOST + pairs(["delta"], HOSTS))]
+EACH_RANK = [pair for pair in EACH_KIND_AND_HOST if ALL_KINDS[pair[0]].rank]
+
+every_pair = pytest.mark.parametrize(("kind", "host"), EVERY_PAIR, indirect=True)
+each_kind_and_host = pytest.mark.parametrize(("kind", "host"), EACH_KIND_AND_HOST, indirect=True)
+each_tensor = pytest.mark.parametrize(("kind", "host"), EACH_TENSOR, indirect=True)
+each_rank = pytest.mark.parametrize(("kind", "host"), EACH_RANK, indirect=True)
+each_kind = pytest.mark.parametrize("kind", ALL_KINDS, indirect=True)
+half_too = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@pytest.fixture
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return ALL_KINDS[request.param]
+
+
+@pytest.fixture
+def host(request: pytest.FixtureRequest) -> Host:
+    if request.param in LARGE:
+        request.getfixturevalue("as_large")
+    return ALL_HOSTS[request.param]
+
+
+# About 500,000 float64 roundings; the sums here have some ten terms.
 assert_exact = functools.partial(assert_close, rtol=1e-10, atol=1e-10)
 
 
@@ -83,7 +121,7 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 
 
 def read(model: nn.Module, path: str) -> Tensor:
-    """Return a tensor, or the block of it, as any reader of the module's attribute gets it."""
+    """Return a tensor, or a block of it, read as an attribute of its module."""
     path, index = parted(path)
     owner, _, name = path.rpartition(".")
     value = getattr(model.get_submodule(owner), name)
@@ -94,34 +132,12 @@ def bits(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("kind", "host", "large"), PAIRS)
 class TestConformance:
-    """What holds for every kind of adapter at every host; a new kind is one line in KINDS."""
+    """Claims about every kind on every host. To test a new kind, add one line to `KINDS`."""
 
-    @pytest.fixture(autouse=True)
-    def _as_large(self, large: bool, request: pytest.FixtureRequest) -> None:
-        if large:
-            request.getfixturevalue("as_large")
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_a_new_adapter_changes_no_output(
-        self, kind: Kind, host: Host, dtype: torch.dtype
-    ) -> None:
-        """Attached and not trained, an adapter leaves outputs and tensors bitwise the base's."""
-        case = Case.of(host, dtype)
-        pl.attach(case.model, kind.spec, targets=case.sites(kind))
-        for path, parameter in case.plain.named_parameters():
-            assert_bits(read(case.model, path).detach(), parameter.detach())
-        found = floats(case.model(*case.inputs))
-        # Where a product's input is strided, torch rounds by whether the weight requires a
-        # gradient: the base has two outputs there, as it was and frozen.
-        expected = floats(copy.deepcopy(case.plain)(*case.inputs))
-        if not all(map(torch.equal, found, expected)):
-            expected = case.base().outputs
-        assert_bits(found, expected)
-
+    @every_pair
     def test_values_and_gradients(self, kind: Kind, host: Host) -> None:
-        """Outputs, and gradients of factors and inputs, are those of the dense reference."""
+        """Outputs and gradients of factors and inputs equal those of the dense reference."""
         case = Case.of(host)
         case.attach(kind, strength=0.7)
         actual = case.actual()
@@ -130,8 +146,27 @@ class TestConformance:
         assert actual.gradients.keys() == factors | inputs
         assert_conforms(actual, case.expected("one"))
 
+    @half_too
+    @each_kind_and_host
+    def test_a_new_adapter_changes_no_output(
+        self, kind: Kind, host: Host, dtype: torch.dtype
+    ) -> None:
+        """Attaching an adapter leaves the outputs and tensors bitwise unchanged."""
+        case = Case.of(host, dtype)
+        pl.attach(case.model, kind.spec, targets=case.sites(kind))
+        for path, parameter in case.plain.named_parameters():
+            assert_bits(read(case.model, path).detach(), parameter.detach())
+        found = floats(case.model(*case.inputs))
+        # If the input of a product is strided, torch rounds differently for a frozen weight. The
+        # base then has two outputs: as it was, and frozen as attaching freezes it.
+        expected = floats(copy.deepcopy(case.plain)(*case.inputs))
+        if not all(map(torch.equal, found, expected)):
+            expected = case.base().outputs
+        assert_bits(found, expected)
+
+    @each_kind_and_host
     def test_several_adapters(self, kind: Kind, host: Host) -> None:
-        """Several adapters at once, of other kinds, ranks and strengths, add up in order."""
+        """Several adapters of different kinds, ranks and strengths apply in attaching order."""
         case = Case.of(host)
         case.attach(kind, "one", strength=0.5)
         for name, other, strength in (
@@ -148,23 +183,26 @@ class TestConformance:
             case.strengths["one"] = 2.0
             assert_conforms(case.actual(), case.expected("one", "off"))
 
+    @each_tensor
     def test_each_tensor_alone(self, kind: Kind, host: Host) -> None:
-        """Adapting one tensor of a host, whichever, gives what the dense reference gives."""
+        """A host with one tensor adapted, for each of its tensors, equals the dense reference."""
         for path in Case.of(host).sites(kind):
             case = Case.of(host)
             case.attach(kind, targets=path)
             assert_conforms(case.actual(), case.expected("one"))
 
+    @each_kind_and_host
     def test_base_is_trained_beside(self, kind: Kind, host: Host) -> None:
-        """With freeze=False the base's tensors get the gradients that they get in the reference."""
+        """With freeze=False the gradients of the base's tensors equal those of the reference."""
         case = Case.of(host)
         case.attach(kind, freeze=False)
         actual = case.actual()
         assert actual.gradients.keys() >= dict(case.plain.named_parameters()).keys()
         assert_conforms(actual, case.expected("one"))
 
+    @each_kind_and_host
     def test_disabled(self, kind: Kind, host: Host) -> None:
-        """Switched off, outputs and the gradients of inputs are bitwise those of the base."""
+        """With the adapter off, outputs and gradients of inputs are bitwise the base's."""
         case = Case.of(host)
         case.attach(kind)
         pl.disable(case.model)
@@ -174,8 +212,9 @@ class TestConformance:
         for key, gradient in actual.gradients.items():
             assert_bits(gradient, expected.gradients.get(key, torch.zeros_like(gradient)))
 
+    @each_kind_and_host
     def test_merged(self, kind: Kind, host: Host) -> None:
-        """Merged, the stored tensors are W' and the outputs stay; unmerged, the bits are back."""
+        """Merging stores W' and keeps the outputs; unmerging restores the stored bits."""
         case = Case.of(host)
         case.attach(kind, strength=0.7)
         before = bits(case.model)
@@ -194,12 +233,13 @@ class TestConformance:
                 assert not gradient.any()
         assert_bits(bits(case.model), before)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @half_too
+    @each_kind_and_host
     def test_low_precision(self, kind: Kind, host: Host, dtype: torch.dtype) -> None:
-        """In float32 and bfloat16 the error is at most that of a dense model, give or take.
+        """In float32 and bfloat16 the error is at most about that of the dense model.
 
-        Measured against the float64 reference, on ‖error‖ / ‖value‖ of each output and gradient:
-        at most twice what the plain dense model makes in that dtype, and two roundings.
+        The error is ‖error‖ / ‖value‖ of each output and gradient against the float64 reference.
+        The bound is twice the error of the plain dense model in that dtype, plus two roundings.
         """
         case = Case.of(host, dtype)
         case.attach(kind)
@@ -212,13 +252,14 @@ class TestConformance:
             bound = 2 * (distance(plain[key], exact[key]) + torch.finfo(dtype).eps)
             assert distance(value, exact[key]) <= bound, key
 
+    @each_kind_and_host
     def test_readers_get_a_plain_dense_tensor(self, kind: Kind, host: Host) -> None:
-        """Whoever reads a tensor gets W', a plain tensor of the base's dtype, with its gradient."""
+        """Reading an adapted tensor returns W', a plain tensor of the base's dtype."""
         for dtype in (torch.float64, torch.bfloat16):
             case = Case.of(host, dtype)
             case.attach(kind, strength=0.7)
             for path in case.sites(kind):
-                value, W = read(case.model, path), read(case.plain, path)
+                value, W = read(case.model, path), read(case.plain, path).detach()
                 assert type(value) is Tensor
                 assert (value.dtype, value.shape) == (W.dtype, W.shape)
                 factors = {
@@ -226,16 +267,17 @@ class TestConformance:
                     for key, factor in pl.state_dict(case.model, "one").items()
                     if key.rpartition(".")[0] == path
                 }
-                wanted = kind.formula(W.detach().double(), factors, 0.7).to(dtype)
-                # In half precision W' is computed in float32, whose rounding is that of the largest
-                # terms: it stays where they cancel.
+                wanted = kind.formula(W.double(), factors, 0.7).to(dtype)
+                # For a half-precision base W' is computed in float32. If the largest terms cancel,
+                # their rounding error remains.
                 double = dtype == torch.float64
                 rtol = 1e-12 if double else torch.finfo(dtype).eps
                 atol = 1e-12 if double else torch.finfo(torch.float32).eps * float(W.abs().max())
                 assert_close(value.detach(), wanted, rtol=rtol, atol=atol)
 
+    @each_kind_and_host
     def test_detach_gives_back(self, kind: Kind, host: Host) -> None:
-        """After detach the classes, parameters, their order, flags and bits are as before."""
+        """Detaching restores classes, parameters, their order, requires_grad and bits."""
         case = Case.of(host)
         model = case.model
         next(model.parameters()).requires_grad_(False)
@@ -252,19 +294,21 @@ class TestConformance:
         assert [sorted(vars(module)) for module in model.modules()] == content
         assert_bits(dict(model.named_parameters()), dict(case.plain.named_parameters()))
 
+    @each_kind_and_host
     def test_saved_and_loaded(self, kind: Kind, host: Host, tmp_path: Path) -> None:
-        """Saved and loaded into a plain copy, an adapter has its bits, and the same outputs."""
+        """An adapter loaded into a plain copy has the saved bits and gives the same outputs."""
         case = Case.of(host)
         case.attach(kind, strength=0.7)
         other = copy.deepcopy(case.plain)
         pl.save(case.model, tmp_path / "one.safetensors", "one")
         pl.load(other, tmp_path / "one.safetensors")
         assert_bits(pl.state_dict(other, "one"), pl.state_dict(case.model, "one"))
-        # Not to the bit: a product may depend on where in memory its factors begin.
+        # Not bitwise: a product may depend on the memory alignment of its factors.
         assert_exact(floats(other(*case.inputs)), floats(case.model(*case.inputs)))
 
+    @each_kind_and_host
     def test_a_copy_is_independent(self, kind: Kind, host: Host) -> None:
-        """A deep copy computes the same, and nothing done to it reaches the original."""
+        """A deep copy gives the same outputs, and changing it leaves the original unchanged."""
         case = Case.of(host)
         case.attach(kind)
         case.model(*case.inputs)
@@ -278,14 +322,22 @@ class TestConformance:
         assert_bits(after.outputs, before.outputs)
         assert_bits(after.gradients, before.gradients)
 
+    @each_rank
+    def test_rank_of_the_update(self, kind: Kind, host: Host) -> None:
+        """The update of a low-rank kind, seen as (out, everything else), has the kind's rank."""
+        case = Case.of(host)
+        case.attach(kind)
+        for path in case.sites(kind):
+            update = read(case.model, path).detach() - read(case.plain, path).detach()
+            matrix = update.reshape(update.shape[0], -1)
+            expected = min(kind.rank or 0, *matrix.shape)
+            assert torch.linalg.matrix_rank(matrix, rtol=1e-9) == expected
 
-@pytest.mark.parametrize(("kind", "host", "large"), PAIRS_WITH_A_RANK)
-def test_rank_of_the_update(kind: Kind, host: Host, large: bool) -> None:
-    """The update of a low-rank kind, seen as (out, everything else), has rank r at most."""
-    case = Case.of(host)
-    case.attach(kind)
-    for path in case.sites(kind):
-        update = read(case.model, path).detach() - read(case.plain, path).detach()
-        matrix = update.reshape(update.shape[0], -1)
-        expected = min(kind.rank or 0, *matrix.shape)
-        assert torch.linalg.matrix_rank(matrix, rtol=1e-9) == expected
+    @each_kind
+    def test_strength_is_one_by_default(self, kind: Kind) -> None:
+        """Without a strength, the methods of a spec return what they return at strength 1."""
+        W = torch.randn(6, 6, dtype=torch.float64)
+        factors = {key: f + torch.randn_like(f) for key, f in kind.spec.create(W).items()}
+        assert_bits(kind.spec.apply(W, factors), kind.spec.apply(W, factors, 1.0))
+        assert_bits(kind.spec.low_rank(factors), kind.spec.low_rank(factors, 1.0))
+        assert_bits(kind.spec.rescaled(W, factors), kind.spec.rescaled(W, factors, 1.0))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers.pytorch_utils import Conv1D
 
 import paramlora as pl
 from paramlora.layers import rows as route
@@ -56,6 +57,7 @@ def tokens(*shape: int) -> Callable[[], Tensor]:
 HOSTS: dict[str, tuple[Callable[[], nn.Module], str, Callable[..., Tensor], list[Any]]] = {
     "linear": (lambda: nn.Linear(6, 5), "host", plain, [floats(6)]),
     "linear-positions": (lambda: nn.Linear(6, 5), "host", plain, [floats(3, 2, 6)]),
+    "transformers-conv1d": (lambda: Conv1D(5, 6), "host", plain, [floats(3, 6)]),
     "embedding": (lambda: nn.Embedding(9, 6), "host", plain, [tokens(4)]),
     "embedding-padding": (lambda: nn.Embedding(9, 6, padding_idx=3), "host", plain, [tokens(4)]),
     "bag": (lambda: nn.EmbeddingBag(9, 6), "host", plain, [tokens(4)]),

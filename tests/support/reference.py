@@ -200,6 +200,13 @@ class Packed(nn.Module):
         return self.rnn(pack_padded_sequence(x, lengths, enforce_sorted=False))
 
 
+def _conv1d(out: int, into: int) -> nn.Module:
+    """Return transformers' Conv1D, a Linear that stores its weight as (in, out)."""
+    from transformers.pytorch_utils import Conv1D  # takes a third of a second
+
+    return Conv1D(out, into)
+
+
 def _x(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
     return lambda: (torch.randn(shape),)
 
@@ -253,6 +260,7 @@ HOSTS = {
     "linear_in_place": Host(
         lambda: nn.Sequential(nn.Linear(7, 5), nn.ReLU(inplace=True), nn.Linear(5, 4)), _x(3, 7)
     ),
+    "transformers_conv1d": Host(lambda: _conv1d(5, 7), _x(2, 3, 7)),
     "conv1d": Host(lambda: nn.Conv1d(4, 6, 3), _x(2, 4, 9)),
     "conv1d_groups": Host(lambda: nn.Conv1d(4, 6, 3, groups=2, padding="same"), _x(2, 4, 9)),
     "conv2d": Host(lambda: nn.Conv2d(3, 5, (2, 3), stride=2), _x(2, 3, 6, 7)),
