@@ -15,12 +15,12 @@ import argparse
 import json
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from experiments.harness.rundir import Row, RunDirectory
+from experiments.harness.settings import replace
 from experiments.report.table import Table
 from experiments.text.report import percent2, tuned_rows, write_text_report
 from experiments.text.settings import TextSettings
@@ -66,7 +66,7 @@ RATES: dict[str, Rates] = {
 def settings_for(base: TextSettings, name: str, rate: float, folder: str) -> TextSettings:
     """Return the settings of one run: scale alpha/r = 2 whatever r is."""
     field, more = METHODS[name]
-    more = {**more, field: rate, "alpha": 2.0 * more.get("rank", base.rank), "out": folder}
+    more = {**more, field: rate, "alpha": 2.0 * more.get("rank", base.adapter.rank), "out": folder}
     more["forgetting"] = base.forgetting and more.get("forgetting", True)
     return replace(base, **more)
 

@@ -30,14 +30,12 @@ from ..harness.train import (
     seeded_order,
     train,
 )
-from .bases import FIELDS, Base, base_path, find, keep, order_after_base, pretrain, restore
+from .bases import Base, base_path, find, keep, order_after_base, pretrain, restore
 from .data import Data, hold_out, load_data
 from .settings import DigitSettings, chosen_digits
 from .strengths import Strengths
 
 ADAPTER = "digits"
-# The settings that decide on data and base; all others are a cell's own.
-SHARED = (*FIELDS, "data", "data_dir", "device", "bases", "validation", "selection")
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,9 @@ class Bench:
     def batches(self, generator: torch.Generator) -> Batches:
         """Return the batches of a fine-tuning. To be drawn first, so that methods share them."""
         settings, rows = self.settings, self.tuned_rows
-        size = settings.tune_batch or settings.batch
-        count = settings.steps * size
-        if settings.order == "blog":
+        size = settings.remedies.tune_batch or settings.pretraining.batch
+        count = settings.finetuning.steps * size
+        if settings.finetuning.order == "blog":
             order = order_after_base(settings, len(self.labels), len(rows), count)
         else:
             order = seeded_order(len(rows), count, generator)
@@ -92,7 +90,7 @@ class Bench:
         hooks: Sequence[Hook] = (),
     ) -> Tensor:
         """Train the parameters plainly by a new Adam, and return the loss of each step."""
-        optimizer = SmallAdam(parameters, self.settings.lr)
+        optimizer = SmallAdam(parameters, self.settings.finetuning.lr)
         return self.train(model, batches, cross_entropy, optimizer, label, hooks)
 
     def train(
@@ -105,7 +103,7 @@ class Bench:
         hooks: Sequence[Hook] = (),
     ) -> Tensor:
         """Train on as many threads as the settings say, and return the loss of each step."""
-        with cpu_threads(self.settings.threads):
+        with cpu_threads(self.settings.place.threads):
             return train(model, batches, objective, optimizer, label=label, hooks=hooks)
 
     @contextmanager
@@ -124,14 +122,14 @@ class Bench:
                 log(step, seen)
 
         with ExitStack() as files:
-            if settings.tensorboard:
+            if settings.extras.tensorboard:
                 board = TensorBoardLog(self.run.folder / "tensorboard" / name)
                 logs.append(files.enter_context(board))
                 hooks.append(logging(board))
-            if settings.look:
-                hooks.append(every(settings.look, look))
+            if settings.extras.look:
+                hooks.append(every(settings.extras.look, look))
             yield hooks, row
-        if settings.look:
+        if settings.extras.look:
             row["way"] = {"steps": curve.steps, **curve.values}
 
     def _halves(self, model: nn.Module) -> dict[str, float]:
@@ -182,14 +180,14 @@ def prepare(
     """Put the data on the device, find or train the base, and say which digits are tuned."""
     whole, test_split = data.train.to(device), data.test.to(device)
     train_split, held = whole, None
-    if settings.validation:
-        stay, out = hold_out(whole.labels, settings.validation, torch.Generator().manual_seed(0))
+    if settings.holdout.validation:
+        stay, out = held_out(whole.labels, settings)
         train_split, held = whole.rows(stay), whole.rows(out)
-    if settings.selection and held is not None:
+    if settings.holdout.selection and held is not None:
         whole, test_split = train_split, held
-    inputs = train_split.inputs(settings.mean, settings.std)
-    test_inputs = test_split.inputs(settings.mean, settings.std)
-    whole_inputs = inputs if whole is train_split else whole.inputs(settings.mean, settings.std)
+    norm = settings.network.mean, settings.network.std
+    inputs, test_inputs = train_split.inputs(*norm), test_split.inputs(*norm)
+    whole_inputs = inputs if whole is train_split else whole.inputs(*norm)
     base, how = obtain(settings, whole_inputs, whole.labels, data.digest)
     model = restore(settings, base, device)
     logits = logits_of(model, test_inputs)
@@ -204,9 +202,9 @@ def prepare(
         test_labels=test_split.labels,
         base_logits=logits,
         base_fingerprint=pl.fingerprint(model),
-        tuned=chosen_digits(settings.digits, counts),
+        tuned=chosen_digits(settings.finetuning.digits, counts),
         commit=commit(),
-        held_inputs=None if held is None else held.inputs(settings.mean, settings.std),
+        held_inputs=None if held is None else held.inputs(*norm),
         held_labels=None if held is None else held.labels,
     )
     say(f"base     {pl.summary(model).total:,} parameters, {how}")
@@ -214,6 +212,11 @@ def prepare(
     images = len(bench.tuned_rows)
     say(f"tuned    digits {', '.join(map(str, bench.tuned))}: {images:,} training images")
     return bench
+
+
+def held_out(labels: Tensor, settings: DigitSettings) -> tuple[Tensor, Tensor]:
+    """Return the rows of the training images that stay, and of the validation images."""
+    return hold_out(labels, settings.holdout.validation, torch.Generator().manual_seed(0))
 
 
 def obtain(
@@ -224,30 +227,38 @@ def obtain(
     if (kept := find(path)) is not None:
         return kept, f"trained before, from {path}"
     began = time.perf_counter()
-    with cpu_threads(settings.threads):
+    with cpu_threads(settings.place.threads):
         base = pretrain(settings, inputs, labels)
     keep(base, path)
     seconds = time.perf_counter() - began
-    return base, f"trained for {settings.base_steps:,} steps in {seconds:.1f} s"
+    return base, f"trained for {settings.pretraining.base_steps:,} steps in {seconds:.1f} s"
 
 
 def bench_of(settings: DigitSettings) -> Bench:
     """Return the bench of these settings; what it shares with others is made once a process."""
     bench = shared_bench(shared_settings(settings))
     confusion = score(bench.base_logits, bench.test_labels)["confusion"]
-    tuned = chosen_digits(settings.digits, wrong_counts(confusion))
+    tuned = chosen_digits(settings.finetuning.digits, wrong_counts(confusion))
     return dataclasses.replace(bench, settings=settings, tuned=tuned)
 
 
 def shared_settings(settings: DigitSettings) -> DigitSettings:
-    """Return settings that all have in common whose base and data are the same."""
-    return DigitSettings(**{name: getattr(settings, name) for name in SHARED})
+    """Return the settings that decide on data and base, all others as in preset blog."""
+    return DigitSettings(
+        seed=settings.seed,
+        network=settings.network,
+        pretraining=settings.pretraining,
+        holdout=dataclasses.replace(settings.holdout, patience=0),
+        dataset=settings.dataset,
+        place=dataclasses.replace(settings.place, out=""),
+    )
 
 
 @lru_cache(maxsize=4)
 def shared_bench(settings: DigitSettings) -> Bench:
     """Return the bench of shared settings, made once a process."""
-    device, data = resolve_device(settings.device), shared_data(settings.data, settings.data_dir)
+    device = resolve_device(settings.place.device)
+    data = shared_data(settings.dataset.data, settings.dataset.data_dir)
     return prepare(settings, RunDirectory(Path(), {}, {}, []), device, data, lambda line: None)
 
 
@@ -266,8 +277,8 @@ def shared_data(kind: str, data_dir: str) -> Data:
 
 def counted_images(settings: DigitSettings) -> Tensor:
     """Return the images that answers are counted on, uint8 (n, 28, 28), as they are to be shown."""
-    data = shared_data(settings.data, settings.data_dir)
-    if not settings.selection:
+    data = shared_data(settings.dataset.data, settings.dataset.data_dir)
+    if not settings.holdout.selection:
         return data.test.images
-    _, held = hold_out(data.train.labels, settings.validation, torch.Generator().manual_seed(0))
+    _, held = held_out(data.train.labels, settings)
     return data.train.images[held]

@@ -1,20 +1,25 @@
 """The commands of the digit study: `digits` and `explain`."""
 
-import argparse
 from pathlib import Path
 
-from ..harness.settings import Commands, add_options, presets_of
+from ..harness.options import Commands, add_command, add_options, presets_help
+from ..harness.settings import options
 from .settings import PRESETS, DigitSettings, preset
 
 
 def add_commands(commands: Commands) -> None:
     """Add the study's commands to those of `python -m experiments`."""
-    digits = commands.add_parser(
+    digits = add_command(
+        commands,
         "digits",
         help="pre-train on digits, fine-tune on some, switch off and on, and report",
-        description="The digit study. In brackets: the value that preset blog has.",
-        epilog=presets_of(PRESETS, "blog"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="The digit study. The value of preset blog is in brackets.",
+        epilog=presets_help(PRESETS, "blog"),
+        examples=(
+            "--seeds 2",
+            "--preset relu --rank 8 --digits 4 9",
+            "--data digits --margin inf --look 20 --out runs/masked",
+        ),
     )
     add_options(digits, DigitSettings)
     digits.set_defaults(command=run)
@@ -22,7 +27,7 @@ def add_commands(commands: Commands) -> None:
     explained.add_argument("folder", type=Path, metavar="DIR", help="the run's folder")
     explained.add_argument("--seed", type=int, default=0, metavar="N", help="the adapter's [0]")
     for name in ("bases", "data_dir"):
-        entry = DigitSettings.__dataclass_fields__[name]
+        entry = options(DigitSettings)[name]
         flag = "--" + name.replace("_", "-")
         explained.add_argument(flag, default=entry.default, help=entry.metadata["help"])
     explained.set_defaults(command=explain_run)

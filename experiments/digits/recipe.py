@@ -42,7 +42,7 @@ from .remedies import (
     project_away,
     routed,
 )
-from .settings import DigitSettings
+from .settings import AdapterSettings, DigitSettings
 
 FISHER_IMAGES = 200  # as many as EWC's information is estimated from
 LOOK_EVERY = 10  # steps between two looks at the validation images
@@ -93,7 +93,7 @@ def memory(bench: Bench, generator: torch.Generator, digits: str = "old") -> Ten
     old = sorted(set(bench.labels.unique().tolist()) - set(bench.tuned))
     for digit in old + (bench.tuned if digits == "all" else []):
         its = (bench.labels == digit).nonzero().squeeze(1)
-        chosen = torch.randperm(len(its), generator=generator)[: bench.settings.replay]
+        chosen = torch.randperm(len(its), generator=generator)[: bench.settings.remedies.replay]
         rows.append(its[chosen.to(its.device)])
     return torch.cat(rows)
 
@@ -111,13 +111,13 @@ def draw_batches(
     """
     settings = bench.settings
     tensors = plain.tensors
-    if settings.distill or settings.mass:
+    if settings.remedies.distill or settings.remedies.mass:
         teacher = torch.zeros(len(bench.labels), bench.base_logits.shape[1], device=old.device)
         rows = plain.order.unique()
         teacher[rows] = switched_off_logits(bench, rows)
         tensors = (*tensors, teacher)
     batches = Batches(tensors, plain.order, plain.size)
-    if not settings.replay:
+    if not settings.remedies.replay:
         return batches
     order = seeded_order(len(old), len(plain.order), generator)
     again = Batches((bench.inputs, bench.labels), old[order.to(old.device)], plain.size)
@@ -140,21 +140,22 @@ def objective_of(
 
     It is called with a batch of `draw_batches`; every term is a mean over its images.
     """
-    if not (settings.margin or settings.distill or settings.mass or settings.replay or penalty):
+    remedies = settings.remedies
+    if not (remedies.margin or remedies.distill or remedies.mass or remedies.replay or penalty):
         return cross_entropy
 
     def objective(model: nn.Module, inputs: Tensor, labels: Tensor, *more: Tensor) -> Tensor:
         rest, count = list(more), len(labels)
-        teacher = rest.pop(0) if settings.distill or settings.mass else None
-        old_inputs, old_labels = rest if settings.replay else (inputs[:0], labels[:0])
-        both = model(torch.cat([inputs, old_inputs]) if settings.replay else inputs)
+        teacher = rest.pop(0) if remedies.distill or remedies.mass else None
+        old_inputs, old_labels = rest if remedies.replay else (inputs[:0], labels[:0])
+        both = model(torch.cat([inputs, old_inputs]) if remedies.replay else inputs)
         logits, old = both[:count], both[count:]
-        loss = F.cross_entropy(lowered(logits, tuned, settings.margin), labels)
-        if teacher is not None and settings.distill:
-            loss = loss + settings.distill * distillation(logits, teacher, settings.temperature)
-        if teacher is not None and settings.mass:
-            loss = loss + settings.mass * kept_mass(logits, teacher, tuned)
-        if settings.replay:
+        loss = F.cross_entropy(lowered(logits, tuned, remedies.margin), labels)
+        if teacher is not None and remedies.distill:
+            loss = loss + remedies.distill * distillation(logits, teacher, remedies.temperature)
+        if teacher is not None and remedies.mass:
+            loss = loss + remedies.mass * kept_mass(logits, teacher, tuned)
+        if remedies.replay:
             loss = loss + F.cross_entropy(old, old_labels)
         return loss if penalty is None else loss + penalty(model)
 
@@ -163,7 +164,7 @@ def objective_of(
 
 def penalty_of(bench: Bench, images: Tensor) -> Penalty | None:
     """Return the penalty of EWC, its Fisher information from these images, or None."""
-    weight = bench.settings.ewc
+    weight = bench.settings.remedies.ewc
     if not weight:
         return None
     model = bench.model()
@@ -177,7 +178,7 @@ def forbidden(bench: Bench, old: Tensor) -> dict[str, Tensor]:
     """Return the directions that A may not read, (k, in), by the layer's path."""
     settings, model = bench.settings, bench.model()
     layers = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    if settings.null_space_of == "weights":
+    if settings.remedies.null_space_of == "weights":
         seen = {path: layer.weight.detach() for path, layer in layers.items()}
     else:
         seen = {}
@@ -188,7 +189,7 @@ def forbidden(bench: Bench, old: Tensor) -> dict[str, Tensor]:
         logits_of(model, bench.inputs[old])
         for hook in hooks:
             hook.remove()
-    return {path: principal(rows, settings.null_space) for path, rows in seen.items()}
+    return {path: principal(rows, settings.remedies.null_space) for path, rows in seen.items()}
 
 
 def keep_out(factors: Factors, directions: Mapping[str, Tensor]) -> Hook:
@@ -219,29 +220,33 @@ def recipe(bench: Bench, model: nn.Module, factors: Factors, plain: Batches, see
     """
     settings, parameters = bench.settings, list(factors.values())
     generator = memory_generator(seed)
-    rows = memory(bench, generator, settings.replay_of) if settings.replay else None
+    rows = (
+        memory(bench, generator, settings.remedies.replay_of) if settings.remedies.replay else None
+    )
     replayed = bench.tuned_rows[:0] if rows is None else rows
     others = ~torch.isin(bench.labels[replayed], torch.tensor(bench.tuned, device=replayed.device))
     old = replayed[others]
-    seen = old if settings.replay else bench.tuned_rows
+    seen = old if settings.remedies.replay else bench.tuned_rows
     penalty = penalty_of(bench, bench.inputs[seen[:FISHER_IMAGES]])
     made = Recipe(
         objective_of(settings, bench.tuned, penalty),
         draw_batches(bench, plain, replayed, generator),
         [],
-        SmallAdam(parameters, settings.lr),  # type: ignore[arg-type]
+        SmallAdam(parameters, settings.finetuning.lr),  # type: ignore[arg-type]
     )
-    if settings.schedule == "cosine":
-        schedule = cosine(settings.lr, settings.steps)
+    if settings.remedies.schedule == "cosine":
+        schedule = cosine(settings.finetuning.lr, settings.finetuning.steps)
         made.hooks.append(learning_rate(made.optimizer, schedule))
-    if settings.null_space:
+    if settings.remedies.null_space:
         made.hooks.append(keep_out(factors, forbidden(bench, old)))
-    if settings.average:
-        average = Average(parameters, round(settings.steps * (1 - settings.average)))
+    if settings.remedies.average:
+        average = Average(
+            parameters, round(settings.finetuning.steps * (1 - settings.remedies.average))
+        )
         made.hooks.append(average)
         made.restore.append(average.restore)
-    if settings.patience:
-        stopping = EarlyStopping(bench.validated, parameters, settings.patience)  # type: ignore
+    if settings.holdout.patience:
+        stopping = EarlyStopping(bench.validated, parameters, settings.holdout.patience)  # type: ignore
         stopping(0, model)
         made.hooks.append(every(LOOK_EVERY, stopping))
         made.restore.append(stopping.restore)
@@ -256,7 +261,7 @@ def answers(bench: Bench, on: Tensor, seed: int) -> Tensor:
         on: z of the test images, (n, classes).
         seed: the adapter seed, whose replayed images a gate learns from.
     """
-    route, off = bench.settings.route, bench.base_logits
+    route, off = bench.settings.remedies.route, bench.base_logits
     if route == "base":
         return routed(on, off, bench.tuned)
     if route == "soft":
@@ -275,6 +280,6 @@ def factors_of(model: nn.Module, name: str = ADAPTER) -> dict[str, nn.Parameter]
     return {key: p for key, p in model.named_parameters() if id(p) in its}
 
 
-def lora_of(settings: DigitSettings) -> pl.LoRA:
+def lora_of(settings: AdapterSettings) -> pl.LoRA:
     """Return the adapter that the settings ask for."""
     return pl.LoRA(settings.rank, settings.numerator, init=settings.init)

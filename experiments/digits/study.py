@@ -20,7 +20,7 @@ from ..analysis.explore import explore
 from ..harness.environment import DECIDING, resolve_device
 from ..harness.loggers import curve
 from ..harness.rundir import RunDirectory, replace_file
-from ..harness.settings import deciding
+from ..harness.settings import result_settings
 from ..harness.stages import Stage, run_stages
 from ..harness.train import Batches, Hook
 from .bench import ADAPTER, Bench, prepare
@@ -36,15 +36,15 @@ ATTACHED = ("off", "on", "merged", "unmerged")
 
 def stages(settings: DigitSettings) -> Iterator[Stage[Bench]]:
     """Yield what a run consists of, in order."""
-    lora = lora_of(settings)
-    scrambled = BlogScrambled(settings.rank, settings.numerator)
+    lora = lora_of(settings.adapter)
+    scrambled = BlogScrambled(settings.adapter.rank, settings.adapter.numerator)
     yield Stage(_key("base", None), ("base",), count_base)
     for seed in range(settings.seeds):
         yield Stage(_key("lora", seed), ATTACHED, partial(tune_attached, "lora", lora, seed))
         if settings.remedied:
             continue  # the methods beside it are plain: they would be compared with something else
         yield Stage(_key("wrapped", seed), ("wrapped",), partial(tune_wrapped, lora, seed))
-        if settings.compat == "blog":
+        if settings.extras.compat == "blog":
             make = partial(tune_attached, "scrambled", scrambled, seed)
             yield Stage(_key("scrambled", seed), ATTACHED, make)
 
@@ -63,17 +63,19 @@ def run_digits(settings: DigitSettings, say: Callable[[str], None] = print) -> R
     Raises:
         StudyError: data, device or folder cannot be used; the message says why.
     """
-    device = resolve_device(settings.device)
-    data = load_data(settings.data, settings.data_dir)
+    device = resolve_device(settings.place.device)
+    data = load_data(settings.dataset.data, settings.dataset.data_dir)
     environment = {"study": settings.STUDY, **describe(device, data)}
-    run = RunDirectory.start(Path(settings.folder), deciding(settings), environment, DECIDING)
+    run = RunDirectory.start(
+        Path(settings.folder), result_settings(settings), environment, DECIDING
+    )
     say(f"run      {run.folder}, on {device}")
     say(f"data     {data.name}: {data.why}")
 
     @lru_cache(maxsize=1)
     def prepared() -> Bench:
         bench = prepare(settings, run, device, data, say)
-        show_parameters(bench, lora_of(settings), say)
+        show_parameters(bench, lora_of(settings.adapter), say)
         return bench
 
     run_stages(run, stages(settings), prepared, say)
@@ -88,7 +90,7 @@ def explore_adapters(bench: Bench, images: Tensor, folder: Path) -> None:
     at = Strengths(bench.model(), bench.test_inputs, bench.base_logits)
 
     def logits(name: str, sites: Sequence[str], strengths: Sequence[float]) -> Tensor:
-        its = updates(factors_of(model, name), lora_of(bench.settings).scaling)
+        its = updates(factors_of(model, name), lora_of(bench.settings.adapter).scaling)
         return at.logits(chosen(its, sites), strengths).cpu()
 
     for seed in range(min(bench.settings.seeds, EXPLORED_SEEDS)):
@@ -143,7 +145,7 @@ def remedied(
         model, made.batches, made.objective, made.optimizer, label, [*made.hooks, *hooks]
     )
     made.finish()
-    pl.scale(model, bench.settings.strength, ADAPTER)
+    pl.scale(model, bench.settings.remedies.strength, ADAPTER)
     return losses
 
 

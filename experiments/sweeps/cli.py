@@ -5,15 +5,22 @@ from pathlib import Path
 
 from ..digits.settings import DigitSettings, preset
 from ..harness.grid import parse_grid
+from ..harness.options import Commands, add_command, add_options
 from ..harness.rundir import RunDirectory
-from ..harness.settings import Commands, StudyError, add_options, deciding
+from ..harness.settings import StudyError, result_settings
 
 
 def add_commands(commands: Commands) -> None:
     """Add the commands to those of `python -m experiments`."""
-    sweep = commands.add_parser(
+    sweep = add_command(
+        commands,
         "sweep",
         help="the digit study over a grid of settings, seeds and bases, in parallel",
+        examples=(
+            "--vary rank=1,2,4 --vary strength=0,0.5,1",
+            "--preset relu --base-seeds 5 --jobs 2 --vary margin=2,4,inf",
+            '--vary "digits=2,3;9" --vary init=gaussian,kaiming --out runs/digits-and-inits',
+        ),
         description="Every combination of the values of --vary, on --base-seeds bases, with as "
         "many adapter seeds as --seeds says. A sweep that was stopped goes on from its rows.",
     )
@@ -65,8 +72,8 @@ def run_grid(vary: list[str], base_seeds: int, jobs: int, **given: object) -> in
 
     settings = preset(str(given.pop("preset", "blog")), **given)
     grid = parse_grid(vary, DigitSettings)
-    folder = Path(settings.out or "-".join(["runs/sweep", settings.preset, *sorted(grid)]))
-    asked = deciding(settings) | {"vary": sorted(vary), "base_seeds": base_seeds}
+    folder = Path(settings.place.out or "-".join(["runs/sweep", settings.preset, *sorted(grid)]))
+    asked = result_settings(settings) | {"vary": sorted(vary), "base_seeds": base_seeds}
     run_sweep(list(cells(settings, grid, base_seeds)), folder, asked, jobs)
     return report(folder)
 
@@ -104,7 +111,7 @@ def run_selection(
     from .select import run_remedies
 
     settings = preset(str(given.pop("preset", "blog")), **given)
-    folder = Path(settings.out or f"runs/remedies-{settings.preset}")
+    folder = Path(settings.place.out or f"runs/remedies-{settings.preset}")
     run_remedies(
         settings,
         folder,

@@ -31,19 +31,17 @@ from ..digits.bench import (
 )
 from ..digits.data import describe
 from ..digits.recipe import Recipe, answers, factors_of, lora_of, recipe
-from ..digits.settings import DigitSettings
+from ..digits.settings import AdapterSettings, DigitSettings
 from ..digits.strengths import Strengths, updates
 from ..harness.environment import DECIDING, resolve_device
-from ..harness.grid import Grid
+from ..harness.grid import Grid, check_grid
 from ..harness.rundir import Row, RunDirectory
-from ..harness.settings import StudyError, listed
+from ..harness.settings import listed, replace
 from ..harness.train import Batches
 from .together import StackedBatches, Together, objective_together
 
 STUDY = "sweeps"  # what environment.json calls it
 KEY = ("stage", "cell", "base_seed", "seed", "strength")
-# Those in which adapters may differ that train together.
-STACKED = ("rank", "alpha", "scale_rule", "init")
 # Images of a step of all adapters that train together: with more, a step is arithmetic, which
 # gains nothing, and its memory grows.
 TOGETHER = 1000
@@ -80,17 +78,15 @@ def cells(
     Raises:
         StudyError: a name that is no setting, or a value that is not allowed.
     """
-    known = {entry.name for entry in dataclasses.fields(settings) if not entry.metadata["place"]}
-    if unknown := [name for name in grid if name not in known]:
-        raise StudyError(f"--vary {unknown[0]} is no setting; there are {', '.join(sorted(known))}")
+    check_grid(grid, settings)
     grid = dict(grid)
-    strengths = tuple(float(λ) for λ in grid.pop("strength", [settings.strength]))
+    strengths = tuple(float(λ) for λ in grid.pop("strength", [settings.remedies.strength]))
     for values in itertools.product(*grid.values()):
         changes = dict(zip(grid, values, strict=True))
         name = " ".join(f"{key}={listed(value)}" for key, value in changes.items()) or "plain"
         for number in range(base_seeds):
             seed = changes.get("seed", settings.seed) + number
-            cell = dataclasses.replace(settings, **{**changes, "seed": seed})
+            cell = replace(settings, **{**changes, "seed": seed})
             yield Cell(name, cell, strengths, together, changes)
 
 
@@ -99,11 +95,14 @@ def jobs_of(todo: Sequence[Cell]) -> list[list[Cell]]:
     found: list[list[Cell]] = []
     like: dict[Any, list[Cell]] = {}
     for cell in todo:
-        same = {name: getattr(DigitSettings, name) for name in STACKED}
         # An update of no scale is no multiple of another one.
-        none = lora_of(cell.settings).scaling == 0
-        key = cell.together, none, dataclasses.replace(cell.settings, **same)
-        job, images = like.get(key, []), cell.settings.tune_batch or cell.settings.batch
+        none = lora_of(cell.settings.adapter).scaling == 0
+        like_all = dataclasses.replace(cell.settings, adapter=AdapterSettings())
+        key = cell.together, none, like_all
+        job, images = (
+            like.get(key, []),
+            cell.settings.remedies.tune_batch or cell.settings.pretraining.batch,
+        )
         whole = sum(c.settings.seeds for c in [*job, cell]) * images > TOGETHER
         if not job or whole or not _stacks(cell):
             job = like[key] = []
@@ -143,8 +142,8 @@ def _rows(
     base = score(bench.base_logits, labels, bench.tuned)
     yield {**common, "stage": "base", "seed": None, "strength": 0.0, **base}
     for seed, (factors, loss) in enumerate(trained):
-        on = at.logits(updates(factors, lora_of(settings).scaling), cell.strengths)
-        if settings.route != "none":
+        on = at.logits(updates(factors, lora_of(settings.adapter).scaling), cell.strengths)
+        if settings.remedies.route != "none":
             on = torch.stack([answers(bench, one, seed) for one in on])
         for strength, row in zip(cell.strengths, scores(on, labels, bench.tuned), strict=True):
             about = {"stage": "on", "seed": seed, "strength": strength, "train_loss": loss}
@@ -157,8 +156,8 @@ def _stacks(cell: Cell) -> bool:
 
 def trains_together(settings: DigitSettings) -> bool:
     """Whether adapter seeds can train as one: nothing but batches and factors is a seed's own."""
-    own = settings.ewc > 0 or settings.null_space_of == "old"
-    return not settings.patience and not (settings.replay and own)
+    own = settings.remedies.ewc > 0 or settings.remedies.null_space_of == "old"
+    return not settings.holdout.patience and not (settings.remedies.replay and own)
 
 
 def tune_one_by_one(todo: Sequence[Training]) -> list[tuple[Row, float]]:
@@ -178,10 +177,10 @@ def _tuned(bench: Bench, seed: int) -> tuple[Row, float]:
 def tune_together(todo: Sequence[Training]) -> list[tuple[Row, float]]:
     """Return what `tune_one_by_one` does, to rounding, from one training of all.
 
-    Their benches have the same base and settings, but for those in STACKED.
+    Their benches have the same base and settings, but for those of the adapter.
     """
     parts = [_attached(bench, seed) for bench, seed in todo]
-    scalings = [lora_of(bench.settings).scaling for bench, _ in todo]
+    scalings = [lora_of(bench.settings.adapter).scaling for bench, _ in todo]
     scales = [1.0 if its == scalings[0] else its / scalings[0] for its in scalings]
     model = Together(parts[0][0], [factors_of(model) for model, _ in parts], scales)
     made = [
@@ -204,7 +203,7 @@ def _attached(bench: Bench, seed: int) -> tuple[nn.Module, Batches]:
     """Return the base with a new adapter, and its batches, drawn as the study draws them."""
     model, generator = bench.model(), torch.Generator().manual_seed(seed)
     batches = bench.batches(generator)
-    pl.attach(model, lora_of(bench.settings), nn.Linear, name=ADAPTER, generator=generator)
+    pl.attach(model, lora_of(bench.settings.adapter), nn.Linear, name=ADAPTER, generator=generator)
     return model, batches
 
 
@@ -229,8 +228,8 @@ def run_sweep(
     from joblib import delayed
 
     first = todo[0].settings
-    data = shared_data(first.data, first.data_dir)
-    environment = {"study": STUDY, **describe(resolve_device(first.device), data)}
+    data = shared_data(first.dataset.data, first.dataset.data_dir)
+    environment = {"study": STUDY, **describe(resolve_device(first.place.device), data)}
     run = RunDirectory.start(folder, asked, environment, DECIDING)
     run.key = KEY
     left = [cell for cell in todo if not _done(run, cell)]

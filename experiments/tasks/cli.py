@@ -2,15 +2,25 @@
 
 from pathlib import Path
 
+from ..harness.options import Commands, add_command, add_options, presets_help
 from ..harness.rundir import RunDirectory
-from ..harness.settings import Commands, StudyError, add_options
-from .streams import TaskSettings
+from ..harness.settings import StudyError
+from .settings import TaskSettings
 
 
 def add_commands(commands: Commands) -> None:
     """Add the study's command to those of `python -m experiments`."""
-    tasks = commands.add_parser(
-        "tasks", help="learn a sequence of tasks, an adapter a stage, and draw the accuracy matrix"
+    tasks = add_command(
+        commands,
+        "tasks",
+        help="learn a sequence of tasks, an adapter a stage, and draw the accuracy matrix",
+        description="Sequences of tasks. The value of preset split is in brackets.",
+        epilog=presets_help(TaskSettings.PRESETS, "split"),
+        examples=(
+            "--preset rotated",
+            "--scenario task --rank 4 --seeds 5",
+            "--data digits --steps 50 --orthogonal 0.1 --out runs/tasks-small",
+        ),
     )
     add_options(tasks, TaskSettings)
     tasks.set_defaults(command=run_sequence)

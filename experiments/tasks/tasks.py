@@ -32,7 +32,7 @@ from ..harness.adam import SmallAdam
 from ..harness.environment import DECIDING, resolve_device
 from ..harness.loggers import Curve
 from ..harness.rundir import RunDirectory
-from ..harness.settings import deciding
+from ..harness.settings import result_settings
 from ..harness.stages import Stage, run_stages
 from ..harness.train import (
     Batches,
@@ -43,7 +43,8 @@ from ..harness.train import (
     seeded_order,
     train,
 )
-from .streams import Task, TaskSettings, stream
+from .settings import TaskSettings
+from .streams import Task, stream
 
 COMBINE = ("one", "stacked", "merged", "routed")
 
@@ -59,7 +60,7 @@ class Learner:
         """Start a stage; return the parameters that train."""
         if self.combine != "one" or not self.names:
             self.names.append(f"stage{len(self.names) + 1}")
-            spec = pl.LoRA(self.settings.rank, self.settings.alpha)
+            spec = pl.LoRA(self.settings.adapter.rank, self.settings.adapter.alpha)
             pl.attach(self.model, spec, nn.Linear, name=self.names[-1], generator=generator)
             if self.names[:-1]:
                 pl.freeze(self.model, *self.names[:-1])
@@ -71,13 +72,15 @@ class Learner:
     def objective(self, task: Task) -> Objective:
         """Return the loss of a stage, with the remedies that the settings ask for."""
         settings, earlier = self.settings, self.names[:-1]
-        penalties = [self._overlap(name) for name in earlier] if settings.orthogonal else []
+        penalties = (
+            [self._overlap(name) for name in earlier] if settings.remedies.orthogonal else []
+        )
 
         def objective(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-            logits = lowered(model(inputs), task.classes, settings.margin)
+            logits = lowered(model(inputs), task.classes, settings.remedies.margin)
             loss = nn.functional.cross_entropy(logits, labels)
             for penalty in penalties:
-                loss = loss + settings.orthogonal * penalty(model)
+                loss = loss + settings.remedies.orthogonal * penalty(model)
             return loss
 
         return objective
@@ -94,7 +97,7 @@ class Learner:
     @torch.no_grad()
     def answer(self, inputs: Tensor, tasks: Sequence[Task], of: int) -> Tensor:
         """Return the answers to images of task `of`, int64 (n,), after the stages so far."""
-        told = self.settings.scenario == "task"
+        told = self.settings.sequence.scenario == "task"
         if self.combine == "routed":
             logits = self._routed(inputs, tasks, of if told else None)
         elif self.combine == "merged" and self.names:
@@ -139,7 +142,7 @@ class TaskBench:
 
     def model(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
-            model = DigitNet(self.settings.hidden, "relu")
+            model = DigitNet(self.settings.network.hidden, "relu")
         model.load_state_dict(self.base)
         return model.to(self.tasks[0].test[0].device).eval()
 
@@ -155,21 +158,22 @@ def accuracies(learner: Learner, tasks: Sequence[Task], count: int | None = None
 def learn(combine: str, seed: int, bench: TaskBench) -> None:
     """Learn all tasks in order, and record the matrix, its metrics and the way. Row: "learned"."""
     settings, tasks = bench.settings, bench.tasks
+    training = settings.finetuning
     learner = Learner(settings, bench.model(), combine)
     generator = torch.Generator().manual_seed(seed)
     matrix, way = [accuracies(learner, tasks)], Curve()
     for number, task in enumerate(tasks[1:], start=1):
         parameters = learner.begin(generator)
-        order = seeded_order(len(task.train[1]), settings.steps * settings.batch, generator)
-        batches = Batches(task.train, order, settings.batch)
-        before = (number - 1) * settings.steps
+        order = seeded_order(len(task.train[1]), training.steps * training.batch, generator)
+        batches = Batches(task.train, order, training.batch)
+        before = (number - 1) * training.steps
 
         def look(step: int, model: nn.Module, loss: Tensor, before: int = before) -> None:
             way(before + step, {"first": accuracies(learner, tasks, 1)[0]})
 
-        optimizer, label = SmallAdam(parameters, settings.lr), f"{combine} {seed}, {task.name}"
-        hooks = [every(max(1, settings.steps // 20), look)]
-        with cpu_threads(settings.threads):
+        optimizer, label = SmallAdam(parameters, training.lr), f"{combine} {seed}, {task.name}"
+        hooks = [every(max(1, training.steps // 20), look)]
+        with cpu_threads(settings.place.threads):
             objective = learner.objective(task)
             train(learner.model, batches, objective, optimizer, label=label, hooks=hooks)
         matrix.append(accuracies(learner, tasks))
@@ -200,9 +204,12 @@ def task_stages(settings: TaskSettings) -> Iterator[Stage[TaskBench]]:
 
 def run_tasks(settings: TaskSettings, say: Callable[[str], None] = print) -> RunDirectory:
     """Run all ways of using adapters together over a sequence of tasks; return the run."""
-    device, data = resolve_device(settings.device), load_data(settings.data, settings.data_dir)
+    device = resolve_device(settings.place.device)
+    data = load_data(settings.dataset.data, settings.dataset.data_dir)
     environment = {"study": settings.STUDY, **describe(device, data)}
-    run = RunDirectory.start(Path(settings.folder), deciding(settings), environment, DECIDING)
+    run = RunDirectory.start(
+        Path(settings.folder), result_settings(settings), environment, DECIDING
+    )
     say(f"run      {run.folder}, on {device}; data {data.name}: {data.why}")
 
     def prepared() -> TaskBench:
@@ -217,11 +224,12 @@ def _pretrained(settings: TaskSettings, task: Task) -> dict[str, Tensor]:
     """Return the weights of a network trained on the first task; the global generator is left."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = DigitNet(settings.hidden, "relu").to(task.train[0].device)
+        model = DigitNet(settings.network.hidden, "relu").to(task.train[0].device)
     generator = torch.Generator().manual_seed(settings.seed)
-    order = seeded_order(len(task.train[1]), settings.base_steps * settings.batch, generator)
-    batches = Batches(task.train, order, settings.batch)
-    optimizer = SmallAdam(model.parameters(), settings.base_lr)
-    with cpu_threads(settings.threads):
+    size = settings.finetuning.batch
+    order = seeded_order(len(task.train[1]), settings.pretraining.base_steps * size, generator)
+    batches = Batches(task.train, order, size)
+    optimizer = SmallAdam(model.parameters(), settings.pretraining.base_lr)
+    with cpu_threads(settings.place.threads):
         train(model, batches, cross_entropy, optimizer, label="pre-training")
     return {key: value.cpu() for key, value in model.state_dict().items()}

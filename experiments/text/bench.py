@@ -58,7 +58,7 @@ class TextBench:
         """
         tokens, group, training = self.tokens[split], self.group, model.training
         order = tokens.lengths.argsort(stable=True)
-        batches = order.split(EVALUATED * self.settings.batch)
+        batches = order.split(EVALUATED * self.settings.finetuning.batch)
         # All take the same number of turns: a sharded model is gathered by all together.
         turns = -(-len(batches) // group.size)
         found = torch.zeros(len(tokens), len(self.corpus.labels), device=self.device)
@@ -90,11 +90,15 @@ class TextBench:
         The model may be sharded by this; the parameters have the values of the best evaluation.
         """
         settings, batches = self.settings, TextBatches(self, seed)
-        spread_out = spread(model, settings.parallel, self.group, blocks_of(model))
+        training = settings.finetuning
+        spread_out = spread(model, settings.place.parallel, self.group, blocks_of(model))
         trained = [p for p in model.parameters() if p.requires_grad]
         on_gpu = self.device.type == "cuda"
         optimizer = torch.optim.AdamW(
-            trained, lr=rate_of(settings, method), weight_decay=settings.weight_decay, fused=on_gpu
+            trained,
+            lr=rate_of(settings, method),
+            weight_decay=training.weight_decay,
+            fused=on_gpu,
         )
         clock, watched = _Clock(self.device), Curve()
 
@@ -104,11 +108,11 @@ class TextBench:
             watched(len(watched.steps) + 1, {"validation": value})
             return value
 
-        patience = settings.patience or len(batches) + 1
+        patience = training.patience or len(batches) + 1
         early = EarlyStopping(figure, trained, patience)
-        hooks: list[Hook] = [every(max(1, batches.steps_of_epoch // settings.evaluations), early)]
-        if settings.schedule == "linear":
-            rates = linear(rate_of(settings, method), len(batches) // settings.accumulate)
+        hooks: list[Hook] = [every(max(1, batches.steps_of_epoch // training.evaluations), early)]
+        if training.schedule == "linear":
+            rates = linear(rate_of(settings, method), len(batches) // training.accumulate)
             hooks.insert(0, learning_rate(optimizer, rates))
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -123,7 +127,7 @@ class TextBench:
                 optimizer,
                 label=f"{method} {seed}",
                 hooks=hooks,
-                accumulate=settings.accumulate,
+                accumulate=training.accumulate,
                 autocast=self.dtype,
             )
         seconds = clock.stop()
@@ -166,10 +170,10 @@ def prepare_bench(
     tokenizer = load_tokenizer(settings.model)
 
     def kept(digest: str) -> Path:
-        return Path(settings.tokens) / f"{digest}.safetensors"
+        return Path(settings.place.tokens) / f"{digest}.safetensors"
 
     tokens = {
-        split: tokenized(corpus, split, tokenizer, settings.max_length, kept).to(device)
+        split: tokenized(corpus, split, tokenizer, settings.dataset.max_length, kept).to(device)
         for split in corpus.splits
     }
     dtype = autocast_dtype(settings, device)
@@ -178,8 +182,8 @@ def prepare_bench(
 
 def autocast_dtype(settings: TextSettings, device: torch.device) -> torch.dtype | None:
     """Return the dtype of products, None where they have that of the weights."""
-    auto = settings.precision == "auto" and device.type == "cuda"
-    return torch.bfloat16 if auto or settings.precision == "bf16" else None
+    auto = settings.finetuning.precision == "auto" and device.type == "cuda"
+    return torch.bfloat16 if auto or settings.finetuning.precision == "bf16" else None
 
 
 class TextBatches:
@@ -191,7 +195,7 @@ class TextBatches:
     """
 
     def __init__(self, bench: TextBench, seed: int) -> None:
-        settings = bench.settings
+        settings = bench.settings.finetuning
         self.bench, self.parts = bench, settings.accumulate
         generator = torch.Generator().manual_seed(seed)
         lengths = bench.tokens["train"].lengths

@@ -1,22 +1,26 @@
 """The command of the text study: `text`, with `--vary` a sweep of it."""
 
-import argparse
 import os
 from pathlib import Path
 
 from ..harness.grid import parse_grid
-from ..harness.settings import Commands, add_options, presets_of
+from ..harness.options import Commands, add_command, add_options, presets_help
 from .settings import TextSettings
 
 
 def add_commands(commands: Commands) -> None:
     """Add the study's command to those of `python -m experiments`."""
-    text = commands.add_parser(
+    text = add_command(
+        commands,
         "text",
         help="fine-tune a transformers checkpoint on texts, by several methods, and report",
-        description="The text study. In brackets: the value that preset distilbert-imdb has.",
-        epilog=presets_of(TextSettings.PRESETS, "distilbert-imdb"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="The text study. The value of preset distilbert-imdb is in brackets.",
+        epilog=presets_help(TextSettings.PRESETS, "distilbert-imdb"),
+        examples=(
+            "--preset minilm-spam --data-dir data",
+            "--data reviews.csv --text-column review --label-column verdict",
+            "--preset minilm-imdb --methods lora --vary rank=2,8 --vary lr=0.001,0.002",
+        ),
     )
     add_options(text, TextSettings)
     text.add_argument(
@@ -42,7 +46,9 @@ def run_text_study(vary: list[str], jobs: int, **given: object) -> int:
         from .sweep import run_text_sweep
 
         grid = parse_grid(vary, TextSettings)
-        folder = Path(settings.out or "-".join(["runs/sweep-text", settings.preset, *sorted(grid)]))
+        folder = Path(
+            settings.place.out or "-".join(["runs/sweep-text", settings.preset, *sorted(grid)])
+        )
         print(run_text_sweep(settings, grid, folder, jobs).text())
         print(f"rows     {folder / 'results.csv'}")
         return 0

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..harness.settings import StudyError
-from .settings import TextSettings
+from .settings import DatasetSettings
 
 SPLIT_SEED = 123
 PACKED: dict[str, Any] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -57,7 +57,7 @@ class Corpus:
         return total.hexdigest()
 
 
-def load_corpus(settings: TextSettings) -> Corpus:
+def load_corpus(settings: DatasetSettings) -> Corpus:
     """Return the data set that the settings name, split into "train", "validation" and "test".
 
     Raises:
@@ -208,7 +208,7 @@ def _balance(rows: Rows) -> Rows:
     return chosen
 
 
-def _split(train: Rows, test: Rows, settings: TextSettings) -> dict[str, Rows]:
+def _split(train: Rows, test: Rows, settings: DatasetSettings) -> dict[str, Rows]:
     """Return the three splits; shares that are missing are taken from the front of a shuffle."""
     train = _shuffled(train)
     if not test:

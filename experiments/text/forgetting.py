@@ -54,7 +54,7 @@ def similarity(bench: TextBench, model: nn.Module) -> Similarity:
     ids, mask = _halves(bench)
     backbone, training = backbone_of(model), model.training
     model.eval()
-    size, found = EVALUATED * bench.settings.batch, []
+    size, found = EVALUATED * bench.settings.finetuning.batch, []
     with torch.no_grad():
         for i, m in zip(ids.split(size), mask.split(size), strict=True):
             hidden = backbone(input_ids=i, attention_mask=m).last_hidden_state
@@ -79,7 +79,7 @@ def _halves(bench: TextBench) -> tuple[Tensor, Tensor]:
     encoded: Any = bench.tokenizer(
         first + second,
         truncation=True,
-        max_length=bench.settings.max_length,
+        max_length=bench.settings.dataset.max_length,
         padding=True,
         return_tensors="pt",
     )

@@ -17,7 +17,7 @@ import paramlora as pl
 from ..harness.environment import DECIDING, commit, machine, resolve_device
 from ..harness.parallel import Group, group
 from ..harness.rundir import RunDirectory
-from ..harness.settings import deciding
+from ..harness.settings import result_settings
 from ..harness.stages import Stage, run_stages
 from .bench import TextBench, autocast_dtype, prepare_bench
 from .data import Corpus, load_corpus
@@ -54,8 +54,8 @@ def run_text(settings: TextSettings, say: Callable[[str], None] = print) -> RunD
     Raises:
         StudyError: model, data, device or folder cannot be used; the message says why.
     """
-    with group(resolve_device(settings.device)) as (processes, device):
-        corpus = load_corpus(settings)
+    with group(resolve_device(settings.place.device)) as (processes, device):
+        corpus = load_corpus(settings.dataset)
         run = _begin(settings, corpus, device, processes)
         told = say if processes.first else _silent
         told(f"run      {run.folder}, on {device}, by {processes.size} process(es)")
@@ -91,7 +91,7 @@ def _begin(
     folder = Path(settings.folder)
     if not processes.first:
         processes.wait()
-    run = RunDirectory.start(folder, deciding(settings), environment, DECIDING)
+    run = RunDirectory.start(folder, result_settings(settings), environment, DECIDING)
     if processes.first:
         processes.wait()
     run.key = ("stage", "method", "seed")
@@ -184,7 +184,11 @@ def show_parameters(bench: TextBench, say: Callable[[str], None]) -> None:
     for method in settings.chosen_methods:
         trained = prepare(bench.model(0), method, settings, torch.Generator())
         count = sum(p.numel() for p in trained)
-        what = f" {lora_of(settings)} at {globs(settings.targets)}" if "lora" in method else ""
+        what = (
+            f" {lora_of(settings.adapter)} at {globs(settings.adapter.targets)}"
+            if "lora" in method
+            else ""
+        )
         say(f"{method:<12} trains {count:,}, {count / total:.2%}{what}")
 
 

@@ -26,6 +26,7 @@ from ...analysis.insight import (
 )
 from ...analysis.task_metrics import front
 from ...harness.rundir import RunDirectory, replace_file
+from ...harness.settings import replace
 from ...report.figures import (
     confusion_panels,
     contact_sheet,
@@ -48,7 +49,7 @@ DIGITS = list("0123456789")
 def settings_of(run: RunDirectory, **places: Any) -> DigitSettings:
     """Return the settings that a run was made with; `places` says where things lie now."""
     kept = {k: tuple(v) if isinstance(v, list) else v for k, v in run.settings.items()}
-    return DigitSettings(**{**kept, **places})
+    return replace(DigitSettings(), **kept, **places)
 
 
 def explain(folder: Path, seed: int = 0, **places: Any) -> Path:

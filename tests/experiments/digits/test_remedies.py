@@ -41,7 +41,7 @@ from experiments.digits.remedies import (
 )
 from experiments.digits.settings import DigitSettings, preset
 from experiments.harness.rundir import RunDirectory
-from experiments.harness.settings import StudyError
+from experiments.harness.settings import StudyError, replace
 from experiments.sweeps.sweep import tune_one_by_one, tune_together
 
 SMALL: dict[str, Any] = {
@@ -66,7 +66,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def having(bench: Bench, **changes: Any) -> Bench:
-    return dataclasses.replace(bench, settings=dataclasses.replace(bench.settings, **changes))
+    return dataclasses.replace(bench, settings=replace(bench.settings, **changes))
 
 
 def logits(rows: int = 5, classes: int = 4, seed: int = 0) -> torch.Tensor:
@@ -354,7 +354,7 @@ def test_early_stopping_keeps_the_best_on_the_validation_images(tmp_path):
     assert bench.held_labels is not None
     assert torch.bincount(bench.held_labels).tolist() == [20] * 10
     assert len(bench.labels) == 1437 - 200
-    last = dataclasses.replace(bench, settings=dataclasses.replace(settings, patience=0))
+    last = dataclasses.replace(bench, settings=replace(settings, patience=0))
     assert bench.validated(model) >= bench.validated(tuned(last)[0])
     with pl.disabled(model):
         assert bench.validated(model) <= 1.0
@@ -383,11 +383,11 @@ def test_a_selection_counts_on_images_that_its_base_has_not_seen(tmp_path):
         ({"route": "gate"}, "--replay must be above 0 for what needs old images"),
         ({"null_space": 0.5, "null_space_of": "old"}, "--replay must be above 0"),
         ({"margin": -1.0}, "--margin must be a number of at least 0, got '-1.0'"),
-        ({"null_space": 1.5}, "--null-space must be at most 1"),
+        ({"null_space": 1.5}, "--null-space must be a number from 0 to 1, got '1.5'"),
         ({"temperature": 0.0}, "--temperature must be a finite number above 0"),
     ],
 )
 def test_remedies_that_cannot_be_are_refused(changes, message):
     """What a remedy lacks is named before anything is trained."""
     with pytest.raises(StudyError, match=message):
-        DigitSettings(**changes)
+        replace(DigitSettings(), **changes)

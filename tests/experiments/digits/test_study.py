@@ -21,7 +21,7 @@ from experiments.digits.report.tables import PUBLISHED, band_table, digit_table,
 from experiments.digits.settings import DigitSettings, preset
 from experiments.digits.study import run_digits
 from experiments.harness.rundir import RunDirectory
-from experiments.harness.settings import StudyError
+from experiments.harness.settings import StudyError, flattened
 from experiments.report.table import Band
 
 OPTIONS = (
@@ -109,7 +109,7 @@ def test_a_run_leaves_all_its_rows_and_files(finished):
     assert environment["data_digest"] == load_data("digits").digest
     assert environment["torch"] == torch.__version__
     assert environment["data_why"] == "as asked"
-    assert json.loads((run / "settings.json").read_text())["steps"] == 30
+    assert json.loads((run / "settings.json").read_text())["finetuning"]["steps"] == 30
 
 
 def test_off_and_unmerged_rows_are_the_bases(finished):
@@ -132,7 +132,9 @@ def test_the_saved_adapter_gives_the_row_that_was_recorded(finished):
     model = restore(settings, base, torch.device("cpu"))
     pl.load(model, finished / "run" / "adapters" / "lora-1.safetensors")
     test = load_data("digits").test
-    got = score(logits_of(model, test.inputs(settings.mean, settings.std)), test.labels, [2])
+    got = score(
+        logits_of(model, test.inputs(settings.network.mean, settings.network.std)), test.labels, [2]
+    )
     row = next(r for r in rows_in(finished) if r["stage"] == "on" and r["seed"] == 1)
     assert got["confusion"] == row["confusion"]
     assert got["loss"] == row["loss"]
@@ -282,6 +284,22 @@ def test_a_run_that_does_not_name_its_study_is_a_digit_study(copied, capsys):
     path.write_text(json.dumps({"study": "opera", **environment}))
     assert main(["report", str(copied / "run")]) == 2
     assert "of study 'opera'; there are digits, sweeps, tasks, text" in capsys.readouterr().err
+
+
+def test_a_run_with_flat_settings_is_reported_and_resumed(copied, trainings, capsys):
+    """A run of before the groups, its settings.json flat, goes on; other settings are refused."""
+    path = copied / "run" / "settings.json"
+    flat = flattened(json.loads(path.read_text()))
+    path.write_text(json.dumps(flat))
+    assert main(["report", str(copied / "run")]) == 0
+    assert study(copied) == 0
+    assert trainings == []
+    assert json.loads(path.read_text()) == flat
+    path.write_text(json.dumps({**flat, "rank": 3, "colour": "red"}))
+    capsys.readouterr()
+    assert study(copied) == 2
+    said = capsys.readouterr().err
+    assert "has a run with other settings: rank 3 there, 2 now; colour 'red' there, None" in said
 
 
 def test_a_report_follows_its_rows(finished):

@@ -33,7 +33,7 @@ from experiments.harness.loggers import (
     logging,
     rows_to_csv,
 )
-from experiments.harness.settings import StudyError
+from experiments.harness.settings import StudyError, replace
 from experiments.harness.train import (
     Batches,
     cpu_threads,
@@ -207,7 +207,7 @@ def test_a_base_is_kept_and_found_bitwise(tmp_path):
     found = find(path)
     assert found is not None
     assert torch.equal(found.losses, base.losses)
-    assert len(base.losses) == SMALL.base_steps
+    assert len(base.losses) == SMALL.pretraining.base_steps
     model = restore(SMALL, found, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), state)
     for key, value in model.state_dict().items():
@@ -238,12 +238,11 @@ def test_bases_are_told_apart():
         {"batch": 6},
         {"threads": 2},
     ]
-    values = {**SMALL.__dict__}
-    others = [base_path(type(SMALL)(**{**values, **change}), cpu, "data") for change in differing]
+    others = [base_path(replace(SMALL, **change), cpu, "data") for change in differing]
     others += [base_path(SMALL, torch.device("cuda"), "data"), base_path(SMALL, cpu, "else")]
     assert len({path, *others}) == len(others) + 1
     tuning = {"rank": 4, "digits": "1", "steps": 3, "lr": 0.1, "alpha": 2.0, "seeds": 1}
-    assert base_path(type(SMALL)(**{**values, **tuning}), cpu, "data") == path
+    assert base_path(replace(SMALL, **tuning), cpu, "data") == path
 
 
 def updates(**options) -> list[torch.Tensor]:

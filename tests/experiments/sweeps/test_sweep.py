@@ -1,7 +1,6 @@
 """Sweeps: the grid, resuming, processes and clusters, and the choice of remedies."""
 
 import csv
-import dataclasses
 import doctest
 import itertools
 import json
@@ -18,11 +17,11 @@ from experiments.__main__ import main
 from experiments.analysis.evaluate import score
 from experiments.digits.bench import ADAPTER, bench_of
 from experiments.digits.recipe import lora_of
-from experiments.digits.settings import DigitSettings, preset
+from experiments.digits.settings import AdapterSettings, DigitSettings, preset
 from experiments.harness import grid
 from experiments.harness.grid import parse_grid
 from experiments.harness.rundir import Row, RunDirectory
-from experiments.harness.settings import StudyError
+from experiments.harness.settings import StudyError, replace
 from experiments.report.figures import png
 from experiments.sweeps import select as select_module
 from experiments.sweeps.families import Family, families
@@ -216,7 +215,7 @@ def test_ranks_together_are_ranks_one_by_one(tmp_path, order):
     todo = [(bench, seed) for bench in benches for seed in range(3)]
     for (bench, _), one, two in zip(todo, tune_one_by_one(todo), tune_together(todo), strict=True):
         assert two[0]["linear1.parametrizations.weight.0.factors.digits.A"].shape == (
-            bench.settings.rank,
+            bench.settings.adapter.rank,
             784,
         )
         assert_close(two[0], one[0], rtol=1e-3, atol=1e-4)
@@ -240,7 +239,7 @@ def test_strengths_are_those_of_a_pass_for_each(tmp_path):
     rows = [row for row in run_cell(cell) if row["stage"] == "on"]
     for seed, (factors, _) in enumerate(tune_together([(bench, 0), (bench, 1)])):
         model = bench.model()
-        pl.attach(model, lora_of(cell.settings), name=ADAPTER)
+        pl.attach(model, lora_of(cell.settings.adapter), name=ADAPTER)
         model.load_state_dict(factors, strict=False)
         for strength in strengths:
             row = next(r for r in rows if (r["seed"], r["strength"]) == (seed, strength))
@@ -255,7 +254,7 @@ def test_cells_that_can_train_together_are_one_job():
     settings = DigitSettings(seeds=10)
 
     def sizes(grid: dict[str, list[Any]], **more: Any) -> list[int]:
-        todo = list(cells(dataclasses.replace(settings, **more), grid, base_seeds=2))
+        todo = list(cells(replace(settings, **more), grid, base_seeds=2))
         jobs = jobs_of(todo)
         assert sorted(map(id, itertools.chain(*jobs))) == sorted(map(id, todo))
         return [len(job) for job in jobs]
@@ -279,9 +278,9 @@ def test_cells_that_can_train_together_are_one_job():
 )
 def test_the_rule_of_the_scale_is_kept_at_every_rank(rule, scale, rank):
     """What multiplies B A is alpha/r, what the library calls rank-stabilized, or alpha itself."""
-    settings = DigitSettings(rank=rank, alpha=3.0, scale_rule=rule)
+    settings = AdapterSettings(rank=rank, alpha=3.0, scale_rule=rule)
     assert lora_of(settings).scaling == pytest.approx(scale(3.0, rank), rel=1e-15)
-    assert DigitSettings(rank=rank).numerator == 1.0  # by default alpha itself, bit for bit
+    assert AdapterSettings(rank=rank).numerator == 1.0  # by default alpha itself, bit for bit
 
 
 def test_a_sweep_over_ranks_is_drawn_by_rank(tmp_path):
@@ -337,10 +336,10 @@ def test_a_figure_by_rank_needs_ranks(tmp_path, capsys):
 
 def test_what_cannot_train_together_is_known():
     """Early stopping, and Fisher information or null spaces of a seed's own images, cannot."""
-    assert trains_together(DigitSettings(replay=5, margin=math.inf, schedule="cosine"))
-    assert not trains_together(DigitSettings(validation=5, patience=1))
-    assert not trains_together(DigitSettings(replay=5, ewc=1.0))
-    assert not trains_together(DigitSettings(replay=5, null_space=0.5, null_space_of="old"))
+    assert trains_together(preset("blog", replay=5, margin=math.inf, schedule="cosine"))
+    assert not trains_together(preset("blog", validation=5, patience=1))
+    assert not trains_together(preset("blog", replay=5, ewc=1.0))
+    assert not trains_together(preset("blog", replay=5, null_space=0.5, null_space_of="old"))
 
 
 @pytest.mark.parametrize(
@@ -350,7 +349,7 @@ def test_what_cannot_train_together_is_known():
         ("ranks=1", r"--vary takes SETTING=VALUES"),
         ("rank=one", r"--vary rank=one: invalid literal for int"),
         ("rank=0", r"--rank must be a whole number of at least 1"),
-        ("out=a", r"--vary out is no setting; there are activation, alpha"),
+        ("out=a", r"--vary out is not a setting; there are activation, alpha"),
     ],
 )
 def test_a_grid_that_cannot_be_is_refused(word, message):
@@ -417,4 +416,4 @@ def test_every_family_can_be(tmp_path):
     for family in every:
         for changes in family.candidates:
             extra = {"validation": 1} if "patience" in changes else {}
-            assert DigitSettings(**{**changes, **extra})
+            assert replace(DigitSettings(), **{**changes, **extra})

@@ -16,6 +16,7 @@ from benchmarks import text_methods
 from experiments.__main__ import main
 from experiments.harness.parallel import Group
 from experiments.harness.rundir import RunDirectory
+from experiments.harness.settings import replace, values
 from experiments.text import report as text_report
 from experiments.text import study as text
 from experiments.text.bench import TextBatches, TextBench, cross_entropy, linear, prepare_bench
@@ -58,14 +59,14 @@ def settings_in(world: Path, **changes: Any) -> TextSettings:
         "device": "cpu",
         "out": str(world / "run"),
     }
-    return TextSettings(**{**given, **changes})
+    return replace(TextSettings(), **{**given, **changes})
 
 
 def bench_in(world: Path, **changes: Any) -> TextBench:
     settings = settings_in(world, **changes)
     run = RunDirectory(world, {}, {}, [])
     device = torch.device("cpu")
-    return prepare_bench(settings, run, load_corpus(settings), device, Group())
+    return prepare_bench(settings, run, load_corpus(settings.dataset), device, Group())
 
 
 @pytest.fixture(scope="module")
@@ -270,8 +271,8 @@ def test_other_architectures(tmp_path: Path, world: Path, kind: str) -> None:
     changes: dict[str, Any] = {"data": "imdb", "rank": 2, "epochs": 1, "schedule": "linear"}
     if kind == "gpt2":
         changes |= {"targets": "*.c_attn.weight[:, :16],*.c_proj,*.c_fc,score", "balanced": False}
-    settings = TextSettings.of_preset(preset)
-    given = {k: getattr(settings, k) for k in ("preset", "alpha", "scale", "init", "targets")}
+    settings = values(TextSettings.of_preset(preset))
+    given = {k: settings[k] for k in ("preset", "alpha", "scale", "init", "targets")}
     bench = bench_in(world, model=model, **{**given, "methods": "lora", **changes})
     classifier = bench.model(0)
     before = bench.logits(classifier, "validation")
