@@ -26,7 +26,7 @@ from ..harness.train import (
     learning_rate,
     seeded_order,
 )
-from .bench import ADAPTER, Bench
+from .context import ADAPTER, StudyContext
 from .remedies import (
     Average,
     Gate,
@@ -37,7 +37,7 @@ from .remedies import (
     fisher,
     grouped,
     kept_mass,
-    lowered,
+    mask_or_shift_logits,
     principal,
     project_away,
     routed,
@@ -84,49 +84,49 @@ def memory_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed + 2**40)
 
 
-def memory(bench: Bench, generator: torch.Generator, digits: str = "old") -> Tensor:
+def memory(context: StudyContext, generator: torch.Generator, digits: str = "old") -> Tensor:
     """Return the rows of the images that are replayed, the same number a digit, int64 (n,).
 
     Those of the old digits come first, and are the same with and without the tuned ones.
     """
     rows = []
-    old = sorted(set(bench.labels.unique().tolist()) - set(bench.tuned))
-    for digit in old + (bench.tuned if digits == "all" else []):
-        its = (bench.labels == digit).nonzero().squeeze(1)
-        chosen = torch.randperm(len(its), generator=generator)[: bench.settings.remedies.replay]
+    old = sorted(set(context.labels.unique().tolist()) - set(context.tuned))
+    for digit in old + (context.tuned if digits == "all" else []):
+        its = (context.labels == digit).nonzero().squeeze(1)
+        chosen = torch.randperm(len(its), generator=generator)[: context.settings.remedies.replay]
         rows.append(its[chosen.to(its.device)])
     return torch.cat(rows)
 
 
 def draw_batches(
-    bench: Bench, plain: Batches, old: Tensor, generator: torch.Generator
+    context: StudyContext, plain: Batches, old: Tensor, generator: torch.Generator
 ) -> Batches | Joined:
     """Return the batches of a fine-tuning: images and labels, z⁰ and old ones where needed.
 
     Args:
-        bench: the data.
+        context: the data.
         plain: the batches without remedies.
         old: the rows of the replayed images, `memory`.
         generator: of the order in which they are replayed.
     """
-    settings = bench.settings
+    settings = context.settings
     tensors = plain.tensors
     if settings.remedies.distill or settings.remedies.mass:
-        teacher = torch.zeros(len(bench.labels), bench.base_logits.shape[1], device=old.device)
+        teacher = torch.zeros(len(context.labels), context.base_logits.shape[1], device=old.device)
         rows = plain.order.unique()
-        teacher[rows] = switched_off_logits(bench, rows)
+        teacher[rows] = switched_off_logits(context, rows)
         tensors = (*tensors, teacher)
     batches = Batches(tensors, plain.order, plain.size)
     if not settings.remedies.replay:
         return batches
     order = seeded_order(len(old), len(plain.order), generator)
-    again = Batches((bench.inputs, bench.labels), old[order.to(old.device)], plain.size)
+    again = Batches((context.inputs, context.labels), old[order.to(old.device)], plain.size)
     return Joined(batches, again)
 
 
-def switched_off_logits(bench: Bench, rows: Tensor) -> Tensor:
+def switched_off_logits(context: StudyContext, rows: Tensor) -> Tensor:
     """Return z⁰ of training images. The base is the adapted model switched off, bit for bit."""
-    return logits_of(bench.model(), bench.inputs[rows])
+    return logits_of(context.model(), context.inputs[rows])
 
 
 def objective_of(
@@ -136,7 +136,7 @@ def objective_of(
 
         CE(z lowered by m, y) + β · distillation + μ · kept mass + CE of replayed images + penalty
 
-    An infinite m and a replay of all digits is ER-ACE (`remedies.lowered`).
+    An infinite m and a replay of all digits is ER-ACE (`remedies.mask_or_shift_logits`).
 
     It is called with a batch of `draw_batches`; every term is a mean over its images.
     """
@@ -150,7 +150,7 @@ def objective_of(
         old_inputs, old_labels = rest if remedies.replay else (inputs[:0], labels[:0])
         both = model(torch.cat([inputs, old_inputs]) if remedies.replay else inputs)
         logits, old = both[:count], both[count:]
-        loss = F.cross_entropy(lowered(logits, tuned, remedies.margin), labels)
+        loss = F.cross_entropy(mask_or_shift_logits(logits, tuned, remedies.margin), labels)
         if teacher is not None and remedies.distill:
             loss = loss + remedies.distill * distillation(logits, teacher, remedies.temperature)
         if teacher is not None and remedies.mass:
@@ -162,21 +162,21 @@ def objective_of(
     return objective
 
 
-def penalty_of(bench: Bench, images: Tensor) -> Penalty | None:
+def penalty_of(context: StudyContext, images: Tensor) -> Penalty | None:
     """Return the penalty of EWC, its Fisher information from these images, or None."""
-    weight = bench.settings.remedies.ewc
+    weight = context.settings.remedies.ewc
     if not weight:
         return None
-    model = bench.model()
+    model = context.model()
     paths = [name for name, p in model.named_parameters() if p.dim() == 2]
     information = fisher(model, paths, images, torch.Generator().manual_seed(0))
     plain = elastic(base_weights(model, paths), information)
     return lambda adapted: weight * plain(adapted)
 
 
-def forbidden(bench: Bench, old: Tensor) -> dict[str, Tensor]:
+def forbidden(context: StudyContext, old: Tensor) -> dict[str, Tensor]:
     """Return the directions that A may not read, (k, in), by the layer's path."""
-    settings, model = bench.settings, bench.model()
+    settings, model = context.settings, context.model()
     layers = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
     if settings.remedies.null_space_of == "weights":
         seen = {path: layer.weight.detach() for path, layer in layers.items()}
@@ -186,7 +186,7 @@ def forbidden(bench: Bench, old: Tensor) -> dict[str, Tensor]:
             layer.register_forward_pre_hook(lambda _, x, path=path: seen.update({path: x[0]}))
             for path, layer in layers.items()
         ]
-        logits_of(model, bench.inputs[old])
+        logits_of(model, context.inputs[old])
         for hook in hooks:
             hook.remove()
     return {path: principal(rows, settings.remedies.null_space) for path, rows in seen.items()}
@@ -208,29 +208,35 @@ def keep_out(factors: Factors, directions: Mapping[str, Tensor]) -> Hook:
     return hook
 
 
-def recipe(bench: Bench, model: nn.Module, factors: Factors, plain: Batches, seed: int) -> Recipe:
+def recipe(
+    context: StudyContext, model: nn.Module, factors: Factors, plain: Batches, seed: int
+) -> Recipe:
     """Return the fine-tuning of one adapter with the settings' remedies.
 
     Args:
-        bench: the data, the base and the settings.
+        context: the data, the base and the settings.
         model: the base with the adapter attached.
         factors: the adapter's, by their names in the model; stacked ones do as well.
         plain: the batches of the plain fine-tuning.
         seed: the adapter seed, for the replayed images.
     """
-    settings, parameters = bench.settings, list(factors.values())
+    settings, parameters = context.settings, list(factors.values())
     generator = memory_generator(seed)
     rows = (
-        memory(bench, generator, settings.remedies.replay_of) if settings.remedies.replay else None
+        memory(context, generator, settings.remedies.replay_of)
+        if settings.remedies.replay
+        else None
     )
-    replayed = bench.tuned_rows[:0] if rows is None else rows
-    others = ~torch.isin(bench.labels[replayed], torch.tensor(bench.tuned, device=replayed.device))
+    replayed = context.tuned_rows[:0] if rows is None else rows
+    others = ~torch.isin(
+        context.labels[replayed], torch.tensor(context.tuned, device=replayed.device)
+    )
     old = replayed[others]
-    seen = old if settings.remedies.replay else bench.tuned_rows
-    penalty = penalty_of(bench, bench.inputs[seen[:FISHER_IMAGES]])
+    seen = old if settings.remedies.replay else context.tuned_rows
+    penalty = penalty_of(context, context.inputs[seen[:FISHER_IMAGES]])
     made = Recipe(
-        objective_of(settings, bench.tuned, penalty),
-        draw_batches(bench, plain, replayed, generator),
+        objective_of(settings, context.tuned, penalty),
+        draw_batches(context, plain, replayed, generator),
         [],
         SmallAdam(parameters, settings.finetuning.lr),  # type: ignore[arg-type]
     )
@@ -238,7 +244,7 @@ def recipe(bench: Bench, model: nn.Module, factors: Factors, plain: Batches, see
         schedule = cosine(settings.finetuning.lr, settings.finetuning.steps)
         made.hooks.append(learning_rate(made.optimizer, schedule))
     if settings.remedies.null_space:
-        made.hooks.append(keep_out(factors, forbidden(bench, old)))
+        made.hooks.append(keep_out(factors, forbidden(context, old)))
     if settings.remedies.average:
         average = Average(
             parameters, round(settings.finetuning.steps * (1 - settings.remedies.average))
@@ -246,31 +252,31 @@ def recipe(bench: Bench, model: nn.Module, factors: Factors, plain: Batches, see
         made.hooks.append(average)
         made.restore.append(average.restore)
     if settings.holdout.patience:
-        stopping = EarlyStopping(bench.validated, parameters, settings.holdout.patience)  # type: ignore
+        stopping = EarlyStopping(context.validated, parameters, settings.holdout.patience)  # type: ignore
         stopping(0, model)
         made.hooks.append(every(LOOK_EVERY, stopping))
         made.restore.append(stopping.restore)
     return made
 
 
-def answers(bench: Bench, on: Tensor, seed: int) -> Tensor:
+def answers(context: StudyContext, on: Tensor, seed: int) -> Tensor:
     """Return the logits that count: those with the adapter on, or as the settings route them.
 
     Args:
-        bench: the settings, and z⁰ of the test images.
+        context: the settings, and z⁰ of the test images.
         on: z of the test images, (n, classes).
         seed: the adapter seed, whose replayed images a gate learns from.
     """
-    route, off = bench.settings.remedies.route, bench.base_logits
+    route, off = context.settings.remedies.route, context.base_logits
     if route == "base":
-        return routed(on, off, bench.tuned)
+        return routed(on, off, context.tuned)
     if route == "soft":
-        return grouped(on, off, bench.tuned)
+        return grouped(on, off, context.tuned)
     if route == "gate":
-        old = memory(bench, memory_generator(seed))
-        rows = torch.cat([bench.tuned_rows[: 10 * len(old)], old])
-        is_tuned = torch.isin(bench.labels[rows], torch.tensor(bench.tuned, device=rows.device))
-        return Gate(switched_off_logits(bench, rows), is_tuned)(on, off)
+        old = memory(context, memory_generator(seed))
+        rows = torch.cat([context.tuned_rows[: 10 * len(old)], old])
+        is_tuned = torch.isin(context.labels[rows], torch.tensor(context.tuned, device=rows.device))
+        return Gate(switched_off_logits(context, rows), is_tuned)(on, off)
     return on
 
 

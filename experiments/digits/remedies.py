@@ -21,7 +21,7 @@ import paramlora as pl
 Penalty = Callable[[nn.Module], Tensor]
 
 
-def lowered(logits: Tensor, tuned: Collection[int], margin: float) -> Tensor:
+def mask_or_shift_logits(logits: Tensor, tuned: Collection[int], margin: float) -> Tensor:
     """Return logits with those of the other classes lowered by `margin`: z_c - m for c not in C.
 
     In the training loss alone. At m = 0 it is the plain cross-entropy; at m = ∞ the masked one,
@@ -31,7 +31,7 @@ def lowered(logits: Tensor, tuned: Collection[int], margin: float) -> Tensor:
     margin is that of logit adjustment (Menon et al. 2021, arXiv 2007.07314, eq. 10) with a prior of
     the other classes e^-m times as large.
 
-    >>> lowered(torch.tensor([[1.0, 2.0, 3.0]]), [0, 2], 5.0)
+    >>> mask_or_shift_logits(torch.tensor([[1.0, 2.0, 3.0]]), [0, 2], 5.0)
     tensor([[ 1., -3.,  3.]])
     """
     if margin == 0:

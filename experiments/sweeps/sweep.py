@@ -20,11 +20,11 @@ from torch import nn
 import paramlora as pl
 
 from ..analysis.evaluate import score, scores
-from ..digits.bench import (
+from ..digits.context import (
     ADAPTER,
-    Bench,
-    bench_of,
-    shared_bench,
+    StudyContext,
+    context_of,
+    shared_context,
     shared_data,
     shared_settings,
     shared_strengths,
@@ -45,7 +45,7 @@ KEY = ("stage", "cell", "base_seed", "seed", "strength")
 # Images of a step of all adapters that train together: with more, a step is arithmetic, which
 # gains nothing, and its memory grows.
 TOGETHER = 1000
-Training = tuple[Bench, int]  # of which adapter seed
+Training = tuple[StudyContext, int]  # of which adapter seed
 
 
 @dataclass(frozen=True)
@@ -122,30 +122,30 @@ def run_job(cells: Sequence[Cell]) -> list[list[Row]]:
     Everything that it needs is made from the cells, so that it runs in any process of any machine
     that has the code and the data.
     """
-    benches = [bench_of(cell.settings) for cell in cells]
-    todo = [(bench, seed) for bench in benches for seed in range(bench.settings.seeds)]
+    contexts = [context_of(cell.settings) for cell in cells]
+    todo = [(context, seed) for context in contexts for seed in range(context.settings.seeds)]
     trained = iter((tune_together if _stacks(cells[0]) else tune_one_by_one)(todo))
     at = shared_strengths(shared_settings(cells[0].settings))
     rows = []
-    for cell, bench in zip(cells, benches, strict=True):
-        its = [next(trained) for _ in range(bench.settings.seeds)]
-        rows.append(list(_rows(cell, bench, at, its)))
+    for cell, context in zip(cells, contexts, strict=True):
+        its = [next(trained) for _ in range(context.settings.seeds)]
+        rows.append(list(_rows(cell, context, at, its)))
     return rows
 
 
 def _rows(
-    cell: Cell, bench: Bench, at: Strengths, trained: Sequence[tuple[Row, float]]
+    cell: Cell, context: StudyContext, at: Strengths, trained: Sequence[tuple[Row, float]]
 ) -> Iterator[Row]:
-    settings, labels = cell.settings, bench.test_labels
+    settings, labels = cell.settings, context.test_labels
     common: Row = {"cell": cell.name, "varied": dict(cell.varied)}
-    common |= {"base_seed": settings.seed, "tuned": bench.tuned}
-    base = score(bench.base_logits, labels, bench.tuned)
+    common |= {"base_seed": settings.seed, "tuned": context.tuned}
+    base = score(context.base_logits, labels, context.tuned)
     yield {**common, "stage": "base", "seed": None, "strength": 0.0, **base}
     for seed, (factors, loss) in enumerate(trained):
         on = at.logits(updates(factors, lora_of(settings.adapter).scaling), cell.strengths)
         if settings.remedies.route != "none":
-            on = torch.stack([answers(bench, one, seed) for one in on])
-        for strength, row in zip(cell.strengths, scores(on, labels, bench.tuned), strict=True):
+            on = torch.stack([answers(context, one, seed) for one in on])
+        for strength, row in zip(cell.strengths, scores(on, labels, context.tuned), strict=True):
             about = {"stage": "on", "seed": seed, "strength": strength, "train_loss": loss}
             yield {**common, **about, **row}
 
@@ -162,13 +162,13 @@ def trains_together(settings: DigitSettings) -> bool:
 
 def tune_one_by_one(todo: Sequence[Training]) -> list[tuple[Row, float]]:
     """Return the trained factors of each, by name, and its mean training loss."""
-    return [_tuned(bench, seed) for bench, seed in todo]
+    return [_tuned(context, seed) for context, seed in todo]
 
 
-def _tuned(bench: Bench, seed: int) -> tuple[Row, float]:
-    model, plain = _attached(bench, seed)
-    made = recipe(bench, model, factors_of(model), plain, seed)
-    losses = _train(bench, made, model, made.objective, made.batches)
+def _tuned(context: StudyContext, seed: int) -> tuple[Row, float]:
+    model, plain = _attached(context, seed)
+    made = recipe(context, model, factors_of(model), plain, seed)
+    losses = _train(context, made, model, made.objective, made.batches)
     made.finish()
     factors = {name: factor.detach().clone() for name, factor in factors_of(model).items()}
     return factors, float(losses.mean())
@@ -177,15 +177,15 @@ def _tuned(bench: Bench, seed: int) -> tuple[Row, float]:
 def tune_together(todo: Sequence[Training]) -> list[tuple[Row, float]]:
     """Return what `tune_one_by_one` does, to rounding, from one training of all.
 
-    Their benches have the same base and settings, but for those of the adapter.
+    Their contexts have the same base and settings, but for those of the adapter.
     """
-    parts = [_attached(bench, seed) for bench, seed in todo]
-    scalings = [lora_of(bench.settings.adapter).scaling for bench, _ in todo]
+    parts = [_attached(context, seed) for context, seed in todo]
+    scalings = [lora_of(context.settings.adapter).scaling for context, _ in todo]
     scales = [1.0 if its == scalings[0] else its / scalings[0] for its in scalings]
     model = Together(parts[0][0], [factors_of(model) for model, _ in parts], scales)
     made = [
-        recipe(bench, part, model.factors, plain, seed)
-        for (bench, seed), (part, plain) in zip(todo, parts, strict=True)
+        recipe(context, part, model.factors, plain, seed)
+        for (context, seed), (part, plain) in zip(todo, parts, strict=True)
     ]
     batches = StackedBatches([one.batches for one in made])
     objective = objective_together([one.objective for one in made], batches.shared)
@@ -195,15 +195,19 @@ def tune_together(todo: Sequence[Training]) -> list[tuple[Row, float]]:
     return [(model.of(index), loss) for index, loss in enumerate(losses)]
 
 
-def _train(bench: Bench, made: Recipe, model: nn.Module, objective: Any, batches: Any) -> Any:
-    return bench.train(model, batches, objective, made.optimizer, "fine-tuning", made.hooks)
+def _train(
+    context: StudyContext, made: Recipe, model: nn.Module, objective: Any, batches: Any
+) -> Any:
+    return context.train(model, batches, objective, made.optimizer, "fine-tuning", made.hooks)
 
 
-def _attached(bench: Bench, seed: int) -> tuple[nn.Module, Batches]:
+def _attached(context: StudyContext, seed: int) -> tuple[nn.Module, Batches]:
     """Return the base with a new adapter, and its batches, drawn as the study draws them."""
-    model, generator = bench.model(), torch.Generator().manual_seed(seed)
-    batches = bench.batches(generator)
-    pl.attach(model, lora_of(bench.settings.adapter), nn.Linear, name=ADAPTER, generator=generator)
+    model, generator = context.model(), torch.Generator().manual_seed(seed)
+    batches = context.batches(generator)
+    pl.attach(
+        model, lora_of(context.settings.adapter), nn.Linear, name=ADAPTER, generator=generator
+    )
     return model, batches
 
 
@@ -257,9 +261,9 @@ def _pool(jobs: int, most: int) -> Any:
 
 def _make_base(settings: DigitSettings) -> str:
     """Train a base unless it is there; return what the run says of it."""
-    bench = shared_bench(settings)
-    right = score(bench.base_logits, bench.test_labels)["accuracy"]
-    return f"seed {settings.seed}, {100 * right:.2f} % of {len(bench.test_labels):,} images right"
+    context = shared_context(settings)
+    right = score(context.base_logits, context.test_labels)["accuracy"]
+    return f"seed {settings.seed}, {100 * right:.2f} % of {len(context.test_labels):,} images right"
 
 
 def _done(run: RunDirectory, cell: Cell) -> bool:

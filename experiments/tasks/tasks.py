@@ -27,7 +27,7 @@ from ..analysis.evaluate import logits_of
 from ..analysis.task_metrics import all_metrics, stability_gap, worst_case_accuracy
 from ..digits.data import describe, load_data
 from ..digits.model import DigitNet
-from ..digits.remedies import lowered, orthogonal
+from ..digits.remedies import mask_or_shift_logits, orthogonal
 from ..harness.adam import SmallAdam
 from ..harness.environment import DECIDING, resolve_device
 from ..harness.loggers import Curve
@@ -77,7 +77,7 @@ class Learner:
         )
 
         def objective(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-            logits = lowered(model(inputs), task.classes, settings.remedies.margin)
+            logits = mask_or_shift_logits(model(inputs), task.classes, settings.remedies.margin)
             loss = nn.functional.cross_entropy(logits, labels)
             for penalty in penalties:
                 loss = loss + settings.remedies.orthogonal * penalty(model)
@@ -107,7 +107,7 @@ class Learner:
         else:
             logits = logits_of(self.model, inputs)
         if told:
-            logits = lowered(logits, tasks[of].classes, torch.inf)
+            logits = mask_or_shift_logits(logits, tasks[of].classes, torch.inf)
         return logits.argmax(1)
 
     def _routed(self, inputs: Tensor, tasks: Sequence[Task], of: int | None) -> Tensor:
@@ -124,7 +124,7 @@ class Learner:
             with pl.using(self.model, *([self.names[number - 1]] if number else [])):
                 logits = logits_of(self.model, inputs)
             # Each answers for its own task's classes only.
-            found.append(lowered(logits, tasks[number].classes, torch.inf))
+            found.append(mask_or_shift_logits(logits, tasks[number].classes, torch.inf))
             p = logits.softmax(1)[:, list(tasks[number].classes)]
             sure.append(p.max(1).values)
         best = torch.stack(sure).argmax(0)
@@ -132,7 +132,7 @@ class Learner:
 
 
 @dataclass(frozen=True)
-class TaskBench:
+class TaskContext:
     """What the stages of a run share."""
 
     settings: TaskSettings
@@ -155,13 +155,13 @@ def accuracies(learner: Learner, tasks: Sequence[Task], count: int | None = None
     ]
 
 
-def learn(combine: str, seed: int, bench: TaskBench) -> None:
-    """Learn all tasks in order, and record the matrix, its metrics and the way. Row: "learned"."""
-    settings, tasks = bench.settings, bench.tasks
+def learn(combine: str, seed: int, context: TaskContext) -> None:
+    """Learn all tasks in order. Row: "learned", with the matrix and the first task's curve."""
+    settings, tasks = context.settings, context.tasks
     training = settings.finetuning
-    learner = Learner(settings, bench.model(), combine)
+    learner = Learner(settings, context.model(), combine)
     generator = torch.Generator().manual_seed(seed)
-    matrix, way = [accuracies(learner, tasks)], Curve()
+    matrix, curve = [accuracies(learner, tasks)], Curve()
     for number, task in enumerate(tasks[1:], start=1):
         parameters = learner.begin(generator)
         order = seeded_order(len(task.train[1]), training.steps * training.batch, generator)
@@ -169,7 +169,7 @@ def learn(combine: str, seed: int, bench: TaskBench) -> None:
         before = (number - 1) * training.steps
 
         def look(step: int, model: nn.Module, loss: Tensor, before: int = before) -> None:
-            way(before + step, {"first": accuracies(learner, tasks, 1)[0]})
+            curve(before + step, {"first": accuracies(learner, tasks, 1)[0]})
 
         optimizer, label = SmallAdam(parameters, training.lr), f"{combine} {seed}, {task.name}"
         hooks = [every(max(1, training.steps // 20), look)]
@@ -177,8 +177,8 @@ def learn(combine: str, seed: int, bench: TaskBench) -> None:
             objective = learner.objective(task)
             train(learner.model, batches, objective, optimizer, label=label, hooks=hooks)
         matrix.append(accuracies(learner, tasks))
-    firsts = [matrix[0][0], *way.values["first"]]
-    bench.run.record(
+    firsts = [matrix[0][0], *curve.values["first"]]
+    context.run.record(
         {
             "stage": "learned",
             "method": combine,
@@ -189,12 +189,12 @@ def learn(combine: str, seed: int, bench: TaskBench) -> None:
             **all_metrics(matrix),
             "WC-ACC of the first": worst_case_accuracy(matrix[-1][-1], [firsts]),
             "stability gap of the first": stability_gap(firsts),
-            "way": {"steps": [0, *way.steps], "first": firsts},
+            "way": {"steps": [0, *curve.steps], "first": firsts},
         }
     )
 
 
-def task_stages(settings: TaskSettings) -> Iterator[Stage[TaskBench]]:
+def task_stages(settings: TaskSettings) -> Iterator[Stage[TaskContext]]:
     """Yield what a run consists of."""
     for combine in COMBINE:
         for seed in range(settings.seeds):
@@ -203,7 +203,7 @@ def task_stages(settings: TaskSettings) -> Iterator[Stage[TaskBench]]:
 
 
 def run_tasks(settings: TaskSettings, say: Callable[[str], None] = print) -> RunDirectory:
-    """Run all ways of using adapters together over a sequence of tasks; return the run."""
+    """Run all methods of using adapters together over a sequence of tasks; return the run."""
     device = resolve_device(settings.place.device)
     data = load_data(settings.dataset.data, settings.dataset.data_dir)
     environment = {"study": settings.STUDY, **describe(device, data)}
@@ -212,9 +212,9 @@ def run_tasks(settings: TaskSettings, say: Callable[[str], None] = print) -> Run
     )
     say(f"run      {run.folder}, on {device}; data {data.name}: {data.why}")
 
-    def prepared() -> TaskBench:
+    def prepared() -> TaskContext:
         tasks = stream(settings, data.train.to(device), data.test.to(device))
-        return TaskBench(settings, run, tasks, _pretrained(settings, tasks[0]))
+        return TaskContext(settings, run, tasks, _pretrained(settings, tasks[0]))
 
     run_stages(run, task_stages(settings), prepared, say)
     return run

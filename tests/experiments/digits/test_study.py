@@ -11,9 +11,9 @@ import torch
 import paramlora as pl
 from experiments.__main__ import main
 from experiments.analysis.evaluate import logits_of, score
-from experiments.digits import bench as bench_module
+from experiments.digits import context as context_module
 from experiments.digits.bases import find, restore
-from experiments.digits.bench import prepare
+from experiments.digits.context import prepare
 from experiments.digits.data import load_data
 from experiments.digits.report import report as report_module
 from experiments.digits.report.report import markdown, scrambling
@@ -67,13 +67,13 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The labels of the fine-tunings that are made, as they are made."""
     made: list[str] = []
-    plain = bench_module.train
+    plain = context_module.train
 
     def train(*args: Any, label: str, **more: Any) -> torch.Tensor:
         made.append(label)
         return plain(*args, label=label, **more)
 
-    monkeypatch.setattr(bench_module, "train", train)
+    monkeypatch.setattr(context_module, "train", train)
     return made
 
 
@@ -173,7 +173,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(copied, left, trainings):
 
 def test_stopping_by_keyboard_and_going_on(finished, tmp_path, monkeypatch, capsys):
     """A run that is stopped in a fine-tuning says so, and goes on to the same rows."""
-    plain, calls = bench_module.train, []
+    plain, calls = context_module.train, []
 
     def stopped(*args: Any, **more: Any) -> torch.Tensor:
         calls.append(more["label"])
@@ -182,7 +182,7 @@ def test_stopping_by_keyboard_and_going_on(finished, tmp_path, monkeypatch, caps
         return plain(*args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench_module, "train", stopped)
+        patch.setattr(context_module, "train", stopped)
         assert study(tmp_path) == 130
     assert "goes on from here" in capsys.readouterr().err
     assert [row["stage"] for row in rows_in(tmp_path)] == STAGES[:6]
@@ -360,17 +360,17 @@ def test_proofs_see_a_changed_base(finished, tmp_path):
     settings = small(finished, tmp_path)
     device, data = torch.device("cpu"), load_data("digits")
     run = RunDirectory(tmp_path, {}, {}, [])
-    bench = prepare(settings, run, device, data, lambda line: None)
-    model = bench.model()
-    logits = bench.evaluate(model)
-    assert bench.beside_base(model, logits) == {"same_fingerprint": True, "same_logits": True}
+    context = prepare(settings, run, device, data, lambda line: None)
+    model = context.model()
+    logits = context.evaluate(model)
+    assert context.beside_base(model, logits) == {"same_fingerprint": True, "same_logits": True}
     other = logits.clone()
     other[5, 5] = other[5, 5].nextafter(torch.tensor(2.0))
-    assert not bench.beside_base(model, other)["same_logits"]
+    assert not context.beside_base(model, other)["same_logits"]
     with torch.no_grad():
         weight = next(model.parameters())
         weight[0, 0] = weight[0, 0].nextafter(torch.tensor(2.0))
-    assert not bench.beside_base(model, logits)["same_fingerprint"]
+    assert not context.beside_base(model, logits)["same_fingerprint"]
 
 
 def small(finished: Path, folder: Path, **more: Any) -> DigitSettings:
@@ -395,16 +395,16 @@ def test_seeds_are_told_apart_by_order_and_factors(finished, tmp_path):
     runs = {}
     for order in ("blog", "seeded"):
         settings = small(finished, tmp_path / order, order=order)
-        bench = prepare(
+        context = prepare(
             settings,
             RunDirectory(tmp_path, {}, {}, []),
             torch.device("cpu"),
             load_data("digits"),
             lambda line: None,
         )
-        seen = [bench.batches(torch.Generator().manual_seed(s)).order for s in (0, 0, 1)]
+        seen = [context.batches(torch.Generator().manual_seed(s)).order for s in (0, 0, 1)]
         runs[order] = (torch.equal(seen[0], seen[1]), torch.equal(seen[0], seen[2]))
-        assert set(bench.labels[seen[0]].tolist()) == {2, 3, 5, 8, 9}
+        assert set(context.labels[seen[0]].tolist()) == {2, 3, 5, 8, 9}
     assert runs == {"blog": (True, True), "seeded": (True, False)}
 
 
@@ -512,7 +512,7 @@ def test_the_published_base_comes_out_exactly(mnist_dir, tmp_path, capsys):
 
 
 def test_looking_and_logging_change_no_row(finished, tmp_path):
-    """With a curve and TensorBoard's files the rows are the same, but for the way itself."""
+    """With a curve and TensorBoard's files the rows are the same, but for the curve itself."""
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     shutil.copytree(finished / "bases", tmp_path / "bases")
     assert study(tmp_path, "--look", "10", "--tensorboard", "--compat", "none") == 0

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import paramlora as pl
 from experiments.__main__ import main
 from experiments.analysis.evaluate import score
-from experiments.digits.bench import ADAPTER, bench_of
+from experiments.digits.context import ADAPTER, context_of
 from experiments.digits.recipe import lora_of
 from experiments.digits.settings import AdapterSettings, DigitSettings, preset
 from experiments.harness import grid
@@ -211,11 +211,13 @@ def test_ranks_together_are_ranks_one_by_one(tmp_path, order):
     """Adapters of other ranks, scales and starts train as one, each as it would by itself."""
     settings = small(tmp_path, seeds=3, order=order)
     grid = {"rank": [1, 3, 8], "scale_rule": ["alpha/r", "alpha"], "init": ["gaussian", "kaiming"]}
-    benches = [bench_of(cell.settings) for cell in cells(settings, grid)]
-    todo = [(bench, seed) for bench in benches for seed in range(3)]
-    for (bench, _), one, two in zip(todo, tune_one_by_one(todo), tune_together(todo), strict=True):
+    contexts = [context_of(cell.settings) for cell in cells(settings, grid)]
+    todo = [(context, seed) for context in contexts for seed in range(3)]
+    for (context, _), one, two in zip(
+        todo, tune_one_by_one(todo), tune_together(todo), strict=True
+    ):
         assert two[0]["linear1.parametrizations.weight.0.factors.digits.A"].shape == (
-            bench.settings.adapter.rank,
+            context.settings.adapter.rank,
             784,
         )
         assert_close(two[0], one[0], rtol=1e-3, atol=1e-4)
@@ -235,16 +237,16 @@ def test_strengths_are_those_of_a_pass_for_each(tmp_path):
     """A row has the counts and the loss of the model with its adapter scaled by the library."""
     strengths = [0.0, 0.5, 1.5]
     cell = next(cells(small(tmp_path, activation="relu"), {"strength": strengths}))
-    bench = bench_of(cell.settings)
+    context = context_of(cell.settings)
     rows = [row for row in run_cell(cell) if row["stage"] == "on"]
-    for seed, (factors, _) in enumerate(tune_together([(bench, 0), (bench, 1)])):
-        model = bench.model()
+    for seed, (factors, _) in enumerate(tune_together([(context, 0), (context, 1)])):
+        model = context.model()
         pl.attach(model, lora_of(cell.settings.adapter), name=ADAPTER)
         model.load_state_dict(factors, strict=False)
         for strength in strengths:
             row = next(r for r in rows if (r["seed"], r["strength"]) == (seed, strength))
             pl.scale(model, strength, ADAPTER)
-            its = score(bench.evaluate(model), bench.test_labels, bench.tuned)
+            its = score(context.evaluate(model), context.test_labels, context.tuned)
             assert row["confusion"] == its["confusion"]
             assert row["loss"] == pytest.approx(its["loss"], rel=1e-5)
 

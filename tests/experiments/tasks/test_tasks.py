@@ -140,7 +140,7 @@ def test_orthogonality_penalises_the_overlap_with_earlier_stages():
 
 
 def test_a_run_records_the_matrix_and_resumes(tmp_path: Path, capsys):
-    """The command learns every way, records matrix, metrics and way, and goes on where it was."""
+    """The command runs every method, records matrix, metrics and curve, and can resume."""
     words = ["tasks", "--preset", "rotated", "--data", "digits", "--device", "cpu", "--tasks", "3"]
     words += ["--hidden", "24,16", "--base-steps", "100", "--steps", "20", "--seeds", "2"]
     words += ["--out", str(tmp_path / "run")]

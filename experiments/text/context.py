@@ -25,7 +25,7 @@ EVALUATED = 4  # a batch of an evaluation is so many times one of training
 
 
 @dataclass(frozen=True)
-class TextBench:
+class TextContext:
     """The data to fine-tune with, and the run that takes down what comes of it.
 
     Attributes:
@@ -159,13 +159,13 @@ class TextBench:
         return score(self.logits(model, split), self.tokens[split].labels)
 
 
-def prepare_bench(
+def prepare_context(
     settings: TextSettings,
     run: RunDirectory,
     corpus: Corpus,
     device: torch.device,
     group: Group,
-) -> TextBench:
+) -> TextContext:
     """Tokenize the splits, or read them where a run did so before, and put them on the device."""
     tokenizer = load_tokenizer(settings.model)
 
@@ -177,7 +177,7 @@ def prepare_bench(
         for split in corpus.splits
     }
     dtype = autocast_dtype(settings, device)
-    return TextBench(settings, run, corpus, tokenizer, tokens, device, dtype, group)
+    return TextContext(settings, run, corpus, tokenizer, tokens, device, dtype, group)
 
 
 def autocast_dtype(settings: TextSettings, device: torch.device) -> torch.dtype | None:
@@ -194,11 +194,11 @@ class TextBatches:
     which it weighs by their rows here, is the mean over the rows of the batch everywhere.
     """
 
-    def __init__(self, bench: TextBench, seed: int) -> None:
-        settings = bench.settings.finetuning
-        self.bench, self.parts = bench, settings.accumulate
+    def __init__(self, context: TextContext, seed: int) -> None:
+        settings = context.settings.finetuning
+        self.context, self.parts = context, settings.accumulate
         generator = torch.Generator().manual_seed(seed)
-        lengths = bench.tokens["train"].lengths
+        lengths = context.tokens["train"].lengths
         epochs = []
         for _ in range(settings.epochs):
             order = torch.randperm(len(lengths), generator=generator)
@@ -214,7 +214,7 @@ class TextBatches:
         return len(self.rows) * self.parts
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        tokens, group = self.bench.tokens["train"], self.bench.group
+        tokens, group = self.context.tokens["train"], self.context.group
         for rows in self.rows:
             shares = [group.share(part) for part in rows.tensor_split(self.parts)]
             weight = group.size * sum(len(mine) for mine, _ in shares) / len(rows)

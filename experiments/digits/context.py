@@ -39,7 +39,7 @@ ADAPTER = "digits"
 
 
 @dataclass(frozen=True)
-class Bench:
+class StudyContext:
     """A base to fine-tune, the data to do it with, and the run that takes down what comes of it.
 
     `inputs` and `test_inputs` are float32 (n, 784), the labels int64 (n,), all on one device.
@@ -176,7 +176,7 @@ def prepare(
     device: torch.device,
     data: Data,
     say: Callable[[str], None],
-) -> Bench:
+) -> StudyContext:
     """Put the data on the device, find or train the base, and say which digits are tuned."""
     whole, test_split = data.train.to(device), data.test.to(device)
     train_split, held = whole, None
@@ -192,7 +192,7 @@ def prepare(
     model = restore(settings, base, device)
     logits = logits_of(model, test_inputs)
     counts = wrong_counts(score(logits, test_split.labels, [0])["confusion"])
-    bench = Bench(
+    context = StudyContext(
         settings=settings,
         run=run,
         base=base,
@@ -209,9 +209,9 @@ def prepare(
     )
     say(f"base     {pl.summary(model).total:,} parameters, {how}")
     say(f"         wrong answers by digit: {', '.join(map(str, counts))}")
-    images = len(bench.tuned_rows)
-    say(f"tuned    digits {', '.join(map(str, bench.tuned))}: {images:,} training images")
-    return bench
+    images = len(context.tuned_rows)
+    say(f"tuned    digits {', '.join(map(str, context.tuned))}: {images:,} training images")
+    return context
 
 
 def held_out(labels: Tensor, settings: DigitSettings) -> tuple[Tensor, Tensor]:
@@ -234,12 +234,12 @@ def obtain(
     return base, f"trained for {settings.pretraining.base_steps:,} steps in {seconds:.1f} s"
 
 
-def bench_of(settings: DigitSettings) -> Bench:
-    """Return the bench of these settings; what it shares with others is made once a process."""
-    bench = shared_bench(shared_settings(settings))
-    confusion = score(bench.base_logits, bench.test_labels)["confusion"]
+def context_of(settings: DigitSettings) -> StudyContext:
+    """Return the context of these settings; what it shares with others is made once a process."""
+    context = shared_context(shared_settings(settings))
+    confusion = score(context.base_logits, context.test_labels)["confusion"]
     tuned = chosen_digits(settings.finetuning.digits, wrong_counts(confusion))
-    return dataclasses.replace(bench, settings=settings, tuned=tuned)
+    return dataclasses.replace(context, settings=settings, tuned=tuned)
 
 
 def shared_settings(settings: DigitSettings) -> DigitSettings:
@@ -255,8 +255,8 @@ def shared_settings(settings: DigitSettings) -> DigitSettings:
 
 
 @lru_cache(maxsize=4)
-def shared_bench(settings: DigitSettings) -> Bench:
-    """Return the bench of shared settings, made once a process."""
+def shared_context(settings: DigitSettings) -> StudyContext:
+    """Return the context of shared settings, made once a process."""
     device = resolve_device(settings.place.device)
     data = shared_data(settings.dataset.data, settings.dataset.data_dir)
     return prepare(settings, RunDirectory(Path(), {}, {}, []), device, data, lambda line: None)
@@ -265,8 +265,8 @@ def shared_bench(settings: DigitSettings) -> Bench:
 @lru_cache(maxsize=4)
 def shared_strengths(settings: DigitSettings) -> Strengths:
     """Return the answers at any strength on the base of shared settings, made once a process."""
-    bench = shared_bench(settings)
-    return Strengths(bench.model(), bench.test_inputs, bench.base_logits)
+    context = shared_context(settings)
+    return Strengths(context.model(), context.test_inputs, context.base_logits)
 
 
 @lru_cache(maxsize=2)
