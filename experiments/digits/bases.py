@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ..harness.adam import SmallAdam
 from ..harness.rundir import replace_file
 from ..harness.settings import StudyError, flattened, result_settings
 from ..harness.train import Batches, cross_entropy, loader_order, train
@@ -61,7 +60,7 @@ def pretrain(settings: DigitSettings, inputs: Tensor, labels: Tensor) -> Base:
         model, order = _drawn(settings, len(labels))
     model.to(inputs.device)
     batches = Batches((inputs, labels), order, settings.pretraining.batch)
-    optimizer = SmallAdam(model.parameters(), settings.pretraining.base_lr)
+    optimizer = torch.optim.Adam(model.parameters(), settings.pretraining.base_lr, fused=True)
     losses = train(model, batches, cross_entropy, optimizer, label="pre-training")
     return Base({key: value.cpu() for key, value in model.state_dict().items()}, losses)
 

@@ -16,7 +16,6 @@ import paramlora as pl
 
 from ..analysis.confusion import wrong_counts
 from ..analysis.evaluate import logits_of, score
-from ..harness.adam import SmallAdam
 from ..harness.environment import commit, resolve_device
 from ..harness.loggers import Curve, Log, TensorBoardLog, logging
 from ..harness.rundir import Row, RunDirectory
@@ -90,7 +89,7 @@ class StudyContext:
         hooks: Sequence[Hook] = (),
     ) -> Tensor:
         """Train the parameters plainly by a new Adam, and return the loss of each step."""
-        optimizer = SmallAdam(parameters, self.settings.finetuning.lr)
+        optimizer = torch.optim.Adam(parameters, self.settings.finetuning.lr, fused=True)
         return self.train(model, batches, cross_entropy, optimizer, label, hooks)
 
     def train(
@@ -98,7 +97,7 @@ class StudyContext:
         model: nn.Module,
         batches: Iterable[tuple[Tensor, ...]],
         objective: Objective,
-        optimizer: SmallAdam,
+        optimizer: torch.optim.Optimizer,
         label: str,
         hooks: Sequence[Hook] = (),
     ) -> Tensor:

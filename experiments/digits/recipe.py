@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import paramlora as pl
 
 from ..analysis.evaluate import logits_of
-from ..harness.adam import SmallAdam
 from ..harness.loggers import EarlyStopping
 from ..harness.train import (
     Batches,
@@ -56,7 +55,7 @@ class Recipe:
     objective: Objective
     batches: "Batches | Joined"
     hooks: list[Hook]
-    optimizer: SmallAdam
+    optimizer: torch.optim.Optimizer
     restore: list[Callable[[], None]] = field(default_factory=list)
 
     def finish(self) -> None:
@@ -238,7 +237,7 @@ def recipe(
         objective_of(settings, context.tuned, penalty),
         draw_batches(context, plain, replayed, generator),
         [],
-        SmallAdam(parameters, settings.finetuning.lr),  # type: ignore[arg-type]
+        torch.optim.Adam(parameters, settings.finetuning.lr, fused=True),
     )
     if settings.remedies.schedule == "cosine":
         schedule = cosine(settings.finetuning.lr, settings.finetuning.steps)

@@ -5,24 +5,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
-from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 Objective = Callable[..., Tensor]
 # Called with the number of steps made, the model and the step's loss; True ends the training.
 Hook = Callable[[int, nn.Module, Tensor], "bool | None"]
-
-
-class Optimizer(Protocol):
-    """What training asks of an optimizer; those of `torch.optim` have it."""
-
-    def step(self) -> object: ...
-
-    def zero_grad(self) -> object: ...
 
 
 def train(
@@ -44,7 +36,7 @@ def train(
         batches: tuples of tensors on the model's device, one example a row.
         objective: `(model, *batch) -> loss`, such as `cross_entropy`; whatever is to be added to
             the loss is said here.
-        optimizer: holds the parameters that are trained; one of `torch.optim`, or alike.
+        optimizer: holds the parameters that are trained.
         label: what the progress bar is called.
         hooks: called after every step, in order, with the number of steps made, the model and
             the step's loss, a number still on the device. Training ends after the step at which
@@ -54,8 +46,7 @@ def train(
         clip: the most that the norm of all gradients together may be before a step; longer ones
             are scaled down (Pascanu et al. 2013, arXiv 1211.5063).
         autocast: the dtype that the objective is computed in where torch.autocast thinks it safe;
-            with float16 the loss is scaled (Micikevicius et al. 2018, arXiv 1710.03740), which
-            takes an optimizer of `torch.optim`.
+            with float16 the loss is scaled (Micikevicius et al. 2018, arXiv 1710.03740).
     """
     device = next(model.parameters()).device.type
     scaler = torch.amp.GradScaler(device) if autocast == torch.float16 else None
@@ -112,12 +103,12 @@ def _update(
     """Clip the gradients where asked for, make the step, and forget the gradients."""
     if clip is not None:
         if scaler is not None:
-            scaler.unscale_(cast(torch.optim.Optimizer, optimizer))
+            scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), clip)
     if scaler is None:
         optimizer.step()
     else:
-        scaler.step(cast(torch.optim.Optimizer, optimizer))
+        scaler.step(optimizer)
         scaler.update()
     optimizer.zero_grad()
 
@@ -131,12 +122,12 @@ def learning_rate(optimizer: Optimizer, of: Callable[[int], float]) -> Hook:
     """Set the optimizer's learning rate to `of(1)` now; return a hook that keeps it to a schedule.
 
     Args:
-        optimizer: `SmallAdam`, or one of `torch.optim`, all of whose groups get the same rate.
+        optimizer: all of its groups get the same rate.
         of: the number of a step, from 1 on, to the rate that this step is made with.
     """
 
     def assign(rate: float) -> None:
-        for group in getattr(optimizer, "param_groups", None) or [vars(optimizer)]:
+        for group in optimizer.param_groups:
             group["lr"] = rate
 
     def hook(step: int, model: nn.Module, loss: Tensor) -> None:

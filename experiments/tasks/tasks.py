@@ -28,7 +28,6 @@ from ..analysis.task_metrics import all_metrics, stability_gap, worst_case_accur
 from ..digits.data import describe, load_data
 from ..digits.model import DigitNet
 from ..digits.remedies import mask_or_shift_logits, orthogonal
-from ..harness.adam import SmallAdam
 from ..harness.environment import DECIDING, resolve_device
 from ..harness.loggers import Curve
 from ..harness.rundir import RunDirectory
@@ -171,7 +170,8 @@ def learn(combine: str, seed: int, context: TaskContext) -> None:
         def look(step: int, model: nn.Module, loss: Tensor, before: int = before) -> None:
             curve(before + step, {"first": accuracies(learner, tasks, 1)[0]})
 
-        optimizer, label = SmallAdam(parameters, training.lr), f"{combine} {seed}, {task.name}"
+        optimizer = torch.optim.Adam(parameters, training.lr, fused=True)
+        label = f"{combine} {seed}, {task.name}"
         hooks = [every(max(1, training.steps // 20), look)]
         with cpu_threads(settings.place.threads):
             objective = learner.objective(task)
@@ -229,7 +229,7 @@ def _pretrained(settings: TaskSettings, task: Task) -> dict[str, Tensor]:
     size = settings.finetuning.batch
     order = seeded_order(len(task.train[1]), settings.pretraining.base_steps * size, generator)
     batches = Batches(task.train, order, size)
-    optimizer = SmallAdam(model.parameters(), settings.pretraining.base_lr)
+    optimizer = torch.optim.Adam(model.parameters(), settings.pretraining.base_lr, fused=True)
     with cpu_threads(settings.place.threads):
         train(model, batches, cross_entropy, optimizer, label="pre-training")
     return {key: value.cpu() for key, value in model.state_dict().items()}
