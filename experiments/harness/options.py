@@ -2,11 +2,13 @@
 
 import argparse
 import dataclasses
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from .settings import Settings, groups, listed, own_options
 
+WIDTH = 98  # characters of a line of text in --help
 # What `add_subparsers` returns, to which each study adds its commands.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -27,7 +29,7 @@ def add_command(
         help=help,
         epilog="\n".join([*([epilog, ""] if epilog else []), *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=description,
+        description=textwrap.fill(description, WIDTH),
     )
 
 

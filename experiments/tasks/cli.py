@@ -32,20 +32,21 @@ def run_sequence(**given: object) -> int:
     from .tasks import run_tasks
 
     settings = TaskSettings.of_preset(str(given.pop("preset", "split")), **given)
-    return report(run_tasks(settings).folder)
+    return report([run_tasks(settings).folder])
 
 
-def report(folder: Path) -> int:
-    """Write a run's report and figures, and show its table of metrics.
+def report(folders: list[Path]) -> int:
+    """Write the report and the figures of each run, and show its table of metrics.
 
     Raises:
-        StudyError: no run is there, or none that has a row yet.
+        StudyError: no run is in a folder, or none that has a row yet.
     """
     from .report import table, write_task_report
 
-    if not RunDirectory.read(folder).rows:
-        raise StudyError(f"the run in {folder} has no rows yet: go on with it first")
-    run = write_task_report(folder)
-    print(table(run).text())
-    print(f"report   {run.folder / 'tasks.md'}")
+    for folder in folders:
+        if not RunDirectory.read(folder).rows:
+            raise StudyError(f"the run in {folder} has no rows yet: go on with it first")
+        run = write_task_report(folder)
+        print(table(run).text())
+        print(f"report   {run.folder / 'tasks.md'}")
     return 0

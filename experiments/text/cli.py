@@ -54,14 +54,19 @@ def run_text_study(vary: list[str], jobs: int, **given: object) -> int:
         return 0
     run = run_text(settings)
     # Under torchrun, one process writes.
-    return report(run.folder) if int(os.environ.get("RANK", "0")) == 0 else 0
+    return report([run.folder]) if int(os.environ.get("RANK", "0")) == 0 else 0
 
 
-def report(folder: Path) -> int:
-    """Write a run's report and figures, and show its table."""
+def report(folders: list[Path]) -> int:
+    """Write the report and the figures of each run, and show its table; return 1 if a check failed.
+
+    Raises:
+        StudyError: no run is in a folder, or none that has a fine-tuned model yet.
+    """
     from .report import failed, terminal, write_text_report
 
-    done = write_text_report(folder)
-    print(terminal(done))
-    print(f"report   {folder / 'report.md'}")
-    return 1 if failed(done) else 0
+    runs = [write_text_report(folder) for folder in folders]
+    for run in runs:
+        print(terminal(run))
+        print(f"report   {run.folder / 'report.md'}")
+    return int(any(map(failed, runs)))

@@ -1,6 +1,6 @@
 """What a digit study's adapters did, on a page of their own: from its adapters and its base.
 
-    python -m experiments explain runs/digits-blog
+    python -m experiments report runs/digits-blog --explain
 
 The adapters are loaded and evaluated, nothing is trained (a base that is gone is made again).
 """

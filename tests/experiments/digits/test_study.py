@@ -543,12 +543,36 @@ def test_a_remedied_study_has_its_own_rows(finished, tmp_path):
         assert rows["lora", "unmerged", seed]["same_on_logits"]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seed", "1"], "--seed is used with --explain"),
+        (["--figure", "ranks"], "--figure is not an option for the report of a run of study 'dig"),
+    ],
+)
+def test_options_that_a_report_does_not_take_are_refused(finished, words, message, capsys):
+    """An option of the page alone, and one of another study, are errors that name the option."""
+    assert main(["report", str(finished / "run"), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_several_runs_are_reported_at_once(finished, copied, undrawn, capsys):
+    """Each folder gets its report; the status is 1 if a check failed in any of them."""
+    assert main(["report", str(copied / "run"), str(copied / "run")]) == 0
+    assert capsys.readouterr().out.count("digit    images") == 2
+    rows = rows_in(copied)
+    next(row for row in rows if row["stage"] == "off")["same_logits"] = False
+    path = copied / "run" / "results.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["report", str(copied / "run"), str(finished / "run")]) == 1
+
+
 def test_the_page_on_an_adapter_is_made_from_the_run(finished, tmp_path):
-    """The explain command writes one file with the ledger, the layers and the geometry."""
+    """`report --explain` writes one file with the ledger, the layers and the geometry."""
     shutil.copytree(finished, tmp_path / "copy")
     folder = tmp_path / "copy" / "run"
-    words = ["explain", str(folder), "--seed", "1", "--bases", str(tmp_path / "copy" / "bases")]
-    assert main(words) == 0
+    words = ["report", str(folder), "--explain", "--seed", "1"]
+    assert main([*words, "--bases", str(tmp_path / "copy" / "bases")]) == 0
     text = (folder / "explain.html").read_text()
     row = next(r for r in rows_in(finished) if r["stage"] == "on" and r["seed"] == 1)
     assert f"<td>{100 * row['tuned_accuracy']:.2f}</td>" in text

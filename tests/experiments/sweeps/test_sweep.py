@@ -324,14 +324,20 @@ def test_a_sweep_over_ranks_is_drawn_by_rank(tmp_path):
     png(figure)  # closes it
     assert drawn == ["tuned digits, % right", "", "rank rother digits, % right", "rank r"]
     folder = str(tmp_path / "run")
-    assert main(["ranks", folder, folder, "--out", str(tmp_path / "two.png")]) == 0
+    assert (
+        main(["report", folder, folder, "--figure", "ranks", "--out", str(tmp_path / "two.png")])
+        == 0
+    )
     assert (tmp_path / "two.png").stat().st_size > 10_000
+    assert main(["report", folder, "--out", str(tmp_path / "one.png")]) == 2
+    assert main(["report", folder, "--explain"]) == 2
 
 
 def test_a_figure_by_rank_needs_ranks(tmp_path, capsys):
     """A run whose rank was not varied is refused, with what to run instead."""
-    RunDirectory.start(tmp_path, {}, {}, ())
-    assert main(["ranks", str(tmp_path), "--out", str(tmp_path / "no.png")]) == 2
+    RunDirectory.start(tmp_path, {}, {"study": "sweeps"}, ())
+    words = ["report", str(tmp_path), "--figure", "ranks", "--out", str(tmp_path / "no.png")]
+    assert main(words) == 2
     assert "has no rows by rank: run a sweep with --vary rank=1,2,4" in capsys.readouterr().err
     assert not (tmp_path / "no.png").exists()
 
@@ -393,6 +399,43 @@ def test_choices_are_made_without_the_test_images(tmp_path, monkeypatch):
     text = (tmp_path / "run" / "remedies.md").read_text()
     assert "| masked | nothing |" in text
     assert "over 2 adapter seeds on each of 2 bases" in text
+
+
+def test_remedies_are_a_preset_of_the_sweep(tmp_path, monkeypatch, capsys):
+    """`--preset remedies-NAME` takes that preset's settings, and the options of the selection."""
+    asked: dict[str, Any] = {}
+    told = "| remedy | all |\n"
+
+    def run(settings: DigitSettings, folder: Path, **options: Any) -> None:
+        asked.update(options, settings=settings)
+        folder.mkdir(parents=True)
+        (folder / "remedies.md").write_text(told)
+
+    monkeypatch.setattr(select_module, "run_remedies", run)
+    monkeypatch.chdir(tmp_path)
+    words = ["sweep", "--preset", "remedies-relu", "--seeds", "3", "--base-seeds", "4"]
+    assert main([*words, "--floor", "3", "-99", "--selection-bases", "2", "--jobs", "2"]) == 0
+    assert asked.pop("settings") == preset("relu", seeds=3)
+    assert asked == {"base_seeds": 4, "floor": [3.0, -99.0], "selection_bases": 2, "jobs": 2}
+    assert told in capsys.readouterr().out
+    assert (tmp_path / "runs" / "remedies-relu" / "remedies.md").exists()
+    assert main(["sweep", "--preset", "remedies", "--out", str(tmp_path / "blog")]) == 0
+    assert asked.pop("settings") == preset("blog", out=str(tmp_path / "blog"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--preset", "remedies-relu", "--vary", "rank=1,2"], "--vary cannot be used with"),
+        (["--floor", "1", "2"], "--floor is used with a preset of remedies, such as remedies-relu"),
+        (["--selection-bases", "2"], "--selection-bases is used with a preset of remedies"),
+        (["--preset", "remedies-red"], "--preset must be blog or relu or nine, got 'red'"),
+    ],
+)
+def test_options_of_grid_and_remedies_are_told_apart(words, message, capsys):
+    """A grid in a preset of remedies, and an option of theirs without it, are refused."""
+    assert main(["sweep", *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_gains_are_over_each_adapters_own_base():
