@@ -12,7 +12,8 @@ from .harness.options import add_command
 from .harness.rundir import RunDirectory
 from .harness.settings import StudyError
 
-OLD_RUNS = "digits"  # runs that were begun before all studies recorded their name
+# Runs that were begun before studies recorded their name, told by a setting; else digit studies.
+OLD_RUNS = {"base_seeds": "sweeps", "stream": "tasks"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +87,9 @@ def report(folders: list[Path], **options: object) -> int:
 
 def study_of(folder: Path) -> str:
     """Return the name of the study that the run in a folder belongs to."""
-    name, known = RunDirectory.read(folder).environment.get("study", OLD_RUNS), studies()
+    run, known = RunDirectory.read(folder), studies()
+    old = next((study for key, study in OLD_RUNS.items() if key in run.settings), "digits")
+    name = run.environment.get("study", old)
     if name not in known:
         raise StudyError(f"the run in {folder} is of study {name!r}; there are {', '.join(known)}")
     return name

@@ -153,7 +153,12 @@ def test_the_report_of_a_sweep_is_made_again(finished, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("cell ")
     for name in ("sweep.md", "fronts.png", "ranks.png", "results.csv"):
         assert (folder / name).read_bytes() == (finished / "run" / name).read_bytes()
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment.pop("study") == "sweeps"  # as in a sweep from before it was recorded
+    (folder / "environment.json").write_text(json.dumps(environment))
+    assert main(["report", str(folder)]) == 0
     (folder / "results.jsonl").unlink()
+    capsys.readouterr()
     assert main(["report", str(folder)]) == 2
     assert "has no rows yet" in capsys.readouterr().err
 
