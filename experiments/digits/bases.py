@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from ..harness.batches import Batches, loader_order
 from ..harness.rundir import replace_file
 from ..harness.settings import StudyError, flattened, result_settings
-from ..harness.train import Batches, cross_entropy, loader_order, train
+from ..harness.train import cross_entropy, train
 from .model import DigitNet
 from .settings import DigitSettings
 

@@ -1,12 +1,8 @@
 """What the stages of the digit study share: the data and the base on the device, and their use."""
 
-import dataclasses
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,25 +10,13 @@ from torch import Tensor, nn
 
 import paramlora as pl
 
-from ..analysis.confusion import wrong_counts
 from ..analysis.evaluate import logits_of, score
-from ..harness.environment import commit, resolve_device
+from ..harness.batches import Batches, seeded_order
 from ..harness.loggers import Curve, Log, TensorBoardLog, logging
 from ..harness.rundir import Row, RunDirectory
-from ..harness.train import (
-    Batches,
-    Hook,
-    Objective,
-    cpu_threads,
-    cross_entropy,
-    every,
-    seeded_order,
-    train,
-)
-from .bases import Base, base_path, find, keep, order_after_base, pretrain, restore
-from .data import Data, hold_out, load_data
-from .settings import DigitSettings, chosen_digits
-from .strengths import Strengths
+from ..harness.train import Hook, Objective, cpu_threads, cross_entropy, every, train
+from .bases import Base, order_after_base, restore
+from .settings import DigitSettings
 
 ADAPTER = "digits"
 
@@ -167,117 +151,3 @@ class StudyContext:
             "commit": self.commit,
         }
         self.run.record({**row, **score(logits, self.test_labels, self.tuned), **more})
-
-
-def prepare(
-    settings: DigitSettings,
-    run: RunDirectory,
-    device: torch.device,
-    data: Data,
-    say: Callable[[str], None],
-) -> StudyContext:
-    """Put the data on the device, find or train the base, and say which digits are tuned."""
-    whole, test_split = data.train.to(device), data.test.to(device)
-    train_split, held = whole, None
-    if settings.holdout.validation:
-        stay, out = held_out(whole.labels, settings)
-        train_split, held = whole.rows(stay), whole.rows(out)
-    if settings.holdout.selection and held is not None:
-        whole, test_split = train_split, held
-    norm = settings.network.mean, settings.network.std
-    inputs, test_inputs = train_split.inputs(*norm), test_split.inputs(*norm)
-    whole_inputs = inputs if whole is train_split else whole.inputs(*norm)
-    base, how = obtain(settings, whole_inputs, whole.labels, data.digest)
-    model = restore(settings, base, device)
-    logits = logits_of(model, test_inputs)
-    counts = wrong_counts(score(logits, test_split.labels, [0])["confusion"])
-    context = StudyContext(
-        settings=settings,
-        run=run,
-        base=base,
-        inputs=inputs,
-        labels=train_split.labels,
-        test_inputs=test_inputs,
-        test_labels=test_split.labels,
-        base_logits=logits,
-        base_fingerprint=pl.fingerprint(model),
-        tuned=chosen_digits(settings.finetuning.digits, counts),
-        commit=commit(),
-        held_inputs=None if held is None else held.inputs(*norm),
-        held_labels=None if held is None else held.labels,
-    )
-    say(f"base     {pl.summary(model).total:,} parameters, {how}")
-    say(f"         wrong answers by digit: {', '.join(map(str, counts))}")
-    images = len(context.tuned_rows)
-    say(f"tuned    digits {', '.join(map(str, context.tuned))}: {images:,} training images")
-    return context
-
-
-def held_out(labels: Tensor, settings: DigitSettings) -> tuple[Tensor, Tensor]:
-    """Return the rows of the training images that stay, and of the validation images."""
-    return hold_out(labels, settings.holdout.validation, torch.Generator().manual_seed(0))
-
-
-def obtain(
-    settings: DigitSettings, inputs: Tensor, labels: Tensor, data_digest: str
-) -> tuple[Base, str]:
-    """Return the base, and in words how it was come by: the one that is kept, or a new one."""
-    path = base_path(settings, labels.device, data_digest)
-    if (kept := find(path)) is not None:
-        return kept, f"trained before, from {path}"
-    began = time.perf_counter()
-    with cpu_threads(settings.place.threads):
-        base = pretrain(settings, inputs, labels)
-    keep(base, path)
-    seconds = time.perf_counter() - began
-    return base, f"trained for {settings.pretraining.base_steps:,} steps in {seconds:.1f} s"
-
-
-def context_of(settings: DigitSettings) -> StudyContext:
-    """Return the context of these settings; what it shares with others is made once a process."""
-    context = shared_context(shared_settings(settings))
-    confusion = score(context.base_logits, context.test_labels)["confusion"]
-    tuned = chosen_digits(settings.finetuning.digits, wrong_counts(confusion))
-    return dataclasses.replace(context, settings=settings, tuned=tuned)
-
-
-def shared_settings(settings: DigitSettings) -> DigitSettings:
-    """Return the settings that decide on data and base, all others as in preset blog."""
-    return DigitSettings(
-        seed=settings.seed,
-        network=settings.network,
-        pretraining=settings.pretraining,
-        holdout=dataclasses.replace(settings.holdout, patience=0),
-        dataset=settings.dataset,
-        place=dataclasses.replace(settings.place, out=""),
-    )
-
-
-@lru_cache(maxsize=4)
-def shared_context(settings: DigitSettings) -> StudyContext:
-    """Return the context of shared settings, made once a process."""
-    device = resolve_device(settings.place.device)
-    data = shared_data(settings.dataset.data, settings.dataset.data_dir)
-    return prepare(settings, RunDirectory(Path(), {}, {}, []), device, data, lambda line: None)
-
-
-@lru_cache(maxsize=4)
-def shared_strengths(settings: DigitSettings) -> Strengths:
-    """Return the answers at any strength on the base of shared settings, made once a process."""
-    context = shared_context(settings)
-    return Strengths(context.model(), context.test_inputs, context.base_logits)
-
-
-@lru_cache(maxsize=2)
-def shared_data(kind: str, data_dir: str) -> Data:
-    """Return the data set that `load_data` returns, read once a process."""
-    return load_data(kind, data_dir)
-
-
-def counted_images(settings: DigitSettings) -> Tensor:
-    """Return the images that answers are counted on, uint8 (n, 28, 28), as they are to be shown."""
-    data = shared_data(settings.dataset.data, settings.dataset.data_dir)
-    if not settings.holdout.selection:
-        return data.test.images
-    _, held = held_out(data.train.labels, settings)
-    return data.train.images[held]

@@ -14,17 +14,9 @@ from torch import Tensor, nn
 import paramlora as pl
 
 from ..analysis.evaluate import logits_of
+from ..harness.batches import Batches, seeded_order
 from ..harness.loggers import EarlyStopping
-from ..harness.train import (
-    Batches,
-    Hook,
-    Objective,
-    cosine,
-    cross_entropy,
-    every,
-    learning_rate,
-    seeded_order,
-)
+from ..harness.train import Hook, Objective, cosine, cross_entropy, every, learning_rate
 from .context import ADAPTER, StudyContext
 from .remedies import (
     Average,

@@ -17,17 +17,19 @@ from torch import Tensor, nn
 import paramlora as pl
 
 from ..analysis.explore import explore
+from ..harness.batches import Batches
 from ..harness.environment import DECIDING, resolve_device
 from ..harness.loggers import curve
 from ..harness.rundir import RunDirectory, replace_file
 from ..harness.settings import result_settings
 from ..harness.stages import Stage, run_stages
-from ..harness.train import Batches, Hook
-from .context import ADAPTER, StudyContext, prepare
+from ..harness.train import Hook
+from .context import ADAPTER, StudyContext
 from .data import describe, load_data
 from .methods import BlogScrambled, attached_ranks, wrap, wrapped_ranks
 from .recipe import answers, factors_of, lora_of, recipe
 from .settings import DigitSettings
+from .shared import prepare
 from .strengths import Strengths, chosen, updates
 
 EXPLORED, EXPLORED_SEEDS = "explore.json", 3

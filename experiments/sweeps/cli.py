@@ -80,7 +80,8 @@ def run(vary: list[str], base_seeds: int, jobs: int, **given: object) -> int:
 def run_grid(settings: DigitSettings, vary: list[str], base_seeds: int, jobs: int) -> int:
     """Run a sweep over a grid, write its report, and show its table."""
     # Imported here, as torch and paramlora take their time and --help needs neither.
-    from .sweep import cells, run_sweep
+    from .cells import cells
+    from .sweep import run_sweep
 
     grid = parse_grid(vary, DigitSettings)
     default = "-".join(["runs/sweep", settings.preset, *sorted(grid)])

@@ -15,8 +15,9 @@ from ..harness.rundir import Row, RunDirectory, replace_file
 from ..harness.settings import listed, replace, result_settings
 from ..report.figures import OFF, ON, Figure, plt, png
 from ..report.table import Band, Table
+from .cells import Cell
 from .families import Family, families
-from .sweep import Cell, run_sweep
+from .sweep import run_sweep
 
 SIDES = (("all", "#000000", 0.0), ("tuned", ON, 0.2), ("other", OFF, -0.2))
 VALIDATION = 500  # images a digit that settings are chosen by

@@ -7,10 +7,7 @@ through joblib: `--jobs N` processes here, or whatever back end is chosen by
 `joblib.parallel_config`, such as a Dask or a Ray cluster.
 """
 
-import dataclasses
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,95 +17,27 @@ from torch import nn
 import paramlora as pl
 
 from ..analysis.evaluate import score, scores
-from ..digits.context import (
-    ADAPTER,
-    StudyContext,
+from ..digits.context import ADAPTER, StudyContext
+from ..digits.data import describe
+from ..digits.recipe import Recipe, answers, factors_of, lora_of, recipe
+from ..digits.settings import DigitSettings
+from ..digits.shared import (
     context_of,
     shared_context,
     shared_data,
     shared_settings,
     shared_strengths,
 )
-from ..digits.data import describe
-from ..digits.recipe import Recipe, answers, factors_of, lora_of, recipe
-from ..digits.settings import AdapterSettings, DigitSettings
 from ..digits.strengths import Strengths, updates
+from ..harness.batches import Batches
 from ..harness.environment import DECIDING, resolve_device
-from ..harness.grid import Grid, check_grid
 from ..harness.rundir import Row, RunDirectory
-from ..harness.settings import listed, replace
-from ..harness.train import Batches
+from .cells import Cell, is_stacked, jobs_of
 from .together import StackedBatches, Together, objective_together
 
 STUDY = "sweeps"  # what environment.json calls it
 KEY = ("stage", "cell", "base_seed", "seed", "strength")
-# Images of a step of all adapters that train together: with more, a step is arithmetic, which
-# gains nothing, and its memory grows.
-TOGETHER = 1000
 Training = tuple[StudyContext, int]  # of which adapter seed
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Settings, `seeds` of which train, evaluated at each of the strengths.
-
-    `name` says in which of its settings it differs from the others, and `varied` has these, as far
-    as they are of a grid.
-    """
-
-    name: str
-    settings: DigitSettings
-    strengths: tuple[float, ...]
-    together: bool = True
-    varied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def cells(
-    settings: DigitSettings, grid: Grid, base_seeds: int = 1, together: bool = True
-) -> Iterator[Cell]:
-    """Yield the cells of a sweep, in order.
-
-    Args:
-        settings: what the grid changes.
-        grid: values by the name of a setting; every combination is a cell. Strengths are none: a
-            cell has all of them.
-        base_seeds: bases to take, counted from the settings' seed.
-        together: whether the seeds of a cell may train at once.
-
-    Raises:
-        StudyError: a name that is no setting, or a value that is not allowed.
-    """
-    check_grid(grid, settings)
-    grid = dict(grid)
-    strengths = tuple(float(λ) for λ in grid.pop("strength", [settings.remedies.strength]))
-    for values in itertools.product(*grid.values()):
-        changes = dict(zip(grid, values, strict=True))
-        name = " ".join(f"{key}={listed(value)}" for key, value in changes.items()) or "plain"
-        for number in range(base_seeds):
-            seed = changes.get("seed", settings.seed) + number
-            cell = replace(settings, **{**changes, "seed": seed})
-            yield Cell(name, cell, strengths, together, changes)
-
-
-def jobs_of(todo: Sequence[Cell]) -> list[list[Cell]]:
-    """Return the cells in jobs: those that can train together, as far as that pays, are one."""
-    found: list[list[Cell]] = []
-    like: dict[Any, list[Cell]] = {}
-    for cell in todo:
-        # An update of no scale is no multiple of another one.
-        none = lora_of(cell.settings.adapter).scaling == 0
-        like_all = dataclasses.replace(cell.settings, adapter=AdapterSettings())
-        key = cell.together, none, like_all
-        job, images = (
-            like.get(key, []),
-            cell.settings.remedies.tune_batch or cell.settings.pretraining.batch,
-        )
-        whole = sum(c.settings.seeds for c in [*job, cell]) * images > TOGETHER
-        if not job or whole or not _stacks(cell):
-            job = like[key] = []
-            found.append(job)
-        job.append(cell)
-    return found
 
 
 def run_cell(cell: Cell) -> list[Row]:
@@ -124,7 +53,7 @@ def run_job(cells: Sequence[Cell]) -> list[list[Row]]:
     """
     contexts = [context_of(cell.settings) for cell in cells]
     todo = [(context, seed) for context in contexts for seed in range(context.settings.seeds)]
-    trained = iter((tune_together if _stacks(cells[0]) else tune_one_by_one)(todo))
+    trained = iter((tune_together if is_stacked(cells[0]) else tune_one_by_one)(todo))
     at = shared_strengths(shared_settings(cells[0].settings))
     rows = []
     for cell, context in zip(cells, contexts, strict=True):
@@ -148,16 +77,6 @@ def _rows(
         for strength, row in zip(cell.strengths, scores(on, labels, context.tuned), strict=True):
             about = {"stage": "on", "seed": seed, "strength": strength, "train_loss": loss}
             yield {**common, **about, **row}
-
-
-def _stacks(cell: Cell) -> bool:
-    return cell.together and trains_together(cell.settings)
-
-
-def trains_together(settings: DigitSettings) -> bool:
-    """Whether adapter seeds can train as one: nothing but batches and factors is a seed's own."""
-    own = settings.remedies.ewc > 0 or settings.remedies.null_space_of == "old"
-    return not settings.holdout.patience and not (settings.remedies.replay and own)
 
 
 def tune_one_by_one(todo: Sequence[Training]) -> list[tuple[Row, float]]:

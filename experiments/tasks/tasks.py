@@ -28,20 +28,13 @@ from ..analysis.task_metrics import all_metrics, stability_gap, worst_case_accur
 from ..digits.data import describe, load_data
 from ..digits.model import DigitNet
 from ..digits.remedies import mask_or_shift_logits, orthogonal
+from ..harness.batches import Batches, seeded_order
 from ..harness.environment import DECIDING, resolve_device
 from ..harness.loggers import Curve
 from ..harness.rundir import RunDirectory
 from ..harness.settings import result_settings
 from ..harness.stages import Stage, run_stages
-from ..harness.train import (
-    Batches,
-    Objective,
-    cpu_threads,
-    cross_entropy,
-    every,
-    seeded_order,
-    train,
-)
+from ..harness.train import Objective, cpu_threads, cross_entropy, every, train
 from .settings import TaskSettings
 from .streams import Task, stream
 

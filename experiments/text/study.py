@@ -24,6 +24,7 @@ from .data import Corpus, load_corpus
 from .forgetting import similarity
 from .models import ADAPTER, globs, lora_of, prepare
 from .settings import TextSettings
+from .training import fine_tune
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 ATTACHED = ("off", "on", "merged")
@@ -101,8 +102,8 @@ def _begin(
 def tune(method: str, seed: int, context: TextContext) -> None:
     """Fine-tune a part of the model itself. Row: "tuned"."""
     model = context.model(seed)
-    trained = prepare(model, method, context.settings, torch.Generator())
-    learned = context.fine_tune(model, trained, method, seed)
+    prepare(model, method, context.settings, torch.Generator())
+    learned = fine_tune(context, model, method, seed)
     context.record(
         "tuned", method, seed, **learned, **_of_base(model), **context.scored(model, "test")
     )
@@ -116,9 +117,9 @@ def tune_attached(method: str, seed: int, context: TextContext) -> None:
     model = context.model(seed)
     before, digest = context.logits(model, "validation"), pl.fingerprint(model)
     size = _of_base(model)
-    trained = prepare(model, method, context.settings, torch.Generator().manual_seed(seed))
+    prepare(model, method, context.settings, torch.Generator().manual_seed(seed))
     same_at_first = torch.equal(context.logits(model, "validation"), before)
-    learned = context.fine_tune(model, trained, method, seed)
+    learned = fine_tune(context, model, method, seed)
     path = adapter_path(context, method, seed)
     pl.save(model, path, ADAPTER)
     scored = context.scored(model, "test")

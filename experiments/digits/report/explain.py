@@ -39,8 +39,8 @@ from ...report.figures import (
 )
 from ...report.page import figure_html, page, paragraph, table_html
 from ...report.table import Table
-from ..context import context_of, counted_images
 from ..settings import DigitSettings
+from ..shared import context_of, counted_images
 
 STRENGTHS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5]
 DIGITS = list("0123456789")

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from experiments.analysis.evaluate import score
-from experiments.digits.context import ADAPTER, StudyContext, prepare
+from experiments.digits.context import ADAPTER, StudyContext
 from experiments.digits.data import load_data
 from experiments.digits.recipe import (
     answers,
@@ -40,6 +40,7 @@ from experiments.digits.remedies import (
     switched_off,
 )
 from experiments.digits.settings import DigitSettings, preset
+from experiments.digits.shared import prepare
 from experiments.harness.rundir import RunDirectory
 from experiments.harness.settings import StudyError, replace
 from experiments.sweeps.sweep import tune_one_by_one, tune_together

@@ -13,12 +13,12 @@ from experiments.__main__ import main
 from experiments.analysis.evaluate import logits_of, score
 from experiments.digits import context as context_module
 from experiments.digits.bases import find, restore
-from experiments.digits.context import prepare
 from experiments.digits.data import load_data
 from experiments.digits.report import report as report_module
 from experiments.digits.report.report import markdown, scrambling
 from experiments.digits.report.tables import PUBLISHED, band_table, digit_table, published_for
 from experiments.digits.settings import DigitSettings, preset
+from experiments.digits.shared import prepare
 from experiments.digits.study import run_digits
 from experiments.harness.rundir import RunDirectory
 from experiments.harness.settings import StudyError, flattened

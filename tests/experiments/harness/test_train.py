@@ -24,6 +24,7 @@ from experiments.digits.bases import (
 from experiments.digits.data import hold_out
 from experiments.digits.model import DigitNet
 from experiments.digits.settings import preset
+from experiments.harness.batches import Batches, loader_order, seeded_order
 from experiments.harness.loggers import (
     CsvLog,
     Curve,
@@ -33,16 +34,7 @@ from experiments.harness.loggers import (
     rows_to_csv,
 )
 from experiments.harness.settings import StudyError, replace
-from experiments.harness.train import (
-    Batches,
-    cpu_threads,
-    cross_entropy,
-    every,
-    learning_rate,
-    loader_order,
-    seeded_order,
-    train,
-)
+from experiments.harness.train import cpu_threads, cross_entropy, every, learning_rate, train
 
 SMALL = preset("blog", hidden=(12, 8), base_steps=20, batch=5, threads=1)
 

@@ -15,28 +15,22 @@ from torch.testing import assert_close
 import paramlora as pl
 from experiments.__main__ import main
 from experiments.analysis.evaluate import score
-from experiments.digits.context import ADAPTER, context_of
+from experiments.digits.context import ADAPTER
 from experiments.digits.recipe import lora_of
 from experiments.digits.settings import AdapterSettings, DigitSettings, preset
+from experiments.digits.shared import context_of
 from experiments.harness import grid
 from experiments.harness.grid import parse_grid
 from experiments.harness.rundir import Row, RunDirectory
 from experiments.harness.settings import StudyError, replace
 from experiments.report.figures import png
 from experiments.sweeps import select as select_module
+from experiments.sweeps.cells import cells, jobs_of, trains_together
 from experiments.sweeps.families import Family, families
 from experiments.sweeps.ranks import rank_figure, rank_table, series
 from experiments.sweeps.report import points, table
 from experiments.sweeps.select import choose, gains, run_remedies
-from experiments.sweeps.sweep import (
-    cells,
-    jobs_of,
-    run_cell,
-    run_sweep,
-    trains_together,
-    tune_one_by_one,
-    tune_together,
-)
+from experiments.sweeps.sweep import run_cell, run_sweep, tune_one_by_one, tune_together
 
 SMALL: dict[str, Any] = {
     "data": "digits",

@@ -15,9 +15,10 @@ import torch
 from torch.testing import assert_close
 
 from experiments.harness.settings import StudyError, replace
-from experiments.text.data import Corpus, Tokens, by_length, load_corpus, tokenized
+from experiments.text.data import Corpus, load_corpus
 from experiments.text.models import globs
 from experiments.text.settings import AdapterSettings, DatasetSettings, TextSettings
+from experiments.text.tokens import Tokens, by_length, tokenized
 from tests.support.tiny_text import texts, write_jsonl
 
 

@@ -19,17 +19,12 @@ from experiments.harness.rundir import RunDirectory
 from experiments.harness.settings import replace, values
 from experiments.text import report as text_report
 from experiments.text import study as text
-from experiments.text.context import (
-    TextBatches,
-    TextContext,
-    cross_entropy,
-    linear,
-    prepare_context,
-)
+from experiments.text.context import TextContext, prepare_context
 from experiments.text.data import load_corpus
 from experiments.text.forgetting import Similarity, similarity
 from experiments.text.models import ADAPTER, load_classifier, load_tokenizer, prepare
 from experiments.text.settings import METHODS, TextSettings
+from experiments.text.training import TextBatches, cross_entropy, fine_tune, linear
 from tests.support.tiny_text import checkpoint, texts, write_jsonl
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -262,8 +257,8 @@ def test_early_stopping_keeps_the_best(world: Path) -> None:
     """A training that gets worse stops, and the model is that of its best evaluation."""
     context = context_in(world, lr=0.5, epochs=6, patience=2, evaluations=2, schedule="constant")
     model = context.model(0)
-    trained = prepare(model, "lora", context.settings, torch.Generator().manual_seed(0))
-    row = context.fine_tune(model, trained, "lora", 0)
+    prepare(model, "lora", context.settings, torch.Generator().manual_seed(0))
+    row = fine_tune(context, model, "lora", 0)
     assert row["steps"] < 6 * 8
     assert context.accuracy(model, "validation") == pytest.approx(row["validation_accuracy"])
     assert row["best_step"] <= row["steps"] - 2 * (8 // 2)
@@ -282,9 +277,9 @@ def test_other_architectures(tmp_path: Path, world: Path, kind: str) -> None:
     context = context_in(world, model=model, **{**given, "methods": "lora", **changes})
     classifier = context.model(0)
     before = context.logits(classifier, "validation")
-    trained = prepare(classifier, "lora", context.settings, torch.Generator().manual_seed(0))
+    prepare(classifier, "lora", context.settings, torch.Generator().manual_seed(0))
     assert torch.equal(context.logits(classifier, "validation"), before)
-    row = context.fine_tune(classifier, trained, "lora", 0)
+    row = fine_tune(context, classifier, "lora", 0)
     assert math.isfinite(row["train_loss"])
     with pl.disabled(classifier, ADAPTER):
         assert torch.equal(context.logits(classifier, "validation"), before)
