@@ -18,8 +18,6 @@ from ..harness.train import Hook, Objective, cpu_threads, cross_entropy, every, 
 from .bases import Base, order_after_base, restore
 from .settings import DigitSettings
 
-ADAPTER = "digits"
-
 
 @dataclass(frozen=True)
 class StudyContext:

@@ -17,7 +17,7 @@ from ..harness.settings import (
     option,
     values,
 )
-from .remedy_settings import REMEDIES, HoldoutSettings, RemedySettings
+from .remedies.settings import REMEDIES, HoldoutSettings, RemedySettings
 
 INITS = ("kaiming", "gaussian", "gaussian/sqrt_r", "orthogonal")
 SCALE_RULES = ("alpha/r", "alpha/sqrt_r", "alpha")

@@ -24,10 +24,18 @@ from ..harness.rundir import RunDirectory, replace_file
 from ..harness.settings import result_settings
 from ..harness.stages import Stage, run_stages
 from ..harness.train import Hook
-from .context import ADAPTER, StudyContext
+from .context import StudyContext
 from .data import describe, load_data
-from .methods import BlogScrambled, attached_ranks, wrap, wrapped_ranks
-from .recipe import answers, factors_of, lora_of, recipe
+from .methods import (
+    ADAPTER,
+    BlogScrambled,
+    attached_ranks,
+    factors_of,
+    lora_of,
+    wrap,
+    wrapped_ranks,
+)
+from .remedies.recipe import answers, recipe
 from .settings import DigitSettings
 from .shared import prepare
 from .strengths import Strengths, chosen, updates

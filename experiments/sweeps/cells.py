@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..digits.recipe import lora_of
+from ..digits.methods import lora_of
 from ..digits.settings import AdapterSettings, DigitSettings
 from ..harness.grid import Grid, check_grid
 from ..harness.settings import listed, replace

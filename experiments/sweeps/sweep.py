@@ -17,9 +17,10 @@ from torch import nn
 import paramlora as pl
 
 from ..analysis.evaluate import score, scores
-from ..digits.context import ADAPTER, StudyContext
+from ..digits.context import StudyContext
 from ..digits.data import describe
-from ..digits.recipe import Recipe, answers, factors_of, lora_of, recipe
+from ..digits.methods import ADAPTER, factors_of, lora_of
+from ..digits.remedies.recipe import Recipe, answers, recipe
 from ..digits.settings import DigitSettings
 from ..digits.shared import (
     context_of,

@@ -27,7 +27,8 @@ from ..analysis.evaluate import logits_of
 from ..analysis.task_metrics import all_metrics, stability_gap, worst_case_accuracy
 from ..digits.data import describe, load_data
 from ..digits.model import DigitNet
-from ..digits.remedies import mask_or_shift_logits, orthogonal
+from ..digits.remedies.losses import mask_or_shift_logits
+from ..digits.remedies.penalties import orthogonal
 from ..harness.batches import Batches, seeded_order
 from ..harness.environment import DECIDING, resolve_device
 from ..harness.loggers import Curve

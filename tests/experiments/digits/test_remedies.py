@@ -13,32 +13,20 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from experiments.analysis.evaluate import score
-from experiments.digits.context import ADAPTER, StudyContext
+from experiments.digits.context import StudyContext
 from experiments.digits.data import load_data
-from experiments.digits.recipe import (
-    answers,
-    factors_of,
-    forbidden,
-    memory,
-    memory_generator,
-    recipe,
-)
-from experiments.digits.remedies import (
-    Average,
-    Gate,
-    base_weights,
+from experiments.digits.methods import ADAPTER, factors_of
+from experiments.digits.remedies.losses import (
     distillation,
-    elastic,
-    fisher,
-    grouped,
     kept_mass,
     mask_or_shift_logits,
-    orthogonal,
-    principal,
-    project_away,
-    routed,
     switched_off,
 )
+from experiments.digits.remedies.penalties import base_weights, elastic, fisher, orthogonal
+from experiments.digits.remedies.projection import forbidden, principal, project_away
+from experiments.digits.remedies.recipe import Average, answers, recipe
+from experiments.digits.remedies.replay import memory, memory_generator
+from experiments.digits.remedies.routes import Gate, grouped, routed
 from experiments.digits.settings import DigitSettings, preset
 from experiments.digits.shared import prepare
 from experiments.harness.rundir import RunDirectory

@@ -15,8 +15,7 @@ from torch.testing import assert_close
 import paramlora as pl
 from experiments.__main__ import main
 from experiments.analysis.evaluate import score
-from experiments.digits.context import ADAPTER
-from experiments.digits.recipe import lora_of
+from experiments.digits.methods import ADAPTER, lora_of
 from experiments.digits.settings import AdapterSettings, DigitSettings, preset
 from experiments.digits.shared import context_of
 from experiments.harness import grid

@@ -4,40 +4,27 @@ With no remedy it is the plain one, bit for bit. Replayed images come from a gen
 so that adding replay leaves images and A as they were.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import paramlora as pl
-
-from ..analysis.evaluate import logits_of
-from ..harness.batches import Batches, seeded_order
-from ..harness.loggers import EarlyStopping
-from ..harness.train import Hook, Objective, cosine, cross_entropy, every, learning_rate
-from .context import ADAPTER, StudyContext
-from .remedies import (
-    Average,
-    Gate,
-    Penalty,
-    base_weights,
-    distillation,
-    elastic,
-    fisher,
-    grouped,
-    kept_mass,
-    mask_or_shift_logits,
-    principal,
-    project_away,
-    routed,
-)
-from .settings import AdapterSettings, DigitSettings
+from ...analysis.evaluate import logits_of
+from ...harness.batches import Batches, seeded_order
+from ...harness.loggers import EarlyStopping
+from ...harness.train import Hook, Objective, cosine, cross_entropy, every, learning_rate
+from ..context import StudyContext
+from ..settings import DigitSettings
+from .losses import distillation, kept_mass, mask_or_shift_logits
+from .penalties import Penalty, base_weights, elastic, fisher
+from .projection import Factors, forbidden, keep_out
+from .replay import Joined, memory, memory_generator
+from .routes import Gate, grouped, routed
 
 FISHER_IMAGES = 200  # as many as EWC's information is estimated from
 LOOK_EVERY = 10  # steps between two looks at the validation images
-Factors = Mapping[str, Tensor]
 
 
 @dataclass
@@ -54,39 +41,6 @@ class Recipe:
         """Put averaged or best parameters in place of the last ones."""
         for call in self.restore:
             call()
-
-
-class Joined:
-    """Several sources of batches side by side: each batch has the tensors of all."""
-
-    def __init__(self, *sources: Batches) -> None:
-        self.sources = sources
-
-    def __len__(self) -> int:
-        return min(map(len, self.sources))
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for parts in zip(*self.sources, strict=True):
-            yield tuple(tensor for part in parts for tensor in part)
-
-
-def memory_generator(seed: int) -> torch.Generator:
-    """Return the generator that draws an adapter seed's replayed images."""
-    return torch.Generator().manual_seed(seed + 2**40)
-
-
-def memory(context: StudyContext, generator: torch.Generator, digits: str = "old") -> Tensor:
-    """Return the rows of the images that are replayed, the same number a digit, int64 (n,).
-
-    Those of the old digits come first, and are the same with and without the tuned ones.
-    """
-    rows = []
-    old = sorted(set(context.labels.unique().tolist()) - set(context.tuned))
-    for digit in old + (context.tuned if digits == "all" else []):
-        its = (context.labels == digit).nonzero().squeeze(1)
-        chosen = torch.randperm(len(its), generator=generator)[: context.settings.remedies.replay]
-        rows.append(its[chosen.to(its.device)])
-    return torch.cat(rows)
 
 
 def draw_batches(
@@ -127,7 +81,7 @@ def objective_of(
 
         CE(z lowered by m, y) + β · distillation + μ · kept mass + CE of replayed images + penalty
 
-    An infinite m and a replay of all digits is ER-ACE (`remedies.mask_or_shift_logits`).
+    An infinite m and a replay of all digits is ER-ACE (`losses.mask_or_shift_logits`).
 
     It is called with a batch of `draw_batches`; every term is a mean over its images.
     """
@@ -165,40 +119,6 @@ def penalty_of(context: StudyContext, images: Tensor) -> Penalty | None:
     return lambda adapted: weight * plain(adapted)
 
 
-def forbidden(context: StudyContext, old: Tensor) -> dict[str, Tensor]:
-    """Return the directions that A may not read, (k, in), by the layer's path."""
-    settings, model = context.settings, context.model()
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    if settings.remedies.null_space_of == "weights":
-        seen = {path: layer.weight.detach() for path, layer in layers.items()}
-    else:
-        seen = {}
-        hooks = [
-            layer.register_forward_pre_hook(lambda _, x, path=path: seen.update({path: x[0]}))
-            for path, layer in layers.items()
-        ]
-        logits_of(model, context.inputs[old])
-        for hook in hooks:
-            hook.remove()
-    return {path: principal(rows, settings.remedies.null_space) for path, rows in seen.items()}
-
-
-def keep_out(factors: Factors, directions: Mapping[str, Tensor]) -> Hook:
-    """Return a hook that keeps every A of `factors` out of its layer's directions, from now on."""
-    pairs = [
-        (factor, directions[name.split(".parametrizations.")[0]])
-        for name, factor in factors.items()
-        if name.endswith(".A")
-    ]
-
-    def hook(step: int, model: nn.Module, loss: Tensor) -> None:
-        for factor, its in pairs:
-            project_away(factor, its)
-
-    hook(0, nn.Identity(), torch.tensor(0.0))
-    return hook
-
-
 def recipe(
     context: StudyContext, model: nn.Module, factors: Factors, plain: Batches, seed: int
 ) -> Recipe:
@@ -211,43 +131,43 @@ def recipe(
         plain: the batches of the plain fine-tuning.
         seed: the adapter seed, for the replayed images.
     """
-    settings, parameters = context.settings, list(factors.values())
-    generator = memory_generator(seed)
-    rows = (
-        memory(context, generator, settings.remedies.replay_of)
-        if settings.remedies.replay
-        else None
-    )
-    replayed = context.tuned_rows[:0] if rows is None else rows
-    others = ~torch.isin(
-        context.labels[replayed], torch.tensor(context.tuned, device=replayed.device)
-    )
-    old = replayed[others]
+    settings, generator = context.settings, memory_generator(seed)
+    replayed = context.tuned_rows[:0]
+    if settings.remedies.replay:
+        replayed = memory(context, generator, settings.remedies.replay_of)
+    tuned = torch.tensor(context.tuned, device=replayed.device)
+    old = replayed[~torch.isin(context.labels[replayed], tuned)]
     seen = old if settings.remedies.replay else context.tuned_rows
     penalty = penalty_of(context, context.inputs[seen[:FISHER_IMAGES]])
     made = Recipe(
         objective_of(settings, context.tuned, penalty),
         draw_batches(context, plain, replayed, generator),
         [],
-        torch.optim.Adam(parameters, settings.finetuning.lr, fused=True),
+        torch.optim.Adam(factors.values(), settings.finetuning.lr, fused=True),
     )
-    if settings.remedies.schedule == "cosine":
-        schedule = cosine(settings.finetuning.lr, settings.finetuning.steps)
-        made.hooks.append(learning_rate(made.optimizer, schedule))
-    if settings.remedies.null_space:
+    _add_hooks(made, context, model, factors, old)
+    return made
+
+
+def _add_hooks(
+    made: Recipe, context: StudyContext, model: nn.Module, factors: Factors, old: Tensor
+) -> None:
+    """Add the hooks of schedule, null space, average and early stopping, in this order."""
+    settings, training = context.settings, context.settings.finetuning
+    remedies, parameters = settings.remedies, list(factors.values())
+    if remedies.schedule == "cosine":
+        made.hooks.append(learning_rate(made.optimizer, cosine(training.lr, training.steps)))
+    if remedies.null_space:
         made.hooks.append(keep_out(factors, forbidden(context, old)))
-    if settings.remedies.average:
-        average = Average(
-            parameters, round(settings.finetuning.steps * (1 - settings.remedies.average))
-        )
+    if remedies.average:
+        average = Average(parameters, round(training.steps * (1 - remedies.average)))
         made.hooks.append(average)
         made.restore.append(average.restore)
     if settings.holdout.patience:
-        stopping = EarlyStopping(context.validated, parameters, settings.holdout.patience)  # type: ignore
+        stopping = EarlyStopping(context.validated, parameters, settings.holdout.patience)
         stopping(0, model)
         made.hooks.append(every(LOOK_EVERY, stopping))
         made.restore.append(stopping.restore)
-    return made
 
 
 def answers(context: StudyContext, on: Tensor, seed: int) -> Tensor:
@@ -271,12 +191,26 @@ def answers(context: StudyContext, on: Tensor, seed: int) -> Tensor:
     return on
 
 
-def factors_of(model: nn.Module, name: str = ADAPTER) -> dict[str, nn.Parameter]:
-    """Return an adapter's factors by their names among the model's parameters."""
-    its = {id(parameter) for parameter in pl.parameters(model, name)}
-    return {key: p for key, p in model.named_parameters() if id(p) in its}
+class Average:
+    """A hook that averages parameters over the steps after the first `start`.
 
+    Source: Izmailov et al. 2018, "Averaging weights leads to wider optima" (SWA), arXiv 1803.05407.
+    """
 
-def lora_of(settings: AdapterSettings) -> pl.LoRA:
-    """Return the adapter that the settings ask for."""
-    return pl.LoRA(settings.rank, settings.numerator, init=settings.init)
+    def __init__(self, parameters: Sequence[Tensor], start: int) -> None:
+        self.parameters, self.start, self.count = list(parameters), start, 0
+        self.means = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
+
+    @torch.no_grad()
+    def __call__(self, step: int, model: nn.Module, loss: Tensor) -> None:
+        if step > self.start:
+            self.count += 1
+            for mean, parameter in zip(self.means, self.parameters, strict=True):
+                mean += (parameter - mean) / self.count
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the parameters their means, if any step was averaged."""
+        for mean, parameter in zip(self.means, self.parameters, strict=True):
+            if self.count:
+                parameter.copy_(mean)

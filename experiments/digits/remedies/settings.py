@@ -2,7 +2,15 @@
 
 from dataclasses import dataclass
 
-from ..harness.settings import FINITE, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, SettingsGroup, option
+from ...harness.settings import (
+    FINITE,
+    NATURAL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    SettingsGroup,
+    option,
+)
 
 # Options that change the fine-tuning of paramlora's own adapter; the other methods stay plain.
 REMEDIES = (
