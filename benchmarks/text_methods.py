@@ -15,12 +15,12 @@ import argparse
 import json
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from experiments.harness.rundir import Row, RunDirectory
+from experiments.harness.settings import replace
 from experiments.report.table import Table
 from experiments.text.report import percent2, tuned_rows, write_text_report
 from experiments.text.settings import TextSettings
@@ -153,7 +153,7 @@ def settings_for(base: TextSettings, name: str, rate: float, folder: str) -> Tex
     """Return the settings of one run. The scale alpha/r is 2 for every rank."""
     rate_field, others = METHODS[name]
     changes = {**others, rate_field: rate, "out": folder}
-    changes["alpha"] = 2.0 * others.get("rank", base.rank)
+    changes["alpha"] = 2.0 * others.get("rank", base.adapter.rank)
     changes["forgetting"] = base.forgetting and others.get("forgetting", True)
     return replace(base, **changes)
 

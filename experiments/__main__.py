@@ -1,16 +1,19 @@
-"""The command line: `python -m experiments digits [options]`, or `… report DIR`."""
+"""The command line: `python -m experiments digits [options]`, or `... report DIR`."""
 
 import argparse
 import importlib
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from .harness.options import add_command
 from .harness.rundir import RunDirectory
 from .harness.settings import StudyError
 
-OLD_RUNS = "digits"  # runs that were begun before all studies recorded their name
+# Runs that were begun before studies recorded their name, told by a setting; else digit studies.
+OLD_RUNS = {"base_seeds": "sweeps", "stream": "tasks"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def studies() -> dict[str, ModuleType]:
     """Return the command lines of the studies by the name of their folder.
 
-    A study is a folder with a file cli.py, which has `add_commands(commands)` and `report(folder)`.
+    A study is a folder with a file cli.py, which has `add_commands(commands)` and
+    `report(folders)`. If its report takes options, `add_report_options(parser)` adds them.
     """
     here = Path(__file__).parent
     names = sorted(path.parent.name for path in here.glob("*/cli.py"))
@@ -41,25 +45,54 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     top = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for study in studies().values():
+    known = studies().values()
+    for study in known:
         study.add_commands(commands)
-    again = commands.add_parser("report", help="make report and figures of a run again")
-    again.add_argument("folder", type=Path, metavar="DIR", help="the run's folder")
+    again = add_command(
+        commands,
+        "report",
+        help="make report and figures of runs again, or other figures and pages of them",
+        description="Make the report and the figures of runs again from their rows, without "
+        "training. An option of one study is refused for the runs of another.",
+        examples=(
+            "runs/digits-blog",
+            "runs/digits-blog --explain --seed 3",
+            "runs/sweep-blog-rank runs/sweep-relu-rank --figure ranks --out ranks.png",
+        ),
+    )
+    again.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="a run's folder")
     again.set_defaults(command=report)
+    for study in known:
+        if hasattr(study, "add_report_options"):
+            study.add_report_options(again)
     return top
 
 
-def report(folder: Path) -> int:
-    """Write a run's report and figures, as its study does, and show its table.
+def report(folders: list[Path], **options: object) -> int:
+    """Write reports and figures of runs, as their studies do, and show their tables.
 
     Raises:
-        StudyError: no run is there, or it is of a study that is not known.
+        StudyError: a folder has no run, its study is unknown, or the study lacks an option.
     """
+    by_study: dict[str, list[Path]] = {}
+    for folder in folders:
+        by_study.setdefault(study_of(folder), []).append(folder)
     known = studies()
-    name = RunDirectory.read(folder).environment.get("study", OLD_RUNS)
+    for name in by_study:
+        for option in options.keys() - inspect.signature(known[name].report).parameters.keys():
+            flag = "--" + option.replace("_", "-")
+            raise StudyError(f"{flag} is not an option for the report of a run of study {name!r}")
+    return max([known[name].report(its, **options) for name, its in by_study.items()])
+
+
+def study_of(folder: Path) -> str:
+    """Return the name of the study that the run in a folder belongs to."""
+    run, known = RunDirectory.read(folder), studies()
+    old = next((study for key, study in OLD_RUNS.items() if key in run.settings), "digits")
+    name = run.environment.get("study", old)
     if name not in known:
         raise StudyError(f"the run in {folder} is of study {name!r}; there are {', '.join(known)}")
-    return known[name].report(folder)
+    return name
 
 
 if __name__ == "__main__":

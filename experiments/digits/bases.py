@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ..harness.adam import SmallAdam
+from ..harness.batches import Batches, loader_order
 from ..harness.rundir import replace_file
-from ..harness.settings import StudyError, deciding
-from ..harness.train import Batches, cross_entropy, loader_order, train
+from ..harness.settings import StudyError, flattened, result_settings
+from ..harness.train import cross_entropy, train
 from .model import DigitNet
 from .settings import DigitSettings
 
@@ -47,7 +47,8 @@ class Base:
 
 def network(settings: DigitSettings) -> DigitNet:
     """Return the network of these settings, its weights from torch's global generator."""
-    return DigitNet(settings.hidden, settings.activation, settings.relu_logits)
+    shape = settings.network
+    return DigitNet(shape.hidden, shape.activation, shape.relu_logits)
 
 
 def pretrain(settings: DigitSettings, inputs: Tensor, labels: Tensor) -> Base:
@@ -59,8 +60,8 @@ def pretrain(settings: DigitSettings, inputs: Tensor, labels: Tensor) -> Base:
     with torch.random.fork_rng(devices=[]):
         model, order = _drawn(settings, len(labels))
     model.to(inputs.device)
-    batches = Batches((inputs, labels), order, settings.batch)
-    optimizer = SmallAdam(model.parameters(), settings.base_lr)
+    batches = Batches((inputs, labels), order, settings.pretraining.batch)
+    optimizer = torch.optim.Adam(model.parameters(), settings.pretraining.base_lr, fused=True)
     losses = train(model, batches, cross_entropy, optimizer, label="pre-training")
     return Base({key: value.cpu() for key, value in model.state_dict().items()}, losses)
 
@@ -82,17 +83,18 @@ def order_after_base(settings: DigitSettings, images: int, rows: int, count: int
 def _drawn(settings: DigitSettings, images: int) -> tuple[DigitNet, Tensor]:
     """Seed torch's global generator; return the first weights and the order of the images."""
     torch.manual_seed(settings.seed)
-    return network(settings), loader_order(images, settings.base_steps * settings.batch)
+    count = settings.pretraining.base_steps * settings.pretraining.batch
+    return network(settings), loader_order(images, count)
 
 
 def base_path(settings: DigitSettings, device: torch.device, data_digest: str) -> Path:
     """Return where the base of these settings is kept: a file named after all it depends on."""
-    every = deciding(settings)
+    every = flattened(result_settings(settings))
     decides = [every[name] for name in FIELDS] + [device.type, data_digest, torch.__version__]
-    if settings.selection:
-        decides.append(settings.validation)  # images that this base has not seen
+    if settings.holdout.selection:
+        decides.append(settings.holdout.validation)  # images that this base has not seen
     name = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
-    return Path(settings.bases) / f"{name}.safetensors"
+    return Path(settings.place.bases) / f"{name}.safetensors"
 
 
 def keep(base: Base, path: Path) -> None:

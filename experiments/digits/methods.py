@@ -17,6 +17,9 @@ from torch import Tensor, nn
 import paramlora as pl
 
 from ..harness.train import cpu_threads
+from .settings import AdapterSettings
+
+ADAPTER = "digits"  # its name in the model
 
 
 @dataclass(frozen=True)
@@ -111,3 +114,14 @@ def _rank(update: Tensor) -> int:
     # Small matrices: several threads that share their cores with others take seconds for one.
     with cpu_threads(1):
         return int(torch.linalg.matrix_rank(update.cpu()))
+
+
+def factors_of(model: nn.Module, name: str = ADAPTER) -> dict[str, nn.Parameter]:
+    """Return an adapter's factors by their names among the model's parameters."""
+    its = {id(parameter) for parameter in pl.parameters(model, name)}
+    return {key: p for key, p in model.named_parameters() if id(p) in its}
+
+
+def lora_of(settings: AdapterSettings) -> pl.LoRA:
+    """Return the adapter that the settings ask for."""
+    return pl.LoRA(settings.rank, settings.numerator, init=settings.init)

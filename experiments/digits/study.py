@@ -17,34 +17,44 @@ from torch import Tensor, nn
 import paramlora as pl
 
 from ..analysis.explore import explore
+from ..harness.batches import Batches
 from ..harness.environment import DECIDING, resolve_device
 from ..harness.loggers import curve
 from ..harness.rundir import RunDirectory, replace_file
-from ..harness.settings import deciding
+from ..harness.settings import result_settings
 from ..harness.stages import Stage, run_stages
-from ..harness.train import Batches, Hook
-from .bench import ADAPTER, Bench, prepare
+from ..harness.train import Hook
+from .context import StudyContext
 from .data import describe, load_data
-from .methods import BlogScrambled, attached_ranks, wrap, wrapped_ranks
-from .recipe import answers, factors_of, lora_of, recipe
+from .methods import (
+    ADAPTER,
+    BlogScrambled,
+    attached_ranks,
+    factors_of,
+    lora_of,
+    wrap,
+    wrapped_ranks,
+)
+from .remedies.recipe import answers, recipe
 from .settings import DigitSettings
+from .shared import prepare
 from .strengths import Strengths, chosen, updates
 
 EXPLORED, EXPLORED_SEEDS = "explore.json", 3
 ATTACHED = ("off", "on", "merged", "unmerged")
 
 
-def stages(settings: DigitSettings) -> Iterator[Stage[Bench]]:
+def stages(settings: DigitSettings) -> Iterator[Stage[StudyContext]]:
     """Yield what a run consists of, in order."""
-    lora = lora_of(settings)
-    scrambled = BlogScrambled(settings.rank, settings.numerator)
+    lora = lora_of(settings.adapter)
+    scrambled = BlogScrambled(settings.adapter.rank, settings.adapter.numerator)
     yield Stage(_key("base", None), ("base",), count_base)
     for seed in range(settings.seeds):
         yield Stage(_key("lora", seed), ATTACHED, partial(tune_attached, "lora", lora, seed))
         if settings.remedied:
             continue  # the methods beside it are plain: they would be compared with something else
         yield Stage(_key("wrapped", seed), ("wrapped",), partial(tune_wrapped, lora, seed))
-        if settings.compat == "blog":
+        if settings.extras.compat == "blog":
             make = partial(tune_attached, "scrambled", scrambled, seed)
             yield Stage(_key("scrambled", seed), ATTACHED, make)
 
@@ -63,18 +73,20 @@ def run_digits(settings: DigitSettings, say: Callable[[str], None] = print) -> R
     Raises:
         StudyError: data, device or folder cannot be used; the message says why.
     """
-    device = resolve_device(settings.device)
-    data = load_data(settings.data, settings.data_dir)
+    device = resolve_device(settings.place.device)
+    data = load_data(settings.dataset.data, settings.dataset.data_dir)
     environment = {"study": settings.STUDY, **describe(device, data)}
-    run = RunDirectory.start(Path(settings.folder), deciding(settings), environment, DECIDING)
+    run = RunDirectory.start(
+        Path(settings.folder), result_settings(settings), environment, DECIDING
+    )
     say(f"run      {run.folder}, on {device}")
     say(f"data     {data.name}: {data.why}")
 
     @lru_cache(maxsize=1)
-    def prepared() -> Bench:
-        bench = prepare(settings, run, device, data, say)
-        show_parameters(bench, lora_of(settings), say)
-        return bench
+    def prepared() -> StudyContext:
+        context = prepare(settings, run, device, data, say)
+        show_parameters(context, lora_of(settings.adapter), say)
+        return context
 
     run_stages(run, stages(settings), prepared, say)
     if not (run.folder / EXPLORED).exists():
@@ -82,108 +94,115 @@ def run_digits(settings: DigitSettings, say: Callable[[str], None] = print) -> R
     return run
 
 
-def explore_adapters(bench: Bench, images: Tensor, folder: Path) -> None:
+def explore_adapters(context: StudyContext, images: Tensor, folder: Path) -> None:
     """Write what the report's page lets its reader try: the first adapters, at every strength."""
-    model, names = bench.model(), list[str]()
-    at = Strengths(bench.model(), bench.test_inputs, bench.base_logits)
+    model, names = context.model(), list[str]()
+    at = Strengths(context.model(), context.test_inputs, context.base_logits)
 
     def logits(name: str, sites: Sequence[str], strengths: Sequence[float]) -> Tensor:
-        its = updates(factors_of(model, name), lora_of(bench.settings).scaling)
+        its = updates(factors_of(model, name), lora_of(context.settings.adapter).scaling)
         return at.logits(chosen(its, sites), strengths).cpu()
 
-    for seed in range(min(bench.settings.seeds, EXPLORED_SEEDS)):
+    for seed in range(min(context.settings.seeds, EXPLORED_SEEDS)):
         names.append(f"seed {seed}")
         pl.load(model, folder / "adapters" / f"lora-{seed}.safetensors", name=names[-1])
     found = explore(
         model,
-        [(bench.test_inputs, bench.test_labels)],
+        [(context.test_inputs, context.test_labels)],
         list("0123456789"),
-        tuned=bench.tuned,
-        images=images if len(images) == len(bench.test_labels) else None,
+        tuned=context.tuned,
+        images=images if len(images) == len(context.test_labels) else None,
         every_layer=names[:1],
         logits=logits,
     )
     replace_file(folder / EXPLORED, json.dumps(found).encode())
 
 
-def count_base(bench: Bench) -> None:
+def count_base(context: StudyContext) -> None:
     """Record the base itself. Row: "base"."""
-    learned = {"parameters": pl.summary(bench.model()).total, **curve(bench.base.losses)}
-    bench.record("base", "base", None, bench.base_logits, **learned)
+    learned = {"parameters": pl.summary(context.model()).total, **curve(context.base.losses)}
+    context.record("base", "base", None, context.base_logits, **learned)
 
 
-def tune_attached(method: str, spec: pl.kinds.Spec, seed: int, bench: Bench) -> None:
+def tune_attached(method: str, spec: pl.kinds.Spec, seed: int, context: StudyContext) -> None:
     """Fine-tune an adapter, save it, and prove what can be done with it. Rows: ATTACHED."""
-    model, generator = bench.model(), torch.Generator().manual_seed(seed)
-    batches = bench.batches(generator)
+    model, generator = context.model(), torch.Generator().manual_seed(seed)
+    batches = context.batches(generator)
     attached = pl.attach(model, spec, nn.Linear, name=ADAPTER, generator=generator)
     factors = factors_of(model)
     label = f"{method} {seed}"
-    with bench.watched(f"{method}-{seed}") as (hooks, seen):
-        if method == "lora" and bench.settings.remedied:
-            losses = remedied(bench, model, batches, seed, label, hooks)
+    with context.watched(f"{method}-{seed}") as (hooks, seen):
+        if method == "lora" and context.settings.remedied:
+            losses = remedied(context, model, batches, seed, label, hooks)
         else:
-            losses = bench.fine_tune(model, batches, list(factors.values()), label, hooks)
-    pl.save(model, bench.run.folder / "adapters" / f"{method}-{seed}.safetensors", ADAPTER)
+            losses = context.fine_tune(model, batches, list(factors.values()), label, hooks)
+    pl.save(model, context.run.folder / "adapters" / f"{method}-{seed}.safetensors", ADAPTER)
 
-    on, off = bench.evaluate(model), evaluate_off(bench, model)
-    bench.record("off", method, seed, off, **bench.beside_base(model, off))
+    on, off = context.evaluate(model), evaluate_off(context, model)
+    context.record("off", method, seed, off, **context.beside_base(model, off))
     learned = {"trainable": attached.trainable, "ranks": attached_ranks(model, ADAPTER)}
-    counted = answers(bench, on, seed) if method == "lora" else on
-    bench.record("on", method, seed, counted, **learned, **curve(losses), **seen)
-    merge_and_unmerge(bench, model, method, seed, on)
+    counted = answers(context, on, seed) if method == "lora" else on
+    context.record("on", method, seed, counted, **learned, **curve(losses), **seen)
+    merge_and_unmerge(context, model, method, seed, on)
 
 
 def remedied(
-    bench: Bench, model: nn.Module, plain: Batches, seed: int, label: str, hooks: list[Hook]
+    context: StudyContext,
+    model: nn.Module,
+    plain: Batches,
+    seed: int,
+    label: str,
+    hooks: list[Hook],
 ) -> Tensor:
     """Fine-tune with the settings' remedies, set the strength; return the loss of each step."""
-    made = recipe(bench, model, factors_of(model), plain, seed)
-    losses = bench.train(
+    made = recipe(context, model, factors_of(model), plain, seed)
+    losses = context.train(
         model, made.batches, made.objective, made.optimizer, label, [*made.hooks, *hooks]
     )
     made.finish()
-    pl.scale(model, bench.settings.strength, ADAPTER)
+    pl.scale(model, context.settings.remedies.strength, ADAPTER)
     return losses
 
 
-def merge_and_unmerge(bench: Bench, model: nn.Module, method: str, seed: int, on: Tensor) -> None:
+def merge_and_unmerge(
+    context: StudyContext, model: nn.Module, method: str, seed: int, on: Tensor
+) -> None:
     """Record how far merged is from on, and whether unmerging brings back every bit.
 
     Rows: "merged"; "unmerged", switched off again.
     """
     pl.merge(model, ADAPTER)
-    merged = bench.evaluate(model)
+    merged = context.evaluate(model)
     distance = float((merged - on).abs().max() / on.abs().max())
-    bench.record("merged", method, seed, merged, distance_from_on=distance)
+    context.record("merged", method, seed, merged, distance_from_on=distance)
 
     pl.unmerge(model)
-    same_on = torch.equal(bench.evaluate(model), on)
-    off = evaluate_off(bench, model)
-    proofs = {**bench.beside_base(model, off), "same_on_logits": same_on}
-    bench.record("unmerged", method, seed, off, **proofs)
+    same_on = torch.equal(context.evaluate(model), on)
+    off = evaluate_off(context, model)
+    proofs = {**context.beside_base(model, off), "same_on_logits": same_on}
+    context.record("unmerged", method, seed, off, **proofs)
 
 
-def tune_wrapped(spec: pl.LoRA, seed: int, bench: Bench) -> None:
+def tune_wrapped(spec: pl.LoRA, seed: int, context: StudyContext) -> None:
     """Fine-tune the base with its layers wrapped, biases trained too. Row: "wrapped"."""
-    model, generator = bench.model(), torch.Generator().manual_seed(seed)
-    batches = bench.batches(generator)
+    model, generator = context.model(), torch.Generator().manual_seed(seed)
+    batches = context.batches(generator)
     wrap(model, spec, generator)
     trained = [p for p in model.parameters() if p.requires_grad]
-    losses = bench.fine_tune(model, batches, trained, f"wrapped {seed}")
+    losses = context.fine_tune(model, batches, trained, f"wrapped {seed}")
     learned = {"trainable": sum(p.numel() for p in trained), "ranks": wrapped_ranks(model)}
-    bench.record("wrapped", "wrapped", seed, bench.evaluate(model), **learned, **curve(losses))
+    context.record("wrapped", "wrapped", seed, context.evaluate(model), **learned, **curve(losses))
 
 
-def evaluate_off(bench: Bench, model: nn.Module) -> Tensor:
+def evaluate_off(context: StudyContext, model: nn.Module) -> Tensor:
     """Return the test images' logits with the adapter switched off."""
     with pl.disabled(model, ADAPTER):
-        return bench.evaluate(model)
+        return context.evaluate(model)
 
 
-def show_parameters(bench: Bench, spec: pl.kinds.Spec, say: Callable[[str], None]) -> None:
+def show_parameters(context: StudyContext, spec: pl.kinds.Spec, say: Callable[[str], None]) -> None:
     """Say what attaching does to the number of parameters that are trained."""
-    model = bench.model()
+    model = context.model()
     before = pl.summary(model).trainable
     # A generator of its own, as for the fine-tunings: torch's global stream is left as it was.
     attached = pl.attach(model, spec, nn.Linear, name=ADAPTER, generator=torch.Generator())

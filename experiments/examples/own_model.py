@@ -27,9 +27,10 @@ from ..analysis.insight import (
     off_and_on,
     strength_curve,
 )
+from ..harness.batches import Batches, seeded_order
 from ..harness.loggers import Curve, logging
 from ..harness.rundir import replace_file
-from ..harness.train import Batches, cross_entropy, every, seeded_order, train
+from ..harness.train import cross_entropy, every, train
 from ..report.figures import (
     contact_sheet,
     geometry_table,

@@ -1,10 +1,9 @@
 """Grids of settings, as they are typed after --vary."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .settings import Settings, StudyError
+from .settings import Settings, StudyError, options
 
 Grid = Mapping[str, Sequence[Any]]
 
@@ -15,6 +14,7 @@ def parse_grid(given: Sequence[str], kind: type[Settings]) -> dict[str, list[Any
     Values are of the setting's type. Commas separate them; where a value has commas itself,
     semicolons do.
 
+    >>> import dataclasses
     >>> from experiments.harness.settings import option
     >>> @dataclasses.dataclass(frozen=True)
     ... class Example(Settings):
@@ -24,7 +24,7 @@ def parse_grid(given: Sequence[str], kind: type[Settings]) -> dict[str, list[Any
     >>> parse_grid(["rank=1,2", "hidden=24,16;8", "selection=yes"], Example)
     {'rank': [1, 2], 'hidden': [(24, 16), (8,)], 'selection': [True]}
     """
-    defaults = {entry.name: entry.default for entry in dataclasses.fields(kind)}
+    defaults = {name: entry.default for name, entry in options(kind).items()}
     grid = {}
     for word in given:
         name, sign, text = word.partition("=")
@@ -39,6 +39,21 @@ def parse_grid(given: Sequence[str], kind: type[Settings]) -> dict[str, list[Any
         except ValueError as error:
             raise StudyError(f"--vary {word}: {error}") from None
     return grid
+
+
+def check_grid(grid: Grid, settings: Settings) -> None:
+    """Check that a grid varies settings of a study, and none such as a folder.
+
+    Raises:
+        StudyError: a name is not among them.
+    """
+    entries = options(type(settings))
+    known = [name for name, entry in entries.items() if entry.metadata["affects_results"]]
+    for name in grid:
+        if name not in known:
+            raise StudyError(
+                f"--vary {name} is not a setting; there are {', '.join(sorted(known))}"
+            )
 
 
 def _typed(default: Any, text: str) -> Any:

@@ -108,7 +108,7 @@ class EarlyStopping:
     def __init__(
         self,
         figure: Callable[[nn.Module], float],
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[Tensor],
         patience: int,
     ) -> None:
         self.figure, self.parameters, self.patience = figure, list(parameters), patience

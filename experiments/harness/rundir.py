@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .settings import StudyError
+from .settings import StudyError, flattened
 
 Row = dict[str, Any]
 KEY = ("stage", "method", "base_seed", "seed")
@@ -25,6 +25,8 @@ class RunDirectory:
     """The files of one run. Rows are kept in the order in which they were recorded.
 
     Make one with `RunDirectory.start` to write to it, `RunDirectory.read` to report on it.
+    `settings` are those of settings.json by option name. The file has them in groups; in runs of
+    before the groups it has them flat, which gives the same.
     """
 
     # Of two rows that agree in these, one is the other made anew; a study can have others.
@@ -36,15 +38,15 @@ class RunDirectory:
 
     @classmethod
     def start(
-        cls, folder: Path, settings: Row, environment: Row, deciding: tuple[str, ...]
+        cls, folder: Path, settings: Row, environment: Row, fixed: tuple[str, ...]
     ) -> "RunDirectory":
         """Begin a run in `folder`, or go on with the one that is there.
 
         Args:
             folder: made where it is missing.
-            settings: of this run. One that is gone on with must have the same.
+            settings: of this run, in groups or not. A run that goes on must have the same.
             environment: of this run; that of the run's beginning is kept.
-            deciding: the keys of `environment` that must be the same too.
+            fixed: the keys of `environment` that must be the same too.
 
         Raises:
             StudyError: another run's folder, naming the fields that differ.
@@ -54,9 +56,9 @@ class RunDirectory:
             _write(folder / "settings.json", settings)
             _write(folder / "environment.json", environment)  # last: with it a run has begun
         there = cls.read(folder)
-        _same(folder, there.settings, settings)
-        mine = {key: environment[key] for key in deciding}
-        _same(folder, {key: there.environment.get(key) for key in deciding}, mine)
+        _same(folder, there.settings, flattened(settings))
+        mine = {key: environment[key] for key in fixed}
+        _same(folder, {key: there.environment.get(key) for key in fixed}, mine)
         there._drop_half_a_line()
         return there
 
@@ -72,7 +74,8 @@ class RunDirectory:
             environment = json.loads((folder / "environment.json").read_text())
             path = folder / "results.jsonl"
             lines = path.read_text().split("\n")[:-1] if path.exists() else []
-            return cls(folder, settings, environment, [json.loads(line) for line in lines])
+            rows = [json.loads(line) for line in lines]
+            return cls(folder, flattened(settings), environment, rows)
         except FileNotFoundError as error:
             missing = Path(error.filename).name
             raise StudyError(f"no run in {folder}: {missing} is missing") from None

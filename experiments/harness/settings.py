@@ -1,80 +1,125 @@
-"""Settings that are command-line options too: what the settings of every study are made of.
+"""Settings of a study: small frozen dataclasses, one for each part of it.
 
-A study's settings are a frozen dataclass derived from `Settings`, each field written with
-`option(default, help)`: the help names the unit, and the option's name and type follow from the
-field's. A new setting is one line there.
+A study's settings derive from `Settings`, and each part of them from `SettingsGroup`. An option is
+a field written with `option(default, help)`; the help names the unit. Option names are unique
+within a study, so its name alone finds a setting: on the command line (`options.py`), after
+`--vary` (`grid.py`), in `replace`, in presets and in settings.json.
 """
 
-import argparse
 import dataclasses
+import difflib
 import hashlib
+import itertools
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
 LONGEST = 120  # characters of a folder's name; file systems take 255 bytes
 Kind = TypeVar("Kind", bound="Settings")
-# What `add_subparsers` returns, to which each study adds its commands.
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+GroupKind = TypeVar("GroupKind", bound="SettingsGroup")
 
 
 class StudyError(ValueError):
-    """Something a user asked for cannot be done; the message says what, why, and what can."""
-
-
-def option(default: Any, help: str, *, choices: tuple[str, ...] = (), place: bool = False) -> Any:
-    """Return a dataclass field that is a command-line option too.
-
-    `place` marks a field that only says where things lie or how they are made: no result depends
-    on it.
-    """
-    return field(default=default, metadata={"help": help, "choices": choices, "place": place})
+    """A request that cannot be carried out; the message says what, why, and what to do instead."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What all settings check: each value is of its default's type, and one of its choices.
+class Check:
+    """A condition on the value of an option, and its wording after "must be"."""
 
-    A study derives a frozen dataclass from it, with a `__post_init__` that calls this one and then
-    `require` for what is special to it, and sets `STUDY`, its name, and `PRESETS`: by name, what
-    differs from the defaults. It has the fields `preset` and `out`.
+    allowed: str
+    holds: Callable[[Any], object]
+
+
+ANY = Check("any value", lambda value: True)
+COUNT = Check("a whole number of at least 1", lambda value: value >= 1)
+NATURAL = Check("a whole number of at least 0", lambda value: value >= 0)
+NOT_NEGATIVE = Check("a number of at least 0", lambda value: value >= 0)
+POSITIVE = Check("a finite number above 0", lambda value: 0 < value < math.inf)
+FINITE = Check("a finite number", math.isfinite)
+SHARE = Check("a number from 0 to 1", lambda value: 0 <= value <= 1)
+DEVICE = Check("auto or a device that torch knows", lambda value: is_device(value))
+
+
+def option(
+    default: Any,
+    help: str,
+    check: Check = ANY,
+    *,
+    choices: tuple[str, ...] = (),
+    affects_results: bool = True,
+) -> Any:
+    """Return a dataclass field that is a command-line option too.
+
+    Args:
+        default: the value when the option is not given; it sets the option's type.
+        help: the meaning of the option, with the unit.
+        check: what a value must fulfil.
+        choices: the values that are allowed, if they are few.
+        affects_results: False for an option such as a folder, on which no result depends.
+    """
+    check = Check(" or ".join(choices), choices.__contains__) if choices else check
+    about = {"help": help, "check": check, "choices": choices, "affects_results": affects_results}
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class SettingsGroup:
+    """Settings that belong together. The first line of a group's docstring is its title in --help.
+
+    Each value must have the type of its default and pass the check of its option.
 
     Raises:
-        StudyError: a value that is not allowed, naming the option, the value and what is allowed.
+        StudyError: a value is not allowed; the message has option, value and what is allowed.
+    """
+
+    def __post_init__(self) -> None:
+        for name, entry in own_options(type(self)).items():
+            value, check, kind = getattr(self, name), entry.metadata["check"], type(entry.default)
+            right = type(value) in ((int, float) if kind is float else (kind,))
+            self.require(name, right, f"of type {kind.__name__}")
+            self.require(name, check.holds(value), check.allowed)
+
+    def require(self, name: str, holds: object, allowed: str) -> None:
+        """Raise a StudyError about the option `name` unless `holds`."""
+        if not holds:
+            flag = "--" + name.replace("_", "-")
+            raise StudyError(f"{flag} must be {allowed}, got {listed(values(self)[name])!r}")
+
+
+@dataclass(frozen=True)
+class Settings(SettingsGroup):
+    """All settings of a study: options, and groups of options.
+
+    A study derives a frozen dataclass from it, checks in `__post_init__` what concerns several
+    groups, and sets `STUDY`, its name, and `PRESETS`: what each preset changes, by option name.
+    It has the options `preset` and `out`.
     """
 
     STUDY: ClassVar[str] = ""
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
 
-    def __post_init__(self) -> None:
-        for entry in dataclasses.fields(self):
-            value, choices = getattr(self, entry.name), entry.metadata["choices"]
-            kind = type(entry.default)
-            right = type(value) in ((int, float) if kind is float else (kind,))
-            self.require(entry.name, right, f"of type {kind.__name__}")
-            self.require(entry.name, not choices or value in choices, " or ".join(choices))
-
-    def require(self, name: str, holds: object, allowed: str) -> None:
-        """Raise a StudyError on the field `name` unless `holds`; `allowed` says what may be."""
-        if not holds:
-            flag = "--" + name.replace("_", "-")
-            raise StudyError(f"{flag} must be {allowed}, got {listed(getattr(self, name))!r}")
+    @classmethod
+    def of_preset(cls: type[Kind], name: str, **changes: Any) -> Kind:
+        """Return the settings of a preset, with `changes` by option name."""
+        return replace(cls(), **{"preset": name, **cls.PRESETS.get(name, {}), **changes})
 
     @property
     def folder(self) -> str:
-        """The run's folder: `out`, or one named after the preset and whatever differs from it.
+        """The run's folder: `out`, or a name made of the preset and the settings that differ.
 
-        A name that file systems would not take is cut, and ends with a digest of the whole.
+        A name that is too long for a file system is cut, and ends with a digest of the whole.
         """
-        given: dict[str, Any] = vars(self)
+        given = values(self)
         if given["out"]:
             return given["out"]
         parts = [f"{self.STUDY}-{given['preset']}"]
-        usual = deciding(self.of_preset(given["preset"]))
-        for name, value in deciding(self).items():
+        usual = flattened(result_settings(self.of_preset(given["preset"])))
+        for name, value in flattened(result_settings(self)).items():
             if value != usual[name]:
                 parts.append(re.sub(r"[^\w.,-]+", "_", f"{name}={listed(value)}"))
         name = "-".join(parts)
@@ -83,47 +128,82 @@ class Settings:
             name = f"{name[: LONGEST - 13]}-{digest}"
         return f"runs/{name}"
 
-    @classmethod
-    def of_preset(cls: type[Kind], name: str, **changes: Any) -> Kind:
-        """Return the settings of a preset, with `changes` to its fields."""
-        return cls(**{"preset": name, **cls.PRESETS.get(name, {}), **changes})
+
+def own_options(kind: type[SettingsGroup]) -> dict[str, dataclasses.Field]:
+    """Return the options of a settings class by name, without those of its groups."""
+    fields = dataclasses.fields(kind)
+    return {entry.name: entry for entry in fields if "help" in entry.metadata}
 
 
-def deciding(settings: Settings) -> dict[str, Any]:
-    """Return the settings that a result can depend on, in the types that JSON has."""
-    return {
-        entry.name: _plain(getattr(settings, entry.name))
-        for entry in dataclasses.fields(settings)
-        if not entry.metadata["place"]
-    }
+def groups(kind: type[SettingsGroup]) -> dict[str, type[SettingsGroup]]:
+    """Return the groups of a settings class by the name of their field."""
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(kind)}
+    return {name: type(d) for name, d in defaults.items() if isinstance(d, SettingsGroup)}
 
 
-def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
-    """Give `parser` an option for each field of the settings class `kind`.
+def options(kind: type[SettingsGroup]) -> dict[str, dataclasses.Field]:
+    """Return the options of a settings class by name, those of its groups included."""
+    inner = [options(group) for group in groups(kind).values()]
+    return dict(itertools.chain(own_options(kind).items(), *(found.items() for found in inner)))
 
-    Options that are not given are absent from what it parses, so that a preset can fill them in.
+
+def values(settings: SettingsGroup) -> dict[str, Any]:
+    """Return the value of each option by name, those of groups included."""
+    found: dict[str, Any] = {}
+    for entry in dataclasses.fields(settings):
+        value = getattr(settings, entry.name)
+        found |= values(value) if isinstance(value, SettingsGroup) else {entry.name: value}
+    return found
+
+
+def replace(settings: Kind, **changes: Any) -> Kind:
+    """Return settings with other values, each given by option name, whatever its group.
+
+    Raises:
+        StudyError: a name is unknown, or a value is not allowed.
     """
-    for entry in dataclasses.fields(kind):
-        flag, default = "--" + entry.name.replace("_", "-"), entry.default
-        choices = entry.metadata["choices"]
-        shown = f" [{listed(default)}]" if default != "" else ""
-        common: dict[str, Any] = {
-            "dest": entry.name,
-            "default": argparse.SUPPRESS,
-            "help": (entry.metadata["help"] + shown).replace("%", "%%"),
-        }
-        if isinstance(default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-        else:
-            reader: Any = type(default)
-            word = {int: "N", float: "X"}.get(reader, entry.name.upper())
-            word = f"{{{','.join(choices)}}}" if choices else word
-            whole = isinstance(default, tuple)
-            if whole or "," in str(default):
-                common |= {"action": _Listed, "nargs": "+", "whole": whole}
-            else:
-                common["type"] = reader
-            parser.add_argument(flag, metavar=word, **common)
+    known = options(type(settings))
+    for name in changes:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            raise StudyError(f"there is no setting {name!r}; {hint}")
+    return _replaced(settings, changes)
+
+
+def _replaced(settings: GroupKind, changes: Mapping[str, Any]) -> GroupKind:
+    new: dict[str, Any] = {}
+    for entry in dataclasses.fields(settings):
+        value = getattr(settings, entry.name)
+        if isinstance(value, SettingsGroup):
+            new[entry.name] = _replaced(value, changes)
+        elif entry.name in changes:
+            new[entry.name] = changes[entry.name]
+    return dataclasses.replace(settings, **new)
+
+
+def result_settings(settings: SettingsGroup) -> dict[str, Any]:
+    """Return the settings that determine results, nested as the groups are, in JSON's types."""
+    found: dict[str, Any] = {}
+    for entry in dataclasses.fields(settings):
+        value = getattr(settings, entry.name)
+        if isinstance(value, SettingsGroup):
+            found[entry.name] = result_settings(value)
+        elif entry.metadata["affects_results"]:
+            found[entry.name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def flattened(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings by option name.
+
+    >>> flattened({"seed": 0, "adapter": {"rank": 2, "alpha": 1.0}})
+    {'seed': 0, 'rank': 2, 'alpha': 1.0}
+    """
+    found: dict[str, Any] = {}
+    for name, value in nested.items():
+        found |= flattened(value) if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def listed(value: Any) -> str:
@@ -132,38 +212,8 @@ def listed(value: Any) -> str:
 
 
 def is_device(name: str) -> bool:
-    """Whether a setting is "auto" or names a kind of device that torch knows."""
+    """Return whether a setting is "auto" or names a kind of device that torch knows."""
     try:
         return name == "auto" or torch.device(name) is not None
     except RuntimeError:
         return False
-
-
-class _Listed(argparse.Action):
-    """Takes a list with commas, with spaces or with both; as whole numbers where `whole`."""
-
-    def __init__(self, *args: Any, whole: bool, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self.whole = whole
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        parts = [part for part in ",".join(values).split(",") if part]
-        try:
-            given = tuple(map(int, parts)) if self.whole else ",".join(parts)
-        except ValueError as error:
-            raise argparse.ArgumentError(self, str(error)) from None
-        setattr(namespace, self.dest, given)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def presets_of(presets: Mapping[str, Mapping[str, Any]], usual: str) -> str:
-    """Return what each preset of a study sets otherwise than its usual one."""
-    lines = [f"presets other than {usual}:"]
-    for name, values in presets.items():
-        if values:
-            pairs = ", ".join(f"{key} {listed(value)}" for key, value in values.items())
-            lines.append(f"  {name}: {pairs}")
-    return "\n".join(lines)

@@ -8,11 +8,11 @@ from tqdm import tqdm
 
 from .rundir import RunDirectory
 
-Bench = TypeVar("Bench")
+Context = TypeVar("Context")
 
 
 @dataclass(frozen=True)
-class Stage(Generic[Bench]):
+class Stage(Generic[Context]):
     """A part of a study that is made as a whole.
 
     Args:
@@ -23,7 +23,7 @@ class Stage(Generic[Bench]):
 
     key: Mapping[str, Any]
     rows: tuple[str, ...]
-    make: Callable[[Bench], None]
+    make: Callable[[Context], None]
 
     def done(self, run: RunDirectory) -> bool:
         """Whether all of its rows are there."""
@@ -32,8 +32,8 @@ class Stage(Generic[Bench]):
 
 def run_stages(
     run: RunDirectory,
-    stages: Iterable[Stage[Bench]],
-    prepare: Callable[[], Bench],
+    stages: Iterable[Stage[Context]],
+    prepare: Callable[[], Context],
     say: Callable[[str], None],
 ) -> None:
     """Make the stages whose rows are not all there, in order.
@@ -48,6 +48,6 @@ def run_stages(
     if run.rows:
         say(f"resumed  {len(run.rows)} rows are there, {len(left)} stages are left")
     if left:
-        bench = prepare()
+        context = prepare()
         for stage in tqdm(left, desc="stages", unit="stage", leave=False, disable=None):
-            stage.make(bench)
+            stage.make(context)

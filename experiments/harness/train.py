@@ -1,28 +1,20 @@
-"""The training loop of every study, and the order in which it sees its examples."""
+"""The training loop of every study, with its hooks and schedules."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
-from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 Objective = Callable[..., Tensor]
 # Called with the number of steps made, the model and the step's loss; True ends the training.
 Hook = Callable[[int, nn.Module, Tensor], "bool | None"]
-
-
-class Optimizer(Protocol):
-    """What training asks of an optimizer; those of `torch.optim` have it."""
-
-    def step(self) -> object: ...
-
-    def zero_grad(self) -> object: ...
 
 
 def train(
@@ -44,7 +36,7 @@ def train(
         batches: tuples of tensors on the model's device, one example a row.
         objective: `(model, *batch) -> loss`, such as `cross_entropy`; whatever is to be added to
             the loss is said here.
-        optimizer: holds the parameters that are trained; one of `torch.optim`, or alike.
+        optimizer: holds the parameters that are trained.
         label: what the progress bar is called.
         hooks: called after every step, in order, with the number of steps made, the model and
             the step's loss, a number still on the device. Training ends after the step at which
@@ -54,8 +46,7 @@ def train(
         clip: the most that the norm of all gradients together may be before a step; longer ones
             are scaled down (Pascanu et al. 2013, arXiv 1211.5063).
         autocast: the dtype that the objective is computed in where torch.autocast thinks it safe;
-            with float16 the loss is scaled (Micikevicius et al. 2018, arXiv 1710.03740), which
-            takes an optimizer of `torch.optim`.
+            with float16 the loss is scaled (Micikevicius et al. 2018, arXiv 1710.03740).
     """
     device = next(model.parameters()).device.type
     scaler = torch.amp.GradScaler(device) if autocast == torch.float16 else None
@@ -112,12 +103,12 @@ def _update(
     """Clip the gradients where asked for, make the step, and forget the gradients."""
     if clip is not None:
         if scaler is not None:
-            scaler.unscale_(cast(torch.optim.Optimizer, optimizer))
+            scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), clip)
     if scaler is None:
         optimizer.step()
     else:
-        scaler.step(cast(torch.optim.Optimizer, optimizer))
+        scaler.step(optimizer)
         scaler.update()
     optimizer.zero_grad()
 
@@ -131,12 +122,12 @@ def learning_rate(optimizer: Optimizer, of: Callable[[int], float]) -> Hook:
     """Set the optimizer's learning rate to `of(1)` now; return a hook that keeps it to a schedule.
 
     Args:
-        optimizer: `SmallAdam`, or one of `torch.optim`, all of whose groups get the same rate.
+        optimizer: all of its groups get the same rate.
         of: the number of a step, from 1 on, to the rate that this step is made with.
     """
 
     def assign(rate: float) -> None:
-        for group in getattr(optimizer, "param_groups", None) or [vars(optimizer)]:
+        for group in optimizer.param_groups:
             group["lr"] = rate
 
     def hook(step: int, model: nn.Module, loss: Tensor) -> None:
@@ -181,51 +172,3 @@ def cpu_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class Batches:
-    """Examples in a given order, a batch at a time, from tensors that stay on their device.
-
-    Args:
-        tensors: the data set, each with one example a row.
-        order: int64, the rows to draw one after the other; the last batch may be smaller.
-        size: examples in a batch.
-    """
-
-    # Rows are gathered for so many steps at once: a gather a step would cost a tenth of the step.
-    GATHERED = 50
-
-    def __init__(self, tensors: tuple[Tensor, ...], order: Tensor, size: int) -> None:
-        self.tensors, self.size = tensors, size
-        self.order = order.to(tensors[0].device)
-
-    def __len__(self) -> int:
-        return -(-len(self.order) // self.size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for rows in self.order.split(self.size * self.GATHERED):
-            yield from zip(*(tensor[rows].split(self.size) for tensor in self.tensors), strict=True)
-
-
-def loader_order(rows: int, count: int) -> Tensor:
-    """Return `count` of `rows` indices in the order a shuffling DataLoader would draw them.
-
-    Drawn from torch's global generator as `DataLoader(shuffle=True)` draws: for each epoch one
-    number for its workers and one for its sampler, which seeds the permutation.
-    """
-
-    def epoch() -> Tensor:
-        torch.empty((), dtype=torch.int64).random_()
-        seed = int(torch.empty((), dtype=torch.int64).random_())
-        return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
-
-    return _epochs(epoch, rows, count)
-
-
-def seeded_order(rows: int, count: int, generator: torch.Generator) -> Tensor:
-    """Return `count` of `rows` indices, every epoch a permutation from `generator`."""
-    return _epochs(lambda: torch.randperm(rows, generator=generator), rows, count)
-
-
-def _epochs(epoch: Callable[[], Tensor], rows: int, count: int) -> Tensor:
-    return torch.cat([epoch() for _ in range(-(-count // rows))])[:count]

@@ -1,82 +1,146 @@
-"""The commands of sweeps over the digit study: `sweep`, `ranks` and `remedies`."""
+"""The command of sweeps over the digit study: `sweep`, and the figures of `report` for sweeps."""
 
 import argparse
 from pathlib import Path
 
-from ..digits.settings import DigitSettings, preset
+from ..digits.settings import PRESETS, DigitSettings, preset
 from ..harness.grid import parse_grid
+from ..harness.options import Commands, add_command, add_options
 from ..harness.rundir import RunDirectory
-from ..harness.settings import Commands, StudyError, add_options, deciding
+from ..harness.settings import StudyError, result_settings
+
+REMEDIES = "remedies"  # `--preset remedies-relu`: the remedies on preset relu
+EPILOG = f"""presets {", ".join(f"{REMEDIES}-{name}" for name in PRESETS)}:
+  The remedies against forgetting in place of a grid, on one of the study's presets. The settings of
+  each remedy are chosen on validation images and then measured on the test images."""
 
 
 def add_commands(commands: Commands) -> None:
-    """Add the commands to those of `python -m experiments`."""
-    sweep = commands.add_parser(
+    """Add the command to those of `python -m experiments`."""
+    sweep = add_command(
+        commands,
         "sweep",
         help="the digit study over a grid of settings, seeds and bases, in parallel",
         description="Every combination of the values of --vary, on --base-seeds bases, with as "
         "many adapter seeds as --seeds says. A sweep that was stopped goes on from its rows.",
+        epilog=EPILOG,
+        examples=(
+            "--vary rank=1,2,4 --vary strength=0,0.5,1",
+            '--vary "digits=2,3;9" --vary init=gaussian,kaiming --out runs/digits-and-inits',
+            "--preset remedies-relu --seeds 10 --base-seeds 5 --jobs 2",
+        ),
     )
-    add_options(sweep, DigitSettings)
-    sweep.add_argument(
+    grid = sweep.add_argument_group("Sweep")
+    grid.add_argument(
         "--vary", action="append", default=[], metavar="SETTING=V,V", help="such as rank=1,2,4"
     )
-    _add_pool(sweep)
-    sweep.set_defaults(command=run_grid)
-    ranks = commands.add_parser(
-        "ranks", help="draw accuracy against rank, from sweeps that varied the rank"
+    grid.add_argument(
+        "--base-seeds", type=int, default=1, metavar="N", help="bases, from --seed on [1]"
     )
-    ranks.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="a sweep's folder")
-    ranks.add_argument(
-        "--out", type=Path, default=Path("ranks.png"), metavar="PNG", help="[ranks.png]"
-    )
-    ranks.set_defaults(command=draw_ranks)
-    remedies = commands.add_parser(
-        "remedies",
-        help="choose each remedy's settings on validation images, measure them on the test images",
-    )
-    add_options(remedies, DigitSettings)
+    grid.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time [1]")
+    _add_remedy_options(sweep)
+    add_options(sweep, DigitSettings)
+    sweep.set_defaults(command=run)
+
+
+def _add_remedy_options(sweep: argparse.ArgumentParser) -> None:
+    remedies = sweep.add_argument_group(f"Choice of remedies, with --preset {REMEDIES}-...")
     remedies.add_argument(
         "--floor",
         type=float,
         nargs=2,
-        default=(0.0, 0.0),
+        default=argparse.SUPPRESS,
         metavar=("TUNED", "OTHER"),
         help="what tuned and other digits must gain for a candidate to be chosen, points [0 0]",
     )
     remedies.add_argument(
-        "--selection-bases", type=int, default=0, metavar="N", help="0: as many as --base-seeds [0]"
+        "--selection-bases",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="bases of the selection; 0: as many as --base-seeds [0]",
     )
-    _add_pool(remedies)
-    remedies.set_defaults(command=run_selection)
 
 
-def _add_pool(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--base-seeds", type=int, default=1, metavar="N", help="bases, from --seed on [1]"
-    )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time [1]")
+def run(vary: list[str], base_seeds: int, jobs: int, **given: object) -> int:
+    """Run a sweep, or with a preset of remedies their selection, and show its table."""
+    name = str(given.pop("preset", "blog"))
+    of_remedies = {key: given.pop(key) for key in ("floor", "selection_bases") if key in given}
+    if name == REMEDIES or name.startswith(f"{REMEDIES}-"):
+        if vary:
+            raise StudyError(f"--vary cannot be used with --preset {name}, which has its own grid")
+        settings = preset(name.removeprefix(REMEDIES).removeprefix("-") or "blog", **given)
+        return run_selection(settings, base_seeds=base_seeds, jobs=jobs, **of_remedies)
+    for key in of_remedies:
+        flag = "--" + key.replace("_", "-")
+        raise StudyError(f"{flag} is used with a preset of remedies, such as {REMEDIES}-relu")
+    return run_grid(preset(name, **given), vary, base_seeds, jobs)
 
 
-def run_grid(vary: list[str], base_seeds: int, jobs: int, **given: object) -> int:
-    """Run a sweep, write its report, and show its table."""
+def run_grid(settings: DigitSettings, vary: list[str], base_seeds: int, jobs: int) -> int:
+    """Run a sweep over a grid, write its report, and show its table."""
     # Imported here, as torch and paramlora take their time and --help needs neither.
-    from .sweep import cells, run_sweep
+    from .cells import cells
+    from .sweep import run_sweep
 
-    settings = preset(str(given.pop("preset", "blog")), **given)
     grid = parse_grid(vary, DigitSettings)
-    folder = Path(settings.out or "-".join(["runs/sweep", settings.preset, *sorted(grid)]))
-    asked = deciding(settings) | {"vary": sorted(vary), "base_seeds": base_seeds}
+    default = "-".join(["runs/sweep", settings.preset, *sorted(grid)])
+    folder = Path(settings.place.out or default)
+    asked = result_settings(settings) | {"vary": sorted(vary), "base_seeds": base_seeds}
     run_sweep(list(cells(settings, grid, base_seeds)), folder, asked, jobs)
-    return report(folder)
+    return report([folder])
 
 
-def report(folder: Path) -> int:
-    """Write a sweep's report and figures, and show its table.
+def run_selection(settings: DigitSettings, **options: object) -> int:
+    """Choose and measure the remedies, and show the table."""
+    from .select import run_remedies
+
+    folder = Path(settings.place.out or f"runs/{REMEDIES}-{settings.preset}")
+    run_remedies(settings, folder, **options)  # type: ignore[arg-type]
+    print((folder / "remedies.md").read_text())
+    return 0
+
+
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `report` can draw of several sweeps."""
+    figures = parser.add_argument_group("Sweeps")
+    figures.add_argument(
+        "--figure",
+        choices=["ranks"],
+        default=argparse.SUPPRESS,
+        help="draw only this figure, of all DIRs side by side; ranks: accuracy against rank",
+    )
+    figures.add_argument(
+        "--out",
+        type=Path,
+        default=argparse.SUPPRESS,
+        metavar="PNG",
+        help="where the figure goes [FIGURE.png]",
+    )
+
+
+def report(folders: list[Path], figure: str = "", out: Path | None = None) -> int:
+    """Write the report of each sweep and show its table, or draw one figure of all.
 
     Raises:
-        StudyError: no sweep is there, or none that has a row yet.
+        StudyError: no sweep is in a folder, or none that has a row yet.
     """
+    if figure:
+        from .ranks import write_rank_figure
+
+        path = out or Path(f"{figure}.png")
+        write_rank_figure(folders, path)
+        print(f"figure   {path}")
+    elif out:
+        raise StudyError("--out is used with --figure")
+    else:
+        for folder in folders:
+            report_one(folder)
+    return 0
+
+
+def report_one(folder: Path) -> None:
+    """Write a sweep's report and figures, and show its table."""
     from .report import table, write_sweep_report
 
     run = RunDirectory.read(folder)
@@ -85,33 +149,3 @@ def report(folder: Path) -> int:
     write_sweep_report(run)
     print(table(run).text())
     print(f"report   {folder / 'sweep.md'}")
-    return 0
-
-
-def draw_ranks(folders: list[Path], out: Path) -> int:
-    """Draw sweeps over ranks side by side."""
-    from .ranks import write_rank_figure
-
-    write_rank_figure(folders, out)
-    print(f"figure   {out}")
-    return 0
-
-
-def run_selection(
-    floor: tuple[float, float], selection_bases: int, base_seeds: int, jobs: int, **given: object
-) -> int:
-    """Choose and measure the remedies, and show the table."""
-    from .select import run_remedies
-
-    settings = preset(str(given.pop("preset", "blog")), **given)
-    folder = Path(settings.out or f"runs/remedies-{settings.preset}")
-    run_remedies(
-        settings,
-        folder,
-        base_seeds=base_seeds,
-        selection_bases=selection_bases,
-        floor=floor,
-        jobs=jobs,
-    )
-    print((folder / "remedies.md").read_text())
-    return 0

@@ -5,7 +5,6 @@ right answers on those. The choice is then fixed and measured on bases pre-train
 images, by the test images, which nothing was chosen by.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
@@ -13,11 +12,12 @@ from typing import Any
 
 from ..digits.settings import DigitSettings
 from ..harness.rundir import Row, RunDirectory, replace_file
-from ..harness.settings import deciding, listed
+from ..harness.settings import listed, replace, result_settings
 from ..report.figures import OFF, ON, Figure, plt, png
 from ..report.table import Band, Table
+from .cells import Cell
 from .families import Family, families
-from .sweep import Cell, run_sweep
+from .sweep import run_sweep
 
 SIDES = (("all", "#000000", 0.0), ("tuned", ON, 0.2), ("other", OFF, -0.2))
 VALIDATION = 500  # images a digit that settings are chosen by
@@ -31,7 +31,7 @@ def candidates(
         for number, changes in enumerate(family.candidates):
             for base in bases:
                 tried = {"validation": VALIDATION, "selection": True, "seed": base, "seeds": seeds}
-                its = dataclasses.replace(settings, **{**changes, **tried})
+                its = replace(settings, **{**changes, **tried})
                 yield Cell(f"{family.name} #{number}", its, family.strengths)
 
 
@@ -74,7 +74,7 @@ def measured(
         # Early stopping does without the images that it looks at; all else has every image.
         changes |= {"validation": VALIDATION} if changes.get("patience") else {}
         for base in bases:
-            its = dataclasses.replace(settings, **{**changes, "seed": base})
+            its = replace(settings, **{**changes, "seed": base})
             yield Cell(family.name, its, (strength,))
 
 
@@ -105,7 +105,7 @@ def run_remedies(
     """
     chosen = families() if chosen is None else chosen
     bases = range(settings.seed, settings.seed + base_seeds)
-    asked = deciding(settings) | {
+    asked = result_settings(settings) | {
         "base_seeds": base_seeds,
         "floor": list(floor),
         "selection_seeds": selection_seeds,

@@ -7,10 +7,7 @@ through joblib: `--jobs N` processes here, or whatever back end is chosen by
 `joblib.parallel_config`, such as a Dask or a Ray cluster.
 """
 
-import dataclasses
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,96 +17,28 @@ from torch import nn
 import paramlora as pl
 
 from ..analysis.evaluate import score, scores
-from ..digits.bench import (
-    ADAPTER,
-    Bench,
-    bench_of,
-    shared_bench,
+from ..digits.context import StudyContext
+from ..digits.data import describe
+from ..digits.methods import ADAPTER, factors_of, lora_of
+from ..digits.remedies.recipe import Recipe, answers, recipe
+from ..digits.settings import DigitSettings
+from ..digits.shared import (
+    context_of,
+    shared_context,
     shared_data,
     shared_settings,
     shared_strengths,
 )
-from ..digits.data import describe
-from ..digits.recipe import Recipe, answers, factors_of, lora_of, recipe
-from ..digits.settings import DigitSettings
 from ..digits.strengths import Strengths, updates
+from ..harness.batches import Batches
 from ..harness.environment import DECIDING, resolve_device
-from ..harness.grid import Grid
 from ..harness.rundir import Row, RunDirectory
-from ..harness.settings import StudyError, listed
-from ..harness.train import Batches
+from .cells import Cell, is_stacked, jobs_of
 from .together import StackedBatches, Together, objective_together
 
 STUDY = "sweeps"  # what environment.json calls it
 KEY = ("stage", "cell", "base_seed", "seed", "strength")
-# Those in which adapters may differ that train together.
-STACKED = ("rank", "alpha", "scale_rule", "init")
-# Images of a step of all adapters that train together: with more, a step is arithmetic, which
-# gains nothing, and its memory grows.
-TOGETHER = 1000
-Training = tuple[Bench, int]  # of which adapter seed
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Settings, `seeds` of which train, evaluated at each of the strengths.
-
-    `name` says in which of its settings it differs from the others, and `varied` has these, as far
-    as they are of a grid.
-    """
-
-    name: str
-    settings: DigitSettings
-    strengths: tuple[float, ...]
-    together: bool = True
-    varied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def cells(
-    settings: DigitSettings, grid: Grid, base_seeds: int = 1, together: bool = True
-) -> Iterator[Cell]:
-    """Yield the cells of a sweep, in order.
-
-    Args:
-        settings: what the grid changes.
-        grid: values by the name of a setting; every combination is a cell. Strengths are none: a
-            cell has all of them.
-        base_seeds: bases to take, counted from the settings' seed.
-        together: whether the seeds of a cell may train at once.
-
-    Raises:
-        StudyError: a name that is no setting, or a value that is not allowed.
-    """
-    known = {entry.name for entry in dataclasses.fields(settings) if not entry.metadata["place"]}
-    if unknown := [name for name in grid if name not in known]:
-        raise StudyError(f"--vary {unknown[0]} is no setting; there are {', '.join(sorted(known))}")
-    grid = dict(grid)
-    strengths = tuple(float(λ) for λ in grid.pop("strength", [settings.strength]))
-    for values in itertools.product(*grid.values()):
-        changes = dict(zip(grid, values, strict=True))
-        name = " ".join(f"{key}={listed(value)}" for key, value in changes.items()) or "plain"
-        for number in range(base_seeds):
-            seed = changes.get("seed", settings.seed) + number
-            cell = dataclasses.replace(settings, **{**changes, "seed": seed})
-            yield Cell(name, cell, strengths, together, changes)
-
-
-def jobs_of(todo: Sequence[Cell]) -> list[list[Cell]]:
-    """Return the cells in jobs: those that can train together, as far as that pays, are one."""
-    found: list[list[Cell]] = []
-    like: dict[Any, list[Cell]] = {}
-    for cell in todo:
-        same = {name: getattr(DigitSettings, name) for name in STACKED}
-        # An update of no scale is no multiple of another one.
-        none = lora_of(cell.settings).scaling == 0
-        key = cell.together, none, dataclasses.replace(cell.settings, **same)
-        job, images = like.get(key, []), cell.settings.tune_batch or cell.settings.batch
-        whole = sum(c.settings.seeds for c in [*job, cell]) * images > TOGETHER
-        if not job or whole or not _stacks(cell):
-            job = like[key] = []
-            found.append(job)
-        job.append(cell)
-    return found
+Training = tuple[StudyContext, int]  # of which adapter seed
 
 
 def run_cell(cell: Cell) -> list[Row]:
@@ -123,53 +52,43 @@ def run_job(cells: Sequence[Cell]) -> list[list[Row]]:
     Everything that it needs is made from the cells, so that it runs in any process of any machine
     that has the code and the data.
     """
-    benches = [bench_of(cell.settings) for cell in cells]
-    todo = [(bench, seed) for bench in benches for seed in range(bench.settings.seeds)]
-    trained = iter((tune_together if _stacks(cells[0]) else tune_one_by_one)(todo))
+    contexts = [context_of(cell.settings) for cell in cells]
+    todo = [(context, seed) for context in contexts for seed in range(context.settings.seeds)]
+    trained = iter((tune_together if is_stacked(cells[0]) else tune_one_by_one)(todo))
     at = shared_strengths(shared_settings(cells[0].settings))
     rows = []
-    for cell, bench in zip(cells, benches, strict=True):
-        its = [next(trained) for _ in range(bench.settings.seeds)]
-        rows.append(list(_rows(cell, bench, at, its)))
+    for cell, context in zip(cells, contexts, strict=True):
+        its = [next(trained) for _ in range(context.settings.seeds)]
+        rows.append(list(_rows(cell, context, at, its)))
     return rows
 
 
 def _rows(
-    cell: Cell, bench: Bench, at: Strengths, trained: Sequence[tuple[Row, float]]
+    cell: Cell, context: StudyContext, at: Strengths, trained: Sequence[tuple[Row, float]]
 ) -> Iterator[Row]:
-    settings, labels = cell.settings, bench.test_labels
+    settings, labels = cell.settings, context.test_labels
     common: Row = {"cell": cell.name, "varied": dict(cell.varied)}
-    common |= {"base_seed": settings.seed, "tuned": bench.tuned}
-    base = score(bench.base_logits, labels, bench.tuned)
+    common |= {"base_seed": settings.seed, "tuned": context.tuned}
+    base = score(context.base_logits, labels, context.tuned)
     yield {**common, "stage": "base", "seed": None, "strength": 0.0, **base}
     for seed, (factors, loss) in enumerate(trained):
-        on = at.logits(updates(factors, lora_of(settings).scaling), cell.strengths)
-        if settings.route != "none":
-            on = torch.stack([answers(bench, one, seed) for one in on])
-        for strength, row in zip(cell.strengths, scores(on, labels, bench.tuned), strict=True):
+        on = at.logits(updates(factors, lora_of(settings.adapter).scaling), cell.strengths)
+        if settings.remedies.route != "none":
+            on = torch.stack([answers(context, one, seed) for one in on])
+        for strength, row in zip(cell.strengths, scores(on, labels, context.tuned), strict=True):
             about = {"stage": "on", "seed": seed, "strength": strength, "train_loss": loss}
             yield {**common, **about, **row}
 
 
-def _stacks(cell: Cell) -> bool:
-    return cell.together and trains_together(cell.settings)
-
-
-def trains_together(settings: DigitSettings) -> bool:
-    """Whether adapter seeds can train as one: nothing but batches and factors is a seed's own."""
-    own = settings.ewc > 0 or settings.null_space_of == "old"
-    return not settings.patience and not (settings.replay and own)
-
-
 def tune_one_by_one(todo: Sequence[Training]) -> list[tuple[Row, float]]:
     """Return the trained factors of each, by name, and its mean training loss."""
-    return [_tuned(bench, seed) for bench, seed in todo]
+    return [_tuned(context, seed) for context, seed in todo]
 
 
-def _tuned(bench: Bench, seed: int) -> tuple[Row, float]:
-    model, plain = _attached(bench, seed)
-    made = recipe(bench, model, factors_of(model), plain, seed)
-    losses = _train(bench, made, model, made.objective, made.batches)
+def _tuned(context: StudyContext, seed: int) -> tuple[Row, float]:
+    model, plain = _attached(context, seed)
+    made = recipe(context, model, factors_of(model), plain, seed)
+    losses = _train(context, made, model, made.objective, made.batches)
     made.finish()
     factors = {name: factor.detach().clone() for name, factor in factors_of(model).items()}
     return factors, float(losses.mean())
@@ -178,15 +97,15 @@ def _tuned(bench: Bench, seed: int) -> tuple[Row, float]:
 def tune_together(todo: Sequence[Training]) -> list[tuple[Row, float]]:
     """Return what `tune_one_by_one` does, to rounding, from one training of all.
 
-    Their benches have the same base and settings, but for those in STACKED.
+    Their contexts have the same base and settings, but for those of the adapter.
     """
-    parts = [_attached(bench, seed) for bench, seed in todo]
-    scalings = [lora_of(bench.settings).scaling for bench, _ in todo]
+    parts = [_attached(context, seed) for context, seed in todo]
+    scalings = [lora_of(context.settings.adapter).scaling for context, _ in todo]
     scales = [1.0 if its == scalings[0] else its / scalings[0] for its in scalings]
     model = Together(parts[0][0], [factors_of(model) for model, _ in parts], scales)
     made = [
-        recipe(bench, part, model.factors, plain, seed)
-        for (bench, seed), (part, plain) in zip(todo, parts, strict=True)
+        recipe(context, part, model.factors, plain, seed)
+        for (context, seed), (part, plain) in zip(todo, parts, strict=True)
     ]
     batches = StackedBatches([one.batches for one in made])
     objective = objective_together([one.objective for one in made], batches.shared)
@@ -196,15 +115,19 @@ def tune_together(todo: Sequence[Training]) -> list[tuple[Row, float]]:
     return [(model.of(index), loss) for index, loss in enumerate(losses)]
 
 
-def _train(bench: Bench, made: Recipe, model: nn.Module, objective: Any, batches: Any) -> Any:
-    return bench.train(model, batches, objective, made.optimizer, "fine-tuning", made.hooks)
+def _train(
+    context: StudyContext, made: Recipe, model: nn.Module, objective: Any, batches: Any
+) -> Any:
+    return context.train(model, batches, objective, made.optimizer, "fine-tuning", made.hooks)
 
 
-def _attached(bench: Bench, seed: int) -> tuple[nn.Module, Batches]:
+def _attached(context: StudyContext, seed: int) -> tuple[nn.Module, Batches]:
     """Return the base with a new adapter, and its batches, drawn as the study draws them."""
-    model, generator = bench.model(), torch.Generator().manual_seed(seed)
-    batches = bench.batches(generator)
-    pl.attach(model, lora_of(bench.settings), nn.Linear, name=ADAPTER, generator=generator)
+    model, generator = context.model(), torch.Generator().manual_seed(seed)
+    batches = context.batches(generator)
+    pl.attach(
+        model, lora_of(context.settings.adapter), nn.Linear, name=ADAPTER, generator=generator
+    )
     return model, batches
 
 
@@ -229,8 +152,8 @@ def run_sweep(
     from joblib import delayed
 
     first = todo[0].settings
-    data = shared_data(first.data, first.data_dir)
-    environment = {"study": STUDY, **describe(resolve_device(first.device), data)}
+    data = shared_data(first.dataset.data, first.dataset.data_dir)
+    environment = {"study": STUDY, **describe(resolve_device(first.place.device), data)}
     run = RunDirectory.start(folder, asked, environment, DECIDING)
     run.key = KEY
     left = [cell for cell in todo if not _done(run, cell)]
@@ -258,9 +181,9 @@ def _pool(jobs: int, most: int) -> Any:
 
 def _make_base(settings: DigitSettings) -> str:
     """Train a base unless it is there; return what the run says of it."""
-    bench = shared_bench(settings)
-    right = score(bench.base_logits, bench.test_labels)["accuracy"]
-    return f"seed {settings.seed}, {100 * right:.2f} % of {len(bench.test_labels):,} images right"
+    context = shared_context(settings)
+    right = score(context.base_logits, context.test_labels)["accuracy"]
+    return f"seed {settings.seed}, {100 * right:.2f} % of {len(context.test_labels):,} images right"
 
 
 def _done(run: RunDirectory, cell: Cell) -> bool:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from ..harness.train import Batches, Objective
+from ..harness.batches import Batches
+from ..harness.train import Objective
 
 
 class Together(nn.Module):

@@ -2,15 +2,25 @@
 
 from pathlib import Path
 
+from ..harness.options import Commands, add_command, add_options, presets_help
 from ..harness.rundir import RunDirectory
-from ..harness.settings import Commands, StudyError, add_options
-from .streams import TaskSettings
+from ..harness.settings import StudyError
+from .settings import TaskSettings
 
 
 def add_commands(commands: Commands) -> None:
     """Add the study's command to those of `python -m experiments`."""
-    tasks = commands.add_parser(
-        "tasks", help="learn a sequence of tasks, an adapter a stage, and draw the accuracy matrix"
+    tasks = add_command(
+        commands,
+        "tasks",
+        help="learn a sequence of tasks, an adapter a stage, and draw the accuracy matrix",
+        description="Sequences of tasks. The value of preset split is in brackets.",
+        epilog=presets_help(TaskSettings.PRESETS, "split"),
+        examples=(
+            "--preset rotated",
+            "--scenario task --rank 4 --seeds 5",
+            "--data digits --steps 50 --orthogonal 0.1 --out runs/tasks-small",
+        ),
     )
     add_options(tasks, TaskSettings)
     tasks.set_defaults(command=run_sequence)
@@ -22,20 +32,21 @@ def run_sequence(**given: object) -> int:
     from .tasks import run_tasks
 
     settings = TaskSettings.of_preset(str(given.pop("preset", "split")), **given)
-    return report(run_tasks(settings).folder)
+    return report([run_tasks(settings).folder])
 
 
-def report(folder: Path) -> int:
-    """Write a run's report and figures, and show its table of metrics.
+def report(folders: list[Path]) -> int:
+    """Write the report and the figures of each run, and show its table of metrics.
 
     Raises:
-        StudyError: no run is there, or none that has a row yet.
+        StudyError: no run is in a folder, or none that has a row yet.
     """
     from .report import table, write_task_report
 
-    if not RunDirectory.read(folder).rows:
-        raise StudyError(f"the run in {folder} has no rows yet: go on with it first")
-    run = write_task_report(folder)
-    print(table(run).text())
-    print(f"report   {run.folder / 'tasks.md'}")
+    for folder in folders:
+        if not RunDirectory.read(folder).rows:
+            raise StudyError(f"the run in {folder} has no rows yet: go on with it first")
+        run = write_task_report(folder)
+        print(table(run).text())
+        print(f"report   {run.folder / 'tasks.md'}")
     return 0

@@ -19,28 +19,28 @@ METRICS = ("ACC", "BWT", "forgetting", "LA", "WC-ACC of the first", "stability g
 
 
 def table(run: RunDirectory) -> Table:
-    """Return the metrics of each way, mean ± sd over the adapter seeds, in points."""
+    """Return the metrics of each method, mean ± sd over the adapter seeds, in points."""
     rows = []
-    for combine in ways(run):
+    for combine in methods_in(run):
         its = rows_of(run, combine)
         bands = [Band(tuple(100 * row[name] for row in its)) for name in METRICS]
         rows.append([combine, *(band.shown(1) for band in bands), str(len(its))])
     return Table(["adapters", *METRICS, "n"], rows)
 
 
-def ways(run: RunDirectory) -> list[str]:
-    """Return the ways that the run has rows of, in order."""
+def methods_in(run: RunDirectory) -> list[str]:
+    """Return the methods that the run has rows of, in order."""
     return [combine for combine in COMBINE if rows_of(run, combine)]
 
 
 def rows_of(run: RunDirectory, combine: str) -> list[Row]:
-    """Return the rows of a way."""
+    """Return the rows of a method."""
     return [row for row in run.rows if row["method"] == combine]
 
 
 def matrices(run: RunDirectory) -> Figure:
-    """Draw the accuracy matrix of each way, the mean over the adapter seeds."""
-    found = ways(run)
+    """Draw the accuracy matrix of each method, the mean over the adapter seeds."""
+    found = methods_in(run)
     figure, panels = plt.subplots(
         1, len(found), figsize=(3.1 * len(found), 4.0), layout="constrained", squeeze=False
     )
@@ -66,10 +66,10 @@ def matrix_figure(axes: plt.Axes, matrix: Matrix | np.ndarray, tasks: Sequence[s
     axes.set_xlabel("accuracy on task, %")
 
 
-def way(run: RunDirectory) -> Figure:
+def first_task_curve(run: RunDirectory) -> Figure:
     """Draw accuracy on the first task through all later stages: where the stability gap shows."""
     figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
-    for combine in ways(run):
+    for combine in methods_in(run):
         its = rows_of(run, combine)
         curves = 100 * np.array([row["way"]["first"] for row in its])
         axes.plot(its[0]["way"]["steps"], curves.mean(0), label=combine)
@@ -86,7 +86,10 @@ def write_task_report(folder: Path) -> RunDirectory:
     run = RunDirectory.read(folder)
     captions = {
         "accuracy-matrix.png": (matrices, "Accuracy on each task after each stage, mean."),
-        "first-task.png": (way, "Accuracy on the first task while the later ones are learned."),
+        "first-task.png": (
+            first_task_curve,
+            "Accuracy on the first task while the later ones are learned.",
+        ),
     }
     parts = [
         f"# Tasks: {run.settings['stream']}, {run.settings['scenario']}-incremental",

@@ -27,23 +27,17 @@ from ..analysis.evaluate import logits_of
 from ..analysis.task_metrics import all_metrics, stability_gap, worst_case_accuracy
 from ..digits.data import describe, load_data
 from ..digits.model import DigitNet
-from ..digits.remedies import lowered, orthogonal
-from ..harness.adam import SmallAdam
+from ..digits.remedies.losses import mask_or_shift_logits
+from ..digits.remedies.penalties import orthogonal
+from ..harness.batches import Batches, seeded_order
 from ..harness.environment import DECIDING, resolve_device
 from ..harness.loggers import Curve
 from ..harness.rundir import RunDirectory
-from ..harness.settings import deciding
+from ..harness.settings import result_settings
 from ..harness.stages import Stage, run_stages
-from ..harness.train import (
-    Batches,
-    Objective,
-    cpu_threads,
-    cross_entropy,
-    every,
-    seeded_order,
-    train,
-)
-from .streams import Task, TaskSettings, stream
+from ..harness.train import Objective, cpu_threads, cross_entropy, every, train
+from .settings import TaskSettings
+from .streams import Task, stream
 
 COMBINE = ("one", "stacked", "merged", "routed")
 
@@ -59,7 +53,7 @@ class Learner:
         """Start a stage; return the parameters that train."""
         if self.combine != "one" or not self.names:
             self.names.append(f"stage{len(self.names) + 1}")
-            spec = pl.LoRA(self.settings.rank, self.settings.alpha)
+            spec = pl.LoRA(self.settings.adapter.rank, self.settings.adapter.alpha)
             pl.attach(self.model, spec, nn.Linear, name=self.names[-1], generator=generator)
             if self.names[:-1]:
                 pl.freeze(self.model, *self.names[:-1])
@@ -71,13 +65,15 @@ class Learner:
     def objective(self, task: Task) -> Objective:
         """Return the loss of a stage, with the remedies that the settings ask for."""
         settings, earlier = self.settings, self.names[:-1]
-        penalties = [self._overlap(name) for name in earlier] if settings.orthogonal else []
+        penalties = (
+            [self._overlap(name) for name in earlier] if settings.remedies.orthogonal else []
+        )
 
         def objective(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-            logits = lowered(model(inputs), task.classes, settings.margin)
+            logits = mask_or_shift_logits(model(inputs), task.classes, settings.remedies.margin)
             loss = nn.functional.cross_entropy(logits, labels)
             for penalty in penalties:
-                loss = loss + settings.orthogonal * penalty(model)
+                loss = loss + settings.remedies.orthogonal * penalty(model)
             return loss
 
         return objective
@@ -94,7 +90,7 @@ class Learner:
     @torch.no_grad()
     def answer(self, inputs: Tensor, tasks: Sequence[Task], of: int) -> Tensor:
         """Return the answers to images of task `of`, int64 (n,), after the stages so far."""
-        told = self.settings.scenario == "task"
+        told = self.settings.sequence.scenario == "task"
         if self.combine == "routed":
             logits = self._routed(inputs, tasks, of if told else None)
         elif self.combine == "merged" and self.names:
@@ -104,7 +100,7 @@ class Learner:
         else:
             logits = logits_of(self.model, inputs)
         if told:
-            logits = lowered(logits, tasks[of].classes, torch.inf)
+            logits = mask_or_shift_logits(logits, tasks[of].classes, torch.inf)
         return logits.argmax(1)
 
     def _routed(self, inputs: Tensor, tasks: Sequence[Task], of: int | None) -> Tensor:
@@ -121,7 +117,7 @@ class Learner:
             with pl.using(self.model, *([self.names[number - 1]] if number else [])):
                 logits = logits_of(self.model, inputs)
             # Each answers for its own task's classes only.
-            found.append(lowered(logits, tasks[number].classes, torch.inf))
+            found.append(mask_or_shift_logits(logits, tasks[number].classes, torch.inf))
             p = logits.softmax(1)[:, list(tasks[number].classes)]
             sure.append(p.max(1).values)
         best = torch.stack(sure).argmax(0)
@@ -129,7 +125,7 @@ class Learner:
 
 
 @dataclass(frozen=True)
-class TaskBench:
+class TaskContext:
     """What the stages of a run share."""
 
     settings: TaskSettings
@@ -139,7 +135,7 @@ class TaskBench:
 
     def model(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
-            model = DigitNet(self.settings.hidden, "relu")
+            model = DigitNet(self.settings.network.hidden, "relu")
         model.load_state_dict(self.base)
         return model.to(self.tasks[0].test[0].device).eval()
 
@@ -152,29 +148,31 @@ def accuracies(learner: Learner, tasks: Sequence[Task], count: int | None = None
     ]
 
 
-def learn(combine: str, seed: int, bench: TaskBench) -> None:
-    """Learn all tasks in order, and record the matrix, its metrics and the way. Row: "learned"."""
-    settings, tasks = bench.settings, bench.tasks
-    learner = Learner(settings, bench.model(), combine)
+def learn(combine: str, seed: int, context: TaskContext) -> None:
+    """Learn all tasks in order. Row: "learned", with the matrix and the first task's curve."""
+    settings, tasks = context.settings, context.tasks
+    training = settings.finetuning
+    learner = Learner(settings, context.model(), combine)
     generator = torch.Generator().manual_seed(seed)
-    matrix, way = [accuracies(learner, tasks)], Curve()
+    matrix, curve = [accuracies(learner, tasks)], Curve()
     for number, task in enumerate(tasks[1:], start=1):
         parameters = learner.begin(generator)
-        order = seeded_order(len(task.train[1]), settings.steps * settings.batch, generator)
-        batches = Batches(task.train, order, settings.batch)
-        before = (number - 1) * settings.steps
+        order = seeded_order(len(task.train[1]), training.steps * training.batch, generator)
+        batches = Batches(task.train, order, training.batch)
+        before = (number - 1) * training.steps
 
         def look(step: int, model: nn.Module, loss: Tensor, before: int = before) -> None:
-            way(before + step, {"first": accuracies(learner, tasks, 1)[0]})
+            curve(before + step, {"first": accuracies(learner, tasks, 1)[0]})
 
-        optimizer, label = SmallAdam(parameters, settings.lr), f"{combine} {seed}, {task.name}"
-        hooks = [every(max(1, settings.steps // 20), look)]
-        with cpu_threads(settings.threads):
+        optimizer = torch.optim.Adam(parameters, training.lr, fused=True)
+        label = f"{combine} {seed}, {task.name}"
+        hooks = [every(max(1, training.steps // 20), look)]
+        with cpu_threads(settings.place.threads):
             objective = learner.objective(task)
             train(learner.model, batches, objective, optimizer, label=label, hooks=hooks)
         matrix.append(accuracies(learner, tasks))
-    firsts = [matrix[0][0], *way.values["first"]]
-    bench.run.record(
+    firsts = [matrix[0][0], *curve.values["first"]]
+    context.run.record(
         {
             "stage": "learned",
             "method": combine,
@@ -185,12 +183,12 @@ def learn(combine: str, seed: int, bench: TaskBench) -> None:
             **all_metrics(matrix),
             "WC-ACC of the first": worst_case_accuracy(matrix[-1][-1], [firsts]),
             "stability gap of the first": stability_gap(firsts),
-            "way": {"steps": [0, *way.steps], "first": firsts},
+            "way": {"steps": [0, *curve.steps], "first": firsts},
         }
     )
 
 
-def task_stages(settings: TaskSettings) -> Iterator[Stage[TaskBench]]:
+def task_stages(settings: TaskSettings) -> Iterator[Stage[TaskContext]]:
     """Yield what a run consists of."""
     for combine in COMBINE:
         for seed in range(settings.seeds):
@@ -199,15 +197,18 @@ def task_stages(settings: TaskSettings) -> Iterator[Stage[TaskBench]]:
 
 
 def run_tasks(settings: TaskSettings, say: Callable[[str], None] = print) -> RunDirectory:
-    """Run all ways of using adapters together over a sequence of tasks; return the run."""
-    device, data = resolve_device(settings.device), load_data(settings.data, settings.data_dir)
+    """Run all methods of using adapters together over a sequence of tasks; return the run."""
+    device = resolve_device(settings.place.device)
+    data = load_data(settings.dataset.data, settings.dataset.data_dir)
     environment = {"study": settings.STUDY, **describe(device, data)}
-    run = RunDirectory.start(Path(settings.folder), deciding(settings), environment, DECIDING)
+    run = RunDirectory.start(
+        Path(settings.folder), result_settings(settings), environment, DECIDING
+    )
     say(f"run      {run.folder}, on {device}; data {data.name}: {data.why}")
 
-    def prepared() -> TaskBench:
+    def prepared() -> TaskContext:
         tasks = stream(settings, data.train.to(device), data.test.to(device))
-        return TaskBench(settings, run, tasks, _pretrained(settings, tasks[0]))
+        return TaskContext(settings, run, tasks, _pretrained(settings, tasks[0]))
 
     run_stages(run, task_stages(settings), prepared, say)
     return run
@@ -217,11 +218,12 @@ def _pretrained(settings: TaskSettings, task: Task) -> dict[str, Tensor]:
     """Return the weights of a network trained on the first task; the global generator is left."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = DigitNet(settings.hidden, "relu").to(task.train[0].device)
+        model = DigitNet(settings.network.hidden, "relu").to(task.train[0].device)
     generator = torch.Generator().manual_seed(settings.seed)
-    order = seeded_order(len(task.train[1]), settings.base_steps * settings.batch, generator)
-    batches = Batches(task.train, order, settings.batch)
-    optimizer = SmallAdam(model.parameters(), settings.base_lr)
-    with cpu_threads(settings.threads):
+    size = settings.finetuning.batch
+    order = seeded_order(len(task.train[1]), settings.pretraining.base_steps * size, generator)
+    batches = Batches(task.train, order, size)
+    optimizer = torch.optim.Adam(model.parameters(), settings.pretraining.base_lr, fused=True)
+    with cpu_threads(settings.place.threads):
         train(model, batches, cross_entropy, optimizer, label="pre-training")
     return {key: value.cpu() for key, value in model.state_dict().items()}

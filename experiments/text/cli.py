@@ -1,22 +1,26 @@
 """The command of the text study: `text`, with `--vary` a sweep of it."""
 
-import argparse
 import os
 from pathlib import Path
 
 from ..harness.grid import parse_grid
-from ..harness.settings import Commands, add_options, presets_of
+from ..harness.options import Commands, add_command, add_options, presets_help
 from .settings import TextSettings
 
 
 def add_commands(commands: Commands) -> None:
     """Add the study's command to those of `python -m experiments`."""
-    text = commands.add_parser(
+    text = add_command(
+        commands,
         "text",
         help="fine-tune a transformers checkpoint on texts, by several methods, and report",
-        description="The text study. In brackets: the value that preset distilbert-imdb has.",
-        epilog=presets_of(TextSettings.PRESETS, "distilbert-imdb"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="The text study. The value of preset distilbert-imdb is in brackets.",
+        epilog=presets_help(TextSettings.PRESETS, "distilbert-imdb"),
+        examples=(
+            "--preset minilm-spam --data-dir data",
+            "--data reviews.csv --text-column review --label-column verdict",
+            "--preset minilm-imdb --methods lora --vary rank=2,8 --vary lr=0.001,0.002",
+        ),
     )
     add_options(text, TextSettings)
     text.add_argument(
@@ -42,20 +46,27 @@ def run_text_study(vary: list[str], jobs: int, **given: object) -> int:
         from .sweep import run_text_sweep
 
         grid = parse_grid(vary, TextSettings)
-        folder = Path(settings.out or "-".join(["runs/sweep-text", settings.preset, *sorted(grid)]))
+        folder = Path(
+            settings.place.out or "-".join(["runs/sweep-text", settings.preset, *sorted(grid)])
+        )
         print(run_text_sweep(settings, grid, folder, jobs).text())
         print(f"rows     {folder / 'results.csv'}")
         return 0
     run = run_text(settings)
     # Under torchrun, one process writes.
-    return report(run.folder) if int(os.environ.get("RANK", "0")) == 0 else 0
+    return report([run.folder]) if int(os.environ.get("RANK", "0")) == 0 else 0
 
 
-def report(folder: Path) -> int:
-    """Write a run's report and figures, and show its table."""
+def report(folders: list[Path]) -> int:
+    """Write the report and the figures of each run, and show its table; return 1 if a check failed.
+
+    Raises:
+        StudyError: no run is in a folder, or none that has a fine-tuned model yet.
+    """
     from .report import failed, terminal, write_text_report
 
-    done = write_text_report(folder)
-    print(terminal(done))
-    print(f"report   {folder / 'report.md'}")
-    return 1 if failed(done) else 0
+    runs = [write_text_report(folder) for folder in folders]
+    for run in runs:
+        print(terminal(run))
+        print(f"report   {run.folder / 'report.md'}")
+    return int(any(map(failed, runs)))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bench import EVALUATED, TextBench
+from .context import EVALUATED, TextContext
 from .models import backbone_of
 
 COUNT = 1000
@@ -46,15 +46,15 @@ class Similarity:
         return float(torch.corrcoef(torch.stack([_ranks(self), _ranks(other)]))[0, 1])
 
 
-def similarity(bench: TextBench, model: nn.Module) -> Similarity:
+def similarity(context: TextContext, model: nn.Module) -> Similarity:
     """Return what the backbone of a classifier makes of the halves of the test texts, in float32.
 
     Every process computes all of it.
     """
-    ids, mask = _halves(bench)
+    ids, mask = _halves(context)
     backbone, training = backbone_of(model), model.training
     model.eval()
-    size, found = EVALUATED * bench.settings.batch, []
+    size, found = EVALUATED * context.settings.finetuning.batch, []
     with torch.no_grad():
         for i, m in zip(ids.split(size), mask.split(size), strict=True):
             hidden = backbone(input_ids=i, attention_mask=m).last_hidden_state
@@ -74,16 +74,16 @@ def halves(texts: list[str]) -> tuple[list[str], list[str]]:
     return first, [" ".join(w[len(w) // 2 :]) for w in words]
 
 
-def _halves(bench: TextBench) -> tuple[Tensor, Tensor]:
-    first, second = halves([text for text, _ in bench.corpus.splits["test"]])
-    encoded: Any = bench.tokenizer(
+def _halves(context: TextContext) -> tuple[Tensor, Tensor]:
+    first, second = halves([text for text, _ in context.corpus.splits["test"]])
+    encoded: Any = context.tokenizer(
         first + second,
         truncation=True,
-        max_length=bench.settings.max_length,
+        max_length=context.settings.dataset.max_length,
         padding=True,
         return_tensors="pt",
     )
-    return encoded["input_ids"].to(bench.device), encoded["attention_mask"].to(bench.device)
+    return encoded["input_ids"].to(context.device), encoded["attention_mask"].to(context.device)
 
 
 def _ranks(of: Similarity) -> Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 import paramlora as pl
 
 from ..harness.settings import StudyError
-from .settings import TextSettings
+from .settings import AdapterSettings, TextSettings
 
 ADAPTER = "text"
 
@@ -112,8 +112,8 @@ def globs(targets: str) -> list[str]:
     return [part.strip() for part in re.split(r",(?![^\[]*\])", targets) if part.strip()]
 
 
-def lora_of(settings: TextSettings) -> pl.LoRA:
-    """Return the update that the settings ask for; `settings.scaling` is what multiplies B A."""
+def lora_of(settings: AdapterSettings) -> pl.LoRA:
+    """Return the update that the settings ask for; `settings.scaling` multiplies B A."""
     return pl.LoRA(settings.rank, settings.scaling * settings.rank, init=settings.init)
 
 
@@ -124,7 +124,7 @@ def prepare(
 
     Args:
         model: changed in place: frozen in part, or with the adapter ADAPTER attached.
-        method: one of `text_settings.METHODS`.
+        method: one of `settings.METHODS`.
         settings: which targets, and which update.
         generator: where the factors' random numbers come from.
 
@@ -141,7 +141,7 @@ def prepare(
             parameter.requires_grad_(True)
         return last
     spec: dict[Any, pl.kinds.Spec] = {
-        target: lora_of(settings) for target in globs(settings.targets)
+        target: lora_of(settings.adapter) for target in globs(settings.adapter.targets)
     }
     if method == "lora+head":
         # First, for of the targets that match a tensor the first one counts.
@@ -149,10 +149,11 @@ def prepare(
     try:
         pl.attach(model, spec, name=ADAPTER, generator=generator)
     except pl.TargetError as error:
-        raise StudyError(f"--targets {settings.targets}: {error}") from None
+        raise StudyError(f"--targets {settings.adapter.targets}: {error}") from None
     return pl.parameters(model, ADAPTER)
 
 
 def rate_of(settings: TextSettings, method: str) -> float:
     """Return the learning rate of a method."""
-    return {"full": settings.full_lr, "last-layers": settings.last_lr}.get(method, settings.lr)
+    training = settings.finetuning
+    return {"full": training.full_lr, "last-layers": training.last_lr}.get(method, training.lr)

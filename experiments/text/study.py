@@ -17,19 +17,20 @@ import paramlora as pl
 from ..harness.environment import DECIDING, commit, machine, resolve_device
 from ..harness.parallel import Group, group
 from ..harness.rundir import RunDirectory
-from ..harness.settings import deciding
+from ..harness.settings import result_settings
 from ..harness.stages import Stage, run_stages
-from .bench import TextBench, autocast_dtype, prepare_bench
+from .context import TextContext, autocast_dtype, prepare_context
 from .data import Corpus, load_corpus
 from .forgetting import similarity
 from .models import ADAPTER, globs, lora_of, prepare
 from .settings import TextSettings
+from .training import fine_tune
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 ATTACHED = ("off", "on", "merged")
 
 
-def stages(settings: TextSettings) -> Iterator[Stage[TextBench]]:
+def stages(settings: TextSettings) -> Iterator[Stage[TextContext]]:
     """Yield what a run consists of, in order."""
     for seed in range(settings.seeds):
         for method in settings.chosen_methods:
@@ -54,18 +55,18 @@ def run_text(settings: TextSettings, say: Callable[[str], None] = print) -> RunD
     Raises:
         StudyError: model, data, device or folder cannot be used; the message says why.
     """
-    with group(resolve_device(settings.device)) as (processes, device):
-        corpus = load_corpus(settings)
+    with group(resolve_device(settings.place.device)) as (processes, device):
+        corpus = load_corpus(settings.dataset)
         run = _begin(settings, corpus, device, processes)
         told = say if processes.first else _silent
         told(f"run      {run.folder}, on {device}, by {processes.size} process(es)")
         sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in corpus.splits.items())
         told(f"data     {corpus.name}: {corpus.why}; {sizes}")
 
-        def prepared() -> TextBench:
-            bench = prepare_bench(settings, run, corpus, device, processes)
-            show_parameters(bench, told)
-            return bench
+        def prepared() -> TextContext:
+            context = prepare_context(settings, run, corpus, device, processes)
+            show_parameters(context, told)
+            return context
 
         run_stages(run, stages(settings), prepared, told)
         processes.wait()
@@ -91,73 +92,75 @@ def _begin(
     folder = Path(settings.folder)
     if not processes.first:
         processes.wait()
-    run = RunDirectory.start(folder, deciding(settings), environment, DECIDING)
+    run = RunDirectory.start(folder, result_settings(settings), environment, DECIDING)
     if processes.first:
         processes.wait()
     run.key = ("stage", "method", "seed")
     return run
 
 
-def tune(method: str, seed: int, bench: TextBench) -> None:
+def tune(method: str, seed: int, context: TextContext) -> None:
     """Fine-tune a part of the model itself. Row: "tuned"."""
-    model = bench.model(seed)
-    trained = prepare(model, method, bench.settings, torch.Generator())
-    learned = bench.fine_tune(model, trained, method, seed)
-    bench.record("tuned", method, seed, **learned, **_of_base(model), **bench.scored(model, "test"))
+    model = context.model(seed)
+    prepare(model, method, context.settings, torch.Generator())
+    learned = fine_tune(context, model, method, seed)
+    context.record(
+        "tuned", method, seed, **learned, **_of_base(model), **context.scored(model, "test")
+    )
 
 
-def tune_attached(method: str, seed: int, bench: TextBench) -> None:
+def tune_attached(method: str, seed: int, context: TextContext) -> None:
     """Fine-tune an adapter, save it, and prove what can be done with it. Rows: ATTACHED.
 
     A model that is sharded cannot be merged; that is proved on one whole, with the saved adapter.
     """
-    model = bench.model(seed)
-    before, digest = bench.logits(model, "validation"), pl.fingerprint(model)
+    model = context.model(seed)
+    before, digest = context.logits(model, "validation"), pl.fingerprint(model)
     size = _of_base(model)
-    trained = prepare(model, method, bench.settings, torch.Generator().manual_seed(seed))
-    same_at_first = torch.equal(bench.logits(model, "validation"), before)
-    learned = bench.fine_tune(model, trained, method, seed)
-    path = adapter_path(bench, method, seed)
+    prepare(model, method, context.settings, torch.Generator().manual_seed(seed))
+    same_at_first = torch.equal(context.logits(model, "validation"), before)
+    learned = fine_tune(context, model, method, seed)
+    path = adapter_path(context, method, seed)
     pl.save(model, path, ADAPTER)
-    scored = bench.scored(model, "test")
+    scored = context.scored(model, "test")
 
     # The others must not read the file before the first process has written it.
-    bench.group.wait()
-    model = bench.model(seed)
+    context.group.wait()
+    model = context.model(seed)
     pl.load(model, path)
-    on = bench.logits(model, "validation")
+    on = context.logits(model, "validation")
     with pl.disabled(model):
-        off = bench.logits(model, "validation")
+        off = context.logits(model, "validation")
     with pl.merged(model):
-        merged = bench.logits(model, "validation")
+        merged = context.logits(model, "validation")
     proofs = {
         "same_at_first": same_at_first,
         "same_logits": torch.equal(off, before),
         "same_fingerprint": pl.fingerprint(model) == digest,
     }
-    bench.record("off", method, seed, **proofs)
-    bench.record("on", method, seed, **learned, **size, **scored, adapter_bytes=_size(path))
+    context.record("off", method, seed, **proofs)
+    context.record("on", method, seed, **learned, **size, **scored, adapter_bytes=_size(path))
     distance = float((merged - on).abs().max() / on.abs().max())
-    bench.record("merged", method, seed, distance_from_on=distance)
+    context.record("merged", method, seed, distance_from_on=distance)
 
 
-def try_strengths(method: str, seed: int, bench: TextBench) -> None:
+def try_strengths(method: str, seed: int, context: TextContext) -> None:
     """Record the task's accuracy and the checkpoint's own ability at each λ. Row: "strengths".
 
     A λ is to be chosen by the accuracy on the validation rows.
     """
-    model = bench.model(seed)
-    base = similarity(bench, model)
-    pl.load(model, adapter_path(bench, method, seed))
+    model = context.model(seed)
+    base = similarity(context, model)
+    pl.load(model, adapter_path(context, method, seed))
     validation, accuracy, found = [], [], []
     for strength in STRENGTHS:
         with pl.using(model, **{ADAPTER: strength}):
-            validation.append(bench.accuracy(model, "validation"))
-            accuracy.append(bench.accuracy(model, "test"))
-            found.append(similarity(bench, model))
+            validation.append(context.accuracy(model, "validation"))
+            accuracy.append(context.accuracy(model, "test"))
+            found.append(similarity(context, model))
     with pl.disabled(model):
-        off = similarity(bench, model)
-    bench.record(
+        off = similarity(context, model)
+    context.record(
         "strengths",
         method,
         seed,
@@ -171,20 +174,24 @@ def try_strengths(method: str, seed: int, bench: TextBench) -> None:
     )
 
 
-def adapter_path(bench: TextBench, method: str, seed: int) -> Path:
+def adapter_path(context: TextContext, method: str, seed: int) -> Path:
     """Return where a trained adapter is kept."""
-    return bench.run.folder / "adapters" / f"{method}-{seed}.safetensors"
+    return context.run.folder / "adapters" / f"{method}-{seed}.safetensors"
 
 
-def show_parameters(bench: TextBench, say: Callable[[str], None]) -> None:
+def show_parameters(context: TextContext, say: Callable[[str], None]) -> None:
     """Say how much each method trains."""
-    settings = bench.settings
-    total = _of_base(bench.model(0))["parameters"]
+    settings = context.settings
+    total = _of_base(context.model(0))["parameters"]
     say(f"model    {settings.model}: {total:,} parameters as a classifier")
     for method in settings.chosen_methods:
-        trained = prepare(bench.model(0), method, settings, torch.Generator())
+        trained = prepare(context.model(0), method, settings, torch.Generator())
         count = sum(p.numel() for p in trained)
-        what = f" {lora_of(settings)} at {globs(settings.targets)}" if "lora" in method else ""
+        what = (
+            f" {lora_of(settings.adapter)} at {globs(settings.adapter.targets)}"
+            if "lora" in method
+            else ""
+        )
         say(f"{method:<12} trains {count:,}, {count / total:.2%}{what}")
 
 

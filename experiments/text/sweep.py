@@ -8,16 +8,15 @@ Each choice is an ordinary run, so a sweep that was stopped goes on, and a grid 
 only what is new. Jobs go through joblib, as those of the digit study's sweep.
 """
 
-import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..harness.grid import Grid
+from ..harness.grid import Grid, check_grid
 from ..harness.loggers import rows_to_csv
 from ..harness.rundir import Row, RunDirectory, replace_file
-from ..harness.settings import StudyError, listed
+from ..harness.settings import listed, replace
 from ..report.table import Table
 from .report import percent2, tuned_rows, write_text_report
 from .settings import TextSettings
@@ -29,15 +28,13 @@ def text_cells(settings: TextSettings, grid: Grid, folder: Path) -> dict[str, Te
     Raises:
         StudyError: a name that no result depends on, or a value that is not allowed.
     """
-    known = {entry.name for entry in dataclasses.fields(settings) if not entry.metadata["place"]}
-    if unknown := [name for name in grid if name not in known]:
-        raise StudyError(f"--vary {unknown[0]} is no setting; there are {', '.join(sorted(known))}")
+    check_grid(grid, settings)
     found = {}
     for values in itertools.product(*grid.values()):
         changes = dict(zip(grid, values, strict=True))
         name = " ".join(f"{key}={listed(value)}" for key, value in changes.items()) or "plain"
         out = folder / re.sub(r"[^\w.,=-]+", "_", name)
-        found[name] = dataclasses.replace(settings, **changes, out=str(out))
+        found[name] = replace(settings, **changes, out=str(out))
     return found
 
 

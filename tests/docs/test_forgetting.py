@@ -7,6 +7,7 @@ import pytest
 
 from experiments.__main__ import parser
 from experiments.digits.settings import DigitSettings
+from experiments.harness.settings import options
 
 GUIDE = Path(__file__).parents[2] / "docs" / "forgetting.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -33,7 +34,7 @@ def test_the_guides_commands_and_options_exist() -> None:
     assert len(commands) >= 5
     for command in commands:
         assert parser().parse_args(command.split())
-    known = {"--" + name.replace("_", "-") for name in DigitSettings.__dataclass_fields__}
+    known = {"--" + name.replace("_", "-") for name in options(DigitSettings)}
     table = text[text.index("| option |") : text.index("## What an adapter did")]
     used = set(re.findall(r"--[a-z][a-z-]+", table))
     assert used - known <= {"--floor", "--base-seeds", "--selection-bases", "--jobs"}

@@ -1,6 +1,6 @@
 """What a digit study's adapters did, on a page of their own: from its adapters and its base.
 
-    python -m experiments explain runs/digits-blog
+    python -m experiments report runs/digits-blog --explain
 
 The adapters are loaded and evaluated, nothing is trained (a base that is gone is made again).
 """
@@ -26,6 +26,7 @@ from ...analysis.insight import (
 )
 from ...analysis.task_metrics import front
 from ...harness.rundir import RunDirectory, replace_file
+from ...harness.settings import replace
 from ...report.figures import (
     confusion_panels,
     contact_sheet,
@@ -38,8 +39,8 @@ from ...report.figures import (
 )
 from ...report.page import figure_html, page, paragraph, table_html
 from ...report.table import Table
-from ..bench import bench_of, counted_images
 from ..settings import DigitSettings
+from ..shared import context_of, counted_images
 
 STRENGTHS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5]
 DIGITS = list("0123456789")
@@ -48,20 +49,20 @@ DIGITS = list("0123456789")
 def settings_of(run: RunDirectory, **places: Any) -> DigitSettings:
     """Return the settings that a run was made with; `places` says where things lie now."""
     kept = {k: tuple(v) if isinstance(v, list) else v for k, v in run.settings.items()}
-    return DigitSettings(**{**kept, **places})
+    return replace(DigitSettings(), **kept, **places)
 
 
 def explain(folder: Path, seed: int = 0, **places: Any) -> Path:
     """Write explain.html beside a run's report, on its adapter of one seed; return where it is."""
     run = RunDirectory.read(folder)
-    bench = bench_of(settings_of(run, **places))
-    model, test = bench.model(), [(bench.test_inputs, bench.test_labels)]
+    context = context_of(settings_of(run, **places))
+    model, test = context.model(), [(context.test_inputs, context.test_labels)]
     pl.load(model, folder / "adapters" / f"lora-{seed}.safetensors", name="lora")
-    images = counted_images(bench.settings)
+    images = counted_images(context.settings)
     off, on = off_and_on(model, test)
     book, curve = ledger(off, on), strength_curve(model, test, STRENGTHS)
-    found = learning_and_forgetting(curve, bench.tuned)
-    values = every_set(model, test, bench.tuned)
+    found = learning_and_forgetting(curve, context.tuned)
+    values = every_set(model, test, context.tuned)
 
     figure, panels = plt.subplots(1, 3, figsize=(12.5, 3.6), layout="constrained")
     ledger_bars(panels[0], book, DIGITS)
@@ -81,7 +82,7 @@ def explain(folder: Path, seed: int = 0, **places: Any) -> Path:
         if any(getattr(book, side).values())
     ]
     confusion = figure_html(
-        png(confusion_panels(off, on, DIGITS, bench.tuned)), "What each digit is mistaken for."
+        png(confusion_panels(off, on, DIGITS, context.tuned)), "What each digit is mistaken for."
     )
     parts = [
         ("Overview", overview + paragraph(_said(found.points))),
@@ -90,8 +91,8 @@ def explain(folder: Path, seed: int = 0, **places: Any) -> Path:
         ("Images", "\n".join(sheets)),
         ("Every set of layers", table_html(_layers(values))),
     ]
-    name = f"What adapter {seed} of preset {bench.settings.preset} did"
-    digits = ", ".join(map(str, bench.tuned))
+    name = f"What adapter {seed} of preset {context.settings.preset} did"
+    digits = ", ".join(map(str, context.tuned))
     lead = f"{run.environment['data']}, {len(off.labels):,} images; tuned on {digits}."
     replace_file(folder / "explain.html", page(name, lead, parts).encode())
     return folder / "explain.html"

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...analysis.confusion import accuracy, change, old_and_new
 from ...harness.rundir import Row, RunDirectory
-from ...harness.settings import deciding
+from ...harness.settings import flattened, result_settings
 from ...report.table import Band, Table, percent
 from ..settings import preset
 
@@ -67,7 +67,7 @@ def published_for(run: RunDirectory) -> dict[str, Published]:
 
     There are none where the data are not MNIST, the preset has none, or its settings were changed.
     """
-    usual = deciding(preset(run.settings["preset"]))
+    usual = flattened(result_settings(preset(run.settings["preset"])))
     free = ("seeds", "compat", "data", "device", "threads")
     changed = any(run.settings[key] != usual[key] for key in usual if key not in free)
     if changed or run.environment["data"] != "MNIST":

@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.digits import data as data_module
-from experiments.digits.data import ARCHIVES, FASHION_ARCHIVES, Data, Split, load_data
+from experiments.digits import archives
+from experiments.digits.archives import ARCHIVES, FASHION_ARCHIVES
+from experiments.digits.data import Data, Split, load_data
 from experiments.harness.settings import StudyError
 
 
@@ -86,9 +87,9 @@ def test_an_unpacked_file_is_read_only_if_it_is_what_the_archive_has(
     unpacked: list[bytes] = []
     plain = gzip.decompress
     monkeypatch.setattr(
-        data_module.gzip, "decompress", lambda given: unpacked.append(given) or plain(given)
+        archives.gzip, "decompress", lambda given: unpacked.append(given) or plain(given)
     )
-    assert data_module._unpacked(tmp_path / "raw", packed) == raw
+    assert archives._unpacked(tmp_path / "raw", packed) == raw
     assert bool(unpacked) is (beside != "the same")
 
 
@@ -131,12 +132,12 @@ def test_without_mnist_the_digits_stand_in_and_say_why(mirrors, tmp_path):
 
 def test_a_silent_mirror_is_given_up_within_seconds(mirrors, tmp_path, monkeypatch):
     """A mirror that takes the call and says nothing costs PATIENCE seconds, not minutes."""
-    monkeypatch.setattr(data_module, "PATIENCE", 0.3)
+    monkeypatch.setattr(archives, "PATIENCE", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}/"
         mirrors += [address + "one/", address + "two/", address + "three/"]
         began = time.monotonic()
-        assert data_module._answering(mirrors, "file") == []
+        assert archives._answering(mirrors, "file") == []
         assert time.monotonic() - began < 3
         with pytest.raises(StudyError, match=r"--data mnist: .* no mirror answered within 0\.3 s"):
             load_data("mnist", str(tmp_path))
@@ -225,8 +226,8 @@ def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         packed = idx(torch.randint(10, shape, dtype=torch.uint8))
         (folder / name).write_bytes(packed)
         sums[name] = hashlib.md5(packed).hexdigest()
-    source = data_module.Source("FashionMNIST", sums, "PARAMLORA_FASHION")
-    monkeypatch.setattr(data_module, "FASHION_SOURCE", source)
+    source = archives.Source("FashionMNIST", sums, "PARAMLORA_FASHION")
+    monkeypatch.setattr(archives, "FASHION_SOURCE", source)
     return folder
 
 

@@ -13,35 +13,24 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from experiments.analysis.evaluate import score
-from experiments.digits.bench import ADAPTER, Bench, prepare
+from experiments.digits.context import StudyContext
 from experiments.digits.data import load_data
-from experiments.digits.recipe import (
-    answers,
-    factors_of,
-    forbidden,
-    memory,
-    memory_generator,
-    recipe,
-)
-from experiments.digits.remedies import (
-    Average,
-    Gate,
-    base_weights,
+from experiments.digits.methods import ADAPTER, factors_of
+from experiments.digits.remedies.losses import (
     distillation,
-    elastic,
-    fisher,
-    grouped,
     kept_mass,
-    lowered,
-    orthogonal,
-    principal,
-    project_away,
-    routed,
+    mask_or_shift_logits,
     switched_off,
 )
+from experiments.digits.remedies.penalties import base_weights, elastic, fisher, orthogonal
+from experiments.digits.remedies.projection import forbidden, principal, project_away
+from experiments.digits.remedies.recipe import Average, answers, recipe
+from experiments.digits.remedies.replay import memory, memory_generator
+from experiments.digits.remedies.routes import Gate, grouped, routed
 from experiments.digits.settings import DigitSettings, preset
+from experiments.digits.shared import prepare
 from experiments.harness.rundir import RunDirectory
-from experiments.harness.settings import StudyError
+from experiments.harness.settings import StudyError, replace
 from experiments.sweeps.sweep import tune_one_by_one, tune_together
 
 SMALL: dict[str, Any] = {
@@ -57,16 +46,16 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def context(tmp_path_factory: pytest.TempPathFactory) -> StudyContext:
     """A base on scikit-learn's digits; not to be changed."""
-    folder = tmp_path_factory.mktemp("bench")
+    folder = tmp_path_factory.mktemp("context")
     settings = preset("blog", **SMALL, bases=str(folder))
     run = RunDirectory(folder, {}, {}, [])
     return prepare(settings, run, torch.device("cpu"), load_data("digits"), lambda line: None)
 
 
-def having(bench: Bench, **changes: Any) -> Bench:
-    return dataclasses.replace(bench, settings=dataclasses.replace(bench.settings, **changes))
+def having(context: StudyContext, **changes: Any) -> StudyContext:
+    return dataclasses.replace(context, settings=replace(context.settings, **changes))
 
 
 def logits(rows: int = 5, classes: int = 4, seed: int = 0) -> torch.Tensor:
@@ -77,10 +66,10 @@ def logits(rows: int = 5, classes: int = 4, seed: int = 0) -> torch.Tensor:
 def test_an_infinite_margin_is_the_cross_entropy_over_the_tuned_classes():
     """Masked, the loss is the softmax over C alone; at margin 0 it is the plain one."""
     z, labels = logits(), torch.tensor([1, 3, 3, 1, 1])
-    masked = F.cross_entropy(lowered(z, [1, 3], math.inf), labels)
+    masked = F.cross_entropy(mask_or_shift_logits(z, [1, 3], math.inf), labels)
     only = F.cross_entropy(z[:, [1, 3]], (labels == 3).long())
     assert_close(masked, only)
-    assert lowered(z, [1, 3], 0.0) is z
+    assert mask_or_shift_logits(z, [1, 3], 0.0) is z
 
 
 def test_a_margin_is_a_smaller_prior_of_the_other_classes():
@@ -88,7 +77,7 @@ def test_a_margin_is_a_smaller_prior_of_the_other_classes():
     z, labels = logits(), torch.tensor([1, 3, 3, 1, 1])
     weight = torch.tensor([math.exp(-2.5), 1.0, math.exp(-2.5), 1.0], dtype=torch.float64)
     expected = -(z.exp()[range(5), labels] / (z.exp() * weight).sum(1)).log().mean()
-    assert_close(F.cross_entropy(lowered(z, [1, 3], 2.5), labels), expected)
+    assert_close(F.cross_entropy(mask_or_shift_logits(z, [1, 3], 2.5), labels), expected)
 
 
 def test_distillation_is_the_divergence_at_a_temperature():
@@ -255,57 +244,57 @@ REMEDIES: list[dict[str, Any]] = [
 ]
 
 
-def tuned(bench: Bench, seed: int = 0) -> tuple[nn.Module, torch.Tensor]:
+def tuned(context: StudyContext, seed: int = 0) -> tuple[nn.Module, torch.Tensor]:
     """Return the base with an adapter fine-tuned as the settings say, and the losses."""
-    model, generator = bench.model(), torch.Generator().manual_seed(seed)
-    plain = bench.batches(generator)
+    model, generator = context.model(), torch.Generator().manual_seed(seed)
+    plain = context.batches(generator)
     pl.attach(model, pl.LoRA(2, 1.0, init="gaussian"), name=ADAPTER, generator=generator)
-    made = recipe(bench, model, factors_of(model), plain, seed)
-    losses = bench.train(model, made.batches, made.objective, made.optimizer, "", made.hooks)
+    made = recipe(context, model, factors_of(model), plain, seed)
+    losses = context.train(model, made.batches, made.objective, made.optimizer, "", made.hooks)
     made.finish()
     return model, losses
 
 
-def test_without_remedies_it_is_the_plain_fine_tuning_bit_for_bit(bench):
+def test_without_remedies_it_is_the_plain_fine_tuning_bit_for_bit(context):
     """The recipe of settings with no remedy gives the study's own losses and factors."""
-    model, losses = tuned(bench)
-    other, generator = bench.model(), torch.Generator().manual_seed(0)
-    batches = bench.batches(generator)
+    model, losses = tuned(context)
+    other, generator = context.model(), torch.Generator().manual_seed(0)
+    batches = context.batches(generator)
     pl.attach(other, pl.LoRA(2, 1.0, init="gaussian"), name=ADAPTER, generator=generator)
-    plain = bench.fine_tune(other, batches, pl.parameters(other), "")
+    plain = context.fine_tune(other, batches, pl.parameters(other), "")
     assert torch.equal(losses, plain)
     for one, two in zip(pl.parameters(model), pl.parameters(other), strict=True):
         assert torch.equal(one, two)
-    assert not bench.settings.remedied
+    assert not context.settings.remedied
 
 
 @pytest.mark.parametrize("remedy", REMEDIES, ids=lambda r: " ".join(r))
-def test_a_remedy_changes_the_training_and_leaves_the_base(bench, remedy):
+def test_a_remedy_changes_the_training_and_leaves_the_base(context, remedy):
     """Each remedy trains, to other factors than without it, on a base that stays bit for bit."""
-    model, _ = tuned(having(bench, **remedy))
-    plain, _ = tuned(bench)
-    assert having(bench, **remedy).settings.remedied
+    model, _ = tuned(having(context, **remedy))
+    plain, _ = tuned(context)
+    assert having(context, **remedy).settings.remedied
     assert any(
         not torch.equal(one, two)
         for one, two in zip(pl.parameters(model), pl.parameters(plain), strict=True)
     )
-    assert pl.fingerprint(model) == bench.base_fingerprint
-    assert torch.equal(switched_off(model, bench.test_inputs), bench.base_logits)
+    assert pl.fingerprint(model) == context.base_fingerprint
+    assert torch.equal(switched_off(model, context.test_inputs), context.base_logits)
 
 
 @pytest.mark.parametrize("remedy", [{}, *REMEDIES[:8], REMEDIES[9]], ids=lambda r: " ".join(r))
-def test_seeds_trained_together_come_out_as_one_by_one(bench, remedy):
+def test_seeds_trained_together_come_out_as_one_by_one(context, remedy):
     """Stacked factors under vmap give each seed's factors and losses, to rounding."""
-    its = having(bench, **remedy)
+    its = having(context, **remedy)
     todo = [(its, seed) for seed in range(3)]
     for one, two in zip(tune_one_by_one(todo), tune_together(todo), strict=True):
         assert_close(two[0], one[0], rtol=1e-3, atol=1e-4)
         assert two[1] == pytest.approx(one[1], rel=1e-5)
 
 
-def test_projected_training_ends_outside_the_directions(bench):
+def test_projected_training_ends_outside_the_directions(context):
     """A reads none of the forbidden directions at the end, so that old images pass unchanged."""
-    its = having(bench, replay=5, null_space=1.0, null_space_of="old")
+    its = having(context, replay=5, null_space=1.0, null_space_of="old")
     model, _ = tuned(its)
     old = memory(its, memory_generator(0))
     directions = forbidden(its, old)
@@ -320,9 +309,9 @@ def test_projected_training_ends_outside_the_directions(bench):
     assert moved["old"] < 1e-4 * moved["tuned"]
 
 
-def test_replayed_images_are_as_many_of_each_other_digit(bench):
+def test_replayed_images_are_as_many_of_each_other_digit(context):
     """The memory has m images of every digit that is not tuned, and depends on the seed."""
-    its = having(bench, replay=5)
+    its = having(context, replay=5)
     old = memory(its, memory_generator(0))
     assert torch.bincount(its.labels[old], minlength=10).tolist() == [5, 5, 0, 0, 5, 0, 5, 5, 0, 0]
     assert torch.equal(old, memory(its, memory_generator(0)))
@@ -333,10 +322,10 @@ def test_replayed_images_are_as_many_of_each_other_digit(bench):
 
 
 @pytest.mark.parametrize("route", ["none", "base", "soft", "gate"])
-def test_routes_answer_for_other_digits_as_they_say(bench, route):
+def test_routes_answer_for_other_digits_as_they_say(context, route):
     """Routed by the base no other digit's image is lost; the gate and the rest answer for all."""
-    its = having(bench, route=route, replay=5)
-    model, _ = tuned(bench)
+    its = having(context, route=route, replay=5)
+    model, _ = tuned(context)
     got = score(answers(its, its.evaluate(model), 0), its.test_labels, its.tuned)
     base = score(its.base_logits, its.test_labels, its.tuned)
     if route == "base":
@@ -349,15 +338,15 @@ def test_early_stopping_keeps_the_best_on_the_validation_images(tmp_path):
     """The factors at the end are the best seen on images that fine-tuning did not see."""
     settings = preset("blog", **SMALL, bases=str(tmp_path), validation=20, patience=1, lr=0.05)
     run = RunDirectory(Path(tmp_path), {}, {}, [])
-    bench = prepare(settings, run, torch.device("cpu"), load_data("digits"), lambda line: None)
-    model, _ = tuned(bench)
-    assert bench.held_labels is not None
-    assert torch.bincount(bench.held_labels).tolist() == [20] * 10
-    assert len(bench.labels) == 1437 - 200
-    last = dataclasses.replace(bench, settings=dataclasses.replace(settings, patience=0))
-    assert bench.validated(model) >= bench.validated(tuned(last)[0])
+    context = prepare(settings, run, torch.device("cpu"), load_data("digits"), lambda line: None)
+    model, _ = tuned(context)
+    assert context.held_labels is not None
+    assert torch.bincount(context.held_labels).tolist() == [20] * 10
+    assert len(context.labels) == 1437 - 200
+    last = dataclasses.replace(context, settings=replace(settings, patience=0))
+    assert context.validated(model) >= context.validated(tuned(last)[0])
     with pl.disabled(model):
-        assert bench.validated(model) <= 1.0
+        assert context.validated(model) <= 1.0
 
 
 def test_a_selection_counts_on_images_that_its_base_has_not_seen(tmp_path):
@@ -383,11 +372,11 @@ def test_a_selection_counts_on_images_that_its_base_has_not_seen(tmp_path):
         ({"route": "gate"}, "--replay must be above 0 for what needs old images"),
         ({"null_space": 0.5, "null_space_of": "old"}, "--replay must be above 0"),
         ({"margin": -1.0}, "--margin must be a number of at least 0, got '-1.0'"),
-        ({"null_space": 1.5}, "--null-space must be at most 1"),
+        ({"null_space": 1.5}, "--null-space must be a number from 0 to 1, got '1.5'"),
         ({"temperature": 0.0}, "--temperature must be a finite number above 0"),
     ],
 )
 def test_remedies_that_cannot_be_are_refused(changes, message):
     """What a remedy lacks is named before anything is trained."""
     with pytest.raises(StudyError, match=message):
-        DigitSettings(**changes)
+        replace(DigitSettings(), **changes)

@@ -1,15 +1,35 @@
 """The study's settings: the dataclass, its options on the command line, the presets, bad values."""
 
-import dataclasses
 import doctest
 import importlib
 import json
+import re
+import shlex
 
 import pytest
 
 from experiments.__main__ import main, parser
-from experiments.digits.settings import PRESETS, DigitSettings, chosen_digits, preset
-from experiments.harness.settings import StudyError, deciding
+from experiments.digits.settings import (
+    PRESETS,
+    AdapterSettings,
+    DigitSettings,
+    NetworkSettings,
+    PretrainingSettings,
+    chosen_digits,
+    preset,
+)
+from experiments.harness.settings import (
+    StudyError,
+    flattened,
+    groups,
+    options,
+    own_options,
+    replace,
+    result_settings,
+    values,
+)
+from experiments.tasks.settings import TaskSettings
+from experiments.text.settings import TextSettings
 
 COUNTS = [33, 12, 147, 115, 69, 196, 98, 91, 185, 148]
 OTHER = {
@@ -65,7 +85,7 @@ def parsed(*words: str) -> dict[str, object]:
     return vars(parser().parse_args(["digits", *words]))
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(DigitSettings)])
+@pytest.mark.parametrize("name", list(options(DigitSettings)))
 def test_every_field_is_an_option(name):
     """Each field of the settings is a command-line option that gives it a value of its type."""
     value = OTHER[name]
@@ -80,8 +100,8 @@ def test_every_field_is_an_option(name):
     # What some remedies cannot do without.
     needed = {"patience": {"validation": 1}, "selection": {"validation": 1}}
     needed |= {"route": {"replay": 1}, "null_space_of": {"replay": 1}}
-    values = {"preset": "blog", **needed.get(name, {}), **given}
-    assert getattr(DigitSettings(**values), name) == value
+    changes = {**needed.get(name, {}), **given}
+    assert values(replace(DigitSettings(), **changes))[name] == value
 
 
 def test_every_option_has_its_unit_or_meaning_in_the_help(capsys, monkeypatch):
@@ -90,10 +110,45 @@ def test_every_option_has_its_unit_or_meaning_in_the_help(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["digits", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    for entry in dataclasses.fields(DigitSettings):
+    for entry in options(DigitSettings).values():
         assert "--" + entry.name.replace("_", "-") in shown
         assert " ".join(entry.metadata["help"].split()) in shown
     assert "optimizer steps [200]" in shown
+
+
+def test_help_groups_the_options_and_ends_with_examples_that_parse(capsys):
+    """Each group of settings has its heading in --help, and the examples are commands that work."""
+    for command in ("digits", "sweep", "tasks", "text"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        shown = capsys.readouterr().out
+        assert "\nThe adapter" in shown
+        assert "\nFine-tuning" in shown
+        examples = re.findall(r"^  python -m experiments (.*)$", shown, re.MULTILINE)
+        assert len(examples) == 3
+        for example in examples:
+            words = shlex.split(example)
+            assert words[0] == command
+            assert parser().parse_args(words)
+
+
+def test_replace_takes_option_names_of_any_group():
+    """A value is given by its option's name alone; other groups stay as they are."""
+    changed = replace(DigitSettings(), rank=4, base_steps=7)
+    assert (changed.adapter.rank, changed.pretraining.base_steps) == (4, 7)
+    assert changed.remedies == DigitSettings().remedies
+    assert changed == DigitSettings(
+        adapter=AdapterSettings(rank=4), pretraining=PretrainingSettings(base_steps=7)
+    )
+    with pytest.raises(StudyError, match=r"there is no setting 'ranks'; did you mean rank\?"):
+        replace(DigitSettings(), ranks=4)
+
+
+@pytest.mark.parametrize("kind", [DigitSettings, TaskSettings, TextSettings])
+def test_option_names_are_unique(kind):
+    """No two groups of a study share a name, so that one name finds one setting."""
+    names = [name for group in (kind, *groups(kind).values()) for name in own_options(group)]
+    assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize("words", [["2,3"], ["2", "3"], ["2,", "3"]])
@@ -107,22 +162,20 @@ def test_presets_are_those_of_the_published_studies():
     """The presets have the networks, digits, ranks and lengths of what was published."""
     assert DigitSettings() == preset("blog")
     blog, relu, nine = map(preset, PRESETS)
-    assert (blog.hidden, blog.mean, blog.activation, blog.relu_logits) == (
-        (256, 128),
-        0.1301,
-        "none",
-        True,
-    )
-    assert (blog.rank, blog.alpha, blog.steps, blog.batch) == (2, 1.0, 200, 10)
-    assert (relu.mean, relu.activation, relu.digits) == (0.1307, "relu", blog.digits)
-    assert (nine.hidden, nine.rank, nine.digits, nine.steps) == ((1000, 2000), 1, "9", 100)
+    assert blog.network == NetworkSettings((256, 128), "none", relu_logits=True, mean=0.1301)
+    assert (blog.adapter.rank, blog.adapter.alpha) == (2, 1.0)
+    assert (blog.finetuning.steps, blog.pretraining.batch) == (200, 10)
+    assert (relu.network.mean, relu.network.activation) == (0.1307, "relu")
+    assert relu.finetuning.digits == blog.finetuning.digits
+    assert (nine.network.hidden, nine.adapter.rank) == ((1000, 2000), 1)
+    assert (nine.finetuning.digits, nine.finetuning.steps) == ("9", 100)
 
 
 def test_an_option_outweighs_the_preset():
     """What is given on the command line replaces the preset's value, and nothing else."""
     given = parsed("--preset", "nine", "--rank", "3")
     del given["command"]
-    assert preset(str(given.pop("preset")), **given) == dataclasses.replace(preset("nine"), rank=3)
+    assert preset(str(given.pop("preset")), **given) == replace(preset("nine"), rank=3)
 
 
 @pytest.mark.parametrize(
@@ -171,8 +224,8 @@ def test_bad_values_are_refused_by_name(words, message, capsys, tmp_path):
 def test_a_value_of_another_type_is_refused():
     """Settings made in Python check types too: a rank of 2.5 is no rank."""
     with pytest.raises(StudyError, match=r"--rank must be of type int, got '2.5'"):
-        DigitSettings(rank=2.5)
-    assert DigitSettings(alpha=1).alpha == 1
+        AdapterSettings(rank=2.5)
+    assert AdapterSettings(alpha=1).alpha == 1
 
 
 @pytest.mark.parametrize(
@@ -199,10 +252,12 @@ def test_the_folder_is_named_after_what_differs_from_the_preset():
 
 def test_what_decides_a_result_is_plain_json():
     """The settings that are kept with a run survive JSON, and leave out where things lie."""
-    kept = deciding(preset("nine", out="somewhere"))
+    kept = result_settings(preset("nine", out="somewhere"))
     assert json.loads(json.dumps(kept)) == kept
-    assert not kept.keys() & {"out", "bases", "data_dir", "tensorboard"}
-    assert len(kept) == len(dataclasses.fields(DigitSettings)) - 4
+    assert kept["network"]["hidden"] == [1000, 2000]
+    names = flattened(kept).keys()
+    assert options(DigitSettings).keys() - names == {"out", "bases", "data_dir", "tensorboard"}
+    assert names <= options(DigitSettings).keys()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from experiments.analysis.evaluate import logits_of
 from experiments.analysis.explore import explore
 from experiments.analysis.insight import only_at, sites_of
 from experiments.digits import strengths as strengths_module
+from experiments.digits.methods import factors_of
 from experiments.digits.model import DigitNet
-from experiments.digits.recipe import factors_of
 from experiments.digits.strengths import Strengths, chosen, updates
 
 LAMBDAS = (0.0, 0.25, 1.0, -0.5, 1.5)

@@ -11,17 +11,17 @@ import torch
 import paramlora as pl
 from experiments.__main__ import main
 from experiments.analysis.evaluate import logits_of, score
-from experiments.digits import bench as bench_module
+from experiments.digits import context as context_module
 from experiments.digits.bases import find, restore
-from experiments.digits.bench import prepare
 from experiments.digits.data import load_data
 from experiments.digits.report import report as report_module
 from experiments.digits.report.report import markdown, scrambling
 from experiments.digits.report.tables import PUBLISHED, band_table, digit_table, published_for
 from experiments.digits.settings import DigitSettings, preset
+from experiments.digits.shared import prepare
 from experiments.digits.study import run_digits
 from experiments.harness.rundir import RunDirectory
-from experiments.harness.settings import StudyError
+from experiments.harness.settings import StudyError, flattened
 from experiments.report.table import Band
 
 OPTIONS = (
@@ -67,13 +67,13 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The labels of the fine-tunings that are made, as they are made."""
     made: list[str] = []
-    plain = bench_module.train
+    plain = context_module.train
 
     def train(*args: Any, label: str, **more: Any) -> torch.Tensor:
         made.append(label)
         return plain(*args, label=label, **more)
 
-    monkeypatch.setattr(bench_module, "train", train)
+    monkeypatch.setattr(context_module, "train", train)
     return made
 
 
@@ -109,7 +109,7 @@ def test_a_run_leaves_all_its_rows_and_files(finished):
     assert environment["data_digest"] == load_data("digits").digest
     assert environment["torch"] == torch.__version__
     assert environment["data_why"] == "as asked"
-    assert json.loads((run / "settings.json").read_text())["steps"] == 30
+    assert json.loads((run / "settings.json").read_text())["finetuning"]["steps"] == 30
 
 
 def test_off_and_unmerged_rows_are_the_bases(finished):
@@ -132,7 +132,9 @@ def test_the_saved_adapter_gives_the_row_that_was_recorded(finished):
     model = restore(settings, base, torch.device("cpu"))
     pl.load(model, finished / "run" / "adapters" / "lora-1.safetensors")
     test = load_data("digits").test
-    got = score(logits_of(model, test.inputs(settings.mean, settings.std)), test.labels, [2])
+    got = score(
+        logits_of(model, test.inputs(settings.network.mean, settings.network.std)), test.labels, [2]
+    )
     row = next(r for r in rows_in(finished) if r["stage"] == "on" and r["seed"] == 1)
     assert got["confusion"] == row["confusion"]
     assert got["loss"] == row["loss"]
@@ -171,7 +173,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(copied, left, trainings):
 
 def test_stopping_by_keyboard_and_going_on(finished, tmp_path, monkeypatch, capsys):
     """A run that is stopped in a fine-tuning says so, and goes on to the same rows."""
-    plain, calls = bench_module.train, []
+    plain, calls = context_module.train, []
 
     def stopped(*args: Any, **more: Any) -> torch.Tensor:
         calls.append(more["label"])
@@ -180,7 +182,7 @@ def test_stopping_by_keyboard_and_going_on(finished, tmp_path, monkeypatch, caps
         return plain(*args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench_module, "train", stopped)
+        patch.setattr(context_module, "train", stopped)
         assert study(tmp_path) == 130
     assert "goes on from here" in capsys.readouterr().err
     assert [row["stage"] for row in rows_in(tmp_path)] == STAGES[:6]
@@ -284,6 +286,22 @@ def test_a_run_that_does_not_name_its_study_is_a_digit_study(copied, capsys):
     assert "of study 'opera'; there are digits, sweeps, tasks, text" in capsys.readouterr().err
 
 
+def test_a_run_with_flat_settings_is_reported_and_resumed(copied, trainings, capsys):
+    """A run of before the groups, its settings.json flat, goes on; other settings are refused."""
+    path = copied / "run" / "settings.json"
+    flat = flattened(json.loads(path.read_text()))
+    path.write_text(json.dumps(flat))
+    assert main(["report", str(copied / "run")]) == 0
+    assert study(copied) == 0
+    assert trainings == []
+    assert json.loads(path.read_text()) == flat
+    path.write_text(json.dumps({**flat, "rank": 3, "colour": "red"}))
+    capsys.readouterr()
+    assert study(copied) == 2
+    said = capsys.readouterr().err
+    assert "has a run with other settings: rank 3 there, 2 now; colour 'red' there, None" in said
+
+
 def test_a_report_follows_its_rows(finished):
     """A figure that is changed in a row is changed in the report: nothing is remembered."""
     run = RunDirectory.read(finished / "run")
@@ -342,17 +360,17 @@ def test_proofs_see_a_changed_base(finished, tmp_path):
     settings = small(finished, tmp_path)
     device, data = torch.device("cpu"), load_data("digits")
     run = RunDirectory(tmp_path, {}, {}, [])
-    bench = prepare(settings, run, device, data, lambda line: None)
-    model = bench.model()
-    logits = bench.evaluate(model)
-    assert bench.beside_base(model, logits) == {"same_fingerprint": True, "same_logits": True}
+    context = prepare(settings, run, device, data, lambda line: None)
+    model = context.model()
+    logits = context.evaluate(model)
+    assert context.beside_base(model, logits) == {"same_fingerprint": True, "same_logits": True}
     other = logits.clone()
     other[5, 5] = other[5, 5].nextafter(torch.tensor(2.0))
-    assert not bench.beside_base(model, other)["same_logits"]
+    assert not context.beside_base(model, other)["same_logits"]
     with torch.no_grad():
         weight = next(model.parameters())
         weight[0, 0] = weight[0, 0].nextafter(torch.tensor(2.0))
-    assert not bench.beside_base(model, logits)["same_fingerprint"]
+    assert not context.beside_base(model, logits)["same_fingerprint"]
 
 
 def small(finished: Path, folder: Path, **more: Any) -> DigitSettings:
@@ -377,16 +395,16 @@ def test_seeds_are_told_apart_by_order_and_factors(finished, tmp_path):
     runs = {}
     for order in ("blog", "seeded"):
         settings = small(finished, tmp_path / order, order=order)
-        bench = prepare(
+        context = prepare(
             settings,
             RunDirectory(tmp_path, {}, {}, []),
             torch.device("cpu"),
             load_data("digits"),
             lambda line: None,
         )
-        seen = [bench.batches(torch.Generator().manual_seed(s)).order for s in (0, 0, 1)]
+        seen = [context.batches(torch.Generator().manual_seed(s)).order for s in (0, 0, 1)]
         runs[order] = (torch.equal(seen[0], seen[1]), torch.equal(seen[0], seen[2]))
-        assert set(bench.labels[seen[0]].tolist()) == {2, 3, 5, 8, 9}
+        assert set(context.labels[seen[0]].tolist()) == {2, 3, 5, 8, 9}
     assert runs == {"blog": (True, True), "seeded": (True, False)}
 
 
@@ -494,7 +512,7 @@ def test_the_published_base_comes_out_exactly(mnist_dir, tmp_path, capsys):
 
 
 def test_looking_and_logging_change_no_row(finished, tmp_path):
-    """With a curve and TensorBoard's files the rows are the same, but for the way itself."""
+    """With a curve and TensorBoard's files the rows are the same, but for the curve itself."""
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     shutil.copytree(finished / "bases", tmp_path / "bases")
     assert study(tmp_path, "--look", "10", "--tensorboard", "--compat", "none") == 0
@@ -525,12 +543,36 @@ def test_a_remedied_study_has_its_own_rows(finished, tmp_path):
         assert rows["lora", "unmerged", seed]["same_on_logits"]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seed", "1"], "--seed is used with --explain"),
+        (["--figure", "ranks"], "--figure is not an option for the report of a run of study 'dig"),
+    ],
+)
+def test_options_that_a_report_does_not_take_are_refused(finished, words, message, capsys):
+    """An option of the page alone, and one of another study, are errors that name the option."""
+    assert main(["report", str(finished / "run"), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_several_runs_are_reported_at_once(finished, copied, undrawn, capsys):
+    """Each folder gets its report; the status is 1 if a check failed in any of them."""
+    assert main(["report", str(copied / "run"), str(copied / "run")]) == 0
+    assert capsys.readouterr().out.count("digit    images") == 2
+    rows = rows_in(copied)
+    next(row for row in rows if row["stage"] == "off")["same_logits"] = False
+    path = copied / "run" / "results.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["report", str(copied / "run"), str(finished / "run")]) == 1
+
+
 def test_the_page_on_an_adapter_is_made_from_the_run(finished, tmp_path):
-    """The explain command writes one file with the ledger, the layers and the geometry."""
+    """`report --explain` writes one file with the ledger, the layers and the geometry."""
     shutil.copytree(finished, tmp_path / "copy")
     folder = tmp_path / "copy" / "run"
-    words = ["explain", str(folder), "--seed", "1", "--bases", str(tmp_path / "copy" / "bases")]
-    assert main(words) == 0
+    words = ["report", str(folder), "--explain", "--seed", "1"]
+    assert main([*words, "--bases", str(tmp_path / "copy" / "bases")]) == 0
     text = (folder / "explain.html").read_text()
     row = next(r for r in rows_in(finished) if r["stage"] == "on" and r["seed"] == 1)
     assert f"<td>{100 * row['tuned_accuracy']:.2f}</td>" in text

@@ -24,7 +24,7 @@ from experiments.digits.bases import (
 from experiments.digits.data import hold_out
 from experiments.digits.model import DigitNet
 from experiments.digits.settings import preset
-from experiments.harness.adam import SmallAdam
+from experiments.harness.batches import Batches, loader_order, seeded_order
 from experiments.harness.loggers import (
     CsvLog,
     Curve,
@@ -33,17 +33,8 @@ from experiments.harness.loggers import (
     logging,
     rows_to_csv,
 )
-from experiments.harness.settings import StudyError
-from experiments.harness.train import (
-    Batches,
-    cpu_threads,
-    cross_entropy,
-    every,
-    learning_rate,
-    loader_order,
-    seeded_order,
-    train,
-)
+from experiments.harness.settings import StudyError, replace
+from experiments.harness.train import cpu_threads, cross_entropy, every, learning_rate, train
 
 SMALL = preset("blog", hidden=(12, 8), base_steps=20, batch=5, threads=1)
 
@@ -102,7 +93,7 @@ def test_batches_are_rows_in_order(count):
 
 
 def test_training_is_the_plain_loop():
-    """Loop and optimizer give bitwise the losses and weights of the loop that everybody writes."""
+    """The loop gives bitwise the losses and weights of the loop that everybody writes."""
     inputs, labels = examples(60)
     model = DigitNet([12, 8], "relu")
     plain = copy.deepcopy(model).train()
@@ -119,15 +110,15 @@ def test_training_is_the_plain_loop():
         model,
         Batches((inputs, labels), order, 7),
         cross_entropy,
-        SmallAdam(model.parameters(), 1e-2),
+        torch.optim.Adam(model.parameters(), 1e-2, fused=True),
     )
     assert ours.tolist() == theirs
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
-def test_training_takes_torchs_optimizers_too():
-    """The loop is the same for an optimizer of torch.optim, with its own momentum and decay."""
+def test_training_takes_other_optimizers_too():
+    """The loop is the same for SGD, with momentum and weight decay."""
     inputs, labels = examples(30)
     model = DigitNet([12, 8])
     plain = copy.deepcopy(model).train()
@@ -207,7 +198,7 @@ def test_a_base_is_kept_and_found_bitwise(tmp_path):
     found = find(path)
     assert found is not None
     assert torch.equal(found.losses, base.losses)
-    assert len(base.losses) == SMALL.base_steps
+    assert len(base.losses) == SMALL.pretraining.base_steps
     model = restore(SMALL, found, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), state)
     for key, value in model.state_dict().items():
@@ -238,12 +229,11 @@ def test_bases_are_told_apart():
         {"batch": 6},
         {"threads": 2},
     ]
-    values = {**SMALL.__dict__}
-    others = [base_path(type(SMALL)(**{**values, **change}), cpu, "data") for change in differing]
+    others = [base_path(replace(SMALL, **change), cpu, "data") for change in differing]
     others += [base_path(SMALL, torch.device("cuda"), "data"), base_path(SMALL, cpu, "else")]
     assert len({path, *others}) == len(others) + 1
     tuning = {"rank": 4, "digits": "1", "steps": 3, "lr": 0.1, "alpha": 2.0, "seeds": 1}
-    assert base_path(type(SMALL)(**{**values, **tuning}), cpu, "data") == path
+    assert base_path(replace(SMALL, **tuning), cpu, "data") == path
 
 
 def updates(**options) -> list[torch.Tensor]:
@@ -344,16 +334,14 @@ def test_hooks_see_every_step_and_can_end_the_training():
     assert [value for name, _, value in calls if name == "first"] == losses.tolist()
 
 
-@pytest.mark.parametrize("kind", [SmallAdam, functools.partial(torch.optim.Adam, fused=True)])
-def test_learning_rates_follow_the_schedule(kind):
-    """Each step is made with the rate that the schedule gives its number, for either Adam."""
+def test_learning_rates_follow_the_schedule():
+    """Each step is made with the rate that the schedule gives its number."""
     model, (inputs, labels) = DigitNet([12, 8]), examples(30)
-    optimizer, rates = kind(model.parameters(), lr=1.0), []
+    optimizer, rates = torch.optim.Adam(model.parameters(), lr=1.0, fused=True), []
     plain = optimizer.step
 
     def step() -> None:
-        groups = getattr(optimizer, "param_groups", None)
-        rates.append(optimizer.lr if groups is None else groups[0]["lr"])
+        rates.append(optimizer.param_groups[0]["lr"])
         plain()
 
     optimizer.step = step

@@ -1,7 +1,6 @@
 """Sweeps: the grid, resuming, processes and clusters, and the choice of remedies."""
 
 import csv
-import dataclasses
 import doctest
 import itertools
 import json
@@ -16,28 +15,21 @@ from torch.testing import assert_close
 import paramlora as pl
 from experiments.__main__ import main
 from experiments.analysis.evaluate import score
-from experiments.digits.bench import ADAPTER, bench_of
-from experiments.digits.recipe import lora_of
-from experiments.digits.settings import DigitSettings, preset
+from experiments.digits.methods import ADAPTER, lora_of
+from experiments.digits.settings import AdapterSettings, DigitSettings, preset
+from experiments.digits.shared import context_of
 from experiments.harness import grid
 from experiments.harness.grid import parse_grid
 from experiments.harness.rundir import Row, RunDirectory
-from experiments.harness.settings import StudyError
+from experiments.harness.settings import StudyError, replace
 from experiments.report.figures import png
 from experiments.sweeps import select as select_module
+from experiments.sweeps.cells import cells, jobs_of, trains_together
 from experiments.sweeps.families import Family, families
 from experiments.sweeps.ranks import rank_figure, rank_table, series
 from experiments.sweeps.report import points, table
 from experiments.sweeps.select import choose, gains, run_remedies
-from experiments.sweeps.sweep import (
-    cells,
-    jobs_of,
-    run_cell,
-    run_sweep,
-    trains_together,
-    tune_one_by_one,
-    tune_together,
-)
+from experiments.sweeps.sweep import run_cell, run_sweep, tune_one_by_one, tune_together
 
 SMALL: dict[str, Any] = {
     "data": "digits",
@@ -154,7 +146,12 @@ def test_the_report_of_a_sweep_is_made_again(finished, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("cell ")
     for name in ("sweep.md", "fronts.png", "ranks.png", "results.csv"):
         assert (folder / name).read_bytes() == (finished / "run" / name).read_bytes()
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment.pop("study") == "sweeps"  # as in a sweep from before it was recorded
+    (folder / "environment.json").write_text(json.dumps(environment))
+    assert main(["report", str(folder)]) == 0
     (folder / "results.jsonl").unlink()
+    capsys.readouterr()
     assert main(["report", str(folder)]) == 2
     assert "has no rows yet" in capsys.readouterr().err
 
@@ -212,11 +209,13 @@ def test_ranks_together_are_ranks_one_by_one(tmp_path, order):
     """Adapters of other ranks, scales and starts train as one, each as it would by itself."""
     settings = small(tmp_path, seeds=3, order=order)
     grid = {"rank": [1, 3, 8], "scale_rule": ["alpha/r", "alpha"], "init": ["gaussian", "kaiming"]}
-    benches = [bench_of(cell.settings) for cell in cells(settings, grid)]
-    todo = [(bench, seed) for bench in benches for seed in range(3)]
-    for (bench, _), one, two in zip(todo, tune_one_by_one(todo), tune_together(todo), strict=True):
+    contexts = [context_of(cell.settings) for cell in cells(settings, grid)]
+    todo = [(context, seed) for context in contexts for seed in range(3)]
+    for (context, _), one, two in zip(
+        todo, tune_one_by_one(todo), tune_together(todo), strict=True
+    ):
         assert two[0]["linear1.parametrizations.weight.0.factors.digits.A"].shape == (
-            bench.settings.rank,
+            context.settings.adapter.rank,
             784,
         )
         assert_close(two[0], one[0], rtol=1e-3, atol=1e-4)
@@ -236,16 +235,16 @@ def test_strengths_are_those_of_a_pass_for_each(tmp_path):
     """A row has the counts and the loss of the model with its adapter scaled by the library."""
     strengths = [0.0, 0.5, 1.5]
     cell = next(cells(small(tmp_path, activation="relu"), {"strength": strengths}))
-    bench = bench_of(cell.settings)
+    context = context_of(cell.settings)
     rows = [row for row in run_cell(cell) if row["stage"] == "on"]
-    for seed, (factors, _) in enumerate(tune_together([(bench, 0), (bench, 1)])):
-        model = bench.model()
-        pl.attach(model, lora_of(cell.settings), name=ADAPTER)
+    for seed, (factors, _) in enumerate(tune_together([(context, 0), (context, 1)])):
+        model = context.model()
+        pl.attach(model, lora_of(cell.settings.adapter), name=ADAPTER)
         model.load_state_dict(factors, strict=False)
         for strength in strengths:
             row = next(r for r in rows if (r["seed"], r["strength"]) == (seed, strength))
             pl.scale(model, strength, ADAPTER)
-            its = score(bench.evaluate(model), bench.test_labels, bench.tuned)
+            its = score(context.evaluate(model), context.test_labels, context.tuned)
             assert row["confusion"] == its["confusion"]
             assert row["loss"] == pytest.approx(its["loss"], rel=1e-5)
 
@@ -255,7 +254,7 @@ def test_cells_that_can_train_together_are_one_job():
     settings = DigitSettings(seeds=10)
 
     def sizes(grid: dict[str, list[Any]], **more: Any) -> list[int]:
-        todo = list(cells(dataclasses.replace(settings, **more), grid, base_seeds=2))
+        todo = list(cells(replace(settings, **more), grid, base_seeds=2))
         jobs = jobs_of(todo)
         assert sorted(map(id, itertools.chain(*jobs))) == sorted(map(id, todo))
         return [len(job) for job in jobs]
@@ -279,9 +278,9 @@ def test_cells_that_can_train_together_are_one_job():
 )
 def test_the_rule_of_the_scale_is_kept_at_every_rank(rule, scale, rank):
     """What multiplies B A is alpha/r, what the library calls rank-stabilized, or alpha itself."""
-    settings = DigitSettings(rank=rank, alpha=3.0, scale_rule=rule)
+    settings = AdapterSettings(rank=rank, alpha=3.0, scale_rule=rule)
     assert lora_of(settings).scaling == pytest.approx(scale(3.0, rank), rel=1e-15)
-    assert DigitSettings(rank=rank).numerator == 1.0  # by default alpha itself, bit for bit
+    assert AdapterSettings(rank=rank).numerator == 1.0  # by default alpha itself, bit for bit
 
 
 def test_a_sweep_over_ranks_is_drawn_by_rank(tmp_path):
@@ -323,24 +322,30 @@ def test_a_sweep_over_ranks_is_drawn_by_rank(tmp_path):
     png(figure)  # closes it
     assert drawn == ["tuned digits, % right", "", "rank rother digits, % right", "rank r"]
     folder = str(tmp_path / "run")
-    assert main(["ranks", folder, folder, "--out", str(tmp_path / "two.png")]) == 0
+    assert (
+        main(["report", folder, folder, "--figure", "ranks", "--out", str(tmp_path / "two.png")])
+        == 0
+    )
     assert (tmp_path / "two.png").stat().st_size > 10_000
+    assert main(["report", folder, "--out", str(tmp_path / "one.png")]) == 2
+    assert main(["report", folder, "--explain"]) == 2
 
 
 def test_a_figure_by_rank_needs_ranks(tmp_path, capsys):
     """A run whose rank was not varied is refused, with what to run instead."""
-    RunDirectory.start(tmp_path, {}, {}, ())
-    assert main(["ranks", str(tmp_path), "--out", str(tmp_path / "no.png")]) == 2
+    RunDirectory.start(tmp_path, {}, {"study": "sweeps"}, ())
+    words = ["report", str(tmp_path), "--figure", "ranks", "--out", str(tmp_path / "no.png")]
+    assert main(words) == 2
     assert "has no rows by rank: run a sweep with --vary rank=1,2,4" in capsys.readouterr().err
     assert not (tmp_path / "no.png").exists()
 
 
 def test_what_cannot_train_together_is_known():
     """Early stopping, and Fisher information or null spaces of a seed's own images, cannot."""
-    assert trains_together(DigitSettings(replay=5, margin=math.inf, schedule="cosine"))
-    assert not trains_together(DigitSettings(validation=5, patience=1))
-    assert not trains_together(DigitSettings(replay=5, ewc=1.0))
-    assert not trains_together(DigitSettings(replay=5, null_space=0.5, null_space_of="old"))
+    assert trains_together(preset("blog", replay=5, margin=math.inf, schedule="cosine"))
+    assert not trains_together(preset("blog", validation=5, patience=1))
+    assert not trains_together(preset("blog", replay=5, ewc=1.0))
+    assert not trains_together(preset("blog", replay=5, null_space=0.5, null_space_of="old"))
 
 
 @pytest.mark.parametrize(
@@ -350,7 +355,7 @@ def test_what_cannot_train_together_is_known():
         ("ranks=1", r"--vary takes SETTING=VALUES"),
         ("rank=one", r"--vary rank=one: invalid literal for int"),
         ("rank=0", r"--rank must be a whole number of at least 1"),
-        ("out=a", r"--vary out is no setting; there are activation, alpha"),
+        ("out=a", r"--vary out is not a setting; there are activation, alpha"),
     ],
 )
 def test_a_grid_that_cannot_be_is_refused(word, message):
@@ -394,6 +399,43 @@ def test_choices_are_made_without_the_test_images(tmp_path, monkeypatch):
     assert "over 2 adapter seeds on each of 2 bases" in text
 
 
+def test_remedies_are_a_preset_of_the_sweep(tmp_path, monkeypatch, capsys):
+    """`--preset remedies-NAME` takes that preset's settings, and the options of the selection."""
+    asked: dict[str, Any] = {}
+    told = "| remedy | all |\n"
+
+    def run(settings: DigitSettings, folder: Path, **options: Any) -> None:
+        asked.update(options, settings=settings)
+        folder.mkdir(parents=True)
+        (folder / "remedies.md").write_text(told)
+
+    monkeypatch.setattr(select_module, "run_remedies", run)
+    monkeypatch.chdir(tmp_path)
+    words = ["sweep", "--preset", "remedies-relu", "--seeds", "3", "--base-seeds", "4"]
+    assert main([*words, "--floor", "3", "-99", "--selection-bases", "2", "--jobs", "2"]) == 0
+    assert asked.pop("settings") == preset("relu", seeds=3)
+    assert asked == {"base_seeds": 4, "floor": [3.0, -99.0], "selection_bases": 2, "jobs": 2}
+    assert told in capsys.readouterr().out
+    assert (tmp_path / "runs" / "remedies-relu" / "remedies.md").exists()
+    assert main(["sweep", "--preset", "remedies", "--out", str(tmp_path / "blog")]) == 0
+    assert asked.pop("settings") == preset("blog", out=str(tmp_path / "blog"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--preset", "remedies-relu", "--vary", "rank=1,2"], "--vary cannot be used with"),
+        (["--floor", "1", "2"], "--floor is used with a preset of remedies, such as remedies-relu"),
+        (["--selection-bases", "2"], "--selection-bases is used with a preset of remedies"),
+        (["--preset", "remedies-red"], "--preset must be blog or relu or nine, got 'red'"),
+    ],
+)
+def test_options_of_grid_and_remedies_are_told_apart(words, message, capsys):
+    """A grid in a preset of remedies, and an option of theirs without it, are refused."""
+    assert main(["sweep", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_gains_are_over_each_adapters_own_base():
     """Points are taken from the accuracy of the base that the adapter sits on."""
     keys = ("accuracy", "tuned_accuracy", "other_accuracy")
@@ -417,4 +459,4 @@ def test_every_family_can_be(tmp_path):
     for family in every:
         for changes in family.candidates:
             extra = {"validation": 1} if "patience" in changes else {}
-            assert DigitSettings(**{**changes, **extra})
+            assert replace(DigitSettings(), **{**changes, **extra})

@@ -17,7 +17,8 @@ from experiments.digits.data import load_data
 from experiments.digits.model import DigitNet
 from experiments.harness.rundir import RunDirectory
 from experiments.tasks import streams
-from experiments.tasks.streams import Task, TaskSettings, rotated, stream
+from experiments.tasks.settings import TaskSettings
+from experiments.tasks.streams import Task, rotated, stream
 from experiments.tasks.tasks import COMBINE, Learner, accuracies
 
 SMALL: dict[str, Any] = {
@@ -81,7 +82,7 @@ def learner(combine: str, **more: Any) -> tuple[Learner, list[Task]]:
     """Return a learner of two random adapters, and the tasks."""
     settings = TaskSettings.of_preset("split", **{**SMALL, **more})
     torch.manual_seed(0)
-    made = Learner(settings, DigitNet(settings.hidden, "relu"), combine)
+    made = Learner(settings, DigitNet(settings.network.hidden, "relu"), combine)
     for seed in range(2):
         for factor in made.begin(torch.Generator().manual_seed(seed)):
             nn.init.normal_(factor, std=0.2)
@@ -139,7 +140,7 @@ def test_orthogonality_penalises_the_overlap_with_earlier_stages():
 
 
 def test_a_run_records_the_matrix_and_resumes(tmp_path: Path, capsys):
-    """The command learns every way, records matrix, metrics and way, and goes on where it was."""
+    """The command runs every method, records matrix, metrics and curve, and can resume."""
     words = ["tasks", "--preset", "rotated", "--data", "digits", "--device", "cpu", "--tasks", "3"]
     words += ["--hidden", "24,16", "--base-steps", "100", "--steps", "20", "--seeds", "2"]
     words += ["--out", str(tmp_path / "run")]

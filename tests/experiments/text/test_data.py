@@ -14,15 +14,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from experiments.harness.settings import StudyError
-from experiments.text.data import Corpus, Tokens, by_length, load_corpus, tokenized
+from experiments.harness.settings import StudyError, replace
+from experiments.text.data import Corpus, load_corpus
 from experiments.text.models import globs
-from experiments.text.settings import TextSettings
+from experiments.text.settings import AdapterSettings, DatasetSettings, TextSettings
+from experiments.text.tokens import Tokens, by_length, tokenized
 from tests.support.tiny_text import texts, write_jsonl
 
 
-def settings(folder: Path, data: str, **more: Any) -> TextSettings:
-    return TextSettings(data=data, data_dir=str(folder), **more)
+def settings(folder: Path, data: str, **more: Any) -> DatasetSettings:
+    return DatasetSettings(data=data, data_dir=str(folder), **more)
 
 
 def imdb_files(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -254,7 +255,7 @@ def test_tokens_move_to_a_device() -> None:
 def test_globs_with_blocks() -> None:
     """A comma inside an index in brackets separates nothing."""
     preset = TextSettings.of_preset("gpt2-spam")
-    assert globs(preset.targets) == [
+    assert globs(preset.adapter.targets) == [
         "*.c_attn.weight[:, :768]",
         "*.c_attn.weight[:, 768:1536]",
         "*.c_attn.weight[:, 1536:]",
@@ -280,13 +281,13 @@ def test_globs_with_blocks() -> None:
 def test_bad_settings_are_named(changes: dict[str, Any], message: str) -> None:
     """A setting that is not allowed is refused with its option, its value and what is allowed."""
     with pytest.raises(StudyError, match=message):
-        TextSettings(**changes)
+        replace(TextSettings(), **changes)
 
 
 def test_conventions_of_the_scale() -> None:
     """`scale` says whether alpha multiplies the update itself, or alpha/r or alpha/√r does."""
     found = {
-        scale: TextSettings(alpha=6.0, rank=4, scale=scale).scaling
+        scale: AdapterSettings(alpha=6.0, rank=4, scale=scale).scaling
         for scale in ("alpha", "alpha/r", "alpha/sqrt_r")
     }
     assert found == {"alpha": 6.0, "alpha/r": 1.5, "alpha/sqrt_r": 3.0}
@@ -294,17 +295,22 @@ def test_conventions_of_the_scale() -> None:
 
 def test_rows_are_json(tmp_path: Path) -> None:
     """What the settings say of a run can be written down and read back."""
-    from experiments.harness.settings import deciding
+    from experiments.harness.settings import result_settings
 
     for name in TextSettings.PRESETS:
-        said = deciding(TextSettings.of_preset(name))
+        said = result_settings(TextSettings.of_preset(name))
         assert json.loads(json.dumps(said)) == said
         assert "data_dir" not in said
 
 
 def test_folders_have_names_that_file_systems_take() -> None:
     """A run's folder is named after what differs from its preset; a long name ends in a digest."""
-    assert TextSettings(rank=4).folder == "runs/text-distilbert-imdb-rank_4"
-    long = [TextSettings(targets="*.query," * 60 + last).folder for last in ("*.key", "*.value")]
+    assert (
+        TextSettings(adapter=AdapterSettings(rank=4)).folder == "runs/text-distilbert-imdb-rank_4"
+    )
+    long = [
+        replace(TextSettings(), targets="*.query," * 60 + last).folder
+        for last in ("*.key", "*.value")
+    ]
     assert long[0] != long[1]
     assert all(len(folder) <= len("runs/") + 120 for folder in long)

@@ -16,13 +16,15 @@ from benchmarks import text_methods
 from experiments.__main__ import main
 from experiments.harness.parallel import Group
 from experiments.harness.rundir import RunDirectory
+from experiments.harness.settings import replace, values
 from experiments.text import report as text_report
 from experiments.text import study as text
-from experiments.text.bench import TextBatches, TextBench, cross_entropy, linear, prepare_bench
+from experiments.text.context import TextContext, prepare_context
 from experiments.text.data import load_corpus
 from experiments.text.forgetting import Similarity, similarity
 from experiments.text.models import ADAPTER, load_classifier, load_tokenizer, prepare
 from experiments.text.settings import METHODS, TextSettings
+from experiments.text.training import TextBatches, cross_entropy, fine_tune, linear
 from tests.support.tiny_text import checkpoint, texts, write_jsonl
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -58,14 +60,14 @@ def settings_in(world: Path, **changes: Any) -> TextSettings:
         "device": "cpu",
         "out": str(world / "run"),
     }
-    return TextSettings(**{**given, **changes})
+    return replace(TextSettings(), **{**given, **changes})
 
 
-def bench_in(world: Path, **changes: Any) -> TextBench:
+def context_in(world: Path, **changes: Any) -> TextContext:
     settings = settings_in(world, **changes)
     run = RunDirectory(world, {}, {}, [])
     device = torch.device("cpu")
-    return prepare_bench(settings, run, load_corpus(settings), device, Group())
+    return prepare_context(settings, run, load_corpus(settings.dataset), device, Group())
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +108,11 @@ def test_proofs_hold(finished: RunDirectory) -> None:
 
 def test_saved_adapter_gives_the_row(world: Path, finished: RunDirectory) -> None:
     """The file of a run, on a classifier of the same seed, answers as the row says."""
-    bench = bench_in(world)
-    model = bench.model(0)
+    context = context_in(world)
+    model = context.model(0)
     pl.load(model, finished.folder / "adapters" / "lora-0.safetensors")
     row = next(r for r in finished.rows if r["stage"] == "on" and r["method"] == "lora")
-    assert bench.accuracy(model, "test") == pytest.approx(row["accuracy"])
+    assert context.accuracy(model, "test") == pytest.approx(row["accuracy"])
 
 
 def test_a_stopped_run_goes_on(world: Path, finished: RunDirectory) -> None:
@@ -175,10 +177,10 @@ def test_what_cannot_be_done_is_said(world: Path, capsys: pytest.CaptureFixture[
 
 def test_all_methods_see_the_same(world: Path) -> None:
     """A seed decides the classifier and the batches, whatever the method."""
-    bench = bench_in(world)
-    one, two = bench.model(3), bench.model(3)
-    assert pl.fingerprint(one) == pl.fingerprint(two) != pl.fingerprint(bench.model(4))
-    for a, b in zip(TextBatches(bench, 3), TextBatches(bench, 3), strict=True):
+    context = context_in(world)
+    one, two = context.model(3), context.model(3)
+    assert pl.fingerprint(one) == pl.fingerprint(two) != pl.fingerprint(context.model(4))
+    for a, b in zip(TextBatches(context, 3), TextBatches(context, 3), strict=True):
         assert_close(a, b, rtol=0, atol=0)
 
 
@@ -195,17 +197,17 @@ def test_global_stream_is_left_alone(world: Path) -> None:
 @pytest.mark.parametrize("parts", [1, 3, 4])
 def test_parts_of_a_batch_add_up(world: Path, parts: int) -> None:
     """Accumulated over parts and processes, the gradient is that of the whole batch's mean."""
-    bench = bench_in(world, epochs=1, accumulate=parts, by_length=False)
-    model: Any = bench.model(0).double()
-    batches = TextBatches(bench, 0)
-    whole = bench.tokens["train"].batch(batches.rows[0])
+    context = context_in(world, epochs=1, accumulate=parts, by_length=False)
+    model: Any = context.model(0).double()
+    batches = TextBatches(context, 0)
+    whole = context.tokens["train"].batch(batches.rows[0])
     logits = model(input_ids=whole[0], attention_mask=whole[1]).logits
     F.cross_entropy(logits, whole[2]).backward()
     expected = model.classifier.weight.grad.clone()
     found = torch.zeros_like(expected)
     for rank in range(3):
-        object.__setattr__(bench, "group", Group(rank, 3))
-        mine = list(TextBatches(bench, 0))[:parts]
+        object.__setattr__(context, "group", Group(rank, 3))
+        mine = list(TextBatches(context, 0))[:parts]
         rows = sum(len(batch[0]) for batch in mine)
         for batch in mine:
             model.zero_grad()
@@ -240,10 +242,10 @@ def test_similarity_measures() -> None:
 
 def test_similarity_is_the_mean_over_tokens(world: Path) -> None:
     """An embedding is the mean of the last hidden states over a text's own tokens, normalised."""
-    bench = bench_in(world)
-    model: Any = bench.model(0)
-    found = similarity(bench, model).embeddings
-    first = bench.corpus.splits["test"][0][0].split()
+    context = context_in(world)
+    model: Any = context.model(0)
+    found = similarity(context, model).embeddings
+    first = context.corpus.splits["test"][0][0].split()
     half = " ".join(first[: len(first) // 2])
     ids = load_tokenizer(str(world / "bert"))(half, return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -253,12 +255,12 @@ def test_similarity_is_the_mean_over_tokens(world: Path) -> None:
 
 def test_early_stopping_keeps_the_best(world: Path) -> None:
     """A training that gets worse stops, and the model is that of its best evaluation."""
-    bench = bench_in(world, lr=0.5, epochs=6, patience=2, evaluations=2, schedule="constant")
-    model = bench.model(0)
-    trained = prepare(model, "lora", bench.settings, torch.Generator().manual_seed(0))
-    row = bench.fine_tune(model, trained, "lora", 0)
+    context = context_in(world, lr=0.5, epochs=6, patience=2, evaluations=2, schedule="constant")
+    model = context.model(0)
+    prepare(model, "lora", context.settings, torch.Generator().manual_seed(0))
+    row = fine_tune(context, model, "lora", 0)
     assert row["steps"] < 6 * 8
-    assert bench.accuracy(model, "validation") == pytest.approx(row["validation_accuracy"])
+    assert context.accuracy(model, "validation") == pytest.approx(row["validation_accuracy"])
     assert row["best_step"] <= row["steps"] - 2 * (8 // 2)
 
 
@@ -270,43 +272,43 @@ def test_other_architectures(tmp_path: Path, world: Path, kind: str) -> None:
     changes: dict[str, Any] = {"data": "imdb", "rank": 2, "epochs": 1, "schedule": "linear"}
     if kind == "gpt2":
         changes |= {"targets": "*.c_attn.weight[:, :16],*.c_proj,*.c_fc,score", "balanced": False}
-    settings = TextSettings.of_preset(preset)
-    given = {k: getattr(settings, k) for k in ("preset", "alpha", "scale", "init", "targets")}
-    bench = bench_in(world, model=model, **{**given, "methods": "lora", **changes})
-    classifier = bench.model(0)
-    before = bench.logits(classifier, "validation")
-    trained = prepare(classifier, "lora", bench.settings, torch.Generator().manual_seed(0))
-    assert torch.equal(bench.logits(classifier, "validation"), before)
-    row = bench.fine_tune(classifier, trained, "lora", 0)
+    settings = values(TextSettings.of_preset(preset))
+    given = {k: settings[k] for k in ("preset", "alpha", "scale", "init", "targets")}
+    context = context_in(world, model=model, **{**given, "methods": "lora", **changes})
+    classifier = context.model(0)
+    before = context.logits(classifier, "validation")
+    prepare(classifier, "lora", context.settings, torch.Generator().manual_seed(0))
+    assert torch.equal(context.logits(classifier, "validation"), before)
+    row = fine_tune(context, classifier, "lora", 0)
     assert math.isfinite(row["train_loss"])
     with pl.disabled(classifier, ADAPTER):
-        assert torch.equal(bench.logits(classifier, "validation"), before)
+        assert torch.equal(context.logits(classifier, "validation"), before)
 
 
 def test_two_adapters_on_one_base(world: Path) -> None:
     """Two tasks' adapters on one base, switched per request or routed per row, answer as alone."""
-    bench = bench_in(world)
-    base, alone = bench.model(0), {}
+    context = context_in(world)
+    base, alone = context.model(0), {}
     for seed, name in enumerate(("spam", "sentiment")):
-        model = bench.model(0)
-        prepare(model, "lora", bench.settings, torch.Generator().manual_seed(seed))
+        model = context.model(0)
+        prepare(model, "lora", context.settings, torch.Generator().manual_seed(seed))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for factor in pl.parameters(model):
                 factor.add_(torch.randn(factor.shape, generator=generator), alpha=0.1)
         pl.save(model, world / f"{name}.safetensors", ADAPTER)
-        alone[name] = bench.logits(model, "validation")
+        alone[name] = context.logits(model, "validation")
         pl.load(base, world / f"{name}.safetensors", name=name)
     assert not torch.equal(alone["spam"], alone["sentiment"])
     for name in ("sentiment", "spam", "sentiment"):
         with pl.using(base, name):
-            assert_close(bench.logits(base, "validation"), alone[name])
-    ids, mask, _ = bench.tokens["validation"].batch(torch.arange(9))
+            assert_close(context.logits(base, "validation"), alone[name])
+    ids, mask, _ = context.tokens["validation"].batch(torch.arange(9))
     route = torch.tensor([0, 1, 1, 0, -1, 1, 0, -1, 0])
     with torch.no_grad(), pl.routed(base, route, "spam", "sentiment"):
         mixed = base(input_ids=ids, attention_mask=mask).logits
     with pl.disabled(base):
-        alone["base"] = bench.logits(base, "validation")
+        alone["base"] = context.logits(base, "validation")
     expected = torch.stack(
         [alone[("spam", "sentiment", "base")[which]][i] for i, which in enumerate(route.tolist())]
     )

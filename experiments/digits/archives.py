@@ -1,0 +1,187 @@
+"""Archives of MNIST's format: found on disk or downloaded, checked and read.
+
+The only file that imports torchvision, and only to download: archives that are on disk are read
+here, in a third of a second.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import socket
+import struct
+import threading
+import urllib.request
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..harness.settings import StudyError
+
+# The MD5 sums that torchvision checks too (torchvision.datasets.MNIST.resources).
+ARCHIVES = {
+    "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+    "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+}
+
+
+FASHION_ARCHIVES = {
+    "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+    "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+    "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+}
+
+
+PATIENCE = 5.0  # seconds that a mirror has to answer, and a download to go on after a pause
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set of MNIST's format: the name that torchvision has for it, and its archives' sums.
+
+    `variable`: the environment variable that names a folder with the archives.
+    """
+
+    name: str
+    archives: Mapping[str, str]
+    variable: str
+
+
+MNIST_SOURCE = Source("MNIST", ARCHIVES, "PARAMLORA_MNIST")
+
+
+FASHION_SOURCE = Source("FashionMNIST", FASHION_ARCHIVES, "PARAMLORA_FASHION")
+
+
+class MissingError(Exception):
+    """MNIST is neither on disk nor to be downloaded."""
+
+
+def archive_folder(folder: Path, source: Source) -> Path | None:
+    """Return where the four archives lie: where torchvision puts them in the folder, or in it.
+
+    All sets of this format name their archives alike, so one archive's sum says whether they are
+    another set's. Damaged ones are no other's, and are named when they are read.
+    """
+    for place in (folder / source.name / "raw", folder):
+        if all((place / name).is_file() for name in source.archives):
+            smallest = place / "t10k-labels-idx1-ubyte.gz"
+            others = {s.archives[smallest.name] for s in (MNIST_SOURCE, FASHION_SOURCE)}
+            others.discard(source.archives[smallest.name])
+            if _md5(smallest.read_bytes()) not in others:
+                return place
+    return None
+
+
+def read_archive(path: Path, md5: str) -> Tensor:
+    """Return the uint8 tensor in an IDX file: big-endian sizes, as many as its fourth byte says."""
+    packed = path.read_bytes()
+    if (found := _md5(packed)) != md5:
+        raise StudyError(f"{path} is damaged: its MD5 is {found}, not {md5}; delete it")
+    raw = _unpacked(path.with_suffix(""), packed)
+    shape = [int.from_bytes(raw[4 * i : 4 * i + 4], "big") for i in range(1, raw[3] + 1)]
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=4 + 4 * raw[3]).view(shape)
+
+
+def _unpacked(beside: Path, packed: bytes) -> bytes:
+    """Return what is in an archive, from the file that torchvision unpacks beside it if it is it.
+
+    The archive ends with the CRC-32 and the length of what is in it (RFC 1952): a check takes a
+    tenth of the time of unpacking.
+    """
+    check, length = struct.unpack("<II", packed[-8:])
+    with contextlib.suppress(OSError):
+        if beside.is_file() and beside.stat().st_size == length:
+            raw = beside.read_bytes()
+            if zlib.crc32(raw) == check:
+                return raw
+    return gzip.decompress(packed)
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def download(folder: Path, source: Source, before: str) -> str:
+    """Let torchvision download the set and check it; return the mirror, or raise MissingError."""
+    try:
+        from torchvision import datasets
+    except ImportError:
+        raise MissingError(f"{before} and torchvision, which downloads it, is missing") from None
+    kind = getattr(datasets, source.name)
+    failures = []
+    for mirror in _answering(kind.mirrors, next(iter(source.archives))):
+        try:
+            with _socket_timeout(PATIENCE):
+                _fetch(kind, source, mirror, folder)
+            return mirror
+        except (OSError, RuntimeError) as error:
+            failures.append(f"{before} and the download from {mirror} failed: {error}")
+            _delete_damaged(folder / source.name / "raw", source)
+    silent = f"{before} and no mirror answered within {PATIENCE:g} s ({', '.join(kind.mirrors)})"
+    raise MissingError(failures[0] if failures else silent)
+
+
+def _fetch(torchvisions: Any, source: Source, mirror: str, folder: Path) -> None:
+    """Put the set from a mirror where torchvision puts it, and let torchvision check it."""
+    raw = folder / source.name / "raw"
+    if mirror.startswith("file:"):
+        # torchvision asks for the length that HTTP announces, and so fails on a local mirror. It
+        # takes archives that lie there already, once their sums are right.
+        raw.mkdir(parents=True, exist_ok=True)
+        for name, md5 in source.archives.items():
+            with urllib.request.urlopen(mirror + name) as file:
+                (raw / name).write_bytes(content := file.read())
+            if _md5(content) != md5:
+                raise RuntimeError(f"{name} fails its MD5")
+    # torchvision names its folder after the class, so the one with a single mirror has its name.
+    type(source.name, (torchvisions,), {"mirrors": [mirror]})(folder, download=True)
+
+
+def _delete_damaged(raw: Path, source: Source) -> None:
+    """Delete archives that a failed download left in part: they would be found the next time."""
+    for path in (raw / name for name in source.archives):
+        if path.is_file() and _md5(path.read_bytes()) != source.archives[path.name]:
+            path.unlink()
+
+
+def _answering(mirrors: list[str], name: str) -> list[str]:
+    """Return the mirrors that begin to send the file `name` within PATIENCE seconds.
+
+    Asked all at once, each by a thread: a name server that does not answer would hold up a call
+    for a minute, and no timeout of a socket covers it.
+    """
+    answered = set()
+
+    def ask(mirror: str) -> None:
+        try:
+            with urllib.request.urlopen(mirror + name, timeout=PATIENCE):
+                answered.add(mirror)
+        except (OSError, ValueError):
+            pass  # it is left out, and the message names it
+
+    threads = [threading.Thread(target=ask, args=(mirror,), daemon=True) for mirror in mirrors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    return [mirror for mirror in mirrors if mirror in answered]
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Let sockets that are opened inside give up after so many seconds of silence."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

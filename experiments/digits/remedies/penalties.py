@@ -1,0 +1,113 @@
+"""Penalties on the update, which are added to the loss: elastic weight consolidation, O-LoRA."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import paramlora as pl
+
+Penalty = Callable[[nn.Module], Tensor]
+
+
+def fisher(
+    model: nn.Module, paths: Sequence[str], inputs: Tensor, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Return the diagonal of the base's Fisher information at each weight, by its path.
+
+        F_ij = mean over x of (∂ log p(ŷ|x) / ∂W_ij)², ŷ ~ p(·|x)
+
+    with the labels drawn from the model itself, so that it needs images only, and any will do.
+
+    Args:
+        model: adapters are switched off inside; all is left as it was.
+        paths: of weights, such as `linear1.weight`.
+        inputs: the images, (n, …).
+        generator: where ŷ is drawn from.
+
+    Source: Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting" (EWC), arXiv 1612.00796;
+    on true and drawn labels: Kunstner et al. 2019, arXiv 1905.12558.
+    """
+    weights = base_weights(model, paths)
+    total = {path: torch.zeros_like(weight) for path, weight in weights.items()}
+    with pl.disabled(model) if pl.summary(model).sites else torch.enable_grad():
+        for x in inputs.split(1):
+            with torch.enable_grad():
+                leaves = {path: weight.requires_grad_() for path, weight in weights.items()}
+                log_p = F.log_softmax(with_weights(model, leaves, x), -1)
+                drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
+                loss = log_p.gather(1, drawn.to(log_p.device)).sum()
+                gradients = torch.autograd.grad(loss, list(leaves.values()))
+            for path, gradient in zip(leaves, gradients, strict=True):
+                total[path] += gradient**2 / len(inputs)
+    return total
+
+
+def base_weights(model: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]:
+    """Return copies of the weights at these paths with adapters off."""
+    state = pl.base_state_dict(model)
+    return {path: state[path].detach().clone() for path in paths}
+
+
+def with_weights(model: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+    """Return the model's outputs with other base weights at these paths."""
+    named = dict(model.named_parameters())
+    stored = {
+        path if path in named else _original(path): weight for path, weight in weights.items()
+    }
+    return torch.func.functional_call(model, stored, (inputs,))
+
+
+def _original(path: str) -> str:
+    """Return where parametrize keeps the tensor at a path."""
+    module, _, tensor = path.rpartition(".")
+    return f"{module}.parametrizations.{tensor}.original".lstrip(".")
+
+
+def elastic(weights: Mapping[str, Tensor], fishers: Mapping[str, Tensor]) -> Penalty:
+    """Return the penalty ½ Σ_ij F_ij · ΔW_ij² of elastic weight consolidation, on ΔW = W' - W.
+
+    Not on the factors one by one: B starts at zero, and where it is zero the Fisher information of
+    A is too. Source: Kirkpatrick et al. 2017 (EWC), eq. 3.
+
+    Args:
+        weights: W by path, `base_weights`.
+        fishers: F by path, `fisher`.
+    """
+
+    def penalty(model: nn.Module) -> Tensor:
+        terms = [
+            (fishers[path] * (_read(model, path) - weight) ** 2).sum()
+            for path, weight in weights.items()
+        ]
+        return torch.stack(terms).sum() / 2
+
+    return penalty
+
+
+def orthogonal(earlier: Mapping[str, Tensor], paths: Mapping[str, str]) -> Penalty:
+    """Return the penalty Σ_sites ‖A_earlier Aᵀ‖₁ between row spaces of an earlier A and this one.
+
+    Source: Wang et al. 2023, "Orthogonal Subspace Learning" (O-LoRA), arXiv 2310.14152, eq. 8.
+
+    Args:
+        earlier: the earlier adapter's A, (r, in), by any key.
+        paths: by the same key, the dotted path of this adapter's A in the model.
+    """
+
+    def penalty(model: nn.Module) -> Tensor:
+        overlaps = [
+            (A @ _read(model, paths[key]).transpose(-1, -2)).abs().sum()
+            for key, A in earlier.items()
+        ]
+        return torch.stack(overlaps).sum()
+
+    return penalty
+
+
+def _read(model: nn.Module, path: str) -> Tensor:
+    module, _, tensor = path.rpartition(".")
+    owner = model.get_submodule(module)
+    # An nn.ParameterDict or ModuleDict of factors has its tensors as attributes all the same.
+    return getattr(owner, tensor)

@@ -1,0 +1,157 @@
+"""Contexts of the digit study: made from settings, with data and bases that several share."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import paramlora as pl
+
+from ..analysis.confusion import wrong_counts
+from ..analysis.evaluate import logits_of, score
+from ..harness.environment import commit, resolve_device
+from ..harness.rundir import RunDirectory
+from ..harness.train import cpu_threads
+from .bases import Base, base_path, find, keep, pretrain, restore
+from .context import StudyContext
+from .data import Data, Split, hold_out, load_data
+from .settings import DigitSettings, chosen_digits
+from .strengths import Strengths
+
+
+def prepare(
+    settings: DigitSettings,
+    run: RunDirectory,
+    device: torch.device,
+    data: Data,
+    say: Callable[[str], None],
+) -> StudyContext:
+    """Put the data on the device, find or train the base, and say which digits are tuned."""
+    splits = split_images(settings, data, device)
+    norm = settings.network.mean, settings.network.std
+    inputs, test_inputs = splits.tuning.inputs(*norm), splits.test.inputs(*norm)
+    whole, held = splits.pretraining, splits.held
+    whole_inputs = inputs if whole is splits.tuning else whole.inputs(*norm)
+    base, how = obtain(settings, whole_inputs, whole.labels, data.digest)
+    model = restore(settings, base, device)
+    logits = logits_of(model, test_inputs)
+    counts = wrong_counts(score(logits, splits.test.labels, [0])["confusion"])
+    context = StudyContext(
+        settings=settings,
+        run=run,
+        base=base,
+        inputs=inputs,
+        labels=splits.tuning.labels,
+        test_inputs=test_inputs,
+        test_labels=splits.test.labels,
+        base_logits=logits,
+        base_fingerprint=pl.fingerprint(model),
+        tuned=chosen_digits(settings.finetuning.digits, counts),
+        commit=commit(),
+        held_inputs=held.inputs(*norm) if held else None,
+        held_labels=held.labels if held else None,
+    )
+    say(f"base     {pl.summary(model).total:,} parameters, {how}")
+    say(f"         wrong answers by digit: {', '.join(map(str, counts))}")
+    images = len(context.tuned_rows)
+    say(f"tuned    digits {', '.join(map(str, context.tuned))}: {images:,} training images")
+    return context
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The images that a base learns, an adapter learns, answers are counted on, and those held out.
+
+    The last are None if the settings hold none out.
+    """
+
+    pretraining: Split
+    tuning: Split
+    test: Split
+    held: Split | None = None
+
+
+def split_images(settings: DigitSettings, data: Data, device: torch.device) -> Splits:
+    """Return the images on the device, split as the settings say."""
+    train, test = data.train.to(device), data.test.to(device)
+    if not settings.holdout.validation:
+        return Splits(train, train, test)
+    tuning, held = (train.rows(rows) for rows in held_out(train.labels, settings))
+    if settings.holdout.selection:
+        return Splits(tuning, tuning, held, held)
+    return Splits(train, tuning, test, held)
+
+
+def held_out(labels: Tensor, settings: DigitSettings) -> tuple[Tensor, Tensor]:
+    """Return the rows of the training images that stay, and of the validation images."""
+    return hold_out(labels, settings.holdout.validation, torch.Generator().manual_seed(0))
+
+
+def obtain(
+    settings: DigitSettings, inputs: Tensor, labels: Tensor, data_digest: str
+) -> tuple[Base, str]:
+    """Return the base, and in words how it was come by: the one that is kept, or a new one."""
+    path = base_path(settings, labels.device, data_digest)
+    if (kept := find(path)) is not None:
+        return kept, f"trained before, from {path}"
+    began = time.perf_counter()
+    with cpu_threads(settings.place.threads):
+        base = pretrain(settings, inputs, labels)
+    keep(base, path)
+    seconds = time.perf_counter() - began
+    return base, f"trained for {settings.pretraining.base_steps:,} steps in {seconds:.1f} s"
+
+
+def context_of(settings: DigitSettings) -> StudyContext:
+    """Return the context of these settings; what it shares with others is made once a process."""
+    context = shared_context(shared_settings(settings))
+    confusion = score(context.base_logits, context.test_labels)["confusion"]
+    tuned = chosen_digits(settings.finetuning.digits, wrong_counts(confusion))
+    return dataclasses.replace(context, settings=settings, tuned=tuned)
+
+
+def shared_settings(settings: DigitSettings) -> DigitSettings:
+    """Return the settings that decide on data and base, all others as in preset blog."""
+    return DigitSettings(
+        seed=settings.seed,
+        network=settings.network,
+        pretraining=settings.pretraining,
+        holdout=dataclasses.replace(settings.holdout, patience=0),
+        dataset=settings.dataset,
+        place=dataclasses.replace(settings.place, out=""),
+    )
+
+
+@lru_cache(maxsize=4)
+def shared_context(settings: DigitSettings) -> StudyContext:
+    """Return the context of shared settings, made once a process."""
+    device = resolve_device(settings.place.device)
+    data = shared_data(settings.dataset.data, settings.dataset.data_dir)
+    return prepare(settings, RunDirectory(Path(), {}, {}, []), device, data, lambda line: None)
+
+
+@lru_cache(maxsize=4)
+def shared_strengths(settings: DigitSettings) -> Strengths:
+    """Return the answers at any strength on the base of shared settings, made once a process."""
+    context = shared_context(settings)
+    return Strengths(context.model(), context.test_inputs, context.base_logits)
+
+
+@lru_cache(maxsize=2)
+def shared_data(kind: str, data_dir: str) -> Data:
+    """Return the data set that `load_data` returns, read once a process."""
+    return load_data(kind, data_dir)
+
+
+def counted_images(settings: DigitSettings) -> Tensor:
+    """Return the images that answers are counted on, uint8 (n, 28, 28), as they are to be shown."""
+    data = shared_data(settings.dataset.data, settings.dataset.data_dir)
+    if not settings.holdout.selection:
+        return data.test.images
+    _, held = held_out(data.train.labels, settings)
+    return data.train.images[held]

@@ -1,0 +1,198 @@
+"""The fine-tuning of a text classifier: its batches, loss, learning rate and clock."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..harness.loggers import Curve, EarlyStopping, curve
+from ..harness.parallel import blocks_of, spread
+from ..harness.rundir import Row
+from ..harness.train import Hook, every, learning_rate, train
+from .context import TextContext
+from .models import rate_of
+from .tokens import by_length
+
+WARMUP = 0.06  # share of the steps over which the learning rate rises
+
+
+def fine_tune(context: TextContext, model: nn.Module, method: str, seed: int) -> Row:
+    """Train what requires gradients to the best validation accuracy; return figures for a row.
+
+    The model may be sharded by this; the parameters have the values of the best evaluation.
+    """
+    settings, batches = context.settings, TextBatches(context, seed)
+    spread_model = spread(model, settings.place.parallel, context.group, blocks_of(model))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    clock, watched = _Clock(context.device), Curve()
+    patience = settings.finetuning.patience or len(batches) + 1
+    early = EarlyStopping(_validation(context, clock, watched), trained, patience)
+    with clock.measured():
+        losses = _train(context, spread_model, trained, batches, early, method, seed)
+    if not early.best:  # fewer steps than an evaluation waits for
+        early(len(losses), model)
+    early.restore()
+    return {
+        "trainable": sum(p.numel() for p in trained),
+        "steps": len(losses),
+        "best_step": early.best,
+        "validation_accuracy": early.highest,
+        "validation_curve": watched.values["validation"],
+        "seconds": clock.seconds,
+        "peak_bytes": clock.peak_bytes,
+        **curve(losses),
+    }
+
+
+def _validation(
+    context: TextContext, clock: "_Clock", watched: Curve
+) -> Callable[[nn.Module], float]:
+    """Return the accuracy on the validation rows as a function; its time does not count."""
+
+    def accuracy(model: nn.Module) -> float:
+        with clock.stopped():
+            value = context.accuracy(model, "validation")
+        watched(len(watched.steps) + 1, {"validation": value})
+        return value
+
+    return accuracy
+
+
+def _train(
+    context: TextContext,
+    model: nn.Module,
+    trained: list[nn.Parameter],
+    batches: "TextBatches",
+    early: EarlyStopping,
+    method: str,
+    seed: int,
+) -> Tensor:
+    """Train, and return the loss of each step, the mean over the processes."""
+    training, on_gpu = context.settings.finetuning, context.device.type == "cuda"
+    rate = rate_of(context.settings, method)
+    optimizer = torch.optim.AdamW(
+        trained, lr=rate, weight_decay=training.weight_decay, fused=on_gpu
+    )
+    hooks: list[Hook] = [every(max(1, batches.steps_of_epoch // training.evaluations), early)]
+    if training.schedule == "linear":
+        rates = linear(rate, len(batches) // training.accumulate)
+        hooks.insert(0, learning_rate(optimizer, rates))
+    # Dropout draws from the global generators, and each process must drop something else.
+    with torch.random.fork_rng([context.device] if on_gpu else []):
+        torch.manual_seed(seed * context.group.size + context.group.rank)
+        losses = train(
+            model,
+            batches,
+            cross_entropy,
+            optimizer,
+            label=f"{method} {seed}",
+            hooks=hooks,
+            accumulate=training.accumulate,
+            autocast=context.dtype,
+        )
+    # Each process saw its share of a batch, so weighed that the mean is that of the batch.
+    return context.group.total(losses.to(context.device)).cpu() / context.group.size
+
+
+class TextBatches:
+    """All batches of a fine-tuning, of this process: (ids, mask, labels, weight) each.
+
+    A batch is given out in `accumulate` parts; one too small for so many is left out. `weight`
+    multiplies a part's mean, so that the mean over processes of what `train` makes of the parts,
+    which it weighs by their rows here, is the mean over the rows of the batch everywhere.
+    """
+
+    def __init__(self, context: TextContext, seed: int) -> None:
+        settings = context.settings.finetuning
+        self.context, self.parts = context, settings.accumulate
+        generator = torch.Generator().manual_seed(seed)
+        lengths = context.tokens["train"].lengths
+        epochs = []
+        for _ in range(settings.epochs):
+            order = torch.randperm(len(lengths), generator=generator)
+            if settings.by_length:
+                batches = by_length(lengths, order, settings.batch, generator)
+            else:
+                batches = list(order.split(settings.batch))
+            epochs.append([rows for rows in batches if len(rows) >= self.parts])
+        self.steps_of_epoch = len(epochs[0])
+        self.rows = [rows for batches in epochs for rows in batches]
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.parts
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        tokens, group = self.context.tokens["train"], self.context.group
+        for rows in self.rows:
+            shares = [group.share(part) for part in rows.tensor_split(self.parts)]
+            weight = group.size * sum(len(mine) for mine, _ in shares) / len(rows)
+            for mine, counts in shares:
+                batch = tokens.batch(mine)
+                factor = weight if counts else 0.0
+                yield (*batch, torch.full((), factor, device=batch[0].device))
+
+
+def cross_entropy(
+    model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor, weight: Tensor
+) -> Tensor:
+    """Return the weighed mean cross-entropy of a classifier's logits, in nats."""
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    return F.cross_entropy(logits.float(), labels) * weight
+
+
+def linear(peak: float, steps: int) -> Callable[[int], float]:
+    """Return a schedule: up to `peak` in a line over the first steps, then down to zero in one.
+
+    >>> [round(linear(1.0, 50)(step), 3) for step in (1, 3, 4, 27, 50)]
+    [0.333, 1.0, 1.0, 0.511, 0.021]
+    """
+    warmup = max(1, round(WARMUP * steps))
+
+    def of(step: int) -> float:
+        if step <= warmup:
+            return peak * step / warmup
+        return peak * (steps - step + 1) / max(1, steps - warmup)
+
+    return of
+
+
+class _Clock:
+    """Seconds of training without the evaluations in between, and the GPU's memory at its peak."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds, self.began = device, 0.0, 0.0
+        self.peak_bytes: int | None = None
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Measure what is done inside."""
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._start()
+        yield
+        self._stop()
+        if on_gpu:
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Leave out the time that is spent inside."""
+        self._stop()
+        yield
+        self._start()
+
+    def _start(self) -> None:
+        self._wait()
+        self.began = time.perf_counter()
+
+    def _stop(self) -> None:
+        self._wait()
+        self.seconds += time.perf_counter() - self.began
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
