@@ -100,7 +100,7 @@ def explore_adapters(bench: Bench, images: Tensor, folder: Path) -> None:
         list("0123456789"),
         tuned=bench.tuned,
         images=images if len(images) == len(bench.test_labels) else None,
-        every_layer=names[:1],
+        all_subsets=names[:1],
         logits=logits,
     )
     replace_file(folder / EXPLORED, json.dumps(found).encode())
