@@ -23,7 +23,7 @@ def table_rows(document: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("data", ["imdb", "spam"])
 def test_the_text_study_uses_the_best_rate_of_each_method(data):
-    """The table over seeds has the rate of the highest held-out accuracy; of several, the lowest."""
+    """The table over seeds has the rate with the highest held-out accuracy; ties: the lowest."""
     rates: dict[str, list[tuple[float, float]]] = {}
     for row in rows_of(f"text-{data}-rates.csv"):
         entry = (float(row["held out, %"]), -float(row["rate"]))
