@@ -123,8 +123,8 @@ def _image_data(images: Tensor, labels: Tensor, states: States, per_cell: int) -
 def _choose_images(labels: Tensor, states: States, per_cell: int) -> set[int]:
     """Return rows of the data set such that each cell of each state has up to `per_cell` images.
 
-    A cell takes the images that earlier cells have chosen first, and only then new ones. An image
-    stays in the same cell in most states, so a page with hundreds of states needs few images.
+    A cell prefers images that were chosen for earlier cells, and adds new ones if those are too
+    few. Most images stay in one cell in most states, so hundreds of states need few images.
     """
     chosen: set[int] = set()
     for predictions in (p for masks in states.values() for row in masks.values() for p in row):

@@ -53,9 +53,9 @@ def _weight_and_update(
 ) -> tuple[Tensor, Tensor]:
     """Return W and ΔW in float64, as matrices (out, everything else).
 
-    A float32 layer rounds W' to float32. The rounding errors have full rank, so the rank of
-    W' - W would be that of the whole matrix. A float64 copy of the layer computes both exactly
-    enough.
+    A float32 layer rounds W' to float32. The rounding errors have full rank, so W' - W would seem
+    to have full rank too. In a float64 copy of the layer the errors are far smaller than the
+    singular values of ΔW, and `matrix_rank` does not count them.
     """
     double = copy.deepcopy(module).double().cpu()
     attached = names_of(double)

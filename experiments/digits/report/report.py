@@ -28,7 +28,8 @@ from .tables import (
     seed_table,
 )
 
-# Largest difference between the logits merged and on, relative to the largest logit: rounding.
+# Logits after merging may differ by this much from those with the adapter on, relative to the
+# largest logit. The difference is rounding.
 CLOSE = 1e-5
 
 
@@ -127,15 +128,15 @@ def columns_legend(run: RunDirectory) -> list[str]:
         lines.append("scrambled: as on, with the blog's scrambled update")
     if dead := dead_outputs(run):
         lines.append(
-            f"The base never answers {' or '.join(map(str, dead))}: the ReLU on its logits holds "
-            "that output at zero. --no-relu-logits avoids this."
+            f"The base never answers {' or '.join(map(str, dead))}, because the ReLU on its logits "
+            "holds these logits at zero. --no-relu-logits avoids this."
         )
     if published := published_for(run):
         same = list(published["base"].wrong_counts) == base_of(run)["wrong_counts"]
         lines.append(
-            "published: one adapter seed of another random generator, so fine-tuned figures can "
-            "only lie within the range over our seeds. The base's ten counts "
-            + ("are all the same here." if same else "are not the same here.")
+            "published: measured with one adapter seed of another random generator. Only the base "
+            "can agree exactly; a fine-tuned figure can at best lie within the range over our "
+            f"seeds. The base's ten counts are {'all' if same else 'not'} the same here."
         )
     return lines
 
