@@ -1,1 +1,1 @@
-"""What any classifier's answers tell: evaluation, confusion counts, insight, geometry, metrics."""
+"""Analysis of any classifier: evaluation, confusion counts, adapter effects, update geometry."""

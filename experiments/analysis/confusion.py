@@ -1,7 +1,7 @@
-"""What was learned and what was forgotten, from confusion matrices alone.
+"""Accuracy, learning and forgetting, computed from confusion matrices alone.
 
-A confusion matrix is a list of rows: `confusion[digit][answer]` counts the test images of `digit`
-that got `answer`. The tuned digits are the new task; the other digits stand for the old one.
+A confusion matrix is a list of rows: `confusion[label][answer]` counts the test images of the digit
+`label` that got `answer`. The tuned digits are the new task. All other digits are the old task.
 """
 
 from collections.abc import Collection, Sequence
@@ -11,23 +11,23 @@ Confusion = Sequence[Sequence[int]]
 
 
 class Change(NamedTuple):
-    """By how much accuracy changed, in fractions: gained on the new task, lost on the old."""
+    """Change of accuracy, in fractions: gained on the new task, lost on the old task."""
 
     learned: float
     forgotten: float
 
 
 def wrong_counts(confusion: Confusion) -> list[int]:
-    """Return how many images of each digit got a wrong answer.
+    """Return the number of wrong answers for each digit.
 
     >>> wrong_counts([[8, 2], [1, 9]])
     [2, 1]
     """
-    return [sum(row) - row[digit] for digit, row in enumerate(confusion)]
+    return [sum(row) - row[label] for label, row in enumerate(confusion)]
 
 
 def accuracy(confusion: Confusion, digits: Collection[int] | None = None) -> float:
-    """Return the fraction of right answers to the images of `digits`, of all where none is given.
+    """Return the fraction of correct answers on the images of `digits` (default: all digits).
 
     >>> accuracy([[8, 2], [1, 9]]), accuracy([[8, 2], [1, 9]], [1])
     (0.85, 0.9)
@@ -38,16 +38,17 @@ def accuracy(confusion: Confusion, digits: Collection[int] | None = None) -> flo
 
 
 def old_and_new(confusion: Confusion, tuned: Collection[int]) -> tuple[float, float]:
-    """Return the accuracy on the other digits (the old task) and on the tuned ones (the new)."""
+    """Return the accuracy on the old task (all other digits) and on the new one (`tuned`)."""
     others = [digit for digit in range(len(confusion)) if digit not in tuned]
     return accuracy(confusion, others), accuracy(confusion, tuned)
 
 
 def change(before: Confusion, after: Confusion, tuned: Collection[int]) -> Change:
-    """Return what fine-tuning on `tuned` gained there, and lost on all other digits.
+    """Return what fine-tuning on `tuned` gained on those digits and lost on the others.
 
     >>> change([[8, 2], [1, 9]], [[6, 4], [0, 10]], [1])
     Change(learned=0.1, forgotten=0.2)
     """
     (old_before, new_before), (old, new) = old_and_new(before, tuned), old_and_new(after, tuned)
+    # Rounded so that 1.0 - 0.9 is 0.1 and not 0.09999999999999998.
     return Change(round(new - new_before, 12), round(old_before - old, 12))

@@ -1,7 +1,7 @@
-"""What a report page lets its reader try out: answers at every strength and set of layers.
+"""The data of the report page's explorer: predictions at every strength and subset of layers.
 
-For any model with adapters, any loader and class list. The result is plain numbers, so that a page
-needs no model; images are packed into one PNG beside their answers.
+It works for any model with adapters, any loader and any class list. The result is plain numbers,
+so that the page needs no model. Images are packed into one PNG next to their predictions.
 """
 
 import base64
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import paramlora as pl
-
 from ..harness.settings import StudyError
-from .insight import Answers, Loader, answers_of, only_at, sites_of
+from .insight import Loader, Predictions, names_of, only_at, predict, sites_of
 
 STRENGTHS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.25, 1.5)
-COLUMNS = 32  # images side by side in the sprite
-LogitsAt = Callable[[str, Sequence[str], Sequence[float]], Tensor]
+COLUMNS = 32  # images per row of the sprite sheet
+LogitsFunction = Callable[[str, Sequence[str], Sequence[float]], Tensor]
+# Predictions by adapter name, then by the bit mask of active sites, then one per strength.
+States = Mapping[str, Mapping[str, Sequence[Predictions]]]
 
 
 def explore(
@@ -31,127 +31,131 @@ def explore(
     tuned: Sequence[int] = (),
     images: Tensor | None = None,
     strengths: Sequence[float] = STRENGTHS,
-    every_layer: Sequence[str] = (),
-    a_cell: int = 6,
-    most: int = 6,
-    logits: LogitsAt | None = None,
+    all_subsets: Sequence[str] = (),
+    per_cell: int = 6,
+    max_sites: int = 6,
+    logits: LogitsFunction | None = None,
 ) -> dict[str, Any]:
-    """Return a model's answers with each of its adapters, at each strength and set of layers.
+    """Return a model's predictions with each adapter, by strength and by subset of layers.
 
     Args:
-        model: with adapters; one at a time is switched on. It is left as it was.
-        loader: batches of inputs and labels, in an order that does not change.
+        model: with adapters. They are activated one at a time; the model is left unchanged.
+        loader: batches of inputs and labels, in the same order every time.
         classes: their names, by label.
-        tuned: the labels of those that the adapters were trained on.
-        images: uint8 (n, h, w) or (n, h, w, 3), in the loader's order, to be shown, or none.
-        strengths: λ; 0, the base, is among them or is added.
-        every_layer: the adapters that also get every set of layers, 2ⁿ for n sites.
-        a_cell: images kept for each cell of a confusion matrix, at each state.
-        most: sites for which every set is tried; with more, only all together.
-        logits: what gives the logits with one adapter on, `(name, sites, strengths)` to (strengths,
-            n, classes) on the CPU, where there is a faster way than the model's own passes.
+        tuned: the labels that the adapters were trained on.
+        images: uint8 (n, h, w) or (n, h, w, 3) in the loader's order, to show on the page.
+        strengths: values of λ; 0, the base, is added if it is missing.
+        all_subsets: adapters that are also evaluated at every subset of the n sites, 2ⁿ of them.
+        per_cell: images kept for each cell of a confusion matrix, in each state.
+        max_sites: with more sites than this, only the full set is evaluated.
+        logits: a faster replacement for the model's own forward passes. It takes an adapter's
+            name, sites and strengths, and returns logits (strengths, n, classes) on the CPU.
 
     Raises:
-        StudyError: no adapter, or class names and outputs that do not match.
+        StudyError: the model has no adapter, or the class names do not match its outputs.
     """
     batches = list(loader)
-    names = list(dict.fromkeys(row.adapter for row in pl.summary(model).sites))
+    names = names_of(model)
     if not names:
         raise StudyError("the model has no adapter: attach one, or load it, first")
     strengths, sites = sorted({0.0, *map(float, strengths)}), sites_of(model)
-    whole = (1 << len(sites)) - 1
     labels = torch.cat([y.cpu() for _, y in batches])
+    # A subset of the n sites is a bit mask, as a string: bit i says whether site i is active.
+    # With three sites "5" is 0b101, the first and the third, and "7" is the full set.
+    full = (1 << len(sites)) - 1
 
-    def at(name: str, mask: int) -> list[Answers]:
-        its = [site for number, site in enumerate(sites) if mask >> number & 1]
+    def at(name: str, mask: int) -> list[Predictions]:
+        active = [site for i, site in enumerate(sites) if mask >> i & 1]
         if logits is None:
-            return _at(model, batches, name, its, strengths)
-        return [Answers(one, labels) for one in logits(name, its, strengths)]
+            return _predict_at(model, batches, name, active, strengths)
+        return [Predictions(one, labels) for one in logits(name, active, strengths)]
 
-    found: dict[str, dict[str, list[Answers]]] = {}
+    states: dict[str, dict[str, list[Predictions]]] = {}
     for name in names:
-        masks = range(1, whole + 1) if name in every_layer and len(sites) <= most else [whole]
-        found[name] = {str(mask): at(name, mask) for mask in masks}
-    first = found[names[0]][str(whole)][0]
-    if first.logits.shape[1] != len(classes):
-        raise StudyError(f"{len(classes)} class names, but {first.logits.shape[1]} outputs")
+        every = name in all_subsets and len(sites) <= max_sites
+        states[name] = {str(mask): at(name, mask) for mask in range(1 if every else full, full + 1)}
+    base = states[names[0]][str(full)][strengths.index(0.0)]
+    if base.logits.shape[1] != len(classes):
+        raise StudyError(f"{len(classes)} class names, but {base.logits.shape[1]} outputs")
     data: dict[str, Any] = {
         "classes": list(classes),
         "tuned": list(tuned),
         "sites": sites,
         "strengths": list(strengths),
-        "base": first.confusion,
+        "base": base.confusion,
         "adapters": {
-            name: {mask: [a.confusion for a in row] for mask, row in states.items()}
-            for name, states in found.items()
+            name: {mask: [p.confusion for p in row] for mask, row in by_mask.items()}
+            for name, by_mask in states.items()
         },
     }
     if images is not None:
-        data["images"] = _pictures(images, first.labels, found, a_cell)
+        data["images"] = _image_data(images, labels, states, per_cell)
     return data
 
 
-def _at(
+def _predict_at(
     model: nn.Module, batches: Loader, name: str, sites: Sequence[str], strengths: Sequence[float]
-) -> list[Answers]:
-    """Return the answers with one adapter on at these sites, at each strength."""
-    found = []
+) -> list[Predictions]:
+    """Return the predictions with one adapter active at these sites, at each strength."""
+    result = []
     for strength in strengths:
         with only_at(model, sites, name, strength=strength):
-            found.append(answers_of(model, batches))
-    return found
+            result.append(predict(model, batches))
+    return result
 
 
-def _pictures(
-    images: Tensor, labels: Tensor, found: Mapping[str, Mapping[str, list[Answers]]], a_cell: int
-) -> dict[str, Any]:
-    """Return a sprite of some images of every cell of every state, with all their answers."""
-    states = [a for row in found.values() for its in row.values() for a in its]
-    classes = states[0].logits.shape[1]
-    picked: dict[int, None] = {}
-    for answers in states:
-        cells = labels * classes + answers.given
-        sizes = torch.bincount(cells, minlength=classes**2).tolist()
-        for its in cells.argsort(stable=True).split(sizes):
-            here = its.tolist()
-            # Those that are in already come first, so that a page needs few images.
-            known = list(itertools.islice((row for row in here if row in picked), a_cell))
-            new = itertools.islice((row for row in here if row not in picked), a_cell - len(known))
-            picked.update(dict.fromkeys(new))
-    rows = torch.tensor(sorted(picked))
+def _image_data(images: Tensor, labels: Tensor, states: States, per_cell: int) -> dict[str, Any]:
+    """Return a sprite sheet with images for every cell of every state, and their predictions."""
+    chosen = torch.tensor(sorted(_choose_images(labels, states, per_cell)))
     return {
-        "sprite": sprite(images[rows]),
+        "sprite": sprite(images[chosen]),
         "columns": COLUMNS,
         "width": images.shape[2],
         "height": images.shape[1],
-        "labels": labels[rows].tolist(),
+        "labels": labels[chosen].tolist(),
         "answers": {
-            name: {mask: [a.given[rows].tolist() for a in its] for mask, its in row.items()}
-            for name, row in found.items()
+            name: {mask: [p.predicted[chosen].tolist() for p in row] for mask, row in masks.items()}
+            for name, masks in states.items()
         },
     }
 
 
+def _choose_images(labels: Tensor, states: States, per_cell: int) -> set[int]:
+    """Return rows of the data set such that each cell of each state has up to `per_cell` images.
+
+    A cell prefers images that were chosen for earlier cells, and adds new ones if those are too
+    few. Most images stay in one cell in most states, so hundreds of states need few images.
+    """
+    chosen: set[int] = set()
+    for predictions in (p for masks in states.values() for row in masks.values() for p in row):
+        classes = predictions.logits.shape[1]
+        cells = labels * classes + predictions.predicted  # (n,): each image's cell
+        sizes = torch.bincount(cells, minlength=classes**2).tolist()
+        # Sorted by cell, the images of one cell are neighbours; `sizes` cuts them apart.
+        for cell in cells.argsort(stable=True).split(sizes):
+            rows = cell.tolist()
+            known = list(itertools.islice((row for row in rows if row in chosen), per_cell))
+            new = (row for row in rows if row not in chosen)
+            chosen.update(list(itertools.islice(new, per_cell - len(known))))
+    return chosen
+
+
 def sprite(images: Tensor, columns: int = COLUMNS) -> str:
-    """Return images side by side, row by row, as the data URI of one PNG.
+    """Return a sprite sheet, the images row by row, as the data URI of one PNG.
 
     Args:
         images: uint8 (n, h, w), grey, or (n, h, w, 3).
-        columns: images in a row.
+        columns: images per row.
     """
     from PIL import Image
 
     n, h, w = images.shape[:3]
-    lines = -(-n // columns)
-    sheet = torch.zeros(lines * h, columns * w, *images.shape[3:], dtype=torch.uint8)
-    for number, image in enumerate(images):
-        y, x = divmod(number, columns)
-        sheet[y * h : (y + 1) * h, x * w : (x + 1) * w] = image
-    # Not optimize=True: ten times the time for 3 % of the bytes.
-    return _data_uri(lambda file: Image.fromarray(sheet.numpy()).save(file, "PNG"))
-
-
-def _data_uri(write: Callable[[io.BytesIO], object]) -> str:
+    rows = -(-n // columns)
+    sheet = torch.zeros(rows * h, columns * w, *images.shape[3:], dtype=torch.uint8)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        sheet[row * h : (row + 1) * h, column * w : (column + 1) * w] = image
     file = io.BytesIO()
-    write(file)
+    # Without optimize=True, which takes ten times as long for a file 3 % smaller.
+    Image.fromarray(sheet.numpy()).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Adapters' updates beside the weights that they change: rank, size, principal angles."""
+"""Geometry of adapter updates relative to the weights they change: rank, norm, principal angles."""
 
 import copy
 from collections.abc import Sequence
@@ -15,60 +15,73 @@ from .insight import names_of, sites_of
 
 @dataclass(frozen=True)
 class Geometry:
-    """An update beside its weight, seen as matrices (out, everything else).
+    """An update ΔW = W' - W relative to its weight W, both as matrices (out, everything else).
 
-    `rank`: numerical, of ΔW = W' - W in float64; `size`: ‖ΔW‖/‖W‖, Frobenius; `angles`: principal
-    angles between the column spaces of ΔW and of W's `rank` largest left-singular vectors,
-    ascending, degrees: near 0 amplifies what W does already, near 90 writes somewhere else.
-    `amplified`: ‖ΔW‖ / ‖UᵀWV‖ on ΔW's own singular directions U, V (Hu et al. 2021, LoRA, 7.3).
+    `rank`: numerical rank of ΔW, computed in float64.
+    `relative_norm`: ‖ΔW‖ / ‖W‖, Frobenius norms.
+    `angles`: the `rank` principal angles, in degrees and ascending, between the column space of
+    ΔW and the space of W's `rank` leading left singular vectors. Near 0° the update strengthens
+    directions that W already writes to. Near 90° it writes to new ones.
+    `amplification`: ‖ΔW‖ / ‖Uᵀ W V‖, where U and V are ΔW's singular vectors (Hu et al. 2021,
+    "LoRA", section 7.3). It is infinite if W is zero in those directions.
     """
 
     rank: int
-    size: float
+    relative_norm: float
     angles: tuple[float, ...]
-    amplified: float
+    amplification: float
 
 
 @torch.no_grad()
 def geometry(model: nn.Module, *names: str) -> dict[str, Geometry]:
-    """Return what the named adapters (all where none is) do to each weight, by its path.
+    """Return the geometry of the named adapters' joint update (default: all), by site.
 
-    Principal angles: Björck and Golub 1973, "Numerical methods for computing angles between linear
-    subspaces", theorem 1.
+    Source of the principal angles: Björck and Golub 1973, "Numerical methods for computing angles
+    between linear subspaces", theorem 1.
     """
-    found, chosen = {}, names or names_of(model)
+    result, chosen = {}, names or names_of(model)
     for site in sites_of(model, *chosen):
         path, _, tensor = site.rpartition(".")
-        module = model.get_submodule(path)
-        with pl.using(module):
-            weight = getattr(module, tensor).detach().double().cpu().flatten(1)
-        update = _update(module, tensor, chosen).flatten(1)
+        weight, update = _weight_and_update(model.get_submodule(path), tensor, chosen)
         with cpu_threads(1):
-            found[site] = _compare(update, weight)
-    return found
+            result[site] = _compare(update, weight)
+    return result
 
 
-def _update(module: nn.Module, tensor: str, names: Sequence[str]) -> Tensor:
-    """Return ΔW in float64: from a copy, so that W' is not rounded to the weight's dtype."""
+def _weight_and_update(
+    module: nn.Module, tensor: str, names: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Return W and ΔW in float64, as matrices (out, everything else).
+
+    A float32 layer rounds W' to float32. The rounding errors have full rank, so W' - W would seem
+    to have full rank too. In a float64 copy of the layer the errors are far smaller than the
+    singular values of ΔW, and `matrix_rank` does not count them.
+    """
     double = copy.deepcopy(module).double().cpu()
-    its = {row.adapter for row in pl.summary(double).sites}
-    with pl.using(double, *[name for name in names if name in its]):
-        on = getattr(double, tensor).clone()
+    attached = names_of(double)
     with pl.using(double):
-        return on - getattr(double, tensor)
+        weight = getattr(double, tensor).detach().clone()
+    with pl.using(double, *[name for name in names if name in attached]):
+        update = getattr(double, tensor).detach() - weight
+    return weight.flatten(1), update.flatten(1)
 
 
 def _compare(update: Tensor, weight: Tensor) -> Geometry:
-    left, sizes, right = torch.linalg.svd(update, full_matrices=False)
-    rank = int(torch.linalg.matrix_rank(update)) if float(sizes.max()) > 0 else 0
+    U, S, Vh = torch.linalg.svd(update, full_matrices=False)  # (out, m), (m,), (m, in)
+    rank = int(torch.linalg.matrix_rank(update)) if float(S.max()) > 0 else 0
     if rank == 0:
         return Geometry(0, 0.0, (), 0.0)
-    principal = torch.linalg.svd(weight, full_matrices=False)[0][:, :rank]
-    cosines = torch.linalg.svdvals(left[:, :rank].T @ principal).clamp(max=1)
-    inside = left[:, :rank].T @ weight @ right[:rank].T
+    U, Vh = U[:, :rank], Vh[:rank]  # (out, r), (r, in)
+    leading = torch.linalg.svd(weight, full_matrices=False)[0][:, :rank]  # (out, r)
+    # U and `leading` have orthonormal columns, so the singular values of U^T leading are the
+    # cosines of the principal angles. Example with r = 1: the columns e1 and (e1 + e2)/√2 give
+    # the 1×1 matrix 1/√2, and the angle is 45°. Rounding can make a cosine larger than 1, whose
+    # arccos is nan.
+    cosines = torch.linalg.svdvals(U.T @ leading).clamp(max=1)  # (r, out) @ (out, r) -> (r,)
+    inside = U.T @ weight @ Vh.T  # (r, out) @ (out, in) @ (in, r): W in the update's directions
     return Geometry(
-        rank,
-        float(update.norm() / weight.norm()),
-        tuple(torch.rad2deg(cosines.arccos()).sort().values.tolist()),
-        float(update.norm() / inside.norm()),
+        rank=rank,
+        relative_norm=float(update.norm() / weight.norm()),
+        angles=tuple(torch.rad2deg(cosines.arccos()).sort().values.tolist()),
+        amplification=float(update.norm() / inside.norm()),
     )

@@ -1,8 +1,8 @@
-"""What adapters did to a model: answers that changed, layers that mattered, directions that moved.
+"""What adapters changed in a classifier: its predictions, by example, by strength and by layer.
 
-For any model with adapters, any loader of (inputs, labels) and any list of classes; nothing here
-knows of digits. `Answers` are gathered with everything off and on, and the rest is counted from
-them. All leave the model as it was.
+Everything here takes a model with adapters and a loader of (inputs, labels); nothing depends on
+digits. `predict` runs the model, and the other functions compare its `Predictions` with adapters
+off, on, at some strength, or at some sites only. All of them leave the model unchanged.
 """
 
 import itertools
@@ -19,150 +19,170 @@ from torch import Tensor, nn
 import paramlora as pl
 
 from ..harness.settings import StudyError
-from .task_metrics import area, front
+from .evaluate import confusion_counts
+from .task_metrics import hypervolume, pareto_front
 
 Value = TypeVar("Value")
 Loader = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Answers:
-    """A model's logits of a data set, (n, classes), and the labels, int64 (n,), on the CPU."""
+class Predictions:
+    """A model's logits on a data set, (n, classes), and the labels, int64 (n,), on the CPU."""
 
     logits: Tensor
     labels: Tensor
 
     @cached_property
-    def given(self) -> Tensor:
-        """The answers, int64 (n,)."""
+    def predicted(self) -> Tensor:
+        """The predicted classes, int64 (n,)."""
         return self.logits.argmax(1)
 
     @property
-    def right(self) -> Tensor:
-        """Which answers are right, bool (n,)."""
-        return self.given == self.labels
+    def correct(self) -> Tensor:
+        """Which predictions are correct, bool (n,)."""
+        return self.predicted == self.labels
 
     @property
     def confusion(self) -> list[list[int]]:
-        """How many examples of each class (row) got each answer (column)."""
+        """The number of examples of each class (row) that got each prediction (column)."""
         classes = self.logits.shape[1]
-        pairs = torch.bincount(self.labels * classes + self.given, minlength=classes**2)
-        return pairs.view(classes, classes).tolist()
+        return confusion_counts(self.predicted[None], self.labels, classes)[0].tolist()
+
+    def accuracies(self, tuned: Sequence[int]) -> dict[str, float]:
+        """Return the accuracy on the `tuned` classes and on all "other" ones, as fractions."""
+        correct, is_tuned = self.correct.float(), torch.isin(self.labels, torch.tensor(list(tuned)))
+        halves = {"tuned": is_tuned, "other": ~is_tuned}
+        return {name: float(correct[half].mean()) for name, half in halves.items()}
 
 
 @torch.no_grad()
-def answers_of(model: nn.Module, loader: Loader) -> Answers:
-    """Return the model's answers, in evaluation mode, its mode given back.
+def predict(model: nn.Module, loader: Loader) -> Predictions:
+    """Return the model's predictions in evaluation mode, with its adapters as they are.
+
+    Afterwards each module is in the mode (training or evaluation) that it was in before.
 
     Args:
-        model: as it is: with whatever adapters are on.
-        loader: batches of inputs and labels, moved to the device of the model's first parameter.
+        model: with whatever adapters are active.
+        loader: batches of inputs and labels. Inputs are moved to the device of the model's first
+            parameter.
     """
     device, modes = next(model.parameters()).device, [m.training for m in model.modules()]
     model.eval()
     try:
-        parts = [(model(x.to(device)).float().cpu(), y.cpu()) for x, y in loader]
+        batches = [(model(x.to(device)).float().cpu(), y.cpu()) for x, y in loader]
     finally:
         for module, mode in zip(model.modules(), modes, strict=True):
             module.training = mode
-    return Answers(torch.cat([z for z, _ in parts]), torch.cat([y for _, y in parts]))
+    return Predictions(torch.cat([z for z, _ in batches]), torch.cat([y for _, y in batches]))
 
 
-def off_and_on(model: nn.Module, loader: Loader, *names: str) -> tuple[Answers, Answers]:
-    """Return the answers with all adapters off, and with the named ones on (none: as they are).
+def predict_off_and_on(
+    model: nn.Module, loader: Loader, *names: str
+) -> tuple[Predictions, Predictions]:
+    """Return the predictions with all adapters off, and those with the named adapters on.
+
+    Without names, "on" is the model as it is.
 
     Raises:
-        StudyError: nothing is attached, so that off is on.
+        StudyError: the model has no adapter.
     """
     if not pl.summary(model).sites:
         raise StudyError("the model has no adapter: attach one, or load it, first")
     with pl.disabled(model):
-        off = answers_of(model, loader)
+        off = predict(model, loader)
     if not names:
-        return off, answers_of(model, loader)
+        return off, predict(model, loader)
     with pl.using(model, *names):
-        return off, answers_of(model, loader)
+        return off, predict(model, loader)
 
 
 @dataclass(frozen=True)
-class Ledger:
-    """Which examples changed sides: rows of the data set, by class of their label.
+class Flips:
+    """The examples whose prediction became correct or wrong, as rows of the data set by class.
 
-    `won`: wrong before and right after; `lost`: right before and wrong after.
+    `positive`: wrong before and correct after. `negative`: correct before and wrong after. The
+    terms are those of Yan et al. 2021, "Positive-Congruent Training", arXiv 2011.09161.
     """
 
-    won: dict[int, list[int]]
-    lost: dict[int, list[int]]
+    positive: dict[int, list[int]]
+    negative: dict[int, list[int]]
 
     def counts(self) -> list[tuple[int, int, int]]:
-        """Return (class, won, lost) for each class."""
-        return [(label, len(self.won[label]), len(self.lost[label])) for label in self.won]
+        """Return (class, positive flips, negative flips) for each class."""
+        return [(c, len(self.positive[c]), len(self.negative[c])) for c in self.positive]
 
 
-def ledger(before: Answers, after: Answers) -> Ledger:
-    """Return which examples went from wrong to right and from right to wrong.
+def flips(before: Predictions, after: Predictions) -> Flips:
+    """Return the examples that went from wrong to correct and from correct to wrong.
 
-    >>> one = Answers(torch.eye(2)[[0, 0, 1]], torch.tensor([0, 1, 1]))
-    >>> two = Answers(torch.eye(2)[[1, 1, 1]], torch.tensor([0, 1, 1]))
-    >>> ledger(one, two)
-    Ledger(won={0: [], 1: [1]}, lost={0: [0], 1: []})
+    >>> one = Predictions(torch.eye(2)[[0, 0, 1]], torch.tensor([0, 1, 1]))
+    >>> two = Predictions(torch.eye(2)[[1, 1, 1]], torch.tensor([0, 1, 1]))
+    >>> flips(one, two)
+    Flips(positive={0: [], 1: [1]}, negative={0: [0], 1: []})
     """
     classes = range(before.logits.shape[1])
 
-    def of(changed: Tensor) -> dict[int, list[int]]:
+    def rows_by_class(flipped: Tensor) -> dict[int, list[int]]:
         return {
-            label: (changed & (before.labels == label)).nonzero().flatten().tolist()
+            label: (flipped & (before.labels == label)).nonzero().flatten().tolist()
             for label in classes
         }
 
-    return Ledger(of(~before.right & after.right), of(before.right & ~after.right))
-
-
-def confusion_change(before: Answers, after: Answers) -> list[list[int]]:
-    """Return the confusion matrix after less the one before."""
-    pairs = zip(before.confusion, after.confusion, strict=True)
-    return [[a - b for b, a in zip(one, two, strict=True)] for one, two in pairs]
+    return Flips(
+        rows_by_class(~before.correct & after.correct),
+        rows_by_class(before.correct & ~after.correct),
+    )
 
 
 def strength_curve(
     model: nn.Module, loader: Loader, strengths: Sequence[float], *names: str
-) -> list[tuple[float, Answers]]:
-    """Return the answers at each strength λ of the adapters, all where none is named."""
+) -> list[tuple[float, Predictions]]:
+    """Return the predictions at each strength λ of the named adapters (default: all adapters)."""
     batches, names = list(loader), names or names_of(model)
-    found = []
+    curve = []
     for strength in strengths:
         with pl.using(model, **dict.fromkeys(names, float(strength))):
-            found.append((float(strength), answers_of(model, batches)))
-    return found
+            curve.append((float(strength), predict(model, batches)))
+    return curve
 
 
 @dataclass(frozen=True)
-class Front:
-    """What a strength buys: a point (learned, kept) a strength, fractions, their front and area.
+class TradeOff:
+    """Learning against forgetting over the strengths.
 
-    `area` is what the front dominates above (base's accuracy on new, 0): 0 for nothing learned.
+    `points`: (tuned accuracy, other accuracy) at each of the `strengths`, as fractions. `front`:
+    the points that no other point beats on both axes. `area`: the hypervolume of the front above
+    (the base's tuned accuracy, 0). It is 0 if nothing was learned.
     """
 
+    strengths: list[float]
     points: list[tuple[float, float]]
     front: list[tuple[float, float]]
     area: float
 
 
-def learning_and_forgetting(curve: Sequence[tuple[float, Answers]], tuned: Sequence[int]) -> Front:
-    """Return accuracy on the tuned classes against that on the others, over the strengths.
+def trade_off(curve: Sequence[tuple[float, Predictions]], tuned: Sequence[int]) -> TradeOff:
+    """Return accuracy on the tuned classes against accuracy on the others, over the strengths.
 
-    As "LoRA Learns Less and Forgets Less" plots them (Biderman et al. 2024, arXiv 2405.09673).
+    The base is the point whose strength is nearest to 0. The plot is that of Biderman et al. 2024,
+    "LoRA Learns Less and Forgets Less", arXiv 2405.09673.
     """
-    points: list[tuple[float, float]] = []
-    for _, answers in curve:
-        new, right = torch.isin(answers.labels, torch.tensor(list(tuned))), answers.right.float()
-        points.append((float(right[new].mean()), float(right[~new].mean())))
-    base = min(zip(curve, points, strict=True), key=lambda entry: abs(entry[0][0]))[1]
-    return Front(points, front(points), area(points, (base[0], 0.0)))
+    strengths, points = [strength for strength, _ in curve], []
+    for _, predictions in curve:
+        accuracies = predictions.accuracies(tuned)
+        points.append((accuracies["tuned"], accuracies["other"]))
+    _, base = min(zip(map(abs, strengths), points, strict=True))
+    return TradeOff(strengths, points, pareto_front(points), hypervolume(points, (base[0], 0.0)))
+
+
+def names_of(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of a model's adapters, in order of attachment."""
+    return tuple(dict.fromkeys(row.adapter for row in pl.summary(model).sites))
 
 
 def sites_of(model: nn.Module, *names: str) -> list[str]:
-    """Return the paths of the adapted tensors, in order; of the named adapters, all if none."""
+    """Return the paths of the tensors that the named adapters (default: all) adapt, in order."""
     chosen = names or names_of(model)
     rows = pl.summary(model).sites
     return list(dict.fromkeys(row.site for row in rows if row.adapter in chosen))
@@ -172,81 +192,90 @@ def sites_of(model: nn.Module, *names: str) -> list[str]:
 def only_at(
     model: nn.Module, sites: Sequence[str], *names: str, strength: float | None = None
 ) -> Iterator[None]:
-    """Inside, adapters are on at these sites alone; afterwards all is as it was.
+    """Activate adapters at these sites only, inside the block.
 
-    A site is switched by the module that has it: of one with several adapted tensors all are.
+    Sites are switched by the module that owns them. If a module has several adapted tensors, all
+    of them are switched together.
 
     Args:
         model: with adapters.
-        sites: the paths of the tensors, `sites_of`.
-        names: the adapters, all where none is named.
-        strength: λ inside, by default what each has.
+        sites: paths of the tensors, as `sites_of` returns them.
+        names: the adapters (default: all).
+        strength: λ inside the block (default: each adapter's own strength).
     """
     chosen = names or names_of(model)
-    with ExitStack() as switched:
-        switched.enter_context(pl.using(model))
+    with ExitStack() as blocks:
+        # `using` acts on all adapted tensors of the module that it is given. The first block
+        # switches the whole model off. One block per chosen module then switches that module on
+        # again. Example: for sites ["fc2.weight"] the blocks are using(model), which leaves fc1
+        # and fc2 off, and using(model.fc2, "a"). ExitStack leaves them in reverse order.
+        blocks.enter_context(pl.using(model))
         for path in dict.fromkeys(site.rpartition(".")[0] for site in sites):
             module = model.get_submodule(path)
-            its = {row.adapter for row in pl.summary(module).sites}
-            here = [name for name in chosen if name in its]
+            here = names_of(module)
+            attached = [name for name in chosen if name in here]  # others make `using` raise
             if strength is None:
-                switched.enter_context(pl.using(module, *here))
+                blocks.enter_context(pl.using(module, *attached))
             else:
-                switched.enter_context(pl.using(module, **dict.fromkeys(here, strength)))
+                blocks.enter_context(pl.using(module, **dict.fromkeys(attached, strength)))
         yield
 
 
 def attribution(
-    model: nn.Module, value: Callable[[nn.Module], Value], *names: str, most: int = 10
+    model: nn.Module, value: Callable[[nn.Module], Value], *names: str, max_sites: int = 10
 ) -> dict[frozenset[str], Value]:
-    """Return `value(model)` with the adapters on at each of the 2ⁿ sets of sites.
+    """Return `value(model)` with the adapters active at each of the 2ⁿ subsets of the n sites.
 
     Args:
         model: with adapters.
-        value: such as accuracy on some classes, or several figures at once.
-        names: the adapters, all where none is named.
-        most: sites; beyond, there are too many combinations.
+        value: for example the accuracy on some classes, or several figures at once.
+        names: the adapters (default: all).
+        max_sites: largest n that is allowed.
 
     Raises:
-        StudyError: more sites than that.
+        StudyError: there are more sites than `max_sites`.
     """
     sites = sites_of(model, *names)
-    if len(sites) > most:
+    if len(sites) > max_sites:
         raise StudyError(
-            f"{len(sites)} sites have 2^{len(sites)} combinations; raise most= or adapt fewer"
+            f"{len(sites)} sites have 2^{len(sites)} subsets; raise max_sites= or adapt fewer"
         )
-    found = {}
+    values = {}
     for size in range(len(sites) + 1):
-        for chosen in itertools.combinations(sites, size):
-            with only_at(model, chosen, *names):
-                found[frozenset(chosen)] = value(model)
-    return found
+        for subset in itertools.combinations(sites, size):
+            with only_at(model, subset, *names):
+                values[frozenset(subset)] = value(model)
+    return values
 
 
 def shapley(values: Mapping[frozenset[str], float]) -> dict[str, float]:
     """Return each site's Shapley value: its mean contribution over all orders of switching on.
 
-        φ_i = Σ_S |S|! (n - |S| - 1)! / n! · (v(S ∪ i) - v(S)), over sets S without i
+        φ_i = Σ_S |S|! (n - |S| - 1)! / n! · (v(S ∪ i) - v(S)), over subsets S without i
 
-    They add up to v(all) - v(none). Source: Shapley 1953, "A value for n-person games".
+    The values add up to v(all sites) - v(no site). Source: Shapley 1953, "A value for n-person
+    games".
+
+    Args:
+        values: v by subset, for all 2ⁿ subsets, as `attribution` returns them.
+
+    Switching on "a" alone gains 1 in the example. Switched on after "b" it gains 3. Both orders
+    count the same, so its value is 2.
 
     >>> both = frozenset({"a", "b"})
     >>> shapley({frozenset(): 0.0, frozenset({"a"}): 1.0, frozenset({"b"}): 0.0, both: 3.0})
     {'a': 2.0, 'b': 1.0}
     """
-    players = sorted(frozenset().union(*values))
-    n = len(players)
-    found = {}
-    for player in players:
+    sites = sorted(frozenset().union(*values))
+    n = len(sites)
+    result = {}
+    for site in sites:
         total = 0.0
         for others, value in values.items():
-            if player not in others:
-                weight = math.factorial(len(others)) * math.factorial(n - len(others) - 1)
-                total += weight / math.factorial(n) * (values[others | {player}] - value)
-        found[player] = total
-    return found
-
-
-def names_of(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of a model's adapters, in order."""
-    return tuple(dict.fromkeys(row.adapter for row in pl.summary(model).sites))
+            if site not in others:
+                # Of the n! orders, |S|! (n - |S| - 1)! switch on exactly the sites S before this
+                # one: any order of S, then the site, then any order of the rest.
+                orders = math.factorial(len(others)) * math.factorial(n - len(others) - 1)
+                total += orders / math.factorial(n) * (values[others | {site}] - value)
+        result[site] = total
+    return result

@@ -112,7 +112,7 @@ def explore_adapters(context: StudyContext, images: Tensor, folder: Path) -> Non
         list("0123456789"),
         tuned=context.tuned,
         images=images if len(images) == len(context.test_labels) else None,
-        every_layer=names[:1],
+        all_subsets=names[:1],
         logits=logits,
     )
     replace_file(folder / EXPLORED, json.dumps(found).encode())

@@ -1,1 +1,1 @@
-"""Complete scripts to copy from."""
+"""Complete scripts to copy and adapt."""

@@ -1,1 +1,1 @@
-"""Tables, figures and one HTML page, for the report of any study."""
+"""Tables, figures, and Markdown and HTML reports, for any study."""

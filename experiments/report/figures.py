@@ -1,6 +1,6 @@
-"""Figures of what adapters did, for any model: drawn from `insight`, saved by whoever asks.
+"""Figures of what adapters changed, for any classifier, and the project's only matplotlib setup.
 
-Each takes an axes or makes a figure, and returns it. One thing has one colour, as in `style`.
+Functions that take `axes` draw on them; the others return a new figure. Nothing is saved here.
 """
 
 import io
@@ -11,166 +11,198 @@ import numpy as np
 from torch import Tensor
 
 from ..analysis.geometry import Geometry
-from ..analysis.insight import Answers, Front, Ledger
+from ..analysis.insight import Flips, Predictions, TradeOff
 from ..harness.loggers import Curve
+from .style import COLOUR, GROUP_COLOUR, STYLE
 from .table import Table
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import FuncNorm
 from matplotlib.figure import Figure
 
-OFF, ON, OTHER = "#0072B2", "#D55E00", "#555555"
+plt.rcParams.update(STYLE)
 
 
 def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG, the same bytes for the same figure, and close it."""
+    """Return a figure as a PNG, and close it.
+
+    The same figure gives the same bytes, as matplotlib's version is left out of the file.
+    """
     file = io.BytesIO()
-    figure.savefig(file, dpi=100, metadata={"Software": None})
+    figure.savefig(file, metadata={"Software": None})
     plt.close(figure)
     return file.getvalue()
 
 
 def contact_sheet(
-    ledger: Ledger,
+    flips: Flips,
     images: Tensor,
-    answers: tuple[Answers, Answers],
+    predictions: tuple[Predictions, Predictions],
     classes: Sequence[str],
-    side: str = "lost",
-    most: int = 12,
+    side: str = "negative",
+    per_class: int = 12,
 ) -> Figure:
-    """Draw the examples that changed sides, a row a class, each with its two answers.
+    """Draw the examples that flipped, one row per class, each with both of its predictions.
 
     Args:
-        ledger: which changed.
+        flips: the examples.
         images: (n, h, w) or (n, h, w, 3), in the data set's order.
-        answers: before and after.
+        predictions: before and after.
         classes: their names, by label.
-        side: "lost" (right → wrong) or "won" (wrong → right).
-        most: examples of a class that are shown.
+        side: "negative" (correct before, wrong after) or "positive" (wrong before, correct after).
+        per_class: examples shown for each class.
     """
-    its = {label: rows for label, rows in getattr(ledger, side).items() if rows}
-    before, after = (a.given.tolist() for a in answers)
+    by_class = {label: rows for label, rows in getattr(flips, side).items() if rows}
+    before, after = (p.predicted.tolist() for p in predictions)
     figure, panels = plt.subplots(
-        max(1, len(its)),
-        most,
-        figsize=(0.75 * most + 1, 0.95 * max(1, len(its)) + 0.5),
+        max(1, len(by_class)),
+        per_class,
+        figsize=(0.75 * per_class + 1, 0.95 * max(1, len(by_class)) + 0.5),
         squeeze=False,
         layout="constrained",
     )
     for axes in panels.flat:
         axes.set_axis_off()
-    for line, (label, rows) in zip(panels, its.items(), strict=False):
+    for line, (label, rows) in zip(panels, by_class.items(), strict=False):
         for axes, row in zip(line, rows, strict=False):
             axes.imshow(images[row].numpy(), cmap="gray_r")
             axes.set_title(f"{classes[before[row]]} → {classes[after[row]]}", fontsize=7, pad=2)
-        line[0].text(
-            -0.15,
-            0.5,
-            f"{classes[label]}\n{len(rows)}",
-            transform=line[0].transAxes,
-            ha="right",
-            va="center",
-            fontsize=9,
-        )
-    words = {"lost": "right before, wrong after", "won": "wrong before, right after"}
-    figure.suptitle(f"{words[side]}: class, how many, and answers before → after", fontsize=9)
+        name = f"{classes[label]}\nn = {len(rows)}"
+        place = {"transform": line[0].transAxes, "ha": "right", "va": "center"}
+        line[0].text(-0.15, 0.5, name, fontsize=9, **place)
+    title = {"negative": "correct before, wrong after", "positive": "wrong before, correct after"}
+    figure.suptitle(f"{title[side]}; above each image: prediction before → after", fontsize=9)
     return figure
 
 
-def ledger_bars(axes: Axes, ledger: Ledger, classes: Sequence[str]) -> None:
-    """Draw how many examples of each class were won (up) and lost (down)."""
-    counts = ledger.counts()
+def flip_bars(axes: Axes, flips: Flips, classes: Sequence[str]) -> None:
+    """Draw the number of positive (up) and negative (down) flips of each class."""
+    counts = flips.counts()
     places = range(len(counts))
-    axes.bar(places, [won for _, won, _ in counts], color=OFF, label="wrong → right")
-    axes.bar(places, [-lost for _, _, lost in counts], color=ON, label="right → wrong")
+    axes.bar(places, [up for _, up, _ in counts], color=COLOUR["off"], label="wrong → correct")
+    axes.bar(places, [-down for *_, down in counts], color=COLOUR["on"], label="correct → wrong")
     axes.axhline(0, color="#333333", linewidth=0.8)
     axes.set_xticks(list(places), [classes[label] for label, _, _ in counts])
-    axes.set_ylabel("examples")
-    axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.yaxis.set_major_formatter(lambda count, _: f"{abs(count):g}")
+    axes.set(xlabel="class", ylabel="images")
+    _legend_above(axes)
 
 
-def strength_front(
-    axes: Axes, strengths: Sequence[float], found: Front, name: str = "", colour: str = ON
-) -> None:
-    """Draw accuracy on the other classes against that on the tuned ones, a point a strength."""
+def trade_off_curve(axes: Axes, found: TradeOff) -> None:
+    """Draw accuracy on the other classes against the tuned ones, one point per strength."""
     x, y = (100 * np.array([point[side] for point in found.points]) for side in (0, 1))
     axes.plot(x, y, "-", color="#cccccc", zorder=1)
-    label = f"{name} area {found.area:.3f}".strip()
-    axes.scatter(x, y, color=colour, s=18, zorder=2, label=label)
-    for strength, a, b in zip(strengths, x, y, strict=True):
+    axes.scatter(x, y, color=COLOUR["on"], s=18, zorder=2)
+    for strength, a, b in zip(found.strengths, x, y, strict=True):
         axes.annotate(f"{strength:g}", (a, b), (4, 4), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="tuned classes, % right", ylabel="other classes, % right")
-    axes.legend(frameon=False, title="points: λ")
+    axes.set(xlabel="accuracy on tuned classes, %", ylabel="accuracy on other classes, %")
+    axes.set_title(f"one point per strength λ; area {found.area:.3f}", fontsize=9)
+    axes.margins(0.08)  # room for the labels of the outermost points
 
 
 def training_curve(axes: Axes, curve: Curve) -> None:
-    """Draw accuracies against the steps of a fine-tuning, as a `Curve` kept them."""
-    colours = {"tuned": ON, "other": OFF, "all": OTHER}
+    """Draw the accuracies that a `Curve` recorded during fine-tuning, against the step."""
     for name, values in curve.values.items():
         if name != "loss":
-            points = 100 * np.array(values)
-            axes.plot(curve.steps, points, label=name, color=colours.get(name))
-    axes.set(xlabel="optimizer step", ylabel="% right")
-    axes.legend(frameon=False)
+            colour, label = GROUP_COLOUR.get(name), f"{name} classes"
+            axes.plot(curve.steps, 100 * np.array(values), label=label, color=colour)
+    axes.set(xlabel="optimizer step", ylabel="accuracy, %")
+    _legend_above(axes)
 
 
-def shapley_bars(
-    axes: Axes, values: Mapping[str, Mapping[str, float]], unit: str = "points"
-) -> None:
-    """Draw each site's Shapley value, a group a figure of merit, such as tuned classes."""
+def shapley_bars(axes: Axes, values: Mapping[str, Mapping[str, float]]) -> None:
+    """Draw each site's Shapley values in accuracy points, one bar per group of classes.
+
+    Args:
+        axes: to draw on.
+        values: fractions by group ("tuned", "other", "all" or any name), then by site.
+    """
     sites = list(next(iter(values.values())))
     width = 0.8 / len(values)
-    colours = {"tuned": ON, "other": OFF, "all": OTHER}
-    for number, (name, its) in enumerate(values.items()):
+    for number, (group, by_site) in enumerate(values.items()):
+        # The bars of a site stand side by side, centred on its tick.
         places = np.arange(len(sites)) + (number - (len(values) - 1) / 2) * width
-        heights = [100 * its[site] for site in sites]
-        axes.bar(places, heights, width * 0.9, label=name, color=colours.get(name))
+        heights, colour = [100 * by_site[site] for site in sites], GROUP_COLOUR.get(group)
+        axes.bar(places, heights, width * 0.9, label=f"{group} classes", color=colour)
     axes.axhline(0, color="#333333", linewidth=0.8)
     axes.set_xticks(range(len(sites)), sites)
-    axes.set_ylabel(f"Shapley value, {unit}")
-    axes.legend(frameon=False)
+    axes.set_ylabel("Shapley value, accuracy points")
+    _legend_above(axes)
 
 
 def geometry_table(found: Mapping[str, Geometry]) -> Table:
-    """Return rank, size and principal angles of each site's update as a table."""
+    """Return rank, norm, principal angles and amplification of each site's update as a table."""
     rows = []
-    for site, its in found.items():
-        angles = ", ".join(f"{angle:.0f}" for angle in its.angles[:4])
-        angles += ", …" if len(its.angles) > 4 else ""
-        rows.append([site, str(its.rank), f"{its.size:.3f}", f"{angles}°", f"{its.amplified:.1f}"])
-    return Table(["site", "rank of ΔW", "‖ΔW‖/‖W‖", "angles to W", "amplified"], rows)
+    for site, update in found.items():
+        angles = ", ".join(f"{angle:.0f}" for angle in update.angles[:4])
+        angles += ", …" if len(update.angles) > 4 else ""
+        norm, amplification = f"{update.relative_norm:.3f}", f"{update.amplification:.1f}"
+        rows.append([site, str(update.rank), norm, f"{angles}°", amplification])
+    return Table(["site", "rank of ΔW", "‖ΔW‖/‖W‖", "principal angles", "amplification"], rows)
 
 
 def confusion_panels(
-    before: Answers, after: Answers, classes: Sequence[str], tuned: Sequence[int] = ()
+    off: Sequence[Sequence[float]] | np.ndarray,
+    on: Sequence[Sequence[float]] | np.ndarray,
+    classes: Sequence[str],
+    tuned: Sequence[int] = (),
 ) -> Figure:
-    """Draw mistakes before and after, and the difference; right answers are left out."""
-    off, on = (np.array(a.confusion, dtype=float) for a in (before, after))
-    for matrix in (off, on):
-        np.fill_diagonal(matrix, 0)
+    """Draw the wrong answers with the adapter off, with it on, and their difference.
+
+    Args:
+        off: confusion matrix with the adapter off, counts or means.
+        on: confusion matrix with the adapter on.
+        classes: their names, by label.
+        tuned: the labels whose names are set in bold.
+    """
+    wrong_off, wrong_on = (np.array(m) * (1.0 - np.eye(len(classes))) for m in (off, on))
+    highest = max(wrong_off.max(), wrong_on.max(), 1)
+    change = wrong_on - wrong_off
+    reach = max(abs(change).max(), 1)
     figure, panels = plt.subplots(1, 3, figsize=(11, 4.1), layout="constrained")
-    most, reach = max(off.max(), on.max(), 1), max(abs(on - off).max(), 1)
-    drawn = [
-        (off, "Oranges", (0, most), "off: mistakes"),
-        (on, "Oranges", (0, most), "on: mistakes"),
-        (on - off, "RdBu_r", (-reach, reach), "on less off"),
-    ]
-    for axes, (matrix, colours, (low, high), name) in zip(panels, drawn, strict=True):
-        axes.imshow(matrix, cmap=colours, vmin=low, vmax=high)
-        axes.set(title=name, xlabel="answer given")
+    _matrix(panels[0], wrong_off, "Oranges", (0, highest), "adapter off: wrong answers")
+    _matrix(panels[1], wrong_on, "Oranges", (0, highest), "adapter on: wrong answers")
+    _matrix(panels[2], change, "RdBu_r", (-reach, reach), "on − off")
+    bold = {classes[label] for label in tuned}
+    for axes in panels:
         for set_ticks in (axes.set_xticks, axes.set_yticks):
-            set_ticks(range(len(classes)), classes, fontsize=7)
-        axes.tick_params(length=0, axis="both")
+            set_ticks(range(len(classes)), classes, fontsize=8)
         axes.tick_params(axis="x", rotation=90 if max(map(len, classes)) > 2 else 0)
         for label in [*axes.get_xticklabels(), *axes.get_yticklabels()]:
-            if label.get_text() in {classes[c] for c in tuned}:
+            if label.get_text() in bold:
                 label.set_fontweight("bold")
-        for (row, column), value in np.ndenumerate(matrix):
-            if value and len(classes) <= 12:
-                colour = "white" if abs(value) > 0.7 * high else "black"
-                axes.text(
-                    column, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color=colour
-                )
-    panels[0].set_ylabel("class (bold: tuned)" if tuned else "class")
+    panels[0].set_ylabel("true class (bold: tuned)" if tuned else "true class")
     return figure
+
+
+def _legend_above(axes: Axes) -> None:
+    """Put the legend above the axes, where it hides no bar or curve."""
+    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def _matrix(
+    axes: Axes, values: np.ndarray, colours: str, limits: tuple[float, float], title: str
+) -> None:
+    """Draw a matrix with its numbers, its colours spread over `limits`."""
+    # Colours follow the square root of the count. On a linear scale a few counts in the hundreds
+    # would make all others look like zero.
+    root = FuncNorm((_signed_root, _signed_square), *limits)
+    axes.imshow(values, cmap=colours, norm=root)
+    for (row, column), value in np.ndenumerate(values):
+        if round(value) and len(values) <= 12:
+            dark = _signed_root(abs(value)) > 0.75 * _signed_root(limits[1])
+            text, colour = f"{value:.0f}".replace("-", "−"), "white" if dark else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
+    axes.set(title=title, xlabel="predicted class")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def _signed_root(values: np.ndarray | float) -> np.ndarray:
+    return np.sign(values) * np.sqrt(np.abs(values))
+
+
+def _signed_square(values: np.ndarray | float) -> np.ndarray:
+    return np.sign(values) * np.square(values)

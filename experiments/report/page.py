@@ -1,54 +1,56 @@
-"""A report as one HTML file that works offline: figures, tables, and an explorer of the results.
+"""A report as one HTML file that works offline, with an explorer of the results.
 
-`page.html` is the template, style and script included; it names no other file and no address.
+`page.html` is the template, with the page's style and script. It refers to no other file and to no
+address.
 """
 
 import base64
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from ..harness.rundir import replace_file
+from .document import Block, Picture, Sections
 from .table import Table
 
 TEMPLATE = Path(__file__).with_name("page.html")
 EXPLORER = """<section id="explorer" aria-label="explorer">
 <div class="controls">
 <fieldset id="adapters"><legend>adapter</legend></fieldset>
-<fieldset id="layers"><legend>layers it is on at</legend></fieldset>
+<fieldset id="layers"><legend>active layers</legend></fieldset>
 <label><span class="name">strength λ = <output id="shown-strength"></output></span><br>
 <input id="strength" type="range" min="0" step="1"></label>
 </div>
 <div class="totals" id="totals"></div>
 <div class="panels">
-<div><p class="key"><i style="background:var(--on)"></i> right answers now,
-<i style="background:var(--off)"></i> of the base; bold: tuned</p>
+<div><p class="key">accuracy by class: <i style="background:var(--on)"></i> with these settings,
+<i style="background:var(--off)"></i> base; bold: tuned</p>
 <div class="bars" id="bars"></div></div>
-<div><p class="key">rows: shown; columns: answered</p>
+<div><p class="key">images by true class (rows) and predicted class (columns)</p>
 <div class="cells" id="cells"></div><div id="pictures"></div></div>
 </div>
 </section>"""
 
 
 def page(
-    title: str,
-    lead: str,
-    parts: Sequence[tuple[str, str]],
-    explored: Mapping[str, Any] | None = None,
+    title: str, lead: str, sections: Sections, explored: Mapping[str, Any] | None = None
 ) -> str:
     """Return the page.
 
     Args:
-        title: of the page, plain text.
-        lead: a paragraph below it, plain text.
-        parts: headings, plain text, and what stands below each, HTML.
-        explored: what `explore` returned, or None for a page without an explorer.
+        title: plain text.
+        lead: the paragraph below the title, plain text.
+        sections: the blocks of each section, by heading; all text is plain.
+        explored: the result of `explore`, or None for a page without an explorer.
     """
-    body = "\n".join(f"<section><h2>{escape(name)}</h2>\n{html}</section>" for name, html in parts)
-    # In a script element only "</" could end it early.
+    body = "\n".join(
+        f"<section><h2>{escape(heading)}</h2>\n{chr(10).join(map(_html, blocks))}</section>"
+        for heading, blocks in sections.items()
+    )
+    # Within a script element only "</" could end the element, as in "</script>".
     data = json.dumps(explored, separators=(",", ":")).replace("</", "<\\/")
     fields = {
         "TITLE": escape(title),
@@ -57,38 +59,35 @@ def page(
         "BODY": body,
         "DATA": data,
     }
-    # In one pass, so that an @ in what is filled in is left alone.
+    # One pass over the template: text such as "@DATA@" in a lead is not replaced in turn.
     text = TEMPLATE.read_text(encoding="utf-8")
-    return re.sub("@([A-Z]+)@", lambda found: fields[found[1]], text)
+    return re.sub("@([A-Z]+)@", lambda field: fields[field[1]], text)
 
 
-def write_page(path: Path, *given: Any, **named: Any) -> None:
-    """Write the page that `page` returns to a file, at once."""
-    replace_file(path, page(*given, **named).encode())
+def write_page(
+    path: Path, title: str, lead: str, sections: Sections, explored: Mapping[str, Any] | None = None
+) -> None:
+    """Write the page that `page` returns to a file, atomically."""
+    replace_file(path, page(title, lead, sections, explored).encode())
 
 
-def table_html(table: Table) -> str:
-    """Return a table as HTML, which scrolls by itself where it is too wide."""
+def _html(block: Block) -> str:
+    if isinstance(block, Table):
+        return _table(block)
+    if isinstance(block, Picture):
+        source = "data:image/png;base64," + base64.b64encode(block.png).decode()
+        text = escape(block.caption)
+        image = f'<div class="wide"><img alt="{text}" src="{source}"></div>'
+        return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
+    if isinstance(block, str):
+        return f"<p>{escape(block)}</p>"
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in block) + "</ul>"
+
+
+def _table(table: Table) -> str:
+    """Return a table that scrolls sideways on its own if it is wider than the page."""
     head = "".join(f"<th>{escape(cell).replace(chr(10), '<br>')}</th>" for cell in table.head)
     rows = (
-        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>"
-        for row in table.rows
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
     )
     return f'<div class="wide"><table><tr>{head}</tr>\n{chr(10).join(rows)}</table></div>'
-
-
-def figure_html(png: bytes, caption: str) -> str:
-    """Return a figure with its image inside."""
-    source = "data:image/png;base64," + base64.b64encode(png).decode()
-    text = escape(caption)
-    return f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>'
-
-
-def paragraph(text: str) -> str:
-    """Return a paragraph."""
-    return f"<p>{escape(text)}</p>"
-
-
-def list_html(lines: Sequence[str]) -> str:
-    """Return lines as a list."""
-    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"

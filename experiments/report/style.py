@@ -1,8 +1,8 @@
-"""Colours and settings that all figures share. One thing has one colour everywhere."""
+"""Colours and settings that all figures share. Each thing has the same colour in every figure."""
 
 from typing import Any
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+# Okabe and Ito's palette, which people with colour-vision deficiency can tell apart.
 COLOUR = {
     "base": "#555555",
     "off": "#0072B2",
@@ -11,6 +11,8 @@ COLOUR = {
     "scrambled": "#CC79A7",
     "published": "#000000",
 }
+# The groups of classes that accuracies are given for.
+GROUP_COLOUR = {"tuned": COLOUR["on"], "other": COLOUR["off"], "all": COLOUR["base"]}
 STYLE: dict[Any, Any] = {
     "figure.dpi": 120,
     "font.size": 9,

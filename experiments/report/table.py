@@ -1,6 +1,6 @@
-"""Figures over seeds, and tables, set as text or as Markdown: for the report of any study."""
+"""Tables as plain text or Markdown, and the mean ± sd of a figure over seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
@@ -9,8 +9,11 @@ from ..harness.settings import listed
 
 
 @dataclass(frozen=True)
-class Band:
-    """The same figure over several seeds. `sd` is the sample standard deviation, None for one."""
+class Sample:
+    """The values of one figure over several seeds.
+
+    `sd` is the sample standard deviation, with n - 1 in its denominator. It is None for n = 1.
+    """
 
     values: tuple[float, ...]
 
@@ -22,52 +25,65 @@ class Band:
     def sd(self) -> float | None:
         return stdev(self.values) if len(self.values) > 1 else None
 
-    def shown(self, digits: int) -> str:
-        """Return `mean ± sd`, or the value alone where all are the same.
+    def mean_sd(self, digits: int) -> str:
+        """Return "mean ± sd" with so many decimal digits, or one number if all values are equal.
 
-        >>> Band((1.0, 2.0)).shown(1), Band((2.0, 2.0)).shown(0)
+        Equal values come from results that no seed changes, such as those of the base. "± 0" would
+        suggest that a spread was measured.
+
+        >>> Sample((1.0, 2.0)).mean_sd(1), Sample((2.0, 2.0)).mean_sd(0)
         ('1.5 ± 0.7', '2')
         """
-        one = len(set(self.values)) == 1
-        return f"{self.mean:.{digits}f}" + ("" if one else f" ± {self.sd:.{digits}f}")
+        equal = len(set(self.values)) == 1
+        return f"{self.mean:.{digits}f}" + ("" if equal else f" ± {self.sd:.{digits}f}")
 
-    def extent(self, digits: int) -> str:
+    def min_max(self, digits: int) -> str:
+        """Return "lowest to highest" with so many decimal digits."""
         return f"{min(self.values):.{digits}f} to {max(self.values):.{digits}f}"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells under a head, the first column to the left and all others to the right.
+    """A header and rows of cells. The first column is aligned left, all others right.
 
-    A line break in the head is kept in text, and is a space in Markdown.
+    A line break in the header stays one in `text` and becomes a space in `markdown`.
+
+    >>> print(Table(["layer", "rank of\\nupdate"], [["fc1", "2"], ["fc2", "10"]]).text())
+           rank of
+    layer   update
+    fc1          2
+    fc2         10
     """
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     def text(self) -> str:
-        heads = [cell.split("\n") for cell in self.head]
-        tall = max(map(len, heads))
-        heads = [[""] * (tall - len(cell)) + cell for cell in heads]
-        lines: list[Sequence[str]] = [*zip(*heads, strict=True), *self.rows]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.head))]
-        lines = [
-            [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines
-        ]
-        return "\n".join("  ".join(line) for line in lines)
+        """Return the table for a terminal, its columns two spaces apart."""
+        cells = [cell.split("\n") for cell in self.head]
+        height = max(map(len, cells))
+        # Short headers get empty lines above them, so that all headers end on the same line.
+        cells = [[""] * (height - len(lines)) + lines for lines in cells]
+        rows: list[Sequence[str]] = [*zip(*cells, strict=True), *self.rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+            for row in rows
+        )
 
     def markdown(self) -> str:
+        """Return the table as GitHub-flavoured Markdown."""
         head = [cell.replace("\n", " ") for cell in self.head]
-        lines = [head, ["---", *["---:"] * (len(head) - 1)], *self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows = [head, ["---", *["---:"] * (len(head) - 1)], *self.rows]
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def percent(fractions: tuple[float, ...]) -> str:
-    """Return fractions in %: to two places where they are one figure, else mean ± sd to one."""
-    band = Band(tuple(100 * value for value in fractions))
-    return band.shown(2 if len(set(fractions)) == 1 else 1)
+    """Return fractions in %: "mean ± sd" with one decimal digit, or one number with two."""
+    sample = Sample(tuple(100 * fraction for fraction in fractions))
+    return sample.mean_sd(2 if len(set(fractions)) == 1 else 1)
 
 
-def pairs(values: dict[str, Any]) -> Table:
-    """Return settings, or whatever else is plain, as a table of two columns."""
-    return Table(["what", "value"], [[key, listed(value)] for key, value in values.items()])
+def key_value_table(values: Mapping[str, Any]) -> Table:
+    """Return settings, or any other plain values by name, as a table of two columns."""
+    return Table(["name", "value"], [[name, listed(value)] for name, value in values.items()])

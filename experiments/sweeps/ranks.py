@@ -12,7 +12,7 @@ from ..harness.rundir import Row, RunDirectory, replace_file
 from ..harness.settings import StudyError
 from ..report.figures import Axes, Figure, plt, png
 from ..report.style import COLOUR, STYLE
-from ..report.table import Band, Table
+from ..report.table import Sample, Table
 
 SIDES = {"tuned_accuracy": "tuned digits", "other_accuracy": "other digits"}
 # The study's own rule first, in the colour of its adapter; then what the study has no thing for.
@@ -51,8 +51,8 @@ def rank_table(run: RunDirectory) -> Table:
             cells = [name, str(rank)]
             for side in SIDES:
                 gained = [100 * (r[side] - lowest[_pair(r)][side]) for r in its]
-                cells.append(Band(tuple(100 * r[side] for r in its)).shown(2))
-                cells.append(Band(tuple(gained)).shown(2))
+                cells.append(Sample(tuple(100 * r[side] for r in its)).mean_sd(2))
+                cells.append(Sample(tuple(gained)).mean_sd(2))
             rows.append([*cells, str(len(its))])
     return Table([*head, "n"], rows)
 
@@ -97,7 +97,7 @@ def write_rank_figure(folders: Sequence[Path], out: Path) -> None:
 def _draw(axes: Axes, run: RunDirectory, side: str) -> None:
     found = series(run)
     for number, (name, by_rank) in enumerate(found.items()):
-        bands = [Band(tuple(100 * row[side] for row in its)) for its in by_rank.values()]
+        bands = [Sample(tuple(100 * row[side] for row in its)) for its in by_rank.values()]
         # Moved aside a little, so that spreads that overlap can be told apart.
         places = [rank * 2 ** (0.14 * (number - (len(found) - 1) / 2)) for rank in by_rank]
         means, spreads = [b.mean for b in bands], [b.sd or 0.0 for b in bands]

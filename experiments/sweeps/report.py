@@ -3,11 +3,11 @@
 from pathlib import Path
 from statistics import mean
 
-from ..analysis.task_metrics import area, front
+from ..analysis.task_metrics import hypervolume, pareto_front
 from ..harness.loggers import rows_to_csv
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..report.figures import Figure, plt, png
-from ..report.table import Band, Table, pairs
+from ..report.table import Sample, Table, key_value_table
 from .ranks import CAPTION, rank_figure, rank_table, series
 
 SIDES = ("accuracy", "tuned_accuracy", "other_accuracy")
@@ -29,8 +29,8 @@ def table(run: RunDirectory) -> Table:
     rows = []
     for cell in cells_in(run):
         for strength, its in on(run, cell).items():
-            bands = [Band(tuple(100 * row[side] for row in its)) for side in SIDES]
-            rows.append([cell, f"{strength:g}", *(b.shown(2) for b in bands), str(len(its))])
+            bands = [Sample(tuple(100 * row[side] for row in its)) for side in SIDES]
+            rows.append([cell, f"{strength:g}", *(b.mean_sd(2) for b in bands), str(len(its))])
     return Table(["cell", "λ", "all, %", "tuned, %", "other, %", "n"], rows)
 
 
@@ -50,7 +50,7 @@ def fronts(run: RunDirectory) -> Figure:
         origin = (mean(row[SIDES[1]] for row in base), 0.0)
         its = points(run, cell)
         x, y = zip(*((100 * a, 100 * b) for a, b in its), strict=True)
-        name = f"{cell}: {len(front(its))} on the front, area {area(its, origin):.3f}"
+        name = f"{cell}: {len(pareto_front(its))} on the front, area {hypervolume(its, origin):.3f}"
         axes.plot(x, y, "o-", ms=4, lw=1, label=name)
     axes.set(xlabel="tuned digits, % right", ylabel="other digits, % right")
     axes.legend(frameon=False, fontsize=8)
@@ -70,7 +70,7 @@ def write_sweep_report(run: RunDirectory) -> None:
         "accuracy on the tuned digits, in fractions.",
         *_of_ranks(run),
         "## Settings",
-        pairs(run.settings).markdown(),
+        key_value_table(run.settings).markdown(),
     ]
     replace_file(Path(run.folder) / "sweep.md", ("\n\n".join(parts) + "\n").encode())
 

@@ -13,13 +13,18 @@ from typing import Any
 from ..digits.settings import DigitSettings
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..harness.settings import listed, replace, result_settings
-from ..report.figures import OFF, ON, Figure, plt, png
-from ..report.table import Band, Table
+from ..report.figures import Figure, plt, png
+from ..report.style import GROUP_COLOUR
+from ..report.table import Sample, Table
 from .cells import Cell
 from .families import Family, families
 from .sweep import run_sweep
 
-SIDES = (("all", "#000000", 0.0), ("tuned", ON, 0.2), ("other", OFF, -0.2))
+SIDES = (
+    ("all", "#000000", 0.0),
+    ("tuned", GROUP_COLOUR["tuned"], 0.2),
+    ("other", GROUP_COLOUR["other"], -0.2),
+)
 VALIDATION = 500  # images a digit that settings are chosen by
 
 
@@ -130,15 +135,15 @@ def markdown(
     floor: tuple[float, float],
 ) -> str:
     """Return the report of both runs."""
-    base = Band(tuple(100 * row["accuracy"] for row in bases_of(test)))
+    base = Sample(tuple(100 * row["accuracy"] for row in bases_of(test)))
     count = len(base.values)
     seeds = f"{settings.seeds} adapter seeds on each of {count} bases"
     points = f"{floor[0]} and {floor[1]} points"
     parts = [
         f"# Remedies, preset {settings.preset}",
-        f"{test.environment['data']}; the bases have {base.shown(2)} % right (n = {count}, lowest "
-        f"to highest {base.extent(2)}). Points above each adapter's own base, mean ± sd over "
-        f"{seeds}, test images; `needs` says what it takes of the digits not tuned.",
+        f"{test.environment['data']}; the bases have {base.mean_sd(2)} % right (n = {count}, "
+        f"lowest to highest {base.min_max(2)}). Points above each adapter's own base, mean ± sd "
+        f"over {seeds}, test images; `needs` says what it takes of the digits not tuned.",
         table(selection, test, chosen, floor).markdown(),
         f"Chosen by {VALIDATION} validation images a digit, on bases pre-trained without them, "
         f"over {selection.settings['selection_seeds']} adapter seeds on each of "
@@ -163,7 +168,7 @@ def figure(
         for values, (name, colour, up) in zip(
             gains(test, family.name, strength), SIDES, strict=True
         ):
-            band = Band(tuple(values))
+            band = Sample(tuple(values))
             label = name if line == 0 else None
             axes.errorbar(
                 band.mean, line + up, xerr=band.sd, fmt="o", ms=4, color=colour, label=label, lw=1
@@ -198,7 +203,7 @@ def table(
     rows = []
     for family in chosen:
         number, strength = choose(selection, family, floor)
-        bands = [Band(tuple(values)) for values in gains(test, family.name, strength)]
+        bands = [Sample(tuple(values)) for values in gains(test, family.name, strength)]
         there = mean(gains(selection, f"{family.name} #{number}", strength)[0])
         cells: list[Any] = [
             family.name,

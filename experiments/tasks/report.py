@@ -3,17 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
 from ..analysis.task_metrics import Matrix
 from ..harness.rundir import Row, RunDirectory, replace_file
-from ..report.table import Band, Table, pairs
+from ..report.figures import Axes, Figure, plt, png
+from ..report.table import Sample, Table, key_value_table
 from .tasks import COMBINE
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 
 METRICS = ("ACC", "BWT", "forgetting", "LA", "WC-ACC of the first", "stability gap of the first")
 
@@ -23,8 +19,8 @@ def table(run: RunDirectory) -> Table:
     rows = []
     for combine in methods_in(run):
         its = rows_of(run, combine)
-        bands = [Band(tuple(100 * row[name] for row in its)) for name in METRICS]
-        rows.append([combine, *(band.shown(1) for band in bands), str(len(its))])
+        bands = [Sample(tuple(100 * row[name] for row in its)) for name in METRICS]
+        rows.append([combine, *(band.mean_sd(1) for band in bands), str(len(its))])
     return Table(["adapters", *METRICS, "n"], rows)
 
 
@@ -52,7 +48,7 @@ def matrices(run: RunDirectory) -> Figure:
     return figure
 
 
-def matrix_figure(axes: plt.Axes, matrix: Matrix | np.ndarray, tasks: Sequence[str]) -> None:
+def matrix_figure(axes: Axes, matrix: Matrix | np.ndarray, tasks: Sequence[str]) -> None:
     """Draw an accuracy matrix, a stage a row, on `axes`; %, later tasks in grey."""
     values = 100 * np.asarray(matrix)
     axes.imshow(values, cmap="viridis", vmin=0, vmax=100)
@@ -99,10 +95,8 @@ def write_task_report(folder: Path) -> RunDirectory:
         "with sources; the first stage is the base's pre-training.",
     ]
     for name, (make, caption) in captions.items():
-        figure = make(run)
-        figure.savefig(folder / name, dpi=120, metadata={"Software": None})
-        plt.close(figure)
+        replace_file(folder / name, png(make(run)))
         parts.append(f"![{caption}]({name})\n\n{caption}")
-    parts += ["## Settings", pairs(run.settings).markdown()]
+    parts += ["## Settings", key_value_table(run.settings).markdown()]
     replace_file(folder / "tasks.md", ("\n\n".join(parts) + "\n").encode())
     return run

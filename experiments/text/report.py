@@ -6,7 +6,7 @@ from typing import Any
 
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..harness.settings import StudyError
-from ..report.table import Band, Table, pairs, percent
+from ..report.table import Sample, Table, key_value_table, percent
 
 # A merged network's logits may differ by so much of the largest; products in bf16 by far more.
 CLOSE = {"fp32": 1e-4, "bf16": 0.1}
@@ -43,8 +43,8 @@ def markdown(run: RunDirectory, figures: dict[str, str]) -> str:
         parts += ["## What is forgotten", strength_table(run).markdown(), FORGETTING]
         parts += [f"![{caption}]({name})" for name, caption in figures.items()]
     parts += ["## Proofs", "\n".join(f"- {line}" for line in proofs(run))]
-    parts += ["## Settings", pairs(run.settings).markdown()]
-    parts += ["## Environment", pairs(run.environment).markdown()]
+    parts += ["## Settings", key_value_table(run.settings).markdown()]
+    parts += ["## Environment", key_value_table(run.environment).markdown()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -108,8 +108,8 @@ def method_table(run: RunDirectory) -> Table:
                 percent2([row["validation_accuracy"] for row in its]),
                 percent2([row["accuracy"] for row in its]),
                 str(len(its)),
-                Band(tuple(row["seconds"] for row in its)).shown(1),
-                "-" if None in peaks else Band(tuple(p / 1e9 for p in peaks)).shown(2),
+                Sample(tuple(row["seconds"] for row in its)).mean_sd(1),
+                "-" if None in peaks else Sample(tuple(p / 1e9 for p in peaks)).mean_sd(2),
             ]
         )
     return Table(head, rows)
@@ -117,7 +117,7 @@ def method_table(run: RunDirectory) -> Table:
 
 def percent2(fractions: list[float]) -> str:
     """Return fractions in % to two places, mean ± sd."""
-    return Band(tuple(100 * value for value in fractions)).shown(2)
+    return Sample(tuple(100 * value for value in fractions)).mean_sd(2)
 
 
 def strength_table(run: RunDirectory) -> Table:
@@ -137,7 +137,7 @@ def strength_table(run: RunDirectory) -> Table:
                     percent2([row["validation"][i] for row in its]),
                     percent2([row["accuracy"][i] for row in its]),
                     percent(tuple(row["retrieval"][i] for row in its)),
-                    Band(tuple(row["agreement"][i] for row in its)).shown(3),
+                    Sample(tuple(row["agreement"][i] for row in its)).mean_sd(3),
                     str(len(its)),
                 ]
             )

@@ -1,43 +1,40 @@
-"""What a digit study's adapters did, on a page of their own: from its adapters and its base.
+"""A page on what one adapter of a digit run changed: predictions, layers, geometry.
 
     python -m experiments report runs/digits-blog --explain
 
-The adapters are loaded and evaluated, nothing is trained (a base that is gone is made again).
+The adapter is loaded and evaluated. Nothing is trained, unless the run's base is missing.
 """
 
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 import paramlora as pl
 
 from ...analysis.geometry import geometry
 from ...analysis.insight import (
-    Answers,
-    answers_of,
+    TradeOff,
     attribution,
-    learning_and_forgetting,
-    ledger,
-    off_and_on,
+    flips,
+    predict,
+    predict_off_and_on,
     shapley,
     strength_curve,
+    trade_off,
 )
-from ...analysis.task_metrics import front
 from ...harness.rundir import RunDirectory, replace_file
 from ...harness.settings import replace
+from ...report.document import Picture, Sections
 from ...report.figures import (
     confusion_panels,
     contact_sheet,
+    flip_bars,
     geometry_table,
-    ledger_bars,
     plt,
     png,
     shapley_bars,
-    strength_front,
+    trade_off_curve,
 )
-from ...report.page import figure_html, page, paragraph, table_html
+from ...report.page import page
 from ...report.table import Table
 from ..settings import DigitSettings
 from ..shared import context_of, counted_images
@@ -47,93 +44,87 @@ DIGITS = list("0123456789")
 
 
 def settings_of(run: RunDirectory, **places: Any) -> DigitSettings:
-    """Return the settings that a run was made with; `places` says where things lie now."""
+    """Return a run's settings. `places`: new values of the settings that are folders."""
     kept = {k: tuple(v) if isinstance(v, list) else v for k, v in run.settings.items()}
     return replace(DigitSettings(), **kept, **places)
 
 
 def explain(folder: Path, seed: int = 0, **places: Any) -> Path:
-    """Write explain.html beside a run's report, on its adapter of one seed; return where it is."""
+    """Write explain.html, on a run's adapter of one seed, into the run's folder.
+
+    Returns:
+        The path of the page.
+    """
     run = RunDirectory.read(folder)
     context = context_of(settings_of(run, **places))
     model, test = context.model(), [(context.test_inputs, context.test_labels)]
     pl.load(model, folder / "adapters" / f"lora-{seed}.safetensors", name="lora")
     images = counted_images(context.settings)
-    off, on = off_and_on(model, test)
-    book, curve = ledger(off, on), strength_curve(model, test, STRENGTHS)
-    found = learning_and_forgetting(curve, context.tuned)
-    values = every_set(model, test, context.tuned)
+    off, on = predict_off_and_on(model, test)
+    flipped = flips(off, on)
+    found = trade_off(strength_curve(model, test, STRENGTHS), context.tuned)
+    subsets = attribution(model, lambda adapted: predict(adapted, test).accuracies(context.tuned))
 
-    figure, panels = plt.subplots(1, 3, figsize=(12.5, 3.6), layout="constrained")
-    ledger_bars(panels[0], book, DIGITS)
-    strength_front(panels[1], STRENGTHS, found)
-    shapley_bars(panels[2], contributions(values))
-    overview = figure_html(
-        png(figure),
-        "Left: images won and lost by digit. Middle: what the strength λ buys. Right: what each "
-        "layer's update contributes, the mean over all orders of switching layers on.",
-    )
-    sheets = [
-        figure_html(png(contact_sheet(book, images, (off, on), DIGITS, side)), said)
-        for side, said in (
-            ("lost", "Right with the adapter off, wrong with it on."),
-            ("won", "Wrong with the adapter off, right with it on."),
-        )
-        if any(getattr(book, side).values())
-    ]
-    confusion = figure_html(
-        png(confusion_panels(off, on, DIGITS, context.tuned)), "What each digit is mistaken for."
-    )
-    parts = [
-        ("Overview", overview + paragraph(_said(found.points))),
-        ("Updates", table_html(geometry_table(geometry(model))) + paragraph(GEOMETRY)),
-        ("Confusion", confusion),
-        ("Images", "\n".join(sheets)),
-        ("Every set of layers", table_html(_layers(values))),
-    ]
-    name = f"What adapter {seed} of preset {context.settings.preset} did"
+    overview, panels = plt.subplots(1, 3, figsize=(12.5, 3.6), layout="constrained")
+    flip_bars(panels[0], flipped, DIGITS)
+    trade_off_curve(panels[1], found)
+    shapley_bars(panels[2], contributions(subsets))
+    sheets = {
+        side: contact_sheet(flipped, images, (off, on), DIGITS, side)
+        for side in ("negative", "positive")
+        if any(getattr(flipped, side).values())
+    }
+    panels_confusion = confusion_panels(off.confusion, on.confusion, DIGITS, context.tuned)
+    sections: Sections = {
+        "Overview": [Picture(png(overview), OVERVIEW), _front(found)],
+        "Updates": [geometry_table(geometry(model)), GEOMETRY],
+        "Confusion": [Picture(png(panels_confusion), CONFUSION)],
+        "Images": [Picture(png(sheet), SHEETS[side]) for side, sheet in sheets.items()],
+        "Every subset of layers": [subset_table(subsets)],
+    }
+    title = f"What adapter {seed} of preset {context.settings.preset} changed"
     digits = ", ".join(map(str, context.tuned))
     lead = f"{run.environment['data']}, {len(off.labels):,} images; tuned on {digits}."
-    replace_file(folder / "explain.html", page(name, lead, parts).encode())
+    replace_file(folder / "explain.html", page(title, lead, sections).encode())
     return folder / "explain.html"
 
 
-GEOMETRY = (
-    "Angles, in degrees: between the columns of ΔW and as many of W's largest left-singular "
-    "directions; amplified: ‖ΔW‖ by the size of W along ΔW's own directions."
+OVERVIEW = (
+    "Left: images whose answer became correct or wrong, by digit. Middle: accuracy on tuned and "
+    "other digits as the strength λ grows. Right: contribution of each layer's update (Shapley "
+    "value), the mean over all orders of switching layers on."
 )
+GEOMETRY = (
+    "Principal angles, in degrees, between the columns of ΔW and as many leading left singular "
+    "vectors of W. Amplification: ‖ΔW‖ divided by the norm of W in ΔW's directions."
+)
+CONFUSION = "Wrong answers with the adapter off, with it on, and the difference."
+SHEETS = {
+    "negative": "Correct with the adapter off, wrong with it on.",
+    "positive": "Wrong with the adapter off, correct with it on.",
+}
+Subsets = dict[frozenset[str], dict[str, float]]  # accuracies by set of active layers
 
 
-def merit(answers: Answers, tuned: list[int]) -> dict[str, float]:
-    """Return the accuracy on tuned and other classes."""
-    new, right = torch.isin(answers.labels, torch.tensor(tuned)), answers.right.float()
-    return {"tuned": float(right[new].mean()), "other": float(right[~new].mean())}
-
-
-Sets = dict[frozenset[str], dict[str, float]]
-
-
-def every_set(model: nn.Module, test: list[Any], tuned: list[int]) -> Sets:
-    """Return the accuracies with the adapter on at each set of layers."""
-    return attribution(model, lambda adapted: merit(answers_of(adapted, test), tuned))
-
-
-def contributions(values: Sets) -> dict[str, dict[str, float]]:
-    """Return each layer's Shapley value for tuned and for other classes, fractions."""
+def contributions(subsets: Subsets) -> dict[str, dict[str, float]]:
+    """Return each layer's Shapley value for the tuned and the other classes, as fractions."""
     return {
-        side: shapley({sites: its[side] for sites, its in values.items()})
-        for side in ("tuned", "other")
+        group: shapley({sites: accuracies[group] for sites, accuracies in subsets.items()})
+        for group in ("tuned", "other")
     }
 
 
-def _layers(values: Sets) -> Table:
+def subset_table(subsets: Subsets) -> Table:
+    """Return the accuracies with the adapter active at each subset of layers."""
     rows = [
-        [", ".join(sorted(sites)) or "none", *(f"{100 * its[s]:.2f}" for s in ("tuned", "other"))]
-        for sites, its in values.items()
+        [", ".join(sorted(sites)) or "none", *(f"{100 * a[g]:.2f}" for g in ("tuned", "other"))]
+        for sites, a in subsets.items()
     ]
-    return Table(["on at", "tuned, %", "other, %"], rows)
+    return Table(["active layers", "tuned, %", "other, %"], rows)
 
 
-def _said(points: list[tuple[float, float]]) -> str:
-    kept = len(front(points))
-    return f"{kept} of {len(points)} strengths are on the front: no other is better on both sides."
+def _front(found: TradeOff) -> str:
+    return (
+        f"{len(found.front)} of {len(found.points)} strengths are on the Pareto front: no other "
+        "strength is better on tuned and on other digits."
+    )

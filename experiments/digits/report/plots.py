@@ -1,106 +1,91 @@
-"""The figures of the digit study, drawn from a run's rows. One thing has one colour everywhere."""
+"""The figures of the digit study, drawn from a run's rows."""
 
-from pathlib import Path
+from collections.abc import Callable
 
-import matplotlib
 import numpy as np
 
 from ...harness.rundir import Row, RunDirectory
-from ...report.style import COLOUR, STYLE
-from ...report.table import Band
+from ...report.document import Picture
+from ...report.figures import Figure, confusion_panels, plt, png
+from ...report.style import COLOUR
+from ...report.table import Sample
 from .tables import LABEL, base_of, methods_in, published_for, rows_of
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-
-def draw(run: RunDirectory, folder: Path) -> dict[str, str]:
-    """Draw all figures into `folder`; return what each shows, by file name."""
-    figures = {
+def draw(run: RunDirectory) -> list[Picture]:
+    """Return all figures of the run, with their captions and file names."""
+    figures: dict[str, Callable[[RunDirectory], tuple[Figure, str]]] = {
         "wrong-counts.png": wrong_counts,
         "confusion.png": confusion,
         "training-loss.png": training_loss,
     }
     if any("way" in row for row in rows_of(run, "lora")):
-        figures["way.png"] = way
-    captions = {}
-    with plt.rc_context(STYLE):
-        for name, make in figures.items():
-            figure, captions[name] = make(run)
-            # Without the version that matplotlib writes, the same rows give the same bytes.
-            figure.savefig(folder / name, metadata={"Software": None})
-            plt.close(figure)
-    return captions
+        figures["way.png"] = accuracy_curves
+    pictures = []
+    for file, make in figures.items():
+        figure, caption = make(run)
+        pictures.append(Picture(png(figure), caption, file))
+    return pictures
 
 
 def wrong_counts(run: RunDirectory) -> tuple[Figure, str]:
-    """Wrong answers by digit: a bar for off, on and wrapped, one standard deviation on each."""
+    """Draw the wrong answers by digit: one bar per stage or method, mean ± sd over the seeds."""
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    tuned, seeds = base_of(run)["tuned"], len(rows_of(run, "lora"))
-    series = [("off", rows_of(run, "lora", "off"))]
-    series += [(LABEL[m], rows_of(run, m)) for m in methods_in(run)]
-    width = 0.8 / len(series)
-    for digit in tuned:
+    base, published = base_of(run), published_for(run)
+    bars = {"off": ("base", rows_of(run, "lora", "off"))}  # label: method, rows
+    bars |= {LABEL[method]: (method, rows_of(run, method)) for method in methods_in(run)}
+    width = 0.8 / len(bars)
+    for digit in base["tuned"]:
         axes.axvspan(digit - 0.5, digit + 0.5, color="#f0e9d2", zorder=0, linewidth=0)
-    for number, (name, rows) in enumerate(series):
-        bands = [Band(tuple(row["wrong_counts"][digit] for row in rows)) for digit in range(10)]
-        places = np.arange(10) + (number - (len(series) - 1) / 2) * width
-        axes.bar(places, [b.mean for b in bands], width * 0.92, color=COLOUR[name], label=name)
-        errors = [b.sd or 0.0 for b in bands]
+    for number, (label, (method, rows)) in enumerate(bars.items()):
+        counts = [Sample(tuple(row["wrong_counts"][digit] for row in rows)) for digit in range(10)]
+        means, errors = [c.mean for c in counts], [c.sd or 0.0 for c in counts]
+        # The bars of a digit stand side by side, centred on its tick.
+        places = np.arange(10) + (number - (len(bars) - 1) / 2) * width
+        axes.bar(places, means, width * 0.92, color=COLOUR[label], label=label)
         if any(errors):
-            means = [b.mean for b in bands]
             axes.errorbar(places, means, errors, fmt="none", ecolor="#333333", elinewidth=0.8)
-        method = next((m for m in methods_in(run) if LABEL[m] == name), "base")
-        if method in published_for(run):
-            theirs = published_for(run)[method].wrong_counts
+        if method in published:
+            theirs = published[method].wrong_counts
             axes.plot(places, theirs, "D", color=COLOUR["published"], ms=3)
-    if published_for(run):
+    if published:
         axes.plot([], [], "D", color=COLOUR["published"], ms=3, label="published")
     axes.set(xlabel="digit (shaded: tuned)", ylabel="wrong answers, test images", xlim=(-0.6, 9.6))
     axes.set_ylim(bottom=0)
     axes.set_xticks(range(10))
     axes.legend(frameon=False, ncols=5, loc="upper left", bbox_to_anchor=(0, 1.12))
     return figure, (
-        "Wrong answers by digit with the adapter off and on, and by the other methods; mean ± sd "
-        f"over {seeds} adapter seeds."
+        "Wrong answers by digit with the adapter off and on, and with the other methods. "
+        f"{_over_seeds(run)}"
     )
 
 
 def confusion(run: RunDirectory) -> tuple[Figure, str]:
-    """What each digit is mistaken for: off, on, and on less off; means over the seeds."""
-    off, on = (_mean_confusion(rows_of(run, "lora", stage)) for stage in ("off", "on"))
-    figure, panels = plt.subplots(1, 3, figsize=(11, 4.1), layout="constrained")
-    most = max(_mistakes(off).max(), _mistakes(on).max())
-    for axes, matrix, name in zip(panels[:2], (off, on), ("off", "on"), strict=True):
-        _matrix(axes, _mistakes(matrix), "Oranges", (0, most), f"adapter {name}: mistakes")
-    change = _mistakes(on) - _mistakes(off)
-    reach = max(abs(change).max(), 1)
-    _matrix(panels[2], change, "RdBu_r", (-reach, reach), "on less off")
-    for axes in panels:
-        for label in [*axes.get_xticklabels(), *axes.get_yticklabels()]:
-            if int(label.get_text()) in base_of(run)["tuned"]:
-                label.set_fontweight("bold")
-    panels[0].set_ylabel("digit shown (bold: tuned)")
+    """Draw the wrong answers by digit and prediction, off, on and on − off, as means over seeds."""
+    off, on = (
+        np.mean([row["confusion"] for row in rows_of(run, "lora", stage)], axis=0)
+        for stage in ("off", "on")
+    )
+    figure = confusion_panels(off, on, [str(digit) for digit in range(10)], base_of(run)["tuned"])
     return figure, (
-        "What each digit is mistaken for with the adapter off and on, and the difference; test "
-        f"images, mean over {len(rows_of(run, 'lora'))} adapter seeds, right answers left out."
+        "Wrong answers by digit and prediction, with the adapter off and on, and the difference. "
+        f"Test images, mean over {len(rows_of(run, 'lora'))} adapter seeds. Correct answers are "
+        "left out. Colours follow the square root of the count."
     )
 
 
 def training_loss(run: RunDirectory) -> tuple[Figure, str]:
-    """The loss of pre-training, and of each method's fine-tuning, mean ± sd over the seeds."""
+    """Draw the loss of pre-training, and of each method's fine-tuning, mean ± sd over the seeds."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    base = base_of(run)
-    left.plot(*_curve([base])[:2], color=COLOUR["base"])
+    steps, loss, _ = _loss_curve([base_of(run)])
+    left.plot(steps, loss, color=COLOUR["base"])
     for method in methods_in(run):
-        steps, middle, spread = _curve(rows_of(run, method))
-        colour, extent = COLOUR[LABEL[method]], (middle - spread, middle + spread)
-        right.fill_between(steps, *extent, color=colour, alpha=0.15, linewidth=0)
-        # on and wrapped all but coincide: dashes let the one below show.
+        steps, loss, sd = _loss_curve(rows_of(run, method))
+        colour = COLOUR[LABEL[method]]
+        right.fill_between(steps, loss - sd, loss + sd, color=colour, alpha=0.15, linewidth=0)
+        # "wrapped" nearly coincides with "on"; its dashes leave the other line visible.
         dashes = "--" if method == "wrapped" else "-"
-        right.plot(steps, middle, dashes, color=colour, label=LABEL[method])
+        right.plot(steps, loss, dashes, color=colour, label=LABEL[method])
     left.set_title("pre-training, all digits")
     right.set_title("fine-tuning, tuned digits")
     for axes in (left, right):
@@ -110,63 +95,42 @@ def training_loss(run: RunDirectory) -> tuple[Figure, str]:
     right.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.0))
     right.set_ylim(top=right.get_ylim()[1] * 1.12)  # room for the legend
     return figure, (
-        "Training loss, a running mean: pre-training, and fine-tuning by each method, mean ± sd "
-        f"over {len(rows_of(run, 'lora'))} adapter seeds."
+        "Training loss (running mean) of pre-training, and of fine-tuning by each method. "
+        f"{_over_seeds(run)}"
     )
 
 
-def way(run: RunDirectory) -> tuple[Figure, str]:
-    """Accuracy on tuned and other digits while each adapter trains, and the mean."""
+def accuracy_curves(run: RunDirectory) -> tuple[Figure, str]:
+    """Draw accuracy on tuned and other digits during fine-tuning: each seed, and the mean."""
     figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
-    ways = [row["way"] for row in rows_of(run, "lora")]
-    for side, colour in (("tuned", COLOUR["on"]), ("other", COLOUR["off"])):
-        curves = 100 * np.array([its[side] for its in ways])
-        for curve in curves:
-            axes.plot(ways[0]["steps"], curve, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(ways[0]["steps"], curves.mean(0), color=colour, label=f"{side} digits")
-        axes.axhline(100 * base_of(run)[f"{side}_accuracy"], color=colour, linestyle=":")
-    axes.set(xlabel="optimizer step", ylabel="% right, test images")
+    curves = [row["way"] for row in rows_of(run, "lora")]
+    steps = curves[0]["steps"]
+    for group, colour in (("tuned", COLOUR["on"]), ("other", COLOUR["off"])):
+        accuracies = 100 * np.array([curve[group] for curve in curves])  # (seeds, steps)
+        axes.plot(steps, accuracies.T, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, accuracies.mean(0), color=colour, label=f"{group} digits")
+        base = 100 * base_of(run)[f"{group}_accuracy"]
+        axes.axhline(base, color=colour, linestyle=":", label=f"{group} digits, base")
+    axes.set(xlabel="optimizer step", ylabel="accuracy on test images, %")
     axes.set_xlim(left=0)
     axes.legend(frameon=False)
     return figure, (
-        f"Accuracy while the adapter trains: mean and each seed of {len(ways)}; dotted, the base's."
+        f"Accuracy during fine-tuning. Thick lines: mean over {len(curves)} adapter seeds. Thin "
+        "lines: each seed."
     )
 
 
-def _mean_confusion(rows: list[Row]) -> np.ndarray:
-    return np.mean([row["confusion"] for row in rows], axis=0)
+def _over_seeds(run: RunDirectory) -> str:
+    return f"Mean ± sd over {len(rows_of(run, 'lora'))} adapter seeds."
 
 
-def _mistakes(matrix: np.ndarray) -> np.ndarray:
-    return matrix * (1 - np.eye(len(matrix)))
+def _loss_curve(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return steps, and mean and standard deviation over the rows of their smoothed loss curves.
 
-
-def _matrix(
-    axes: Axes, values: np.ndarray, colours: str, extent: tuple[float, float], name: str
-) -> None:
-    """Draw the values with their numbers, the diagonal empty, the colours from `extent`."""
-    # Colours by the square root: beside a few large counts all others would look like none.
-    low, high = _root(np.array(extent))
-    axes.imshow(_root(values), cmap=colours, vmin=low, vmax=high)
-    for (row, column), value in np.ndenumerate(values):
-        if row != column and round(value):
-            colour = "white" if _root(abs(value)) > 0.75 * high else "black"
-            text = f"{value:.0f}"
-            axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
-    axes.set(title=name, xlabel="answer given")
-    axes.set_xticks(range(10), map(str, range(10)))
-    axes.set_yticks(range(10), map(str, range(10)))
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-
-
-def _root(values: np.ndarray) -> np.ndarray:
-    return np.sign(values) * np.sqrt(np.abs(values))
-
-
-def _curve(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return steps, and the mean and the standard deviation of the smoothed curves."""
-    curves = np.array([row["train_curve"] for row in rows])
+    A point of `train_curve` is the mean of `train_curve_every` steps. Each smoothed point is the
+    mean of `window` such points, and stands at the last of their steps.
+    """
+    curves = np.array([row["train_curve"] for row in rows])  # (seeds, points)
     window = max(1, curves.shape[1] // 20)
     kernel = np.ones(window) / window
     smooth = np.array([np.convolve(curve, kernel, mode="valid") for curve in curves])

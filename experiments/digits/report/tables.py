@@ -1,4 +1,4 @@
-"""Figures of a run as tables: numbers from rows, made into cells, set as text or as Markdown."""
+"""The tables of the digit study's report, computed from a run's rows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,32 +7,34 @@ from typing import Any
 from ...analysis.confusion import accuracy, change, old_and_new
 from ...harness.rundir import Row, RunDirectory
 from ...harness.settings import flattened, result_settings
-from ...report.table import Band, Table, percent
+from ...report.table import Sample, Table, percent
 from ..settings import preset
 
-# A method's fine-tuned rows, by the stage that they have, and what tables and figures call it.
+# By method: the stage of its rows with the fine-tuned weights active, and its name in tables.
 STAGE = {"lora": "on", "wrapped": "wrapped", "scrambled": "on"}
 LABEL = {"base": "base", "lora": "on", "wrapped": "wrapped", "scrambled": "scrambled"}
 
 
 @dataclass(frozen=True)
 class Published:
-    """Wrong answers to MNIST's test images, by digit, and the mean training loss where it is given.
+    """Published figures of one method on MNIST: wrong answers to the test images, by digit.
 
-    `train_loss` is the mean over all steps, in nats.
+    `train_loss` is the mean over all steps, in nats, or None if it was not published.
     """
 
     wrong_counts: tuple[int, ...]
     train_loss: float | None = None
 
 
-# Published figures, to lay beside ours, by preset and then by method. Nothing here was measured by
-# this project. "base" is the network before fine-tuning.
+# Published figures to compare with, by preset and method. This project measured none of them.
+# "base" is the network before fine-tuning.
 #
-# "blog": a blog post of 2024-04-17 on low-rank adapters by parametrization; its "method 1" is
-# `scrambled` here, its "method 2" `wrapped`. "nine": the script that it starts from,
-# hkproj/pytorch-lora, run on a GPU. Each made with one adapter seed, and with another generator's
-# A: fine-tuned figures can be met as a band over seeds only.
+# "blog": a blog post of 2024-04-17 on low-rank adapters by parametrization. Its "method 1" is
+# `scrambled` here, its "method 2" is `wrapped`. "nine": the script that the blog post starts from,
+# hkproj/pytorch-lora, run on a GPU.
+#
+# Each was measured with one adapter seed, and its A came from another random generator. So only
+# the base can agree exactly. A fine-tuned figure can lie within our range over seeds.
 PUBLISHED: dict[str, dict[str, Published]] = {
     "blog": {
         "base": Published((33, 12, 147, 115, 69, 196, 98, 91, 185, 148), 0.72),
@@ -47,25 +49,25 @@ PUBLISHED: dict[str, dict[str, Published]] = {
 
 
 def rows_of(run: RunDirectory, method: str, stage: str | None = None) -> list[Row]:
-    """Return a method's rows of a stage, by default of the one that has it fine-tuned and on."""
+    """Return a method's rows of a stage (default: the stage with the fine-tuned weights active)."""
     wanted = "base" if method == "base" else stage or STAGE[method]
     return [row for row in run.rows if row["method"] == method and row["stage"] == wanted]
 
 
 def methods_in(run: RunDirectory) -> list[str]:
-    """Return the methods that the run has fine-tuned rows of, in the order of the tables."""
+    """Return the methods that the run has fine-tuned, in the order of the tables."""
     return [method for method in STAGE if rows_of(run, method)]
 
 
 def base_of(run: RunDirectory) -> Row:
-    """Return the row of the base."""
+    """Return the row of the base model."""
     return rows_of(run, "base")[0]
 
 
 def published_for(run: RunDirectory) -> dict[str, Published]:
-    """Return the published figures that this run can be laid beside, by method.
+    """Return the published figures that this run can be compared with, by method.
 
-    There are none where the data are not MNIST, the preset has none, or its settings were changed.
+    The result is empty if the data are not MNIST or a setting differs from the preset's.
     """
     usual = flattened(result_settings(preset(run.settings["preset"])))
     free = ("seeds", "compat", "data", "device", "threads")
@@ -76,14 +78,15 @@ def published_for(run: RunDirectory) -> dict[str, Published]:
 
 
 def images_of(run: RunDirectory) -> list[int]:
-    """Return how many test images each digit has."""
+    """Return the number of test images of each digit."""
     return [sum(counts) for counts in base_of(run)["confusion"]]
 
 
-def confusion_like(wrong: Sequence[int], images: Sequence[int]) -> list[list[int]]:
-    """Return a confusion matrix with these wrong counts, the wrong answers put anywhere.
+def confusion_with(wrong: Sequence[int], images: Sequence[int]) -> list[list[int]]:
+    """Return a confusion matrix with these numbers of wrong answers and images, by digit.
 
-    Accuracies ask for no more, and published figures say no more.
+    Only the counts of wrong answers are published. Each digit's wrong answers are put into one
+    arbitrary column, which no accuracy depends on.
     """
     rows = [[0] * len(images) for _ in images]
     for digit, (count, total) in enumerate(zip(wrong, images, strict=True)):
@@ -92,34 +95,33 @@ def confusion_like(wrong: Sequence[int], images: Sequence[int]) -> list[list[int
 
 
 def digit_table(run: RunDirectory) -> Table:
-    """Return wrong answers by digit, and accuracies, for each stage, published ones beside them."""
+    """Return wrong answers by digit and accuracies, one column per stage, then published ones."""
     tuned, images = base_of(run)["tuned"], images_of(run)
     columns = [("base", rows_of(run, "base")), ("off", rows_of(run, "lora", "off"))]
     columns += [(LABEL[method], rows_of(run, method)) for method in methods_in(run)]
     published = published_for(run)
-    known = {m: published[m] for m in ("base", *methods_in(run)) if m in published}
+    published = {m: published[m] for m in ("base", *methods_in(run)) if m in published}
     head = ["digit", "images", *(label for label, _ in columns)]
-    head += [f"published\n{LABEL[method]}" for method in known]
-    rows = []
+    head += [f"published\n{LABEL[method]}" for method in published]
+    table = []
     for digit in range(10):
         cells = [f"{digit}{' tuned' if digit in tuned else ''}", f"{images[digit]:,}"]
-        cells += [
-            Band(tuple(row["wrong_counts"][digit] for row in its)).shown(0) for _, its in columns
-        ]
-        rows.append(cells + [str(p.wrong_counts[digit]) for p in known.values()])
-    matrices = {method: confusion_like(p.wrong_counts, images) for method, p in known.items()}
-    for name in ("all", "tuned", "other"):
-        key = "accuracy" if name == "all" else f"{name}_accuracy"
-        chosen = [d for d in range(10) if name == "all" or (d in tuned) == (name == "tuned")]
-        cells = [f"{name} %", f"{sum(images[d] for d in chosen):,}"]
-        cells += [percent(tuple(row[key] for row in its)) for _, its in columns]
-        rows.append(cells + [f"{100 * accuracy(matrices[m], chosen):.2f}" for m in known])
-    return Table(head, rows)
+        for _, rows in columns:
+            cells.append(Sample(tuple(row["wrong_counts"][digit] for row in rows)).mean_sd(0))
+        table.append(cells + [str(p.wrong_counts[digit]) for p in published.values()])
+    matrices = [confusion_with(p.wrong_counts, images) for p in published.values()]
+    for group in ("all", "tuned", "other"):
+        key = "accuracy" if group == "all" else f"{group}_accuracy"
+        chosen = [d for d in range(10) if group == "all" or (d in tuned) == (group == "tuned")]
+        cells = [f"{group} %", f"{sum(images[d] for d in chosen):,}"]
+        cells += [percent(tuple(row[key] for row in rows)) for _, rows in columns]
+        table.append(cells + [f"{100 * accuracy(matrix, chosen):.2f}" for matrix in matrices])
+    return Table(head, table)
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure that is compared over seeds: its name with the unit, and how it is had."""
+class Quantity:
+    """A figure that is compared over seeds: its name with its unit, and its value in a source."""
 
     name: str
     digits: int
@@ -127,49 +129,54 @@ class Figure:
     of_published: Callable[[Published], float | None]
 
 
-def compared(run: RunDirectory) -> list[Figure]:
-    """Return the figures of a fine-tuned network that are given as bands."""
+def quantities(run: RunDirectory) -> list[Quantity]:
+    """Return the quantities that the table over seeds has for each method."""
     base, images, tuned = base_of(run), images_of(run), base_of(run)["tuned"]
 
-    def both(name: str, digits: int, of: Callable[[Any], float]) -> Figure:
-        return Figure(
+    def of_confusion(name: str, value: Callable[[Any], float]) -> Quantity:
+        return Quantity(
             name,
-            digits,
-            lambda row: of(row["confusion"]),
-            lambda p: of(confusion_like(p.wrong_counts, images)),
+            2,
+            lambda row: value(row["confusion"]),
+            lambda published: value(confusion_with(published.wrong_counts, images)),
         )
 
     return [
-        both("all digits, %", 2, lambda c: 100 * accuracy(c)),
-        both("tuned digits, %", 2, lambda c: 100 * old_and_new(c, tuned)[1]),
-        both("other digits, %", 2, lambda c: 100 * old_and_new(c, tuned)[0]),
-        both("learned, points", 2, lambda c: 100 * change(base["confusion"], c, tuned).learned),
-        both("forgotten, points", 2, lambda c: 100 * change(base["confusion"], c, tuned).forgotten),
-        Figure("training loss, nats", 3, lambda row: row["train_loss"], lambda p: p.train_loss),
+        of_confusion("all digits, %", lambda c: 100 * accuracy(c)),
+        of_confusion("tuned digits, %", lambda c: 100 * old_and_new(c, tuned)[1]),
+        of_confusion("other digits, %", lambda c: 100 * old_and_new(c, tuned)[0]),
+        of_confusion(
+            "learned, points", lambda c: 100 * change(base["confusion"], c, tuned).learned
+        ),
+        of_confusion(
+            "forgotten, points", lambda c: 100 * change(base["confusion"], c, tuned).forgotten
+        ),
+        Quantity("training loss, nats", 3, lambda row: row["train_loss"], lambda p: p.train_loss),
     ]
 
 
-def band_table(run: RunDirectory) -> Table:
-    """Return each method's figures as bands over the adapter seeds, published ones beside them."""
-    known = published_for(run)
-    head = ["method", "figure", "mean ± sd", "lowest to highest", "n"]
-    head += ["published", "in the band"] if known else []
-    rows = []
+def seed_table(run: RunDirectory) -> Table:
+    """Return each method's quantities over the adapter seeds, next to the published ones."""
+    published = published_for(run)
+    head = ["method", "quantity", "mean ± sd", "lowest to highest", "n"]
+    head += ["published", "in range"] if published else []
+    table = []
     for method in methods_in(run):
-        its = rows_of(run, method)
-        for figure in compared(run):
-            band, places = Band(tuple(map(figure.of_row, its))), figure.digits
-            cells = [LABEL[method], figure.name, band.shown(places), band.extent(places)]
-            cells.append(str(len(its)))
-            if known:
-                theirs = figure.of_published(known[method]) if method in known else None
-                cells += _beside(band, theirs, places)
-            rows.append(cells)
-    return Table(head, rows)
+        rows = rows_of(run, method)
+        for quantity in quantities(run):
+            sample, digits = Sample(tuple(map(quantity.of_row, rows))), quantity.digits
+            cells = [LABEL[method], quantity.name, sample.mean_sd(digits), sample.min_max(digits)]
+            cells.append(str(len(rows)))
+            if published:
+                value = quantity.of_published(published[method]) if method in published else None
+                cells += _published_cells(sample, value, digits)
+            table.append(cells)
+    return Table(head, table)
 
 
-def _beside(band: Band, theirs: float | None, places: int) -> list[str]:
-    if theirs is None:
+def _published_cells(sample: Sample, published: float | None, digits: int) -> list[str]:
+    """Return a published value, and whether it lies within the range over our seeds."""
+    if published is None:
         return ["", ""]
-    inside = min(band.values) <= theirs <= max(band.values)
-    return [f"{theirs:.{places}f}", "yes" if inside else "no"]
+    inside = min(sample.values) <= published <= max(sample.values)
+    return [f"{published:.{digits}f}", "yes" if inside else "no"]

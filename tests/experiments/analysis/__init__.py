@@ -1,1 +1,1 @@
-"""Tests of the analysis of classifiers."""
+"""Tests of experiments/analysis."""

@@ -75,7 +75,7 @@ def test_an_explorer_that_is_given_logits_shows_the_same():
     at = Strengths(base, inputs, logits_of(base, inputs))
     its = updates(factors_of(model), SPEC.scaling)
     given: dict[str, Any] = {"images": torch.zeros(40, 28, 28, dtype=torch.uint8)}
-    given |= {"every_layer": ["digits"], "strengths": LAMBDAS}
+    given |= {"all_subsets": ["digits"], "strengths": LAMBDAS}
     found = [
         explore(model, [(inputs, labels)], list("0123456789"), **given, logits=logits)
         for logits in (None, lambda name, sites, λs: at.logits(chosen(its, sites), λs))

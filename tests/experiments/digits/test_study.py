@@ -1,4 +1,4 @@
-"""The digit study from end to end on small settings: rows, resuming, reports, proofs."""
+"""The digit study from end to end on small settings: rows, resuming, reports, checks."""
 
 import json
 import shutil
@@ -15,14 +15,13 @@ from experiments.digits import context as context_module
 from experiments.digits.bases import find, restore
 from experiments.digits.data import load_data
 from experiments.digits.report import report as report_module
-from experiments.digits.report.report import markdown, scrambling
-from experiments.digits.report.tables import PUBLISHED, band_table, digit_table, published_for
+from experiments.digits.report.report import markdown, methods_compared
+from experiments.digits.report.tables import PUBLISHED, digit_table, published_for, seed_table
 from experiments.digits.settings import DigitSettings, preset
 from experiments.digits.shared import prepare
 from experiments.digits.study import run_digits
 from experiments.harness.rundir import RunDirectory
 from experiments.harness.settings import StudyError, flattened
-from experiments.report.table import Band
 
 OPTIONS = (
     "--data digits --device cpu --hidden 24,16 --no-relu-logits --base-steps 300 --steps 30 "
@@ -79,8 +78,8 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the figures, which take longer than all else of so small a run."""
-    monkeypatch.setattr(report_module, "draw", lambda run, folder: {})
+    """Leave out the figures, which take longer than everything else in so small a run."""
+    monkeypatch.setattr(report_module, "draw", lambda run: [])
 
 
 def test_a_run_leaves_all_its_rows_and_files(finished):
@@ -142,7 +141,7 @@ def test_the_saved_adapter_gives_the_row_that_was_recorded(finished):
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_says_what_it_does(finished, tmp_path, capsys):
-    """The terminal shows base, digits, parameters before and after, the table and the proofs."""
+    """The terminal shows base, digits, parameters before and after, the table and the checks."""
     assert study(tmp_path) == 0
     shown = capsys.readouterr().out
     for words in (
@@ -151,7 +150,7 @@ def test_a_run_says_what_it_does(finished, tmp_path, capsys):
         "tuned    digits 2, 3, 5, 8, 9: 716 training images",
         "19,410 parameters before, 1,748 now: 9.01%",
         "digit    images",
-        "holds in 4 of 4: off, the logits are bitwise the base's",
+        "4/4 passed: adapter off, logits bit-for-bit the base's",
     ):
         assert words in shown
     assert rows_in(tmp_path) == rows_in(finished)
@@ -305,11 +304,11 @@ def test_a_run_with_flat_settings_is_reported_and_resumed(copied, trainings, cap
 def test_a_report_follows_its_rows(finished):
     """A figure that is changed in a row is changed in the report: nothing is remembered."""
     run = RunDirectory.read(finished / "run")
-    before = markdown(run, {})
+    before = markdown(run, [])
     for row in run.rows:
         if row["method"] == "lora" and row["stage"] == "on":
             row["wrong_counts"] = [7000 + row["seed"] * 10] * 10
-    after = markdown(run, {})
+    after = markdown(run, [])
     assert "7005 ± 7" not in before
     assert after.count("7005 ± 7") == 10
 
@@ -335,17 +334,32 @@ def test_a_folder_without_a_run_is_refused(copied, name, content, message, capsy
 @pytest.mark.parametrize(
     ("stage", "key", "value", "claim"),
     [
-        ("off", "same_logits", False, "FAILS in 3 of 4: off, the logits are bitwise the base's"),
-        ("off", "same_fingerprint", False, "FAILS in 3 of 4: off, the base's fingerprint"),
-        ("merged", "distance_from_on", 0.1, "FAILS in 3 of 4: merged, the logits"),
-        ("merged", "distance_from_on", float("nan"), "FAILS in 3 of 4: merged, the logits"),
-        ("unmerged", "same_logits", False, "FAILS in 3 of 4: unmerged and off, the logits"),
-        ("unmerged", "same_on_logits", False, "FAILS in 3 of 4: unmerged and on"),
+        (
+            "off",
+            "same_logits",
+            False,
+            "FAILED, 3/4 passed: adapter off, logits bit-for-bit the base's",
+        ),
+        (
+            "off",
+            "same_fingerprint",
+            False,
+            "FAILED, 3/4 passed: adapter off, base weights unchanged",
+        ),
+        ("merged", "distance_from_on", 0.1, "FAILED, 3/4 passed: merged, logits within 1e-05"),
+        (
+            "merged",
+            "distance_from_on",
+            float("nan"),
+            "FAILED, 3/4 passed: merged, logits within 1e-05",
+        ),
+        ("unmerged", "same_logits", False, "FAILED, 3/4 passed: unmerged and off, logits"),
+        ("unmerged", "same_on_logits", False, "FAILED, 3/4 passed: unmerged and on, logits"),
     ],
 )
 @pytest.mark.usefixtures("undrawn")
-def test_a_proof_that_fails_is_loud(copied, stage, key, value, claim, capsys):
-    """One row that breaks a proof ends the command with status 1, and the report says which."""
+def test_a_failed_check_is_reported(copied, stage, key, value, claim, capsys):
+    """One row that fails a check ends the command with status 1; the report names the check."""
     rows = rows_in(copied)
     next(row for row in rows if row["stage"] == stage)[key] = value
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -355,8 +369,8 @@ def test_a_proof_that_fails_is_loud(copied, stage, key, value, claim, capsys):
     assert claim in (copied / "run" / "report.md").read_text()
 
 
-def test_proofs_see_a_changed_base(finished, tmp_path):
-    """The comparison with the base fails for a weight, or a logit, that differs in one bit."""
+def test_checks_detect_a_changed_base(finished, tmp_path):
+    """The comparison with the base fails if a weight, or a logit, differs in one bit."""
     settings = small(finished, tmp_path)
     device, data = torch.device("cpu"), load_data("digits")
     run = RunDirectory(tmp_path, {}, {}, [])
@@ -434,15 +448,15 @@ def test_published_figures_stand_beside_like_ones_only(finished):
     run = on_mnist(finished)
     run.environment["data"] = "scikit-learn digits"
     assert published_for(run) == {}
-    assert "published" not in markdown(run, {})
+    assert "published" not in markdown(run, [])
 
 
-def test_published_counts_are_set_beside_the_bands(finished):
-    """The table of bands has the published accuracies that its digit counts give on MNIST."""
+def test_the_table_over_seeds_has_published_accuracies(finished):
+    """The published accuracies are those that the published digit counts give on MNIST."""
     run = on_mnist(finished)
     for row in run.rows:  # all answered rightly
         row["confusion"] = torch.diag(torch.tensor(IMAGES)).tolist()
-    table = {(row[0], row[1]): row[-2:] for row in band_table(run).rows}
+    table = {(row[0], row[1]): row[-2:] for row in seed_table(run).rows}
     assert table["scrambled", "all digits, %"] == ["68.26", "no"]
     assert table["wrapped", "all digits, %"] == ["78.02", "no"]
     assert table["wrapped", "tuned digits, %"] == ["90.34", "no"]
@@ -450,28 +464,19 @@ def test_published_counts_are_set_beside_the_bands(finished):
     assert table["on", "all digits, %"] == ["", ""]
 
 
-def test_an_output_that_is_put_out_is_named(finished):
+def test_a_dead_output_is_named(finished):
     """A digit that a base with a ReLU on its logits never answers is named in the report."""
     run = on_mnist(finished)
-    assert "to no image" not in markdown(run, {})
+    assert "never answers" not in markdown(run, [])
     for row in run.rows[0]["confusion"]:
         row[1], row[4], row[8] = row[1] + row[4] + row[8], 0, 0
-    assert "The base answers 4 or 8 to no image" in markdown(run, {})
+    assert "The base never answers 4 or 8" in markdown(run, [])
     run.settings["relu_logits"] = False
-    assert "to no image" not in markdown(run, {})
+    assert "never answers" not in markdown(run, [])
 
 
-def test_a_band_is_mean_and_sample_deviation():
-    """A band's figures are those of the statistics module's definitions, one value alone bare."""
-    band = Band((1.0, 2.0, 4.0))
-    assert band.shown(2) == "2.33 ± 1.53"
-    assert band.extent(1) == "1.0 to 4.0"
-    assert Band((3.0,)).sd is None
-    assert Band((3.0,)).shown(0) == "3"
-
-
-def test_the_paragraph_on_the_two_methods_is_made_of_rows(finished):
-    """Accuracies, differences and ranks in the paragraph are the rows', whatever they are."""
+def test_the_comparison_of_the_two_methods_is_made_of_rows(finished):
+    """Accuracies, differences and ranks in the comparison are the rows', whatever they are."""
     run = on_mnist(finished)
     run.rows[0]["confusion"] = torch.diag(torch.tensor(IMAGES)).tolist()
     for row in run.rows:
@@ -479,11 +484,16 @@ def test_the_paragraph_on_the_two_methods_is_made_of_rows(finished):
             wrapped, scrambled = row["method"] == "wrapped", row["method"] == "scrambled"
             row["accuracy"] = 0.5 + 0.25 * wrapped - 0.125 * scrambled
             row["ranks"] = {"a": 7 + 90 * scrambled + row["seed"], "b": 5}
-    said = scrambling(run)
-    assert "68.3 % for its parametrization (method 1) and 78.0 %" in said
-    assert "parametrization gives 37.50 %, wrapped layers give 75.00 %" in said
-    assert "37.5 points above the blog's parametrization: 12.5 of them" in said
-    assert "ranks 97 to 98 and 5 where the correct ones have 7 to 8 and 5" in said
+    text, table, _ = methods_compared(run)
+    assert "68.3 % for its parametrization (method 1) and 78.0 %" in text
+    assert "37.5 points above the blog's parametrization" in text
+    assert "costs 12.5 points" in text
+    assert "adds 25.0 points" in text
+    assert [row[1:3] for row in table.rows] == [
+        ["97 to 98, 5", "37.50"],
+        ["7 to 8, 5", "50.00"],
+        ["7 to 8, 5", "75.00"],
+    ]
 
 
 @pytest.mark.slow
@@ -503,12 +513,12 @@ def test_the_published_base_comes_out_exactly(mnist_dir, tmp_path, capsys):
     assert list(rows["scrambled", "on"]["ranks"].values()) == [128, 4, 10]
     assert list(rows["lora", "on"]["ranks"].values()) == [2, 2, 2]
     assert rows["wrapped", "wrapped"]["trainable"] == 3518
-    # One seed of the bands that were measured over eight, widened by their standard deviation.
+    # One seed must lie in the range measured over eight seeds, widened by their sd.
     assert 0.60 < rows["scrambled", "on"]["accuracy"] < 0.80
     assert 0.70 < rows["lora", "on"]["accuracy"] < 0.88
     assert 0.70 < rows["wrapped", "wrapped"]["accuracy"] < 0.88
     report = (tmp_path / "run" / "report.md").read_text()
-    assert "the base's ten counts are all the same here" in report
+    assert "The base's ten counts are all the same here" in report
 
 
 def test_looking_and_logging_change_no_row(finished, tmp_path):
@@ -531,7 +541,7 @@ def test_looking_and_logging_change_no_row(finished, tmp_path):
 
 
 def test_a_remedied_study_has_its_own_rows(finished, tmp_path):
-    """With a remedy the adapter trains by it, the base is found, and the proofs hold."""
+    """With a remedy the adapter trains by it, the base is found, and the checks pass."""
     shutil.copytree(finished / "bases", tmp_path / "bases")
     assert study(tmp_path, "--margin", "inf", "--strength", "0.5", "--route", "soft") == 0
     rows = {(r["method"], r["stage"], r["seed"]): r for r in rows_in(tmp_path)}
@@ -568,7 +578,7 @@ def test_several_runs_are_reported_at_once(finished, copied, undrawn, capsys):
 
 
 def test_the_page_on_an_adapter_is_made_from_the_run(finished, tmp_path):
-    """`report --explain` writes one file with the ledger, the layers and the geometry."""
+    """`report --explain` writes one file with the flips, the layers and the geometry."""
     shutil.copytree(finished, tmp_path / "copy")
     folder = tmp_path / "copy" / "run"
     words = ["report", str(folder), "--explain", "--seed", "1"]

@@ -12,12 +12,13 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from experiments.digits.model import DigitNet
+from experiments.harness.batches import Batches, seeded_order
 from experiments.harness.parallel import Group, shared, spread
 from experiments.harness.rundir import RunDirectory
-from experiments.harness.settings import StudyError
-from experiments.harness.train import Batches, cross_entropy, seeded_order
+from experiments.harness.settings import StudyError, replace
+from experiments.harness.train import cross_entropy
 from experiments.harness.train import train as train_study
-from experiments.text.bench import TextBench, prepare_bench
+from experiments.text.context import TextContext, prepare_context
 from experiments.text.data import load_corpus
 from experiments.text.models import prepare as prepare_model
 from experiments.text.settings import TextSettings
@@ -34,8 +35,9 @@ CAN_SHARD = not needs_sharding.args[0]
 HOW = ["ddp", pytest.param("fsdp", marks=needs_sharding)]
 
 
-def tiny_bench(folder: Path, how: str, group: Group) -> TextBench:
-    settings = TextSettings(
+def tiny_context(folder: Path, how: str, group: Group) -> TextContext:
+    settings = replace(
+        TextSettings(),
         model=str(folder / "bert"),
         data_dir=str(folder),
         tokens=str(folder / "tokens"),
@@ -51,17 +53,17 @@ def tiny_bench(folder: Path, how: str, group: Group) -> TextBench:
         parallel="ddp" if how == "alone" else how,
     )
     run = RunDirectory(folder, {}, {}, [])
-    return prepare_bench(settings, run, load_corpus(settings), torch.device("cpu"), group)
+    return prepare_context(settings, run, load_corpus(settings.dataset), torch.device("cpu"), group)
 
 
 def text_study(folder: Path, how: str, group: Group) -> dict[str, Any]:
     """Fine-tune as the study does; its batches of 9 cannot be divided evenly."""
-    bench = tiny_bench(folder, how, group)
-    model = bench.model(0).double()
-    prepare_model(model, "lora", bench.settings, torch.Generator().manual_seed(0))
-    row = bench.fine_tune(model, pl.parameters(model), "lora", 0)
+    context = tiny_context(folder, how, group)
+    model = context.model(0).double()
+    prepare_model(model, "lora", context.settings, torch.Generator().manual_seed(0))
+    row = context.fine_tune(model, pl.parameters(model), "lora", 0)
     pl.save(model, folder / f"{how}.safetensors", "text")
-    scored = bench.scored(model, "test")
+    scored = context.scored(model, "test")
     factors = [cast(Any, whole(p.detach())) for p in pl.parameters(model)]
     return {"factors": factors, "row": {**row, **scored}}
 
@@ -143,7 +145,7 @@ def test_text_study(how: str, folder: Path, results: Results) -> None:
         assert_close(found["factors"], expected, rtol=1e-4, atol=1e-6)
         for key in FIGURES:
             assert found["row"][key] == pytest.approx(one_process["row"][key], rel=1e-4), key
-    model = tiny_bench(folder, how, Group()).model(0).double()
+    model = tiny_context(folder, how, Group()).model(0).double()
     pl.load(model, folder / f"{how}.safetensors")
     loaded = [p.detach() for p in pl.parameters(model)]
     assert_close(loaded, expected, rtol=1e-4, atol=1e-6)

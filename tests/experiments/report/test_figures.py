@@ -1,4 +1,4 @@
-"""Figures of what adapters did, and the example on a ResNet-18: drawn, with what they are given."""
+"""Figures show the values that they are given; the example on a ResNet-18 runs."""
 
 from pathlib import Path
 
@@ -9,50 +9,52 @@ from torch import nn
 
 import paramlora as pl
 from experiments.analysis.geometry import Geometry
-from experiments.analysis.insight import Answers, Front, Ledger, ledger, shapley
+from experiments.analysis.insight import Flips, Predictions, TradeOff, flips, shapley
 from experiments.examples import own_model
 from experiments.harness.loggers import Curve
 from experiments.report.figures import (
     confusion_panels,
     contact_sheet,
+    flip_bars,
     geometry_table,
-    ledger_bars,
     png,
     shapley_bars,
-    strength_front,
+    trade_off_curve,
     training_curve,
 )
 
 CLASSES = ["a", "b", "c"]
 
 
-def two_answers() -> tuple[Answers, Answers, Ledger]:
+def made() -> tuple[Predictions, Predictions, Flips]:
+    """Return predictions before and after on six examples of three classes, and their flips."""
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
     before, after = (
-        Answers(torch.eye(3)[given], labels) for given in ([0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 2])
+        Predictions(torch.eye(3)[predicted], labels)
+        for predicted in ([0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 2])
     )
-    return before, after, ledger(before, after)
+    return before, after, flips(before, after)
 
 
-def test_a_contact_sheet_shows_each_changed_example_with_its_answers():
-    """A row a class that lost any, an image an example, titled with both answers."""
-    before, after, book = two_answers()
+def test_a_contact_sheet_shows_each_flipped_example_with_its_predictions():
+    """One row per class with flips, one image per example, titled with both predictions."""
+    before, after, flipped = made()
     images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1).expand(6, 4, 4)
-    figure = contact_sheet(book, images, (before, after), CLASSES, "lost", most=2)
+    figure = contact_sheet(flipped, images, (before, after), CLASSES, "negative", per_class=2)
     titles = [axes.get_title() for axes in figure.axes]
     assert [title for title in titles if title] == ["a → b", "c → b"]
     shown = [int(axes.images[0].get_array()[0, 0]) for axes in figure.axes if axes.images]
     assert shown == [1, 4]
-    figure = contact_sheet(book, images, (before, after), CLASSES, "won", most=2)
+    figure = contact_sheet(flipped, images, (before, after), CLASSES, "positive", per_class=2)
     assert [axes.get_title() for axes in figure.axes if axes.images] == ["a → b"]
     plt.close("all")
 
 
 def test_bars_are_as_high_as_their_figures():
-    """Won upwards and lost downwards by class; Shapley values in points by site and side."""
-    book = two_answers()[2]
+    """Positive flips go up and negative ones down; Shapley values are in accuracy points."""
+    flipped = made()[2]
     _, axes = plt.subplots()
-    ledger_bars(axes, book, CLASSES)
+    flip_bars(axes, flipped, CLASSES)
     assert [bar.get_height() for bar in axes.patches] == [0, 1, 0, -1, 0, -1]
     _, axes = plt.subplots()
     both = frozenset({"x", "y"})
@@ -63,10 +65,10 @@ def test_bars_are_as_high_as_their_figures():
 
 
 def test_curves_go_through_their_points():
-    """The λ-curve and the training curve are drawn in %, each point where it was measured."""
+    """The trade-off and the training curve are drawn in %, through each measured point."""
     _, axes = plt.subplots()
-    found = Front([(0.5, 0.9), (0.8, 0.6)], [(0.5, 0.9), (0.8, 0.6)], 0.18)
-    strength_front(axes, [0.0, 1.0], found)
+    found = TradeOff([0.0, 1.0], [(0.5, 0.9), (0.8, 0.6)], [(0.5, 0.9), (0.8, 0.6)], 0.18)
+    trade_off_curve(axes, found)
     assert axes.lines[0].get_xydata().tolist() == [[50.0, 90], [80, 60]]
     assert [text.get_text() for text in axes.texts] == ["0", "1"]
     _, axes = plt.subplots()
@@ -80,26 +82,27 @@ def test_curves_go_through_their_points():
 
 
 def test_confusion_panels_leave_right_answers_out():
-    """Off, on and on less off, the diagonal empty; the same figure gives the same bytes."""
-    before, after, _ = two_answers()
-    figure = confusion_panels(before, after, CLASSES, [1])
+    """The panels are off, on and on − off without the diagonal; equal figures give equal bytes."""
+    before, after, _ = made()
+    figure = confusion_panels(before.confusion, after.confusion, CLASSES, [1])
     off, on, change = (axes.images[0].get_array() for axes in figure.axes)
     assert off.tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, 0]]
     assert on.tolist() == [[0, 1, 0], [0, 0, 0], [0, 1, 0]]
     assert change.tolist() == [[0, 1, 0], [-1, 0, 0], [0, 1, 0]]
-    assert png(figure) == png(confusion_panels(before, after, CLASSES, [1]))
+    again = confusion_panels(before.confusion, after.confusion, CLASSES, [1])
+    assert png(figure) == png(again)
     assert not plt.get_fignums()
 
 
-def test_the_geometry_is_a_row_a_site():
-    """Rank, size, angles and amplification as cells."""
+def test_the_geometry_table_has_one_row_per_site():
+    """The cells are rank, relative norm, angles and amplification."""
     table = geometry_table({"fc.weight": Geometry(2, 0.1234, (10.2, 80.0), 3.04)})
     assert table.rows == [["fc.weight", "2", "0.123", "10, 80°", "3.0"]]
 
 
 @pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network of torchvision's kind that is small, so that the example takes seconds."""
+def small_resnet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the example's network by a small one of the same kind, so that it takes seconds."""
     from torchvision.models import resnet
 
     def small(weights: Path | None = None) -> nn.Module:
@@ -109,15 +112,15 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_model, "resnet", small)
 
 
-@pytest.mark.usefixtures("few")
-def test_the_example_explains_a_convolutional_network(tmp_path, monkeypatch):
-    """Adapters on convolutions of a residual network: a page with figures, updates and explorer."""
+@pytest.mark.usefixtures("small_resnet")
+def test_the_example_writes_a_page_on_a_convolutional_network(tmp_path, monkeypatch):
+    """The page on adapters of convolutions has figures, updates and explorer."""
     seen = []
     plain = own_model.report
 
-    def report(model, *rest):
+    def report(path, model, *rest):
         seen.append(model)
-        return plain(model, *rest)
+        return plain(path, model, *rest)
 
     monkeypatch.setattr(own_model, "report", report)
     path = own_model.run(tmp_path, base_steps=2, steps=3, images=64)
@@ -130,7 +133,7 @@ def test_the_example_explains_a_convolutional_network(tmp_path, monkeypatch):
 
 
 def test_the_examples_network_is_torchvisions_resnet18(tmp_path):
-    """Random or with given weights, read bit for bit, it is ResNet-18 with ten outputs."""
+    """The network is ResNet-18 with ten outputs; given weights are loaded bit for bit."""
     from safetensors.torch import save_file
 
     torch.manual_seed(3)

@@ -1,4 +1,4 @@
-"""The report page: what is precomputed, and what a reader's clicks show in a headless browser."""
+"""The report page: the explorer's data, and the page in a headless browser."""
 
 import base64
 import io
@@ -15,9 +15,10 @@ from torch import nn
 
 import paramlora as pl
 from experiments.analysis.explore import explore, sprite
-from experiments.analysis.insight import answers_of, only_at
+from experiments.analysis.insight import only_at, predict
 from experiments.harness.settings import StudyError
-from experiments.report.page import figure_html, page, table_html, write_page
+from experiments.report.document import Picture
+from experiments.report.page import page, write_page
 from experiments.report.table import Table
 from tests.support.helpers import unchanged
 
@@ -48,12 +49,12 @@ def explored() -> dict[str, Any]:
         tuned=[1, 2],
         images=images,
         strengths=STRENGTHS,
-        every_layer=["one"],
+        all_subsets=["one"],
     )
 
 
-def test_every_state_is_what_the_model_answers(explored):
-    """Each confusion matrix is that of the model with the adapter on so strong, at those layers."""
+def test_every_state_is_that_of_the_model(explored):
+    """Each confusion matrix is the model's with that adapter, strength and set of layers."""
     model, loader, _ = made()
     assert explored["sites"] == ["0.weight", "2.weight"]
     assert set(explored["adapters"]["one"]) == {"1", "2", "3"}
@@ -63,16 +64,16 @@ def test_every_state_is_what_the_model_answers(explored):
             sites = [s for i, s in enumerate(explored["sites"]) if int(mask) >> i & 1]
             for strength, matrix in zip(STRENGTHS, matrices, strict=True):
                 with only_at(model, sites, name, strength=strength):
-                    assert answers_of(model, loader).confusion == matrix
+                    assert predict(model, loader).confusion == matrix
     with unchanged(model):
         again = explore(model, loader, CLASSES, strengths=[1.0])
     assert again["strengths"] == [0.0, 1.0]
     with pl.using(model):
-        assert explored["base"] == answers_of(model, loader).confusion
+        assert explored["base"] == predict(model, loader).confusion
 
 
-def test_pictures_have_their_own_answers(explored):
-    """The sprite's images have their labels, and their answers are the model's at each state."""
+def test_images_have_their_own_predictions(explored):
+    """The sprite's images have their labels, and the model's predictions for each state."""
     from PIL import Image
 
     model, loader, _ = made()
@@ -86,16 +87,15 @@ def test_pictures_have_their_own_answers(explored):
     assert labels[rows].tolist() == pictures["labels"]
     for name in ("one", "two"):
         with pl.using(model, **{name: 2.0}):
-            given = answers_of(model, loader).given
-        assert given[rows].tolist() == pictures["answers"][name]["3"][3]
+            predicted = predict(model, loader).predicted
+        assert predicted[rows].tolist() == pictures["answers"][name]["3"][3]
     for states in pictures["answers"].values():
-        for mask, its in states.items():
-            del mask
-            assert all(len(given) == len(rows) for given in its)
+        for predictions in states.values():
+            assert all(len(row) == len(rows) for row in predictions)
 
 
 def test_a_sprite_is_the_images_side_by_side():
-    """Pixels come back from the PNG, colours as well."""
+    """The PNG has the pixels of each image, in colour too."""
     from PIL import Image
 
     images = torch.randint(256, (5, 3, 4, 3), dtype=torch.uint8)
@@ -105,8 +105,17 @@ def test_a_sprite_is_the_images_side_by_side():
     assert torch.equal(pixels[3:6, 4:8].to(torch.uint8), images[3])
 
 
-def test_what_does_not_fit_is_refused():
-    """A model without adapters, and class names of another number, are refused."""
+def test_the_base_is_the_state_at_strength_0():
+    """The base's confusion matrix is that at λ = 0, also if there are negative strengths."""
+    model, loader, _ = made()
+    data = explore(model, loader, CLASSES, strengths=[-1.0, 1.0])
+    assert data["strengths"] == [-1.0, 0.0, 1.0]
+    with pl.using(model):
+        assert data["base"] == predict(model, loader).confusion
+
+
+def test_a_model_or_class_names_that_do_not_fit_raise():
+    """A model without adapters, and a wrong number of class names, raise."""
     model, loader, _ = made()
     with pytest.raises(StudyError, match="3 class names, but 4 outputs"):
         explore(model, loader, CLASSES[:3])
@@ -115,26 +124,31 @@ def test_what_does_not_fit_is_refused():
         explore(model, loader, CLASSES)
 
 
-def test_a_page_is_one_file_and_says_what_it_is_given(explored):
-    """Nothing is fetched, text is escaped, and the data are there unchanged."""
+def test_a_page_is_one_file_with_the_given_content(explored):
+    """The page fetches nothing, escapes all text, and has the data unchanged."""
     table = Table(["a\nb", "c"], [["<x>", "1 ± 2"]])
-    text = page("A & B", "lead @DATA@ </script>", [("T", table_html(table))], explored)
+    blocks = [table, "p < q", ["r & s"], Picture(b"png", "the <caption>")]
+    text = page("A & B", "lead @DATA@ </script>", {"T": blocks}, explored)
     assert not re.search(r"(?:src|href)=[\"'](?!data:)", text)
     assert not re.search(r"@(?:TITLE|LEAD|EXPLORER|BODY)@", text)
     assert "http" not in text
     assert "A &amp; B" in text
     assert "lead @DATA@ &lt;/script&gt;" in text
+    assert "<th>a<br>b</th>" in text
     assert "<td>&lt;x&gt;</td><td>1 ± 2</td>" in text
+    assert "<p>p &lt; q</p>" in text
+    assert "<ul><li>r &amp; s</li></ul>" in text
+    assert 'src="data:image/png;base64,' in text
+    assert "<figcaption>the &lt;caption&gt;</figcaption>" in text
     inside = re.search(r'type="application/json">(.*?)</script>', text, re.S)
     assert inside is not None
     assert json.loads(inside[1]) == explored
-    assert 'id="explorer"' not in page("t", "l", [])
-    assert 'src="data:image/png;base64,' in figure_html(b"png", "what it shows")
+    assert 'id="explorer"' not in page("t", "l", {})
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A headless Chromium, or a skip that says what is missing."""
+    """A headless Chromium; the test is skipped if there is none."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     path = next(
         filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -152,19 +166,17 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(browser: Any, explored: dict[str, Any], tmp_path: Path) -> Iterator[Any]:
-    """The page, opened at a phone's width; any error of its script fails the test."""
+    """The page at a phone's width; an error of its script or a request fails the test."""
     table = Table(["what", *map(str, range(30))], [["wide", *["123.45"] * 30]])
-    write_page(
-        tmp_path / "report.html", "A page", "Its lead.", [("T", table_html(table))], explored
-    )
+    write_page(tmp_path / "report.html", "A page", "Its lead.", {"T": [table]}, explored)
     tab, errors = browser.new_page(viewport={"width": 390, "height": 844}), []
     tab.on("pageerror", lambda error: errors.append(str(error)))
 
-    def fetched(request: Any) -> None:
+    def on_request(request: Any) -> None:
         if not request.url.startswith(("file:", "data:")):
             errors.append(request.url)
 
-    tab.on("request", fetched)
+    tab.on("request", on_request)
     tab.goto((tmp_path / "report.html").as_uri())
     yield tab
     tab.close()
@@ -172,19 +184,20 @@ def opened(browser: Any, explored: dict[str, Any], tmp_path: Path) -> Iterator[A
 
 
 def shown(tab: Any) -> list[list[int]]:
-    """Return the confusion matrix that the page shows."""
+    """Return the confusion matrix on the page."""
     cells = tab.locator("#cells button").all_text_contents()
     values = [int(cell or 0) for cell in cells]
     return [values[i : i + 4] for i in range(0, 16, 4)]
 
 
 def percent(matrix: list[list[int]], classes: list[int]) -> str:
+    """Return the accuracy on these classes as the page shows it."""
     right = sum(matrix[c][c] for c in classes)
     return f"{100 * right / sum(sum(matrix[c]) for c in classes):.2f} %"
 
 
 def test_the_page_begins_with_the_adapter_as_trained(opened, explored):
-    """At first the first adapter is on everywhere at λ 1, with its accuracies beside the base's."""
+    """The page opens with the first adapter active at all layers with λ = 1."""
     matrix = explored["adapters"]["one"]["3"][2]
     assert shown(opened) == matrix
     assert opened.locator("#shown-strength").text_content() == "1"
@@ -193,7 +206,7 @@ def test_the_page_begins_with_the_adapter_as_trained(opened, explored):
 
 
 def test_the_slider_moves_bars_and_matrix(opened, explored):
-    """Each strength shows its own matrix and bars; at 0 they are the base's."""
+    """Each strength has its own matrix and bars; at λ = 0 they are the base's."""
     for step, strength in enumerate(STRENGTHS):
         opened.locator("#strength").fill(str(step))
         matrix = explored["adapters"]["one"]["3"][step]
@@ -210,7 +223,7 @@ def test_the_slider_moves_bars_and_matrix(opened, explored):
 
 
 def test_layers_and_adapters_are_switched(opened, explored):
-    """A layer's button takes it out and in, an adapter's shows the other; the base with none."""
+    """Buttons switch layers off and on, and select the adapter; without layers it is the base."""
     opened.get_by_role("button", name="0.weight").click()
     assert shown(opened) == explored["adapters"]["one"]["2"][2]
     opened.get_by_role("button", name="2.weight").click()
@@ -224,24 +237,24 @@ def test_layers_and_adapters_are_switched(opened, explored):
 
 
 def test_a_cell_shows_its_images(opened, explored):
-    """A click on a cell shows as many images as are kept of it, and says how many there are."""
+    """A click on a cell shows its kept images and the number of all its images."""
     matrix, pictures = explored["adapters"]["one"]["3"][2], explored["images"]
-    given = pictures["answers"]["one"]["3"][2]
+    predicted = pictures["answers"]["one"]["3"][2]
     for label, answer in ((0, 0), (1, 3), (2, 0)):
         opened.locator(f'[data-cell="{label}-{answer}"]').click()
         kept = sum(
             (one, other) == (label, answer)
-            for one, other in zip(pictures["labels"], given, strict=True)
+            for one, other in zip(pictures["labels"], predicted, strict=True)
         )
         assert opened.locator("#pictures .grid > div").count() == kept
         title = opened.locator("#pictures p").first.text_content()
-        names = f"{CLASSES[label]} answered as {CLASSES[answer]}"
+        names = f"{CLASSES[label]} predicted as {CLASSES[answer]}"
         assert title == f"{names}: {matrix[label][answer]} images"
     opened.locator("#strength").fill("0")
     assert f"{explored['base'][2][0]} images" in opened.locator("#pictures p").first.text_content()
 
 
 def test_the_page_fits_a_phone(opened):
-    """At 390 pixels nothing sticks out sideways: what is too wide scrolls by itself."""
+    """At 390 pixels the page does not scroll sideways; a wide table scrolls on its own."""
     assert opened.evaluate("document.documentElement.scrollWidth") <= 390
     assert opened.evaluate("document.querySelector('.wide').scrollWidth") > 390

@@ -1,0 +1,51 @@
+"""The CSV files of docs/data agree with the tables of the documents that link to them."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    """Return the rows of a CSV file in docs/data."""
+    with (DOCS / "data" / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table_rows(document: str) -> list[list[str]]:
+    """Return the cells of all table rows of a document, without bold type."""
+    lines = (DOCS / document).read_text(encoding="utf-8").replace("**", "").splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
+
+
+@pytest.mark.parametrize("data", ["imdb", "spam"])
+def test_the_text_study_uses_the_best_rate_of_each_method(data):
+    """The table over seeds has the rate with the highest held-out accuracy; ties: the lowest."""
+    rates: dict[str, list[tuple[float, float]]] = {}
+    for row in rows_of(f"text-{data}-rates.csv"):
+        entry = (float(row["held out, %"]), -float(row["rate"]))
+        rates.setdefault(row["method"], []).append(entry)
+    text = (DOCS / "text-study.md").read_text(encoding="utf-8")
+    section = text[text.index("## IMDb") : text.index("## SMS spam")]
+    if data == "spam":
+        section = text[text.index("## SMS spam") :]
+    for method, entries in rates.items():
+        line = re.search(rf"^\| {re.escape(method)} \| (\S+) \|", section, re.MULTILINE)
+        assert line is not None, method
+        assert float(line[1]) == -max(entries)[1], method
+
+
+def test_the_gains_of_remedies_are_those_of_the_csv_file():
+    """Each remedy of the guide has the CSV file's gain on all digits, for both presets."""
+    gains: dict[str, dict[str, str]] = {}
+    for row in rows_of("remedies.csv"):
+        if row["digits"] == "all":
+            gain = f"{float(row['gain, points']):+.2f} ± {row['sd']}"
+            gains.setdefault(row["remedy"], {})[row["preset"]] = gain
+    rows = [cells for cells in table_rows("forgetting.md") if len(cells) == 4]
+    table = {name: values for name, _, *values in rows if name in gains}
+    shown = {name: [cell.replace("−", "-") for cell in cells] for name, cells in table.items()}
+    assert shown == {name: [gain["relu"], gain["blog"]] for name, gain in gains.items()}
