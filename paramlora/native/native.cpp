@@ -1,12 +1,12 @@
 // y = x W'ᵀ + b with W' = W + s · B A, as one node of the autograd graph.
 //
 //     x: (n, k), W: (m, k), b: (m), A: (r, k), B: (m, r), y: (n, m), h = x Aᵀ: (n, r)
-//     backward: dy: (n, m), dh = s · dy B: (n, r); every other gradient has its tensor's shape
+//     backward: dy: (n, m), dh = s · dy B: (n, r); other gradients have the shape of their tensor
 //
 // lowrank.py states the formulas and has the Python version that the tests compare with. In a small
-// layer most of an adapter's time is not arithmetic: each of its seven products costs a graph node, a
-// Python call and a temporary. This node makes the same products and pays that once. load.py loads
-// the built file, and build.py compiles it.
+// layer an adapter costs little arithmetic, but each of its seven products costs a graph node, a
+// Python call and a temporary. This node computes the same products without that cost. build.py
+// compiles this file, and load.py loads the result.
 
 #include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
@@ -26,28 +26,28 @@ namespace {
 // x as a matrix: (…, k) -> (n, k)
 Tensor matrix(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
 
-// Returns t unchanged if it has the dtype. `Tensor::to` would as well, at the cost of a dispatch.
+// t in a dtype. The test saves a small layer the dispatch of a `to` that changes nothing.
 Tensor cast(const Tensor& t, at::ScalarType to) { return t.scalar_type() == to ? t : t.to(to); }
 
-// s · P Q. `addmm_` scales within the product: one GPU launch instead of two. Under vmap (as with
-// torch.autograd.grad(…, is_grads_batched=True)) it must not be used, because P is a batch of
-// matrices there and a new tensor is not.
+// s · P Q. `addmm_` scales within the product, which saves a GPU launch. vmap cannot run it: there
+// P holds a batch of matrices, and the new tensor, which would have to hold the batch, does not.
+// vmap gets here by torch.autograd.grad(…, is_grads_batched=True).
 Tensor scaled_mm(const Tensor& P, const Tensor& Q, double s) {
   if (s == 1.0) return at::mm(P, Q);
   if (at::isTensorSubclassLike(P)) return at::mm(P, Q) * s;
   return at::empty({P.size(0), Q.size(1)}, P.options()).addmm_(P, Q, 0, s);
 }
 
-// Returns y and, on the factored path, h.
+// Returns y, and h if the path computes it. `dense` builds W', else the update goes to the product.
 std::pair<Tensor, Tensor> compute(
     const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, const Tensor& A,
     const Tensor& B, double s, bool dense) {
-  if (dense) return {at::linear(x, at::addmm(W, B, A, 1, s), b), Tensor()};
-  // x itself and not matrix(x): BLAS rounds a strided x and its contiguous copy differently, and
-  // with B = 0 the output must be the base layer's bit for bit.
-  auto y = at::linear(x, W, b).contiguous();         // (…, m)
-  auto h = at::mm(matrix(x), A.t());                 // (n, r)
-  y.view({-1, W.size(0)}).addmm_(h, B.t(), 1, s);    // (n, m) += s · (n, r) (r, m)
+  if (dense) return {at::linear(x, at::addmm(W, B, A, 1, s), b), Tensor()};  // x (m, k)ᵀ
+  // Pass x and not matrix(x). BLAS may round a strided x and a contiguous copy of it differently,
+  // and with B = 0 the output must be the base layer's bit for bit.
+  auto y = at::linear(x, W, b).contiguous();       // (…, m)
+  auto h = at::mm(matrix(x), A.t());               // (n, k) (k, r)
+  y.view({-1, W.size(0)}).addmm_(h, B.t(), 1, s);  // (n, m) += s · (n, r) (r, m)
   return {y, h};
 }
 
@@ -56,16 +56,18 @@ class Linear : public torch::autograd::Function<Linear> {
   static Tensor forward(
       AutogradContext* ctx, const Tensor& x, const Tensor& W, const Tensor& A, const Tensor& B,
       const std::optional<Tensor>& b, double s, bool dense, bool dense_backward) {
-    // `apply` makes the node. The products below need no nodes of their own, so they skip autograd's
-    // kernels, and those that track views: y is a new tensor, which nn.ReLU(inplace=True) may change.
+    // `Function::apply` adds this node to the graph. Hide the operations inside from autograd. It
+    // would record that y is a view (`linear` returns one for an x of three dimensions), and refuse
+    // nn.ReLU(inplace=True) on a view that a custom function returns.
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [y, h] = compute(x, W, b, A, B, s, dense);
-    // Autograd raises in the backward if a saved tensor was written to since. So a tensor that no
-    // wanted gradient reads must not be saved: with all parameters frozen only dx is wanted, and the
-    // caller may overwrite x; with no gradient for x, W may be merged before the backward.
-    bool x_is_read = W.requires_grad() || A.requires_grad() || B.requires_grad();
+    // Save a tensor only if a wanted gradient reads it. Each saved tensor has a version, and the
+    // backward raises if an in-place operation has changed it. With W, A and B frozen only dx is
+    // wanted, which does not read x: the next layer may overwrite x. Without dx nothing reads W: it
+    // may be merged before the backward.
+    bool reads_x = W.requires_grad() || A.requires_grad() || B.requires_grad();
     ctx->save_for_backward(
-        {x_is_read ? x : Tensor(), x.requires_grad() ? W : Tensor(), A, B,
+        {reads_x ? x : Tensor(), x.requires_grad() ? W : Tensor(), A, B,
          B.requires_grad() ? h : Tensor()});
     ctx->saved_data["s"] = s;
     ctx->saved_data["dense"] = dense_backward;
@@ -74,31 +76,31 @@ class Linear : public torch::autograd::Function<Linear> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    // The saved tensors have one dtype. Under autocast around the backward, `mm` would cast some of
-    // them and `addmm_` would not.
+    // The saved tensors have one dtype. If autocast is on around the backward, it casts what `mm`
+    // gets and not what `addmm_` gets, and the dtypes no longer match.
     c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
-    auto saved = ctx->get_saved_variables();  // raises if one of them was written to
+    auto saved = ctx->get_saved_variables();  // compares the versions
     const auto &x = saved[0], &W = saved[1], &A = saved[2], &B = saved[3], &g = grads[0];
     double s = ctx->saved_data["s"].toDouble();
     bool dense = ctx->saved_data["dense"].toBool();
-    // The index counts the tensors that `forward` got. A missing bias is not counted, so b is the
-    // last tensor among the arguments, and 4 is out of range without it.
+    // The index counts the tensors among the arguments of `forward`. A bias of nullopt is not one,
+    // and would shift the indices behind it, so b comes last.
     bool to_x = ctx->needs_input_grad(0), to_W = ctx->needs_input_grad(1);
     bool to_A = ctx->needs_input_grad(2), to_B = ctx->needs_input_grad(3);
     bool to_b = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(4);
 
-    // With create_graph=True the gradients get a graph themselves. The saved h has none, because
-    // `forward` computed it without autograd, so dB would miss its derivatives by x and A.
-    bool graph = at::GradMode::is_enabled();
-    Tensor x2 = x.defined() ? matrix(x) : x;
-    // y.sum() hands in one number, expanded to (n, m), which each product would copy.
-    Tensor dy = matrix(g).contiguous();
-    Tensor h = saved[4], dh, dx, dW, dA, dB, db;
+    auto x2 = x.defined() ? matrix(x) : Tensor();
+    // The gradient of y.sum() is one number, expanded to (n, m). Copy it once here: otherwise each
+    // product copies it.
+    auto dy = matrix(g).contiguous();
+    Tensor dh, h = saved[4], dx, dW, dA, dB, db;
     if (to_A || (to_x && !dense)) dh = scaled_mm(dy, B, s);  // s · (n, m) (m, r)
-    if (to_A) dA = at::mm(dh.t(), x2);                                  // (r, n) (n, k)
+    if (to_A) dA = at::mm(dh.t(), x2);                       // (r, n) (n, k)
     if (to_B) {
-      if (graph || !h.defined()) h = at::mm(x2, A.t());  // (n, k) (k, r)
-      dB = scaled_mm(dy.t(), h, s);           // s · (m, n) (n, r)
+      // With create_graph=True dB is differentiated, too. The saved h was hidden from autograd, so
+      // dB would not depend on x and A. Compute h again.
+      if (!h.defined() || at::GradMode::is_enabled()) h = at::mm(x2, A.t());  // (n, k) (k, r)
+      dB = scaled_mm(dy.t(), h, s);                                           // s · (m, n) (n, r)
     }
     if (to_x) {
       dx = dense ? at::mm(dy, at::addmm(W, B, A, 1, s))  // (n, m) (m, k)
@@ -113,7 +115,7 @@ class Linear : public torch::autograd::Function<Linear> {
   }
 };
 
-// x: (…, k) -> (…, m). `dtype` is autocast's, if it is on.
+// x: (…, k) -> (…, m). `dtype` is the dtype of autocast if that is on.
 Tensor linear(
     const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, const Tensor& A,
     const Tensor& B, double s, bool dense, bool dense_backward,
@@ -125,10 +127,9 @@ Tensor linear(
   TORCH_CHECK(
       A.device() == W.device() && B.device() == W.device(), "factors on ", A.device(), " and ",
       B.device(), " do not fit a weight on ", W.device());
-  // Casts are made before the node, so that it saves their results: casting W and x again in the
-  // backward would cost two launches. Autograd has a node for each cast, and so gives each gradient
-  // the dtype of its tensor. W and b are cast under autocast only; else a W of another dtype than x
-  // raises, as in F.linear.
+  // Cast before the node. The node then saves the casts, its backward needs none, and the node that
+  // autograd has for each cast returns the gradient in the original dtype. A and B may always have
+  // another dtype than x. W and b may only under autocast; otherwise the error is that of F.linear.
   auto to = dtype.value_or(x.scalar_type());
   auto x_ = cast(x, to), W_ = dtype ? cast(W, to) : W, A_ = cast(A, to), B_ = cast(B, to);
   auto b_ = dtype && b ? std::optional<Tensor>(cast(*b, to)) : b;

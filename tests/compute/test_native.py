@@ -1,4 +1,4 @@
-"""The native extension of a factored Linear: values, recorders, building it, going without it."""
+"""The native extension: values and derivatives of its node, its build, and work without it."""
 
 import functools
 import itertools
@@ -28,18 +28,22 @@ from paramlora.native.build import build
 from tests.support.helpers import BOUNDS, error, keeping
 from tests.support.reference import shake
 
-# One row, ragged sizes, and ranks above and below the sizes.
-SHAPES = [(1, 1, 1), (3, 15, 17), (4, 16, 64), (7, 100, 33), (66, 130, 65), (9, 784, 10)]
-RANKS = [1, 2, 3, 4, 7, 16, 65]
+# The arguments `dense` and `dense_backward`.
+PATHS = list(itertools.product([False, True], repeat=2))
 
 
-class TestValues:
-    @pytest.mark.parametrize("rank", RANKS)
-    @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    def test_values_and_gradients(
-        self, shape: tuple[int, int, int], rank: int, native_module: ModuleType
+@pytest.mark.parametrize("paths", PATHS, ids=str)
+class TestNode:
+    @pytest.mark.parametrize("rank", [1, 4, 65])
+    @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 15, 17), (66, 130, 65)], ids=str)
+    def test_float32(
+        self,
+        shape: tuple[int, int, int],
+        rank: int,
+        paths: tuple[bool, bool],
+        native_module: ModuleType,
     ) -> None:
-        """Values and gradients of ragged sizes are the dense product's in float64, on each path."""
+        """Values and gradients agree with the dense product in float64, on each path."""
         n, k, m = shape
         torch.manual_seed(0)
         shapes = [(n, k), (m, k), (m,), (rank, k), (m, rank)]
@@ -48,39 +52,65 @@ class TestValues:
         y64 = F.linear(x, W + 0.7 * B @ A, b)
         dy = torch.randn(n, m, dtype=torch.float64)
         expected = (y64, *torch.autograd.grad(y64, exact, dy))
-        for paths in ((False, False), (True, False), (False, True), (True, True)):
-            tensors = [tensor.detach().float().requires_grad_() for tensor in exact]
-            y = native_module.linear(*tensors, 0.7, *paths)
-            found = (y, *torch.autograd.grad(y, tensors, dy.float()))
-            for a, e in zip(found, expected, strict=True):
-                assert error(a, e) < BOUNDS[torch.float32]
-            with torch.no_grad():
-                again = native_module.linear(*tensors, 0.7, *paths)
-            assert_close(again, y.detach())
-
-    def test_nothing_gives_the_base(self, native_module: ModuleType) -> None:
-        """With B = 0 the output is bitwise the base's, of strided inputs too."""
-        layer = nn.Linear(24, 40)
-        base = torch.randn(24, 50).T
-        x = torch.stack([base, base]).transpose(0, 1)
+        tensors = [tensor.detach().float().requires_grad_() for tensor in exact]
+        y = native_module.linear(*tensors, 0.7, *paths)
+        found = (y, *torch.autograd.grad(y, tensors, dy.float()))
+        for a, e in zip(found, expected, strict=True):
+            assert error(a, e) < BOUNDS[torch.float32]
         with torch.no_grad():
-            for rows in (base, x, base.contiguous()):
-                expected = layer(rows)
-                A, B = torch.randn(4, 24), torch.zeros(40, 4)
-                found = native_module.linear(
-                    rows, layer.weight, layer.bias, A, B, 1.0, False, False
-                )
-                assert torch.equal(found, expected)
+            assert_close(native_module.linear(*tensors, 0.7, *paths), y.detach())
+
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("s", [1.0, 0.7])
+    def test_derivatives(
+        self, s: float, bias: bool, paths: tuple[bool, bool], native_module: ModuleType
+    ) -> None:
+        """First and second derivatives agree with numerical ones, also if vmap batches them."""
+        torch.manual_seed(0)
+        shapes = [(2, 3, 5), (4, 5), (4,), (2, 5), (4, 2)]
+        x, W, b, A, B = (torch.randn(s, dtype=torch.float64).requires_grad_() for s in shapes)
+
+        def run(x: Tensor, W: Tensor, A: Tensor, B: Tensor, b: Tensor | None = None) -> Tensor:
+            return native_module.linear(x, W, b, A, B, s, *paths)
+
+        given = (x, W, A, B, b) if bias else (x, W, A, B)
+        assert torch.autograd.gradcheck(run, given, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(run, given, check_batched_grad=True)
+
+    def test_each_gradient_alone(self, paths: tuple[bool, bool], native_module: ModuleType) -> None:
+        """A gradient does not change if all other tensors are frozen."""
+        torch.manual_seed(0)
+        shapes = [(2, 3, 5), (4, 5), (4,), (2, 5), (4, 2)]
+        leaves = [torch.randn(s, dtype=torch.float64).requires_grad_() for s in shapes]
+        y = native_module.linear(*leaves, 0.7, *paths)
+        dy = torch.randn_like(y)
+        expected = torch.autograd.grad(y, leaves, dy)
+        for i, leaf in enumerate(leaves):
+            given = [other if other is leaf else other.detach() for other in leaves]
+            (found,) = torch.autograd.grad(native_module.linear(*given, 0.7, *paths), leaf, dy)
+            assert_close(found, expected[i])
+
+
+def test_zero_factors_give_the_base(native_module: ModuleType) -> None:
+    """With B = 0 the output is bit for bit the base layer's, also if x is strided."""
+    layer = nn.Linear(24, 40)
+    base = torch.randn(24, 50).T
+    x = torch.stack([base, base]).transpose(0, 1)
+    A, B = torch.randn(4, 24), torch.zeros(40, 4)
+    with torch.no_grad():
+        for rows in (base, x, base.contiguous()):
+            found = native_module.linear(rows, layer.weight, layer.bias, A, B, 1.0, False, False)
+            assert torch.equal(found, layer(rows))
 
 
 @pytest.mark.gpu
 class TestGpu:
     @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-    @pytest.mark.parametrize("paths", list(itertools.product([False, True], repeat=2)), ids=str)
+    @pytest.mark.parametrize("paths", PATHS, ids=str)
     def test_values_and_gradients(
         self, paths: tuple[bool, bool], dtype: torch.dtype, native_module: ModuleType
     ) -> None:
-        """On a GPU, for factors in float32 beside half precision too: the dense product's."""
+        """On a GPU, too, they agree with it, also with float32 factors on half precision."""
         torch.manual_seed(0)
         shapes = [(2, 50, 130), (90, 130), (90,), (4, 130), (90, 4)]
         drawn = [torch.randn(s, dtype=torch.float64, device="cuda") for s in shapes]
@@ -98,14 +128,14 @@ class TestGpu:
         assert [t.dtype for t in found[1:]] == dtypes
 
 
-class TestSeen:
-    """Under a tracer, a dispatch mode or a transform, a layer uses plain operations."""
+class TestTransforms:
+    """Tracers, dispatch modes and transforms get plain operations in place of the extension."""
 
     @staticmethod
     def adapted() -> tuple[nn.Module, Tensor]:
         torch.manual_seed(0)
         layer = nn.Linear(64, 48)
-        pl.attach(layer, pl.LoRA(2), "weight")
+        pl.attach(layer, pl.LoRA(2, alpha=3), "weight")
         shake(layer)
         return layer, torch.randn(5, 64)
 
@@ -121,14 +151,14 @@ class TestSeen:
                 assert_close(recorded(other), layer(other))
 
     def test_counted(self, native_module: ModuleType) -> None:
-        """A dispatch mode sees the products of the factors, and can count their operations."""
+        """A dispatch mode sees the products of the factors and can count their operations."""
         layer, x = self.adapted()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             layer(x)
         assert counter.get_total_flops() == 2 * 5 * (64 * 48 + 2 * (64 + 48))
 
     def test_selective_checkpointing(self, native_module: ModuleType) -> None:
-        """Gradients are the same where a policy keeps the outputs of linear layers."""
+        """Gradients are the same if a checkpointing policy keeps the outputs of linear layers."""
         layer, x = self.adapted()
         model = nn.Sequential(layer, nn.Tanh())
         leaves = list(pl.parameters(model))
@@ -140,7 +170,7 @@ class TestSeen:
         assert_close(torch.autograd.grad(y.square().sum(), leaves), expected)
 
     def test_batched_gradients(self, native_module: ModuleType) -> None:
-        """Several gradients at once, by vmap over the backward, are those one by one."""
+        """Gradients of several outputs, batched by vmap, are the same as one by one."""
         layer, x = self.adapted()
         x.requires_grad_()
         leaves = [x, *pl.parameters(layer)]
@@ -161,24 +191,11 @@ class TestSeen:
             dual = forward_ad.make_dual(v, t)
             grads = torch.autograd.grad(y, leaves, dual, retain_graph=True)
             tangents = [forward_ad.unpack_dual(grad).tangent for grad in grads]
-        # A gradient is linear in that of the output.
+        # A gradient is linear in the gradient of the output.
         assert_close(tangents, list(torch.autograd.grad(y, leaves, t)))
 
-    def test_second_derivatives_in_float32(self, native_module: ModuleType) -> None:
-        """Gradients of gradients of the float32 loops are those of float64."""
-        layer, x = self.adapted()
-        found = []
-        for dtype in (torch.float32, torch.float64):
-            layer, its = layer.to(dtype), x.to(dtype).detach().requires_grad_()
-            leaves = [its, *pl.parameters(layer)]
-            first = torch.autograd.grad(layer(its).tanh().sum(), leaves, create_graph=True)
-            total = torch.stack([grad.square().sum() for grad in first]).sum()
-            found.append(torch.autograd.grad(total, leaves))
-        for a, e in zip(*found, strict=True):
-            assert error(a, e) < 1e-4
-
     def test_other_types_of_weights(self, native_module: ModuleType) -> None:
-        """A subclass of Tensor as the weight is asked what F.linear is to it."""
+        """The __torch_function__ of a weight of a Tensor subclass is called for F.linear."""
         calls = []
 
         class Weight(Tensor):
@@ -193,7 +210,7 @@ class TestSeen:
         assert F.linear in calls
 
     def test_a_negative_view(self, native_module: ModuleType) -> None:
-        """A tensor whose memory has the other sign is read as what it is."""
+        """A tensor with the negative bit has its negated values."""
         layer, x = self.adapted()
         with torch.no_grad():
             assert_close(layer(torch._neg_view(x)), layer(-x))
@@ -202,7 +219,7 @@ class TestSeen:
 class TestWrong:
     @pytest.mark.parametrize("grad", [False, True])
     def test_an_input_of_another_width(self, grad: bool, native_module: ModuleType) -> None:
-        """It is torch's own error, before anything is read."""
+        """torch raises its own error before any memory is read."""
         layer = nn.Linear(1024, 64)
         pl.attach(layer, pl.LoRA(2), "weight")
         with torch.set_grad_enabled(grad):
@@ -211,13 +228,13 @@ class TestWrong:
                     layer(torch.randn(1, width))
 
     def test_factors_that_do_not_fit(self, native_module: ModuleType) -> None:
-        """Factors of other shapes are refused, with theirs and the weight's."""
+        """Factors of other shapes are refused; the error gives their shapes and the weight's."""
         given = [torch.ones(s) for s in ((2, 3), (4, 3), (1, 3), (5, 1))]
         with pytest.raises(RuntimeError, match=r"\[1, 3\] and \[5, 1\] do not fit .*\[4, 3\]"):
             native_module.linear(given[0], given[1], None, given[2], given[3], 1.0, False, False)
 
     def test_frozen_factors_keep_nothing(self, native_module: ModuleType) -> None:
-        """For dx alone x is not kept, and may be written to; W is not kept for the factors'."""
+        """If only dx is wanted, x is not saved and may be overwritten; W is saved only for dx."""
         layer = nn.Linear(64, 48)
         pl.attach(layer, pl.LoRA(2), "weight")
         x = torch.randn(5, 64, requires_grad=True)
@@ -237,7 +254,7 @@ class TestWrong:
 
 class TestGraph:
     def test_a_changed_tensor_is_noticed(self, native_module: ModuleType) -> None:
-        """A factor written to between forward and backward is an error, as ever in autograd."""
+        """Changing a factor between forward and backward is an error, as always in autograd."""
         layer = nn.Linear(8, 6)
         pl.attach(layer, pl.LoRA(2), "weight")
         _, B = pl.parameters(layer)
@@ -248,7 +265,7 @@ class TestGraph:
             y.sum().backward()
 
     def test_its_output_can_be_written_to(self, native_module: ModuleType) -> None:
-        """nn.ReLU(inplace=True) behind it gives the gradients that a new tensor would."""
+        """The gradients are the same with nn.ReLU(inplace=True) on the output."""
         torch.manual_seed(0)
         layer = nn.Linear(8, 6)
         pl.attach(layer, pl.LoRA(2, init="gaussian"), "weight")
@@ -261,7 +278,7 @@ class TestGraph:
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_checkpointing(self, reentrant: bool, native_module: ModuleType) -> None:
-        """Computed again for the backward, whichever way, it gives the same gradients."""
+        """Both kinds of checkpointing give the same gradients."""
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
         pl.attach(model, pl.LoRA(2))
@@ -271,11 +288,12 @@ class TestGraph:
         expected = torch.autograd.grad(model(x).square().sum(), leaves)
         y = checkpoint(model, x, use_reentrant=reentrant)
         y.square().sum().backward()
-        # Not the same bits: the reentrant way has a first forward without gradients, another path.
+        # Not bit for bit: reentrant checkpointing runs its first forward without gradients, and
+        # that may take another path.
         assert_close([leaf.grad for leaf in leaves], list(expected))
 
     def test_threads_of_a_program(self, native_module: ModuleType) -> None:
-        """Several threads at once get what each alone gets."""
+        """Several threads at once get the outputs that each gets alone."""
         torch.manual_seed(0)
         layer = nn.Linear(64, 48)
         pl.attach(layer, pl.LoRA(4), "weight")
@@ -297,11 +315,15 @@ class TestGraph:
 
 
 class TestBuilt:
+    @pytest.fixture(autouse=True)
+    def _enabled(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("PARAMLORA_NATIVE", raising=False)
+
     @pytest.mark.parametrize("case", ["no home", "a home that cannot be read", "no source"])
     def test_where_nothing_can_be_built(
         self, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Where there is no home, no right to look, or no source, all is computed in Python."""
+        """Without a home folder, read permission or the source, everything runs in Python."""
         monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
         if case == "no home":
 
@@ -320,7 +342,7 @@ class TestBuilt:
                     raise PermissionError(13, "Permission denied", str(path))
                 return look(path, *given, **named)
 
-            # root, whom tests may run as, can look everywhere.
+            # Tests may run as root, who can read every folder.
             monkeypatch.setattr(os, "stat", stat)
         native.module.cache_clear()
         try:
@@ -329,7 +351,7 @@ class TestBuilt:
             native.module.cache_clear()
 
     def test_it_is_found_by_itself(self, native_module: ModuleType) -> None:
-        """A process that finds the built file uses it; PARAMLORA_NATIVE=0 leaves it out."""
+        """A new process uses the built file, and ignores it with PARAMLORA_NATIVE=0."""
         program = "from paramlora.native import load as native; print(native.module() is not None)"
         for value, expected in (("", "True"), ("0", "False")):
             done = subprocess.run(
@@ -342,7 +364,7 @@ class TestBuilt:
             assert done.stdout.strip() == expected
 
     def test_without_a_built_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where nothing is built, all is computed in Python."""
+        """If nothing is built, everything runs in Python."""
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
         assert native.path().is_relative_to(tmp_path)
         native.module.cache_clear()
@@ -355,7 +377,7 @@ class TestBuilt:
             native.module.cache_clear()
 
     def test_a_damaged_file_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A file that cannot be loaded is named, and all is computed in Python."""
+        """A warning names a file that cannot be loaded, and everything runs in Python."""
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
         native.path().parent.mkdir(parents=True)
         native.path().write_bytes(b"no library")
@@ -369,7 +391,7 @@ class TestBuilt:
     def test_a_build_that_fails_leaves_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Where the compiler fails, its words are the error, and no file is left to be found."""
+        """If the compiler fails, its output is in the error, and no file is left behind."""
         if shutil.which("ninja") is None:
             pytest.skip("no ninja on this machine")
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
