@@ -1,6 +1,7 @@
 """The lab's documentation runs, and names commands and options that exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,16 @@ def test_the_guides_commands_and_options_exist() -> None:
     used = set(re.findall(r"--[a-z][a-z-]+", table))
     assert used - known <= {"--floor", "--base-seeds", "--selection-bases", "--jobs"}
     assert len(used) > 10
+
+
+@pytest.mark.parametrize("study", ["digits", "sweeps", "tasks", "text"])
+def test_the_readme_of_a_study_has_its_parts_and_commands_that_exist(study: str) -> None:
+    """Each study's README answers the same questions in 40 lines, and its commands parse."""
+    text = (GUIDE.parents[1] / "experiments" / study / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 40
+    parts = re.findall(r"^\*\*(.*?)\.\*\*", text, re.MULTILINE)
+    assert parts == ["Question", "Data", "Command", "Time", "Result", "Next"]
+    commands = re.findall(r"^    python -m experiments (.*)$", text, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        assert parser().parse_args(shlex.split(command))
