@@ -68,7 +68,7 @@ def choose(
         dtype: of the products.
         device: "cpu", or "cuda" for any accelerator.
         grad: whether a gradient may be wanted.
-        native: whether the compiled twin is there.
+        native: whether the native extension is built.
     """
     half = dtype.itemsize <= 2
     if native and not (half and device != "cpu" and n * max(k, m) >= WORTH_A_KERNEL):
