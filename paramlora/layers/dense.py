@@ -22,6 +22,7 @@ from ..private_torch import (
 from ..site.find import parametrization_lists, stack_of, stored_tensors
 from ..site.stack import CHANGED, build_once
 from . import rows
+from .row_groups import by_group
 
 
 def dense(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,7 +35,7 @@ def dense(plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if rows.route_of(self) is not None:
-            return rows.by_group(self, args, kwargs)
+            return by_group(self, args, kwargs)
         # The compiler decides by itself what to build once and what to recompute.
         if transforms_active():
             return plain(self, *args, **kwargs)
@@ -122,7 +123,7 @@ def recurrent(plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def forward(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
         if rows.route_of(self) is not None:
-            return rows.by_group(self, args, kwargs)
+            return by_group(self, args, kwargs)
         if transforms_active():
             try:
                 return plain(self, *args, **kwargs)

@@ -11,6 +11,7 @@ from ..kinds.spec import LowRank, add_update
 from ..site.stack import no_autocast
 from . import rows
 from .linear import alone
+from .row_groups import by_group
 
 
 @functools.wraps(nn.Embedding.forward)
@@ -31,7 +32,7 @@ def embedding_forward(self: nn.Embedding, input: Tensor) -> Tensor:
                 update = _looked_up(input, terms, self.padding_idx)
     if update is None and rescaled is None:
         if rows.route_of(self) is not None:
-            return rows.by_group(self, (input,), {})
+            return by_group(self, (input,), {})
         weight = self.weight
     output = F.embedding(
         input,
@@ -73,7 +74,7 @@ def embedding_bag_forward(
 ) -> Tensor:
     if rows.route_of(self) is not None:
         kwargs = {"offsets": offsets, "per_sample_weights": per_sample_weights}
-        return rows.by_group(self, (input,), kwargs)
+        return by_group(self, (input,), kwargs)
     weight = self.weight
     return F.embedding_bag(
         input,

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from ..layers.forward import forward_for
-from ..layers.rows import Route, by_group, read_by, route_of
+from ..layers.row_groups import by_group
+from ..layers.rows import Route, read_by, route_of
 from ..site.find import Site, parametrization_lists
 from ..site.names import check_unmerged
 from ..site.survey import Survey

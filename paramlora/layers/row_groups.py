@@ -1,0 +1,109 @@
+"""Routing the rows of a layer that is not factored: it runs once for each adapter, on its rows."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..site.stack import Stack
+from .rows import Route, read_by
+
+
+def by_group(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return a module's output, computed once for each adapter on the rows of that adapter.
+
+    The arguments are bound to the names of the forward, so that `_dimensions` can say which of them
+    have a batch dimension, and which one. The outputs are joined in the order of the rows.
+    """
+    stack = next(stack for stack in read_by(module) if stack.route is not None)
+    route = stack.route
+    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+    inputs, outputs = _dimensions(module, bound.arguments, stack)
+    for name, dim in inputs.items():
+        for tensor in _tensors_in(bound.arguments.get(name)):
+            route.check(tensor.shape[dim], stack)
+    found = []
+    for index, rows in route.groups:
+        taken = dict(bound.arguments)
+        for name, dim in inputs.items():
+            if taken.get(name) is not None:
+                taken[name] = _mapped(taken[name], _select(dim, rows))
+        with _only(module, None if index < 0 else route.names[index]):
+            found.append(type(module).forward(**taken))
+    return _joined(found, outputs, route)
+
+
+@contextmanager
+def _only(module: nn.Module, name: str | None) -> Iterator[None]:
+    """Let one adapter, or none, contribute to a module inside the block, without a route."""
+    stacks = read_by(module)
+    before = [(stack.live, stack.route) for stack in stacks]
+    for stack in stacks:
+        stack.route = None
+        stack.live = (name,) if name is not None and name in stack.factors else ()
+    try:
+        yield
+    finally:
+        for stack, (live, route) in zip(stacks, before, strict=True):
+            stack.live, stack.route = live, route
+
+
+def _dimensions(module: nn.Module, given: dict[str, Any], stack: Stack) -> tuple[Any, Any]:
+    """Return the batch dimensions of a module's arguments, by name, and of its outputs.
+
+    For an LSTM without `batch_first`, for example: {"input": 1, "hx": 1} and (1, (1, 1)), since it
+    returns its output (time, batch, m) and the pair of states (layers, batch, m).
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        if given["query"].dim() == 3 and (given.get("attn_mask") is None or _is_shared(given)):
+            dim = 0 if module.batch_first else 1
+            return {"query": dim, "key": dim, "value": dim, "key_padding_mask": 0}, (dim, 0)
+    elif isinstance(module, nn.RNNBase):
+        if isinstance(given["input"], Tensor) and given["input"].dim() == 3:
+            dim = 0 if module.batch_first else 1
+            return {"input": dim, "hx": 1}, (dim, (1, 1) if isinstance(module, nn.LSTM) else 1)
+    elif isinstance(module, nn.EmbeddingBag):
+        if given["input"].dim() == 2:
+            return {"input": 0, "per_sample_weights": 0}, 0
+    elif isinstance(module, nn.Bilinear):
+        return {"input1": 0, "input2": 0}, 0
+    else:
+        spatial = getattr(module, "kernel_size", None)
+        if spatial is None or given["input"].dim() == len(spatial) + 2:
+            return {"x" if "x" in given else "input": 0}, 0
+    raise ValueError(
+        f"cannot route the rows of this call of {stack.route.paths[id(stack)]!r}: give it a batch "
+        "as one dense tensor with a batch dimension, without a mask or offsets for each row"
+    )
+
+
+def _is_shared(given: dict[str, Any]) -> bool:
+    return given["attn_mask"].dim() == 2
+
+
+def _select(dim: int, rows: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.index_select(dim, rows.to(tensor.device))
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_mapped(part, function) for part in value)
+    return function(value)
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, tuple):
+        return [tensor for part in value for tensor in _tensors_in(part)]
+    return [] if value is None else [value]
+
+
+def _joined(parts: list[Any], dims: Any, route: Route) -> Any:
+    """Join the outputs of the groups, in the order of the rows."""
+    if isinstance(dims, tuple):
+        return tuple(_joined([part[i] for part in parts], dim, route) for i, dim in enumerate(dims))
+    if parts[0] is None:
+        return None
+    return torch.cat(parts, dims).index_select(dims, route.on("back", parts[0].device))
