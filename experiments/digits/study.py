@@ -18,7 +18,7 @@ import paramlora as pl
 
 from ..analysis.explore import explore
 from ..harness.batches import Batches
-from ..harness.environment import DECIDING, resolve_device
+from ..harness.environment import RESULT_KEYS, resolve_device
 from ..harness.loggers import curve
 from ..harness.rundir import RunDirectory, replace_file
 from ..harness.settings import result_settings
@@ -77,7 +77,7 @@ def run_digits(settings: DigitSettings, say: Callable[[str], None] = print) -> R
     data = load_data(settings.dataset.data, settings.dataset.data_dir)
     environment = {"study": settings.STUDY, **describe(device, data)}
     run = RunDirectory.start(
-        Path(settings.folder), result_settings(settings), environment, DECIDING
+        Path(settings.folder), result_settings(settings), environment, RESULT_KEYS
     )
     say(f"run      {run.folder}, on {device}")
     say(f"data     {data.name}: {data.why}")
@@ -179,8 +179,8 @@ def merge_and_unmerge(
     pl.unmerge(model)
     same_on = torch.equal(context.evaluate(model), on)
     off = evaluate_off(context, model)
-    proofs = {**context.beside_base(model, off), "same_on_logits": same_on}
-    context.record("unmerged", method, seed, off, **proofs)
+    checks = {**context.beside_base(model, off), "same_on_logits": same_on}
+    context.record("unmerged", method, seed, off, **checks)
 
 
 def tune_wrapped(spec: pl.LoRA, seed: int, context: StudyContext) -> None:

@@ -11,8 +11,8 @@ import torch
 from .settings import StudyError
 
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "matplotlib", "safetensors", "tqdm")
-# What a result depends on, besides the settings: a run can go on only where these are the same.
-DECIDING = ("torch", "device", "data", "data_digest")
+# Results depend on these too, besides the settings: a run goes on only if they are the same.
+RESULT_KEYS = ("torch", "device", "data", "data_digest")
 
 
 def resolve_device(name: str) -> torch.device:

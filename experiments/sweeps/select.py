@@ -8,7 +8,6 @@ images, by the test images, which nothing was chosen by.
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from ..digits.settings import DigitSettings
 from ..harness.rundir import Row, RunDirectory, replace_file
@@ -205,11 +204,6 @@ def table(
         number, strength = choose(selection, family, floor)
         bands = [Sample(tuple(values)) for values in gains(test, family.name, strength)]
         there = mean(gains(selection, f"{family.name} #{number}", strength)[0])
-        cells: list[Any] = [
-            family.name,
-            family.old,
-            *(f"{b.mean:+.2f} ± {b.sd or 0:.2f}" for b in bands),
-        ]
         shown = [f"{band.mean:+.2f} ± {band.sd or 0:.2f}" for band in bands]
         said = dict(family.candidates[number])
         said |= {"strength": strength} if len(family.strengths) > 1 else {}

@@ -31,7 +31,7 @@ from ..digits.shared import (
 )
 from ..digits.strengths import Strengths, updates
 from ..harness.batches import Batches
-from ..harness.environment import DECIDING, resolve_device
+from ..harness.environment import RESULT_KEYS, resolve_device
 from ..harness.rundir import Row, RunDirectory
 from .cells import Cell, is_stacked, jobs_of
 from .together import StackedBatches, Together, objective_together
@@ -154,7 +154,7 @@ def run_sweep(
     first = todo[0].settings
     data = shared_data(first.dataset.data, first.dataset.data_dir)
     environment = {"study": STUDY, **describe(resolve_device(first.place.device), data)}
-    run = RunDirectory.start(folder, asked, environment, DECIDING)
+    run = RunDirectory.start(folder, asked, environment, RESULT_KEYS)
     run.key = KEY
     left = [cell for cell in todo if not _done(run, cell)]
     say(f"run      {folder}: {len(todo)} cells, {len(todo) - len(left)} of them done")

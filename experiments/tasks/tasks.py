@@ -30,7 +30,7 @@ from ..digits.model import DigitNet
 from ..digits.remedies.losses import mask_or_shift_logits
 from ..digits.remedies.penalties import orthogonal
 from ..harness.batches import Batches, seeded_order
-from ..harness.environment import DECIDING, resolve_device
+from ..harness.environment import RESULT_KEYS, resolve_device
 from ..harness.loggers import Curve
 from ..harness.rundir import RunDirectory
 from ..harness.settings import result_settings
@@ -151,25 +151,11 @@ def accuracies(learner: Learner, tasks: Sequence[Task], count: int | None = None
 def learn(combine: str, seed: int, context: TaskContext) -> None:
     """Learn all tasks in order. Row: "learned", with the matrix and the first task's curve."""
     settings, tasks = context.settings, context.tasks
-    training = settings.finetuning
     learner = Learner(settings, context.model(), combine)
     generator = torch.Generator().manual_seed(seed)
     matrix, curve = [accuracies(learner, tasks)], Curve()
-    for number, task in enumerate(tasks[1:], start=1):
-        parameters = learner.begin(generator)
-        order = seeded_order(len(task.train[1]), training.steps * training.batch, generator)
-        batches = Batches(task.train, order, training.batch)
-        before = (number - 1) * training.steps
-
-        def look(step: int, model: nn.Module, loss: Tensor, before: int = before) -> None:
-            curve(before + step, {"first": accuracies(learner, tasks, 1)[0]})
-
-        optimizer = torch.optim.Adam(parameters, training.lr, fused=True)
-        label = f"{combine} {seed}, {task.name}"
-        hooks = [every(max(1, training.steps // 20), look)]
-        with cpu_threads(settings.place.threads):
-            objective = learner.objective(task)
-            train(learner.model, batches, objective, optimizer, label=label, hooks=hooks)
+    for number in range(1, len(tasks)):
+        learn_stage(learner, tasks, number, generator, curve, f"{combine} {seed}")
         matrix.append(accuracies(learner, tasks))
     firsts = [matrix[0][0], *curve.values["first"]]
     context.run.record(
@@ -188,6 +174,31 @@ def learn(combine: str, seed: int, context: TaskContext) -> None:
     )
 
 
+def learn_stage(
+    learner: Learner,
+    tasks: Sequence[Task],
+    number: int,
+    generator: torch.Generator,
+    curve: Curve,
+    label: str,
+) -> None:
+    """Learn the task of a stage; add the accuracies on the first task meanwhile to the curve."""
+    task, training = tasks[number], learner.settings.finetuning
+    parameters = learner.begin(generator)
+    order = seeded_order(len(task.train[1]), training.steps * training.batch, generator)
+    batches = Batches(task.train, order, training.batch)
+    before = (number - 1) * training.steps
+
+    def look(step: int, model: nn.Module, loss: Tensor) -> None:
+        curve(before + step, {"first": accuracies(learner, tasks, 1)[0]})
+
+    optimizer = torch.optim.Adam(parameters, training.lr, fused=True)
+    hooks, objective = [every(max(1, training.steps // 20), look)], learner.objective(task)
+    with cpu_threads(learner.settings.place.threads):
+        label = f"{label}, {task.name}"
+        train(learner.model, batches, objective, optimizer, label=label, hooks=hooks)
+
+
 def task_stages(settings: TaskSettings) -> Iterator[Stage[TaskContext]]:
     """Yield what a run consists of."""
     for combine in COMBINE:
@@ -202,7 +213,7 @@ def run_tasks(settings: TaskSettings, say: Callable[[str], None] = print) -> Run
     data = load_data(settings.dataset.data, settings.dataset.data_dir)
     environment = {"study": settings.STUDY, **describe(device, data)}
     run = RunDirectory.start(
-        Path(settings.folder), result_settings(settings), environment, DECIDING
+        Path(settings.folder), result_settings(settings), environment, RESULT_KEYS
     )
     say(f"run      {run.folder}, on {device}; data {data.name}: {data.why}")
 

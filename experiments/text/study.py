@@ -14,7 +14,7 @@ from torch import nn
 
 import paramlora as pl
 
-from ..harness.environment import DECIDING, commit, machine, resolve_device
+from ..harness.environment import RESULT_KEYS, commit, machine, resolve_device
 from ..harness.parallel import Group, group
 from ..harness.rundir import RunDirectory
 from ..harness.settings import result_settings
@@ -92,7 +92,7 @@ def _begin(
     folder = Path(settings.folder)
     if not processes.first:
         processes.wait()
-    run = RunDirectory.start(folder, result_settings(settings), environment, DECIDING)
+    run = RunDirectory.start(folder, result_settings(settings), environment, RESULT_KEYS)
     if processes.first:
         processes.wait()
     run.key = ("stage", "method", "seed")
@@ -133,12 +133,12 @@ def tune_attached(method: str, seed: int, context: TextContext) -> None:
         off = context.logits(model, "validation")
     with pl.merged(model):
         merged = context.logits(model, "validation")
-    proofs = {
+    checks = {
         "same_at_first": same_at_first,
         "same_logits": torch.equal(off, before),
         "same_fingerprint": pl.fingerprint(model) == digest,
     }
-    context.record("off", method, seed, **proofs)
+    context.record("off", method, seed, **checks)
     context.record("on", method, seed, **learned, **size, **scored, adapter_bytes=_size(path))
     distance = float((merged - on).abs().max() / on.abs().max())
     context.record("merged", method, seed, distance_from_on=distance)
