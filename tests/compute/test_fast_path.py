@@ -1,4 +1,4 @@
-"""torch's fused attention reads weights past every layer's forward; it gets W' all the same."""
+"""torch's fused attention reads weights without calling the layers, and gets W'."""
 
 import copy
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import paramlora as pl
 
 
 class Called(TorchDispatchMode):
-    """Notes the names of the operations that run."""
+    """Records the names of the operations that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def dense(model: nn.Module) -> nn.Module:
-    """Return a plain model whose weights are W + 1.5·BA, written out here, in float64."""
+    """Return a plain model with weights W + 1.5·BA in float64."""
     factors = pl.state_dict(model)
     plain = copy.deepcopy(model)
     pl.detach(plain)
@@ -61,10 +61,8 @@ def dense(model: nn.Module) -> nn.Module:
         ),
     ],
 )
-def test_fused_operations_get_the_adapted_weights(
-    make: Callable[[], nn.Module], targets: list[Any], op: str
-) -> None:
-    """In eval under no_grad the fused operation runs, on W', on W when off, and when merged."""
+def test_fused_operation(make: Callable[[], nn.Module], targets: list[Any], op: str) -> None:
+    """In eval mode under no_grad the fused operation runs: on W', and on W with adapters off."""
     torch.manual_seed(0)
     model = make().double().eval()
     x = torch.randn(3, 5, 8, dtype=torch.float64)

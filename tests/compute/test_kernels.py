@@ -1,4 +1,4 @@
-"""The Triton kernels give what the plain products give."""
+"""The Triton kernels give the values of the plain products."""
 
 import pytest
 import torch
@@ -20,10 +20,8 @@ class TestKernel:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("rank", [1, 4, 16, 33, 128])
     @pytest.mark.parametrize("shape", [(4096, 4096), (2051, 4099)])
-    def test_kernel_is_its_plain_twin(
-        self, shape: tuple[int, int], rank: int, dtype: torch.dtype
-    ) -> None:
-        """The Triton kernel gives C + s·PQ of float64, for every rank, ragged sizes and strides."""
+    def test_update(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> None:
+        """The kernel gives C + s·PQ of float64, for each rank, ragged sizes and strides."""
         n, m = shape
         C = torch.randn(n, m, device="cuda", dtype=dtype)
         P, Q = torch.randn(n, rank, device="cuda"), torch.randn(m, rank, device="cuda").T
@@ -36,9 +34,7 @@ class TestKernel:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("rank", [1, 4, 16, 33, 64])
     @pytest.mark.parametrize("shape", [(4096, 4096), (2051, 4099), (16384, 1024)])
-    def test_products_are_their_plain_twin(
-        self, shape: tuple[int, int], rank: int, dtype: torch.dtype
-    ) -> None:
+    def test_products(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> None:
         """The kernel gives s·dyB and s·dyᵀh of float64, and the same bits each time."""
         n, m = shape
         dy = torch.randn(n, m, device="cuda", dtype=dtype)
@@ -52,7 +48,7 @@ class TestKernel:
         assert_close(found, lowrank.grads_of_h_and_B(dy, B, h, 0.3), rtol=0, atol=0)
 
     def test_training_step(self) -> None:
-        """A large bfloat16 layer through the kernel: values and gradients of the dense one."""
+        """A large bfloat16 layer has the values and gradients of the dense layer."""
         drawn = leaves(5000, 1500, 2048, torch.bfloat16, rank=16)
         x, W, b, A, B = tensors = [tensor.detach().cuda().requires_grad_() for tensor in drawn]
         y = lowrank.linear(x, W, b, [LowRank(A, B, 0.1)])

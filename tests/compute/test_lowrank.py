@@ -1,4 +1,4 @@
-"""Every path of a factored Linear against the dense product in float64."""
+"""A factored Linear, by each path and implementation, against the dense product in float64."""
 
 import functools
 import itertools
@@ -18,7 +18,7 @@ from paramlora.compute import plan as paths
 from paramlora.kinds.spec import LowRank
 from tests.support.helpers import BOUNDS, error, keeping, leaves
 
-# Rows and widths (n, k, m) that lead each direction to each of its paths on the CPU.
+# Sizes (n, k, m) for which the forward and the backward take each pair of paths on the CPU.
 SHAPES = {
     ("factored", "factored"): (3, 7, 5),
     ("dense", "factored"): (40, 7, 12),
@@ -27,9 +27,9 @@ SHAPES = {
 }
 
 
-def take(pair: tuple[str, str], way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the compiled twin take these paths, whose own rule differs."""
-    if way == "native":
+def force_plan(pair: tuple[str, str], implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the native extension take these paths; its own rule differs."""
+    if implementation == "native":
         plan = paths.Plan(*pair, native=True)  # type: ignore[arg-type]
         monkeypatch.setattr(paths, "choose", lambda *given: plan)
 
@@ -58,13 +58,13 @@ class TestPaths:
         ]
 
     @pytest.mark.usefixtures("as_large")
-    def test_shapes_lead_to_their_paths(self) -> None:
-        """Each shape of this file takes the path that it is listed under."""
+    def test_paths_of_the_shapes(self) -> None:
+        """Each size of SHAPES takes the paths that it is listed under."""
         for pair, (n, k, m) in SHAPES.items():
             assert paths.choose(n, k, m, torch.float32, "cpu", True)[:2] == pair
 
     def test_rule(self) -> None:
-        """Little work is plain; else the fewer rows decide, the CPU's weights counting fourfold."""
+        """Small products are plain; else fewer rows win, at a weight of 4 on the CPU."""
         plain, factored, dense = "plain", "factored", "dense"
         fp32, bf16 = torch.float32, torch.bfloat16
 
@@ -86,8 +86,8 @@ class TestPaths:
         assert choose(16384, 4096, 14336, fp32, "cuda", True) == (dense, dense)
         assert choose(9999, 784, 256, bf16, "cpu", False) == (factored, factored)
 
-    def test_rule_with_the_compiled_twin(self) -> None:
-        """It takes all that a Triton kernel does not, and nothing where it is not built."""
+    def test_rule_with_the_native_extension(self) -> None:
+        """If built, the native extension takes all products except those of a Triton kernel."""
         fp32, bf16 = torch.float32, torch.bfloat16
         choose = paths.choose
         assert choose(10, 784, 256, fp32, "cpu", True, True) == ("factored", "factored", True)
@@ -102,13 +102,13 @@ class TestPaths:
     @pytest.mark.parametrize("pair", SHAPES, ids="-".join)
     def test_values_and_gradients(
         self,
-        way: str,
+        implementation: str,
         pair: tuple[str, str],
         dtype: torch.dtype,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Output and gradients are those of the dense product in float64."""
-        take(pair, way, monkeypatch)
+        """Output and gradients equal those of the dense product in float64."""
+        force_plan(pair, implementation, monkeypatch)
         x, W, b, A, B = tensors = leaves(*SHAPES[pair], dtype)
         y = lowrank.linear(x, W, b, [LowRank(A, B, 0.7)])
         dy = torch.randn(y.shape, dtype=torch.float64).to(dtype)
@@ -118,17 +118,17 @@ class TestPaths:
         expected = torch.autograd.grad(reference, exact, dy.double())
         assert y.dtype == dtype
         assert error(y, reference.detach()) < BOUNDS[dtype]
-        for tensor, grad, its_reference in zip(tensors, grads, expected, strict=True):
+        for tensor, grad, reference_grad in zip(tensors, grads, expected, strict=True):
             assert grad.dtype == tensor.dtype
             assert grad.shape == tensor.shape
-            assert error(grad, its_reference) < BOUNDS[dtype]
+            assert error(grad, reference_grad) < BOUNDS[dtype]
 
     @pytest.mark.parametrize("pair", SHAPES, ids="-".join)
     def test_first_and_second_derivatives(
-        self, way: str, pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+        self, implementation: str, pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Gradients, and gradients of gradients, are those of finite differences."""
-        take(pair, way, monkeypatch)
+        """First and second derivatives equal finite differences."""
+        force_plan(pair, implementation, monkeypatch)
         tensors = leaves(*SHAPES[pair], torch.float64, rank=1)
 
         def call(*leaves: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class TestPaths:
         assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
 
     @pytest.mark.parametrize("only", range(5), ids="xWbAB".__getitem__)
-    def test_second_derivatives_of_one_tensor(self, way: str, only: int) -> None:
+    def test_second_derivatives_of_one_tensor(self, implementation: str, only: int) -> None:
         """If one tensor alone requires a gradient, gradients of gradients are right as well."""
         tensors = [tensor.detach() for tensor in leaves(60, 7, 5, torch.float64)]
 
@@ -151,25 +151,27 @@ class TestPaths:
         leaf = tensors[only].clone().requires_grad_()
         assert torch.autograd.gradgradcheck(call, [leaf], fast_mode=True)
 
-    @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=5))[1:])
-    def test_only_what_is_wanted(self, way: str, wanted: tuple[bool, ...]) -> None:
-        """Whatever requires a gradient gets the right one, and nothing else gets any."""
+    @pytest.mark.parametrize("required", list(itertools.product([False, True], repeat=5))[1:])
+    def test_requires_grad(self, implementation: str, required: tuple[bool, ...]) -> None:
+        """Each tensor that requires a gradient gets the right one, and all others get None."""
         x, W, b, A, B = tensors = leaves(60, 7, 5, torch.float64)
-        for tensor, needed in zip(tensors, wanted, strict=True):
+        for tensor, needed in zip(tensors, required, strict=True):
             tensor.requires_grad_(needed)
         lowrank.linear(x, W, b, [LowRank(A, B, 0.7)]).square().sum().backward()
         exact = [tensor.detach().requires_grad_() for tensor in tensors]
         dense = F.linear(exact[0], exact[1] + 0.7 * exact[4] @ exact[3], exact[2])
         expected = torch.autograd.grad(dense.square().sum(), exact)
-        for tensor, needed, gradient in zip(tensors, wanted, expected, strict=True):
+        for tensor, needed, gradient in zip(tensors, required, expected, strict=True):
             if needed:
                 assert_close(tensor.grad, gradient)
             else:
                 assert tensor.grad is None
 
-    @pytest.mark.parametrize("shape", [(0, 7), (2, 0, 7), (1, 7), (2, 3, 7), (2, 30, 7)])
-    def test_batch_shapes(self, way: str, shape: tuple[int, ...]) -> None:
-        """Any number of batch dimensions, empty ones too, in training and in inference."""
+    @pytest.mark.parametrize(
+        "shape", [(7,), (0, 7), (2, 0, 7), (1, 7), (2, 3, 7), (2, 1, 3, 7), (2, 30, 7)]
+    )
+    def test_batch_shapes(self, implementation: str, shape: tuple[int, ...]) -> None:
+        """Any number of batch dimensions, also empty ones, in training and in inference."""
         _, W, b, A, B = leaves(1, 7, 5, torch.float64)
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
         dense = F.linear(x, W + 0.7 * B @ A, b)
@@ -179,20 +181,25 @@ class TestPaths:
         with torch.no_grad():
             assert_close(lowrank.linear(x, W, b, [LowRank(A, B, 0.7)]), dense.detach())
 
-    def test_strides(self, way: str) -> None:
-        """Transposed, expanded and sliced inputs, and such a gradient of the output."""
+    def test_strides(self, implementation: str) -> None:
+        """Transposed, expanded and sliced inputs, and a transposed gradient of the output."""
         _, W, b, A, B = leaves(1, 7, 5, torch.float64)
         base = torch.randn(7, 60, dtype=torch.float64)
-        for x in (base.T, base.T[::2], base.T[:1].expand(40, 7)):
+        for x in (
+            base.T,
+            base.T[::2],
+            base.T[:1].expand(40, 7),
+            base.expand(3, 7, 60).mT,
+        ):
             x = x.detach().requires_grad_()
             y = lowrank.linear(x, W, b, [LowRank(A, B, 0.7)])
             dense = F.linear(x, W + 0.7 * B @ A, b)
-            dy = torch.ones(5, len(x), dtype=torch.float64).T
+            dy = torch.ones_like(dense.mT).mT
             found, expected = (torch.autograd.grad(out, [x, A, B], dy) for out in (y, dense))
             assert_close(found, expected)
 
-    def test_several_updates(self, way: str) -> None:
-        """Updates of different ranks and scales, one of them a tensor, add up."""
+    def test_several_updates(self, implementation: str) -> None:
+        """Updates of different ranks and scales, one a tensor, add up."""
         x, W, b, A, B = leaves(60, 7, 5, torch.float64)
         _, _, _, C, D = leaves(60, 7, 5, torch.float64, rank=1)
         s = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
@@ -204,12 +211,12 @@ class TestPaths:
         assert_close(found, expected)
 
 
-class TestSeen:
-    """What records operations, or is no common tensor, gets plain ones."""
+class TestTracers:
+    """Tracers, dispatch modes and tensor subclasses see plain operations."""
 
     @pytest.mark.parametrize("autocast", [False, True])
-    def test_selective_checkpointing(self, way: str, autocast: bool) -> None:
-        """Gradients are the same where a policy keeps the outputs of products."""
+    def test_selective_checkpointing(self, implementation: str, autocast: bool) -> None:
+        """Gradients are the same under a policy that saves the outputs of products."""
         x, W, b, A, B = leaves(3, 7, 5, torch.float32)
 
         def call(x: Tensor) -> Tensor:
@@ -217,16 +224,16 @@ class TestSeen:
                 return lowrank.linear(x, W, b, [LowRank(A, B, 0.7)]).float().tanh()
 
         aten = torch.ops.aten
-        kept = [aten.mm.default, aten.addmm.default, aten.linear.default]
-        context = functools.partial(create_selective_checkpoint_contexts, kept)
+        saved = [aten.mm.default, aten.addmm.default, aten.linear.default]
+        context = functools.partial(create_selective_checkpoint_contexts, saved)
         y = checkpoint(call, x, use_reentrant=False, context_fn=context)
         found, expected = (torch.autograd.grad(out.sum(), [x, A, B]) for out in (y, call(x)))
         bound = BOUNDS[torch.bfloat16 if autocast else torch.float32]
-        for grad, its_reference in zip(found, expected, strict=True):
-            assert error(grad, its_reference.double()) < bound
+        for grad, reference_grad in zip(found, expected, strict=True):
+            assert error(grad, reference_grad.double()) < bound
 
-    def test_exported_trace(self, way: str, tmp_path: Path) -> None:
-        """A trace with gradients can be saved, and computes the same from the file."""
+    def test_saved_trace(self, implementation: str, tmp_path: Path) -> None:
+        """A trace with gradients can be saved, and computes the same when loaded."""
         layer = nn.Linear(7, 5)
         pl.attach(layer, pl.LoRA(2, init="gaussian"), "weight")
         x = torch.randn(60, 7)
@@ -234,8 +241,8 @@ class TestSeen:
         assert_close(torch.jit.load(tmp_path / "traced.pt")(x), layer(x))
 
     @pytest.mark.parametrize("autocast", [False, True])
-    def test_nested_tensors(self, way: str, autocast: bool) -> None:
-        """Sequences of several lengths in one nested tensor get what each gets."""
+    def test_nested_tensors(self, implementation: str, autocast: bool) -> None:
+        """Each sequence of a nested tensor has the output that it has alone."""
         layer = nn.Linear(7, 5)
         pl.attach(layer, pl.LoRA(2, init="gaussian"), "weight")
         parts = [torch.randn(n, 7) for n in (20, 40)]
@@ -243,29 +250,30 @@ class TestSeen:
             found = layer(torch.nested.nested_tensor(parts)).unbind()
             expected = [layer(part) for part in parts]
         bound = BOUNDS[torch.bfloat16 if autocast else torch.float32]
-        for its, alone in zip(found, expected, strict=True):
-            assert error(its, alone.detach().double()) < bound
+        for sequence, alone in zip(found, expected, strict=True):
+            assert error(sequence, alone.detach().double()) < bound
 
 
-class TestKept:
-    def test_function_keeps_x_and_the_hidden_rows(self, way: str) -> None:
-        """Kept for the backward are x itself and x Aᵀ, beside the parameters."""
+class TestSavedTensors:
+    def test_x_and_hidden_rows(self, implementation: str) -> None:
+        """The forward saves x and x Aᵀ for the backward, and parameters."""
         layer = nn.Linear(64, 48)
         pl.attach(layer, pl.LoRA(rank=4), "weight")
         x = torch.randn(32, 64, requires_grad=True)
-        with keeping() as kept:
+        with keeping() as saved:
             layer(x)
         parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-        others = {t.untyped_storage().data_ptr(): t for t in kept}
-        sizes = sorted(t.numel() for ptr, t in others.items() if ptr not in parameters)
-        assert x.untyped_storage().data_ptr() in others
+        saved_by_storage = {t.untyped_storage().data_ptr(): t for t in saved}
+        sizes = sorted(t.numel() for ptr, t in saved_by_storage.items() if ptr not in parameters)
+        assert x.untyped_storage().data_ptr() in saved_by_storage
         assert sizes == [32 * 4, 32 * 64]
 
-    def test_update_is_one_rounding(self) -> None:
-        """The update of a matrix is C + s·PQ, in place or not, for factors of another dtype."""
-        C = torch.randn(6, 5, dtype=torch.float64)
-        P, Q = torch.randn(6, 2), torch.randn(2, 5)
-        expected = C + 0.5 * P.double() @ Q.double()
-        assert_close(lowrank.add_product(C, P, Q, 0.5), expected)
-        assert lowrank.add_product(C, P, Q, 0.5, inplace=True) is C
-        assert_close(C, expected)
+
+def test_add_product() -> None:
+    """`add_product` returns C + s·PQ, in place or not, also for P and Q of another dtype."""
+    C = torch.randn(6, 5, dtype=torch.float64)
+    P, Q = torch.randn(6, 2), torch.randn(2, 5)
+    expected = C + 0.5 * P.double() @ Q.double()
+    assert_close(lowrank.add_product(C, P, Q, 0.5), expected)
+    assert lowrank.add_product(C, P, Q, 0.5, inplace=True) is C
+    assert_close(C, expected)

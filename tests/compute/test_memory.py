@@ -1,4 +1,4 @@
-"""A factored layer never builds W' in training, and keeps no more than x, x Aᵀ and the factors."""
+"""Memory: a factored layer never builds W' in training; the tensors that it saves."""
 
 import gc
 import weakref
@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import paramlora as pl
+from tests.support.helpers import new_garbage_only
 from tests.support.reference import HOSTS, KINDS, Case, floats, loss, shake
 
 N, IN, OUT, RANK = 6, 40, 30, 2
 
 
-class Made(TorchDispatchMode):
-    """Records the tensors that operations make, views of known ones left out."""
+class CreatedTensors(TorchDispatchMode):
+    """Records the tensors that operations create, except views of known ones."""
 
     def __init__(self, *known: Tensor) -> None:
         super().__init__()
@@ -40,8 +40,8 @@ class Made(TorchDispatchMode):
         return max(tensor.numel() for tensor in self.made)
 
 
-class Kept:
-    """Records what a forward keeps for the backward: the elements of each storage, once."""
+class SavedTensors:
+    """Records the tensors that a forward saves for the backward."""
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
@@ -51,14 +51,15 @@ class Kept:
         self.tensors.append(tensor.detach())
         return tensor
 
-    def elements_beside(self, *known: Tensor) -> int:
-        """Return how many elements are kept beside those of the known tensors."""
-        leave_out = {tensor.untyped_storage().data_ptr() for tensor in known}
+    def elements_besides(self, *known: Tensor) -> int:
+        """Return the number of saved elements besides those of the known tensors."""
+        known_pointers = {tensor.untyped_storage().data_ptr() for tensor in known}
         sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors}
-        left = sum(size for pointer, size in sizes.items() if pointer not in leave_out)
+        left = sum(size for pointer, size in sizes.items() if pointer not in known_pointers)
         return left // self.tensors[0].element_size()
 
-    def keeps_shape(self, shape: tuple[int, ...], *known: Tensor) -> bool:
+    def has_shape(self, shape: tuple[int, ...], *known: Tensor) -> bool:
+        """Return whether a tensor of this shape or its transpose is saved, besides known ones."""
         pointers = {tensor.untyped_storage().data_ptr() for tensor in known}
         return any(
             tuple(tensor.shape) in (shape, shape[::-1])
@@ -84,16 +85,16 @@ Make = Callable[..., tuple[Any, Tensor, Tensor]]
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("adapters", [1, 3])
-def test_training_step_makes_no_tensor_of_the_weights_size(
+def test_training_creates_no_tensor_as_large_as_w(
     make: Make, dtype: torch.dtype, adapters: int
 ) -> None:
-    """Forward and backward of `layer(x)` make no tensor as large as W, however many adapters."""
+    """Forward and backward of `layer(x)` create no tensor as large as W, with many adapters too."""
     model, x, W = make(dtype)
     for i in range(adapters):
         pl.attach(model, pl.LoRA(rank=RANK), targets="weight", name=f"a{i}")
     shake(model)
     pl.scale(model, torch.tensor(0.5), "a0")
-    with Made(W) as recorded:
+    with CreatedTensors(W) as recorded:
         loss([model(x)]).backward()
     assert all(parameter.grad is not None for parameter in pl.parameters(model))
     assert recorded.largest < W.numel()
@@ -101,76 +102,65 @@ def test_training_step_makes_no_tensor_of_the_weights_size(
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, nullcontext])
 @both
-def test_evaluation_makes_no_tensor_of_the_weights_size(make: Make, mode: Any) -> None:
-    """`layer(x)` in eval mode makes no tensor as large as W either, with and without gradients."""
+def test_evaluation_creates_no_tensor_as_large_as_w(make: Make, mode: Any) -> None:
+    """In eval mode `layer(x)` creates no tensor as large as W, with and without gradients."""
     model, x, W = make()
     pl.attach(model.eval(), pl.LoRA(rank=RANK), targets="weight")
-    with mode(), Made(W) as recorded:
+    with mode(), CreatedTensors(W) as recorded:
         model(x)
     assert recorded.largest < W.numel()
 
 
 @both
-def test_reading_the_weight_does_make_it(make: Make) -> None:
-    """The same count for a reader of `layer.weight` finds W', so the tests above can fail."""
+def test_reading_the_weight_creates_it(make: Make) -> None:
+    """Reading `layer.weight` creates W', and the recorders of this file find it."""
     model, x, W = make()
     pl.attach(model, pl.LoRA(rank=RANK), targets="weight")
     function: Any = F.linear if make is linear else F.embedding
-    with Made(W) as recorded:
+    with CreatedTensors(W) as recorded:
         function(x, model.weight)
     assert recorded.largest == W.numel()
-    kept = Kept()
-    with kept.hooks:
+    saved = SavedTensors()
+    with saved.hooks:
         F.linear(torch.randn(N, IN, requires_grad=True), model.weight.view(OUT, IN))
-    assert kept.keeps_shape((OUT, IN), W)
+    assert saved.has_shape((OUT, IN), W)
 
 
-def test_linear_keeps_x_and_the_hidden_rows() -> None:
-    """A Linear keeps n·(k + r) elements for the backward, beside the model's parameters."""
-    model, x, W = linear()
-    pl.attach(model, pl.LoRA(rank=RANK, alpha=3), targets="weight")
-    kept = Kept()
-    with kept.hooks:
-        model(x)
-    assert not kept.keeps_shape((OUT, IN), W)
-    assert kept.elements_beside(*model.parameters()) == N * (IN + RANK)
-
-
-def test_linear_keeps_x_once_for_all_adapters() -> None:
-    """Each further adapter keeps n·r elements more and at most its factors again; x stays one."""
+def test_several_adapters_save_x_once() -> None:
+    """Each further adapter saves n·r elements and at most its factors; x is saved once."""
     model, x, W = linear()
     for name in ("one", "two", "three"):
         pl.attach(model, pl.LoRA(rank=RANK), targets="weight", name=name)
-    kept = Kept()
-    with kept.hooks:
+    saved = SavedTensors()
+    with saved.hooks:
         model(x)
-    assert not kept.keeps_shape((OUT, IN), W)
-    beside = kept.elements_beside(*model.parameters())
+    assert not saved.has_shape((OUT, IN), W)
+    beside = saved.elements_besides(*model.parameters())
     assert beside <= N * (IN + 3 * RANK) + 3 * RANK * (IN + OUT)
 
 
-def test_linear_never_keeps_the_adapted_weight() -> None:
-    """With many rows too, where W' may be built, it is not kept: n·(k + r) elements at most."""
+def test_many_rows_do_not_save_w() -> None:
+    """With many rows W' may be built, but is not saved: at most n·(k + r) elements are."""
     for rows in (1, IN, 4 * OUT, 4 * IN, 40 * IN):
         model, _, W = linear()
         pl.attach(model, pl.LoRA(rank=RANK, alpha=3), targets="weight")
-        kept = Kept()
-        with kept.hooks:
+        saved = SavedTensors()
+        with saved.hooks:
             model(torch.randn(rows, IN, requires_grad=True))
-        assert not kept.keeps_shape((OUT, IN), W)
-        assert kept.elements_beside(*model.parameters()) <= rows * (IN + RANK)
+        assert not saved.has_shape((OUT, IN), W)
+        assert saved.elements_besides(*model.parameters()) <= rows * (IN + RANK)
 
 
-def test_siblings_keep_a_half_precision_x_once() -> None:
-    """Three bfloat16 layers that read the same x keep it once; at most the factors are cast."""
+def test_layers_that_share_x_save_it_once() -> None:
+    """Three bfloat16 layers with the same x save it once, and at most cast the factors."""
     layers = nn.ModuleList([nn.Linear(IN, OUT, dtype=torch.bfloat16) for _ in range(3)])
     pl.attach(layers, pl.LoRA(rank=RANK))
     x = torch.randn(N, IN, dtype=torch.bfloat16, requires_grad=True)
-    kept = Kept()
-    with kept.hooks:
+    saved = SavedTensors()
+    with saved.hooks:
         for layer in layers:
             layer(x)
-    beside = kept.elements_beside(*layers.parameters())
+    beside = saved.elements_besides(*layers.parameters())
     assert beside <= N * IN + 3 * RANK * (N + IN + OUT)
 
 
@@ -180,20 +170,20 @@ def test_siblings_keep_a_half_precision_x_once() -> None:
 )
 @pytest.mark.parametrize("host", ["conv2d", "conv_transpose1d", "bilinear", "attention"])
 @pytest.mark.parametrize("spec", [pl.LoRA(rank=RANK), pl.Delta()])
-def test_layers_that_build_the_weight_keep_none(host: str, spec: pl.kinds.Spec) -> None:
-    """A layer that needs W' dense keeps W and the factors for the backward, and no W'."""
+def test_dense_layers_do_not_save_w(host: str, spec: pl.kinds.Spec) -> None:
+    """A layer that needs a dense W' saves W and the factors, but not W'."""
     case = Case.of(HOSTS[host], torch.float32)
     shapes = {tuple(p.shape) for p in case.plain.parameters() if p.dim() > 1}
     pl.attach(case.model, spec, targets=[p for p in case.sites(KINDS["lora"]) if "out" not in p])
-    kept = Kept()
-    with kept.hooks:
+    saved = SavedTensors()
+    with saved.hooks:
         case.model(*case.inputs)
     for shape in shapes:
-        assert not kept.keeps_shape(shape, *case.model.parameters())
+        assert not saved.has_shape(shape, *case.model.parameters())
 
 
-class Noting(pl.Delta):
-    """A Delta that notes each W' that it makes."""
+class Tracking(pl.Delta):
+    """A Delta that keeps a weak reference to each W' that it builds."""
 
     made: ClassVar[list[weakref.ref[Tensor]]] = []
 
@@ -206,43 +196,44 @@ class Noting(pl.Delta):
 
 
 @pytest.mark.parametrize("host", ["lstm", "gru_deep", "attention", "conv2d", "bare_3d"])
-def test_nothing_is_held_after_a_forward(host: str) -> None:
-    """When a forward's outputs are gone, no W' is alive any more, nor the graph that made it."""
+def test_nothing_is_alive_after_a_forward(host: str) -> None:
+    """When the outputs of a forward are deleted, no W' is alive, nor its autograd graph."""
     case = Case.of(HOSTS[host], torch.float32)
-    pl.attach(case.model, Noting(), targets="*")
+    pl.attach(case.model, Tracking(), targets="*")
     for mode in (nullcontext, torch.no_grad):
-        Noting.made.clear()
-        with mode():
-            case.model(*case.inputs)
-        assert Noting.made
-        gc.collect()
-        assert [made() for made in Noting.made if made() is not None] == []
+        Tracking.made.clear()
+        with new_garbage_only():
+            with mode():
+                case.model(*case.inputs)
+            assert Tracking.made
+            gc.collect()
+        assert [made() for made in Tracking.made if made() is not None] == []
 
 
-def test_embedding_keeps_ids_rows_and_factors() -> None:
-    """An Embedding keeps the ids, n·r elements of B's rows and a mask of padding, not W."""
+def test_embedding_saves_ids_rows_and_factors() -> None:
+    """An Embedding saves the ids, n·r elements of rows of B and a padding mask, but not W."""
     model, x, W = embedding()
     pl.attach(model, pl.LoRA(rank=RANK), targets="weight")
-    kept = Kept()
-    with kept.hooks:
+    saved = SavedTensors()
+    with saved.hooks:
         model(x)
-    assert not kept.keeps_shape((OUT, IN), W)
-    assert all(tensor.data_ptr() != W.data_ptr() for tensor in kept.tensors)
+    assert not saved.has_shape((OUT, IN), W)
+    assert all(tensor.data_ptr() != W.data_ptr() for tensor in saved.tensors)
     factors = {parameter.data_ptr() for parameter in pl.parameters(model)}
-    rows = [x for x in kept.tensors if x.is_floating_point() and x.data_ptr() not in factors]
+    rows = [x for x in saved.tensors if x.is_floating_point() and x.data_ptr() not in factors]
     assert sum(tensor.numel() for tensor in rows) == N * RANK
 
 
 @both
-def test_switched_off_or_merged_costs_what_the_base_costs(make: Make) -> None:
-    """With adapters off or merged, a layer makes and keeps exactly what the plain layer does."""
+def test_off_and_merged_cost_of_the_base(make: Make) -> None:
+    """Off or merged, a layer creates and saves exactly the tensors of the plain layer."""
     model, x, W = make()
 
     def cost() -> tuple[int, int, int]:
-        kept = Kept()
-        with Made(W) as recorded, kept.hooks:
+        saved = SavedTensors()
+        with CreatedTensors(W) as recorded, saved.hooks:
             model(x)
-        return len(recorded.made), recorded.largest, len(kept.tensors)
+        return len(recorded.made), recorded.largest, len(saved.tensors)
 
     model.requires_grad_(False)
     plain = cost()
@@ -254,18 +245,3 @@ def test_switched_off_or_merged_costs_what_the_base_costs(make: Make) -> None:
         known, W = W, model.weight
         assert known.shape == W.shape
         assert cost() == plain
-
-
-@both
-def test_other_readers_get_the_dense_weight(make: Make) -> None:
-    """`layer.weight` and a functional call that reads it are the dense W', as `layer(x)` is."""
-    model, x, W = make(torch.float64)
-    pl.attach(model, pl.LoRA(rank=RANK, alpha=3), targets="weight")
-    shake(model)
-    factors = pl.state_dict(model)
-    dense = W.detach() + 1.5 * factors["weight.B"] @ factors["weight.A"]
-    assert type(model.weight) is Tensor
-    assert_close(model.weight, dense, check_dtype=True)
-    function: Any = (lambda x, w: F.linear(x, w, model.bias)) if make is linear else F.embedding
-    assert_close(function(x, model.weight), function(x, dense))
-    assert_close(model(x), function(x, dense))

@@ -1,4 +1,4 @@
-"""Adapters per row in every layer: each row is what it is by itself with its adapter."""
+"""Adapters per row in every layer: each row equals a batch of its own with its adapter."""
 
 import copy
 from collections import defaultdict
@@ -33,7 +33,7 @@ def plain(host: nn.Module, *inputs: Tensor) -> Tensor:
     return host(*inputs)
 
 
-def attended(host: nn.Module, x: Tensor) -> Tensor:
+def attend(host: nn.Module, x: Tensor) -> Tensor:
     x = x if host.batch_first else x.transpose(0, 1)
     y = host(x, x, x, need_weights=False)[0]
     return y if host.batch_first else y.transpose(0, 1)
@@ -45,43 +45,43 @@ def last_state(host: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([y[:, -1], h[0], c[0]], dim=1)
 
 
-def floats(*shape: int) -> Callable[[], Tensor]:
+def normal(*shape: int) -> Callable[[], Tensor]:
     return lambda: torch.randn(len(IDS), *shape, dtype=torch.float64)
 
 
-def tokens(*shape: int) -> Callable[[], Tensor]:
+def ids(*shape: int) -> Callable[[], Tensor]:
     return lambda: torch.randint(0, 9, (len(IDS), *shape))
 
 
-# Each: the host, what is adapted in it, how it is called, and its inputs.
+# For each host: what makes it, the target, the call, and what makes the inputs.
 HOSTS: dict[str, tuple[Callable[[], nn.Module], str, Callable[..., Tensor], list[Any]]] = {
-    "linear": (lambda: nn.Linear(6, 5), "host", plain, [floats(6)]),
-    "linear-positions": (lambda: nn.Linear(6, 5), "host", plain, [floats(3, 2, 6)]),
-    "transformers-conv1d": (lambda: Conv1D(5, 6), "host", plain, [floats(3, 6)]),
-    "embedding": (lambda: nn.Embedding(9, 6), "host", plain, [tokens(4)]),
-    "embedding-padding": (lambda: nn.Embedding(9, 6, padding_idx=3), "host", plain, [tokens(4)]),
-    "bag": (lambda: nn.EmbeddingBag(9, 6), "host", plain, [tokens(4)]),
-    "conv": (lambda: nn.Conv2d(4, 6, 3, groups=2), "host", plain, [floats(4, 5, 5)]),
-    "conv-transposed": (lambda: nn.ConvTranspose1d(4, 6, 3), "host", plain, [floats(4, 5)]),
-    "bilinear": (lambda: nn.Bilinear(4, 3, 5), "host", plain, [floats(4), floats(3)]),
+    "linear": (lambda: nn.Linear(6, 5), "host", plain, [normal(6)]),
+    "linear-positions": (lambda: nn.Linear(6, 5), "host", plain, [normal(3, 2, 6)]),
+    "transformers-conv1d": (lambda: Conv1D(5, 6), "host", plain, [normal(3, 6)]),
+    "embedding": (lambda: nn.Embedding(9, 6), "host", plain, [ids(4)]),
+    "embedding-padding": (lambda: nn.Embedding(9, 6, padding_idx=3), "host", plain, [ids(4)]),
+    "bag": (lambda: nn.EmbeddingBag(9, 6), "host", plain, [ids(4)]),
+    "conv": (lambda: nn.Conv2d(4, 6, 3, groups=2), "host", plain, [normal(4, 5, 5)]),
+    "conv-transposed": (lambda: nn.ConvTranspose1d(4, 6, 3), "host", plain, [normal(4, 5)]),
+    "bilinear": (lambda: nn.Bilinear(4, 3, 5), "host", plain, [normal(4), normal(3)]),
     "attention": (
         lambda: nn.MultiheadAttention(8, 2, batch_first=True),
         "host.in_proj_weight",
-        attended,
-        [floats(5, 8)],
+        attend,
+        [normal(5, 8)],
     ),
     "attention-output": (
         lambda: nn.MultiheadAttention(8, 2),
         "host.out_proj",
-        attended,
-        [floats(5, 8)],
+        attend,
+        [normal(5, 8)],
     ),
-    "lstm": (lambda: nn.LSTM(4, 6), "host.weight_*", last_state, [floats(5, 4)]),
+    "lstm": (lambda: nn.LSTM(4, 6), "host.weight_*", last_state, [normal(5, 4)]),
     "lstm-batch-first": (
         lambda: nn.LSTM(4, 6, batch_first=True),
         "host.weight_ih_l0",
         last_state,
-        [floats(5, 4)],
+        [normal(5, 4)],
     ),
 }
 KINDS: dict[str, Callable[[], pl.kinds.Spec]] = {
@@ -103,12 +103,12 @@ class TestRows:
         cost = -1.0 if sorts else float("inf")
         monkeypatch.setattr(route, "_WORTH_A_GROUP", defaultdict(lambda: cost))
 
-    def test_rows_are_what_they_are_by_themselves(self, host: str, kind: str) -> None:
+    def test_rows_equal_separate_batches(self, host: str, kind: str) -> None:
         """Outputs, and the gradients of inputs and factors, in training and in inference."""
         torch.manual_seed(0)
-        make, target, call, draws = HOSTS[host]
+        make, target, call, inputs_of = HOSTS[host]
         model = with_three_adapters(Model(make(), call), KINDS[kind], target)
-        inputs = [draw() for draw in draws]
+        inputs = [draw() for draw in inputs_of]
         leaves = [x.requires_grad_() for x in inputs if x.is_floating_point()]
         leaves += pl.parameters(model)
         expected = one_by_one(model, inputs)
@@ -117,13 +117,13 @@ class TestRows:
         with pl.routed(model, IDS):
             found = model(*inputs)
         assert_close(found, expected)
-        # After the exit: the backward has to know what was routed where.
+        # The block has ended: the backward must know the adapter of each row.
         assert_close(torch.autograd.grad(found, leaves, dy), gradients)
         with torch.no_grad(), pl.routed(model, IDS):
             assert_close(model(*inputs), expected.detach())
 
 
-def test_the_cheaper_way() -> None:
+def test_choice_between_stacking_and_sorting() -> None:
     """Few rows are stacked; many rows of many adapters are sorted."""
     assert route.stacks_well(512, 4096, 4096, [16] * 32, "cuda")
     assert not route.stacks_well(2**17, 4096, 4096, [16] * 32, "cuda")

@@ -1,4 +1,4 @@
-"""Running statistics held still while adapters train, and given back with everything else."""
+"""`hold_statistics`: running statistics keep their bits while adapters train."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,6 @@ from torch.testing import assert_close
 import paramlora as pl
 from paramlora import Delta, LoRA
 from tests.support.helpers import unchanged
-from tests.support.mixed import train
 
 
 def net() -> Any:
@@ -30,7 +29,7 @@ def net() -> Any:
 
 
 def steps(model: nn.Module) -> None:
-    """Train the adapters as a loop does: in training mode, evaluated between."""
+    """Train the adapters for two steps, and evaluate after each."""
     optimizer = torch.optim.SGD(pl.parameters(model), lr=0.1)
     for _ in range(2):
         model.train()
@@ -41,8 +40,12 @@ def steps(model: nn.Module) -> None:
         model(torch.randn(8, 6))
 
 
-def test_statistics_stay_to_the_bit() -> None:
-    """Trained with `hold_statistics` the base is untouched, without it `fingerprint` notices."""
+def test_statistics_keep_their_bits() -> None:
+    """With `hold_statistics` training keeps the fingerprint of the base; without it, it does not.
+
+    BatchNorm updates its statistics in training mode although the base is frozen (PEFT issue 1732).
+    The summary lists the layers that are held and those that are not.
+    """
     model = net()
     base = pl.fingerprint(model)
     summary = pl.attach(model, LoRA(2), hold_statistics=True)
@@ -58,32 +61,10 @@ def test_statistics_stay_to_the_bit() -> None:
     assert pl.fingerprint(model) != base
 
 
-def test_running_statistics_drift_under_a_frozen_base() -> None:
-    """BatchNorm's statistics move in training mode although the base is frozen (PEFT issue 1732).
-
-    `fingerprint` and the summary show it, and `hold_statistics` prevents it.
-    """
-    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-    summary = pl.attach(model, LoRA(rank=2), name="first")
-    assert summary.moving == ("1",)
-    before = pl.fingerprint(model)
-    train(model.eval(), torch.randn(5, 6))
-    assert pl.fingerprint(model) == before
-    with pl.hold_statistics(model):
-        train(model.train(), torch.randn(5, 6))
-    assert pl.fingerprint(model) == before
-    pl.attach(model, LoRA(rank=2), name="second", hold_statistics=True)
-    train(model.train(), torch.randn(5, 6))
-    assert pl.fingerprint(model) == before
-    pl.detach(model, "second")
-    train(model.train(), torch.randn(5, 6))
-    assert pl.fingerprint(model) != before
-
-
-def test_held_is_as_in_use() -> None:
-    """A held layer computes in training mode what it computes in eval mode, gradients too."""
+def test_held_layers_compute_as_in_eval_mode() -> None:
+    """A held layer in training mode has the outputs and gradients of eval mode."""
     model, x = net(), torch.randn(8, 6)
-    model[3].eval()  # not one that is held: it has no statistics
+    model[3].eval()  # it is not held, as it has no statistics
     pl.attach(model, LoRA(2), hold_statistics=True)
     model.eval()
     expected = model(x)
@@ -96,24 +77,24 @@ def test_held_is_as_in_use() -> None:
 
 
 @pytest.mark.parametrize("mode", [True, False])
-@pytest.mark.parametrize("told", [[], [True], [False], [False, True], [True, False]])
-def test_modes_are_given_back(mode: bool, told: list[bool]) -> None:
-    """Afterwards each layer is in the mode that it was told last, and nothing else is left."""
+@pytest.mark.parametrize("calls", [[], [True], [False], [False, True], [True, False]])
+def test_modes_after_a_block(mode: bool, calls: list[bool]) -> None:
+    """After the block each layer has the mode of the last call of train() or eval()."""
     model = net().train(mode)
     plain = copy.deepcopy(model)
     contents = [list(vars(module)) for module in model.modules()]
     with pl.hold_statistics(model):
-        for one in told:
-            model.train(one)
-            plain.train(one)
+        for mode in calls:
+            model.train(mode)
+            plain.train(mode)
         assert not model[1].training
         assert not model[2][1].training
     assert [m.training for m in model.modules()] == [m.training for m in plain.modules()]
     assert [list(vars(module)) for module in model.modules()] == contents
 
 
-def test_only_what_was_there_comes_back() -> None:
-    """Attaching and detaching changes nothing, a layer that was in eval mode included."""
+def test_modes_after_detach() -> None:
+    """Detaching restores each layer's mode, also of a layer that was in eval mode."""
     model = net()
     model[1].eval()
     with unchanged(model):
@@ -131,8 +112,8 @@ def test_only_what_was_there_comes_back() -> None:
     assert (model[1].training, model[2][1].training) == (False, True)
 
 
-def test_nested_and_with_errors() -> None:
-    """Nested holds end with the outermost; an exception inside ends them too."""
+def test_nested_blocks_and_errors() -> None:
+    """Nested blocks end with the outermost, and an exception inside ends them too."""
     model = net()
     with pl.hold_statistics(model):
         with pl.hold_statistics(model[2]):
@@ -148,8 +129,8 @@ def test_nested_and_with_errors() -> None:
         raise RuntimeError("inside")
 
 
-def test_baking_lets_go() -> None:
-    """An adapter that is baked in holds nothing any more."""
+def test_bake() -> None:
+    """Baking an adapter ends its hold."""
     model = net()
     pl.attach(model, LoRA(2), hold_statistics=True)
     pl.bake(model)
@@ -157,8 +138,8 @@ def test_baking_lets_go() -> None:
     assert all("train" not in vars(module) for module in model.modules())
 
 
-def test_a_refused_attach_holds_nothing() -> None:
-    """After an error, or a dry run, all is as it was."""
+def test_failed_attach_and_dry_run() -> None:
+    """A failed attach and a dry run hold nothing."""
     model = net()
     with unchanged(model):
         with pytest.raises(pl.TargetError, match="no tensor matches"):
@@ -167,8 +148,8 @@ def test_a_refused_attach_holds_nothing() -> None:
     assert (dry.held, dry.moving) == (("1", "2.1"), ())
 
 
-def test_a_part_lets_go_of_its_own() -> None:
-    """Detached through a part, the other parts stay held until the whole is detached."""
+def test_detach_a_part() -> None:
+    """Detaching from a part releases its layers only; detaching the whole releases all."""
     model = net()
     pl.attach(model, LoRA(2), hold_statistics=True)
     pl.detach(model[2])
@@ -179,8 +160,8 @@ def test_a_part_lets_go_of_its_own() -> None:
     assert model[1].training
 
 
-def test_a_copy_is_held_for_itself() -> None:
-    """A deep copy is held as the original is, and let go by itself."""
+def test_copy_of_a_held_model() -> None:
+    """A deep copy is held like the original, and released on its own."""
     model = net()
     pl.attach(model, LoRA(2), hold_statistics=True)
     other = copy.deepcopy(model)
@@ -195,8 +176,8 @@ def test_a_copy_is_held_for_itself() -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_layers_with_adapters_are_held(first: bool) -> None:
-    """Where the layer itself has an adapter, whichever came first, both are taken away again."""
+def test_held_layer_with_an_adapter(first: bool) -> None:
+    """A layer can be held and adapted, attached and detached in any order."""
     model = net()
     with unchanged(model):
         if first:
@@ -222,20 +203,20 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS.keys())
-def test_every_kind_of_layer(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
-    """Each layer that has running statistics keeps them to the bit."""
+def test_layer_types(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    """Each layer with running statistics keeps their bits, and computes as in eval mode."""
     model, x = nn.Sequential(make()), torch.randn(shape) + 3
     before = copy.deepcopy(dict(model.named_buffers()))
     with pl.hold_statistics(model):
         held = model.train()(x)
     assert_close(dict(model.named_buffers()), before, rtol=0, atol=0)
     assert_close(held, model.eval()(x), rtol=0, atol=0)
-    # An exact zero would hide that nothing was computed.
+    # Outputs of zero would be equal without any computation.
     assert held.any()
 
 
-def test_a_compiled_model_is_held() -> None:
-    """A model that is compiled before is held all the same, and let go."""
+def test_compiled_model() -> None:
+    """Holding works on a model that was compiled before, and ends with the block."""
     torch._dynamo.reset()
     model, x = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)), torch.randn(8, 6)
     compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
@@ -253,21 +234,16 @@ def test_a_compiled_model_is_held() -> None:
     assert not torch.equal(statistics()["1.running_mean"], before["1.running_mean"])
 
 
-def test_a_copy_made_inside_has_left() -> None:
-    """A copy made inside of a block is not held by it for ever; an adapter's hold goes with it."""
+def test_copy_made_in_a_block() -> None:
+    """A copy made in a block is not held."""
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     with pl.hold_statistics(model):
         copied = copy.deepcopy(model)
     assert copied.train()[1].training
-    pl.attach(model, pl.LoRA(1), hold_statistics=True)
-    held = copy.deepcopy(model)
-    assert not held.train()[1].training
-    pl.detach(held)
-    assert held.train()[1].training
 
 
-def test_eva_leaves_the_mode() -> None:
-    """A pass of eva's through a held layer does not count as the user's eval()."""
+def test_eva_keeps_the_mode() -> None:
+    """The pass of `eva` through a held layer does not count as a call of eval()."""
     model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)).train()
     pl.attach(model, pl.LoRA(2), hold_statistics=True)
     pl.eva(model, [torch.randn(20, 6)])

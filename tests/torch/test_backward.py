@@ -1,4 +1,4 @@
-"""The backward of an adapted model: under checkpointing, and after changes to the adapters."""
+"""The backward of an adapted model: with checkpointing, and after changes to the adapters."""
 
 import re
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Backward:
 
 EVERY_PATH = [
     MLP,
-    # More rows than a factored product is for.
+    # So many rows that W' is built.
     Host(lambda: nn.Linear(4, 3), lambda: (torch.randn(40, 4),)),
     "embedding",
     "bag_sum",
@@ -61,23 +61,23 @@ class TestBackward:
         if not on:
             pl.disable(case.model)
             case.model.requires_grad_()
-        # torch's reentrant kind needs an input that requires a gradient, and passes over tensors
-        # in nested tuples.
+        # Reentrant checkpointing needs an input that requires a gradient, and ignores tensors in
+        # nested tuples.
         key = torch.ones((), requires_grad=True)
 
         def call(_: Tensor, *inputs: Tensor) -> Any:
             return tuple(floats(case.model(*inputs)))
 
-        ran = Backward(case, lambda *x: checkpoint(call, key, *x, use_reentrant=reentrant))
-        ran.check((case.expected("one") if on else case.expected()).gradients)
+        backward = Backward(case, lambda *x: checkpoint(call, key, *x, use_reentrant=reentrant))
+        backward.check((case.expected("one") if on else case.expected()).gradients)
 
     def test_checkpoint_after_toggling(self, host: str | Host) -> None:
         """Toggling before the backward makes checkpoint raise, as the recomputation differs."""
         case = case_of(host)
-        ran = Backward(case, lambda *x: checkpoint(case.model, *x, use_reentrant=False))
+        backward = Backward(case, lambda *x: checkpoint(case.model, *x, use_reentrant=False))
         pl.disable(case.model)
         with pytest.raises(CheckpointError, match="different"):
-            ran.total.backward()
+            backward.total.backward()
 
     @pytest.mark.parametrize("change", [pl.disable, lambda model: pl.scale(model, 5.0), pl.detach])
     def test_changed_before_the_backward(
@@ -86,17 +86,17 @@ class TestBackward:
         """Disabling, scaling or detaching before the backward does not change the gradients."""
         case = case_of(host)
         expected = case.expected("one").gradients
-        ran = Backward(case)
+        backward = Backward(case)
         change(case.model)
-        ran.check(expected)
+        backward.check(expected)
 
     def test_off_in_the_forward_only(self, host: str | Host) -> None:
         """A forward with adapters off has the base's gradients, even if they are on again later."""
         case = case_of(host)
         case.model.requires_grad_()
         with pl.disabled(case.model):
-            ran = Backward(case)
-        ran.check(case.expected().gradients)
+            backward = Backward(case)
+        backward.check(case.expected().gradients)
 
     @pytest.mark.parametrize("what", ["factors", "strength", "base", "merge"])
     def test_overwritten_before_the_backward(self, host: str | Host, what: str) -> None:
@@ -109,7 +109,7 @@ class TestBackward:
         case.strengths["one"] = 0.75
         pl.scale(case.model, strength)
         expected = case.expected("one").gradients
-        ran = Backward(case)
+        backward = Backward(case)
         with torch.no_grad():
             if what == "factors":
                 shake(case.model)
@@ -121,6 +121,6 @@ class TestBackward:
                 for tensor in pl.base_state_dict(case.model).values():
                     tensor.mul_(2)
         try:
-            ran.check(expected)
+            backward.check(expected)
         except RuntimeError as error:
             assert re.search("changed in place|modified by an inplace operation", str(error))  # noqa: PT017

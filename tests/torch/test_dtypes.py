@@ -90,7 +90,7 @@ class TestDtypes:
         assert {p.dtype for p in pl.parameters(case.model)} == {torch.float32}
         A, B = (pl.state_dict(case.model, "one")[f"0.weight.{f}"].double() for f in "AB")
         exact = case.plain[0].weight.double() + 0.7 * 1.5 * B @ A
-        # Beside the one rounding to half there are those of float32, 2⁻¹³ of it and less.
+        # Besides the rounding to half precision there is that of float32, 2⁻¹³ of it or less.
         rounding = 1.01 * torch.finfo(dtype).eps / 2
         assert_close(case.model[0].weight.double(), exact, rtol=rounding, atol=1e-7)
         assert case.model[0].weight.dtype == dtype
@@ -104,7 +104,7 @@ class TestDtypes:
         loss(floats(case.model(*case.inputs))).backward()
         torch.optim.SGD(pl.parameters(case.model), lr=1e-4).step()
         steps = [p.grad * 1e-4 for p in pl.parameters(case.model)]
-        expected_factors = [one - step for one, step in zip(before, steps, strict=True)]
+        expected_factors = [old - step for old, step in zip(before, steps, strict=True)]
         assert_close(factors(case.model), expected_factors)
 
     @pytest.mark.parametrize("merged", [False, True], ids=["attached", "merged"])
@@ -133,7 +133,7 @@ class TestDtypes:
         pl.detach(case.model)
         assert_bits(dict(case.model.state_dict()), dict(case.plain.state_dict()))
 
-    def test_mixed(self, tmp_path: Path) -> None:
+    def test_layers_of_several_dtypes(self, tmp_path: Path) -> None:
         """Each layer's factors follow its dtype and device when the layers of a model differ."""
         torch.manual_seed(0)
         kinds: list[tuple[torch.dtype, str]] = [
@@ -163,11 +163,11 @@ class TestDtypes:
         assert [layer.weight.dtype for layer in model] == [dtype for dtype, _ in kinds]
         pl.unmerge(model)
 
-        held = model[:3]
-        pl.save(held, tmp_path / "mixed.safetensors")
+        on_cpu = model[:3]
+        pl.save(on_cpu, tmp_path / "mixed.safetensors")
         pl.detach(model)
-        pl.load(held, tmp_path / "mixed.safetensors")
-        assert_bits(pl.state_dict(held), {key: state[key] for key in pl.state_dict(held)})
+        pl.load(on_cpu, tmp_path / "mixed.safetensors")
+        assert_bits(pl.state_dict(on_cpu), {key: state[key] for key in pl.state_dict(on_cpu)})
 
     @pytest.mark.parametrize(("size", "lost"), [(1e-5, 0.5), (1e-4, 0.1)])
     def test_small_updates_survive_half_precision(self, size: float, lost: float) -> None:

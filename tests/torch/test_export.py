@@ -1,4 +1,4 @@
-"""torch.export sees an adapted model as it sees any other."""
+"""torch.export of an adapted model."""
 
 import inspect
 import io
@@ -13,14 +13,14 @@ import paramlora as pl
 from tests.support.helpers import EXACT, MLP, case_of, host_name
 from tests.support.reference import Host, floats
 
-# torch says of itself what it does not do fast, and what it writes down while it traces an LSTM.
+# torch warns of its own slow operations, and of attributes it sets while it traces an LSTM.
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:::torch\..*"),
     pytest.mark.filterwarnings(r"ignore:The tensor attributes self\..*_flat_weights:UserWarning"),
 ]
 
 
-# In a module, as torch 2.6 exports no LSTM alone.
+# Inside a module: torch 2.6 cannot export an LSTM by itself.
 LSTM = Host(lambda: nn.Sequential(nn.LSTM(5, 4)), lambda: (torch.randn(3, 2, 5),))
 
 
@@ -31,69 +31,71 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-class TestExport:
-    @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
-    @pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
-    @pytest.mark.parametrize(
-        "host",
-        [MLP, "conv2d_groups", pytest.param(LSTM, id="lstm"), "encoder_layer"],
-        ids=host_name,
-    )
-    def test_export(self, host: str | Host, on: bool, strict: bool) -> None:
-        """An exported program computes what the dense reference does, adapters on or off."""
-        case = case_of(host)
-        case.model.eval()
-        (pl.enable if on else pl.disable)(case.model)
-        expected = case.expected("one") if on else case.expected()
-        with torch.no_grad():
-            program = torch.export.export(case.model, case.inputs, strict=strict)
-            # What is exported is what was on at that time.
-            (pl.disable if on else pl.enable)(case.model)
-            found = program.module()(*case.inputs)
-        assert_close(floats(found), expected.outputs, **EXACT)
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+@pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
+@pytest.mark.parametrize(
+    "host",
+    [MLP, "conv2d_groups", pytest.param(LSTM, id="lstm"), "encoder_layer"],
+    ids=host_name,
+)
+def test_export(host: str | Host, on: bool, strict: bool) -> None:
+    """An exported program computes what the dense reference computes, adapters on or off."""
+    case = case_of(host)
+    case.model.eval()
+    (pl.enable if on else pl.disable)(case.model)
+    expected = case.expected("one") if on else case.expected()
+    with torch.no_grad():
+        program = torch.export.export(case.model, case.inputs, strict=strict)
+        # The program keeps the state in which it was exported.
+        (pl.disable if on else pl.enable)(case.model)
+        found = program.module()(*case.inputs)
+    assert_close(floats(found), expected.outputs, **EXACT)
 
-    def test_off_is_the_graph_of_the_base(self) -> None:
-        """Switched off, an adapted model is exported as the very operations of its base."""
-        case = case_of(MLP)
-        pl.disable(case.model)
-        graphs = [
-            [
-                node.target
-                for node in torch.export.export(model, case.inputs).graph.nodes
-                if node.op == "call_function"
-            ]
-            for model in (case.model, case.plain)
-        ]
-        assert graphs[0] == graphs[1]
 
-    def test_saved_program(self) -> None:
-        """A program with a dynamic batch survives saving and loading, without paramlora in it."""
-        case = case_of(MLP)
-        (x,) = case.inputs
-        rows = torch.export.Dim("rows", min=2)
-        program = torch.export.export(case.model, (x,), dynamic_shapes=({0: rows},))
-        buffer = io.BytesIO()
-        torch.export.save(program, buffer)
-        buffer.seek(0)
-        loaded = torch.export.load(buffer).module()
-        case.inputs = (torch.randn(9, 7, dtype=torch.float64),)
-        assert_close([loaded(*case.inputs)], case.expected("one").outputs, **EXACT)
-
-    @pytest.mark.parametrize(
-        "module",
+def test_graph_with_adapters_off() -> None:
+    """With adapters off, the exported operations are exactly those of the base."""
+    case = case_of(MLP)
+    pl.disable(case.model)
+    graphs = [
         [
-            nn.Linear(4, 3),
-            nn.Embedding(5, 4),
-            nn.EmbeddingBag(5, 4),
-            nn.MultiheadAttention(4, 2),
-            nn.LSTM(4, 3),
-            nn.GRU(4, 3),
-            nn.Conv1d(4, 3, 2),
-        ],
-        ids=lambda module: type(module).__name__,
-    )
-    def test_signatures(self, module: nn.Module) -> None:
-        """A layer keeps the signature of its forward, by which export and fx name its inputs."""
-        expected = inspect.signature(module.forward)
-        pl.attach(module, pl.LoRA(rank=1), "*weight*")
-        assert inspect.signature(module.forward) == expected
+            node.target
+            for node in torch.export.export(model, case.inputs).graph.nodes
+            if node.op == "call_function"
+        ]
+        for model in (case.model, case.plain)
+    ]
+    assert graphs[0] == graphs[1]
+
+
+def test_saved_program() -> None:
+    """A program with a dynamic batch can be saved and loaded, and does not need paramlora."""
+    case = case_of(MLP)
+    (x,) = case.inputs
+    rows = torch.export.Dim("rows", min=2)
+    program = torch.export.export(case.model, (x,), dynamic_shapes=({0: rows},))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    case.inputs = (torch.randn(9, 7, dtype=torch.float64),)
+    assert_close([loaded(*case.inputs)], case.expected("one").outputs, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Linear(4, 3),
+        nn.Embedding(5, 4),
+        nn.EmbeddingBag(5, 4),
+        nn.MultiheadAttention(4, 2),
+        nn.LSTM(4, 3),
+        nn.GRU(4, 3),
+        nn.Conv1d(4, 3, 2),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_signatures(module: nn.Module) -> None:
+    """A layer keeps the signature of its forward, from which export and fx name its inputs."""
+    expected = inspect.signature(module.forward)
+    pl.attach(module, pl.LoRA(rank=1), "*weight*")
+    assert inspect.signature(module.forward) == expected

@@ -21,23 +21,23 @@ from tests.support.helpers import (
     EXACT,
     unchanged,
 )
-from tests.support.mixed import assert_bits
+from tests.support.mixed import assert_bits, train
 from tests.support.reference import loss, shake
 
 
-def normed(foreign: Callable[..., nn.Module]) -> tuple[nn.Sequential, Tensor]:
+def normed(norm: Callable[..., nn.Module]) -> tuple[nn.Sequential, Tensor]:
     """Return a model in eval mode whose first layer has a norm, and an input."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
-    foreign(model[0])
+    norm(model[0])
     return model.eval(), torch.randn(6, 5, dtype=torch.float64)
 
 
 def norm_by_hand(model: nn.Sequential) -> Tensor:
-    """Return the first layer's W from the stored tensors, by the formula of its norm."""
+    """Return W of the first layer from the stored tensors, by the formula of its norm."""
     stored = {key.rpartition(".")[2]: v for key, v in model[0].named_parameters()}
     stored |= {key.rpartition(".")[2]: v for key, v in model[0].named_buffers()}
-    if "original1" in stored:  # g · v / ‖v‖, a norm a row
+    if "original1" in stored:  # g · v / ‖v‖, one norm a row
         v = stored["original1"]
         return stored["original0"] * v / v.norm(dim=1, keepdim=True)
     W = stored["original"]  # W / σ(W)
@@ -45,10 +45,10 @@ def norm_by_hand(model: nn.Sequential) -> Tensor:
 
 
 class TestNorms:
-    @pytest.mark.parametrize("foreign", [weight_norm, spectral_norm])
-    def test_before(self, foreign: Callable[..., nn.Module]) -> None:
+    @pytest.mark.parametrize("norm", [weight_norm, spectral_norm])
+    def test_before(self, norm: Callable[..., nn.Module]) -> None:
         """On an existing norm, W' = norm(W) + s·BA; the base keeps its keys, digest and bits."""
-        model, x = normed(foreign)
+        model, x = normed(norm)
         keys, digest, before = model.state_dict().keys(), pl.fingerprint(model), model(x)
         with unchanged(model):
             pl.attach(model, pl.LoRA(rank=2, alpha=3), freeze=False)
@@ -77,10 +77,15 @@ class TestNorms:
             assert_bits(other(x), before)
             assert_close(model(x), expected, **EXACT)
             pl.detach(model)
-        for one in (model, other):
-            parametrize.remove_parametrizations(one[0], "weight")
-            assert type(one[0]) is nn.Linear
-            assert_close(one(x), before, **EXACT)
+            pl.attach(model, pl.LoRA(rank=2), name="frozen")
+            pl.attach(model, pl.Delta(), "*.bias", name="biases")
+            train(model, x)
+            assert not torch.equal(model(x), before)
+            pl.detach(model)
+        for detached in (model, other):
+            parametrize.remove_parametrizations(detached[0], "weight")
+            assert type(detached[0]) is nn.Linear
+            assert_close(detached(x), before, **EXACT)
 
     def test_merging_into_weight_norm(self) -> None:
         """Merging on a weight_norm stores g and v of W'; unmerging restores the bits."""
@@ -122,9 +127,9 @@ class TestNorms:
         assert not torch.allclose(base, expected)
 
     @pytest.mark.parametrize("foreign", [spectral_norm, nn.utils.parametrizations.orthogonal])
-    def test_merging_is_refused(self, foreign: Callable[..., nn.Module]) -> None:
+    def test_merging_into_other_norms(self, norm: Callable[..., nn.Module]) -> None:
         """Merging raises StateError if W' cannot be stored, as when its norm must be 1."""
-        model, _ = normed(foreign)
+        model, _ = normed(norm)
         pl.attach(model, pl.LoRA(rank=2, alpha=3))
         shake(model)
         with unchanged(model), pytest.raises(pl.StateError, match=r"cannot merge at '0\.weight'"):
@@ -138,9 +143,9 @@ class TestNorms:
         shake(model)
         expected = model(x)
         weight_norm(model[0])
-        norm = copy.deepcopy(base)
-        weight_norm(norm[0])
-        assert pl.base_state_dict(model).keys() == norm.state_dict().keys()
+        plain = copy.deepcopy(base)
+        weight_norm(plain[0])
+        assert pl.base_state_dict(model).keys() == plain.state_dict().keys()
         assert_close(model(x), expected, **EXACT)
         A, B = pl.state_dict(model).values()
         assert_close(model[0].weight, norm_by_hand(model) + 1.5 * B @ A, **EXACT)
@@ -149,7 +154,7 @@ class TestNorms:
         with pl.merged(model):
             assert_close(model(x), expected, **EXACT)
         pl.detach(model)
-        assert_bits(model.state_dict(), norm.state_dict())
+        assert_bits(model.state_dict(), plain.state_dict())
         assert all(parameter.requires_grad for parameter in model.parameters())
         parametrize.remove_parametrizations(model[0], "weight")
         assert_close(model.state_dict(), base.state_dict(), **EXACT)
@@ -184,7 +189,7 @@ class TestNorms:
         pl.attach(model, pl.LoRA(rank=2, alpha=3), "0")
         shake(model)
         adapted = model[0].weight.detach().clone()
-        # Enough steps of the power iteration to find σ.
+        # Enough steps of the power iteration to find σ exactly.
         spectral_norm(model[0], n_power_iterations=500)
         assert_close(model[0].weight, adapted / torch.linalg.matrix_norm(adapted, 2), **EXACT)
         with pl.merged(model):

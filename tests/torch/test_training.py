@@ -1,4 +1,4 @@
-"""Hooks, and optimizers of the base and of the factors, on an adapted model."""
+"""Hooks on an adapted model, and optimizers of the base and of the factors."""
 
 import copy
 from collections.abc import Callable
@@ -29,10 +29,10 @@ class TestHooks:
         case = Case.of(MLP)
         seen: list[tuple[str, list[Tensor]]] = []
 
-        def record(what: str) -> Callable[..., None]:
-            return lambda module, *values: seen.append((what, floats(list(values))))
+        def record(label: str) -> Callable[..., None]:
+            return lambda module, *values: seen.append((label, floats(list(values))))
 
-        def instrument(layer: nn.Module, when: str) -> None:
+        def add_hooks(layer: nn.Module, when: str) -> None:
             layer.register_forward_pre_hook(record(f"{when}: forward pre"))
             layer.register_forward_hook(record(f"{when}: forward"))
             layer.register_full_backward_pre_hook(record(f"{when}: backward pre"))
@@ -44,20 +44,20 @@ class TestHooks:
             loss([model(x)]).backward()
             return list(seen)
 
-        instrument(case.model[0], "before")
+        add_hooks(case.model[0], "before")
         case.attach(KINDS["lora"])
         plain = dense_copy(case)
-        instrument(plain[0], "before")
+        add_hooks(plain[0], "before")
         for model in (case.model, plain):
-            instrument(model[2], "after")
+            add_hooks(model[2], "after")
         ours, theirs = run(case.model), run(plain)
-        assert [what for what, _ in ours] == [what for what, _ in theirs]
+        assert [label for label, _ in ours] == [label for label, _ in theirs]
         assert len(ours) == 8
         assert_close([values for _, values in ours], [values for _, values in theirs], **EXACT)
 
-        pl.detach(case.model)  # and they all stay
+        pl.detach(case.model)  # all hooks stay
         ours, theirs = run(case.model), run(plain)
-        assert [what for what, _ in ours] == [what for what, _ in theirs]
+        assert [label for label, _ in ours] == [label for label, _ in theirs]
 
     def test_hooks_that_change_values(self) -> None:
         """The value a hook returns replaces inputs, outputs or gradients, as on a dense model."""
@@ -92,17 +92,17 @@ class TestHooks:
     def test_optimizer_in_the_backward(self) -> None:
         """A hook that steps each factor when its gradient arrives gives the optimizer's result."""
         case = case_of(MLP)
-        twin = copy.deepcopy(case.model)
+        copied = copy.deepcopy(case.model)
 
         def step(parameter: Tensor) -> None:
             parameter.data -= 0.1 * parameter.grad
 
         for parameter in pl.parameters(case.model):
             parameter.register_post_accumulate_grad_hook(step)
-        for model in (case.model, twin):
+        for model in (case.model, copied):
             loss(floats(model(*case.inputs))).backward()
-        torch.optim.SGD(pl.parameters(twin), lr=0.1).step()
-        assert_close(factors(case.model), factors(twin), **EXACT)
+        torch.optim.SGD(pl.parameters(copied), lr=0.1).step()
+        assert_close(factors(case.model), factors(copied), **EXACT)
 
 
 class TestOptimizer:
@@ -112,7 +112,7 @@ class TestOptimizer:
     def test_of_the_base(self, host: str | Host) -> None:
         """An optimizer made before attach, and its state, continue after detach bit for bit."""
         case = Case.of(HOSTS[host] if isinstance(host, str) else host)
-        twin = copy.deepcopy(case.model)
+        copied = copy.deepcopy(case.model)
 
         def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             optimizer.zero_grad()
@@ -120,10 +120,10 @@ class TestOptimizer:
             optimizer.step()
 
         ours = torch.optim.Adam(case.model.parameters(), lr=0.01)
-        theirs = torch.optim.Adam(twin.parameters(), lr=0.01)
+        theirs = torch.optim.Adam(copied.parameters(), lr=0.01)
         for _ in range(2):
             step(case.model, ours)
-            step(twin, theirs)
+            step(copied, theirs)
         before = [id(p) for p in case.model.parameters()]
         case.attach(KINDS["lora"])
         step(case.model, torch.optim.Adam(pl.parameters(case.model), lr=0.01))
@@ -133,14 +133,14 @@ class TestOptimizer:
         assert [id(p) for p in case.model.parameters()] == before
 
         step(case.model, ours)
-        step(twin, theirs)
-        assert_bits(dict(case.model.state_dict()), dict(twin.state_dict()))
-        # Loaded by a new one, each moment comes to its own parameter: shapes alone could not tell.
+        step(copied, theirs)
+        assert_bits(dict(case.model.state_dict()), dict(copied.state_dict()))
+        # A new optimizer gives each moment to its own parameter, in the order of parameters.
         again = torch.optim.Adam(case.model.parameters(), lr=0.01)
         again.load_state_dict(copy.deepcopy(theirs.state_dict()))
         step(case.model, again)
-        step(twin, theirs)
-        assert_bits(dict(case.model.state_dict()), dict(twin.state_dict()))
+        step(copied, theirs)
+        assert_bits(dict(case.model.state_dict()), dict(copied.state_dict()))
 
     def test_of_the_base_while_attached(self) -> None:
         """Loading its state or stepping it while attached does not change the frozen base."""
@@ -184,10 +184,10 @@ class TestOptimizer:
         case = case_of(MLP)
         case.attach(KINDS["lora_stabilized"], "two")
         optimizer = torch.optim.Adam(pl.parameters(case.model, "two"), lr=0.01)
-        held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        before = [id(p) for group in optimizer.param_groups for p in group["params"]]
         pl.detach(case.model, "one")
-        assert [id(p) for p in pl.parameters(case.model)] == held
-        before = factors(case.model)
+        assert [id(p) for p in pl.parameters(case.model)] == before
+        values = factors(case.model)
         loss(floats(case.model(*case.inputs))).backward()
         optimizer.step()
-        assert all(not torch.equal(*pair) for pair in zip(factors(case.model), before, strict=True))
+        assert all(not torch.equal(*pair) for pair in zip(factors(case.model), values, strict=True))

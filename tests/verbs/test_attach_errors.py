@@ -14,17 +14,7 @@ from torch import Tensor, nn
 import paramlora as pl
 from paramlora import LoRA
 from tests.support.helpers import A_NAME, LEAVE_OUT, Row, refuses, unchanged
-from tests.support.models import attached, plain
-
-
-class Tied(nn.Module):
-    """An embedding whose weight is also the head's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb = nn.Embedding(7, 5)
-        self.head = nn.Linear(5, 7, bias=False)
-        self.head.weight = self.emb.weight
+from tests.support.models import Tied, attached, plain
 
 
 class Holder(nn.Module):

@@ -96,17 +96,6 @@ class TestInvariant4:
         assert flags(model) == flags(plain)
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb = nn.Embedding(5, 4)
-        self.head = nn.Linear(4, 5, bias=False)
-        self.head.weight = self.emb.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.emb(ids))
-
-
 class TestParts:
     def test_detaching_the_whole_heals_what_a_part_left(self) -> None:
         """A part gives back its own flags; the whole then gives back all, and leaves no trace."""
@@ -160,21 +149,3 @@ class TestParts:
         assert pl.fingerprint(model) == digest
         pl.disable(model)
         assert torch.equal(model(x), expected)
-
-    def test_a_tie_that_was_adapted_on_one_side_is_refused(self) -> None:
-        """Attaching to one side through a part is allowed; going on with the whole is refused."""
-        model = Tied()
-        pl.attach(model.head, pl.LoRA(2), name="a")
-        shaken(model)
-        weight = model.emb.weight.clone()
-        for call in (
-            lambda: pl.attach(model, pl.LoRA(2), "emb", name="b"),
-            lambda: pl.merge(model),
-        ):
-            with pytest.raises(pl.StateError, match=r"'emb.weight' and 'head.weight' are tied"):
-                call()
-        assert torch.equal(model.emb.weight, weight)
-        pl.detach(model)
-        pl.attach(model, pl.LoRA(2), "emb", name="b")
-        shaken(model)
-        assert torch.equal(model.emb.weight, model.head.weight)

@@ -1,7 +1,5 @@
 """What each bad `merge`, `unmerge`, `bake` or `detach` says, word for word."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -10,17 +8,7 @@ from torch.nn.utils import parametrizations
 import paramlora as pl
 from paramlora import LoRA
 from tests.support.helpers import Row, enter, refuses
-from tests.support.models import attached, half_merged, plain
-
-
-class Tied(nn.Module):
-    """An embedding whose weight is also the head's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb = nn.Embedding(7, 5)
-        self.head = nn.Linear(5, 7, bias=False)
-        self.head.weight = self.emb.weight
+from tests.support.models import Tied, attached, half_merged, plain
 
 
 def tied() -> nn.Module:
@@ -33,14 +21,6 @@ def one_sided() -> nn.Module:
     """A tied model to one side of which an adapter was attached through a part."""
     model = Tied()
     pl.attach(model.head, LoRA(rank=2), "weight")
-    return model
-
-
-def untied() -> nn.Module:
-    """A tied model whose tie was cut under the adapter, as `to_empty` does on another device."""
-    model = tied()
-    held: Any = model.get_submodule("head.parametrizations.weight")
-    held.original = nn.Parameter(held.original.detach().clone(), requires_grad=False)
     return model
 
 
@@ -91,13 +71,6 @@ MERGING: dict[str, Row] = {
         pl.StateError,
         "'emb.weight' and 'head.weight' are tied, and adapters were attached to one side alone, "
         "through a part of the model; detach those, and attach to the whole",
-    ),
-    "merging a tie that was cut": (
-        untied,
-        lambda m: pl.merge(m),
-        pl.StateError,
-        "cannot merge: 'head.weight' and 'emb.weight' were tied when their adapter was attached, "
-        "and are not any more (to_empty unties, for one); detach, tie them again and attach",
     ),
     "unmerging what was written to": (
         overwritten,
