@@ -187,7 +187,7 @@ def test_stopping_by_keyboard_and_going_on(finished, tmp_path, monkeypatch, caps
     assert [row["stage"] for row in rows_in(tmp_path)] == STAGES[:6]
     assert study(tmp_path) == 0
     shown = capsys.readouterr().out
-    assert "resumed  6 rows are there, 4 stages are left" in shown
+    assert "resumed  6 rows recorded, 4 stages remaining" in shown
     assert "trained before, from" in shown
     assert made_in(tmp_path) == made_in(finished)
 
