@@ -76,7 +76,7 @@ class StudyContext:
         label: str,
         hooks: Sequence[Hook] = (),
     ) -> Tensor:
-        """Train by cross-entropy and Adam, without remedies; return the losses, float32 (steps,)."""
+        """Train with cross-entropy and Adam; return the loss of each step, float32 (steps,)."""
         optimizer = torch.optim.Adam(parameters, self.settings.finetuning.lr, fused=True)
         return self.train(model, batches, cross_entropy, optimizer, label, hooks)
 

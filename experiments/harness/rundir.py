@@ -158,5 +158,6 @@ def _same_again(folder: Path, key: tuple[str, ...], there: Row, row: Row) -> Non
         name = " ".join(str(row.get(part)) for part in key)
         raise StudyError(
             f"the row '{name}' in {folder} was evaluated again and differs in "
-            f"{', '.join(differing)}: the code or the machine has changed since; choose another --out"
+            f"{', '.join(differing)}: the code or the machine has changed since; "
+            "choose another --out"
         )
