@@ -31,7 +31,7 @@ class Update(NamedTuple):
 
 
 def updates(factors: Mapping[str, Tensor], scale: float) -> dict[str, Update]:
-    """Return the update of each layer by updates path, from the factors of a LoRA by parameter name.
+    """Return the update of each layer by path, from the factors of a LoRA by parameter name.
 
     >>> A, B = torch.ones(1, 3), torch.ones(2, 1)
     >>> of = "linear1.parametrizations.weight.0.factors.digits"
@@ -102,7 +102,7 @@ class Strengths:
         return rows.view(-1, *c.shape).transpose(0, 1)
 
     def _by_layer(self, updates: Mapping[str, Update], strengths: Tensor) -> Tensor:
-        """Return the logits of a network with ReLUs between updates layers, one λ after another."""
+        """Return the logits of a network with ReLUs between its layers, one λ after another."""
         (first, _), *rest = self.layers.items()
         read = self.inputs @ updates[first].A.t() if first in updates else None
         found = []
@@ -122,7 +122,7 @@ class Strengths:
 
     @cached_property
     def _first(self) -> Tensor:
-        """The output of the base's first layer before updates ReLU, (n, hidden)."""
+        """The output of the base's first layer before its ReLU, (n, hidden)."""
         return next(iter(self.layers.values()))(self.inputs)
 
 

@@ -9,6 +9,6 @@ The teacher z⁰ is the model with its adapter off, evaluated on the tuned image
 remedies documented as using old images, use examples of other classes.
 
 The strength needs no training: `pl.scale` sets W' = W + λ·ΔW. Weights between the base's and the
-fine-tuned ones can serve both tasks: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (WiSE-FT),
-arXiv 2109.01903.
+fine-tuned ones can serve both tasks (Wortsman et al. 2022, "Robust fine-tuning of zero-shot
+models", WiSE-FT, arXiv 2109.01903).
 """

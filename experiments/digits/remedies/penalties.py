@@ -71,7 +71,9 @@ def elastic(weights: Mapping[str, Tensor], fishers: Mapping[str, Tensor]) -> Pen
     """Return the penalty ½ Σ_ij F_ij · ΔW_ij² of elastic weight consolidation, ΔW = W' - W.
 
     The penalty is on ΔW and not on the factors A and B. B starts at zero, where the gradient and so
-    the Fisher information of A are zero, and A would not be penalised. Source: Kirkpatrick et al. 2017 (EWC), eq. 3.
+    the Fisher information of A are zero, and A would not be penalised.
+
+    Source: Kirkpatrick et al. 2017 (EWC), eq. 3.
 
     Args:
         weights: W by path, from `base_weights`.
@@ -89,7 +91,7 @@ def elastic(weights: Mapping[str, Tensor], fishers: Mapping[str, Tensor]) -> Pen
 
 
 def orthogonal(earlier: Mapping[str, Tensor], paths: Mapping[str, str]) -> Penalty:
-    """Return the penalty Σ_sites ‖A_earlier Aᵀ‖₁ on the overlap with an earlier adapter's row space.
+    """Return the penalty Σ_sites ‖A_earlier Aᵀ‖₁ between an earlier A and this one.
 
     Source: Wang et al. 2023, "Orthogonal Subspace Learning" (O-LoRA), arXiv 2310.14152, eq. 8.
 

@@ -13,7 +13,7 @@ Factors = Mapping[str, Tensor]
 
 
 def principal(rows: Tensor, energy: float) -> Tensor:
-    """Return the first k right-singular vectors of `rows`, which hold a share of energy, (k, in).
+    """Return the right-singular vectors of `rows` with a share of the energy, (k, in).
 
     k is the smallest number with Σ_{i≤k} σ_i² ≥ energy · Σ σ_i². Source: Saha et al. 2021, "Gradient
     Projection Memory", arXiv 2103.09762, eq. 5.
@@ -38,8 +38,8 @@ def project_away(A: Tensor, directions: Tensor) -> None:
     """Project the rows of A onto the complement of span(D), in place: A ← A - A Dᵀ D.
 
     The update then does not change inputs in that span: x ∈ span(D) ⇒ B A x = 0. Sources: Saha et
-    al. 2021 (GPM, which projects gradients); Wang et al. 2021, "Training networks in null space", arXiv
-    2103.07113.
+    al. 2021 (GPM, which projects gradients); Wang et al. 2021, "Training networks in null space",
+    arXiv 2103.07113.
 
     Args:
         A: (…, r, in).
