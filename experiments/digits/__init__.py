@@ -1,1 +1,1 @@
-"""The digit study: fine-tune a small network on some digits, and count what it forgets."""
+"""The digit study: fine-tune a small network on some digits and measure forgetting."""

@@ -1,7 +1,7 @@
-"""Archives of MNIST's format: found on disk or downloaded, checked and read.
+"""Find, download, verify and read archives in MNIST's format.
 
-The only file that imports torchvision, and only to download: archives that are on disk are read
-here, in a third of a second.
+Only this file imports torchvision, and only for a download. Archives on disk are read without it,
+in a third of a second.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..harness.settings import StudyError
 
-# The MD5 sums that torchvision checks too (torchvision.datasets.MNIST.resources).
+# The MD5 sums, the same as torchvision's (torchvision.datasets.MNIST.resources).
 ARCHIVES = {
     "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
     "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
@@ -40,14 +40,17 @@ FASHION_ARCHIVES = {
 }
 
 
-PATIENCE = 5.0  # seconds that a mirror has to answer, and a download to go on after a pause
+PATIENCE = 5.0  # timeout in seconds for a mirror's answer, and for a pause in a download
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set of MNIST's format: the name that torchvision has for it, and its archives' sums.
+    """A data set in MNIST's format.
 
-    `variable`: the environment variable that names a folder with the archives.
+    Args:
+        name: the name of torchvision's class for the data set.
+        archives: the MD5 sum of each archive by file name.
+        variable: the environment variable that names a folder with the archives.
     """
 
     name: str
@@ -62,14 +65,15 @@ FASHION_SOURCE = Source("FashionMNIST", FASHION_ARCHIVES, "PARAMLORA_FASHION")
 
 
 class MissingError(Exception):
-    """MNIST is neither on disk nor to be downloaded."""
+    """The data set is not on disk and cannot be downloaded."""
 
 
 def archive_folder(folder: Path, source: Source) -> Path | None:
-    """Return where the four archives lie: where torchvision puts them in the folder, or in it.
+    """Return the folder of the data set's four archives, or None if they are not found.
 
-    All sets of this format name their archives alike, so one archive's sum says whether they are
-    another set's. Damaged ones are no other's, and are named when they are read.
+    This is `folder` itself or the subfolder that torchvision writes to. All data sets in this
+    format use the same file names. The MD5 sum of one archive therefore decides whether a folder
+    has another data set. Damaged archives have an unknown sum; `read_archive` reports them.
     """
     for place in (folder / source.name / "raw", folder):
         if all((place / name).is_file() for name in source.archives):
@@ -82,7 +86,14 @@ def archive_folder(folder: Path, source: Source) -> Path | None:
 
 
 def read_archive(path: Path, md5: str) -> Tensor:
-    """Return the uint8 tensor in an IDX file: big-endian sizes, as many as its fourth byte says."""
+    """Return the uint8 tensor in a gzipped IDX file.
+
+    The fourth byte of the file is the number of dimensions. Their sizes follow as big-endian
+    32-bit integers.
+
+    Raises:
+        StudyError: the file has another MD5 sum.
+    """
     packed = path.read_bytes()
     if (found := _md5(packed)) != md5:
         raise StudyError(f"{path} is damaged: its MD5 is {found}, not {md5}; delete it")
@@ -92,9 +103,10 @@ def read_archive(path: Path, md5: str) -> Tensor:
 
 
 def _unpacked(beside: Path, packed: bytes) -> bytes:
-    """Return what is in an archive, from the file that torchvision unpacks beside it if it is it.
+    """Return the content of a gzip archive.
 
-    The archive ends with the CRC-32 and the length of what is in it (RFC 1952): a check takes a
+    If the file `beside`, which torchvision unpacks, has the same content, it is read instead. The
+    archive ends with the CRC-32 and the length of its content (RFC 1952). Comparing these takes a
     tenth of the time of unpacking.
     """
     check, length = struct.unpack("<II", packed[-8:])
@@ -111,7 +123,16 @@ def _md5(content: bytes) -> str:
 
 
 def download(folder: Path, source: Source, before: str) -> str:
-    """Let torchvision download the set and check it; return the mirror, or raise MissingError."""
+    """Download the data set with torchvision, which verifies it; return the mirror's address.
+
+    Args:
+        folder: the folder to download to.
+        source: the data set.
+        before: the start of an error message: where the data set was not found.
+
+    Raises:
+        MissingError: torchvision is not installed, or no mirror has the data set.
+    """
     try:
         from torchvision import datasets
     except ImportError:
@@ -131,33 +152,34 @@ def download(folder: Path, source: Source, before: str) -> str:
 
 
 def _fetch(torchvisions: Any, source: Source, mirror: str, folder: Path) -> None:
-    """Put the set from a mirror where torchvision puts it, and let torchvision check it."""
+    """Download the data set from one mirror into torchvision's folder, and verify it."""
     raw = folder / source.name / "raw"
     if mirror.startswith("file:"):
-        # torchvision asks for the length that HTTP announces, and so fails on a local mirror. It
-        # takes archives that lie there already, once their sums are right.
+        # torchvision reads the length from the HTTP headers and so fails on a file: mirror. It
+        # accepts archives that are already in its folder if their sums are right.
         raw.mkdir(parents=True, exist_ok=True)
         for name, md5 in source.archives.items():
             with urllib.request.urlopen(mirror + name) as file:
                 (raw / name).write_bytes(content := file.read())
             if _md5(content) != md5:
                 raise RuntimeError(f"{name} fails its MD5")
-    # torchvision names its folder after the class, so the one with a single mirror has its name.
+    # torchvision names its folder after the class. The subclass, which has a single mirror, must
+    # therefore have the name of the original class.
     type(source.name, (torchvisions,), {"mirrors": [mirror]})(folder, download=True)
 
 
 def _delete_damaged(raw: Path, source: Source) -> None:
-    """Delete archives that a failed download left in part: they would be found the next time."""
+    """Delete incomplete archives of a failed download. The next run would find them otherwise."""
     for path in (raw / name for name in source.archives):
         if path.is_file() and _md5(path.read_bytes()) != source.archives[path.name]:
             path.unlink()
 
 
 def _answering(mirrors: list[str], name: str) -> list[str]:
-    """Return the mirrors that begin to send the file `name` within PATIENCE seconds.
+    """Return the mirrors that start to send the file `name` within PATIENCE seconds.
 
-    Asked all at once, each by a thread: a name server that does not answer would hold up a call
-    for a minute, and no timeout of a socket covers it.
+    Each mirror is asked in a thread of its own, because socket timeouts do not cover name
+    resolution: an unresponsive name server blocks a call for a minute.
     """
     answered = set()
 
@@ -166,7 +188,7 @@ def _answering(mirrors: list[str], name: str) -> list[str]:
             with urllib.request.urlopen(mirror + name, timeout=PATIENCE):
                 answered.add(mirror)
         except (OSError, ValueError):
-            pass  # it is left out, and the message names it
+            pass  # the error message lists the mirror
 
     threads = [threading.Thread(target=ask, args=(mirror,), daemon=True) for mirror in mirrors]
     for thread in threads:
@@ -178,7 +200,7 @@ def _answering(mirrors: list[str], name: str) -> list[str]:
 
 @contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Let sockets that are opened inside give up after so many seconds of silence."""
+    """Set the default timeout of new sockets within the `with` block."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -1,7 +1,7 @@
-"""Pre-training, and the folder of bases that earlier runs trained.
+"""Pre-training, and the folder of trained bases that runs share.
 
-A base is kept under a hash of everything that it depends on, so that runs share it and no run
-can get one that is not its own.
+The file name of a base is a hash of everything that the base depends on. Runs with the same
+settings share a base, and a run cannot load a base that was trained with other settings.
 """
 
 import hashlib
@@ -46,16 +46,21 @@ class Base:
 
 
 def network(settings: DigitSettings) -> DigitNet:
-    """Return the network of these settings, its weights from torch's global generator."""
+    """Return the untrained network, with weights drawn from torch's global generator."""
     shape = settings.network
     return DigitNet(shape.hidden, shape.activation, shape.relu_logits)
 
 
 def pretrain(settings: DigitSettings, inputs: Tensor, labels: Tensor) -> Base:
-    """Train a network on all training images, as the blog does, and return it.
+    """Train a network as the blog post does, and return it.
 
-    One seed decides the first weights and then the order of the images; torch's global generator
-    is left as it was.
+    One seed determines the initial weights and the order of the images. The state of torch's global
+    generator is restored.
+
+    Args:
+        settings: the network, the seed and the settings of pre-training.
+        inputs: the training images, float32 (n, 784), on the training device.
+        labels: int64 (n,).
     """
     with torch.random.fork_rng(devices=[]):
         model, order = _drawn(settings, len(labels))
@@ -68,43 +73,52 @@ def pretrain(settings: DigitSettings, inputs: Tensor, labels: Tensor) -> Base:
 
 @lru_cache(maxsize=8)
 def order_after_base(settings: DigitSettings, images: int, rows: int, count: int) -> Tensor:
-    """Return `count` of `rows` indices in the order in which the blog's fine-tuning draws them.
+    """Return the indices that the blog's fine-tuning draws, int64 (count,).
 
-    That order continues the random numbers of pre-training on `images` images, which is why it
-    depends on the base's seed. Torch's global generator is left as it was.
+    The blog's script sets the seed once. Its fine-tuning continues the random numbers of everything
+    before it, so the order depends on the base's seed. This function replays these draws in order:
+    the initial weights, the DataLoader of pre-training, the DataLoader of the test pass. Leaving
+    out any of them gives other images to fine-tune on. The state of torch's global generator is
+    restored.
+
+    Args:
+        settings: the network, the seed and the length of pre-training.
+        images: number of images of pre-training.
+        rows: number of images of the tuned digits.
+        count: number of indices to return.
     """
     with torch.random.fork_rng(devices=[]):
         _drawn(settings, images)
-        # The loader of the test pass in between does not shuffle, and draws one number even so.
+        # The DataLoader of the test pass does not shuffle, but still draws the workers' base seed.
         torch.empty((), dtype=torch.int64).random_()
         return loader_order(rows, count)
 
 
 def _drawn(settings: DigitSettings, images: int) -> tuple[DigitNet, Tensor]:
-    """Seed torch's global generator; return the first weights and the order of the images."""
+    """Seed torch's global generator; return the initial weights and the order of the images."""
     torch.manual_seed(settings.seed)
     count = settings.pretraining.base_steps * settings.pretraining.batch
     return network(settings), loader_order(images, count)
 
 
 def base_path(settings: DigitSettings, device: torch.device, data_digest: str) -> Path:
-    """Return where the base of these settings is kept: a file named after all it depends on."""
+    """Return the path of a base, whose file name is a hash of everything the base depends on."""
     every = flattened(result_settings(settings))
-    decides = [every[name] for name in FIELDS] + [device.type, data_digest, torch.__version__]
+    inputs = [every[name] for name in FIELDS] + [device.type, data_digest, torch.__version__]
     if settings.holdout.selection:
-        decides.append(settings.holdout.validation)  # images that this base has not seen
-    name = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+        inputs.append(settings.holdout.validation)  # these images are not in pre-training
+    name = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
     return Path(settings.place.bases) / f"{name}.safetensors"
 
 
 def keep(base: Base, path: Path) -> None:
-    """Write a base to a file, at once."""
+    """Write a base to a file, atomically."""
     tensors = {f"model.{key}": value.contiguous() for key, value in base.state.items()}
     replace_file(path, save({**tensors, "losses": base.losses}))
 
 
 def find(path: Path) -> Base | None:
-    """Return the base in a file, or None where there is no such file.
+    """Return the base in a file, or None if the file does not exist.
 
     Raises:
         StudyError: the file is damaged.
@@ -115,12 +129,12 @@ def find(path: Path) -> Base | None:
         tensors = load(path.read_bytes())
         losses = tensors.pop("losses")
     except (SafetensorError, KeyError) as error:
-        raise StudyError(f"{path} is not a base that a run left ({error}); delete it") from None
+        raise StudyError(f"{path} is damaged or not a base ({error}); delete it") from None
     return Base({key.removeprefix("model."): value for key, value in tensors.items()}, losses)
 
 
 def restore(settings: DigitSettings, base: Base, device: torch.device) -> nn.Module:
-    """Return a new network with the base's weights, in evaluation mode, on the device."""
+    """Return a new network with the base's weights on the device, in evaluation mode."""
     with torch.random.fork_rng(devices=[]):
         model = network(settings)
     model.load_state_dict(base.state)

@@ -1,4 +1,4 @@
-"""The command of the digit study: `digits`, and the page that `report --explain` makes."""
+"""The `digits` command, and the options of `report` for digit runs."""
 
 import argparse
 from pathlib import Path
@@ -14,8 +14,8 @@ def add_commands(commands: Commands) -> None:
     digits = add_command(
         commands,
         "digits",
-        help="pre-train on digits, fine-tune on some, switch off and on, and report",
-        description="The digit study. The value of preset blog is in brackets.",
+        help="pre-train on digits, fine-tune on some of them, measure forgetting, and report",
+        description="Run the digit study. Brackets show the value of preset blog.",
         epilog=presets_help(PRESETS, "blog"),
         examples=(
             "--seeds 2",
@@ -28,8 +28,8 @@ def add_commands(commands: Commands) -> None:
 
 
 def run(**given: object) -> int:
-    """Run the digit study with the options given on top of a preset."""
-    # Imported here, as torch and paramlora take their time and --help needs neither.
+    """Run the digit study with a preset and changed options, and report; return the exit status."""
+    # Imported here because torch and paramlora import slowly and --help does not need them.
     from .study import run_digits
 
     settings = preset(str(given.pop("preset", "blog")), **given)
@@ -37,16 +37,20 @@ def run(**given: object) -> int:
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
-    """Add the page on an adapter to what `report` can make."""
+    """Add the options of the page on an adapter to `report`."""
     page = parser.add_argument_group("Digit study")
     page.add_argument(
         "--explain",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="write only explain.html, the page on what an adapter of the run did",
+        help="write only explain.html, a page on the effect of one adapter of the run",
     )
     page.add_argument(
-        "--seed", type=int, default=argparse.SUPPRESS, metavar="N", help="the adapter's [0]"
+        "--seed",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="the seed of the adapter on the page [0]",
     )
     for name in ("bases", "data_dir"):
         add_option(page, options(DigitSettings)[name])
@@ -59,12 +63,19 @@ def report(
     bases: str | None = None,
     data_dir: str | None = None,
 ) -> int:
-    """Write the report of each run and show its table, or with `explain` the page on an adapter.
+    """Write the report of each run and print its table, or write the page on an adapter.
 
     Return 1 if a check failed, else 0.
 
+    Args:
+        folders: the folders of the runs.
+        explain: write the page on an adapter instead of the report.
+        seed: the seed of that adapter; 0 by default.
+        bases: the folder of trained bases, if it has moved since the run.
+        data_dir: the folder of the data set, if it has moved since the run.
+
     Raises:
-        StudyError: no run is in a folder, or none that has a fine-tuned network yet.
+        StudyError: a folder has no run, or its run has no fine-tuned network yet.
     """
     places = {"seed": seed, "bases": bases, "data_dir": data_dir}
     given: dict[str, Any] = {key: value for key, value in places.items() if value is not None}
@@ -74,7 +85,7 @@ def report(
 
 
 def report_one(folder: Path) -> int:
-    """Write a run's report and figures, and show its table."""
+    """Write a run's report and figures, and print its table; return the exit status."""
     from .report.report import failed, terminal, write_report
 
     finished = write_report(folder)
@@ -84,7 +95,7 @@ def report_one(folder: Path) -> int:
 
 
 def explain_run(folder: Path, seed: int = 0, **places: object) -> int:
-    """Write the page on what a run's adapter did."""
+    """Write the page on the effect of a run's adapter; return the exit status."""
     from .report.explain import explain
 
     print(f"page     {explain(folder, seed, **places)}")

@@ -1,4 +1,4 @@
-"""What the stages of the digit study share: the data and the base on the device, and their use."""
+"""The context that the stages of the digit study share: data, base, training and evaluation."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,9 +21,10 @@ from .settings import DigitSettings
 
 @dataclass(frozen=True)
 class StudyContext:
-    """A base to fine-tune, the data to do it with, and the run that takes down what comes of it.
+    """A base, the data to fine-tune and evaluate it with, and the run that records the results.
 
-    `inputs` and `test_inputs` are float32 (n, 784), the labels int64 (n,), all on one device.
+    `inputs` and `test_inputs` are float32 (n, 784). The labels are int64 (n,). `base_logits` are
+    the base's logits of the test images, (n, 10). All are on the same device.
     """
 
     settings: DigitSettings
@@ -37,7 +38,8 @@ class StudyContext:
     base_fingerprint: str
     tuned: list[int]
     commit: str | None
-    # Images that neither fine-tuning nor, in a selection, pre-training sees; none by default.
+    # The validation images, None by default. Fine-tuning does not use them. With `selection`,
+    # pre-training does not use them either.
     held_inputs: Tensor | None = None
     held_labels: Tensor | None = None
 
@@ -52,7 +54,11 @@ class StudyContext:
         return restore(self.settings, self.base, self.inputs.device)
 
     def batches(self, generator: torch.Generator) -> Batches:
-        """Return the batches of a fine-tuning. To be drawn first, so that methods share them."""
+        """Return the batches of a fine-tuning.
+
+        Draw the batches before anything else from `generator`, so that all methods with the same
+        adapter seed get the same images in the same order.
+        """
         settings, rows = self.settings, self.tuned_rows
         size = settings.remedies.tune_batch or settings.pretraining.batch
         count = settings.finetuning.steps * size
@@ -70,7 +76,7 @@ class StudyContext:
         label: str,
         hooks: Sequence[Hook] = (),
     ) -> Tensor:
-        """Train the parameters plainly by a new Adam, and return the loss of each step."""
+        """Train with cross-entropy and Adam; return the loss of each step, float32 (steps,)."""
         optimizer = torch.optim.Adam(parameters, self.settings.finetuning.lr, fused=True)
         return self.train(model, batches, cross_entropy, optimizer, label, hooks)
 
@@ -83,24 +89,25 @@ class StudyContext:
         label: str,
         hooks: Sequence[Hook] = (),
     ) -> Tensor:
-        """Train on as many threads as the settings say, and return the loss of each step."""
+        """Train with the number of threads in the settings; return the losses, float32 (steps,)."""
         with cpu_threads(self.settings.place.threads):
             return train(model, batches, objective, optimizer, label=label, hooks=hooks)
 
     @contextmanager
     def watched(self, name: str) -> Iterator[tuple[list[Hook], Row]]:
-        """Yield hooks that keep and log the accuracies of a training, and the row they fill.
+        """Yield hooks that record and log accuracies during training, and the row they fill.
 
-        Without `look` and `tensorboard` there are no hooks, and the row stays empty.
+        If neither `look` nor `tensorboard` is set, there are no hooks and the row stays empty. The
+        row is filled at the end of the `with` block.
         """
         settings, hooks, row = self.settings, list[Hook](), Row()
         curve = Curve()
         logs: list[Log] = [curve]
 
         def look(step: int, model: nn.Module, loss: Tensor) -> None:
-            seen = self._halves(model)
+            accuracies = self._accuracies(model)
             for log in logs:
-                log(step, seen)
+                log(step, accuracies)
 
         with ExitStack() as files:
             if settings.extras.tensorboard:
@@ -113,10 +120,10 @@ class StudyContext:
         if settings.extras.look:
             row["way"] = {"steps": curve.steps, **curve.values}
 
-    def _halves(self, model: nn.Module) -> dict[str, float]:
-        """Return the accuracy on tuned and on other digits' test images."""
-        its = score(self.evaluate(model), self.test_labels, self.tuned)
-        return {"tuned": its["tuned_accuracy"], "other": its["other_accuracy"]}
+    def _accuracies(self, model: nn.Module) -> dict[str, float]:
+        """Return the accuracies on the test images of tuned and of other digits, fractions."""
+        scored = score(self.evaluate(model), self.test_labels, self.tuned)
+        return {"tuned": scored["tuned_accuracy"], "other": scored["other_accuracy"]}
 
     def validated(self, model: nn.Module) -> float:
         """Return the model's accuracy on the validation images, a fraction."""
@@ -130,7 +137,7 @@ class StudyContext:
         return logits_of(model, self.test_inputs)
 
     def beside_base(self, model: nn.Module, logits: Tensor) -> Row:
-        """Return whether the model's base, and these logits, are bitwise those of the base."""
+        """Return whether the base weights and these logits are bit-for-bit those of the base."""
         return {
             "same_fingerprint": pl.fingerprint(model) == self.base_fingerprint,
             "same_logits": torch.equal(logits, self.base_logits),
@@ -139,7 +146,7 @@ class StudyContext:
     def record(
         self, stage: str, method: str, seed: int | None, logits: Tensor, **more: Any
     ) -> None:
-        """Add a row for the evaluation that gave these logits."""
+        """Record the row of an evaluation, with the scores of its logits, (n, 10)."""
         row = {
             "stage": stage,
             "method": method,

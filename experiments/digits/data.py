@@ -1,4 +1,4 @@
-"""Data sets as tensors: handwritten digits, MNIST's or the smaller ones inside scikit-learn.
+"""Data sets as tensors: MNIST, Fashion-MNIST, and the small digits data set of scikit-learn.
 
 A subset of a data set is a mask or an index, never a second copy.
 """
@@ -27,17 +27,17 @@ class Split:
     labels: Tensor
 
     def inputs(self, mean: float, std: float) -> Tensor:
-        """Return what a network sees: float32 (n, 784), pixels in 0 to 1 less `mean`, by `std`.
+        """Return the normalised images, (pixels / 255 - mean) / std, float32 (n, 784).
 
-        Bitwise what torchvision's `ToTensor` and `Normalize(mean, std)` make of the images.
+        The values are bit-for-bit those of torchvision's `ToTensor` and `Normalize(mean, std)`.
         """
         pixels = self.images.flatten(1).float().div_(255)
-        # As float32 tensors, as Normalize has them: a Python number would divide differently.
+        # Normalize uses float32 tensors. Python numbers would round the quotient differently.
         pixels.sub_(torch.tensor(mean, device=pixels.device))
         return pixels.div_(torch.tensor(std, device=pixels.device))
 
     def rows(self, rows: Tensor) -> "Split":
-        """Return some of the images, by index."""
+        """Return the images and labels with these indices, int64 (n,)."""
         return Split(self.images[rows], self.labels[rows])
 
     def to(self, device: torch.device) -> "Split":
@@ -46,7 +46,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set in two splits, its `name`, and in words where it comes from and `why`."""
+    """A data set with its name and two splits. `why` says why and from where it was loaded."""
 
     name: str
     why: str
@@ -65,17 +65,15 @@ class Data:
 
 
 def hold_out(labels: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return the rows that stay and the rows held out, both ascending, `count` held out a class.
-
-    For a validation split of training images: drawn by `generator`, the same number of each class.
+    """Return the remaining rows and the held-out rows of a validation split, both ascending.
 
     Args:
         labels: int64 (n,).
-        count: rows held out of each class, at least 0 and fewer than the class has.
-        generator: where the choice comes from, on the CPU.
+        count: number of rows to hold out of each class, fewer than the class has.
+        generator: the generator of the random choice, on the CPU.
 
     Raises:
-        StudyError: a class that has not more than `count` rows.
+        StudyError: a class has `count` rows or fewer.
 
     >>> labels = torch.tensor([0, 0, 0, 1, 1, 1])
     >>> stay, held = hold_out(labels, 1, torch.Generator().manual_seed(0))
@@ -97,13 +95,13 @@ def hold_out(labels: Tensor, count: int, generator: torch.Generator) -> tuple[Te
 def load_data(kind: str, data_dir: str = "data") -> Data:
     """Return the data set `kind`: "mnist", "fashion", "digits" or "auto", on the CPU.
 
-    MNIST is looked for in `data_dir`, in the folder that the environment variable PARAMLORA_MNIST
-    names and, failing both, at torchvision's mirrors, each tried once for a few seconds.
-    Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) likewise, with PARAMLORA_FASHION.
-    "auto" takes the digits inside scikit-learn where there is no MNIST, and `why` says so.
+    MNIST is searched in `data_dir` and in the folder that the environment variable PARAMLORA_MNIST
+    names. If it is in neither, it is downloaded from torchvision's mirrors, each tried once for a
+    few seconds. Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) is found in the same way, with
+    the variable PARAMLORA_FASHION. "auto" is MNIST if available, else the digits of scikit-learn.
 
     Raises:
-        StudyError: "mnist" or "fashion" is not to be had, or an archive on disk is damaged.
+        StudyError: "mnist" or "fashion" is not available, or an archive on disk is damaged.
     """
     if kind == "digits":
         return _sklearn_digits("as asked")
@@ -115,7 +113,7 @@ def load_data(kind: str, data_dir: str = "data") -> Data:
         if kind != "auto":
             raise StudyError(
                 f"--data {kind}: {missing}. Put its four archives ({', '.join(ARCHIVES)}) into a "
-                "folder and name it by --data-dir, or take --data digits"
+                "folder and pass it as --data-dir, or use --data digits"
             ) from None
         return _sklearn_digits(f"as {missing}")
 
@@ -142,7 +140,7 @@ def _read_mnist(folder: Path, source: Source, why: str) -> Data:
 def _sklearn_digits(why: str) -> Data:
     """Return scikit-learn's 1,797 digits, 8x8 with 17 grey levels, scaled to 28x28 and 0 to 255.
 
-    A fifth of each digit's images is the test set, drawn once and for all.
+    The test set is a fifth of each digit's images, drawn with a fixed seed.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -157,7 +155,7 @@ def _sklearn_digits(why: str) -> Data:
 
 
 def describe(device: torch.device, data: Data) -> dict[str, Any]:
-    """Return what environment.json says of a run on these data: plain values, one level deep."""
+    """Return the content of environment.json: the machine, the data set and the commit."""
     return {
         **machine(device),
         "data": data.name,

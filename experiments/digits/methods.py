@@ -2,7 +2,7 @@
 
     lora       W' = W + (alpha/r) · B A                A: (r, in),  B: (out, r)   paramlora's own
     scrambled  W' = W + (alpha/r) · view(B A, W)       A: (r, out), B: (in, r)    the blog's bug
-    wrapped    y = x Wᵀ + b + (alpha/r) · x Aᵀ Bᵀ      as lora, and b is trained  for comparison
+    wrapped    y = x Wᵀ + b + (alpha/r) · x Aᵀ Bᵀ      like lora, with b trained  for comparison
 
 x: (n, in), W: (out, in), b: (out,).
 """
@@ -19,17 +19,17 @@ import paramlora as pl
 from ..harness.train import cpu_threads
 from .settings import AdapterSettings
 
-ADAPTER = "digits"  # its name in the model
+ADAPTER = "digits"  # the name of the adapter in the model
 
 
 @dataclass(frozen=True)
 class BlogScrambled(pl.kinds.Spec):
-    """The update of a blog post of 2024-04-17, as its code computes it: a bug, kept to measure.
+    """The incorrect update of a blog post of 2024-04-17, kept to measure its effect.
 
-    B A comes out as (in, out) and its elements are read row by row into the weight's (out, in).
-    That is no transpose: the rows of the update mix parts of several rows of B A, so its rank is
-    not at most r any more. The number of parameters is the same and does not show it.
-    A ~ N(0, 1), B zero.
+    B A has shape (in, out), and `view` reads its elements row by row into the weight's shape
+    (out, in). This is not a transpose: each row of the update mixes parts of several rows of B A.
+    The rank of the update therefore exceeds r, although the number of parameters is the same.
+    Initially A ~ N(0, 1) and B = 0.
     """
 
     rank: int = 2
@@ -48,15 +48,15 @@ class BlogScrambled(pl.kinds.Spec):
 
 
 class WrappedLinear(nn.Module):
-    """A linear layer inside another module that adds the low-rank update to its output.
+    """A wrapper module that adds a low-rank update to the output of a linear layer.
 
-    The layer's weight is frozen; A, B and the layer's own bias are trained. What the bias learns
-    cannot be switched off, and the layer is no `nn.Linear` any more for whoever reads the model.
+    The layer's weight is frozen. A, B and the layer's bias are trained. The change of the bias
+    cannot be switched off, and code that looks for `nn.Linear` no longer finds the layer in place.
 
     Args:
-        linear: the layer, kept inside as it is.
+        linear: the layer to wrap.
         factors: "A", (r, in), and "B", (out, r).
-        scale: what multiplies B A.
+        scale: the factor s of the update s · B A.
     """
 
     def __init__(self, linear: nn.Linear, factors: dict[str, Tensor], scale: float) -> None:
@@ -66,14 +66,14 @@ class WrappedLinear(nn.Module):
         linear.weight.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        update = F.linear(F.linear(x, self.A), self.B)
+        update = F.linear(F.linear(x, self.A), self.B)  # (n, in) -> (n, r) -> (n, out)
         return torch.add(self.linear(x), update, alpha=self.scale)
 
 
 def wrap(model: nn.Module, spec: pl.LoRA, generator: torch.Generator) -> None:
     """Wrap every linear layer that is a child of `model`, in place.
 
-    The factors start as `pl.attach` with the same spec and generator would have them.
+    The initial factors are those that `pl.attach` draws with the same spec and generator.
     """
     for name, layer in list(model.named_children()):
         if isinstance(layer, nn.Linear):
@@ -84,7 +84,7 @@ def wrap(model: nn.Module, spec: pl.LoRA, generator: torch.Generator) -> None:
 def attached_ranks(model: nn.Module, name: str) -> dict[str, int]:
     """Return the numerical rank of an adapter's update at each site, by the site's path.
 
-    The update is W' - W in float64, whatever the spec does to W.
+    The update is W' - W in float64, so that this works for every kind of adapter.
     """
     double = copy.deepcopy(model).double()
     paths = [row.site for row in pl.summary(double).sites if row.adapter == name]
@@ -97,7 +97,7 @@ def attached_ranks(model: nn.Module, name: str) -> dict[str, int]:
 
 
 def wrapped_ranks(model: nn.Module) -> dict[str, int]:
-    """Return the numerical rank of the update of each wrapped layer, by its weight's old path."""
+    """Return the numerical rank of each wrapped layer's update, by the path LAYER.weight."""
     return {
         f"{name}.weight": _rank(layer.B.detach().double() @ layer.A.detach().double())
         for name, layer in model.named_children()
@@ -111,17 +111,17 @@ def _read(model: nn.Module, path: str) -> Tensor:
 
 
 def _rank(update: Tensor) -> int:
-    # Small matrices: several threads that share their cores with others take seconds for one.
+    # With several threads on shared cores, even a small matrix takes seconds.
     with cpu_threads(1):
         return int(torch.linalg.matrix_rank(update.cpu()))
 
 
 def factors_of(model: nn.Module, name: str = ADAPTER) -> dict[str, nn.Parameter]:
-    """Return an adapter's factors by their names among the model's parameters."""
-    its = {id(parameter) for parameter in pl.parameters(model, name)}
-    return {key: p for key, p in model.named_parameters() if id(p) in its}
+    """Return an adapter's factors by their names in `model.named_parameters()`."""
+    ids = {id(parameter) for parameter in pl.parameters(model, name)}
+    return {key: p for key, p in model.named_parameters() if id(p) in ids}
 
 
 def lora_of(settings: AdapterSettings) -> pl.LoRA:
-    """Return the adapter that the settings ask for."""
+    """Return the spec of the adapter in the settings."""
     return pl.LoRA(settings.rank, settings.numerator, init=settings.init)

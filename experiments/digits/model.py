@@ -1,4 +1,4 @@
-"""The network of the digit study: a plain multilayer perceptron that knows nothing of adapters."""
+"""The network of the digit study: a multilayer perceptron without any code for adapters."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 
 class DigitNet(nn.Module):
-    """784 → hidden → 10: linear layers `linear1`, `linear2`, …
+    """A multilayer perceptron 784 → hidden → 10 with linear layers `linear1`, `linear2`, ….
 
     Args:
         hidden: units of each hidden layer.
-        activation: "relu" between the layers, or "none", which leaves one linear map.
+        activation: "relu" between the layers, or "none", which makes the network a linear map.
         relu_logits: whether a ReLU follows the last layer.
 
-    The first weights come from torch's global generator, in the order of the layers.
+    The initial weights are drawn from torch's global generator in the order of the layers.
 
     >>> DigitNet([256, 128])(torch.zeros(3, 784)).shape
     torch.Size([3, 10])

@@ -26,13 +26,14 @@ SCALE_RULES = ("alpha/r", "alpha/sqrt_r", "alpha")
 _WITH_RELU: dict[str, Any] = {
     "mean": 0.1307,
     "activation": "relu",
-    # A ReLU on the logits, after ReLUs inside, kills whole classes within an epoch.
+    # With ReLUs between the layers, a ReLU on the logits makes whole classes dead within an epoch.
     "relu_logits": False,
     "order": "seeded",
     "compat": "none",
 }
 _PRESETS: dict[str, dict[str, Any]] = {
-    # A blog post of 2024-04-17; its mean is a slip for 0.1307, kept as its counts depend on it.
+    # A blog post of 2024-04-17. Its mean 0.1301 is a typing error for 0.1307, kept because the
+    # published counts depend on it.
     "blog": {},
     "relu": _WITH_RELU,
     # The script that the blog starts from, hkproj/pytorch-lora.
@@ -61,10 +62,10 @@ class NetworkSettings(SettingsGroup):
     """The network, and the normalisation of its inputs."""
 
     hidden: tuple[int, ...] = option(
-        (256, 128), "hidden layers, units of each, such as 256,128", LAYERS
+        (256, 128), "units of each hidden layer, such as 256,128", LAYERS
     )
-    activation: str = option("none", "between the layers", choices=("none", "relu"))
-    relu_logits: bool = option(True, "a ReLU on the logits, as the blog's network has")
+    activation: str = option("none", "activation between the layers", choices=("none", "relu"))
+    relu_logits: bool = option(True, "apply a ReLU to the logits, as in the blog's network")
     mean: float = option(
         0.1301, "mean of the normalisation, pixels in 0 to 1 (MNIST's: 0.1307)", FINITE
     )
@@ -77,7 +78,7 @@ class NetworkSettings(SettingsGroup):
 class PretrainingSettings(SettingsGroup):
     """Pre-training."""
 
-    base_steps: int = option(6000, "length of pre-training, optimizer steps", COUNT)
+    base_steps: int = option(6000, "number of optimizer steps of pre-training", COUNT)
     base_lr: float = option(1e-3, "learning rate of pre-training, Adam's step size", POSITIVE)
     batch: int = option(10, "batch size, images", COUNT)
 
@@ -87,15 +88,17 @@ class FinetuningSettings(SettingsGroup):
     """Fine-tuning."""
 
     digits: str = option(
-        "2,3,5,8,9", "digits to tune: a list, or worst:K, the K worst of the base", DIGITS
+        "2,3,5,8,9",
+        "digits to tune: a list, or worst:K, the K that the base gets wrong most",
+        DIGITS,
     )
     order: str = option(
         "blog",
-        "order of the tuned digits' images; blog: as its DataLoader drew them, the same for every "
-        "adapter seed; seeded: a new one for each",
+        "order of the tuned digits' images; blog: the order of the blog's DataLoader, the same for "
+        "every adapter seed; seeded: another order for each adapter seed",
         choices=("blog", "seeded"),
     )
-    steps: int = option(200, "length of fine-tuning, optimizer steps", COUNT)
+    steps: int = option(200, "number of optimizer steps of fine-tuning", COUNT)
     lr: float = option(1e-3, "learning rate of fine-tuning, Adam's step size", POSITIVE)
 
 
@@ -104,18 +107,18 @@ class AdapterSettings(SettingsGroup):
     """The adapter."""
 
     rank: int = option(2, "rank r of the update, columns of B", COUNT)
-    alpha: float = option(1.0, "numerator of the update's scale, a plain number", FINITE)
+    alpha: float = option(1.0, "alpha in the update's scale", FINITE)
     scale_rule: str = option(
         "alpha/r",
-        "the update's scale s in s·B A; alpha: the same at every rank; alpha/sqrt_r: "
-        "rank-stabilized, alpha/√r",
+        "scale s of the update s·B A; alpha/sqrt_r: rank-stabilized LoRA; alpha: independent of "
+        "the rank",
         choices=SCALE_RULES,
     )
-    init: str = option("gaussian", "how A starts; B starts at zero", choices=INITS)
+    init: str = option("gaussian", "initialisation of A; B is initialised to zero", choices=INITS)
 
     @property
     def numerator(self) -> float:
-        """What over r is the update's scale, whatever `scale_rule` says: s = numerator / r.
+        """The number a such that a / r is the update's scale s under `scale_rule`.
 
         >>> [AdapterSettings(rank=4, scale_rule=rule).numerator for rule in SCALE_RULES]
         [1.0, 2.0, 4.0]
@@ -130,19 +133,19 @@ class ExtraSettings(SettingsGroup):
 
     look: int = option(
         0,
-        "steps between two looks at the test images while an adapter trains, for the curve of its "
-        "accuracy; 0: never",
+        "steps between evaluations on the test images during fine-tuning, for the curve of the "
+        "accuracies; 0: never",
         NATURAL,
     )
     tensorboard: bool = option(
         False,
-        "write loss, and what --look sees, for TensorBoard, into the run's folder",
+        "write the loss and the accuracies of --look to the run's folder for TensorBoard",
         affects_results=False,
     )
     compat: str = option(
         "blog",
-        "blog: beside the correct update, also train the blog's scrambled one (its B A comes out "
-        "in the transposed shape and is viewed into the weight's, so that its rank is not r)",
+        "blog: also train the blog's scrambled update (its B A has the transposed shape and is "
+        "viewed in the weight's shape, so that its rank is not r); none: do not",
         choices=("none", "blog"),
     )
 
@@ -153,12 +156,14 @@ class DatasetSettings(SettingsGroup):
 
     data: str = option(
         "auto",
-        "mnist; digits: the 8x8 ones inside scikit-learn, scaled to 28x28 pixels; auto: MNIST if "
-        "it is on disk or a mirror answers within seconds, else digits",
+        "data set; digits: scikit-learn's 8x8 digits scaled to 28x28 pixels; auto: MNIST if it is "
+        "on disk or a mirror answers within seconds, else digits",
         choices=("auto", "mnist", "digits"),
     )
     data_dir: str = option(
-        "data", "folder with MNIST's archives, or to download them to", affects_results=False
+        "data",
+        "folder with MNIST's archives, which are downloaded to it if missing",
+        affects_results=False,
     )
 
 
@@ -167,18 +172,18 @@ class PlaceSettings(SettingsGroup):
     """Device and folders."""
 
     device: str = option(
-        "auto", "a torch device such as cpu or cuda:1; auto: a GPU if any, or cpu", DEVICE
+        "auto", "torch device, such as cpu or cuda:1; auto: a GPU if available, else cpu", DEVICE
     )
     threads: int = option(
-        1, "CPU threads of training; a batch of 10 gains nothing from more", COUNT
+        1, "number of CPU threads for training; more than 1 do not help at batch 10", COUNT
     )
     out: str = option(
         "",
-        "folder of the run; else runs/digits-PRESET and what differs from it",
+        "folder of the run; default: runs/digits-PRESET and the changed settings",
         affects_results=False,
     )
     bases: str = option(
-        "runs/bases", "folder of trained bases, which runs share", affects_results=False
+        "runs/bases", "folder of trained bases, shared by all runs", affects_results=False
     )
 
 
@@ -187,7 +192,8 @@ class DigitSettings(Settings):
     """All settings of the digit study. The defaults are the preset "blog".
 
     Raises:
-        StudyError: a value is not allowed; the message has the option, the value and the choices.
+        StudyError: a value is not allowed. The message names the option, the value and the
+            condition.
 
     >>> from experiments.harness.settings import replace
     >>> DigitSettings(adapter=AdapterSettings(rank=4)) == replace(DigitSettings(), rank=4)
@@ -197,10 +203,12 @@ class DigitSettings(Settings):
     STUDY: ClassVar[str] = "digits"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = _PRESETS
 
-    preset: str = option("blog", "the settings to start from", choices=("blog", "relu", "nine"))
-    seed: int = option(0, "seed of the base: its first weights and the order of its images", SEED)
+    preset: str = option(
+        "blog", "preset that the options given change", choices=("blog", "relu", "nine")
+    )
+    seed: int = option(0, "seed of the base: its initial weights and the order of its images", SEED)
     seeds: int = option(
-        8, "number of adapter seeds, counted from 0; each is one fine-tuning", COUNT
+        8, "number of adapter seeds, from 0; one fine-tuning per seed and method", COUNT
     )
     network: NetworkSettings = NetworkSettings()
     pretraining: PretrainingSettings = PretrainingSettings()
@@ -214,7 +222,7 @@ class DigitSettings(Settings):
 
     @property
     def remedied(self) -> bool:
-        """Whether the fine-tuning differs from the plain one in any of REMEDIES."""
+        """Whether any option in REMEDIES differs from its default."""
         mine, plain = values(self), values(DigitSettings())
         return any(mine[name] != plain[name] for name in REMEDIES)
 
@@ -232,9 +240,9 @@ def preset(name: str, **changes: Any) -> DigitSettings:
 
 
 def chosen_digits(digits: str, wrong_counts: list[int]) -> list[int]:
-    """Return the digits to tune, ascending: those listed, or the K of most wrong answers.
+    """Return the digits to tune, ascending: the list, or the K digits with most wrong answers.
 
-    Of two equally bad digits the smaller comes first.
+    If two digits have equally many wrong answers, the smaller digit is taken first.
 
     >>> chosen_digits("worst:2", [33, 12, 147, 115, 69, 196, 98, 91, 185, 148])
     [5, 8]

@@ -1,4 +1,4 @@
-"""Contexts of the digit study: made from settings, with data and bases that several share."""
+"""Build the context of the digit study from settings; cache data and bases that runs share."""
 
 import dataclasses
 import time
@@ -31,7 +31,15 @@ def prepare(
     data: Data,
     say: Callable[[str], None],
 ) -> StudyContext:
-    """Put the data on the device, find or train the base, and say which digits are tuned."""
+    """Load or train the base and return the context of a run.
+
+    Args:
+        settings: the settings of the run.
+        run: the directory that the context records rows in.
+        device: the device for data and networks.
+        data: the data set, on the CPU.
+        say: called with each line of progress.
+    """
     splits = split_images(settings, data, device)
     norm = settings.network.mean, settings.network.std
     inputs, test_inputs = splits.tuning.inputs(*norm), splits.test.inputs(*norm)
@@ -65,9 +73,9 @@ def prepare(
 
 @dataclass(frozen=True)
 class Splits:
-    """The images that a base learns, an adapter learns, answers are counted on, and those held out.
+    """The images of pre-training, of fine-tuning, of evaluation, and the validation images.
 
-    The last are None if the settings hold none out.
+    `held` is None if the settings have no validation images.
     """
 
     pretraining: Split
@@ -77,7 +85,7 @@ class Splits:
 
 
 def split_images(settings: DigitSettings, data: Data, device: torch.device) -> Splits:
-    """Return the images on the device, split as the settings say."""
+    """Return the splits of the data set by the settings, on the device."""
     train, test = data.train.to(device), data.test.to(device)
     if not settings.holdout.validation:
         return Splits(train, train, test)
@@ -88,17 +96,17 @@ def split_images(settings: DigitSettings, data: Data, device: torch.device) -> S
 
 
 def held_out(labels: Tensor, settings: DigitSettings) -> tuple[Tensor, Tensor]:
-    """Return the rows of the training images that stay, and of the validation images."""
+    """Return the rows of the remaining training images and of the validation images."""
     return hold_out(labels, settings.holdout.validation, torch.Generator().manual_seed(0))
 
 
 def obtain(
     settings: DigitSettings, inputs: Tensor, labels: Tensor, data_digest: str
 ) -> tuple[Base, str]:
-    """Return the base, and in words how it was come by: the one that is kept, or a new one."""
+    """Load the base if it is on disk, else train and save it; return it and a line of progress."""
     path = base_path(settings, labels.device, data_digest)
     if (kept := find(path)) is not None:
-        return kept, f"trained before, from {path}"
+        return kept, f"loaded from {path}"
     began = time.perf_counter()
     with cpu_threads(settings.place.threads):
         base = pretrain(settings, inputs, labels)
@@ -108,7 +116,7 @@ def obtain(
 
 
 def context_of(settings: DigitSettings) -> StudyContext:
-    """Return the context of these settings; what it shares with others is made once a process."""
+    """Return the context of these settings, with data and base cached per process."""
     context = shared_context(shared_settings(settings))
     confusion = score(context.base_logits, context.test_labels)["confusion"]
     tuned = chosen_digits(settings.finetuning.digits, wrong_counts(confusion))
@@ -116,7 +124,7 @@ def context_of(settings: DigitSettings) -> StudyContext:
 
 
 def shared_settings(settings: DigitSettings) -> DigitSettings:
-    """Return the settings that decide on data and base, all others as in preset blog."""
+    """Return settings with the same data and base, and all other options as in preset blog."""
     return DigitSettings(
         seed=settings.seed,
         network=settings.network,
@@ -129,7 +137,7 @@ def shared_settings(settings: DigitSettings) -> DigitSettings:
 
 @lru_cache(maxsize=4)
 def shared_context(settings: DigitSettings) -> StudyContext:
-    """Return the context of shared settings, made once a process."""
+    """Return the context of shared settings, cached per process."""
     device = resolve_device(settings.place.device)
     data = shared_data(settings.dataset.data, settings.dataset.data_dir)
     return prepare(settings, RunDirectory(Path(), {}, {}, []), device, data, lambda line: None)
@@ -137,19 +145,19 @@ def shared_context(settings: DigitSettings) -> StudyContext:
 
 @lru_cache(maxsize=4)
 def shared_strengths(settings: DigitSettings) -> Strengths:
-    """Return the answers at any strength on the base of shared settings, made once a process."""
+    """Return the `Strengths` of the base of shared settings, cached per process."""
     context = shared_context(settings)
     return Strengths(context.model(), context.test_inputs, context.base_logits)
 
 
 @lru_cache(maxsize=2)
 def shared_data(kind: str, data_dir: str) -> Data:
-    """Return the data set that `load_data` returns, read once a process."""
+    """Return the data set of `load_data`, cached per process."""
     return load_data(kind, data_dir)
 
 
 def counted_images(settings: DigitSettings) -> Tensor:
-    """Return the images that answers are counted on, uint8 (n, 28, 28), as they are to be shown."""
+    """Return the images of the evaluation for display, uint8 (n, 28, 28)."""
     data = shared_data(settings.dataset.data, settings.dataset.data_dir)
     if not settings.holdout.selection:
         return data.test.images

@@ -1,12 +1,14 @@
-"""A digit network's logits at many strengths of an adapter, for much less than a pass for each.
+"""A digit network's logits at many strengths of an adapter, faster than one pass per strength.
 
     W' = W + λ · s · B A        A: (r, in), B: (out, r)
 
-Replaces `pl.scale` and a pass over all images for every λ, whose logits it gives to rounding; the
-passes stay the reference that tests compare with, and what the study proves its claims by. At λ = 0
-the logits are the base's own. With nothing between the layers the network is one linear map, and no
-hidden unit is computed. With ReLUs between them x W₁ᵀ and x A₁ᵀ, most of the arithmetic, are the
-same for all λ. What it costs: it knows the network's layers, and its adapter must be a LoRA.
+This file replaces `pl.scale` and one pass over all images per λ. Its logits equal those of the
+passes up to rounding. The passes remain the reference in the tests and in the study's checks. At
+λ = 0 the logits are bit-for-bit the base's.
+
+Without an activation the network is one linear map, and no hidden unit is computed. With ReLUs,
+x W₁ᵀ and x A₁ᵀ, which are most of the arithmetic, are computed once for all λ. The cost is that the
+code depends on the layers of `DigitNet` and works for LoRA only.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +23,7 @@ from .model import DigitNet
 
 
 class Update(NamedTuple):
-    """What an adapter adds to a layer's weight at λ = 1: s · B A."""
+    """The update s · B A of a layer's weight at λ = 1; A: (r, in), B: (out, r), scale: s."""
 
     A: Tensor
     B: Tensor
@@ -29,7 +31,7 @@ class Update(NamedTuple):
 
 
 def updates(factors: Mapping[str, Tensor], scale: float) -> dict[str, Update]:
-    """Return the update of each layer, by its path, from a LoRA's factors as the model names them.
+    """Return the update of each layer by path, from the factors of a LoRA by parameter name.
 
     >>> A, B = torch.ones(1, 3), torch.ones(2, 1)
     >>> of = "linear1.parametrizations.weight.0.factors.digits"
@@ -45,12 +47,12 @@ def updates(factors: Mapping[str, Tensor], scale: float) -> dict[str, Update]:
 
 
 class Strengths:
-    """The answers of a base to some inputs, with any adapter at any strength.
+    """The logits of a base with any LoRA adapter at any strength, for fixed inputs.
 
     Args:
         base: the network, without adapters.
         inputs: float32 (n, 784).
-        base_logits: the base's own, (n, classes).
+        base_logits: the base's logits, (n, classes).
     """
 
     def __init__(self, base: nn.Module, inputs: Tensor, base_logits: Tensor) -> None:
@@ -59,66 +61,72 @@ class Strengths:
         self.layers: dict[str, nn.Linear] = dict(base.named_children())  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def logits(self, its: Mapping[str, Update], strengths: Sequence[float]) -> Tensor:
+    def logits(self, updates: Mapping[str, Update], strengths: Sequence[float]) -> Tensor:
         """Return the logits at each strength, (strengths, n, classes).
 
-        `its`: the updates by the layer's path; a layer without one stays the base's.
+        Args:
+            updates: the updates by layer path. Layers without an update keep the base's weight.
+            strengths: the values of λ.
         """
         λ = self.inputs.new_tensor(strengths)
-        logits = self._by_layer(its, λ) if self.base.inner_relu else self._at_once(its, λ)
+        logits = self._by_layer(updates, λ) if self.base.inner_relu else self._at_once(updates, λ)
         if self.base.relu_logits:
             logits = logits.relu_()
         logits[λ == 0] = self.base_logits
         return logits
 
-    def _at_once(self, its: Mapping[str, Update], strengths: Tensor) -> Tensor:
-        """Return the logits of a network that is one linear map x Mᵀ + c, for every λ together.
+    def _at_once(self, updates: Mapping[str, Update], strengths: Tensor) -> Tensor:
+        """Return the logits for all λ at once, if the network is one linear map x Mᵀ + c.
 
-        M = W₃'W₂'W₁' = Σ C R, where neither W₃W₂W₁ nor A₁, A₂W₁, A₃W₂W₁, the R, depend on λ: all
-        images are read once, to 10 + 3r numbers each, and every λ is a sum of these.
+        Multiplied out, M = W₃'W₂'W₁' = Σ C R. The matrices R are W₃W₂W₁ (10, 784) and A₁, A₂W₁,
+        A₃W₂W₁ (r, 784) and do not depend on λ. Only the coefficients C (10, 10) and (10, r) do. One
+        product reduces each image to 10 + 3r numbers, and the logits at each λ are linear in these.
+        A pass per λ would multiply all images by all layers again.
         """
         count, λ = len(strengths), strengths.view(-1, 1, 1)
         eye = torch.eye(self.base_logits.shape[1], dtype=λ.dtype, device=λ.device)
-        M = eye.expand(count, -1, -1)
+        M = eye.expand(count, -1, -1)  # (λ, 10, 10), then (λ, 10, in) of the layer reached
         c, C, R = M.new_zeros(M.shape[:2]), [M], [eye]
         for name, layer in reversed(self.layers.items()):
             c = c + M @ layer.bias
             R = [rows @ layer.weight for rows in R]
             next_M = M @ layer.weight
-            if name in its:
-                A, B, scale = its[name]
+            if name in updates:
+                A, B, scale = updates[name]
                 C.append(λ * scale * (M @ B))
                 R.append(A)
                 next_M = next_M + C[-1] @ A
             M = next_M
-        read = self.inputs @ torch.cat(R).t()
+        read = self.inputs @ torch.cat(R).t()  # (n, 10 + 3r)
         rows = F.linear(read, torch.cat(C, 2).flatten(0, 1), c.flatten())
         return rows.view(-1, *c.shape).transpose(0, 1)
 
-    def _by_layer(self, its: Mapping[str, Update], strengths: Tensor) -> Tensor:
-        """Return the logits of a network with ReLUs between its layers, one λ after the other."""
+    def _by_layer(self, updates: Mapping[str, Update], strengths: Tensor) -> Tensor:
+        """Return the logits of a network with ReLUs between its layers, one λ after another."""
         (first, _), *rest = self.layers.items()
-        read = self.inputs @ its[first].A.t() if first in its else None
+        read = self.inputs @ updates[first].A.t() if first in updates else None
         found = []
         for λ in strengths.tolist():
             h = self._first
             if read is not None:
-                h = torch.addmm(h, read, its[first].B.t(), alpha=λ * its[first].scale)
+                h = torch.addmm(h, read, updates[first].B.t(), alpha=λ * updates[first].scale)
             for name, layer in rest:
                 W = layer.weight
-                if name in its:
-                    W = torch.addmm(W, its[name].B, its[name].A, alpha=λ * its[name].scale)
+                if name in updates:
+                    W = torch.addmm(
+                        W, updates[name].B, updates[name].A, alpha=λ * updates[name].scale
+                    )
                 h = F.linear(h.relu(), W, layer.bias)
             found.append(h)
         return torch.stack(found)
 
     @cached_property
     def _first(self) -> Tensor:
-        """What the base's first layer gives, before its ReLU: the same for every adapter."""
+        """The output of the base's first layer before its ReLU, (n, hidden)."""
         return next(iter(self.layers.values()))(self.inputs)
 
 
-def chosen(its: Mapping[str, Update], sites: Iterable[str]) -> dict[str, Update]:
-    """Return the updates at some sites alone, such as `linear1.weight`."""
+def chosen(updates: Mapping[str, Update], sites: Iterable[str]) -> dict[str, Update]:
+    """Return only the updates at these sites, such as `linear1.weight`."""
     paths = {site.rpartition(".")[0] for site in sites}
-    return {path: update for path, update in its.items() if path in paths}
+    return {path: update for path, update in updates.items() if path in paths}

@@ -1,8 +1,8 @@
-"""The digit study: a base, three ways to fine-tune it, and the proofs, as a list of stages.
+"""The digit study: a base, three methods of fine-tuning, and their checks, as a list of stages.
 
-A stage makes rows and an adapter's file; what it made before an interruption is not made again.
-Every fine-tuning starts from the same base, and for one adapter seed all methods see the same
-images in the same order, so that they can be compared in pairs.
+A stage records rows and saves an adapter. Complete stages are not run again when a run is resumed.
+Every fine-tuning starts from the same base. For each adapter seed, all methods get the same images
+in the same order, so that they can be compared in pairs.
 """
 
 import json
@@ -45,14 +45,14 @@ ATTACHED = ("off", "on", "merged", "unmerged")
 
 
 def stages(settings: DigitSettings) -> Iterator[Stage[StudyContext]]:
-    """Yield what a run consists of, in order."""
+    """Yield the stages of a run, in order."""
     lora = lora_of(settings.adapter)
     scrambled = BlogScrambled(settings.adapter.rank, settings.adapter.numerator)
     yield Stage(_key("base", None), ("base",), count_base)
     for seed in range(settings.seeds):
         yield Stage(_key("lora", seed), ATTACHED, partial(tune_attached, "lora", lora, seed))
         if settings.remedied:
-            continue  # the methods beside it are plain: they would be compared with something else
+            continue  # remedies apply to `lora` only, so the other methods are not comparable
         yield Stage(_key("wrapped", seed), ("wrapped",), partial(tune_wrapped, lora, seed))
         if settings.extras.compat == "blog":
             make = partial(tune_attached, "scrambled", scrambled, seed)
@@ -64,14 +64,14 @@ def _key(method: str, seed: int | None) -> dict[str, Any]:
 
 
 def run_digits(settings: DigitSettings, say: Callable[[str], None] = print) -> RunDirectory:
-    """Run the study, or what is left of it, and return its directory.
+    """Run the study, or the incomplete stages of a run, and return the run's directory.
 
     Args:
-        settings: what to run, and where.
-        say: gets each line of what happens.
+        settings: the settings of the run, with its folder.
+        say: called with each line of progress.
 
     Raises:
-        StudyError: data, device or folder cannot be used; the message says why.
+        StudyError: the data, the device or the folder cannot be used. The message says why.
     """
     device = resolve_device(settings.place.device)
     data = load_data(settings.dataset.data, settings.dataset.data_dir)
@@ -95,13 +95,14 @@ def run_digits(settings: DigitSettings, say: Callable[[str], None] = print) -> R
 
 
 def explore_adapters(context: StudyContext, images: Tensor, folder: Path) -> None:
-    """Write what the report's page lets its reader try: the first adapters, at every strength."""
+    """Write explore.json, the data of the interactive page: the first adapters at all strengths."""
     model, names = context.model(), list[str]()
     at = Strengths(context.model(), context.test_inputs, context.base_logits)
 
     def logits(name: str, sites: Sequence[str], strengths: Sequence[float]) -> Tensor:
-        its = updates(factors_of(model, name), lora_of(context.settings.adapter).scaling)
-        return at.logits(chosen(its, sites), strengths).cpu()
+        scaling = lora_of(context.settings.adapter).scaling
+        update = chosen(updates(factors_of(model, name), scaling), sites)
+        return at.logits(update, strengths).cpu()
 
     for seed in range(min(context.settings.seeds, EXPLORED_SEEDS)):
         names.append(f"seed {seed}")
@@ -119,13 +120,13 @@ def explore_adapters(context: StudyContext, images: Tensor, folder: Path) -> Non
 
 
 def count_base(context: StudyContext) -> None:
-    """Record the base itself. Row: "base"."""
+    """Record the base. Row: "base"."""
     learned = {"parameters": pl.summary(context.model()).total, **curve(context.base.losses)}
     context.record("base", "base", None, context.base_logits, **learned)
 
 
 def tune_attached(method: str, spec: pl.kinds.Spec, seed: int, context: StudyContext) -> None:
-    """Fine-tune an adapter, save it, and prove what can be done with it. Rows: ATTACHED."""
+    """Fine-tune an adapter, save it, and check off, merge and unmerge. Rows: ATTACHED."""
     model, generator = context.model(), torch.Generator().manual_seed(seed)
     batches = context.batches(generator)
     attached = pl.attach(model, spec, nn.Linear, name=ADAPTER, generator=generator)
@@ -154,7 +155,7 @@ def remedied(
     label: str,
     hooks: list[Hook],
 ) -> Tensor:
-    """Fine-tune with the settings' remedies, set the strength; return the loss of each step."""
+    """Fine-tune with the remedies in the settings and set the strength; return the losses."""
     made = recipe(context, model, factors_of(model), plain, seed)
     losses = context.train(
         model, made.batches, made.objective, made.optimizer, label, [*made.hooks, *hooks]
@@ -167,9 +168,9 @@ def remedied(
 def merge_and_unmerge(
     context: StudyContext, model: nn.Module, method: str, seed: int, on: Tensor
 ) -> None:
-    """Record how far merged is from on, and whether unmerging brings back every bit.
+    """Record the distance of merged from on, and whether unmerging restores every bit.
 
-    Rows: "merged"; "unmerged", switched off again.
+    Rows: "merged", and "unmerged" with the adapter off. `on` are the logits with the adapter on.
     """
     pl.merge(model, ADAPTER)
     merged = context.evaluate(model)
@@ -184,7 +185,7 @@ def merge_and_unmerge(
 
 
 def tune_wrapped(spec: pl.LoRA, seed: int, context: StudyContext) -> None:
-    """Fine-tune the base with its layers wrapped, biases trained too. Row: "wrapped"."""
+    """Fine-tune the base with wrapped layers, including biases. Row: "wrapped"."""
     model, generator = context.model(), torch.Generator().manual_seed(seed)
     batches = context.batches(generator)
     wrap(model, spec, generator)
@@ -195,16 +196,16 @@ def tune_wrapped(spec: pl.LoRA, seed: int, context: StudyContext) -> None:
 
 
 def evaluate_off(context: StudyContext, model: nn.Module) -> Tensor:
-    """Return the test images' logits with the adapter switched off."""
+    """Return the logits of the test images with the adapter off, (n, 10)."""
     with pl.disabled(model, ADAPTER):
         return context.evaluate(model)
 
 
 def show_parameters(context: StudyContext, spec: pl.kinds.Spec, say: Callable[[str], None]) -> None:
-    """Say what attaching does to the number of parameters that are trained."""
+    """Report the number of trainable parameters before and after attaching an adapter."""
     model = context.model()
     before = pl.summary(model).trainable
-    # A generator of its own, as for the fine-tunings: torch's global stream is left as it was.
+    # A separate generator, so that the state of torch's global generator does not change.
     attached = pl.attach(model, spec, nn.Linear, name=ADAPTER, generator=torch.Generator())
     share = attached.trainable / attached.total
     say(str(attached))

@@ -1,1 +1,1 @@
-"""What every study needs: settings, run folder, stages, training loop, loggers, grids."""
+"""Code that all studies share: settings, run folder, stages, training loop, loggers, grids."""

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, device, commit. Taken down once, when it begins."""
+"""The environment of a run: versions, device and commit, recorded once when the run starts."""
 
 import platform
 import subprocess
@@ -11,15 +11,15 @@ import torch
 from .settings import StudyError
 
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "matplotlib", "safetensors", "tqdm")
-# Results depend on these too, besides the settings: a run goes on only if they are the same.
+# The keys of environment.json that results depend on. A run resumes only if these are unchanged.
 RESULT_KEYS = ("torch", "device", "data", "data_digest")
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the torch device that a name stands for; "auto" is a GPU where there is one.
+    """Return the torch device with a name; "auto" is a CUDA GPU if available, else the CPU.
 
     Raises:
-        StudyError: a device that this machine does not have.
+        StudyError: this machine does not have the device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,7 +33,12 @@ def resolve_device(name: str) -> torch.device:
 
 
 def machine(device: torch.device, *packages: str) -> dict[str, Any]:
-    """Return versions, those of `packages` too, and the processor: a part of environment.json."""
+    """Return the versions and the processor, for environment.json.
+
+    Args:
+        device: the device that the run uses.
+        packages: packages whose versions are recorded in addition to PACKAGES.
+    """
     on_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),
@@ -45,7 +50,10 @@ def machine(device: torch.device, *packages: str) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the commit that the code is at, "-dirty" added where it was changed since, or None."""
+    """Return the hash of the code's git commit, or None outside a git repository.
+
+    The hash ends with "-dirty" if files have changed since the commit.
+    """
     try:
         return _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
@@ -54,8 +62,8 @@ def commit() -> str | None:
 
 def _git(*arguments: str) -> str:
     here = Path(__file__).parent
-    done = subprocess.run(["git", *arguments], cwd=here, check=True, capture_output=True, text=True)
-    return done.stdout.strip()
+    git = subprocess.run(["git", *arguments], cwd=here, check=True, capture_output=True, text=True)
+    return git.stdout.strip()
 
 
 def _version(package: str) -> str | None:
@@ -66,7 +74,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """Return the CPU's name where the system tells it, else its architecture."""
+    """Return the CPU's model name if the system reports it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

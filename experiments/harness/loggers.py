@@ -1,6 +1,6 @@
-"""What becomes of figures while a network trains: kept, written to CSV, shown by TensorBoard.
+"""Loggers of figures during training: in memory, as a CSV file, or for TensorBoard.
 
-Each is made for one training and called with the step and the figures' values by name.
+A logger belongs to one training. Call it with the step and the figures' values by name.
 """
 
 import csv
@@ -17,12 +17,12 @@ from .rundir import Row
 from .settings import StudyError
 from .train import Hook
 
-CURVE = 200  # points kept of a loss curve, each the mean of as many steps as that takes
+CURVE = 200  # the most points of a stored loss curve; each is the mean over equally many steps
 Log = Callable[[int, Mapping[str, float]], None]
 
 
 class Curve:
-    """Keeps figures in memory: `steps`, and `values` by name, for a row or a figure.
+    """A logger that keeps figures in memory, as `steps` and as `values` by name.
 
     >>> curve = Curve()
     >>> curve(10, {"old": 0.9, "new": 0.5})
@@ -41,7 +41,10 @@ class Curve:
 
 
 class CsvLog:
-    """Writes a line a step to a new CSV file: `step`, then the figures that the first call has."""
+    """A logger that writes a new CSV file with one line per call.
+
+    The columns are `step` and the figures of the first call.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,9 +60,9 @@ class CsvLog:
 
 
 class TensorBoardLog(AbstractContextManager):
-    """Writes to a folder for `tensorboard --logdir`, each figure a curve over the steps.
+    """A logger that writes files for `tensorboard --logdir`, with one curve per figure.
 
-    Used in a `with`, at whose end everything is in the files.
+    Use it in a `with` statement, which flushes and closes the files at its end.
 
     Raises:
         StudyError: tensorboard is not installed.
@@ -70,7 +73,7 @@ class TensorBoardLog(AbstractContextManager):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise StudyError(
-                f"TensorBoard's files cannot be written ({error}): pip install tensorboard"
+                f"cannot write TensorBoard files ({error}): pip install tensorboard"
             ) from None
         self.writer = SummaryWriter(str(folder))
 
@@ -83,7 +86,7 @@ class TensorBoardLog(AbstractContextManager):
 
 
 def logging(log: Log, evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None) -> Hook:
-    """Return a hook of `train` that logs the step's loss, and what `evaluate(model)` gives."""
+    """Return a hook of `train` that logs the step's loss and the figures of `evaluate(model)`."""
 
     def hook(step: int, model: nn.Module, loss: Tensor) -> None:
         log(step, {"loss": float(loss), **(evaluate(model) if evaluate is not None else {})})
@@ -92,17 +95,19 @@ def logging(log: Log, evaluate: Callable[[nn.Module], Mapping[str, float]] | Non
 
 
 class EarlyStopping:
-    """A hook that ends the training when a figure has not risen for a while, and goes back.
+    """A hook that ends the training when a validation figure has stopped improving.
+
+    The hook copies the parameters at each new best figure. Call `restore` after the training to get
+    the best parameters back; `best` is the step at which the figure was highest. Wrap the hook in
+    `every(n, …)` to evaluate the figure every n steps.
 
     Source: Prechelt 1998, "Early Stopping - But When?".
 
     Args:
-        figure: the model to a number, the higher the better, on a validation split.
-        parameters: those that are trained; they are kept when the figure is at its best.
-        patience: calls without a new best after which the training ends.
-
-    Call `restore` after the training: the parameters are then those of the best call, and `best`
-    says at which step that was. Put into `every(n, …)`, it looks every n steps.
+        figure: maps the model to a number, such as the accuracy on validation images. Higher is
+            better.
+        parameters: the trained parameters, which are copied and restored.
+        patience: the training ends after this many calls in a row without a new best figure.
     """
 
     def __init__(
@@ -126,20 +131,26 @@ class EarlyStopping:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give the parameters the values that they had at the best call."""
+        """Set the parameters to their values at the best call."""
         for parameter, kept in zip(self.parameters, self.kept, strict=True):
             parameter.copy_(kept)
 
 
 def curve(losses: Tensor) -> Row:
-    """Return the mean training loss and its curve, thinned to CURVE points or fewer, in nats."""
+    """Return the mean training loss and the loss curve, in nats, for a row.
+
+    The curve has at most CURVE points. Each point is the mean over `train_curve_every` steps.
+
+    Args:
+        losses: the loss of each step, float32 (steps,).
+    """
     every = -(-len(losses) // CURVE)
     means = [round(float(part.mean()), 6) for part in losses.split(every)]
     return {"train_loss": float(losses.mean()), "train_curve": means, "train_curve_every": every}
 
 
 def rows_to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as CSV: their plain values, a column a name, lists and mappings left out."""
+    """Return rows as CSV text with one column per key, without lists and mappings."""
     plain = [
         {k: v for k, v in row.items() if not isinstance(v, list | tuple | dict)} for row in rows
     ]

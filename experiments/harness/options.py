@@ -1,4 +1,4 @@
-"""The command line of a study, made from its settings: an argument group for each group of them."""
+"""The command line of a study, built from its settings: one argument group per settings group."""
 
 import argparse
 import dataclasses
@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 from .settings import Settings, groups, listed, own_options
 
-WIDTH = 98  # characters of a line of text in --help
-# What `add_subparsers` returns, to which each study adds its commands.
+WIDTH = 98  # characters per line of text in --help
+# The return type of `add_subparsers`. Each study adds its commands to it.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -22,7 +22,16 @@ def add_command(
     examples: Sequence[str],
     epilog: str = "",
 ) -> argparse.ArgumentParser:
-    """Add a command whose help ends with examples of its options, one a line; return its parser."""
+    """Add a command to `commands` and return its parser. Its help ends with examples.
+
+    Args:
+        commands: the commands of `python -m experiments`.
+        name: the command's name.
+        help: one line for the list of commands.
+        description: the text at the top of the command's help.
+        examples: options of example calls, one call per string.
+        epilog: text before the examples.
+    """
     lines = ["examples:", *(f"  python -m experiments {name} {words}" for words in examples)]
     return commands.add_parser(
         name,
@@ -34,9 +43,9 @@ def add_command(
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
-    """Give `parser` an option for each setting of `kind`, grouped as the settings are.
+    """Add an option to `parser` for each setting of `kind`, grouped like the settings.
 
-    Options that are not given are absent from the parsed ones, so that a preset can fill them in.
+    The parsed namespace has only the options that were given, so that a preset sets the others.
     """
     for group in (kind, *groups(kind).values()):
         title = (group.__doc__ or "").splitlines()[0].rstrip(".")
@@ -46,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
 
 
 def add_option(parser: "argparse._ActionsContainer", entry: dataclasses.Field) -> None:
-    """Give a parser, or an argument group, the option of one field."""
+    """Add the option of one field to a parser or an argument group."""
     flag, default = "--" + entry.name.replace("_", "-"), entry.default
     choices, shown = entry.metadata["choices"], f" [{listed(default)}]" if default != "" else ""
     common: dict[str, Any] = {
@@ -68,7 +77,10 @@ def add_option(parser: "argparse._ActionsContainer", entry: dataclasses.Field) -
 
 
 class _List(argparse.Action):
-    """Take a list with commas, spaces or both, as a tuple of `item`, or as a text with commas."""
+    """An action that parses a list separated by commas, spaces or both.
+
+    The result is a tuple of `item` values, or a comma-separated string if `item` is None.
+    """
 
     def __init__(self, *args: Any, item: Any = None, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -84,7 +96,12 @@ class _List(argparse.Action):
 
 
 def presets_help(presets: Mapping[str, Mapping[str, Any]], usual: str) -> str:
-    """Return a text on what each preset of a study changes against its usual one."""
+    """Return the help text that lists each preset's changes to the default preset.
+
+    Args:
+        presets: the changed options of each preset, by preset name.
+        usual: the name of the default preset.
+    """
     lines = [f"presets other than {usual}:"]
     for name, changes in presets.items():
         if changes:

@@ -1,11 +1,11 @@
-"""One study on several devices, each with a process of its own, as `torchrun` starts them.
+"""Training on several devices, with one process per device, started by `torchrun`.
 
     torchrun --nproc-per-node 2 -m experiments text …
 
-DDP keeps a whole model in each process and averages the gradients: of adapters these are the
-factors' alone. FSDP2 (`fully_shard`) keeps a part of every tensor in each, and gathers a layer's
-weights when that layer is at work. Either way a process sees its share of each batch, weighed so
-that the mean over the processes is the mean over the batch, and rank 0 writes what is written.
+DDP keeps the whole model in each process and averages the gradients. With adapters these are only
+the gradients of the factors. FSDP2 (`fully_shard`) keeps a shard of every tensor in each process
+and gathers the weights of a layer while it runs. In both cases each process gets its share of each
+batch, weighted so that the mean over processes is the mean over the batch. Rank 0 writes all files.
 """
 
 import os
@@ -22,31 +22,32 @@ from .settings import StudyError
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that work together: how many, and which of them this one is."""
+    """The number of processes that train together, and the rank of this process."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and talks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def share(self, rows: Tensor) -> tuple[Tensor, bool]:
         """Return this process's rows of a batch, and whether they count.
 
-        Of a batch smaller than the group some get a row that does not: all have to take part.
+        If a batch has fewer rows than there are processes, a process without rows gets one row that
+        does not count, because every process must take part in the collective operations.
         """
         mine = rows[self.rank :: self.size]
         return (mine, True) if len(mine) else (rows[:1], False)
 
     def wait(self) -> None:
-        """Wait until every process is here."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Return the sum over the processes, in place."""
+        """Sum a tensor over the processes in place, and return it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -54,10 +55,10 @@ class Group:
 
 @contextmanager
 def group(device: torch.device) -> Iterator[tuple[Group, torch.device]]:
-    """Join the processes that torchrun started, if it did; yield the group and this one's device.
+    """Join the process group if torchrun started this process; yield the group and the device.
 
     Args:
-        device: what was asked for; of "cuda" each process takes the one of its number.
+        device: the requested device. With "cuda", each process uses the GPU of its local rank.
     """
     if "RANK" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         yield Group(), device
@@ -65,14 +66,14 @@ def group(device: torch.device) -> Iterator[tuple[Group, torch.device]]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    # The group of whoever called, if there is one, is left as it is.
-    own = not dist.is_initialized()
-    if own:
+    # If the caller has initialised a process group, use it and do not destroy it.
+    created = not dist.is_initialized()
+    if created:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Group(dist.get_rank(), dist.get_world_size()), device
     finally:
-        if own:
+        if created:
             dist.destroy_process_group()
 
 
@@ -80,25 +81,27 @@ def shared(batches: Iterable[tuple[Tensor, ...]], group: Group) -> Iterator[tupl
     """Yield this process's rows of each batch, for objectives that are means over rows.
 
     Raises:
-        StudyError: a batch cannot be shared out evenly, so that means of means would be wrong.
+        StudyError: a batch cannot be divided evenly. The mean of the processes' means would then
+            differ from the mean over the batch.
     """
     for batch in batches:
         if len(batch[0]) % group.size:
             raise StudyError(
-                f"a batch of {len(batch[0])} cannot be shared out evenly to {group.size} "
+                f"a batch of {len(batch[0])} cannot be divided evenly among {group.size} "
                 "processes; choose another --batch, or another number of processes"
             )
         yield tuple(tensor[group.rank :: group.size] for tensor in batch)
 
 
 def spread(model: nn.Module, how: str, group: Group, blocks: list[nn.Module]) -> nn.Module:
-    """Return the model for training by all processes of the group.
+    """Return the model, prepared for training by all processes of the group.
 
     Args:
-        model: on this process's device, its adapters attached; the same in every process.
-        how: "ddp" wraps it; "fsdp" shards it in place, and there is no way back.
-        group: the processes; one alone trains the model as it is.
-        blocks: "fsdp" gathers the weights of one of these modules at a time.
+        model: the model with its adapters attached, on this process's device. It must be the same
+            in all processes.
+        how: "ddp" wraps the model. "fsdp" shards it in place, which cannot be undone.
+        group: the processes. With a single process, the model is returned unchanged.
+        blocks: modules whose weights "fsdp" gathers one module at a time.
     """
     if group.size == 1:
         return model
@@ -114,7 +117,7 @@ def spread(model: nn.Module, how: str, group: Group, blocks: list[nn.Module]) ->
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a model that are alike: the modules of its lists of modules."""
-    # Not those that derive from it, as a tensor's list of parametrizations does.
+    """Return the repeated layers of a model: the modules in its `nn.ModuleList`s."""
+    # Exclude subclasses such as ParametrizationList, whose modules are not layers.
     lists = [module for module in model.modules() if type(module) is nn.ModuleList]
     return [block for blocks in lists for block in blocks]

@@ -1,12 +1,13 @@
 """A run's directory: settings, environment and rows, so that a run can be resumed and reported.
 
-    settings.json      what was asked for
-    environment.json   what it ran on: versions, device, data, commit
-    results.jsonl      one row an evaluation, appended as each is made
+    settings.json      the settings that determine the results
+    environment.json   versions, device, data, commit
+    results.jsonl      one row per evaluation, appended immediately
     adapters/          the trained adapters, METHOD-SEED.safetensors
-    report.md, *.png   made from the first three alone
+    report.md, *.png   made only from the first three files
 
-A run that was stopped goes on from its rows; half a line at their end is dropped.
+An interrupted run resumes from its rows; see Note [Stages and resuming] in stages.py. An incomplete
+last line of results.jsonl is dropped.
 """
 
 import json
@@ -24,12 +25,12 @@ KEY = ("stage", "method", "base_seed", "seed")
 class RunDirectory:
     """The files of one run. Rows are kept in the order in which they were recorded.
 
-    Make one with `RunDirectory.start` to write to it, `RunDirectory.read` to report on it.
-    `settings` are those of settings.json by option name. The file has them in groups; in runs of
-    before the groups it has them flat, which gives the same.
+    Use `RunDirectory.start` to write to a run and `RunDirectory.read` to report on it. `settings`
+    has the values of settings.json by option name. The file nests them in groups. Older runs have a
+    flat file, which gives the same `settings`.
     """
 
-    # Of two rows that agree in these, one is the other made anew; a study can have others.
+    # Two rows with the same values of these keys are the same evaluation. A study may set others.
     key: tuple[str, ...] = KEY
 
     def __init__(self, folder: Path, settings: Row, environment: Row, rows: list[Row]) -> None:
@@ -40,34 +41,35 @@ class RunDirectory:
     def start(
         cls, folder: Path, settings: Row, environment: Row, fixed: tuple[str, ...]
     ) -> "RunDirectory":
-        """Begin a run in `folder`, or go on with the one that is there.
+        """Start a run in `folder`, or resume the run in it.
 
         Args:
-            folder: made where it is missing.
-            settings: of this run, in groups or not. A run that goes on must have the same.
-            environment: of this run; that of the run's beginning is kept.
-            fixed: the keys of `environment` that must be the same too.
+            folder: the run's folder, created if missing.
+            settings: the run's settings, nested or flat. To resume a run they must be the same.
+            environment: the run's environment. A resumed run keeps the environment of its start.
+            fixed: the keys of `environment` that must be the same to resume a run.
 
         Raises:
-            StudyError: another run's folder, naming the fields that differ.
+            StudyError: the folder has a run with other settings. The message names the fields that
+                differ.
         """
         (folder / "adapters").mkdir(parents=True, exist_ok=True)
         if not (folder / "environment.json").exists():
             _write(folder / "settings.json", settings)
-            _write(folder / "environment.json", environment)  # last: with it a run has begun
+            _write(folder / "environment.json", environment)  # last: it marks a started run
         there = cls.read(folder)
         _same(folder, there.settings, flattened(settings))
         mine = {key: environment[key] for key in fixed}
         _same(folder, {key: there.environment.get(key) for key in fixed}, mine)
-        there._drop_half_a_line()
+        there._drop_incomplete_line()
         return there
 
     @classmethod
     def read(cls, folder: Path) -> "RunDirectory":
-        """Return the run in `folder`, as far as it went.
+        """Return the run in `folder`, finished or not.
 
         Raises:
-            StudyError: no run is there, or one of its files is damaged.
+            StudyError: the folder has no run, or a file of the run is damaged.
         """
         try:
             settings = json.loads((folder / "settings.json").read_text())
@@ -83,22 +85,22 @@ class RunDirectory:
             raise StudyError(f"the run in {folder} is damaged: {error}") from None
 
     def has(self, **key: Any) -> bool:
-        """Whether a row with these values is there."""
+        """Return whether a row with these values is recorded."""
         return any(all(row.get(name) == key[name] for name in key) for row in self.rows)
 
     def record(self, row: Row) -> None:
-        """Append a row, or check that the one that is there says the same.
+        """Append a row. If the same evaluation is recorded already, check that the rows agree.
 
         Raises:
-            StudyError: the same evaluation gave something else before.
+            StudyError: the recorded row of the same evaluation has other values.
         """
         self.record_all([row])
 
     def record_all(self, rows: Iterable[Row]) -> None:
-        """Do so with several rows, which are written together.
+        """Record several rows in one write, each as `record` does.
 
         Raises:
-            StudyError: as `record`; no row is appended then.
+            StudyError: a recorded row of the same evaluation has other values. No row is appended.
         """
         there = {self._key(row): row for row in self.rows}
         new = []
@@ -119,8 +121,8 @@ class RunDirectory:
     def _key(self, row: Row) -> tuple[Any, ...]:
         return tuple(row.get(name) for name in self.key)
 
-    def _drop_half_a_line(self) -> None:
-        """Cut off what a run that was stopped while writing left at the end of its rows."""
+    def _drop_incomplete_line(self) -> None:
+        """Remove an incomplete last line, which an interrupted write leaves in results.jsonl."""
         path = self.folder / "results.jsonl"
         if path.exists():
             whole = path.read_bytes().rfind(b"\n") + 1
@@ -129,7 +131,7 @@ class RunDirectory:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file at once: a crash leaves the old one or the new one."""
+    """Write a file atomically: after a crash, it has either the old or the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -155,6 +157,7 @@ def _same_again(folder: Path, key: tuple[str, ...], there: Row, row: Row) -> Non
     if differing:
         name = " ".join(str(row.get(part)) for part in key)
         raise StudyError(
-            f"the row '{name}' in {folder} was made anew and differs in {', '.join(differing)}: "
-            "the code or the machine has changed since; choose another --out"
+            f"the row '{name}' in {folder} was evaluated again and differs in "
+            f"{', '.join(differing)}: the code or the machine has changed since; "
+            "choose another --out"
         )

@@ -2,7 +2,7 @@
 
 A study's settings derive from `Settings`, and each part of them from `SettingsGroup`. An option is
 a field written with `option(default, help)`; the help names the unit. Option names are unique
-within a study, so its name alone finds a setting: on the command line (`options.py`), after
+within a study, so an option name identifies a setting: on the command line (`options.py`), after
 `--vary` (`grid.py`), in `replace`, in presets and in settings.json.
 """
 
@@ -24,7 +24,7 @@ GroupKind = TypeVar("GroupKind", bound="SettingsGroup")
 
 
 class StudyError(ValueError):
-    """A request that cannot be carried out; the message says what, why, and what to do instead."""
+    """A request cannot be carried out. The message says which, why, and how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ def option(
     choices: tuple[str, ...] = (),
     affects_results: bool = True,
 ) -> Any:
-    """Return a dataclass field that is a command-line option too.
+    """Return a dataclass field that is also a command-line option.
 
     Args:
         default: the value when the option is not given; it sets the option's type.
         help: the meaning of the option, with the unit.
-        check: what a value must fulfil.
-        choices: the values that are allowed, if they are few.
-        affects_results: False for an option such as a folder, on which no result depends.
+        check: the condition on the value.
+        choices: the allowed values, if they can be listed.
+        affects_results: False if results do not depend on the option, such as a folder.
     """
     check = Check(" or ".join(choices), choices.__contains__) if choices else check
     about = {"help": help, "check": check, "choices": choices, "affects_results": affects_results}
@@ -74,7 +74,8 @@ class SettingsGroup:
     Each value must have the type of its default and pass the check of its option.
 
     Raises:
-        StudyError: a value is not allowed; the message has option, value and what is allowed.
+        StudyError: a value is not allowed. The message names the option, the value and the
+            condition.
     """
 
     def __post_init__(self) -> None:
@@ -95,9 +96,9 @@ class SettingsGroup:
 class Settings(SettingsGroup):
     """All settings of a study: options, and groups of options.
 
-    A study derives a frozen dataclass from it, checks in `__post_init__` what concerns several
-    groups, and sets `STUDY`, its name, and `PRESETS`: what each preset changes, by option name.
-    It has the options `preset` and `out`.
+    A study derives a frozen dataclass from this class and validates conditions across groups in
+    `__post_init__`. It sets `STUDY`, the study's name, and `PRESETS`, the changed options of each
+    preset by option name. It has the options `preset` and `out`.
     """
 
     STUDY: ClassVar[str] = ""
@@ -110,9 +111,9 @@ class Settings(SettingsGroup):
 
     @property
     def folder(self) -> str:
-        """The run's folder: `out`, or a name made of the preset and the settings that differ.
+        """The run's folder: `out` if given, else named after the changes to the preset.
 
-        A name that is too long for a file system is cut, and ends with a digest of the whole.
+        A name longer than LONGEST characters is shortened and ends with a digest of the full name.
         """
         given = values(self)
         if given["out"]:
@@ -157,7 +158,7 @@ def values(settings: SettingsGroup) -> dict[str, Any]:
 
 
 def replace(settings: Kind, **changes: Any) -> Kind:
-    """Return settings with other values, each given by option name, whatever its group.
+    """Return a copy of the settings with changed values, given by option name in any group.
 
     Raises:
         StudyError: a name is unknown, or a value is not allowed.
@@ -183,7 +184,7 @@ def _replaced(settings: GroupKind, changes: Mapping[str, Any]) -> GroupKind:
 
 
 def result_settings(settings: SettingsGroup) -> dict[str, Any]:
-    """Return the settings that determine results, nested as the groups are, in JSON's types."""
+    """Return the settings that determine results, nested in groups, as JSON types."""
     found: dict[str, Any] = {}
     for entry in dataclasses.fields(settings):
         value = getattr(settings, entry.name)
@@ -195,7 +196,7 @@ def result_settings(settings: SettingsGroup) -> dict[str, Any]:
 
 
 def flattened(nested: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested settings by option name.
+    """Return nested settings as a flat dictionary by option name.
 
     >>> flattened({"seed": 0, "adapter": {"rank": 2, "alpha": 1.0}})
     {'seed': 0, 'rank': 2, 'alpha': 1.0}
@@ -207,12 +208,12 @@ def flattened(nested: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def listed(value: Any) -> str:
-    """Return a setting as it is typed: 256,128 for a tuple or a list."""
+    """Return a setting in command-line syntax, such as 256,128 for a tuple or a list."""
     return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def is_device(name: str) -> bool:
-    """Return whether a setting is "auto" or names a kind of device that torch knows."""
+    """Return whether a name is "auto" or a valid torch device."""
     try:
         return name == "auto" or torch.device(name) is not None
     except RuntimeError:

@@ -1,4 +1,21 @@
-"""A study as a list of stages, each made once: what a run that was stopped goes on with."""
+"""A study as a list of stages, so that an interrupted run resumes at the first incomplete stage.
+
+Note [Stages and resuming]
+
+A fine-tuning takes minutes and leaves several rows ("off", "on", "merged", "unmerged") and a file.
+A run can be interrupted between any two of these. Each stage therefore lists the rows that it
+records, and it is complete only if all of them exist. Testing for one row, or keeping a "done" mark
+beside the rows, goes wrong if the run is interrupted after that row or before the mark:
+
+    rows on disk          off, on       (interrupted before "merged")
+    the stage is run      off: exists, same values;  on: same;  merged, unmerged: appended
+
+An incomplete stage is run again from its start, because the state in between (a half-trained
+adapter) is not on disk. `RunDirectory.record` compares the repeated rows with the recorded ones. It
+raises if they differ, which happens if the code or the machine has changed, so that one run never
+mixes rows of two versions. A stage must draw all its random numbers from its own seed. Otherwise
+its rows would depend on the stages that ran before it in the same process.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,12 +30,12 @@ Context = TypeVar("Context")
 
 @dataclass(frozen=True)
 class Stage(Generic[Context]):
-    """A part of a study that is made as a whole.
+    """A part of a study that is run as a whole.
 
     Args:
-        key: the values that all of its rows have, such as method and seed.
-        rows: the rows that it leaves, by their value of "stage".
-        make: makes them, from whatever the stages of the study share.
+        key: the values that all rows of the stage share, such as method and seed.
+        rows: the "stage" value of each row that the stage records.
+        make: runs the stage, given the context that the stages of the study share.
     """
 
     key: Mapping[str, Any]
@@ -26,7 +43,7 @@ class Stage(Generic[Context]):
     make: Callable[[Context], None]
 
     def done(self, run: RunDirectory) -> bool:
-        """Whether all of its rows are there."""
+        """Return whether the run has all rows of the stage."""
         return all(run.has(stage=row, **self.key) for row in self.rows)
 
 
@@ -36,18 +53,19 @@ def run_stages(
     prepare: Callable[[], Context],
     say: Callable[[str], None],
 ) -> None:
-    """Make the stages whose rows are not all there, in order.
+    """Run the incomplete stages in order. See Note [Stages and resuming].
 
     Args:
-        run: where the rows are.
-        stages: all of the study's.
-        prepare: makes what the stages share; not called where none is left.
-        say: gets a line on what is left.
+        run: the run's directory, with the rows recorded so far.
+        stages: all stages of the study.
+        prepare: returns the context that the stages share, such as data and base. It is not called
+            if all stages are complete, so that a finished run is reported in a second.
+        say: called with a line of progress if the run is resumed.
     """
-    left = [stage for stage in stages if not stage.done(run)]
+    remaining = [stage for stage in stages if not stage.done(run)]
     if run.rows:
-        say(f"resumed  {len(run.rows)} rows are there, {len(left)} stages are left")
-    if left:
+        say(f"resumed  {len(run.rows)} rows recorded, {len(remaining)} stages remaining")
+    if remaining:
         context = prepare()
-        for stage in tqdm(left, desc="stages", unit="stage", leave=False, disable=None):
+        for stage in tqdm(remaining, desc="stages", unit="stage", leave=False, disable=None):
             stage.make(context)

@@ -1,4 +1,4 @@
-"""The training loop of every study, with its hooks and schedules."""
+"""The training loop of all studies, with its hooks and schedules."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 Objective = Callable[..., Tensor]
-# Called with the number of steps made, the model and the step's loss; True ends the training.
+# Called with the number of steps so far, the model and the step's loss. Returning True ends the
+# training.
 Hook = Callable[[int, nn.Module, Tensor], "bool | None"]
 
 
@@ -33,20 +34,19 @@ def train(
 
     Args:
         model: trained in place, and left in training mode.
-        batches: tuples of tensors on the model's device, one example a row.
-        objective: `(model, *batch) -> loss`, such as `cross_entropy`; whatever is to be added to
-            the loss is said here.
-        optimizer: holds the parameters that are trained.
-        label: what the progress bar is called.
-        hooks: called after every step, in order, with the number of steps made, the model and
-            the step's loss, a number still on the device. Training ends after the step at which
-            one of them returns True. `every` calls a hook now and then only.
-        accumulate: batches a step. Their gradients are added up, each weighed by its examples, so
-            that a mean over examples gives the step of one large batch.
-        clip: the most that the norm of all gradients together may be before a step; longer ones
-            are scaled down (Pascanu et al. 2013, arXiv 1211.5063).
-        autocast: the dtype that the objective is computed in where torch.autocast thinks it safe;
-            with float16 the loss is scaled (Micikevicius et al. 2018, arXiv 1710.03740).
+        batches: tuples of tensors on the model's device, with one example per row.
+        objective: `(model, *batch) -> loss`, such as `cross_entropy`. Penalties are part of it.
+        optimizer: the optimizer of the trained parameters.
+        label: the title of the progress bar.
+        hooks: called in order after every step with the number of steps so far, the model and the
+            step's loss, a scalar on the device. Training ends after a step at which a hook returns
+            True. Use `every` to call a hook less often.
+        accumulate: number of batches per step. Their gradients are added, weighted by the number of
+            examples, which equals one step on a single large batch.
+        clip: the maximum norm of all gradients together. Larger gradients are scaled down (Pascanu
+            et al. 2013, arXiv 1211.5063).
+        autocast: the dtype that torch.autocast uses for the objective. With float16 the loss is
+            scaled (Micikevicius et al. 2018, arXiv 1710.03740).
     """
     device = next(model.parameters()).device.type
     scaler = torch.amp.GradScaler(device) if autocast == torch.float16 else None
@@ -67,7 +67,7 @@ def train(
 def _groups(
     batches: Iterable[tuple[Tensor, ...]], size: int, label: str
 ) -> Iterable[list[tuple[Tensor, ...]]]:
-    """Yield the batches of each step, and show how far they are; the last may be fewer."""
+    """Yield the batches of each step and show progress; the last step may have fewer batches."""
     source = iter(batches)
     groups = iter(lambda: list(islice(source, size)), [])
     steps = -(-len(batches) // size) if isinstance(batches, Sized) else None
@@ -81,7 +81,7 @@ def _backward(
     context: Callable[[], AbstractContextManager],
     scaler: torch.amp.GradScaler | None,
 ) -> Tensor:
-    """Add up the gradients of a step's batches, each by its share of rows; return the loss."""
+    """Accumulate the gradients of a step's batches, weighted by rows, and return the loss."""
     rows, total = sum(len(batch[0]) for batch in group), None
     for batch in group:
         with context():
@@ -100,7 +100,7 @@ def _update(
     clip: float | None,
     scaler: torch.amp.GradScaler | None,
 ) -> None:
-    """Clip the gradients where asked for, make the step, and forget the gradients."""
+    """Clip the gradients if requested, make the optimizer's step, and reset the gradients."""
     if clip is not None:
         if scaler is not None:
             scaler.unscale_(optimizer)
@@ -114,16 +114,16 @@ def _update(
 
 
 def every(steps: int, hook: Hook) -> Hook:
-    """Return a hook that calls `hook` after every so many steps only, the first time after them."""
+    """Return a hook that calls `hook` at steps `steps`, 2·`steps`, 3·`steps`, …."""
     return lambda step, model, loss: hook(step, model, loss) if step % steps == 0 else None
 
 
 def learning_rate(optimizer: Optimizer, of: Callable[[int], float]) -> Hook:
-    """Set the optimizer's learning rate to `of(1)` now; return a hook that keeps it to a schedule.
+    """Set the learning rate of the first step, and return a hook that sets it for the next ones.
 
     Args:
-        optimizer: all of its groups get the same rate.
-        of: the number of a step, from 1 on, to the rate that this step is made with.
+        optimizer: all parameter groups get the same learning rate.
+        of: maps the number of a step, counted from 1, to the learning rate of that step.
     """
 
     def assign(rate: float) -> None:
@@ -138,9 +138,14 @@ def learning_rate(optimizer: Optimizer, of: Callable[[int], float]) -> Hook:
 
 
 def cosine(peak: float, steps: int, warmup: int = 0) -> Callable[[int], float]:
-    """Return a schedule: up to `peak` in a line over `warmup` steps, then half a cosine to zero.
+    """Return a learning-rate schedule with linear warmup and cosine decay to zero.
 
     Source: Loshchilov and Hutter 2017, "SGDR", arXiv 1608.03983, without restarts.
+
+    Args:
+        peak: the highest learning rate.
+        steps: number of steps in total.
+        warmup: number of steps over which the rate rises to `peak`.
 
     >>> [round(cosine(1.0, 6, warmup=2)(step), 3) for step in range(1, 7)]
     [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
@@ -155,16 +160,16 @@ def cosine(peak: float, steps: int, warmup: int = 0) -> Callable[[int], float]:
 
 
 def cross_entropy(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the model's logits, in nats: the plain objective."""
+    """Return the mean cross-entropy of the model's logits, in nats."""
     return F.cross_entropy(model(inputs), labels)
 
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Let torch use so many CPU threads inside.
+    """Set torch's number of CPU threads within the `with` block.
 
-    On small batches one is the fastest, and where other work shares the cores several threads
-    that wait for each other are slower by an order of magnitude.
+    One thread is fastest on small batches. If other processes share the cores, several threads wait
+    for each other and are slower by an order of magnitude.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count)

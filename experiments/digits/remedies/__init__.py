@@ -1,11 +1,14 @@
-"""Remedies against forgetting: in the loss, on the update, in the batches, in the answer.
+"""Remedies against forgetting: in the loss, on the update, in the batches, and at prediction.
 
-Letters: z the logits with the adapter on, z⁰ those with it off (the base's), C the tuned classes,
-x: (n, …), y: (n,), λ the strength of `pl.scale`. Each remedy is one function; they add up in the
-objective of the one training loop. Only replay, and what is said to take old images, sees examples
-of other classes: the teacher z⁰ is the model itself, switched off, on the tuned images.
+    z   logits with the adapter on, (n, classes)      x   inputs, (n, …)
+    z⁰  logits with the adapter off, (n, classes)     y   labels, (n,)
+    C   the tuned classes                             λ   strength of `pl.scale`
 
-The strength needs no training and is `pl.scale`: W' = W + λ·ΔW. That weights between two trained
-ones serve both tasks: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (WiSE-FT),
-arXiv 2109.01903.
+Each remedy is one function. The terms of the loss are added in one objective for the training loop.
+The teacher z⁰ is the model with its adapter off, evaluated on the tuned images. Only replay, and
+remedies documented as using old images, use examples of other classes.
+
+The strength needs no training: `pl.scale` sets W' = W + λ·ΔW. Weights between the base's and the
+fine-tuned ones can serve both tasks (Wortsman et al. 2022, "Robust fine-tuning of zero-shot
+models", WiSE-FT, arXiv 2109.01903).
 """

@@ -1,4 +1,4 @@
-"""Remedies in the training loss. The letters are those of the package's docstring."""
+"""Remedies in the training loss. The package's docstring defines the letters."""
 
 from collections.abc import Collection
 
@@ -10,14 +10,22 @@ import paramlora as pl
 
 
 def mask_or_shift_logits(logits: Tensor, tuned: Collection[int], margin: float) -> Tensor:
-    """Return logits with those of the other classes lowered by `margin`: z_c - m for c not in C.
+    """Return the logits with m subtracted from those of all other classes.
 
-    In the training loss alone. At m = 0 it is the plain cross-entropy; at m = ∞ the masked one,
-    softmax over C only, so that learning C against C pushes no other class down (Caccia et al.
-    2022, "New insights on reducing abrupt representation change", ER-ACE, arXiv 2104.05025). In
-    between, an image of a tuned digit need not beat the other digits by as much as it would: the
-    margin is that of logit adjustment (Menon et al. 2021, arXiv 2007.07314, eq. 10) with a prior of
-    the other classes e^-m times as large.
+        z_c      for c ∈ C
+        z_c - m  for c ∉ C
+
+    Use this in the training loss only. Plain cross-entropy on tuned images alone pushes the logits
+    of all other classes down, although no image asks for that. With m = ∞ the other classes are
+    masked: the softmax is over C only, and their logits get no gradient (Caccia et al. 2022, "New
+    insights on reducing abrupt representation change", ER-ACE, arXiv 2104.05025). With m = 0 the
+    loss is the plain cross-entropy. A finite m reduces the gradient: it is logit adjustment (Menon
+    et al. 2021, arXiv 2007.07314, eq. 10) with the prior of the other classes multiplied by e^-m.
+
+    Args:
+        logits: z, (n, classes).
+        tuned: the classes C.
+        margin: m, in nats, at least 0.
 
     >>> mask_or_shift_logits(torch.tensor([[1.0, 2.0, 3.0]]), [0, 2], 5.0)
     tensor([[ 1., -3.,  3.]])
@@ -32,8 +40,9 @@ def mask_or_shift_logits(logits: Tensor, tuned: Collection[int], margin: float) 
 def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Return T² · KL(softmax(z⁰/T) ‖ softmax(z/T)), the mean over examples, nats.
 
-    Sources: Hinton et al. 2015, arXiv 1503.02531; on new images only, as here: Li and Hoiem 2016,
-    "Learning without Forgetting", arXiv 1606.09282.
+    T² keeps the size of the gradient independent of T. Sources: Hinton et al. 2015, arXiv
+    1503.02531. Li and Hoiem 2016, "Learning without Forgetting", arXiv 1606.09282, which also
+    distils on new images only.
     """
     student, target = (F.log_softmax(z / temperature, -1) for z in (logits, teacher))
     return temperature**2 * divergence(target, student)
@@ -42,15 +51,17 @@ def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Return KL(p ‖ q) from log-probabilities, the mean over examples, nats.
 
-    Written out: torch's `kl_div` knows no vmap, and is one by one inside it.
+    The formula is written out because `F.kl_div` has no batching rule for vmap, which would loop
+    over the seeds.
     """
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
 def kept_mass(logits: Tensor, teacher: Tensor, tuned: Collection[int]) -> Tensor:
-    """Return KL(q⁰ ‖ q) of the two-way answer q = (Σ_C softmax(z), 1 - it), mean, nats.
+    """Return KL(q⁰ ‖ q) with q = (p(C), 1 - p(C)) and p = softmax(z), the mean, in nats.
 
-    Distils only whether an image shows a tuned class at all, and leaves which one free.
+    This distils only the probability that an image shows any tuned class. The adapter is free to
+    change the probabilities within C. Log-sum-exp avoids log(0) when p(C) rounds to 0 or 1.
     """
     chosen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
     chosen[list(tuned)] = True
@@ -65,9 +76,10 @@ def kept_mass(logits: Tensor, teacher: Tensor, tuned: Collection[int]) -> Tensor
 
 @torch.no_grad()
 def switched_off(model: nn.Module, inputs: Tensor, *names: str) -> Tensor:
-    """Return the logits of the model with adapters off, (n, classes): the teacher, without a copy.
+    """Return the teacher's logits z⁰, (n, classes): those of the model with its adapters off.
 
-    The base does not change while adapters train, so once before training is enough.
+    No copy of the base is needed. The base does not change during training, so one call before
+    training is enough.
     """
     with pl.disabled(model, *names):
         return model(inputs)

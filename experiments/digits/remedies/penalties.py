@@ -1,4 +1,4 @@
-"""Penalties on the update, which are added to the loss: elastic weight consolidation, O-LoRA."""
+"""Penalties on the update, added to the loss: elastic weight consolidation (EWC) and O-LoRA."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,20 +14,22 @@ Penalty = Callable[[nn.Module], Tensor]
 def fisher(
     model: nn.Module, paths: Sequence[str], inputs: Tensor, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Return the diagonal of the base's Fisher information at each weight, by its path.
+    """Return the diagonal Fisher information of the base's weights, by path.
 
         F_ij = mean over x of (∂ log p(ŷ|x) / ∂W_ij)², ŷ ~ p(·|x)
 
-    with the labels drawn from the model itself, so that it needs images only, and any will do.
+    The labels ŷ are drawn from the model's predictions, so only images are needed. With true labels
+    the mean would be the empirical Fisher, which differs. Gradients are per image, as the square of
+    a batch's mean gradient is not the mean of the squares.
 
     Args:
-        model: adapters are switched off inside; all is left as it was.
-        paths: of weights, such as `linear1.weight`.
+        model: its adapters are switched off for the computation. The model does not change.
+        paths: the paths of weights, such as `linear1.weight`.
         inputs: the images, (n, …).
-        generator: where ŷ is drawn from.
+        generator: the generator that draws ŷ, on the CPU.
 
     Source: Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting" (EWC), arXiv 1612.00796;
-    on true and drawn labels: Kunstner et al. 2019, arXiv 1905.12558.
+    for true and drawn labels: Kunstner et al. 2019, arXiv 1905.12558.
     """
     weights = base_weights(model, paths)
     total = {path: torch.zeros_like(weight) for path, weight in weights.items()}
@@ -51,7 +53,7 @@ def base_weights(model: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]:
 
 
 def with_weights(model: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-    """Return the model's outputs with other base weights at these paths."""
+    """Return the model's outputs with the base weights at these paths replaced."""
     named = dict(model.named_parameters())
     stored = {
         path if path in named else _original(path): weight for path, weight in weights.items()
@@ -60,20 +62,22 @@ def with_weights(model: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor
 
 
 def _original(path: str) -> str:
-    """Return where parametrize keeps the tensor at a path."""
+    """Return the path at which parametrize stores the original tensor."""
     module, _, tensor = path.rpartition(".")
     return f"{module}.parametrizations.{tensor}.original".lstrip(".")
 
 
 def elastic(weights: Mapping[str, Tensor], fishers: Mapping[str, Tensor]) -> Penalty:
-    """Return the penalty ½ Σ_ij F_ij · ΔW_ij² of elastic weight consolidation, on ΔW = W' - W.
+    """Return the penalty ½ Σ_ij F_ij · ΔW_ij² of elastic weight consolidation, ΔW = W' - W.
 
-    Not on the factors one by one: B starts at zero, and where it is zero the Fisher information of
-    A is too. Source: Kirkpatrick et al. 2017 (EWC), eq. 3.
+    The penalty is on ΔW and not on the factors A and B. B starts at zero, where the gradient and so
+    the Fisher information of A are zero, and A would not be penalised.
+
+    Source: Kirkpatrick et al. 2017 (EWC), eq. 3.
 
     Args:
-        weights: W by path, `base_weights`.
-        fishers: F by path, `fisher`.
+        weights: W by path, from `base_weights`.
+        fishers: F by path, from `fisher`.
     """
 
     def penalty(model: nn.Module) -> Tensor:
@@ -87,13 +91,13 @@ def elastic(weights: Mapping[str, Tensor], fishers: Mapping[str, Tensor]) -> Pen
 
 
 def orthogonal(earlier: Mapping[str, Tensor], paths: Mapping[str, str]) -> Penalty:
-    """Return the penalty Σ_sites ‖A_earlier Aᵀ‖₁ between row spaces of an earlier A and this one.
+    """Return the penalty Σ_sites ‖A_earlier Aᵀ‖₁ between an earlier A and this one.
 
     Source: Wang et al. 2023, "Orthogonal Subspace Learning" (O-LoRA), arXiv 2310.14152, eq. 8.
 
     Args:
-        earlier: the earlier adapter's A, (r, in), by any key.
-        paths: by the same key, the dotted path of this adapter's A in the model.
+        earlier: A of the earlier adapter by site, (r, in), with any keys.
+        paths: the path of this adapter's A in the model, with the same keys.
     """
 
     def penalty(model: nn.Module) -> Tensor:
@@ -109,5 +113,5 @@ def orthogonal(earlier: Mapping[str, Tensor], paths: Mapping[str, str]) -> Penal
 def _read(model: nn.Module, path: str) -> Tensor:
     module, _, tensor = path.rpartition(".")
     owner = model.get_submodule(module)
-    # An nn.ParameterDict or ModuleDict of factors has its tensors as attributes all the same.
+    # nn.ParameterDict and nn.ModuleDict also provide their entries as attributes.
     return getattr(owner, tensor)

@@ -1,4 +1,4 @@
-"""Directions that an update may not read, projected out of A."""
+"""Null-space projection: remove input directions from the rows of A."""
 
 from collections.abc import Mapping
 
@@ -13,21 +13,21 @@ Factors = Mapping[str, Tensor]
 
 
 def principal(rows: Tensor, energy: float) -> Tensor:
-    """Return the fewest right-singular vectors of `rows` with that share of energy, (k, in).
+    """Return the right-singular vectors of `rows` with a share of the energy, (k, in).
 
-    k is the least with Σ_{i≤k} σ_i² ≥ energy · Σ σ_i². Source: Saha et al. 2021, "Gradient
+    k is the smallest number with Σ_{i≤k} σ_i² ≥ energy · Σ σ_i². Source: Saha et al. 2021, "Gradient
     Projection Memory", arXiv 2103.09762, eq. 5.
 
     Args:
         rows: activations, one example a row, (n, in), or a weight, (out, in).
-        energy: from 0 (none) to 1 (all that is not zero).
+        energy: 0 (no vectors) to 1 (all vectors with a nonzero singular value).
 
     >>> principal(torch.tensor([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), 0.9).abs()
     tensor([[1., 0., 0.]])
     """
     _, sizes, right = torch.linalg.svd(rows, full_matrices=False)
     share = (sizes**2).cumsum(0) / (sizes**2).sum()
-    # As torch's matrix_rank: what is smaller than that is the rounding of zero.
+    # The tolerance of torch.linalg.matrix_rank: smaller singular values are rounding errors.
     rank = int((sizes > sizes[0] * max(rows.shape) * torch.finfo(rows.dtype).eps).sum())
     kept = int((share < energy).sum()) + 1 if energy > 0 else 0
     return right[: min(kept, rank)]
@@ -35,21 +35,26 @@ def principal(rows: Tensor, energy: float) -> Tensor:
 
 @torch.no_grad()
 def project_away(A: Tensor, directions: Tensor) -> None:
-    """Take the span of `directions` out of the rows of A, in place: A ← A - A Dᵀ D.
+    """Project the rows of A onto the complement of span(D), in place: A ← A - A Dᵀ D.
 
-    The update B A then leaves inputs in that span alone, x ∈ span(D) ⇒ B A x = 0. Sources: Saha et
-    al. 2021 (GPM, as gradients); Wang et al. 2021, "Training networks in null space", arXiv
-    2103.07113.
+    The update then does not change inputs in that span: x ∈ span(D) ⇒ B A x = 0. Sources: Saha et
+    al. 2021 (GPM, which projects gradients); Wang et al. 2021, "Training networks in null space",
+    arXiv 2103.07113.
 
     Args:
         A: (…, r, in).
-        directions: orthonormal rows, (k, in).
+        directions: D with orthonormal rows, (k, in).
     """
     A -= A @ directions.T @ directions
 
 
 def forbidden(context: StudyContext, old: Tensor) -> dict[str, Tensor]:
-    """Return the directions that A may not read, (k, in), by the layer's path."""
+    """Return the directions to project out of A, (k, in), by layer path.
+
+    Args:
+        context: the base, the data and the settings.
+        old: the rows of the old images, int64 (n,), for `null_space_of` = "old".
+    """
     settings, model = context.settings, context.model()
     layers = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
     if settings.remedies.null_space_of == "weights":
@@ -67,7 +72,11 @@ def forbidden(context: StudyContext, old: Tensor) -> dict[str, Tensor]:
 
 
 def keep_out(factors: Factors, directions: Mapping[str, Tensor]) -> Hook:
-    """Return a hook that keeps every A of `factors` out of its layer's directions, from now on."""
+    """Project the directions out of each A now; return a hook that does so after each step.
+
+    Adam's step mixes gradients of earlier steps and scales them elementwise, so projecting the
+    gradient would not keep A in the complement. The hook therefore projects A itself.
+    """
     pairs = [
         (factor, directions[name.split(".parametrizations.")[0]])
         for name, factor in factors.items()
@@ -75,8 +84,8 @@ def keep_out(factors: Factors, directions: Mapping[str, Tensor]) -> Hook:
     ]
 
     def hook(step: int, model: nn.Module, loss: Tensor) -> None:
-        for factor, its in pairs:
-            project_away(factor, its)
+        for factor, layer_directions in pairs:
+            project_away(factor, layer_directions)
 
     hook(0, nn.Identity(), torch.tensor(0.0))
     return hook

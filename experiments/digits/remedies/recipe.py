@@ -1,7 +1,21 @@
-"""A fine-tuning with the settings' remedies, made for the training loop: objective, batches, hooks.
+"""The objective, batches and hooks of a fine-tuning with the remedies in the settings.
 
-With no remedy it is the plain one, bit for bit. Replayed images come from a generator of their own,
-so that adding replay leaves images and A as they were.
+Without remedies the fine-tuning is bit-for-bit the plain one. Replayed images are drawn from a
+separate generator. Drawing them from the adapter's generator would change the order of the tuned
+images and the initial A, so that runs with and without replay could not be compared in pairs.
+
+Note [Stacked seeds]
+
+Sweeps train many seeds at once. `factors` are then stacked, A: (seeds, r, in) and B: (seeds, out,
+r). torch.func.vmap calls the objective once for all seeds, and inside it sees A: (r, in) and B:
+(out, r). The code in this folder must work for both forms:
+
+- Penalties read A and W' from the model inside the call. A tensor read before training would be
+  that of a single seed.
+- Projection and averaging act on the stacked tensors directly, along the last dimensions.
+- Adam is elementwise, so a single Adam over the stack makes the same steps, up to rounding, as one
+  Adam per seed.
+- Early stopping is not possible, because it ends the seeds at different steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,13 +37,13 @@ from .projection import Factors, forbidden, keep_out
 from .replay import Joined, memory, memory_generator
 from .routes import Gate, grouped, routed
 
-FISHER_IMAGES = 200  # as many as EWC's information is estimated from
-LOOK_EVERY = 10  # steps between two looks at the validation images
+FISHER_IMAGES = 200  # the most images to estimate the Fisher information from
+LOOK_EVERY = 10  # steps between evaluations on the validation images
 
 
 @dataclass
 class Recipe:
-    """What `train` needs for one adapter, and what is left to do after it."""
+    """The arguments of `train` for one adapter, and the calls to make after training."""
 
     objective: Objective
     batches: "Batches | Joined"
@@ -38,7 +52,7 @@ class Recipe:
     restore: list[Callable[[], None]] = field(default_factory=list)
 
     def finish(self) -> None:
-        """Put averaged or best parameters in place of the last ones."""
+        """Replace the last parameters by the averaged or the best ones."""
         for call in self.restore:
             call()
 
@@ -46,13 +60,13 @@ class Recipe:
 def draw_batches(
     context: StudyContext, plain: Batches, old: Tensor, generator: torch.Generator
 ) -> Batches | Joined:
-    """Return the batches of a fine-tuning: images and labels, z⁰ and old ones where needed.
+    """Return the batches of a fine-tuning: images and labels, with z⁰ and old images if needed.
 
     Args:
-        context: the data.
+        context: the data and the settings.
         plain: the batches without remedies.
-        old: the rows of the replayed images, `memory`.
-        generator: of the order in which they are replayed.
+        old: the rows of the replayed images, from `memory`, int64 (n,).
+        generator: the generator of the order in which old images are replayed.
     """
     settings = context.settings
     tensors = plain.tensors
@@ -70,20 +84,25 @@ def draw_batches(
 
 
 def switched_off_logits(context: StudyContext, rows: Tensor) -> Tensor:
-    """Return z⁰ of training images. The base is the adapted model switched off, bit for bit."""
+    """Return z⁰ of training images, (n, classes), computed with the base."""
     return logits_of(context.model(), context.inputs[rows])
 
 
 def objective_of(
     settings: DigitSettings, tuned: Sequence[int], penalty: Penalty | None
 ) -> Objective:
-    """Return the loss that the settings ask for, in nats:
+    """Return the objective of the settings, in nats:
 
-        CE(z lowered by m, y) + β · distillation + μ · kept mass + CE of replayed images + penalty
+        CE(shifted z, y) + β · distillation + μ · kept mass + CE(z, y of replayed images) + penalty
 
-    An infinite m and a replay of all digits is ER-ACE (`losses.mask_or_shift_logits`).
+    Each term except the penalty is a mean over its images. The objective takes a batch of
+    `draw_batches`. A margin of ∞ with the replay of all digits is ER-ACE (see
+    `losses.mask_or_shift_logits`).
 
-    It is called with a batch of `draw_batches`; every term is a mean over its images.
+    Args:
+        settings: the remedies.
+        tuned: the classes C.
+        penalty: a function of the model that is added to the loss, or None.
     """
     remedies = settings.remedies
     if not (remedies.margin or remedies.distill or remedies.mass or remedies.replay or penalty):
@@ -93,6 +112,7 @@ def objective_of(
         rest, count = list(more), len(labels)
         teacher = rest.pop(0) if remedies.distill or remedies.mass else None
         old_inputs, old_labels = rest if remedies.replay else (inputs[:0], labels[:0])
+        # One pass over new and old images: (batch, 784) and (batch, 784) -> (2 · batch, classes).
         both = model(torch.cat([inputs, old_inputs]) if remedies.replay else inputs)
         logits, old = both[:count], both[count:]
         loss = F.cross_entropy(mask_or_shift_logits(logits, tuned, remedies.margin), labels)
@@ -108,7 +128,7 @@ def objective_of(
 
 
 def penalty_of(context: StudyContext, images: Tensor) -> Penalty | None:
-    """Return the penalty of EWC, its Fisher information from these images, or None."""
+    """Return the EWC penalty, with Fisher information of these images, or None if it is off."""
     weight = context.settings.remedies.ewc
     if not weight:
         return None
@@ -122,14 +142,15 @@ def penalty_of(context: StudyContext, images: Tensor) -> Penalty | None:
 def recipe(
     context: StudyContext, model: nn.Module, factors: Factors, plain: Batches, seed: int
 ) -> Recipe:
-    """Return the fine-tuning of one adapter with the settings' remedies.
+    """Return the fine-tuning of one adapter with the remedies in the settings.
 
     Args:
         context: the data, the base and the settings.
         model: the base with the adapter attached.
-        factors: the adapter's, by their names in the model; stacked ones do as well.
+        factors: the adapter's factors by parameter name; they may be stacked, see Note [Stacked
+            seeds].
         plain: the batches of the plain fine-tuning.
-        seed: the adapter seed, for the replayed images.
+        seed: the adapter seed, which determines the replayed images.
     """
     settings, generator = context.settings, memory_generator(seed)
     replayed = context.tuned_rows[:0]
@@ -152,7 +173,10 @@ def recipe(
 def _add_hooks(
     made: Recipe, context: StudyContext, model: nn.Module, factors: Factors, old: Tensor
 ) -> None:
-    """Add the hooks of schedule, null space, average and early stopping, in this order."""
+    """Add the hooks of schedule, null space, averaging and early stopping, in this order.
+
+    The order matters: the average and the best parameters must be those after the projection.
+    """
     settings, training = context.settings, context.settings.finetuning
     remedies, parameters = settings.remedies, list(factors.values())
     if remedies.schedule == "cosine":
@@ -171,12 +195,12 @@ def _add_hooks(
 
 
 def answers(context: StudyContext, on: Tensor, seed: int) -> Tensor:
-    """Return the logits that count: those with the adapter on, or as the settings route them.
+    """Return the logits of the predictions: those with the adapter on, or routed by the settings.
 
     Args:
         context: the settings, and z⁰ of the test images.
         on: z of the test images, (n, classes).
-        seed: the adapter seed, whose replayed images a gate learns from.
+        seed: the adapter seed, which determines the old images that a gate is trained on.
     """
     route, off = context.settings.remedies.route, context.base_logits
     if route == "base":
@@ -192,7 +216,7 @@ def answers(context: StudyContext, on: Tensor, seed: int) -> Tensor:
 
 
 class Average:
-    """A hook that averages parameters over the steps after the first `start`.
+    """A hook that averages parameters over all steps after step `start`.
 
     Source: Izmailov et al. 2018, "Averaging weights leads to wider optima" (SWA), arXiv 1803.05407.
     """
@@ -210,7 +234,7 @@ class Average:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give the parameters their means, if any step was averaged."""
+        """Set the parameters to their means, if any step was averaged."""
         for mean, parameter in zip(self.means, self.parameters, strict=True):
             if self.count:
                 parameter.copy_(mean)

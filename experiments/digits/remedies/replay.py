@@ -1,4 +1,4 @@
-"""Replay: images of other digits, a batch of them beside each batch."""
+"""Replay: each batch of tuned digits comes with a batch of images of other digits."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from ..context import StudyContext
 
 
 class Joined:
-    """Several sources of batches side by side: each batch has the tensors of all."""
+    """Several sources of batches in parallel; each batch has the tensors of all sources."""
 
     def __init__(self, *sources: Batches) -> None:
         self.sources = sources
@@ -24,19 +24,26 @@ class Joined:
 
 
 def memory_generator(seed: int) -> torch.Generator:
-    """Return the generator that draws an adapter seed's replayed images."""
+    """Return the generator that draws the replayed images of an adapter seed."""
     return torch.Generator().manual_seed(seed + 2**40)
 
 
 def memory(context: StudyContext, generator: torch.Generator, digits: str = "old") -> Tensor:
-    """Return the rows of the images that are replayed, the same number a digit, int64 (n,).
+    """Return the rows of the replayed images, equally many per digit, int64 (n,).
 
-    Those of the old digits come first, and are the same with and without the tuned ones.
+    The rows of the old digits come first. They do not depend on `digits`.
+
+    Args:
+        context: the data and the number of images per digit.
+        generator: the generator of the random choice, on the CPU.
+        digits: "old", or "all" to add images of the tuned digits.
     """
     rows = []
     old = sorted(set(context.labels.unique().tolist()) - set(context.tuned))
     for digit in old + (context.tuned if digits == "all" else []):
-        its = (context.labels == digit).nonzero().squeeze(1)
-        chosen = torch.randperm(len(its), generator=generator)[: context.settings.remedies.replay]
-        rows.append(its[chosen.to(its.device)])
+        of_digit = (context.labels == digit).nonzero().squeeze(1)
+        chosen = torch.randperm(len(of_digit), generator=generator)[
+            : context.settings.remedies.replay
+        ]
+        rows.append(of_digit[chosen.to(of_digit.device)])
     return torch.cat(rows)

@@ -1,4 +1,4 @@
-"""The settings of the remedies against forgetting, and of the images held out for them."""
+"""The settings of the remedies against forgetting and of the validation images."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from ...harness.settings import (
     option,
 )
 
-# Options that change the fine-tuning of paramlora's own adapter; the other methods stay plain.
+# Options that change the fine-tuning of method `lora`. The other methods have no remedies.
 REMEDIES = (
     "schedule",
     "tune_batch",
@@ -31,85 +31,87 @@ REMEDIES = (
 
 @dataclass(frozen=True)
 class RemedySettings(SettingsGroup):
-    """Remedies against forgetting, and calmer fine-tuning."""
+    """Remedies against forgetting."""
 
     schedule: str = option(
         "constant",
-        "learning rate over the steps; cosine: falls to zero by half a cosine",
+        "learning-rate schedule; cosine: decay to zero over half a cosine",
         choices=("constant", "cosine"),
     )
     tune_batch: int = option(
-        0, "batch size of fine-tuning, images; 0: as that of pre-training", NATURAL
+        0, "batch size of fine-tuning, images; 0: the batch size of pre-training", NATURAL
     )
     average: float = option(
-        0.0, "share of the last steps over which the factors are averaged", SHARE
+        0.0, "share of the steps, at the end, over which factors are averaged", SHARE
     )
     strength: float = option(
-        1.0, "remedy: λ in W' = W + λ·ΔW when answering; 0 is the base", FINITE
+        1.0, "remedy: strength λ in W' = W + λ·ΔW at evaluation; 0: the base", FINITE
     )
     margin: float = option(
         0.0,
-        "remedy: by how much the other digits' logits are lowered in the training loss; inf masks "
+        "remedy: margin subtracted from the other digits' logits in the training loss; inf: mask "
         "them",
         NOT_NEGATIVE,
     )
-    distill: float = option(
-        0.0, "remedy: weight β of distillation from the switched-off model", NOT_NEGATIVE
-    )
+    distill: float = option(0.0, "remedy: weight β of distillation from the base", NOT_NEGATIVE)
     temperature: float = option(2.0, "temperature T of distillation", POSITIVE)
     mass: float = option(
         0.0,
-        "remedy: weight of distilling only whether an image shows a tuned digit at all",
+        "remedy: weight of distilling only the probability that the digit is a tuned one",
         NOT_NEGATIVE,
     )
     replay: int = option(
-        0, "remedy: old images a digit that are replayed, a batch of them a step", NATURAL
+        0, "remedy: number of old images per digit to replay, one batch per step", NATURAL
     )
     replay_of: str = option(
         "old",
-        "which digits' images are replayed; all: as many of each tuned digit beside them, so that "
-        "what is replayed is balanced",
+        "digits to replay; old: the digits that are not tuned; all: equally many images of each "
+        "digit",
         choices=("old", "all"),
     )
     ewc: float = option(0.0, "remedy: weight of elastic weight consolidation on ΔW", NOT_NEGATIVE)
     null_space: float = option(
-        0.0, "remedy: share of energy of the directions that A may not read, 0 to 1", SHARE
+        0.0, "remedy: share of energy of the directions projected out of A, 0 to 1", SHARE
     )
     null_space_of: str = option(
         "weights",
-        "whose directions; weights: the base's, by their singular values; old: the activations of "
-        "the replayed images",
+        "source of the directions; weights: the singular vectors of the base's weights; old: those "
+        "of the activations of the replayed images",
         choices=("weights", "old"),
     )
     route: str = option(
         "none",
-        "remedy: where the adapter answers; base: where the base answers a tuned digit; soft: "
-        "the base says whether tuned, the adapter which; gate: by a logistic regression on the "
-        "base's logits, learned from tuned and replayed images",
+        "remedy: images that the adapter predicts; base: those that the base predicts as tuned; "
+        "soft: p(tuned) of the base times p(digit | tuned) of the adapter; gate: by a logistic "
+        "regression on the base's logits, fitted to tuned and replayed images",
         choices=("none", "base", "soft", "gate"),
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         old = self.route == "gate" or (self.null_space > 0 and self.null_space_of == "old")
-        self.require("replay", self.replay > 0 or not old, "above 0 for what needs old images")
+        self.require(
+            "replay", self.replay > 0 or not old, "above 0 for a remedy that uses old images"
+        )
 
 
 @dataclass(frozen=True)
 class HoldoutSettings(SettingsGroup):
     """Validation images."""
 
-    validation: int = option(0, "training images a digit that fine-tuning does without", NATURAL)
+    validation: int = option(
+        0, "number of validation images per digit, not used in fine-tuning", NATURAL
+    )
     patience: int = option(
         0,
-        "remedy: stop early, after so many looks, one every 10 steps, at the accuracy on the "
-        "validation images without a new best; 0: never",
+        "remedy: stop early after this many evaluations on the validation images, one every 10 "
+        "steps, without a new best accuracy; 0: never",
         NATURAL,
     )
     selection: bool = option(
         False,
-        "for choosing settings: pre-train without the validation images too, and count wrong "
-        "answers on them in place of the test images",
+        "for model selection: exclude the validation images from pre-training too, and evaluate "
+        "on them instead of the test images",
     )
 
     def __post_init__(self) -> None:

@@ -145,7 +145,7 @@ def test_a_silent_mirror_is_given_up_within_seconds(mirrors, tmp_path, monkeypat
 
 def test_without_mnist_asking_for_it_is_an_error(mirrors, tmp_path):
     """--data mnist where there is none names the archives and the way out."""
-    with pytest.raises(StudyError, match=r"t10k-labels-idx1-ubyte.gz.*--data-dir, or take --data"):
+    with pytest.raises(StudyError, match=r"t10k-labels-idx1-ubyte.gz.*--data-dir, or use --data"):
         load_data("mnist", str(tmp_path))
 
 

@@ -369,7 +369,7 @@ def test_a_selection_counts_on_images_that_its_base_has_not_seen(tmp_path):
     [
         ({"patience": 1}, "--patience must be used with --validation above 0"),
         ({"selection": True}, "--selection must be used with --validation above 0"),
-        ({"route": "gate"}, "--replay must be above 0 for what needs old images"),
+        ({"route": "gate"}, "--replay must be above 0 for a remedy that uses old images"),
         ({"null_space": 0.5, "null_space_of": "old"}, "--replay must be above 0"),
         ({"margin": -1.0}, "--margin must be a number of at least 0, got '-1.0'"),
         ({"null_space": 1.5}, "--null-space must be a number from 0 to 1, got '1.5'"),

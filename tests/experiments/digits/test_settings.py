@@ -113,7 +113,7 @@ def test_every_option_has_its_unit_or_meaning_in_the_help(capsys, monkeypatch):
     for entry in options(DigitSettings).values():
         assert "--" + entry.name.replace("_", "-") in shown
         assert " ".join(entry.metadata["help"].split()) in shown
-    assert "optimizer steps [200]" in shown
+    assert "optimizer steps of fine-tuning [200]" in shown
 
 
 def test_help_groups_the_options_and_ends_with_examples_that_parse(capsys):

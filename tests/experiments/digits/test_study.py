@@ -187,8 +187,8 @@ def test_stopping_by_keyboard_and_going_on(finished, tmp_path, monkeypatch, caps
     assert [row["stage"] for row in rows_in(tmp_path)] == STAGES[:6]
     assert study(tmp_path) == 0
     shown = capsys.readouterr().out
-    assert "resumed  6 rows are there, 4 stages are left" in shown
-    assert "trained before, from" in shown
+    assert "resumed  6 rows recorded, 4 stages remaining" in shown
+    assert "loaded from" in shown
     assert made_in(tmp_path) == made_in(finished)
 
 
@@ -205,7 +205,7 @@ def test_a_finished_run_trains_nothing_again(copied, trainings):
 def test_runs_share_a_base(copied, capsys):
     """A run with other fine-tuning settings takes the base that is there."""
     assert study(copied, "--out", str(copied / "two"), "--rank", "1", "--compat", "none") == 0
-    assert "trained before, from" in capsys.readouterr().out
+    assert "loaded from" in capsys.readouterr().out
     assert len(list((copied / "bases").iterdir())) == 1
     rows = [json.loads(line) for line in (copied / "two" / "results.jsonl").open()]
     assert {row["method"] for row in rows} == {"base", "lora", "wrapped"}

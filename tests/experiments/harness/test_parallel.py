@@ -165,5 +165,5 @@ def test_digit_study(how: str, results: Results) -> None:
 
 def test_uneven_batch() -> None:
     """A batch that cannot be divided evenly raises: the mean over unequal shares would be wrong."""
-    with pytest.raises(StudyError, match=r"a batch of 3 cannot be shared out evenly to 2"):
+    with pytest.raises(StudyError, match=r"a batch of 3 cannot be divided evenly among 2"):
         next(shared([(torch.zeros(3, 1),)], Group(0, 2)))

@@ -206,10 +206,10 @@ def test_a_base_is_kept_and_found_bitwise(tmp_path):
 
 
 def test_a_damaged_base_is_refused_by_name(tmp_path):
-    """A file that is no base is an error that names it."""
+    """Reading a file that is not a base raises StudyError with the file name."""
     path = tmp_path / "base.safetensors"
     path.write_bytes(b"no base")
-    with pytest.raises(StudyError, match=r"base.safetensors is not a base that a run left"):
+    with pytest.raises(StudyError, match=r"base.safetensors is damaged or not a base"):
         find(path)
 
 

@@ -124,7 +124,7 @@ def test_a_stopped_run_goes_on(world: Path, finished: RunDirectory) -> None:
     (folder / "results.jsonl").write_text("".join(kept) + '{"stage": "on", "meth')
     said: list[str] = []
     again = text.run_text(settings, said.append)
-    assert f"resumed  {len(kept)} rows are there, 2 stages are left" in said
+    assert f"resumed  {len(kept)} rows recorded, 2 stages remaining" in said
 
     def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows = [{k: v for k, v in row.items() if k not in ("seconds", "commit")} for row in rows]
