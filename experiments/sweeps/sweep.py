@@ -173,7 +173,7 @@ def run_sweep(
 
 
 def _pool(jobs: int, most: int) -> Any:
-    """Return joblib's pool for `most` calls; a single call runs here, as a process starts slowly."""
+    """Return joblib's pool for `most` calls. One call needs no process, which starts slowly."""
     from joblib import Parallel
 
     return Parallel(n_jobs=min(jobs, max(most, 1)), return_as="generator")

@@ -24,10 +24,9 @@ class Together(nn.Module):
         A: (2, in), (4, in)     →  (2, 4, in), rows 2 and 3 of the first set are zero
         B: (out, 2), (out, 4)   →  (2, out, 4), columns 2 and 3 of the first set are zero
 
-    The added rows and columns stay zero in training. In B A, column k of B meets row k of A only. The
-    gradient of such a row of A is a product with the zero column of B, and the reverse, so both
-    gradients are zero, and Adam's step for a gradient that is always zero is zero. `of` cuts the
-    added zeros off again.
+    The added rows and columns stay zero in training. Column k of B multiplies row k of A only. The
+    gradient of an added row of A is a product with a zero column of B, and vice versa. Both
+    gradients are therefore always zero, and so are Adam's steps. `of` removes the added zeros.
 
     The model computes B A with the scale of its attached adapter, which is that of the first set.
     `scales` corrects the others: B of a set is multiplied by (its alpha / r) / (the first's).
@@ -63,7 +62,7 @@ class Together(nn.Module):
         return dict(zip(self.names, self.stacked, strict=True))
 
     def values(self) -> dict[str, Tensor]:
-        """Return the factors for the model's forward, with every B multiplied by its set's scale."""
+        """Return the factors for the model's forward, with each B multiplied by its scale."""
         if self.scales is None:
             return {**self.factors}
         return {

@@ -53,7 +53,7 @@ def matrices(run: RunDirectory) -> Figure:
 def matrix_figure(axes: Axes, matrix: Matrix | np.ndarray, tasks: Sequence[str]) -> None:
     """Draw an accuracy matrix on `axes` in %, one row per stage and one column per task.
 
-    Cell (i, j) is the accuracy on task j after stage i. The diagonal is bold: the task just learned.
+    Cell (i, j) is the accuracy on task j after stage i. Bold cells: the task of that stage.
     """
     values = 100 * np.asarray(matrix)
     axes.imshow(values, cmap="viridis", vmin=0, vmax=100)

@@ -89,7 +89,7 @@ class Learner:
 
     @torch.no_grad()
     def answer(self, inputs: Tensor, tasks: Sequence[Task], number: int) -> Tensor:
-        """Return predicted classes for images of task `number`, int64 (n,), after the last stage."""
+        """Return predicted classes, int64 (n,), for images of task `number`."""
         task_given = self.settings.sequence.scenario == "task"
         if self.combine == "routed":
             logits = self._routed(inputs, tasks, number if task_given else None)
@@ -104,7 +104,7 @@ class Learner:
         return logits.argmax(1)
 
     def _routed(self, inputs: Tensor, tasks: Sequence[Task], given: int | None) -> Tensor:
-        """Return logits, (n, 10), of the given task's adapter, or of the most confident for each image.
+        """Return logits, (n, 10), by the given task's adapter or by each image's most confident.
 
         The confidence of a stage is its largest softmax probability among the classes of its task.
         Stage 0 is the base.
