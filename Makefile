@@ -1,32 +1,32 @@
-# Each target makes its own environment in .venv if there is none: Python 3.10 or newer, make and a
-# package index are all it takes. Run `make help` for what there is.
+# Each target creates the environment .venv if it does not exist. This needs Python 3.10 or newer,
+# make and a package index. `make help` lists the targets.
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-# Options for the command behind a target, such as: make study ARGS="--seed 1 --digits 2 3"
+# Options for the command of a target, for example: make study ARGS="--seed 1 --digits 2 3"
 ARGS ?=
-# Test processes at a time; each computes on one thread.
+# Parallel test processes; each computes on one thread.
 JOBS ?= 2
-# Installing shows its progress, but not in the log of a CI run.
+# Show the progress of pip, except in the log of a CI run.
 QUIET := $(if $(CI),--quiet)
-# What the linters read; those that this checkout has.
+# Folders for the linters, if this checkout has them.
 CODE := $(wildcard paramlora experiments tests benchmarks notebooks)
 
 .PHONY: help study test lint clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make study   run the digit study; options by ARGS=\"...\", see ARGS=--help"
-	@echo "make test    run all tests, the README and the notebooks; options to pytest by ARGS"
+	@echo "make study   run the digit study; set options with ARGS=\"...\", see ARGS=--help"
+	@echo "make test    run all tests, the README and the notebooks; pass options to pytest with ARGS"
 	@echo "make lint    check style, format and types"
-	@echo "make clean   remove the environment and everything built; runs and data stay"
-	@echo "PYTHON=...   the interpreter to make the environment with, now $(PYTHON)"
+	@echo "make clean   remove the environment and build outputs; keep runs and data"
+	@echo "PYTHON=...   the interpreter for the environment, now $(PYTHON)"
 
 study: $(VENV)/ready-experiments
 	$(PY) -m experiments digits $(ARGS)
 
-# Without a compiler what it builds is left out, and its tests are skipped.
+# Without a compiler the native extension is not built, and its tests are skipped.
 test: $(VENV)/ready-test
 	-$(PY) -m paramlora.native.build
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
@@ -40,14 +40,14 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One stamp an extra of setup.cfg, so that setting up a second time costs nothing.
+# One stamp file per extra of setup.cfg, so that a second call installs nothing.
 $(VENV)/ready-%: setup.cfg | $(PY)
 	@echo "Installing paramlora[$*] into $(VENV); the first time fetches PyTorch, some gigabytes."
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
 	$(PY) -m pip install $(QUIET) --disable-pip-version-check --editable ".[$*]"
 	@touch $@
 
-# An environment that came out half made would be taken for a whole one the next time: remove it.
+# Remove an incomplete environment, as the next call would take it for a complete one.
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("paramlora needs Python 3.10 \
 	or newer, and $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2])'

@@ -12,12 +12,12 @@ from .harness.options import add_command
 from .harness.rundir import RunDirectory
 from .harness.settings import StudyError
 
-# Runs that were begun before studies recorded their name, told by a setting; else digit studies.
+# Older runs did not record their study. A setting tells it; otherwise it is the digit study.
 OLD_RUNS = {"base_seeds": "sweeps", "stream": "tasks"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command, and return the exit status: 0, 1 for a failed proof, 2 for a bad request."""
+    """Run a command; return 0, 1 if a check failed, or 2 if the request is invalid."""
     options = vars(parser().parse_args(arguments))
     command = options.pop("command")
     try:
@@ -26,14 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; run the same command again to continue", file=sys.stderr)
         return 130
 
 
 def studies() -> dict[str, ModuleType]:
-    """Return the command lines of the studies by the name of their folder.
+    """Return each study's command-line module, by the name of its folder.
 
-    A study is a folder with a file cli.py, which has `add_commands(commands)` and
+    A study is a folder with a file cli.py that defines `add_commands(commands)` and
     `report(folders)`. If its report takes options, `add_report_options(parser)` adds them.
     """
     here = Path(__file__).parent
@@ -48,31 +48,33 @@ def parser() -> argparse.ArgumentParser:
     known = studies().values()
     for study in known:
         study.add_commands(commands)
-    again = add_command(
+    report_parser = add_command(
         commands,
         "report",
-        help="make report and figures of runs again, or other figures and pages of them",
-        description="Make the report and the figures of runs again from their rows, without "
-        "training. An option of one study is refused for the runs of another.",
+        help="write the reports and figures of runs again, or draw further figures and pages",
+        description="Write the reports and figures of runs again from their rows, without "
+        "training. Options of one study cannot be used with runs of another.",
         examples=(
             "runs/digits-blog",
             "runs/digits-blog --explain --seed 3",
             "runs/sweep-blog-rank runs/sweep-relu-rank --figure ranks --out ranks.png",
         ),
     )
-    again.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="a run's folder")
-    again.set_defaults(command=report)
+    report_parser.add_argument(
+        "folders", type=Path, nargs="+", metavar="DIR", help="a run's folder"
+    )
+    report_parser.set_defaults(command=report)
     for study in known:
         if hasattr(study, "add_report_options"):
-            study.add_report_options(again)
+            study.add_report_options(report_parser)
     return top
 
 
 def report(folders: list[Path], **options: object) -> int:
-    """Write reports and figures of runs, as their studies do, and show their tables.
+    """Write the reports and figures of runs with their studies' functions, and print the tables.
 
     Raises:
-        StudyError: a folder has no run, its study is unknown, or the study lacks an option.
+        StudyError: If a folder has no run, its study is unknown, or the study lacks an option.
     """
     by_study: dict[str, list[Path]] = {}
     for folder in folders:
@@ -82,16 +84,18 @@ def report(folders: list[Path], **options: object) -> int:
         for option in options.keys() - inspect.signature(known[name].report).parameters.keys():
             flag = "--" + option.replace("_", "-")
             raise StudyError(f"{flag} is not an option for the report of a run of study {name!r}")
-    return max([known[name].report(its, **options) for name, its in by_study.items()])
+    return max([known[name].report(runs, **options) for name, runs in by_study.items()])
 
 
 def study_of(folder: Path) -> str:
-    """Return the name of the study that the run in a folder belongs to."""
+    """Return the name of the study of the run in a folder."""
     run, known = RunDirectory.read(folder), studies()
     old = next((study for key, study in OLD_RUNS.items() if key in run.settings), "digits")
     name = run.environment.get("study", old)
     if name not in known:
-        raise StudyError(f"the run in {folder} is of study {name!r}; there are {', '.join(known)}")
+        raise StudyError(
+            f"the run in {folder} is of study {name!r}; known studies: {', '.join(known)}"
+        )
     return name
 
 

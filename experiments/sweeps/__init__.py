@@ -1,1 +1,1 @@
-"""Grids of settings over the digit study, and their reports."""
+"""Grids of settings over the digit study, the selection of remedies, and their reports."""

@@ -1,7 +1,7 @@
-"""The cells of a sweep, and the jobs that they make up.
+"""The cells of a sweep, and their grouping into jobs.
 
-A cell is one base and one choice of everything that training depends on. Cells that differ in their
-adapters alone train together, and are one job.
+A cell is one base model and one value of every setting that training depends on. Cells that differ
+only in their adapter settings train together, as one job.
 """
 
 import dataclasses
@@ -15,17 +15,21 @@ from ..digits.settings import AdapterSettings, DigitSettings
 from ..harness.grid import Grid, check_grid
 from ..harness.settings import listed, replace
 
-# Images of a step of all adapters that train together: with more, a step is arithmetic, which
-# gains nothing, and its memory grows.
+# The most images per step, over all adapters that train together. A larger step is bound by
+# arithmetic: stacking more adapters then saves no time and takes more memory.
 TOGETHER = 1000
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Settings, `seeds` of which train, evaluated at each of the strengths.
+    """One choice of settings, trained with each adapter seed and evaluated at each strength.
 
-    `name` says in which of its settings it differs from the others, and `varied` has these, as far
-    as they are of a grid.
+    Attributes:
+        name: the settings in which it differs from the other cells, as text.
+        settings: all settings; `settings.seeds` adapters are trained.
+        strengths: the strengths λ to evaluate.
+        together: whether the seeds may train at once.
+        varied: the settings that the grid set, by name.
     """
 
     name: str
@@ -41,14 +45,14 @@ def cells(
     """Yield the cells of a sweep, in order.
 
     Args:
-        settings: what the grid changes.
-        grid: values by the name of a setting; every combination is a cell. Strengths are none: a
-            cell has all of them.
-        base_seeds: bases to take, counted from the settings' seed.
+        settings: the settings that the grid changes.
+        grid: values by setting name; each combination is a cell. Strengths make no further cells,
+            since every cell is evaluated at all strengths.
+        base_seeds: number of bases, counted from the settings' seed.
         together: whether the seeds of a cell may train at once.
 
     Raises:
-        StudyError: a name that is no setting, or a value that is not allowed.
+        StudyError: If a name is not a setting, or a value is not allowed.
     """
     check_grid(grid, settings)
     grid = dict(grid)
@@ -63,23 +67,23 @@ def cells(
 
 
 def jobs_of(todo: Sequence[Cell]) -> list[list[Cell]]:
-    """Return the cells in jobs: those that can train together, as far as that pays, are one."""
+    """Group cells into jobs of cells that train together, up to `TOGETHER` images per step."""
     found: list[list[Cell]] = []
-    like: dict[Any, list[Cell]] = {}
+    open_jobs: dict[Any, list[Cell]] = {}
     for cell in todo:
-        # An update of scale 0 is not a multiple of another one.
-        scaled = lora_of(cell.settings.adapter).scaling != 0
-        others = dataclasses.replace(cell.settings, adapter=AdapterSettings())
-        key = cell.together, scaled, others
-        job = like.get(key, [])
-        if not job or not is_stacked(cell) or _images_a_step([*job, cell]) > TOGETHER:
-            job = like[key] = []
+        # `Together` scales B by the ratio of two scales, which does not exist if one of them is 0.
+        has_scale = lora_of(cell.settings.adapter).scaling != 0
+        shared = dataclasses.replace(cell.settings, adapter=AdapterSettings())
+        key = cell.together, has_scale, shared
+        job = open_jobs.get(key, [])
+        if not job or not is_stacked(cell) or _images_per_step([*job, cell]) > TOGETHER:
+            job = open_jobs[key] = []
             found.append(job)
         job.append(cell)
     return found
 
 
-def _images_a_step(job: Sequence[Cell]) -> int:
+def _images_per_step(job: Sequence[Cell]) -> int:
     settings = job[0].settings
     batch = settings.remedies.tune_batch or settings.pretraining.batch
     return batch * sum(cell.settings.seeds for cell in job)
@@ -91,6 +95,10 @@ def is_stacked(cell: Cell) -> bool:
 
 
 def trains_together(settings: DigitSettings) -> bool:
-    """Return whether seeds can train at once: only batches and factors differ between them."""
-    own = settings.remedies.ewc > 0 or settings.remedies.null_space_of == "old"
-    return not settings.holdout.patience and not (settings.remedies.replay and own)
+    """Return whether the seeds can train at once.
+
+    They can if only batches and factors differ between them. Early stopping ends each training at
+    another step. Fisher information and null spaces of replayed images differ from seed to seed.
+    """
+    per_seed = settings.remedies.ewc > 0 or settings.remedies.null_space_of == "old"
+    return not settings.holdout.patience and not (settings.remedies.replay and per_seed)

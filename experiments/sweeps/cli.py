@@ -1,4 +1,4 @@
-"""The command of sweeps over the digit study: `sweep`, and the figures of `report` for sweeps."""
+"""The `sweep` command, and the options of `report` for sweeps."""
 
 import argparse
 from pathlib import Path
@@ -9,20 +9,20 @@ from ..harness.options import Commands, add_command, add_options
 from ..harness.rundir import RunDirectory
 from ..harness.settings import StudyError, result_settings
 
-REMEDIES = "remedies"  # `--preset remedies-relu`: the remedies on preset relu
+REMEDIES = "remedies"  # `--preset remedies-relu` selects remedies on the preset relu
 EPILOG = f"""presets {", ".join(f"{REMEDIES}-{name}" for name in PRESETS)}:
-  The remedies against forgetting in place of a grid, on one of the study's presets. The settings of
-  each remedy are chosen on validation images and then measured on the test images."""
+  Compare the remedies against forgetting on one of the study's presets, instead of a grid. The
+  settings of each remedy are chosen on validation images and then measured on the test images."""
 
 
 def add_commands(commands: Commands) -> None:
-    """Add the command to those of `python -m experiments`."""
+    """Add the `sweep` command to `python -m experiments`."""
     sweep = add_command(
         commands,
         "sweep",
-        help="the digit study over a grid of settings, seeds and bases, in parallel",
-        description="Every combination of the values of --vary, on --base-seeds bases, with as "
-        "many adapter seeds as --seeds says. A sweep that was stopped goes on from its rows.",
+        help="run the digit study over a grid of settings, seeds and bases, in parallel",
+        description="Train every combination of the values of --vary on --base-seeds bases, each "
+        "with --seeds adapter seeds. A stopped sweep continues from its rows.",
         epilog=EPILOG,
         examples=(
             "--vary rank=1,2,4 --vary strength=0,0.5,1",
@@ -35,51 +35,55 @@ def add_commands(commands: Commands) -> None:
         "--vary", action="append", default=[], metavar="SETTING=V,V", help="such as rank=1,2,4"
     )
     grid.add_argument(
-        "--base-seeds", type=int, default=1, metavar="N", help="bases, from --seed on [1]"
+        "--base-seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of bases, counted from --seed [1]",
     )
-    grid.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time [1]")
+    grid.add_argument("--jobs", type=int, default=1, metavar="N", help="parallel processes [1]")
     _add_remedy_options(sweep)
     add_options(sweep, DigitSettings)
     sweep.set_defaults(command=run)
 
 
 def _add_remedy_options(sweep: argparse.ArgumentParser) -> None:
-    remedies = sweep.add_argument_group(f"Choice of remedies, with --preset {REMEDIES}-...")
+    remedies = sweep.add_argument_group(f"Selection of remedies, with --preset {REMEDIES}-...")
     remedies.add_argument(
         "--floor",
         type=float,
         nargs=2,
         default=argparse.SUPPRESS,
         metavar=("TUNED", "OTHER"),
-        help="what tuned and other digits must gain for a candidate to be chosen, points [0 0]",
+        help="least gains on tuned and on other digits of a chosen candidate, points [0 0]",
     )
     remedies.add_argument(
         "--selection-bases",
         type=int,
         default=argparse.SUPPRESS,
         metavar="N",
-        help="bases of the selection; 0: as many as --base-seeds [0]",
+        help="number of bases in the selection; 0: as many as --base-seeds [0]",
     )
 
 
 def run(vary: list[str], base_seeds: int, jobs: int, **given: object) -> int:
-    """Run a sweep, or with a preset of remedies their selection, and show its table."""
+    """Run a sweep, or with a remedies preset the selection of remedies, and print its table."""
     name = str(given.pop("preset", "blog"))
-    of_remedies = {key: given.pop(key) for key in ("floor", "selection_bases") if key in given}
+    remedy_options = {key: given.pop(key) for key in ("floor", "selection_bases") if key in given}
     if name == REMEDIES or name.startswith(f"{REMEDIES}-"):
         if vary:
             raise StudyError(f"--vary cannot be used with --preset {name}, which has its own grid")
         settings = preset(name.removeprefix(REMEDIES).removeprefix("-") or "blog", **given)
-        return run_selection(settings, base_seeds=base_seeds, jobs=jobs, **of_remedies)
-    for key in of_remedies:
+        return run_selection(settings, base_seeds=base_seeds, jobs=jobs, **remedy_options)
+    for key in remedy_options:
         flag = "--" + key.replace("_", "-")
-        raise StudyError(f"{flag} is used with a preset of remedies, such as {REMEDIES}-relu")
+        raise StudyError(f"{flag} can only be used with a remedies preset, such as {REMEDIES}-relu")
     return run_grid(preset(name, **given), vary, base_seeds, jobs)
 
 
 def run_grid(settings: DigitSettings, vary: list[str], base_seeds: int, jobs: int) -> int:
-    """Run a sweep over a grid, write its report, and show its table."""
-    # Imported here, as torch and paramlora take their time and --help needs neither.
+    """Run a sweep over a grid, write its report, and print its table."""
+    # Imported here because torch and paramlora load slowly and --help needs neither.
     from .cells import cells
     from .sweep import run_sweep
 
@@ -92,7 +96,7 @@ def run_grid(settings: DigitSettings, vary: list[str], base_seeds: int, jobs: in
 
 
 def run_selection(settings: DigitSettings, **options: object) -> int:
-    """Choose and measure the remedies, and show the table."""
+    """Select and measure the remedies, and print the table."""
     from .select import run_remedies
 
     folder = Path(settings.place.out or f"runs/{REMEDIES}-{settings.preset}")
@@ -102,28 +106,28 @@ def run_selection(settings: DigitSettings, **options: object) -> int:
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
-    """Add what `report` can draw of several sweeps."""
+    """Add the options of `report` that draw one figure of several sweeps."""
     figures = parser.add_argument_group("Sweeps")
     figures.add_argument(
         "--figure",
         choices=["ranks"],
         default=argparse.SUPPRESS,
-        help="draw only this figure, of all DIRs side by side; ranks: accuracy against rank",
+        help="draw only this figure, with all DIRs side by side; ranks: accuracy against rank",
     )
     figures.add_argument(
         "--out",
         type=Path,
         default=argparse.SUPPRESS,
         metavar="PNG",
-        help="where the figure goes [FIGURE.png]",
+        help="file of the figure [FIGURE.png]",
     )
 
 
 def report(folders: list[Path], figure: str = "", out: Path | None = None) -> int:
-    """Write the report of each sweep and show its table, or draw one figure of all.
+    """Write the report of each sweep and print its table, or draw one figure of all sweeps.
 
     Raises:
-        StudyError: no sweep is in a folder, or none that has a row yet.
+        StudyError: If a folder has no sweep, or its sweep has no rows yet.
     """
     if figure:
         from .ranks import write_rank_figure
@@ -132,7 +136,7 @@ def report(folders: list[Path], figure: str = "", out: Path | None = None) -> in
         write_rank_figure(folders, path)
         print(f"figure   {path}")
     elif out:
-        raise StudyError("--out is used with --figure")
+        raise StudyError("--out can only be used with --figure")
     else:
         for folder in folders:
             report_one(folder)
@@ -140,12 +144,12 @@ def report(folders: list[Path], figure: str = "", out: Path | None = None) -> in
 
 
 def report_one(folder: Path) -> None:
-    """Write a sweep's report and figures, and show its table."""
+    """Write a sweep's report and figures, and print its table."""
     from .report import table, write_sweep_report
 
     run = RunDirectory.read(folder)
     if not run.rows:
-        raise StudyError(f"the sweep in {folder} has no rows yet: go on with it first")
+        raise StudyError(f"the sweep in {folder} has no rows yet: continue it first")
     write_sweep_report(run)
     print(table(run).text())
     print(f"report   {folder / 'sweep.md'}")

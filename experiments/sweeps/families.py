@@ -1,4 +1,4 @@
-"""The remedies that are laid beside each other, with the settings that each is chosen from."""
+"""The remedies that are compared, and the candidate settings of each."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ..harness.rundir import Row
 
 INF = math.inf
-# Longer and calmer: more images a step, more steps, a falling rate, and A as PEFT starts it.
+# A longer training with larger batches, a cosine schedule, and PEFT's initial A.
 LONG: Row = {
     "init": "kaiming",
     "schedule": "cosine",
@@ -21,10 +21,10 @@ WIDE: Row = {**LONG, "rank": 8, "alpha": 8.0}
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of remedy: the settings to choose among, and the strengths λ for each of them.
+    """A remedy, its candidate settings, and the strengths λ to try with each.
 
-    `old` is what it needs of the other digits' images: nothing, so many a digit to train on, or
-    labelled validation images to stop by.
+    `old` names the images of the other digits that it needs: nothing, a number per digit to train
+    on, or labelled validation images for early stopping.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Family:
 
 
 def families() -> tuple[Family, ...]:
-    """Return the remedies that are compared, the plain fine-tuning first."""
+    """Return the remedies to compare; the first is plain fine-tuning."""
     short: Row = {"init": "kaiming"}
     replay: Row = {"replay": 100}
     return (

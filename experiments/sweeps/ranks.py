@@ -1,7 +1,7 @@
-"""What the rank changes: a figure and a table of accuracy against rank, from a sweep's rows alone.
+"""A figure and a table of accuracy against rank, from a sweep's rows alone.
 
-A series is what else the sweep varied, such as the rule that makes the update's scale of alpha and
-r. Base seeds are no series: adapters of all bases are taken together.
+A series holds the rows that agree in every other setting that the sweep varied, such as the rule
+that computes the update's scale from alpha and r. A series includes the adapters on all bases.
 """
 
 from collections.abc import Sequence
@@ -11,71 +11,70 @@ from typing import Any
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..harness.settings import StudyError
 from ..report.figures import Axes, Figure, plt, png
-from ..report.style import COLOUR, STYLE
+from ..report.style import COLOUR
 from ..report.table import Sample, Table
 
 SIDES = {"tuned_accuracy": "tuned digits", "other_accuracy": "other digits"}
-# The study's own rule first, in the colour of its adapter; then what the study has no thing for.
+# The first series has the digit study's colour for an adapter; the others avoid its colours.
 COLOURS = (COLOUR["on"], "#56B4E9", "#E69F00", "#0072B2", "#009E73", "#CC79A7")
 RULES = {
     "alpha/r": "fixed alpha: s = alpha/r",
     "alpha/sqrt_r": "rank-stabilized: s = alpha/√r",
     "alpha": "fixed alpha/r: s = alpha",
 }
-CAPTION = "Accuracy against rank, mean ± sd over adapters and bases together; dotted: the bases."
+CAPTION = "Accuracy against rank, mean ± sd over all adapters on all bases. Dotted line: the bases."
 
 
 def series(run: RunDirectory) -> dict[str, dict[int, list[Row]]]:
-    """Return fine-tuned rows by series and by rank, ascending; empty where no rank was varied."""
-    its = [r for r in run.rows if r["stage"] == "on" and "rank" in r.get("varied", {})]
-    several = len({row["strength"] for row in its}) > 1
+    """Return fine-tuned rows by series and by ascending rank; empty if the rank was not varied."""
+    tuned = [r for r in run.rows if r["stage"] == "on" and "rank" in r.get("varied", {})]
+    several = len({row["strength"] for row in tuned}) > 1
     found: dict[str, dict[int, list[Row]]] = {}
-    for row in sorted(its, key=lambda row: row["varied"]["rank"]):
+    for row in sorted(tuned, key=lambda row: row["varied"]["rank"]):
         by_rank = found.setdefault(_name(row, several), {})
         by_rank.setdefault(row["varied"]["rank"], []).append(row)
     return found
 
 
 def rank_table(run: RunDirectory) -> Table:
-    """Return accuracies by series and rank, and the points that a rank is above the lowest one.
+    """Return accuracies by series and rank, and their differences from the lowest rank in points.
 
-    The latter are differences between adapters of the same base and seed, so that what bases and
-    the order of the images make of an accuracy does not count in their spread.
+    Each difference is between two adapters with the same base and seed. The spread of these paired
+    differences leaves out the effects of the base and of the order of the images.
     """
     head = ["series", "rank"]
     head += [f"{side}, {what}" for side in SIDES.values() for what in ("%", "points")]
     rows = []
     for name, by_rank in series(run).items():
         lowest = {_pair(row): row for row in next(iter(by_rank.values()))}
-        for rank, its in by_rank.items():
+        for rank, ranked in by_rank.items():
             cells = [name, str(rank)]
             for side in SIDES:
-                gained = [100 * (r[side] - lowest[_pair(r)][side]) for r in its]
-                cells.append(Sample(tuple(100 * r[side] for r in its)).mean_sd(2))
+                gained = [100 * (r[side] - lowest[_pair(r)][side]) for r in ranked]
+                cells.append(Sample(tuple(100 * r[side] for r in ranked)).mean_sd(2))
                 cells.append(Sample(tuple(gained)).mean_sd(2))
-            rows.append([*cells, str(len(its))])
+            rows.append([*cells, str(len(ranked))])
     return Table([*head, "n"], rows)
 
 
 def rank_figure(runs: Sequence[RunDirectory]) -> Figure:
-    """Draw accuracy on tuned and on other digits against rank, a column a run."""
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(
-            2, len(runs), figsize=(2 + 3 * len(runs), 6), squeeze=False, layout="constrained"
-        )
-        for column, run in zip(panels.T, runs, strict=True):
-            for axes, side in zip(column, SIDES, strict=True):
-                _draw(axes, run, side)
-            column[0].set_title(_title(run))
-            column[-1].set_xlabel("rank r")
-        for line, side in zip(panels, SIDES.values(), strict=True):
-            line[0].set_ylabel(f"{side}, % right")
-        figure.legend(
-            *panels[0, 0].get_legend_handles_labels(),
-            frameon=False,
-            ncols=2 if len(runs) == 1 else 4,
-            loc="outside upper center",
-        )
+    """Draw accuracy on tuned and on other digits against rank, one column per run."""
+    figure, panels = plt.subplots(
+        2, len(runs), figsize=(2 + 3 * len(runs), 6), squeeze=False, layout="constrained"
+    )
+    for column, run in zip(panels.T, runs, strict=True):
+        for axes, side in zip(column, SIDES, strict=True):
+            _draw(axes, run, side)
+        column[0].set_title(_title(run))
+        column[-1].set_xlabel("rank r")
+    for line, side in zip(panels, SIDES.values(), strict=True):
+        line[0].set_ylabel(f"{side}, % right")
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(),
+        frameon=False,
+        ncols=2 if len(runs) == 1 else 4,
+        loc="outside upper center",
+    )
     return figure
 
 
@@ -83,7 +82,7 @@ def write_rank_figure(folders: Sequence[Path], out: Path) -> None:
     """Draw the sweeps in these folders side by side into a PNG.
 
     Raises:
-        StudyError: a folder has no run, or its run did not vary the rank.
+        StudyError: If a folder has no run, or its run did not vary the rank.
     """
     runs = [RunDirectory.read(folder) for folder in folders]
     for run in runs:
@@ -97,8 +96,8 @@ def write_rank_figure(folders: Sequence[Path], out: Path) -> None:
 def _draw(axes: Axes, run: RunDirectory, side: str) -> None:
     found = series(run)
     for number, (name, by_rank) in enumerate(found.items()):
-        bands = [Sample(tuple(100 * row[side] for row in its)) for its in by_rank.values()]
-        # Moved aside a little, so that spreads that overlap can be told apart.
+        bands = [Sample(tuple(100 * row[side] for row in ranked)) for ranked in by_rank.values()]
+        # Shift each series along the axis so that overlapping error bars stay legible.
         places = [rank * 2 ** (0.14 * (number - (len(found) - 1) / 2)) for rank in by_rank]
         means, spreads = [b.mean for b in bands], [b.sd or 0.0 for b in bands]
         colour = COLOURS[number % len(COLOURS)]
@@ -114,11 +113,11 @@ def _draw(axes: Axes, run: RunDirectory, side: str) -> None:
 
 
 def _title(run: RunDirectory) -> str:
-    counts = {len(its) for by_rank in series(run).values() for its in by_rank.values()}
+    counts = {len(rows) for by_rank in series(run).values() for rows in by_rank.values()}
     bases = len({row["base_seed"] for row in run.rows})
-    each = "–".join(map(str, sorted({min(counts), max(counts)})))
-    what = f"preset {run.settings['preset']}, A {run.settings['init']}"
-    return f"{what}\nn = {each} a point, {bases} base{'s' * (bases > 1)}"
+    count = "–".join(map(str, sorted({min(counts), max(counts)})))
+    first = f"preset {run.settings['preset']}, A {run.settings['init']}"
+    return f"{first}\nn = {count} per point, {bases} base{'s' * (bases > 1)}"
 
 
 def _name(row: Row, with_strength: bool) -> str:

@@ -1,8 +1,14 @@
-"""Which remedy helps, found honestly: chosen on validation images, measured on the test images.
+"""The selection of remedies on validation images, and their measurement on the test images.
 
-Settings are chosen with bases that were pre-trained without the validation images (`selection`), by
-right answers on those. The choice is then fixed and measured on bases pre-trained on all training
-images, by the test images, which nothing was chosen by.
+The best of many candidates is partly the luckiest: on the images that chose it, its gain is too
+high. The two runs therefore share no images to evaluate on:
+
+    run         bases pre-trained on             evaluated on         cells
+    selection   training images − validation     validation images    every candidate × base
+    test        all training images              test images          each family's choice × base
+
+For example, a family with 5 candidates and 1 strength has 5 cells per base in the selection.
+`choose` returns one of the 5. Only this one is trained in the test run, where no setting changes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,30 +30,32 @@ SIDES = (
     ("tuned", GROUP_COLOUR["tuned"], 0.2),
     ("other", GROUP_COLOUR["other"], -0.2),
 )
-VALIDATION = 500  # images a digit that settings are chosen by
+VALIDATION = 500  # validation images per digit
 
 
 def candidates(
     settings: DigitSettings, chosen: Sequence[Family], bases: Sequence[int], seeds: int
 ) -> Iterator[Cell]:
-    """Yield the jobs of the selection: every candidate on every base, without the test images."""
+    """Yield the cells of the selection: every candidate on every base, without the test images."""
     for family in chosen:
         for number, changes in enumerate(family.candidates):
             for base in bases:
                 tried = {"validation": VALIDATION, "selection": True, "seed": base, "seeds": seeds}
-                its = replace(settings, **{**changes, **tried})
-                yield Cell(f"{family.name} #{number}", its, family.strengths)
+                cell_settings = replace(settings, **{**changes, **tried})
+                yield Cell(f"{family.name} #{number}", cell_settings, family.strengths)
 
 
 def choose(run: RunDirectory, family: Family, floor: tuple[float, float]) -> tuple[int, float]:
-    """Return the number of the best candidate, and its strength, by the selection's rows.
+    """Return the number of the best candidate and its strength, by the rows of the selection.
 
-    The best has the highest mean gain over its own bases among those whose tuned and other digits
-    gain at least `floor`, in points; where none does, of all.
+    The best candidate has the highest mean gain over its bases among the candidates that gain at
+    least `floor` on tuned and on other digits, in points. If no candidate does, it is the best of
+    all. Python compares the tuples (meets the floor, gain) in this order, as True > False.
     """
 
-    def merit(entry: tuple[int, float]) -> tuple[bool, float]:
-        every, tuned, other = gains(run, f"{family.name} #{entry[0]}", entry[1])
+    def merit(candidate: tuple[int, float]) -> tuple[bool, float]:
+        number, strength = candidate
+        every, tuned, other = gains(run, f"{family.name} #{number}", strength)
         meets = mean(tuned) >= floor[0] and mean(other) >= floor[1]
         return meets, mean(every)
 
@@ -56,7 +64,7 @@ def choose(run: RunDirectory, family: Family, floor: tuple[float, float]) -> tup
 
 
 def gains(run: RunDirectory, cell: str, strength: float) -> tuple[list[float], ...]:
-    """Return by how many points each adapter is above its own base: all, tuned, other digits."""
+    """Return each adapter's gain over its base in points, on all, tuned and other digits."""
     rows = [row for row in run.rows if row["cell"] == cell]
     base = {row["base_seed"]: row for row in rows if row["stage"] == "base"}
     on = [row for row in rows if row["stage"] == "on" and row["strength"] == strength]
@@ -71,15 +79,15 @@ def measured(
     bases: Sequence[int],
     floor: tuple[float, float],
 ) -> Iterator[Cell]:
-    """Yield the jobs of the measurement: each family's choice on every base, by the test images."""
+    """Yield the cells of the measurement: each family's choice on every base."""
     for family in chosen:
         number, strength = choose(selection, family, floor)
         changes = dict(family.candidates[number])
-        # Early stopping does without the images that it looks at; all else has every image.
+        # Early stopping monitors validation images, so its bases do not train on them.
         changes |= {"validation": VALIDATION} if changes.get("patience") else {}
         for base in bases:
-            its = replace(settings, **{**changes, "seed": base})
-            yield Cell(family.name, its, (strength,))
+            cell_settings = replace(settings, **{**changes, "seed": base})
+            yield Cell(family.name, cell_settings, (strength,))
 
 
 def run_remedies(
@@ -94,18 +102,18 @@ def run_remedies(
     jobs: int = 1,
     say: Callable[[str], None] = print,
 ) -> tuple[RunDirectory, RunDirectory]:
-    """Choose, measure, and write `remedies.md`; return the runs of selection and measurement.
+    """Select and measure remedies, write `remedies.md`, and return the two runs.
 
     Args:
-        settings: the preset, with as many adapter seeds as the measurement has.
-        folder: of both runs; what is there is not made again.
-        chosen: the remedies, by default all `families`.
-        base_seeds: bases, counted from the settings' seed.
-        selection_seeds: adapter seeds of the selection, on each base.
-        selection_bases: bases of the selection; 0: as many as `base_seeds`.
-        floor: what tuned and other digits must gain, in points, for a candidate to be chosen.
-        jobs: processes at a time.
-        say: gets each line of what happens.
+        settings: the preset, with the number of adapter seeds of the measurement.
+        folder: the folder of both runs; existing rows are kept.
+        chosen: the remedies to compare; `families()` by default.
+        base_seeds: number of bases, counted from the settings' seed.
+        selection_seeds: number of adapter seeds per base in the selection.
+        selection_bases: number of bases in the selection; 0: as many as `base_seeds`.
+        floor: least gains of a chosen candidate on tuned and on other digits, in points.
+        jobs: parallel processes.
+        say: called with each line of progress.
     """
     chosen = families() if chosen is None else chosen
     bases = range(settings.seed, settings.seed + base_seeds)
@@ -141,15 +149,15 @@ def markdown(
     parts = [
         f"# Remedies, preset {settings.preset}",
         f"{test.environment['data']}; the bases have {base.mean_sd(2)} % right (n = {count}, "
-        f"lowest to highest {base.min_max(2)}). Points above each adapter's own base, mean ± sd "
-        f"over {seeds}, test images; `needs` says what it takes of the digits not tuned.",
+        f"lowest to highest {base.min_max(2)}). Gains over each adapter's base in points, mean ± "
+        f"sd over {seeds}, test images. `needs`: images of other digits that it needs.",
         table(selection, test, chosen, floor).markdown(),
         f"Chosen by {VALIDATION} validation images a digit, on bases pre-trained without them, "
         f"over {selection.settings['selection_seeds']} adapter seeds on each of "
-        f"{selection.settings['selection_bases']} bases: of those "
-        f"candidates whose tuned and other digits gain at least {points} the one with most right "
-        "answers, and where none does, of all. `validation` is its gain there, `of` the number of "
-        "candidates.",
+        f"{selection.settings['selection_bases']} bases. "
+        f"The choice has the highest gain among the candidates that gain at least {points} on "
+        "tuned and on other digits. If no candidate does, it is the best of all. `validation`: its "
+        "gain on the validation images; `of`: the number of candidates.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -160,7 +168,7 @@ def figure(
     chosen: Sequence[Family],
     floor: tuple[float, float],
 ) -> Figure:
-    """Draw what each remedy gains on all, tuned and other digits, mean ± sd, test images."""
+    """Draw each remedy's gains on all, tuned and other digits of the test images, mean ± sd."""
     made, axes = plt.subplots(figsize=(8.5, 0.36 * len(chosen) + 1.2), layout="constrained")
     for line, family in enumerate(reversed(chosen)):
         _, strength = choose(selection, family, floor)
@@ -173,10 +181,9 @@ def figure(
                 band.mean, line + up, xerr=band.sd, fmt="o", ms=4, color=colour, label=label, lw=1
             )
     axes.axvline(0, color="#333333", linewidth=0.8)
-    needs = {"nothing": ""}
-    names = [f.name + needs.get(f.old, f"  [{f.old}]") for f in reversed(chosen)]
+    names = [f.name if f.old == "nothing" else f"{f.name}  [{f.old}]" for f in reversed(chosen)]
     axes.set_yticks(range(len(chosen)), names, fontsize=8)
-    axes.set_xlabel("points above each adapter's own base, test images")
+    axes.set_xlabel("gain over each adapter's base, points, test images")
     axes.set_xscale("symlog", linthresh=3)
     low, high = axes.get_xlim()
     ticks = [
@@ -190,25 +197,27 @@ def figure(
 
 
 def bases_of(run: RunDirectory) -> list[Row]:
-    """Return one row a base."""
+    """Return one row per base."""
     return list({r["base_seed"]: r for r in run.rows if r["stage"] == "base"}.values())
 
 
 def table(
     selection: RunDirectory, test: RunDirectory, chosen: Sequence[Family], floor: tuple
 ) -> Table:
-    """Return what each remedy gains on the test images, and what was chosen."""
+    """Return each remedy's gains on the test images and its chosen settings."""
     head = ["remedy", "needs", "all", "tuned", "other", "n", "validation", "of", "chosen"]
     rows = []
     for family in chosen:
         number, strength = choose(selection, family, floor)
         bands = [Sample(tuple(values)) for values in gains(test, family.name, strength)]
-        there = mean(gains(selection, f"{family.name} #{number}", strength)[0])
+        validation = mean(gains(selection, f"{family.name} #{number}", strength)[0])
         shown = [f"{band.mean:+.2f} ± {band.sd or 0:.2f}" for band in bands]
-        said = dict(family.candidates[number])
-        said |= {"strength": strength} if len(family.strengths) > 1 else {}
-        of = len(family.candidates) * len(family.strengths)
+        changes = dict(family.candidates[number])
+        changes |= {"strength": strength} if len(family.strengths) > 1 else {}
+        tried = len(family.candidates) * len(family.strengths)
         cells = [family.name, family.old, *shown]
-        cells += [str(len(bands[0].values)), f"{there:+.2f}", str(of)]
-        rows.append([*cells, ", ".join(f"{k} {listed(v)}" for k, v in said.items()) or "as preset"])
+        cells += [str(len(bands[0].values)), f"{validation:+.2f}", str(tried)]
+        rows.append(
+            [*cells, ", ".join(f"{k} {listed(v)}" for k, v in changes.items()) or "as preset"]
+        )
     return Table(head, rows)

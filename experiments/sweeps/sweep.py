@@ -1,10 +1,9 @@
 """Sweeps: the digit study over a grid of settings, many seeds and bases, in parallel.
 
-A cell is one base and one choice of everything that training depends on; all its adapter seeds
-train, together where that is the same, and every strength λ is evaluated without training again.
-Cells that differ in no more than rank and scale are one job, and train together as well. Jobs go
-through joblib: `--jobs N` processes here, or whatever back end is chosen by
-`joblib.parallel_config`, such as a Dask or a Ray cluster.
+A cell is one base model and one value of every setting that training depends on. Its adapter seeds
+train together if the result is the same, and every strength λ is evaluated without training again.
+Cells that differ only in their adapter settings train together as one job. joblib runs the jobs in
+`--jobs N` processes, or on the back end set by `joblib.parallel_config`, such as a Dask cluster.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,21 +35,21 @@ from ..harness.rundir import Row, RunDirectory
 from .cells import Cell, is_stacked, jobs_of
 from .together import StackedBatches, Together, objective_together
 
-STUDY = "sweeps"  # what environment.json calls it
+STUDY = "sweeps"  # the study's name in environment.json
 KEY = ("stage", "cell", "base_seed", "seed", "strength")
-Training = tuple[StudyContext, int]  # of which adapter seed
+Training = tuple[StudyContext, int]  # a context and an adapter seed
 
 
 def run_cell(cell: Cell) -> list[Row]:
-    """Train and evaluate a cell's adapters; return a row a seed and strength, and the base's."""
+    """Train and evaluate a cell's adapters; return the base's row and one per seed and strength."""
     return run_job([cell])[0]
 
 
 def run_job(cells: Sequence[Cell]) -> list[list[Row]]:
     """Train and evaluate the adapters of a job's cells; return the rows of each cell.
 
-    Everything that it needs is made from the cells, so that it runs in any process of any machine
-    that has the code and the data.
+    The cells contain everything that a job needs, so it can run in any process on any machine that
+    has the code and the data.
     """
     contexts = [context_of(cell.settings) for cell in cells]
     todo = [(context, seed) for context in contexts for seed in range(context.settings.seeds)]
@@ -58,8 +57,8 @@ def run_job(cells: Sequence[Cell]) -> list[list[Row]]:
     at = shared_strengths(shared_settings(cells[0].settings))
     rows = []
     for cell, context in zip(cells, contexts, strict=True):
-        its = [next(trained) for _ in range(context.settings.seeds)]
-        rows.append(list(_rows(cell, context, at, its)))
+        of_cell = [next(trained) for _ in range(context.settings.seeds)]
+        rows.append(list(_rows(cell, context, at, of_cell)))
     return rows
 
 
@@ -76,12 +75,12 @@ def _rows(
         if settings.remedies.route != "none":
             on = torch.stack([answers(context, one, seed) for one in on])
         for strength, row in zip(cell.strengths, scores(on, labels, context.tuned), strict=True):
-            about = {"stage": "on", "seed": seed, "strength": strength, "train_loss": loss}
-            yield {**common, **about, **row}
+            labelled = {"stage": "on", "seed": seed, "strength": strength, "train_loss": loss}
+            yield {**common, **labelled, **row}
 
 
 def tune_one_by_one(todo: Sequence[Training]) -> list[tuple[Row, float]]:
-    """Return the trained factors of each, by name, and its mean training loss."""
+    """Return each adapter's trained factors, by name, and its mean training loss."""
     return [_tuned(context, seed) for context, seed in todo]
 
 
@@ -95,13 +94,13 @@ def _tuned(context: StudyContext, seed: int) -> tuple[Row, float]:
 
 
 def tune_together(todo: Sequence[Training]) -> list[tuple[Row, float]]:
-    """Return what `tune_one_by_one` does, to rounding, from one training of all.
+    """Train all adapters at once; return the results of `tune_one_by_one`, up to rounding.
 
-    Their contexts have the same base and settings, but for those of the adapter.
+    The contexts may differ only in the settings of the adapter.
     """
     parts = [_attached(context, seed) for context, seed in todo]
     scalings = [lora_of(context.settings.adapter).scaling for context, _ in todo]
-    scales = [1.0 if its == scalings[0] else its / scalings[0] for its in scalings]
+    scales = [1.0 if s == scalings[0] else s / scalings[0] for s in scalings]
     model = Together(parts[0][0], [factors_of(model) for model, _ in parts], scales)
     made = [
         recipe(context, part, model.factors, plain, seed)
@@ -122,7 +121,7 @@ def _train(
 
 
 def _attached(context: StudyContext, seed: int) -> tuple[nn.Module, Batches]:
-    """Return the base with a new adapter, and its batches, drawn as the study draws them."""
+    """Return the base with a new adapter and its batches, drawn in the digit study's order."""
     model, generator = context.model(), torch.Generator().manual_seed(seed)
     batches = context.batches(generator)
     pl.attach(
@@ -140,14 +139,14 @@ def run_sweep(
 ) -> RunDirectory:
     """Run the cells that have no rows yet, and return the run.
 
-    Bases that several cells share are trained first, so that no two jobs train the same one.
+    All bases are trained first, so that no two jobs train the same base.
 
     Args:
         todo: the cells, all with the same data and device.
-        folder: the run's; one that was stopped goes on from its rows.
-        asked: what is kept as the run's settings.
-        jobs: processes at a time; a back end chosen by `joblib.parallel_config` is obeyed.
-        say: gets each line of what happens.
+        folder: the run's folder; a stopped run continues from its rows.
+        asked: the settings to store with the run.
+        jobs: parallel processes, on the back end set by `joblib.parallel_config`.
+        say: called with each line of progress.
     """
     from joblib import delayed
 
@@ -158,14 +157,15 @@ def run_sweep(
     run.key = KEY
     left = [cell for cell in todo if not _done(run, cell)]
     say(f"run      {folder}: {len(todo)} cells, {len(todo) - len(left)} of them done")
-    # A job is the same, and so are its rows, whichever of its cells are done.
+    # Group all cells, the finished ones too. A job trains its cells in one stack, and its size can
+    # change the last bits, so a resumed sweep must form the same jobs to get the same rows.
     todo_jobs = [job for job in jobs_of(todo) if any(cell in left for cell in job)]
     bases = list(dict.fromkeys(shared_settings(cell.settings) for cell in left))
     for path in _pool(jobs, len(bases))(delayed(_make_base)(base) for base in bases):
         say(f"base     {path}")
     made = _pool(jobs, len(todo_jobs))(delayed(run_job)(job) for job in todo_jobs)
-    for job, its in zip(todo_jobs, made, strict=True):
-        for cell, rows in zip(job, its, strict=True):
+    for job, rows_by_cell in zip(todo_jobs, made, strict=True):
+        for cell, rows in zip(job, rows_by_cell, strict=True):
             if cell in left:
                 run.record_all({**row, "commit": environment["commit"]} for row in rows)
                 say(f"cell     {cell.name}, base seed {cell.settings.seed}")
@@ -173,14 +173,14 @@ def run_sweep(
 
 
 def _pool(jobs: int, most: int) -> Any:
-    """Return joblib's pool for `most` calls: for one it starts no process, which takes seconds."""
+    """Return joblib's pool for `most` calls. One call needs no process, which starts slowly."""
     from joblib import Parallel
 
     return Parallel(n_jobs=min(jobs, max(most, 1)), return_as="generator")
 
 
 def _make_base(settings: DigitSettings) -> str:
-    """Train a base unless it is there; return what the run says of it."""
+    """Train a base unless it exists; return its line of progress."""
     context = shared_context(settings)
     right = score(context.base_logits, context.test_labels)["accuracy"]
     return f"seed {settings.seed}, {100 * right:.2f} % of {len(context.test_labels):,} images right"

@@ -1,9 +1,8 @@
-"""Many adapters of one base trained at once: stacked factors, `torch.func.vmap` over the model.
+"""Training of many adapters on one base at once: stacked factors, `torch.func.vmap` over the model.
 
-Replaces as many trainings one by one, whose losses and factors it gives to rounding: a product of
-small matrices for all seeds at once may add up in another order. On a small network, where a step
-is mostly Python and kernel launches, ten seeds take as long as three or four. The trainings one by
-one stay the reference that tests compare with.
+The losses and factors equal those of separate trainings up to rounding, since a batched product of
+small matrices may add in another order. A step of a small network is mostly Python and kernel
+launches, so ten seeds take as long as three or four. Tests compare with the separate trainings.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +16,25 @@ from ..harness.train import Objective
 
 
 class Together(nn.Module):
-    """A model with several sets of values for the same parameters, stacked, to train them all.
+    """A model with several sets of factors, stacked so that all of them train at once.
+
+    Sets of different ranks fit one stack because zeros fill the smaller ones up. For ranks 2 and 4
+    at a Linear (out, in):
+
+        A: (2, in), (4, in)     →  (2, 4, in), rows 2 and 3 of the first set are zero
+        B: (out, 2), (out, 4)   →  (2, out, 4), columns 2 and 3 of the first set are zero
+
+    The added rows and columns stay zero in training. Column k of B multiplies row k of A only. The
+    gradient of an added row of A is a product with a zero column of B, and vice versa. Both
+    gradients are therefore always zero, and so are Adam's steps. `of` removes the added zeros.
+
+    The model computes B A with the scale of its attached adapter, which is that of the first set.
+    `scales` corrects the others: B of a set is multiplied by (its alpha / r) / (the first's).
 
     Args:
-        model: with the adapter attached; its own factors are left alone.
-        sets: one a seed: the parameters' values, by their names in the model.
-        scales: by what each set's B is multiplied beyond the model's own scale, (sets,); none: 1.
+        model: a model with an attached adapter, whose factors do not change.
+        sets: the factors of each adapter, by their names in the model.
+        scales: a multiplier for each set's B, relative to the model's scale, (sets,); 1 if empty.
     """
 
     def __init__(
@@ -35,21 +47,22 @@ class Together(nn.Module):
         self.model, self.names = model, list(sets[0])
         self.shapes = [[values[name].shape for name in self.names] for values in sets]
         self.stacked = nn.ParameterList(
-            nn.Parameter(_padded([values[name].detach() for values in sets])) for name in self.names
+            nn.Parameter(_padded([values[name].detach() for values in sets]))  # (sets, …)
+            for name in self.names
         )
-        # Left out where it is 1, so that these trainings are what they were, bit for bit.
+        # Do not multiply if all scales are 1, to keep results bit-for-bit those of earlier runs.
         self.scales = None
         if any(scale != 1 for scale in scales):
-            self.scales = self.stacked[0].new_tensor(scales).view(-1, 1, 1)
+            self.scales = self.stacked[0].new_tensor(scales).view(-1, 1, 1)  # (sets, 1, 1)
         self.losses: list[Tensor] = []
 
     @property
     def factors(self) -> dict[str, nn.Parameter]:
-        """The stacked parameters, (seeds, …), by their names in the model."""
+        """The stacked parameters, (sets, …), by their names in the model."""
         return dict(zip(self.names, self.stacked, strict=True))
 
     def values(self) -> dict[str, Tensor]:
-        """Return what the model computes with: the factors, every B times the scale of its set."""
+        """Return the factors for the model's forward, with each B multiplied by its scale."""
         if self.scales is None:
             return {**self.factors}
         return {
@@ -58,7 +71,7 @@ class Together(nn.Module):
         }
 
     def of(self, index: int) -> dict[str, Tensor]:
-        """Return the values of one set, in the shapes that it came with."""
+        """Return the factors of one set in their original shapes."""
         return {
             name: stacked[index][tuple(map(slice, shape))].detach().clone()
             for (name, stacked), shape in zip(self.factors.items(), self.shapes[index], strict=True)
@@ -66,7 +79,7 @@ class Together(nn.Module):
 
 
 def _padded(tensors: Sequence[Tensor]) -> Tensor:
-    """Return tensors of one number of dimensions stacked, zeros after the ends of smaller ones."""
+    """Stack tensors with the same number of dimensions, and fill smaller ones up with zeros."""
     shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
     stacked = tensors[0].new_zeros(len(tensors), *shape)
     for place, tensor in zip(stacked, tensors, strict=True):
@@ -75,19 +88,20 @@ def _padded(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def objective_together(objectives: Sequence[Objective], shared: bool = False) -> Objective:
-    """Return the sum of a loss over all sets, whose gradients are those of each set's own.
+    """Return an objective that sums one loss over all sets.
 
-    The loss of each is kept in the model's `losses`, one (seeds,) a step.
+    A set's factors affect only that set's loss. The gradient of the sum with respect to them is
+    therefore that of a separate training. Each step appends its losses, (sets,), to `model.losses`.
 
     Args:
-        objectives: one a set, all the same function of model and batch; the first is taken.
-        shared: whether a batch is every set's, and not stacked.
+        objectives: one for each set, all the same function of model and batch; the first is used.
+        shared: whether all sets use the same batch, (n, …), instead of their own of (sets, n, …).
     """
 
     def objective(model: Together, *batch: Tensor) -> Tensor:
         bound = _Bound(model.model, objectives[0])
         named = {f"model.{name}": values for name, values in model.values().items()}
-        losses = vmap(
+        losses = vmap(  # (sets,)
             lambda values, *one: functional_call(bound, values, one),
             in_dims=(0, *([None if shared else 0] * len(batch))),
             randomness="different",
@@ -99,10 +113,10 @@ def objective_together(objectives: Sequence[Objective], shared: bool = False) ->
 
 
 class StackedBatches:
-    """The batches of several trainings side by side, stacked along a first dimension of seeds.
+    """The batches of several trainings, stacked to (sets, n, …).
 
-    Where all draw the same images in the same order, as the blog's do, they are not stacked but
-    `shared`: what the base makes of them is then computed once for all seeds.
+    If all trainings draw the same images in the same order, as in the preset blog, the batches are
+    `shared` and not stacked. vmap then computes the base's part of the forward once for all sets.
     """
 
     def __init__(self, sources: Sequence) -> None:
@@ -121,7 +135,7 @@ class StackedBatches:
 
 
 def _same(one: object, two: object) -> bool:
-    """Whether two sources give the same batches: the same tensors in the same order."""
+    """Return whether two sources yield the same batches: the same tensors in the same order."""
     if not (isinstance(one, Batches) and isinstance(two, Batches)) or one.size != two.size:
         return False
     same = [a is b for a, b in zip(one.tensors, two.tensors, strict=False)]
@@ -129,7 +143,7 @@ def _same(one: object, two: object) -> bool:
 
 
 class _Bound(nn.Module):
-    """An objective as a module's forward, so that `functional_call` can swap what it reads."""
+    """A module whose forward is an objective, so that `functional_call` can replace its factors."""
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""Sequences of tasks on digit images, an adapter a stage."""
+"""Sequences of tasks on digit images, with one adapter per stage."""

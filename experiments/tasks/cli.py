@@ -1,4 +1,4 @@
-"""The command of sequences of tasks: `tasks`."""
+"""The `tasks` command: learn sequences of tasks."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from .settings import TaskSettings
 
 
 def add_commands(commands: Commands) -> None:
-    """Add the study's command to those of `python -m experiments`."""
+    """Add the `tasks` command to `python -m experiments`."""
     tasks = add_command(
         commands,
         "tasks",
-        help="learn a sequence of tasks, an adapter a stage, and draw the accuracy matrix",
-        description="Sequences of tasks. The value of preset split is in brackets.",
+        help="learn a sequence of tasks, one adapter per stage, and draw the accuracy matrix",
+        description="Learn a sequence of tasks. Brackets show the values of the preset split.",
         epilog=presets_help(TaskSettings.PRESETS, "split"),
         examples=(
             "--preset rotated",
@@ -27,8 +27,8 @@ def add_commands(commands: Commands) -> None:
 
 
 def run_sequence(**given: object) -> int:
-    """Learn a sequence of tasks, and show the table of metrics."""
-    # Imported here, as torch and paramlora take their time and --help needs neither.
+    """Learn a sequence of tasks, and print the table of metrics."""
+    # Imported here because torch and paramlora load slowly and --help needs neither.
     from .tasks import run_tasks
 
     settings = TaskSettings.of_preset(str(given.pop("preset", "split")), **given)
@@ -36,16 +36,16 @@ def run_sequence(**given: object) -> int:
 
 
 def report(folders: list[Path]) -> int:
-    """Write the report and the figures of each run, and show its table of metrics.
+    """Write the report and the figures of each run, and print its table of metrics.
 
     Raises:
-        StudyError: no run is in a folder, or none that has a row yet.
+        StudyError: If a folder has no run, or its run has no rows yet.
     """
     from .report import table, write_task_report
 
     for folder in folders:
         if not RunDirectory.read(folder).rows:
-            raise StudyError(f"the run in {folder} has no rows yet: go on with it first")
+            raise StudyError(f"the run in {folder} has no rows yet: continue it first")
         run = write_task_report(folder)
         print(table(run).text())
         print(f"report   {run.folder / 'tasks.md'}")

@@ -1,4 +1,4 @@
-"""The report of a sequence of tasks: its table and figures, from the rows alone."""
+"""The report of a sequence of tasks, from its rows alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +18,14 @@ def table(run: RunDirectory) -> Table:
     """Return the metrics of each method, mean ± sd over the adapter seeds, in points."""
     rows = []
     for combine in methods_in(run):
-        its = rows_of(run, combine)
-        bands = [Sample(tuple(100 * row[name] for row in its)) for name in METRICS]
-        rows.append([combine, *(band.mean_sd(1) for band in bands), str(len(its))])
+        learned = rows_of(run, combine)
+        bands = [Sample(tuple(100 * row[name] for row in learned)) for name in METRICS]
+        rows.append([combine, *(band.mean_sd(1) for band in bands), str(len(learned))])
     return Table(["adapters", *METRICS, "n"], rows)
 
 
 def methods_in(run: RunDirectory) -> list[str]:
-    """Return the methods that the run has rows of, in order."""
+    """Return the methods that have rows in the run, in the order of `COMBINE`."""
     return [combine for combine in COMBINE if rows_of(run, combine)]
 
 
@@ -35,21 +35,26 @@ def rows_of(run: RunDirectory, combine: str) -> list[Row]:
 
 
 def matrices(run: RunDirectory) -> Figure:
-    """Draw the accuracy matrix of each method, the mean over the adapter seeds."""
+    """Draw the mean accuracy matrix of each method over the adapter seeds."""
     found = methods_in(run)
     figure, panels = plt.subplots(
         1, len(found), figsize=(3.1 * len(found), 4.0), layout="constrained", squeeze=False
     )
     for axes, combine in zip(panels[0], found, strict=True):
-        its = rows_of(run, combine)
-        matrix_figure(axes, np.mean([row["matrix"] for row in its], axis=0), its[0]["tasks"])
+        learned = rows_of(run, combine)
+        matrix_figure(
+            axes, np.mean([row["matrix"] for row in learned], axis=0), learned[0]["tasks"]
+        )
         axes.set_title(combine)
     panels[0][0].set_ylabel("after stage")
     return figure
 
 
 def matrix_figure(axes: Axes, matrix: Matrix | np.ndarray, tasks: Sequence[str]) -> None:
-    """Draw an accuracy matrix, a stage a row, on `axes`; %, later tasks in grey."""
+    """Draw an accuracy matrix on `axes` in %, one row per stage and one column per task.
+
+    Cell (i, j) is the accuracy on task j after stage i. Bold cells: the task of that stage.
+    """
     values = 100 * np.asarray(matrix)
     axes.imshow(values, cmap="viridis", vmin=0, vmax=100)
     for (i, j), value in np.ndenumerate(values):
@@ -63,12 +68,12 @@ def matrix_figure(axes: Axes, matrix: Matrix | np.ndarray, tasks: Sequence[str])
 
 
 def first_task_curve(run: RunDirectory) -> Figure:
-    """Draw accuracy on the first task through all later stages: where the stability gap shows."""
+    """Draw accuracy on the first task during all later stages, to show the stability gap."""
     figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
     for combine in methods_in(run):
-        its = rows_of(run, combine)
-        curves = 100 * np.array([row["way"]["first"] for row in its])
-        axes.plot(its[0]["way"]["steps"], curves.mean(0), label=combine)
+        learned = rows_of(run, combine)
+        curves = 100 * np.array([row["way"]["first"] for row in learned])
+        axes.plot(learned[0]["way"]["steps"], curves.mean(0), label=combine)
     steps = run.settings["steps"]
     for stage in range(1, run.settings["tasks"] - 1):
         axes.axvline(stage * steps, color="#bbbbbb", linewidth=0.8, zorder=0)
@@ -78,21 +83,21 @@ def first_task_curve(run: RunDirectory) -> Figure:
 
 
 def write_task_report(folder: Path) -> RunDirectory:
-    """Write tasks.md and the figures of the run in `folder`, from its rows; return the run."""
+    """Write tasks.md and the figures of the run in `folder` from its rows; return the run."""
     run = RunDirectory.read(folder)
     captions = {
-        "accuracy-matrix.png": (matrices, "Accuracy on each task after each stage, mean."),
+        "accuracy-matrix.png": (matrices, "Mean accuracy on each task after each stage."),
         "first-task.png": (
             first_task_curve,
-            "Accuracy on the first task while the later ones are learned.",
+            "Mean accuracy on the first task while later tasks are learned.",
         ),
     }
     parts = [
         f"# Tasks: {run.settings['stream']}, {run.settings['scenario']}-incremental",
         f"{run.environment['data']}; points, mean ± sd over adapter seeds on one base.",
         table(run).markdown(),
-        "ACC, BWT, forgetting, LA, WC-ACC: as `experiments/analysis/task_metrics.py` defines them, "
-        "with sources; the first stage is the base's pre-training.",
+        "`experiments/analysis/task_metrics.py` defines ACC, BWT, forgetting, LA and WC-ACC, with "
+        "sources. The first stage is the pre-training of the base.",
     ]
     for name, (make, caption) in captions.items():
         replace_file(folder / name, png(make(run)))

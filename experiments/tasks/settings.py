@@ -12,10 +12,12 @@ STREAMS = ("split", "rotated", "permuted")
 class SequenceSettings(SettingsGroup):
     """The sequence of tasks."""
 
-    stream: str = option("split", "what the tasks are", choices=STREAMS)
-    tasks: int = option(5, "tasks, the first of which the base is pre-trained on")
+    stream: str = option("split", "kind of tasks", choices=STREAMS)
+    tasks: int = option(5, "number of tasks; the base is pre-trained on the first")
     scenario: str = option(
-        "class", "whether an image's task is told: task, or class", choices=("class", "task")
+        "class",
+        "task: the task of each test image is given; class: it is not",
+        choices=("class", "task"),
     )
 
     def __post_init__(self) -> None:
@@ -28,7 +30,7 @@ class SequenceSettings(SettingsGroup):
 class NetworkSettings(SettingsGroup):
     """The network."""
 
-    hidden: tuple[int, ...] = option((256, 128), "hidden layers, units of each")
+    hidden: tuple[int, ...] = option((256, 128), "units of each hidden layer")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class PretrainingSettings(SettingsGroup):
 
 @dataclass(frozen=True)
 class FinetuningSettings(SettingsGroup):
-    """Fine-tuning, a stage for each later task."""
+    """Fine-tuning, one stage for each later task."""
 
     steps: int = option(200, "length of each stage, optimizer steps", COUNT)
     lr: float = option(3e-3, "learning rate of the stages, Adam's step size")
@@ -61,10 +63,10 @@ class RemedySettings(SettingsGroup):
     """Remedies against forgetting."""
 
     margin: float = option(
-        0.0, "remedy: by how much other tasks' logits are lowered in training", NOT_NEGATIVE
+        0.0, "remedy: subtract this from other tasks' logits in training", NOT_NEGATIVE
     )
     orthogonal: float = option(
-        0.0, "remedy: weight of the overlap with the A of earlier adapters", NOT_NEGATIVE
+        0.0, "remedy: weight of the penalty on overlap with the A of earlier adapters", NOT_NEGATIVE
     )
 
 
@@ -87,7 +89,9 @@ class PlaceSettings(SettingsGroup):
     device: str = option("auto", "a torch device; auto: a GPU if any, or cpu")
     threads: int = option(1, "CPU threads of training", COUNT)
     out: str = option(
-        "", "folder of the run; else runs/tasks-PRESET and what differs", affects_results=False
+        "",
+        "folder of the run; by default runs/tasks-PRESET and the changed settings",
+        affects_results=False,
     )
 
 
@@ -102,7 +106,7 @@ class TaskSettings(Settings):
 
     preset: str = option("split", "the settings to start from", choices=STREAMS)
     sequence: SequenceSettings = SequenceSettings()
-    seed: int = option(0, "seed of the base and of the pixels' orders")
+    seed: int = option(0, "seed of the base and of the pixel permutations")
     seeds: int = option(3, "number of adapter seeds, counted from 0", COUNT)
     network: NetworkSettings = NetworkSettings()
     pretraining: PretrainingSettings = PretrainingSettings()

@@ -1,8 +1,8 @@
 """The tasks of a sequence, and the images of each.
 
 split      digits 0-1, 2-3, 4-5, 6-7, 8-9; the base is pre-trained on the first pair
-rotated    all digits, turned by 0°, 90°/(T-1), …, 90°; the base on those not turned
-permuted   all digits, each task's pixels in an order of its own; the base on the first
+rotated    all digits, rotated by 0°, 90°/(T-1), …, 90°; the base is pre-trained at 0°
+permuted   all digits, one pixel permutation per task; the base is pre-trained on unchanged images
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from .settings import TaskSettings
 
 @dataclass(frozen=True)
 class Task:
-    """A task: what it is called, its classes, its images for training and for testing."""
+    """A task: its name, its classes, and its training and test images with labels."""
 
     name: str
     classes: tuple[int, ...]
@@ -26,7 +26,7 @@ class Task:
 
 
 def stream(settings: TaskSettings, train_split: Split, test_split: Split) -> list[Task]:
-    """Return the tasks of the settings, in their order."""
+    """Return the tasks in order."""
     parts = [(s.images.float() / 255, s.labels) for s in (train_split, test_split)]
     tasks = []
     for number in range(settings.sequence.tasks):
@@ -45,7 +45,7 @@ def stream(settings: TaskSettings, train_split: Split, test_split: Split) -> lis
 
 
 def _change(settings: TaskSettings, number: int) -> Callable[[Tensor], Tensor]:
-    """Return what a task does to images, (n, 28, 28)."""
+    """Return a task's transform of images, (n, 28, 28)."""
     if settings.sequence.stream == "rotated":
         angle = 90.0 * number / (settings.sequence.tasks - 1)
         return lambda images: rotated(images, angle)
@@ -57,7 +57,7 @@ def _change(settings: TaskSettings, number: int) -> Callable[[Tensor], Tensor]:
 
 
 def rotated(images: Tensor, degrees: float) -> Tensor:
-    """Return images, (n, h, w), turned counter-clockwise by bilinear samples, zero outside.
+    """Rotate images, (n, h, w), counter-clockwise, with bilinear sampling and zeros outside.
 
     >>> torch.allclose(rotated(torch.eye(4)[None], 90.0), torch.eye(4).rot90()[None], atol=1e-5)
     True

@@ -1,16 +1,16 @@
-"""Sequences of tasks: one adapter a stage on one base, and the accuracy matrix that comes of it.
+"""Sequences of tasks: one adapter per stage on one base, and the matrix of accuracies.
 
-How the stages' adapters are used together:
+The methods, by how they combine the adapters of the stages:
 
-    one        a single adapter goes on training: what forgets
-    stacked    a new adapter a stage beside the earlier ones, which stay on and are frozen
-    merged     an adapter a stage on the base alone; all on, each at strength 1/k, the mean update
+    one        one adapter trains in all stages; the baseline for forgetting
+    stacked    each stage adds an adapter; earlier ones stay on and are frozen
+    merged     each stage trains an adapter on the base alone; all k are on at strength 1/k
                (Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.04089)
-    routed     as merged, but one answers: the task's own where the task is told, else the surest
+    routed     trained as merged; one adapter answers: the given task's, or the most confident
 
-Scenarios: in `task` the task of an image is told and only its classes count; in `class` it is not
-(van de Ven et al. 2022, "Three types of incremental learning"). Rotated and permuted tasks have the
-same classes, so that only the route differs.
+Scenarios (van de Ven et al. 2022, "Three types of incremental learning"): in `task`, the task of
+each test image is given and only its classes count. In `class`, the task is not given. Rotated and
+permuted tasks have the same classes, so there the scenarios differ only for `routed`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -43,14 +43,14 @@ COMBINE = ("one", "stacked", "merged", "routed")
 
 
 class Learner:
-    """A base with an adapter a stage, and the way in which they answer together."""
+    """A base with the adapters of its stages, and a method of combining them."""
 
     def __init__(self, settings: TaskSettings, model: nn.Module, combine: str) -> None:
         self.settings, self.model, self.combine = settings, model, combine
         self.names: list[str] = []
 
     def begin(self, generator: torch.Generator) -> list[nn.Parameter]:
-        """Start a stage; return the parameters that train."""
+        """Start a stage; return its trainable parameters."""
         if self.combine != "one" or not self.names:
             self.names.append(f"stage{len(self.names) + 1}")
             spec = pl.LoRA(self.settings.adapter.rank, self.settings.adapter.alpha)
@@ -63,7 +63,7 @@ class Learner:
         return pl.parameters(self.model, self.names[-1])
 
     def objective(self, task: Task) -> Objective:
-        """Return the loss of a stage, with the remedies that the settings ask for."""
+        """Return the loss of a stage, with the remedies in the settings."""
         settings, earlier = self.settings, self.names[:-1]
         penalties = (
             [self._overlap(name) for name in earlier] if settings.remedies.orthogonal else []
@@ -88,45 +88,46 @@ class Learner:
         return orthogonal(earlier, paths)
 
     @torch.no_grad()
-    def answer(self, inputs: Tensor, tasks: Sequence[Task], of: int) -> Tensor:
-        """Return the answers to images of task `of`, int64 (n,), after the stages so far."""
-        told = self.settings.sequence.scenario == "task"
+    def answer(self, inputs: Tensor, tasks: Sequence[Task], number: int) -> Tensor:
+        """Return predicted classes, int64 (n,), for images of task `number`."""
+        task_given = self.settings.sequence.scenario == "task"
         if self.combine == "routed":
-            logits = self._routed(inputs, tasks, of if told else None)
+            logits = self._routed(inputs, tasks, number if task_given else None)
         elif self.combine == "merged" and self.names:
             share = dict.fromkeys(self.names, 1 / len(self.names))
             with pl.using(self.model, **share):
                 logits = logits_of(self.model, inputs)
         else:
             logits = logits_of(self.model, inputs)
-        if told:
-            logits = mask_or_shift_logits(logits, tasks[of].classes, torch.inf)
+        if task_given:
+            logits = mask_or_shift_logits(logits, tasks[number].classes, torch.inf)
         return logits.argmax(1)
 
-    def _routed(self, inputs: Tensor, tasks: Sequence[Task], of: int | None) -> Tensor:
-        """Return the logits of the told task's adapter, or those of the surest.
+    def _routed(self, inputs: Tensor, tasks: Sequence[Task], given: int | None) -> Tensor:
+        """Return logits, (n, 10), by the given task's adapter or by each image's most confident.
 
-        How sure the model of a stage is: the largest softmax probability of a class of its task.
+        The confidence of a stage is its largest softmax probability among the classes of its task.
+        Stage 0 is the base.
         """
         count = len(self.names) + 1
-        if of is not None:
-            with pl.using(self.model, *([self.names[of - 1]] if 0 < of < count else [])):
+        if given is not None:
+            with pl.using(self.model, *([self.names[given - 1]] if 0 < given < count else [])):
                 return logits_of(self.model, inputs)
-        found, sure = [], []
+        stage_logits, confidences = [], []
         for number in range(count):
             with pl.using(self.model, *([self.names[number - 1]] if number else [])):
                 logits = logits_of(self.model, inputs)
-            # Each answers for its own task's classes only.
-            found.append(mask_or_shift_logits(logits, tasks[number].classes, torch.inf))
+            # A stage may only predict classes of its task.
+            stage_logits.append(mask_or_shift_logits(logits, tasks[number].classes, torch.inf))
             p = logits.softmax(1)[:, list(tasks[number].classes)]
-            sure.append(p.max(1).values)
-        best = torch.stack(sure).argmax(0)
-        return torch.stack(found)[best, torch.arange(len(inputs), device=inputs.device)]
+            confidences.append(p.max(1).values)  # (n,)
+        best = torch.stack(confidences).argmax(0)  # (stages, n) → (n,)
+        return torch.stack(stage_logits)[best, torch.arange(len(inputs), device=inputs.device)]
 
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What the stages of a run share."""
+    """The settings, run, tasks and base weights that all stages of a run share."""
 
     settings: TaskSettings
     run: RunDirectory
@@ -141,7 +142,7 @@ class TaskContext:
 
 
 def accuracies(learner: Learner, tasks: Sequence[Task], count: int | None = None) -> list[float]:
-    """Return the accuracy on each task, or on the first `count`."""
+    """Return the accuracy on each task, or on each of the first `count` tasks."""
     return [
         float((learner.answer(task.test[0], tasks, number) == task.test[1]).float().mean())
         for number, task in enumerate(tasks[:count])
@@ -149,14 +150,26 @@ def accuracies(learner: Learner, tasks: Sequence[Task], count: int | None = None
 
 
 def learn(combine: str, seed: int, context: TaskContext) -> None:
-    """Learn all tasks in order. Row: "learned", with the matrix and the first task's curve."""
+    """Learn all tasks in order. Row: "learned", with the matrix and the first task's curve.
+
+    The matrix a has one row per stage and one column per task, (T, T): a(i, j) is the accuracy on
+    task j after stage i. Row 0 is the base, pre-trained on task 0. For T = 3:
+
+                      task 0    task 1    task 2
+        base          a(0, 0)   a(0, 1)   a(0, 2)
+        stage 1       a(1, 0)   a(1, 1)   a(1, 2)
+        stage 2       a(2, 0)   a(2, 1)   a(2, 2)
+
+    The diagonal is the accuracy on a task just learned. Below it, a(i, j) - a(j, j) shows how much
+    of task j was lost (negative) by stage i. Above it are tasks that were not learned yet.
+    """
     settings, tasks = context.settings, context.tasks
     learner = Learner(settings, context.model(), combine)
     generator = torch.Generator().manual_seed(seed)
-    matrix, curve = [accuracies(learner, tasks)], Curve()
+    matrix, curve = [accuracies(learner, tasks)], Curve()  # row 0: the base
     for number in range(1, len(tasks)):
         learn_stage(learner, tasks, number, generator, curve, f"{combine} {seed}")
-        matrix.append(accuracies(learner, tasks))
+        matrix.append(accuracies(learner, tasks))  # row `number`, (T,)
     firsts = [matrix[0][0], *curve.values["first"]]
     context.run.record(
         {
@@ -200,7 +213,7 @@ def learn_stage(
 
 
 def task_stages(settings: TaskSettings) -> Iterator[Stage[TaskContext]]:
-    """Yield what a run consists of."""
+    """Yield the stages of a run: one per method and adapter seed."""
     for combine in COMBINE:
         for seed in range(settings.seeds):
             key = {"method": combine, "seed": seed}
@@ -208,7 +221,7 @@ def task_stages(settings: TaskSettings) -> Iterator[Stage[TaskContext]]:
 
 
 def run_tasks(settings: TaskSettings, say: Callable[[str], None] = print) -> RunDirectory:
-    """Run all methods of using adapters together over a sequence of tasks; return the run."""
+    """Learn a sequence of tasks with every method; return the run."""
     device = resolve_device(settings.place.device)
     data = load_data(settings.dataset.data, settings.dataset.data_dir)
     environment = {"study": settings.STUDY, **describe(device, data)}
@@ -226,7 +239,7 @@ def run_tasks(settings: TaskSettings, say: Callable[[str], None] = print) -> Run
 
 
 def _pretrained(settings: TaskSettings, task: Task) -> dict[str, Tensor]:
-    """Return the weights of a network trained on the first task; the global generator is left."""
+    """Train a network on the first task; return its weights. Keep the global generator's state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = DigitNet(settings.network.hidden, "relu").to(task.train[0].device)

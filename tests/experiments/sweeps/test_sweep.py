@@ -1,4 +1,4 @@
-"""Sweeps: the grid, resuming, processes and clusters, and the choice of remedies."""
+"""Sweeps: the grid, resuming, processes and clusters, and the selection of remedies."""
 
 import csv
 import doctest
@@ -53,7 +53,7 @@ def small(folder: Path, **more: Any) -> DigitSettings:
 
 
 def swept(folder: Path, *more: str) -> list[Row]:
-    """Run a sweep over ranks and strengths by the command, and return its rows."""
+    """Run a sweep over ranks and strengths from the command line, and return its rows."""
     words = ["sweep", *WORDS, "--vary", "rank=1,3", "--vary", "strength=0,0.5,1", *more]
     places = ["--bases", str(folder / "bases"), "--out", str(folder / "run")]
     assert main([*words, *places]) == 0
@@ -72,14 +72,14 @@ def rows_in(folder: Path) -> list[Row]:
 
 
 def test_examples_in_docstrings_run():
-    """The examples in the docstrings give what they say."""
+    """The examples in the docstrings pass."""
     result = doctest.testmod(grid)
     assert result.attempted
     assert not result.failed
 
 
 def test_a_sweep_has_every_combination(finished):
-    """Every rank on every base, each seed at each strength, and each cell's base."""
+    """Rows cover every rank, base, seed and strength, and the base of each cell."""
     rows = rows_in(finished)
     got = {
         (r["cell"], r["base_seed"], r["seed"], r["strength"]) for r in rows if r["stage"] == "on"
@@ -100,7 +100,7 @@ def test_a_sweep_has_every_combination(finished):
 
 
 def test_rows_are_those_of_the_study(finished, tmp_path):
-    """At strength 1 a cell's adapter answers as the digit study's own with the same seed."""
+    """At strength 1 a cell's counts equal those of the digit study with the same seed."""
     places = ["--out", str(tmp_path / "run"), "--bases", str(finished / "bases")]
     assert main(["digits", *WORDS, "--rank", "3", *places]) == 0
     study = [row for row in rows_in(tmp_path) if row["stage"] == "on" and row["method"] == "lora"]
@@ -113,7 +113,7 @@ def test_rows_are_those_of_the_study(finished, tmp_path):
 
 
 def test_csv_says_what_the_rows_say(finished):
-    """Beside the JSON lines lies a table of the same rows, their plain values."""
+    """results.csv has the plain values of the rows in results.jsonl."""
     lines = list(csv.DictReader((finished / "run" / "results.csv").open()))
     rows = rows_in(finished)
     assert len(lines) == len(rows)
@@ -123,7 +123,7 @@ def test_csv_says_what_the_rows_say(finished):
 
 
 def test_the_report_of_a_sweep_is_its_rows_summed_up(finished):
-    """A line a cell and strength with mean, sd and n of the rows; at 0 the fronts begin alike."""
+    """The table has mean, sd and n per cell and strength; all fronts start at the same point."""
     run = RunDirectory.read(finished / "run")
     lines = {(line[0], float(line[1])): line[2:] for line in table(run).rows}
     assert len(lines) == 6
@@ -137,7 +137,7 @@ def test_the_report_of_a_sweep_is_its_rows_summed_up(finished):
 
 
 def test_the_report_of_a_sweep_is_made_again(finished, tmp_path, capsys):
-    """Three files make the same report elsewhere; without a row there is none yet."""
+    """Three files suffice to write the same report elsewhere; a run without rows is refused."""
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("settings.json", "environment.json", "results.jsonl"):
@@ -147,7 +147,7 @@ def test_the_report_of_a_sweep_is_made_again(finished, tmp_path, capsys):
     for name in ("sweep.md", "fronts.png", "ranks.png", "results.csv"):
         assert (folder / name).read_bytes() == (finished / "run" / name).read_bytes()
     environment = json.loads((folder / "environment.json").read_text())
-    assert environment.pop("study") == "sweeps"  # as in a sweep from before it was recorded
+    assert environment.pop("study") == "sweeps"  # as in older sweeps, which did not record it
     (folder / "environment.json").write_text(json.dumps(environment))
     assert main(["report", str(folder)]) == 0
     (folder / "results.jsonl").unlink()
@@ -157,7 +157,7 @@ def test_the_report_of_a_sweep_is_made_again(finished, tmp_path, capsys):
 
 
 def test_a_sweep_resumes_by_cells(finished, tmp_path, capsys):
-    """What a stopped sweep has is not trained again, and the rest comes out the same."""
+    """A resumed sweep keeps its rows, and the missing rows equal those of a full run."""
     import shutil
 
     shutil.copytree(finished, tmp_path / "copy")
@@ -171,13 +171,13 @@ def test_a_sweep_resumes_by_cells(finished, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_jobs_in_processes_give_the_same_rows(finished, tmp_path):
-    """Two processes at a time change the wall time and nothing else."""
+    """Two parallel processes give the same rows as one."""
     rows = swept(tmp_path, "--jobs", "2")
     assert rows == [row for row in rows_in(finished) if row["base_seed"] == 0]
 
 
 def test_a_dask_cluster_gives_the_same_rows(finished, tmp_path):
-    """The same sweep on a local Dask cluster, by the one line that the documentation names."""
+    """A local Dask cluster gives the same rows, with the call from the documentation."""
     distributed = pytest.importorskip("distributed")
     joblib = pytest.importorskip("joblib")
     settings = small(tmp_path)
@@ -196,7 +196,7 @@ def test_a_dask_cluster_gives_the_same_rows(finished, tmp_path):
 
 
 def test_seeds_together_are_seeds_one_by_one(tmp_path):
-    """A cell trained by vmap has the counts of one trained seed by seed."""
+    """A cell trained with vmap has the counts of one trained seed by seed."""
     settings = small(tmp_path, seeds=8, steps=40)
     made = [run_cell(next(cells(settings, {}, together=together))) for together in (True, False)]
     for one, two in zip(*made, strict=True):
@@ -206,7 +206,7 @@ def test_seeds_together_are_seeds_one_by_one(tmp_path):
 
 @pytest.mark.parametrize("order", ["blog", "seeded"])
 def test_ranks_together_are_ranks_one_by_one(tmp_path, order):
-    """Adapters of other ranks, scales and starts train as one, each as it would by itself."""
+    """Adapters of several ranks, scales and inits train in one stack as they would separately."""
     settings = small(tmp_path, seeds=3, order=order)
     grid = {"rank": [1, 3, 8], "scale_rule": ["alpha/r", "alpha"], "init": ["gaussian", "kaiming"]}
     contexts = [context_of(cell.settings) for cell in cells(settings, grid)]
@@ -223,7 +223,7 @@ def test_ranks_together_are_ranks_one_by_one(tmp_path, order):
 
 
 def test_an_update_of_no_scale_is_a_cell_like_any_other(tmp_path):
-    """At alpha 0 all answers are the base's, beside cells that learn."""
+    """At alpha 0 all predictions equal the base's, also beside cells that learn."""
     settings = small(tmp_path, seeds=2)
     rows = [run_cell(cell) for cell in cells(settings, {"alpha": [0.0, 1.0]})]
     assert len(jobs_of(list(cells(settings, {"alpha": [0.0, 0.0, 1.0]})))) == 2
@@ -232,7 +232,7 @@ def test_an_update_of_no_scale_is_a_cell_like_any_other(tmp_path):
 
 
 def test_strengths_are_those_of_a_pass_for_each(tmp_path):
-    """A row has the counts and the loss of the model with its adapter scaled by the library."""
+    """A row's counts and loss equal those of the model with its adapter scaled by the library."""
     strengths = [0.0, 0.5, 1.5]
     cell = next(cells(small(tmp_path, activation="relu"), {"strength": strengths}))
     context = context_of(cell.settings)
@@ -250,7 +250,7 @@ def test_strengths_are_those_of_a_pass_for_each(tmp_path):
 
 
 def test_cells_that_can_train_together_are_one_job():
-    """Ranks and scales are; another base, another training or too many images are not."""
+    """Ranks and scales share a job; other bases, trainings or too many images do not."""
     settings = DigitSettings(seeds=10)
 
     def sizes(grid: dict[str, list[Any]], **more: Any) -> list[int]:
@@ -277,14 +277,14 @@ def test_cells_that_can_train_together_are_one_job():
     ],
 )
 def test_the_rule_of_the_scale_is_kept_at_every_rank(rule, scale, rank):
-    """What multiplies B A is alpha/r, what the library calls rank-stabilized, or alpha itself."""
+    """B A is multiplied by alpha/r, by the rank-stabilized scale, or by alpha."""
     settings = AdapterSettings(rank=rank, alpha=3.0, scale_rule=rule)
     assert lora_of(settings).scaling == pytest.approx(scale(3.0, rank), rel=1e-15)
-    assert AdapterSettings(rank=rank).numerator == 1.0  # by default alpha itself, bit for bit
+    assert AdapterSettings(rank=rank).numerator == 1.0  # by default exactly alpha
 
 
 def test_a_sweep_over_ranks_is_drawn_by_rank(tmp_path):
-    """Every rule of the scale is a series, all start alike at rank 1; points compare in pairs."""
+    """Each scale rule is a series; all agree at rank 1; differences in points are paired."""
     words = ["sweep", *WORDS, "--vary", "rank=3,1", "--vary", "scale_rule=alpha/r,alpha"]
     places = ["--bases", str(tmp_path / "bases"), "--out", str(tmp_path / "run")]
     assert main([*words, "--vary", "seed=0,1", *places]) == 0
@@ -332,7 +332,7 @@ def test_a_sweep_over_ranks_is_drawn_by_rank(tmp_path):
 
 
 def test_a_figure_by_rank_needs_ranks(tmp_path, capsys):
-    """A run whose rank was not varied is refused, with what to run instead."""
+    """A run that did not vary the rank is refused, and the error says what to run."""
     RunDirectory.start(tmp_path, {}, {"study": "sweeps"}, ())
     words = ["report", str(tmp_path), "--figure", "ranks", "--out", str(tmp_path / "no.png")]
     assert main(words) == 2
@@ -341,7 +341,7 @@ def test_a_figure_by_rank_needs_ranks(tmp_path, capsys):
 
 
 def test_what_cannot_train_together_is_known():
-    """Early stopping, and Fisher information or null spaces of a seed's own images, cannot."""
+    """Early stopping and Fisher information or null spaces of replayed images cannot be stacked."""
     assert trains_together(preset("blog", replay=5, margin=math.inf, schedule="cosine"))
     assert not trains_together(preset("blog", validation=5, patience=1))
     assert not trains_together(preset("blog", replay=5, ewc=1.0))
@@ -359,7 +359,7 @@ def test_what_cannot_train_together_is_known():
     ],
 )
 def test_a_grid_that_cannot_be_is_refused(word, message):
-    """What is no setting, or no value of it, is named before anything runs."""
+    """Unknown settings and invalid values are refused before anything runs."""
     with pytest.raises(StudyError, match=message):
         list(cells(DigitSettings(), parse_grid([word], DigitSettings)))
 
@@ -372,7 +372,7 @@ FEW = (
 
 
 def test_choices_are_made_without_the_test_images(tmp_path, monkeypatch):
-    """Selection runs on validation images and other bases; the measurement has the choice alone."""
+    """Selection uses validation images and separate bases; only the choice is measured."""
     monkeypatch.setattr(select_module, "VALIDATION", 20)
     said: list[str] = []
     selection, test = run_remedies(
@@ -400,7 +400,7 @@ def test_choices_are_made_without_the_test_images(tmp_path, monkeypatch):
 
 
 def test_remedies_are_a_preset_of_the_sweep(tmp_path, monkeypatch, capsys):
-    """`--preset remedies-NAME` takes that preset's settings, and the options of the selection."""
+    """`--preset remedies-NAME` accepts the preset's settings and the options of the selection."""
     asked: dict[str, Any] = {}
     told = "| remedy | all |\n"
 
@@ -425,19 +425,22 @@ def test_remedies_are_a_preset_of_the_sweep(tmp_path, monkeypatch, capsys):
     ("words", "message"),
     [
         (["--preset", "remedies-relu", "--vary", "rank=1,2"], "--vary cannot be used with"),
-        (["--floor", "1", "2"], "--floor is used with a preset of remedies, such as remedies-relu"),
-        (["--selection-bases", "2"], "--selection-bases is used with a preset of remedies"),
+        (
+            ["--floor", "1", "2"],
+            "--floor can only be used with a remedies preset, such as remedies-relu",
+        ),
+        (["--selection-bases", "2"], "--selection-bases can only be used with a remedies preset"),
         (["--preset", "remedies-red"], "--preset must be blog or relu or nine, got 'red'"),
     ],
 )
 def test_options_of_grid_and_remedies_are_told_apart(words, message, capsys):
-    """A grid in a preset of remedies, and an option of theirs without it, are refused."""
+    """A grid with a remedies preset is refused, and so are remedy options without one."""
     assert main(["sweep", *words]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_gains_are_over_each_adapters_own_base():
-    """Points are taken from the accuracy of the base that the adapter sits on."""
+    """Gains are differences from the accuracy of the adapter's own base."""
     keys = ("accuracy", "tuned_accuracy", "other_accuracy")
 
     def row(stage: str, base: int, values: tuple[float, ...], strength: float = 1.0) -> Row:
@@ -453,7 +456,7 @@ def test_gains_are_over_each_adapters_own_base():
 
 
 def test_every_family_can_be(tmp_path):
-    """The remedies that are compared have settings that exist, and names of their own."""
+    """All compared remedies have valid settings and distinct names."""
     every = families()
     assert len({family.name for family in every}) == len(every)
     for family in every:

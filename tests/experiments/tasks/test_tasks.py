@@ -1,4 +1,4 @@
-"""Sequences of tasks: what the tasks are, how adapters are used together, and the matrix."""
+"""Sequences of tasks: the tasks, the methods of combining adapters, and the matrix."""
 
 import doctest
 import json
@@ -39,14 +39,14 @@ def tasks_of(name: str, **more: Any) -> list[Task]:
 
 
 def test_examples_in_docstrings_run():
-    """The examples in the docstrings give what they say."""
+    """The examples in the docstrings pass."""
     result = doctest.testmod(streams)
     assert result.attempted
     assert not result.failed
 
 
 def test_split_tasks_have_two_digits_each():
-    """Each task has its own two digits, and all their images."""
+    """Each task has two digits and all images of them."""
     tasks = tasks_of("split", tasks=5)
     assert [task.classes for task in tasks] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
     assert sum(len(task.train[1]) for task in tasks) == 1437
@@ -56,7 +56,7 @@ def test_split_tasks_have_two_digits_each():
 
 
 def test_rotated_and_permuted_tasks_are_the_same_images_changed():
-    """The first task is as it was, the last turned by 90°; permuted pixels are the same ones."""
+    """The first task is unchanged, the last rotated by 90°; a permutation keeps all pixels."""
     plain = load_data("digits").test.images.float() / 255
     turned = tasks_of("rotated")
     for task, quarter in ((turned[0], 0), (turned[2], 1)):
@@ -71,7 +71,7 @@ def test_rotated_and_permuted_tasks_are_the_same_images_changed():
 
 
 def test_turning_back_gives_the_image_again():
-    """Turned by an angle and back, a smooth image is nearly what it was, in its middle."""
+    """Rotating a smooth image forth and back nearly restores its middle."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, 28), torch.linspace(-1, 1, 28), indexing="ij")
     image = torch.exp(-4 * ((x - 0.2) ** 2 + (y + 0.1) ** 2))[None]
     back = rotated(rotated(image, 30.0), -30.0)
@@ -79,7 +79,7 @@ def test_turning_back_gives_the_image_again():
 
 
 def learner(combine: str, **more: Any) -> tuple[Learner, list[Task]]:
-    """Return a learner of two random adapters, and the tasks."""
+    """Return a learner with two random adapters, and the tasks."""
     settings = TaskSettings.of_preset("split", **{**SMALL, **more})
     torch.manual_seed(0)
     made = Learner(settings, DigitNet(settings.network.hidden, "relu"), combine)
@@ -91,7 +91,7 @@ def learner(combine: str, **more: Any) -> tuple[Learner, list[Task]]:
 
 @pytest.mark.parametrize("combine", COMBINE)
 def test_a_stage_trains_its_own_adapter_alone(combine):
-    """Only the last stage's factors require a gradient; `one` has a single adapter for all."""
+    """Only the last stage's factors require gradients; `one` has one adapter for all stages."""
     made, _ = learner(combine)
     assert len(made.names) == (1 if combine == "one" else 2)
     trainable = {id(p) for p in made.model.parameters() if p.requires_grad}
@@ -99,7 +99,7 @@ def test_a_stage_trains_its_own_adapter_alone(combine):
 
 
 def test_answers_are_those_of_the_adapters_that_count():
-    """Stacked: both on. Merged: both at half strength. Routed, told: the task's own adapter."""
+    """Stacked: both on. Merged: both at half strength. Routed, task given: its adapter."""
     for combine, told in (("stacked", "class"), ("merged", "class"), ("routed", "task")):
         made, tasks = learner(combine, scenario=told)
         x, model = tasks[1].test[0], made.model
@@ -112,7 +112,7 @@ def test_answers_are_those_of_the_adapters_that_count():
 
 
 def test_a_route_that_is_not_told_takes_the_surest():
-    """Without the task's name each image gets the class that any stage is most certain of."""
+    """Without the task, each image gets the class of the most confident stage."""
     made, tasks = learner("routed")
     x = tasks[0].test[0]
     best, expected = torch.full((len(x),), -1.0), torch.full((len(x),), -1)
@@ -140,7 +140,7 @@ def test_orthogonality_penalises_the_overlap_with_earlier_stages():
 
 
 def test_a_run_records_the_matrix_and_resumes(tmp_path: Path, capsys):
-    """The command runs every method, records matrix, metrics and curve, and can resume."""
+    """The command runs every method, records matrix, metrics and curve, and resumes."""
     words = ["tasks", "--preset", "rotated", "--data", "digits", "--device", "cpu", "--tasks", "3"]
     words += ["--hidden", "24,16", "--base-steps", "100", "--steps", "20", "--seeds", "2"]
     words += ["--out", str(tmp_path / "run")]
@@ -166,7 +166,7 @@ def test_a_run_records_the_matrix_and_resumes(tmp_path: Path, capsys):
     assert [json.loads(line)["matrix"] for line in path.open()] == [
         json.loads(line)["matrix"] for line in whole.splitlines()
     ]
-    # The report is made again from the rows; without a row there is none yet.
+    # The report can be written again from the rows; a run without rows is refused.
     (tmp_path / "run" / "tasks.md").unlink()
     assert main(["report", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "tasks.md").exists()
@@ -177,7 +177,7 @@ def test_a_run_records_the_matrix_and_resumes(tmp_path: Path, capsys):
 
 
 def test_the_single_adapter_forgets_what_routing_keeps(tmp_path: Path):
-    """Told the task, routed adapters keep the first exactly; one that is trained on does not."""
+    """With the task given, routed adapters keep the first task exactly; method `one` forgets."""
     settings = {**SMALL, "scenario": "task", "steps": 60}
     made = {combine: learner(combine, **settings) for combine in ("one", "routed")}
     kept = {}
