@@ -1,7 +1,7 @@
 """The selection of remedies on validation images, and their measurement on the test images.
 
-The best of many candidates is partly the luckiest: on the images that chose it, its gain is too
-high. The two runs therefore share no images to evaluate on:
+The best of many candidates is partly the luckiest. Its gain is therefore overestimated on the
+images that it was chosen by, and a second run measures it on other images:
 
     run         bases pre-trained on             evaluated on         cells
     selection   training images − validation     validation images    every candidate × base
