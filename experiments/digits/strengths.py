@@ -79,13 +79,13 @@ class Strengths:
         """Return the logits for all λ at once, if the network is one linear map x Mᵀ + c.
 
         Multiplied out, M = W₃'W₂'W₁' = Σ C R. The matrices R are W₃W₂W₁ (10, 784) and A₁, A₂W₁,
-        A₃W₂W₁ (r, 784) and do not depend on λ. Only the coefficients C (10, 10) and (10, r) do. One
-        product reduces each image to 10 + 3r numbers, and the logits at each λ are linear in these.
-        A pass per λ would multiply all images by all layers again.
+        A₃W₂W₁ (r, 784). They do not depend on λ. Only the coefficients C do, (10, r) for each
+        layer. One product reduces each image to 10 + 3r numbers, and the logits at each λ are
+        linear in these. A pass per λ would multiply all images by all layers again.
         """
         count, λ = len(strengths), strengths.view(-1, 1, 1)
         eye = torch.eye(self.base_logits.shape[1], dtype=λ.dtype, device=λ.device)
-        M = eye.expand(count, -1, -1)  # (λ, 10, 10), then (λ, 10, in) of the layer reached
+        M = eye.expand(count, -1, -1)  # (λ, 10, 10), below (λ, 10, in of the layer)
         c, C, R = M.new_zeros(M.shape[:2]), [M], [eye]
         for name, layer in reversed(self.layers.items()):
             c = c + M @ layer.bias

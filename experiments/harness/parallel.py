@@ -78,7 +78,7 @@ def group(device: torch.device) -> Iterator[tuple[Group, torch.device]]:
 
 
 def shared(batches: Iterable[tuple[Tensor, ...]], group: Group) -> Iterator[tuple[Tensor, ...]]:
-    """Yield this process's rows of each batch, for objectives that are means over rows.
+    """Yield this process's rows of each batch, for an objective that is a mean over rows.
 
     Raises:
         StudyError: a batch cannot be divided evenly. The mean of the processes' means would then

@@ -2,13 +2,14 @@
 
 Note [Stages and resuming]
 
-A fine-tuning takes minutes and leaves several rows ("off", "on", "merged", "unmerged") and a file.
-A run can be interrupted between any two of these. Each stage therefore lists the rows that it
-records, and it is complete only if all of them exist. Testing for one row, or keeping a "done" mark
-beside the rows, goes wrong if the run is interrupted after that row or before the mark:
+A fine-tuning records several rows: "off", "on", "merged" and "unmerged". A run can be interrupted
+between any two of them. If a stage counted as complete once its first row exists, a run interrupted
+after "on" would never get its last two rows. Each stage therefore lists the rows that it records,
+and it is complete only if all of them exist:
 
-    rows on disk          off, on       (interrupted before "merged")
-    the stage is run      off: exists, same values;  on: same;  merged, unmerged: appended
+    rows on disk       off, on              (interrupted before "merged")
+    stage run again    off, on:             compared with the recorded rows
+                       merged, unmerged:    appended
 
 An incomplete stage is run again from its start, because the state in between (a half-trained
 adapter) is not on disk. `RunDirectory.record` compares the repeated rows with the recorded ones. It
@@ -59,7 +60,7 @@ def run_stages(
         run: the run's directory, with the rows recorded so far.
         stages: all stages of the study.
         prepare: returns the context that the stages share, such as data and base. It is not called
-            if all stages are complete, so that a finished run is reported in a second.
+            if all stages are complete, so a finished run needs neither.
         say: called with a line of progress if the run is resumed.
     """
     remaining = [stage for stage in stages if not stage.done(run)]

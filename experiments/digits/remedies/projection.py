@@ -15,7 +15,7 @@ Factors = Mapping[str, Tensor]
 def principal(rows: Tensor, energy: float) -> Tensor:
     """Return the right-singular vectors of `rows` with a share of the energy, (k, in).
 
-    k is the smallest number with Σ_{i≤k} σ_i² ≥ energy · Σ σ_i². Source: Saha et al. 2021, "Gradient
+    k is the smallest with Σ_{i≤k} σ_i² ≥ energy · Σ σ_i². Source: Saha et al. 2021, "Gradient
     Projection Memory", arXiv 2103.09762, eq. 5.
 
     Args:

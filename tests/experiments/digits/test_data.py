@@ -1,4 +1,4 @@
-"""The study's data: MNIST from disk, by a true download, or the digits that stand in for it."""
+"""The study's data: MNIST from disk or by download, and scikit-learn's digits as fallback."""
 
 import functools
 import gzip
@@ -24,7 +24,7 @@ from experiments.harness.settings import StudyError
 
 @pytest.fixture
 def mirrors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """torchvision's list of mirrors, empty for the test to fill; no MNIST named otherwise."""
+    """torchvision's list of mirrors, empty for the test to fill; PARAMLORA_MNIST is unset."""
     from torchvision.datasets import MNIST
 
     asked: list[str] = []
@@ -34,7 +34,7 @@ def mirrors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder and does not log."""
+    """A request handler that serves a folder without logging."""
 
     def log_message(self, *args: object) -> None:
         pass
@@ -42,7 +42,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def served(mnist_dir: Path) -> Iterator[str]:
-    """The address of a web server on this machine that has MNIST's archives."""
+    """The address of a local web server with MNIST's archives."""
     handler = functools.partial(Quiet, directory=str(mnist_dir))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -58,7 +58,7 @@ def same(one: Data, other: Data) -> bool:
 def test_mnist_is_what_torchvision_downloads_and_reads(
     mnist_dir, mirrors, served, tmp_path, scheme
 ):
-    """From a mirror of either kind, the tensors are those that torchvision's own class reads."""
+    """Tensors from an http or file mirror are those that torchvision's MNIST class reads."""
     from torchvision.datasets import MNIST
 
     good = served if scheme == "http" else mnist_dir.resolve().as_uri() + "/"
@@ -79,7 +79,7 @@ def test_mnist_is_what_torchvision_downloads_and_reads(
 def test_an_unpacked_file_is_read_only_if_it_is_what_the_archive_has(
     mnist_dir, tmp_path, monkeypatch, beside
 ):
-    """What lies unpacked beside an archive saves unpacking it; with other contents it does not."""
+    """The unpacked file beside an archive is read only if its content is the archive's."""
     packed = (mnist_dir / "t10k-labels-idx1-ubyte.gz").read_bytes()
     raw = gzip.decompress(packed)
     other = {"the same": raw, "another": raw[:-1] + b"\xff", "a shorter one": raw[:-1]}
@@ -94,7 +94,7 @@ def test_an_unpacked_file_is_read_only_if_it_is_what_the_archive_has(
 
 
 def test_the_environment_variable_names_mnist(mnist_dir, mirrors, tmp_path, monkeypatch):
-    """Archives in the folder that PARAMLORA_MNIST names are taken without a download."""
+    """Archives in the folder of PARAMLORA_MNIST are used without a download."""
     monkeypatch.setenv("PARAMLORA_MNIST", str(mnist_dir))
     data = load_data("auto", str(tmp_path / "none"))
     assert data.name == "MNIST"
@@ -104,7 +104,7 @@ def test_the_environment_variable_names_mnist(mnist_dir, mirrors, tmp_path, monk
 
 @pytest.mark.parametrize("scheme", ["http", "file"])
 def test_a_damaged_download_is_not_taken(mirrors, tmp_path, scheme):
-    """Other bytes from a mirror fail the checksum: the digits stand in, and nothing is left."""
+    """A download with a wrong checksum is deleted, and "auto" uses scikit-learn's digits."""
     folder = tmp_path / "mirror"
     folder.mkdir()
     for name in ARCHIVES:
@@ -122,7 +122,7 @@ def test_a_damaged_download_is_not_taken(mirrors, tmp_path, scheme):
 
 
 def test_without_mnist_the_digits_stand_in_and_say_why(mirrors, tmp_path):
-    """Where no mirror answers, auto takes scikit-learn's digits, and names what it tried."""
+    """If no mirror answers, "auto" uses scikit-learn's digits and names the mirrors."""
     mirrors += ["http://127.0.0.1:9/", (tmp_path / "nothing").as_uri() + "/"]
     data = load_data("auto", str(tmp_path / "data"))
     assert data.name == "scikit-learn digits"
@@ -131,7 +131,7 @@ def test_without_mnist_the_digits_stand_in_and_say_why(mirrors, tmp_path):
 
 
 def test_a_silent_mirror_is_given_up_within_seconds(mirrors, tmp_path, monkeypatch):
-    """A mirror that takes the call and says nothing costs PATIENCE seconds, not minutes."""
+    """A mirror that accepts the connection without answering costs PATIENCE seconds only."""
     monkeypatch.setattr(archives, "PATIENCE", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}/"
@@ -144,13 +144,13 @@ def test_a_silent_mirror_is_given_up_within_seconds(mirrors, tmp_path, monkeypat
 
 
 def test_without_mnist_asking_for_it_is_an_error(mirrors, tmp_path):
-    """--data mnist where there is none names the archives and the way out."""
+    """--data mnist without MNIST raises StudyError with the archives and the options to use."""
     with pytest.raises(StudyError, match=r"t10k-labels-idx1-ubyte.gz.*--data-dir, or use --data"):
         load_data("mnist", str(tmp_path))
 
 
 def test_a_damaged_archive_is_refused_by_name(mirrors, tmp_path):
-    """An archive on disk with another MD5 is an error that names it, whatever was asked for."""
+    """An archive on disk with another MD5 raises StudyError with its name, also with "auto"."""
     for name in ARCHIVES:
         (tmp_path / name).write_bytes(b"no archive")
     with pytest.raises(StudyError, match=r"train-images-idx3-ubyte.gz is damaged: its MD5 is"):
@@ -168,7 +168,7 @@ def test_mnist_on_disk_needs_no_torchvision(mnist_dir):
 
 
 def test_the_digits_are_split_alike_and_large_enough():
-    """scikit-learn's digits come as 28x28 bytes, a fifth of each digit's images for testing."""
+    """scikit-learn's digits are 28x28 bytes; a fifth of each digit's images is the test set."""
     data = load_data("digits")
     assert data.why == "as asked"
     for split, size in ((data.train, 1437), (data.test, 360)):
@@ -184,7 +184,7 @@ def test_the_digits_are_split_alike_and_large_enough():
 
 
 def test_inputs_are_those_of_torchvisions_transforms():
-    """Tensors normalised at once are bitwise what ToTensor and Normalize make of each image."""
+    """Normalised tensors are bit-for-bit those of ToTensor and Normalize for each image."""
     from PIL import Image
     from torchvision import transforms
 
@@ -196,7 +196,7 @@ def test_inputs_are_those_of_torchvisions_transforms():
 
 @pytest.mark.parametrize("which", [0, 1, 2, 3])
 def test_the_digest_depends_on_every_tensor(which):
-    """One changed byte in any of the four tensors gives another digest."""
+    """Changing a byte in any of the four tensors changes the digest."""
 
     def made(changed: int) -> str:
         parts: list[Tensor] = []
@@ -218,7 +218,7 @@ def idx(values: torch.Tensor) -> bytes:
 
 @pytest.fixture
 def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with archives of random clothes, whose sums are taken for Fashion-MNIST's."""
+    """A folder with archives of random images; their sums replace those of Fashion-MNIST."""
     folder, sums = tmp_path / "clothes", {}
     folder.mkdir()
     for name in ARCHIVES:
@@ -232,7 +232,7 @@ def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_fashion_is_read_from_its_own_folder(fashion, tmp_path, monkeypatch):
-    """Its archives are found where the option or its variable says, and named as they are."""
+    """Fashion-MNIST is found by the option or by PARAMLORA_FASHION."""
     data = load_data("fashion", str(fashion))
     assert (data.name, data.why) == ("FashionMNIST", f"on disk, in {fashion}")
     assert data.train.images.shape == (20, 28, 28)
@@ -243,7 +243,7 @@ def test_fashion_is_read_from_its_own_folder(fashion, tmp_path, monkeypatch):
 def test_sets_whose_archives_have_the_same_names_are_not_taken_for_each_other(
     fashion, mnist_dir, tmp_path, monkeypatch
 ):
-    """A folder of MNIST is no Fashion-MNIST, nor the other way round, and the message says so."""
+    """A folder of MNIST is not accepted as Fashion-MNIST, nor the reverse."""
     from torchvision import datasets
 
     monkeypatch.delenv("PARAMLORA_MNIST", raising=False)
@@ -256,7 +256,7 @@ def test_sets_whose_archives_have_the_same_names_are_not_taken_for_each_other(
 
 
 def test_fashions_sums_are_torchvisions():
-    """The sums of Fashion-MNIST's archives are those that torchvision checks."""
+    """The MD5 sums of Fashion-MNIST's archives are those in torchvision."""
     from torchvision.datasets import FashionMNIST
 
     assert dict(FashionMNIST.resources) == FASHION_ARCHIVES

@@ -1,4 +1,4 @@
-"""The methods that the study compares, each against its dense formula."""
+"""Each method of the study agrees with its dense formula."""
 
 import copy
 
@@ -23,14 +23,14 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def fill_factors(model: nn.Module) -> None:
-    """Give all factors values that are not zero, as training would."""
+    """Set all factors to random nonzero values."""
     with torch.no_grad():
         for parameter in pl.parameters(model):
             parameter.normal_(generator=seeded(5))
 
 
 def test_a_network_is_its_formula():
-    """The network is a chain of linear maps, with a ReLU where the settings put one."""
+    """The network is a chain of linear maps with ReLUs between the layers or on the logits."""
     x = torch.randn(5, 784)
     for inner, last in ((False, True), (True, False)):
         model = DigitNet([7, 6], "relu" if inner else "none", relu_logits=last)
@@ -45,7 +45,7 @@ def test_a_network_is_its_formula():
 
 
 def test_wrapped_layers_are_their_dense_formula():
-    """A wrapped network gives the values and gradients of one with W + s·BA written out."""
+    """A wrapped network has the values and gradients of one with dense weights W + s·BA."""
     model = DigitNet([7, 6], "relu").double()
     dense = copy.deepcopy(model)
     wrap(model, pl.LoRA(3, 2.0, init="gaussian"), seeded(0))
@@ -86,7 +86,7 @@ def test_wrapping_trains_factors_and_biases_alone():
 
 
 def test_methods_start_from_the_same_factors():
-    """For one seed the wrapped layers have the A that attaching draws."""
+    """With the same seed, wrapped layers have the same initial A as attached adapters."""
     attached, wrapped = DigitNet([7, 6]), DigitNet([7, 6])
     spec = pl.LoRA(2, 1.0, init="gaussian")
     pl.attach(attached, spec, name="digits", generator=seeded(3))
@@ -115,7 +115,7 @@ def test_the_scrambled_update_is_the_blogs_element_by_element():
 
 
 def test_the_scrambled_update_hides_its_rank():
-    """With as many parameters, the scrambled update has ranks 128, 4 and 10 and not 2."""
+    """With equally many parameters, the scrambled update has ranks 128, 4, 10 instead of 2."""
     ranks = {}
     for spec in (pl.LoRA(2, 1.0), BlogScrambled(2, 1.0)):
         model = DigitNet([256, 128])
@@ -128,7 +128,7 @@ def test_the_scrambled_update_hides_its_rank():
 
 
 def test_ranks_are_measured_beside_other_adapters():
-    """Measuring one adapter's ranks leaves out another that is on, and changes nothing."""
+    """The ranks of one adapter do not include another active one; the model does not change."""
     model = DigitNet([20, 15])
     pl.attach(model, pl.LoRA(3), name="other", generator=seeded(0))
     pl.attach(model, pl.LoRA(1), name="digits", generator=seeded(1))
@@ -140,7 +140,7 @@ def test_ranks_are_measured_beside_other_adapters():
 
 
 def test_ranks_of_wrapped_layers():
-    """A wrapped layer's rank is that of B A, and zero before training."""
+    """A wrapped layer's rank is that of B A; it is zero before training."""
     model = DigitNet([20, 15])
     wrap(model, pl.LoRA(2), seeded(0))
     assert set(wrapped_ranks(model).values()) == {0}
@@ -152,7 +152,7 @@ def test_ranks_of_wrapped_layers():
 
 @pytest.mark.parametrize("spec", [pl.LoRA(2, 1.0, init="gaussian"), BlogScrambled(2, 1.0)])
 def test_a_saved_adapter_is_the_one_that_was_trained(spec, tmp_path):
-    """An adapter of either kind survives its file bitwise, on another copy of the base."""
+    """A saved adapter, loaded on a copy of the base, gives bit-for-bit the same outputs."""
     model = DigitNet([20, 15])
     other = copy.deepcopy(model)
     pl.attach(model, spec, name="digits", generator=seeded(0))

@@ -1,4 +1,4 @@
-"""Remedies: each formula against a dense one written out, and each at work in a fine-tuning."""
+"""Each remedy agrees with its dense formula and changes a fine-tuning as documented."""
 
 import dataclasses
 import math
@@ -47,14 +47,14 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> StudyContext:
-    """A base on scikit-learn's digits; not to be changed."""
+    """A base on scikit-learn's digits. Tests must not change it."""
     folder = tmp_path_factory.mktemp("context")
     settings = preset("blog", **SMALL, bases=str(folder))
     run = RunDirectory(folder, {}, {}, [])
     return prepare(settings, run, torch.device("cpu"), load_data("digits"), lambda line: None)
 
 
-def having(context: StudyContext, **changes: Any) -> StudyContext:
+def with_settings(context: StudyContext, **changes: Any) -> StudyContext:
     return dataclasses.replace(context, settings=replace(context.settings, **changes))
 
 
@@ -64,7 +64,7 @@ def logits(rows: int = 5, classes: int = 4, seed: int = 0) -> torch.Tensor:
 
 
 def test_an_infinite_margin_is_the_cross_entropy_over_the_tuned_classes():
-    """Masked, the loss is the softmax over C alone; at margin 0 it is the plain one."""
+    """With an infinite margin the softmax is over C only; with margin 0 logits are unchanged."""
     z, labels = logits(), torch.tensor([1, 3, 3, 1, 1])
     masked = F.cross_entropy(mask_or_shift_logits(z, [1, 3], math.inf), labels)
     only = F.cross_entropy(z[:, [1, 3]], (labels == 3).long())
@@ -73,7 +73,7 @@ def test_an_infinite_margin_is_the_cross_entropy_over_the_tuned_classes():
 
 
 def test_a_margin_is_a_smaller_prior_of_the_other_classes():
-    """Lowered by m, the loss is -log of p_y over the tuned mass and e^-m of the other mass."""
+    """A margin m multiplies the prior of the other classes by e^-m."""
     z, labels = logits(), torch.tensor([1, 3, 3, 1, 1])
     weight = torch.tensor([math.exp(-2.5), 1.0, math.exp(-2.5), 1.0], dtype=torch.float64)
     expected = -(z.exp()[range(5), labels] / (z.exp() * weight).sum(1)).log().mean()
@@ -81,7 +81,7 @@ def test_a_margin_is_a_smaller_prior_of_the_other_classes():
 
 
 def test_distillation_is_the_divergence_at_a_temperature():
-    """T² Σ p⁰ log(p⁰/p), written out; none from a model to itself."""
+    """Distillation is T² Σ p⁰ log(p⁰/p), and zero if teacher and student agree."""
     z, teacher = logits(), logits(seed=1)
     p0, p = (torch.softmax(x / 3.0, 1) for x in (teacher, z))
     expected = 9 * (p0 * (p0 / p).log()).sum(1).mean()
@@ -90,7 +90,7 @@ def test_distillation_is_the_divergence_at_a_temperature():
 
 
 def test_kept_mass_sees_only_whether_an_image_is_of_a_tuned_class():
-    """It is the divergence of two-way answers, and blind to what is learned inside a side."""
+    """kept_mass is the KL of tuned vs. other, and ignores changes within the classes."""
     z, teacher = logits(), logits(seed=1)
     q0, q = (torch.softmax(x, 1)[:, [1, 3]].sum(1) for x in (teacher, z))
     expected = (q0 * (q0 / q).log() + (1 - q0) * ((1 - q0) / (1 - q)).log()).mean()
@@ -107,7 +107,7 @@ def small_model() -> nn.Module:
 
 
 def test_the_teacher_is_the_model_switched_off():
-    """Its logits are those of the base, whatever the adapter has learned, and nothing is copied."""
+    """switched_off returns bit-for-bit the base's logits for any factors."""
     model = small_model()
     x = logits(7, 6)
     base = model(x).detach()
@@ -119,9 +119,9 @@ def test_the_teacher_is_the_model_switched_off():
 
 
 def test_fisher_information_is_the_mean_square_of_gradients():
-    """On a model that is sure of its answers, F is the mean of squared gradients of log p(y|x)."""
+    """If predictions are certain, F is the mean of squared gradients of log p(y|x)."""
     model = small_model()
-    with torch.no_grad():  # so sure that every label drawn is 0, and 1 - p is not yet rounded off
+    with torch.no_grad():  # p(0) ≈ 1, so each drawn label is 0, but 1 - p does not round to 0
         model[2].bias.copy_(torch.tensor([30.0, 0.0, 0.0]))
     x = logits(9, 6)
     got = fisher(model, ["0.weight", "2.weight"], x, torch.Generator().manual_seed(0))
@@ -154,7 +154,7 @@ def test_elastic_weights_cost_half_their_information_times_the_update_squared():
 
 
 def test_orthogonality_is_the_overlap_of_row_spaces():
-    """Zero for an A whose rows are orthogonal to the earlier ones', else Σ|A_earlier Aᵀ|."""
+    """The penalty is Σ|A_earlier Aᵀ|, and zero if the rows are orthogonal."""
     model = small_model()
     path = next(k for k, _ in model.named_parameters() if k.startswith("0.") and k.endswith(".A"))
     A = dict(model.named_parameters())[path]
@@ -168,7 +168,7 @@ def test_orthogonality_is_the_overlap_of_row_spaces():
 
 @pytest.mark.parametrize(("energy", "kept"), [(0.0, 0), (0.5, 1), (0.96, 2), (1.0, 3)])
 def test_principal_directions_hold_the_energy(energy, kept):
-    """As few as hold the share of the squared singular values, orthonormal, the largest first."""
+    """principal returns the fewest orthonormal directions with the energy, largest first."""
     left, right = torch.linalg.qr(logits(8, 3))[0], torch.linalg.qr(logits(5, 5, seed=1))[0]
     rows = left @ torch.diag(torch.tensor([3.0, 2.0, 0.5]).double()) @ right[:, :3].T
     found = principal(rows, energy)
@@ -200,12 +200,12 @@ def test_grouped_answers_follow_the_chain_rule():
 
 
 def test_a_gate_learns_where_the_tuned_classes_are():
-    """It is the logistic regression that balances both sides, as scikit-learn fits it."""
+    """The gate has the weights of scikit-learn's logistic regression with balanced classes."""
     linear_model = pytest.importorskip("sklearn.linear_model")
     off = torch.cat([logits(60, 4) + torch.tensor([0, 2, 0, 1.0]), logits(20, 4, seed=1)])
     is_tuned = torch.arange(80) < 60
     gate = Gate(off, is_tuned, decay=1e-2)
-    # The bias is decayed as any weight here: a column of ones, no intercept.
+    # The gate applies weight decay to the bias too, so the bias is a column of ones here.
     x = F.pad(off, (0, 1), value=1.0).numpy()
     weights = torch.where(is_tuned, 0.5 / 60, 0.5 / 20).numpy()
     fit = linear_model.LogisticRegression(C=1 / 1e-2, fit_intercept=False, tol=1e-10, max_iter=999)
@@ -219,7 +219,7 @@ def test_a_gate_learns_where_the_tuned_classes_are():
 
 
 def test_averaged_parameters_are_the_mean_of_the_last_steps():
-    """The mean is over the values after each step beyond the start, and is put in place once."""
+    """restore sets the parameters to their mean over the steps after `start`."""
     parameter = nn.Parameter(torch.zeros(2))
     average = Average([parameter], start=2)
     for step in range(1, 6):
@@ -245,7 +245,7 @@ REMEDIES: list[dict[str, Any]] = [
 
 
 def tuned(context: StudyContext, seed: int = 0) -> tuple[nn.Module, torch.Tensor]:
-    """Return the base with an adapter fine-tuned as the settings say, and the losses."""
+    """Return the base with an adapter fine-tuned by the settings, and the losses."""
     model, generator = context.model(), torch.Generator().manual_seed(seed)
     plain = context.batches(generator)
     pl.attach(model, pl.LoRA(2, 1.0, init="gaussian"), name=ADAPTER, generator=generator)
@@ -256,7 +256,7 @@ def tuned(context: StudyContext, seed: int = 0) -> tuple[nn.Module, torch.Tensor
 
 
 def test_without_remedies_it_is_the_plain_fine_tuning_bit_for_bit(context):
-    """The recipe of settings with no remedy gives the study's own losses and factors."""
+    """Without remedies, losses and factors are bit-for-bit those of the plain fine-tuning."""
     model, losses = tuned(context)
     other, generator = context.model(), torch.Generator().manual_seed(0)
     batches = context.batches(generator)
@@ -270,10 +270,10 @@ def test_without_remedies_it_is_the_plain_fine_tuning_bit_for_bit(context):
 
 @pytest.mark.parametrize("remedy", REMEDIES, ids=lambda r: " ".join(r))
 def test_a_remedy_changes_the_training_and_leaves_the_base(context, remedy):
-    """Each remedy trains, to other factors than without it, on a base that stays bit for bit."""
-    model, _ = tuned(having(context, **remedy))
+    """Each remedy gives other factors; the base stays bit-for-bit the same."""
+    model, _ = tuned(with_settings(context, **remedy))
     plain, _ = tuned(context)
-    assert having(context, **remedy).settings.remedied
+    assert with_settings(context, **remedy).settings.remedied
     assert any(
         not torch.equal(one, two)
         for one, two in zip(pl.parameters(model), pl.parameters(plain), strict=True)
@@ -284,58 +284,72 @@ def test_a_remedy_changes_the_training_and_leaves_the_base(context, remedy):
 
 @pytest.mark.parametrize("remedy", [{}, *REMEDIES[:8], REMEDIES[9]], ids=lambda r: " ".join(r))
 def test_seeds_trained_together_come_out_as_one_by_one(context, remedy):
-    """Stacked factors under vmap give each seed's factors and losses, to rounding."""
-    its = having(context, **remedy)
-    todo = [(its, seed) for seed in range(3)]
+    """Training stacked seeds under vmap gives each seed's own factors and losses, to rounding."""
+    changed = with_settings(context, **remedy)
+    todo = [(changed, seed) for seed in range(3)]
     for one, two in zip(tune_one_by_one(todo), tune_together(todo), strict=True):
         assert_close(two[0], one[0], rtol=1e-3, atol=1e-4)
         assert two[1] == pytest.approx(one[1], rel=1e-5)
 
 
 def test_projected_training_ends_outside_the_directions(context):
-    """A reads none of the forbidden directions at the end, so that old images pass unchanged."""
-    its = having(context, replay=5, null_space=1.0, null_space_of="old")
-    model, _ = tuned(its)
-    old = memory(its, memory_generator(0))
-    directions = forbidden(its, old)
+    """After projected training A is orthogonal to the directions; old logits do not move."""
+    changed = with_settings(context, replay=5, null_space=1.0, null_space_of="old")
+    model, _ = tuned(changed)
+    old = memory(changed, memory_generator(0))
+    directions = forbidden(changed, old)
     for path in ("linear1", "linear2"):
         A = pl.state_dict(model, ADAPTER)[f"{path}.weight.A"]
         assert float((A @ directions[path].T).abs().max()) < 1e-5
     with torch.no_grad():
         moved = {
             name: float((switched_off(model, x) - model(x)).abs().max())
-            for name, x in (("old", its.inputs[old]), ("tuned", its.inputs[its.tuned_rows]))
+            for name, x in (
+                ("old", changed.inputs[old]),
+                ("tuned", changed.inputs[changed.tuned_rows]),
+            )
         }
     assert moved["old"] < 1e-4 * moved["tuned"]
 
 
 def test_replayed_images_are_as_many_of_each_other_digit(context):
-    """The memory has m images of every digit that is not tuned, and depends on the seed."""
-    its = having(context, replay=5)
-    old = memory(its, memory_generator(0))
-    assert torch.bincount(its.labels[old], minlength=10).tolist() == [5, 5, 0, 0, 5, 0, 5, 5, 0, 0]
-    assert torch.equal(old, memory(its, memory_generator(0)))
-    every = memory(its, memory_generator(0), "all")
-    assert torch.bincount(its.labels[every]).tolist() == [5] * 10
+    """The memory has equally many images of each old digit, and depends on the seed."""
+    changed = with_settings(context, replay=5)
+    old = memory(changed, memory_generator(0))
+    assert torch.bincount(changed.labels[old], minlength=10).tolist() == [
+        5,
+        5,
+        0,
+        0,
+        5,
+        0,
+        5,
+        5,
+        0,
+        0,
+    ]
+    assert torch.equal(old, memory(changed, memory_generator(0)))
+    every = memory(changed, memory_generator(0), "all")
+    assert torch.bincount(changed.labels[every]).tolist() == [5] * 10
     assert torch.equal(every[:25], old)
-    assert not torch.equal(old, memory(its, memory_generator(1)))
+    assert not torch.equal(old, memory(changed, memory_generator(1)))
 
 
 @pytest.mark.parametrize("route", ["none", "base", "soft", "gate"])
 def test_routes_answer_for_other_digits_as_they_say(context, route):
-    """Routed by the base no other digit's image is lost; the gate and the rest answer for all."""
-    its = having(context, route=route, replay=5)
+    """Routing by the base does not lower the accuracy on other digits; "none" changes nothing."""
+    changed = with_settings(context, route=route, replay=5)
     model, _ = tuned(context)
-    got = score(answers(its, its.evaluate(model), 0), its.test_labels, its.tuned)
-    base = score(its.base_logits, its.test_labels, its.tuned)
+    got = score(answers(changed, changed.evaluate(model), 0), changed.test_labels, changed.tuned)
+    base = score(changed.base_logits, changed.test_labels, changed.tuned)
     if route == "base":
         assert got["other_accuracy"] >= base["other_accuracy"]
     if route == "none":
-        assert got == score(its.evaluate(model), its.test_labels, its.tuned)
+        assert got == score(changed.evaluate(model), changed.test_labels, changed.tuned)
 
 
 def test_early_stopping_keeps_the_best_on_the_validation_images(tmp_path):
-    """The factors at the end are the best seen on images that fine-tuning did not see."""
+    """The final factors have the best accuracy on the validation images."""
     settings = preset("blog", **SMALL, bases=str(tmp_path), validation=20, patience=1, lr=0.05)
     run = RunDirectory(Path(tmp_path), {}, {}, [])
     context = prepare(settings, run, torch.device("cpu"), load_data("digits"), lambda line: None)
@@ -350,7 +364,7 @@ def test_early_stopping_keeps_the_best_on_the_validation_images(tmp_path):
 
 
 def test_a_selection_counts_on_images_that_its_base_has_not_seen(tmp_path):
-    """Chosen on the validation images: the base is another, and the test images play no part."""
+    """With --selection, another base is trained and evaluated on the validation images."""
     data = load_data("digits")
     run = RunDirectory(tmp_path, {}, {}, [])
     made = {}
@@ -377,6 +391,6 @@ def test_a_selection_counts_on_images_that_its_base_has_not_seen(tmp_path):
     ],
 )
 def test_remedies_that_cannot_be_are_refused(changes, message):
-    """What a remedy lacks is named before anything is trained."""
+    """A remedy without the options it needs raises StudyError, which names the option."""
     with pytest.raises(StudyError, match=message):
         replace(DigitSettings(), **changes)

@@ -1,4 +1,4 @@
-"""The study's settings: the dataclass, its options on the command line, the presets, bad values."""
+"""The study's settings: dataclasses, command-line options, presets and invalid values."""
 
 import doctest
 import importlib
@@ -97,7 +97,7 @@ def test_every_field_is_an_option(name):
     given = parsed(*words)
     assert given.pop("command")
     assert given == {name: value}
-    # What some remedies cannot do without.
+    # Options that some remedies require.
     needed = {"patience": {"validation": 1}, "selection": {"validation": 1}}
     needed |= {"route": {"replay": 1}, "null_space_of": {"replay": 1}}
     changes = {**needed.get(name, {}), **given}
@@ -105,8 +105,8 @@ def test_every_field_is_an_option(name):
 
 
 def test_every_option_has_its_unit_or_meaning_in_the_help(capsys, monkeypatch):
-    """The help names every option, says what it is, and shows the default."""
-    monkeypatch.setenv("COLUMNS", "500")  # so that no line is broken at a hyphen
+    """The help has every option with its help text and its default."""
+    monkeypatch.setenv("COLUMNS", "500")  # do not break lines at hyphens
     with pytest.raises(SystemExit):
         main(["digits", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
@@ -117,7 +117,7 @@ def test_every_option_has_its_unit_or_meaning_in_the_help(capsys, monkeypatch):
 
 
 def test_help_groups_the_options_and_ends_with_examples_that_parse(capsys):
-    """Each group of settings has its heading in --help, and the examples are commands that work."""
+    """Each group of settings has a heading in --help, and the examples are valid commands."""
     for command in ("digits", "sweep", "tasks", "text"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
@@ -133,7 +133,7 @@ def test_help_groups_the_options_and_ends_with_examples_that_parse(capsys):
 
 
 def test_replace_takes_option_names_of_any_group():
-    """A value is given by its option's name alone; other groups stay as they are."""
+    """replace finds an option in any group by its name and leaves other groups unchanged."""
     changed = replace(DigitSettings(), rank=4, base_steps=7)
     assert (changed.adapter.rank, changed.pretraining.base_steps) == (4, 7)
     assert changed.remedies == DigitSettings().remedies
@@ -146,7 +146,7 @@ def test_replace_takes_option_names_of_any_group():
 
 @pytest.mark.parametrize("kind", [DigitSettings, TaskSettings, TextSettings])
 def test_option_names_are_unique(kind):
-    """No two groups of a study share a name, so that one name finds one setting."""
+    """Option names are unique across the groups of a study."""
     names = [name for group in (kind, *groups(kind).values()) for name in own_options(group)]
     assert len(names) == len(set(names))
 
@@ -159,7 +159,7 @@ def test_lists_are_typed_with_commas_or_spaces(words):
 
 
 def test_presets_are_those_of_the_published_studies():
-    """The presets have the networks, digits, ranks and lengths of what was published."""
+    """The presets have the networks, digits, ranks and steps of the published studies."""
     assert DigitSettings() == preset("blog")
     blog, relu, nine = map(preset, PRESETS)
     assert blog.network == NetworkSettings((256, 128), "none", relu_logits=True, mean=0.1301)
@@ -172,7 +172,7 @@ def test_presets_are_those_of_the_published_studies():
 
 
 def test_an_option_outweighs_the_preset():
-    """What is given on the command line replaces the preset's value, and nothing else."""
+    """An option on the command line replaces only its own value of the preset."""
     given = parsed("--preset", "nine", "--rank", "3")
     del given["command"]
     assert preset(str(given.pop("preset")), **given) == replace(preset("nine"), rank=3)
@@ -187,7 +187,7 @@ def test_an_option_outweighs_the_preset():
     ],
 )
 def test_what_is_no_option_or_no_number_is_refused(words, message, capsys):
-    """A word that cannot be read as the option's type ends with status 2, naming both."""
+    """A value of the wrong type exits with status 2 and names the option and the value."""
     with pytest.raises(SystemExit) as ended:
         main(["digits", *words])
     assert ended.value.code == 2
@@ -215,14 +215,14 @@ def test_what_is_no_option_or_no_number_is_refused(words, message, capsys):
     ],
 )
 def test_bad_values_are_refused_by_name(words, message, capsys, tmp_path):
-    """A bad value ends with status 2 and a message of the option, the value, what is allowed."""
+    """An invalid value exits with status 2 and names the option, the value and the condition."""
     assert main(["digits", "--out", str(tmp_path / "run"), *words]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 def test_a_value_of_another_type_is_refused():
-    """Settings made in Python check types too: a rank of 2.5 is no rank."""
+    """Settings built in Python validate types too, such as a rank of 2.5."""
     with pytest.raises(StudyError, match=r"--rank must be of type int, got '2.5'"):
         AdapterSettings(rank=2.5)
     assert AdapterSettings(alpha=1).alpha == 1
@@ -233,17 +233,17 @@ def test_a_value_of_another_type_is_refused():
     [("9", [9]), ("8,2", [2, 8]), ("worst:1", [5]), ("worst:5", [2, 3, 5, 8, 9])],
 )
 def test_digits_are_those_given_or_the_worst(asked, chosen):
-    """The digits to tune are those listed, or the K that the base gets wrong most often."""
+    """The digits to tune are the list, or the K digits with most wrong answers."""
     assert chosen_digits(asked, COUNTS) == chosen
 
 
 def test_equally_bad_digits_are_taken_in_order():
-    """Of two digits with as many wrong answers the smaller one counts as worse."""
+    """If two digits have equally many wrong answers, the smaller one is taken first."""
     assert chosen_digits("worst:2", [1, 5, 9, 5, 0, 0, 0, 0, 0, 0]) == [1, 2]
 
 
 def test_the_folder_is_named_after_what_differs_from_the_preset():
-    """Runs of different settings have different folders by default, places not counted."""
+    """The default folder names the settings that differ from the preset and affect results."""
     assert preset("blog").folder == "runs/digits-blog"
     assert preset("blog", data_dir="x").folder == "runs/digits-blog"
     assert preset("nine", rank=4, hidden=(8, 9)).folder == "runs/digits-nine-hidden_8,9-rank_4"
@@ -251,7 +251,7 @@ def test_the_folder_is_named_after_what_differs_from_the_preset():
 
 
 def test_what_decides_a_result_is_plain_json():
-    """The settings that are kept with a run survive JSON, and leave out where things lie."""
+    """result_settings survive JSON and leave out folders and logging."""
     kept = result_settings(preset("nine", out="somewhere"))
     assert json.loads(json.dumps(kept)) == kept
     assert kept["network"]["hidden"] == [1000, 2000]
@@ -273,7 +273,7 @@ def test_what_decides_a_result_is_plain_json():
     ],
 )
 def test_examples_in_docstrings_run(name):
-    """The examples in the experiments' docstrings give what they say."""
+    """The examples in the experiments' docstrings pass as doctests."""
     result = doctest.testmod(importlib.import_module(f"experiments.{name}"))
     assert result.attempted
     assert not result.failed

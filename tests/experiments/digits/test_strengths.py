@@ -1,4 +1,4 @@
-"""Every strength of an adapter at once: the logits of a pass for each, for less."""
+"""Strengths gives the logits of one pass per strength, for all strengths at once."""
 
 import doctest
 import itertools
@@ -33,7 +33,7 @@ def adapted(activation: str, relu_logits: bool) -> tuple[DigitNet, DigitNet, tor
 
 
 def test_examples_in_docstrings_run():
-    """The examples in the docstrings give what they say."""
+    """The examples in the docstrings pass as doctests."""
     result = doctest.testmod(strengths_module)
     assert result.attempted
     assert not result.failed
@@ -42,15 +42,15 @@ def test_examples_in_docstrings_run():
 @pytest.mark.parametrize("relu_logits", [False, True])
 @pytest.mark.parametrize("activation", ["none", "relu"])
 def test_logits_are_those_of_a_pass_at_each_strength(activation, relu_logits):
-    """With the adapter at every set of layers; at strength 0 they are the base's, bit for bit."""
+    """For any subset of layers the logits equal those of a pass; at strength 0, the base's bits."""
     base, model, inputs = adapted(activation, relu_logits)
     own = logits_of(base, inputs)
-    at, its = Strengths(base, inputs, own), updates(factors_of(model), SPEC.scaling)
-    assert list(its) == ["linear1", "linear2", "linear3"]
+    at, update = Strengths(base, inputs, own), updates(factors_of(model), SPEC.scaling)
+    assert list(update) == ["linear1", "linear2", "linear3"]
     sites = sites_of(model)
     for size in range(len(sites) + 1):
         for some in itertools.combinations(sites, size):
-            got = at.logits(chosen(its, some), LAMBDAS)
+            got = at.logits(chosen(update, some), LAMBDAS)
             assert torch.equal(got[0], own)
             for λ, logits in zip(LAMBDAS, got, strict=True):
                 with only_at(model, some, "digits", strength=λ):
@@ -58,7 +58,7 @@ def test_logits_are_those_of_a_pass_at_each_strength(activation, relu_logits):
 
 
 def test_strengths_leave_model_and_base_as_they_were():
-    """Neither the base's weights nor its logits change, and nothing asks for a gradient."""
+    """Strengths changes neither the base's weights nor its logits, and builds no graph."""
     base, model, inputs = adapted("relu", True)
     before, own = pl.fingerprint(base), logits_of(base, inputs)
     kept = own.clone()
@@ -69,16 +69,16 @@ def test_strengths_leave_model_and_base_as_they_were():
 
 
 def test_an_explorer_that_is_given_logits_shows_the_same():
-    """Every state, count and picture is that of the model's own passes."""
+    """explore gives the same result with these logits as with passes of the model."""
     base, model, inputs = adapted("relu", False)
     labels = torch.arange(40) % 10
     at = Strengths(base, inputs, logits_of(base, inputs))
-    its = updates(factors_of(model), SPEC.scaling)
+    update = updates(factors_of(model), SPEC.scaling)
     given: dict[str, Any] = {"images": torch.zeros(40, 28, 28, dtype=torch.uint8)}
     given |= {"all_subsets": ["digits"], "strengths": LAMBDAS}
     found = [
         explore(model, [(inputs, labels)], list("0123456789"), **given, logits=logits)
-        for logits in (None, lambda name, sites, λs: at.logits(chosen(its, sites), λs))
+        for logits in (None, lambda name, sites, λs: at.logits(chosen(update, sites), λs))
     ]
     assert len(found[0]["adapters"]["digits"]) == 7
     assert found[0] == found[1]

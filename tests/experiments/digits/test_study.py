@@ -50,7 +50,7 @@ def made_in(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a whole run in `run` and its base in `bases`; not to be changed."""
+    """A folder with a finished run in `run` and its base in `bases`. Tests must not change it."""
     folder = tmp_path_factory.mktemp("study")
     assert study(folder) == 0
     return folder
@@ -58,13 +58,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished folder, to be changed."""
+    """A copy of the finished folder, which tests may change."""
     return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The labels of the fine-tunings that are made, as they are made."""
+    """The labels of the fine-tunings, appended as each starts."""
     made: list[str] = []
     plain = context_module.train
 
@@ -78,12 +78,12 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the figures, which take longer than everything else in so small a run."""
+    """Skip the figures, which take most of the time of a small run."""
     monkeypatch.setattr(report_module, "draw", lambda run: [])
 
 
 def test_a_run_leaves_all_its_rows_and_files(finished):
-    """A run has the stages in order, each row with its figures, and the files of a run."""
+    """A run has all its stages in order, the figures in each row, and all its files."""
     rows = rows_in(finished)
     assert [row["stage"] for row in rows] == STAGES
     assert [row["seed"] for row in rows] == [None, *[0] * 9, *[1] * 9]
@@ -112,7 +112,7 @@ def test_a_run_leaves_all_its_rows_and_files(finished):
 
 
 def test_off_and_unmerged_rows_are_the_bases(finished):
-    """What is evaluated off, before and after merging, counts and loses as the base does."""
+    """Off and unmerged rows have the base's confusion counts and loss."""
     base, *rows = rows_in(finished)
     for row in rows:
         alike = row["stage"] in ("off", "unmerged")
@@ -124,7 +124,7 @@ def test_off_and_unmerged_rows_are_the_bases(finished):
 
 
 def test_the_saved_adapter_gives_the_row_that_was_recorded(finished):
-    """An adapter's file, loaded on the run's base, answers as its row says."""
+    """A saved adapter, loaded on the run's base, gives the scores in its row."""
     settings = preset("blog", hidden=(24, 16), relu_logits=False)
     base = find(next((finished / "bases").iterdir()))
     assert base is not None
@@ -159,7 +159,7 @@ def test_a_run_says_what_it_does(finished, tmp_path, capsys):
 @pytest.mark.parametrize("left", [0, 0.02, 0.1, 0.33, 0.5, 0.77, 0.999])
 @pytest.mark.usefixtures("undrawn")
 def test_an_interrupted_run_ends_as_one_that_was_not(copied, left, trainings):
-    """However much of the rows is there, half a line included, the run ends in the same bytes."""
+    """Resuming from any part of results.jsonl, even half a line, gives the same bytes."""
     path = copied / "run" / "results.jsonl"
     content = path.read_bytes()
     path.write_bytes(content[: int(left * len(content))])
@@ -171,7 +171,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(copied, left, trainings):
 
 
 def test_stopping_by_keyboard_and_going_on(finished, tmp_path, monkeypatch, capsys):
-    """A run that is stopped in a fine-tuning says so, and goes on to the same rows."""
+    """A run that is interrupted during a fine-tuning resumes and gives the same files."""
     plain, calls = context_module.train, []
 
     def stopped(*args: Any, **more: Any) -> torch.Tensor:
@@ -194,7 +194,7 @@ def test_stopping_by_keyboard_and_going_on(finished, tmp_path, monkeypatch, caps
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_finished_run_trains_nothing_again(copied, trainings):
-    """Asked for once more, a finished run only reports, even where its base is gone."""
+    """Repeating the command of a finished run only reports, even without the base's file."""
     shutil.rmtree(copied / "bases")
     assert study(copied) == 0
     assert trainings == []
@@ -203,7 +203,7 @@ def test_a_finished_run_trains_nothing_again(copied, trainings):
 
 @pytest.mark.usefixtures("undrawn")
 def test_runs_share_a_base(copied, capsys):
-    """A run with other fine-tuning settings takes the base that is there."""
+    """A run with other settings of fine-tuning loads the existing base."""
     assert study(copied, "--out", str(copied / "two"), "--rank", "1", "--compat", "none") == 0
     assert "loaded from" in capsys.readouterr().out
     assert len(list((copied / "bases").iterdir())) == 1
@@ -213,7 +213,7 @@ def test_runs_share_a_base(copied, capsys):
 
 
 def test_another_runs_folder_is_refused(copied, capsys):
-    """Other settings or data in the same folder are refused, and what differs is named."""
+    """A folder with other settings or data is refused; the message names the differences."""
     before = made_in(copied)
     assert study(copied, "--rank", "3", "--lr", "0.01") == 2
     message = capsys.readouterr().err
@@ -229,7 +229,7 @@ def test_another_runs_folder_is_refused(copied, capsys):
 
 
 def test_a_row_that_comes_out_otherwise_is_refused(copied, capsys):
-    """A repeated evaluation that differs from its row ends the run, and names the figure."""
+    """If a repeated evaluation differs from its row, the run fails and names the figure."""
     path = copied / "run" / "results.jsonl"
     rows = rows_in(copied)[:3]
     rows[2]["accuracy"] = 0.123
@@ -240,7 +240,7 @@ def test_a_row_that_comes_out_otherwise_is_refused(copied, capsys):
 
 
 def test_rows_that_come_together_are_written_or_refused_together(tmp_path):
-    """Of rows one of which differs from what is there, none is written."""
+    """If one of several rows differs from its recorded row, record_all writes none of them."""
     run = RunDirectory.start(tmp_path, {}, {}, ())
     one, two, three = ({"stage": "on", "seed": seed, "accuracy": 0.5} for seed in range(3))
     run.record_all([one, two])
@@ -251,7 +251,7 @@ def test_rows_that_come_together_are_written_or_refused_together(tmp_path):
 
 
 def test_the_explorer_shows_what_the_rows_say(finished):
-    """At strength 0 its counts are the base's, and at 1 with every layer those of the adapter."""
+    """The explorer's counts are the base's at strength 0 and the adapter's at strength 1."""
     explored = json.loads((finished / "run" / "explore.json").read_text())
     zero, one = (explored["strengths"].index(strength) for strength in (0.0, 1.0))
     rows = {(row["stage"], row["method"], row["seed"]): row for row in rows_in(finished)}
@@ -262,7 +262,7 @@ def test_the_explorer_shows_what_the_rows_say(finished):
 
 
 def test_a_report_is_made_from_rows_alone(finished, tmp_path, trainings, capsys):
-    """From four files, elsewhere and without training, report and figures come out the same."""
+    """A report needs four files and no training, and is the same in another folder."""
     (tmp_path / "run").mkdir()
     for name in ("settings.json", "environment.json", "explore.json", "results.jsonl"):
         shutil.copy(finished / "run" / name, tmp_path / "run")
@@ -273,7 +273,7 @@ def test_a_report_is_made_from_rows_alone(finished, tmp_path, trainings, capsys)
 
 
 def test_a_run_that_does_not_name_its_study_is_a_digit_study(copied, capsys):
-    """A run of before, without "study" in its environment.json, is reported on as it was then."""
+    """An old run without "study" in environment.json is reported as a digit study."""
     path = copied / "run" / "environment.json"
     environment = json.loads(path.read_text())
     assert environment.pop("study") == "digits"
@@ -286,7 +286,7 @@ def test_a_run_that_does_not_name_its_study_is_a_digit_study(copied, capsys):
 
 
 def test_a_run_with_flat_settings_is_reported_and_resumed(copied, trainings, capsys):
-    """A run of before the groups, its settings.json flat, goes on; other settings are refused."""
+    """An old run with a flat settings.json is resumed; other settings are refused."""
     path = copied / "run" / "settings.json"
     flat = flattened(json.loads(path.read_text()))
     path.write_text(json.dumps(flat))
@@ -302,7 +302,7 @@ def test_a_run_with_flat_settings_is_reported_and_resumed(copied, trainings, cap
 
 
 def test_a_report_follows_its_rows(finished):
-    """A figure that is changed in a row is changed in the report: nothing is remembered."""
+    """Changing a figure in a row changes it in the report."""
     run = RunDirectory.read(finished / "run")
     before = markdown(run, [])
     for row in run.rows:
@@ -324,7 +324,7 @@ def test_a_report_follows_its_rows(finished):
     ],
 )
 def test_a_folder_without_a_run_is_refused(copied, name, content, message, capsys):
-    """A report on a folder that has no whole run says what is missing."""
+    """Reporting on a folder with an incomplete run names the missing file or row."""
     path = copied / "run" / name
     path.unlink() if content is None else path.write_text(content)
     assert main(["report", str(copied / "run")]) == 2
@@ -370,7 +370,7 @@ def test_a_failed_check_is_reported(copied, stage, key, value, claim, capsys):
 
 
 def test_checks_detect_a_changed_base(finished, tmp_path):
-    """The comparison with the base fails if a weight, or a logit, differs in one bit."""
+    """The checks against the base fail if one bit of a weight or a logit differs."""
     settings = small(finished, tmp_path)
     device, data = torch.device("cpu"), load_data("digits")
     run = RunDirectory(tmp_path, {}, {}, [])
@@ -405,7 +405,7 @@ def test_the_worst_digits_are_tuned_when_asked(finished, tmp_path):
 
 
 def test_seeds_are_told_apart_by_order_and_factors(finished, tmp_path):
-    """With a seeded order each adapter seed sees other images; with the blog's all see the same."""
+    """Adapter seeds differ in the order "seeded" and agree in the order "blog"."""
     runs = {}
     for order in ("blog", "seeded"):
         settings = small(finished, tmp_path / order, order=order)
@@ -423,14 +423,14 @@ def test_seeds_are_told_apart_by_order_and_factors(finished, tmp_path):
 
 
 def test_torchs_global_generator_is_left_alone(finished, tmp_path):
-    """A study draws from generators of its own: the global stream goes on as if it had not run."""
+    """A study does not change the state of torch's global generator."""
     before = torch.get_rng_state()
     run_digits(small(finished, tmp_path), lambda line: None)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def on_mnist(finished: Path, **settings: Any) -> RunDirectory:
-    """Return the finished run as if it had been made on MNIST with a preset's settings."""
+    """Return the finished run with the data set MNIST and the settings of a preset."""
     run = RunDirectory.read(finished / "run")
     run.environment["data"] = "MNIST"
     run.settings.update(
@@ -440,7 +440,7 @@ def on_mnist(finished: Path, **settings: Any) -> RunDirectory:
 
 
 def test_published_figures_stand_beside_like_ones_only(finished):
-    """Published figures are shown for MNIST and a preset's own settings, and otherwise not."""
+    """Published figures are shown only for MNIST and the unchanged settings of a preset."""
     assert published_for(on_mnist(finished)) == PUBLISHED["blog"]
     assert "published" in digit_table(on_mnist(finished)).text()
     assert published_for(on_mnist(finished, rank=3)) == {}
@@ -522,7 +522,7 @@ def test_the_published_base_comes_out_exactly(mnist_dir, tmp_path, capsys):
 
 
 def test_looking_and_logging_change_no_row(finished, tmp_path):
-    """With a curve and TensorBoard's files the rows are the same, but for the curve itself."""
+    """--look and --tensorboard change no row, except for adding the curve."""
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     shutil.copytree(finished / "bases", tmp_path / "bases")
     assert study(tmp_path, "--look", "10", "--tensorboard", "--compat", "none") == 0
@@ -541,7 +541,7 @@ def test_looking_and_logging_change_no_row(finished, tmp_path):
 
 
 def test_a_remedied_study_has_its_own_rows(finished, tmp_path):
-    """With a remedy the adapter trains by it, the base is found, and the checks pass."""
+    """With remedies the run has `lora` rows only, another fit, and the base's off rows."""
     shutil.copytree(finished / "bases", tmp_path / "bases")
     assert study(tmp_path, "--margin", "inf", "--strength", "0.5", "--route", "soft") == 0
     rows = {(r["method"], r["stage"], r["seed"]): r for r in rows_in(tmp_path)}
@@ -561,7 +561,7 @@ def test_a_remedied_study_has_its_own_rows(finished, tmp_path):
     ],
 )
 def test_options_that_a_report_does_not_take_are_refused(finished, words, message, capsys):
-    """An option of the page alone, and one of another study, are errors that name the option."""
+    """Options of --explain only, or of another study, are errors that name the option."""
     assert main(["report", str(finished / "run"), *words]) == 2
     assert message in capsys.readouterr().err
 

@@ -22,6 +22,7 @@ from experiments.text.context import TextContext, prepare_context
 from experiments.text.data import load_corpus
 from experiments.text.models import prepare as prepare_model
 from experiments.text.settings import TextSettings
+from experiments.text.training import fine_tune
 from paramlora.site.storage import whole
 from tests.support import tiny_text
 from tests.support.processes import WORLD, Results, draw, needs_sharding, run, shared_folder
@@ -61,7 +62,7 @@ def text_study(folder: Path, how: str, group: Group) -> dict[str, Any]:
     context = tiny_context(folder, how, group)
     model = context.model(0).double()
     prepare_model(model, "lora", context.settings, torch.Generator().manual_seed(0))
-    row = context.fine_tune(model, pl.parameters(model), "lora", 0)
+    row = fine_tune(context, model, "lora", 0)
     pl.save(model, folder / f"{how}.safetensors", "text")
     scored = context.scored(model, "test")
     factors = [cast(Any, whole(p.detach())) for p in pl.parameters(model)]

@@ -1,4 +1,4 @@
-"""The study's parts: order of the images, batches, the training loop, evaluation, forgetting."""
+"""Order of the images, batches, training loop, hooks, bases, evaluation and forgetting."""
 
 import contextlib
 import copy
@@ -50,7 +50,7 @@ def examples(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_loader_order_is_a_dataloaders():
-    """Images come in the order of a shuffling DataLoader, over several epochs, without one."""
+    """loader_order returns the indices of a shuffling DataLoader over several epochs."""
     torch.manual_seed(7)
     loader = DataLoader(range(53), batch_size=10, shuffle=True)
     theirs = drawn(loader) + drawn(loader) + drawn(loader)
@@ -59,7 +59,7 @@ def test_loader_order_is_a_dataloaders():
 
 
 def test_order_after_base_continues_where_the_blog_does():
-    """Fine-tuning draws on after network, pre-training and a test pass, as a script would."""
+    """The order of fine-tuning continues the draws of network, pre-training and test pass."""
     torch.manual_seed(SMALL.seed)
     network(SMALL)
     drawn(DataLoader(range(100), batch_size=5, shuffle=True))
@@ -71,7 +71,7 @@ def test_order_after_base_continues_where_the_blog_does():
 
 
 def test_seeded_order_is_a_permutation_an_epoch():
-    """Every epoch has each row once, in an order that the generator's seed decides."""
+    """Every epoch has each row once, in an order that depends only on the generator's seed."""
     first = seeded_order(20, 50, torch.Generator().manual_seed(3))
     assert sorted(first[:20].tolist()) == sorted(first[20:40].tolist()) == list(range(20))
     assert first[:20].tolist() != first[20:40].tolist()
@@ -81,7 +81,7 @@ def test_seeded_order_is_a_permutation_an_epoch():
 
 @pytest.mark.parametrize("count", [1, 10, 1234])
 def test_batches_are_rows_in_order(count):
-    """Batches hold the rows that the order names, one after the other, the last one smaller."""
+    """Batches have the rows of the order in sequence; the last batch may be smaller."""
     values = torch.arange(100)
     order = torch.randint(100, (count,), generator=torch.Generator().manual_seed(0))
     batches = Batches((values, values * 2), order, 10)
@@ -93,7 +93,7 @@ def test_batches_are_rows_in_order(count):
 
 
 def test_training_is_the_plain_loop():
-    """The loop gives bitwise the losses and weights of the loop that everybody writes."""
+    """Losses and weights are bit-for-bit those of a plain PyTorch training loop."""
     inputs, labels = examples(60)
     model = DigitNet([12, 8], "relu")
     plain = copy.deepcopy(model).train()
@@ -118,7 +118,7 @@ def test_training_is_the_plain_loop():
 
 
 def test_training_takes_other_optimizers_too():
-    """The loop is the same for SGD, with momentum and weight decay."""
+    """With SGD, momentum and weight decay, the weights are bit-for-bit those of a plain loop."""
     inputs, labels = examples(30)
     model = DigitNet([12, 8])
     plain = copy.deepcopy(model).train()
@@ -135,7 +135,7 @@ def test_training_takes_other_optimizers_too():
 
 
 def test_threads_are_given_back():
-    """The number of CPU threads inside is the one asked for, afterwards what it was."""
+    """cpu_threads sets the number of threads and restores it, also after an exception."""
     before = torch.get_num_threads()
     inside = []
     with contextlib.suppress(KeyError), cpu_threads(before + 1):
@@ -170,7 +170,7 @@ def test_evaluation_is_a_loop_over_rows():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluation_leaves_the_model_as_it_was(training):
-    """A pass is in evaluation mode, without a graph, and gives the mode back."""
+    """logits_of evaluates in evaluation mode without a graph, and restores the mode."""
     model = nn.Sequential(nn.Linear(784, 10), nn.Dropout(0.5)).train(training)
     logits = logits_of(model, examples(20)[0])
     assert torch.equal(logits, model[0](examples(20)[0]))
@@ -179,7 +179,7 @@ def test_evaluation_leaves_the_model_as_it_was(training):
 
 
 def test_forgetting_counted_by_hand():
-    """Learned and forgotten are the changes on tuned and other digits, by a hand-made case."""
+    """Learned and forgotten are the changes on tuned and other digits, in a case done by hand."""
     before = [[9, 1, 0], [2, 8, 0], [0, 5, 5]]
     after = [[6, 0, 4], [0, 8, 2], [0, 1, 9]]
     assert accuracy(before) == 22 / 30
@@ -188,7 +188,7 @@ def test_forgetting_counted_by_hand():
 
 
 def test_a_base_is_kept_and_found_bitwise(tmp_path):
-    """A trained base survives its file, with its losses, and leaves the global generator alone."""
+    """A base is bitwise the same after saving and loading; torch's generator does not change."""
     inputs, labels = examples(100)
     state = torch.get_rng_state()
     base = pretrain(SMALL, inputs, labels)
@@ -214,7 +214,7 @@ def test_a_damaged_base_is_refused_by_name(tmp_path):
 
 
 def test_bases_are_told_apart():
-    """Whatever a base depends on gives it another file; fine-tuning's settings do not."""
+    """Each setting that a base depends on changes its path; settings of fine-tuning do not."""
     cpu = torch.device("cpu")
     path = base_path(SMALL, cpu, "data")
     differing = [
@@ -250,7 +250,7 @@ def updates(**options) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("size", [6, 5])
 def test_accumulated_batches_are_one_large_batch(size):
-    """Batches a step, the last one smaller, give the weights that their union gives."""
+    """Accumulating batches, the last one smaller, gives the weights of one large batch."""
     per_step = -(-24 // size)
     torch.testing.assert_close(updates(size=size, accumulate=per_step), updates(size=24))
     halves = updates(size=6, accumulate=2)
@@ -259,7 +259,7 @@ def test_accumulated_batches_are_one_large_batch(size):
 
 
 def test_accumulation_counts_steps_and_means_losses():
-    """A step's loss is the mean over its examples, and the last step takes what is left."""
+    """A step's loss is the mean over its examples; the last step has the remaining batches."""
     model, (inputs, labels) = DigitNet([12, 8]).double(), examples(25)
     batches = Batches((inputs.double(), labels), torch.arange(25), 5)
     still = torch.optim.SGD(model.parameters(), 0.0)
@@ -270,7 +270,7 @@ def test_accumulation_counts_steps_and_means_losses():
 
 
 def test_clipping_bounds_the_step():
-    """The gradients' norm is at most the bound, so that a step of rate 1 is as long as that."""
+    """Clipping bounds the gradient norm, so a step with learning rate 1 has that length."""
     inputs, labels = examples(10)
     batches = Batches((inputs, labels), torch.arange(10), 10)
     moved = []
@@ -294,7 +294,7 @@ def test_clipping_bounds_the_step():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_computes_in_the_dtype_and_keeps_the_weights(dtype):
-    """Layers compute in the low dtype, weights stay float32, and the loss falls all the same."""
+    """Under autocast, layers compute in the low dtype, weights stay float32, the loss falls."""
     model, (inputs, labels) = DigitNet([12, 8]), examples(40)
     seen = set()
     model.linear1.register_forward_hook(lambda *call: seen.add(call[2].dtype))
@@ -308,7 +308,7 @@ def test_autocast_computes_in_the_dtype_and_keeps_the_weights(dtype):
 
 
 def test_hooks_see_every_step_and_can_end_the_training():
-    """Hooks get step, model and loss in order; one that returns True ends it after its step."""
+    """Hooks get step, model and loss in order; returning True ends the training after the step."""
     model, (inputs, labels) = DigitNet([12, 8]), examples(30)
     calls: list[tuple[str, int, float]] = []
 
@@ -335,7 +335,7 @@ def test_hooks_see_every_step_and_can_end_the_training():
 
 
 def test_learning_rates_follow_the_schedule():
-    """Each step is made with the rate that the schedule gives its number."""
+    """Each step uses the learning rate of the schedule for its number."""
     model, (inputs, labels) = DigitNet([12, 8]), examples(30)
     optimizer, rates = torch.optim.Adam(model.parameters(), lr=1.0, fused=True), []
     plain = optimizer.step
@@ -352,7 +352,7 @@ def test_learning_rates_follow_the_schedule():
 
 
 def test_hooks_leave_the_training_as_it_is():
-    """A curve and a log on the way, evaluation included, change no bit of losses and weights."""
+    """Logging and evaluating during training leave losses and weights bit-for-bit the same."""
     inputs, labels = examples(60)
     runs = []
     for hooks in ([], [logging(Curve(), lambda m: {"a": float(logits_of(m, inputs).mean())})]):
@@ -366,7 +366,7 @@ def test_hooks_leave_the_training_as_it_is():
 
 
 def test_early_stopping_goes_back_to_the_best_step():
-    """After so many looks without a new best it ends, and restoring gives the best weights."""
+    """Training ends after `patience` calls without a new best; restore gives the best weights."""
     figures = iter([0.5, 0.7, 0.6, 0.7, 0.9])
     model, (inputs, labels) = DigitNet([12, 8]), examples(60)
     kept = []
@@ -386,7 +386,7 @@ def test_early_stopping_goes_back_to_the_best_step():
 
 
 def test_logs_on_disk_hold_what_was_logged(tmp_path):
-    """CSV and TensorBoard files give back the figures of each step."""
+    """CSV and TensorBoard files have the logged figures of each step."""
     log = CsvLog(tmp_path / "deep" / "log.csv")
     for step in (5, 10):
         log(step, {"loss": 1 / step, "other": 2.0 * step})
@@ -402,13 +402,13 @@ def test_logs_on_disk_hold_what_was_logged(tmp_path):
 
 
 def test_rows_as_csv_keep_what_is_plain():
-    """A table of rows has a column a name that any row has, without lists and mappings."""
+    """The CSV has one column per key of any row, without lists and mappings."""
     rows = [{"stage": "on", "n": 3, "wrong": [1, 2]}, {"stage": "off, again", "loss": 0.5}]
     assert rows_to_csv(rows) == 'stage,n,loss\non,3,\n"off, again",,0.5\n'
 
 
 def test_held_out_rows_are_as_many_of_each_class():
-    """A validation split has the asked number of each class, the rest stays, nothing is in both."""
+    """A validation split has `count` rows of each class and is disjoint from the rest."""
     labels = torch.randint(4, (200,), generator=torch.Generator().manual_seed(1))
     stay, held = hold_out(labels, 7, torch.Generator().manual_seed(2))
     assert torch.bincount(labels[held]).tolist() == [7] * 4
@@ -422,8 +422,7 @@ def test_held_out_rows_are_as_many_of_each_class():
 
 
 def test_scores_of_any_number_of_classes():
-    """Two classes or four, tuned ones or none: counts are a plain loop's, and what has no examples
-    is left out."""
+    """Scores work for any number of classes; accuracies without examples are left out."""
     logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [5.0, 4.0]])
     row = score(logits, torch.tensor([0, 1, 1]))
     assert row["confusion"] == [[1, 0], [1, 1]]
@@ -436,7 +435,7 @@ def test_scores_of_any_number_of_classes():
 
 
 def test_scores_of_several_evaluations_are_each_ones_own():
-    """Counted together, each has the counts of its own, and torch's mean cross-entropy."""
+    """Stacked logits give each evaluation's own counts and torch's mean cross-entropy."""
     labels = torch.randint(0, 4, (50,), generator=torch.Generator().manual_seed(0))
     logits = 3 * torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(1))
     for one, row in zip(logits, scores(logits, labels, [1]), strict=True):
