@@ -1,12 +1,12 @@
-"""What all tests share: threads, and what is skipped where a machine lacks something."""
+"""Configuration of all tests: threads, fixtures, and skips if a machine lacks something."""
 
 import os
 from collections import defaultdict
 from pathlib import Path
 from types import ModuleType
 
-# Test processes run side by side (`make test`), and threads that compete for the same cores make
-# each slower. Set before torch starts, so that processes that tests start obey it too.
+# `make test` runs several processes, which are slower if their threads compete for the cores. Set
+# before torch is imported, so that it also applies to processes that tests start.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -16,7 +16,7 @@ import torch
 from paramlora.native import load as native
 
 ROOT = Path(__file__).parents[1]
-# A program that a test runs, no module to look for doctests in.
+# A program that a test runs; importing it for doctests would fail.
 collect_ignore = ["support/crash.py"]
 
 
@@ -45,14 +45,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def as_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let small Linears take the path of large ones in Python, with a backward written by hand."""
+    """Compute small Linears as large ones, by our autograd Function in Python."""
     monkeypatch.setattr("paramlora.native.load.module", lambda: None)
     monkeypatch.setattr("paramlora.compute.plan.PLAIN_BELOW", defaultdict(int))
 
 
 @pytest.fixture
 def native_module() -> ModuleType:
-    """The compiled twin of the factored Linear."""
+    """The native extension."""
     built = native.module()
     if built is None:
         pytest.skip("not built for this torch: python -m paramlora.native.build")

@@ -1,4 +1,4 @@
-"""The package as others meet it: what it imports, and what its wheel installs."""
+"""The package as installed: what it imports, and what its wheel contains."""
 
 import shutil
 import subprocess
@@ -28,17 +28,17 @@ def run(*command: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_import_needs_torch_and_safetensors_only(
+def test_imported_packages(
     record_property: Callable[[str, object], None],
 ) -> None:
     """`import paramlora` imports nothing beyond torch, safetensors and the standard library."""
-    took, *packages = run(sys.executable, "-c", IMPORTS, cwd=ROOT).split()
-    # Seconds beyond torch's own, for the record: a shared machine is no place to assert on time.
-    record_property("import_seconds", took)
+    seconds, *packages = run(sys.executable, "-c", IMPORTS, cwd=ROOT).split()
+    # Recorded, not asserted: on a shared machine times vary.
+    record_property("import_seconds", seconds)
     assert set(packages) <= {"paramlora", "safetensors", "torch"}
 
 
-def test_wheel_installs_paramlora_alone(tmp_path: Path) -> None:
+def test_contents_of_the_wheel(tmp_path: Path) -> None:
     """The wheel holds the package, its `py.typed` and the source to build, and nothing else."""
     pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77")
     source, out = tmp_path / "source", tmp_path / "out"

@@ -1,4 +1,4 @@
-"""docs/comparison.md: what it says can be looked up, in our tests and in the peers' sources."""
+"""docs/comparison.md: its statements are backed by our tests and the sources of the peers."""
 
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +26,7 @@ LINE = re.compile(r"- (\w+) (yes|no|in part)\b(.*)")
 
 
 def sources(peer: str) -> Path:
-    """Return the folder of a peer's sources, of the version that the document names."""
+    """Return the source folder of a peer, of the version that the document names."""
     named = re.search(rf"\[{peer}\]\([^)]*\)\s+([\d.]+)\b", TABLE)
     assert named, f"no version of {peer} in the document"
     try:
@@ -41,8 +41,8 @@ def sources(peer: str) -> Path:
     return Path(spec.origin).parent
 
 
-def test_the_table_is_its_evidence() -> None:
-    """Each row of the table has a section that gives the same answers, for each column."""
+def test_table_and_sections_agree() -> None:
+    """Each row of the table has a section with the same answers, for each column."""
     head, *rows = ROWS
     assert [row[0] for row in rows] == list(SECTIONS)
     for row in rows:
@@ -52,8 +52,8 @@ def test_the_table_is_its_evidence() -> None:
         assert set(answers.values()) <= set(ANSWERS)
 
 
-def test_our_tests_are_there() -> None:
-    """Each answer of ours names a test that exists, or says that there is nothing to test."""
+def test_tests_of_ours_exist() -> None:
+    """Each answer of ours names an existing test, or says that there is nothing to test."""
     for title, lines in SECTIONS.items():
         (line,) = (line for line in lines if line.startswith("- paramlora"))
         named = re.findall(r"`tests/([\w/]+\.py)((?:::\w+)*)`", "\n".join(lines))
@@ -65,8 +65,8 @@ def test_our_tests_are_there() -> None:
 
 
 @pytest.mark.parametrize("peer", PEERS)
-def test_the_lines_of_peers_are_there(peer: str) -> None:
-    """Each line of a peer's that is quoted is in that file, and what is missed is nowhere."""
+def test_lines_of_peers_exist(peer: str) -> None:
+    """Each quoted line of a peer is in the named file, and each missing feature is not found."""
     folder = sources(peer)
     files = {path: path.read_text(encoding="utf-8") for path in folder.rglob("*.py")}
     for title, lines in SECTIONS.items():

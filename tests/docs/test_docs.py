@@ -1,8 +1,8 @@
-"""The examples of docs/transformers.md and docs/distributed.md run as they stand.
+"""The examples of docs/transformers.md and docs/distributed.md run unchanged.
 
-A Python block runs after those before it in its section; one that begins with a file's name in a
-comment is written to that file instead. A command of a `sh` block runs as it stands, but for the
-words that stand for what a reader has: MODEL, DIR and FILE.csv.
+A Python block runs after those before it in its section; a block that begins with a file name in a
+comment is written to that file instead. The commands of a `sh` block run unchanged, except for the
+words that the reader replaces: MODEL, DIR and FILE.csv.
 """
 
 import re
@@ -26,20 +26,20 @@ CASES = [
     for name in ("transformers.md", "distributed.md")
     for match in SECTION.finditer((ROOT / "docs" / name).read_text(encoding="utf-8"))
 ]
-# What a reader has, and what makes a study short.
+# Options that make a study short.
 SHORT = "--epochs 1 --seeds 1 --batch 8 --device cpu --no-forgetting --max-length 16"
 
 
 def section_of(name: str, title: str) -> tuple[str, str, int]:
-    """Return a document's text, a section's, and where the section begins."""
+    """Return the text of a document, the text of a section, and the offset of the section."""
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     match = next(m for m in SECTION.finditer(text) if m[1] == title)
     return text, match[2], match.start(2)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what a reader has: a checkpoint, IMDb as JSON lines, a table of texts."""
+def reader_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files of a reader: a checkpoint, IMDb as JSON lines, a table of texts."""
     folder = tmp_path_factory.mktemp("reader")
     tiny_text.checkpoint(folder / "bert")
     tiny_text.write_jsonl(folder / "train.jsonl", tiny_text.texts(40, 0))
@@ -49,13 +49,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(line: str, world: Path) -> list[str]:
-    """Return a command for this Python, on what this reader has."""
-    words = {"MODEL": world / "bert", "DIR": world, "FILE.csv": world / "own.csv"}
+def command(line: str, reader_files: Path) -> list[str]:
+    """Return a command for this Python, on the files of the reader."""
+    words = {
+        "MODEL": reader_files / "bert",
+        "DIR": reader_files,
+        "FILE.csv": reader_files / "own.csv",
+    }
     parts = [str(words.get(part, part)) for part in shlex.split(line)]
     if parts[0] == "torchrun":
         parts[:1] = ["python", "-m", "torch.distributed.run", "--standalone"]
-    assert parts[0] == "python", f"not a command that the test knows: {line}"
+    assert parts[0] == "python", f"unknown command: {line}"
     if "experiments" in parts:
         parts += SHORT.split()
         if "--targets" not in parts:
@@ -67,9 +71,9 @@ def command(line: str, world: Path) -> list[str]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "title"), CASES)
 def test_examples(
-    name: str, title: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, title: str, reader_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All blocks of a section run, and what they assert holds."""
+    """All blocks of a section run, and their assertions pass."""
     text, section, start = section_of(name, title)
     if "torchrun" in section and not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("needs torch.distributed with gloo")
@@ -83,11 +87,11 @@ def test_examples(
     for block in blocks:
         if block[1] == "sh":
             for line in block[2].splitlines():
-                done = subprocess.run(command(line, world), capture_output=True, text=True)
+                done = subprocess.run(command(line, reader_files), capture_output=True, text=True)
                 assert done.returncode == 0, done.stderr[-3000:]
         elif file := re.match(r"# (\w+\.py)\n", block[2]):
             (tmp_path / file[1]).write_text(block[2])
         else:
-            # Empty lines in front, so that a traceback shows the document's own line.
-            above = "\n" * text.count("\n", 0, start + block.start(2))
-            exec(compile(above + block[2], name, "exec"), namespace)
+            # Empty lines, so that a traceback shows the line number in the document.
+            padding = "\n" * text.count("\n", 0, start + block.start(2))
+            exec(compile(padding + block[2], name, "exec"), namespace)

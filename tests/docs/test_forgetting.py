@@ -1,4 +1,4 @@
-"""The lab's documentation runs, and names commands and options that exist."""
+"""docs/forgetting.md: its Python blocks run, and its commands and options exist."""
 
 import re
 import shlex
@@ -14,7 +14,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "forgetting.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def test_the_guides_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All Python blocks of the guide run, each after those before it."""
     text = GUIDE.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
@@ -22,14 +22,14 @@ def test_the_guides_python_blocks_run(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks:
-        # Empty lines in front, so that a traceback shows the guide's own line.
-        above = "\n" * text.count("\n", 0, block.start(1))
-        exec(compile(above + block[1], str(GUIDE), "exec"), namespace)
+        # Empty lines, so that a traceback shows the line number in the guide.
+        padding = "\n" * text.count("\n", 0, block.start(1))
+        exec(compile(padding + block[1], str(GUIDE), "exec"), namespace)
     assert (tmp_path / "mine.html").stat().st_size > 10_000
 
 
-def test_the_guides_commands_and_options_exist() -> None:
-    """Each command parses as it stands, and each option in the table of remedies is a setting."""
+def test_commands_and_options() -> None:
+    """Each command parses, and each option in the table of remedies is a setting."""
     text = GUIDE.read_text(encoding="utf-8")
     commands = re.findall(r"`python -m experiments ([a-z].*?)`", text)
     assert len(commands) >= 5

@@ -1,4 +1,4 @@
-"""The examples of docs/huggingface.md run as they stand, a section as one program."""
+"""The examples of docs/huggingface.md run unchanged, each section as one program."""
 
 import copy
 import re
@@ -19,7 +19,7 @@ TEXT = DOC.read_text(encoding="utf-8")
 SECTIONS = {match[1]: match for match in SECTION.finditer(TEXT)}
 
 
-def test_there_are_sections() -> None:
+def test_sections_have_code() -> None:
     """Each section has code to run."""
     assert SECTIONS
     for title, match in SECTIONS.items():
@@ -27,7 +27,7 @@ def test_there_are_sections() -> None:
 
 
 def run(title: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Run the blocks of a section in a folder, and return what they have named."""
+    """Run the blocks of a section in a folder, and return the names that they define."""
     section = SECTIONS[title]
     for package in re.findall(r"^(?:import|from) (\w+)", section[2], re.MULTILINE):
         if find_spec(package) is None:
@@ -36,24 +36,24 @@ def run(title: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in BLOCK.finditer(section[2]):
-        # Empty lines in front, so that a traceback shows the document's own line.
-        above = "\n" * TEXT.count("\n", 0, section.start(2) + block.start(1))
-        exec(compile(above + block[1], str(DOC), "exec"), namespace)
+        # Empty lines, so that a traceback shows the line number in the document.
+        padding = "\n" * TEXT.count("\n", 0, section.start(2) + block.start(1))
+        exec(compile(padding + block[1], str(DOC), "exec"), namespace)
     return namespace
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("title", SECTIONS)
-def test_the_examples_run(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All blocks of a section run, each after those before it, and what they assert holds."""
+def test_examples(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks of a section run, each after those before it, and their assertions pass."""
     run(title, tmp_path, monkeypatch)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_best_checkpoint_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Trainer of the example ends with the factors of the best checkpoint, if asked to."""
-    named = run("transformers' Trainer", tmp_path, monkeypatch)
-    arguments = named["transformers"].TrainingArguments(
+def test_best_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With load_best_model_at_end the Trainer ends with the factors of the best checkpoint."""
+    names = run("transformers' Trainer", tmp_path, monkeypatch)
+    arguments = names["transformers"].TrainingArguments(
         "best",
         max_steps=4,
         save_steps=1,
@@ -61,17 +61,17 @@ def test_the_best_checkpoint_is_loaded(tmp_path: Path, monkeypatch: pytest.Monke
         eval_steps=1,
         load_best_model_at_end=True,
         metric_for_best_model="loss",
-        greater_is_better=True,  # so that it is not the last
+        greater_is_better=True,  # so that the best one is not the last
         per_device_train_batch_size=4,
         learning_rate=0.1,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
     )
-    model = copy.deepcopy(named["base"])
+    model = copy.deepcopy(names["base"])
     pl.attach(model, {"*.query": pl.LoRA(4), "classifier.*": pl.Delta()})
-    texts = named["texts"]
-    trainer = named["AdapterTrainer"](model, arguments, train_dataset=texts, eval_dataset=texts)
+    texts = names["texts"]
+    trainer = names["AdapterTrainer"](model, arguments, train_dataset=texts, eval_dataset=texts)
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint)
     assert best.name != "checkpoint-4"

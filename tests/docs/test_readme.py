@@ -1,4 +1,4 @@
-"""The README's and the documentation's Python runs as it stands."""
+"""The Python blocks of the README and of docs/kinds.md run unchanged."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/kinds.md"])
-def test_python_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All Python blocks of a document run, from top to bottom, as one program."""
     document = ROOT / name
     text = document.read_text(encoding="utf-8")
@@ -19,6 +19,6 @@ def test_python_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks:
-        # Empty lines in front, so that a traceback shows the document's own line.
-        above = "\n" * text.count("\n", 0, block.start(1))
-        exec(compile(above + block[1], str(document), "exec"), namespace)
+        # Empty lines, so that a traceback shows the line number in the document.
+        padding = "\n" * text.count("\n", 0, block.start(1))
+        exec(compile(padding + block[1], str(document), "exec"), namespace)

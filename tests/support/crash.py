@@ -1,9 +1,8 @@
-"""Saves adapters in child processes that are killed; a program of its own, run by a test.
+"""Saves adapters in child processes that are killed; a test runs it as a program.
 
-`python tests/support/crash.py FILE HOW ROUNDS`, HOW being "paramlora", or "directly" to see what a
-plain write into the file comes to. Each save is a generation: all factors have its number. It
-prints how many files were damaged, how many saves were cut off, and how many generations there
-were.
+`python tests/support/crash.py FILE HOW ROUNDS`. HOW is "paramlora", or "directly" for a plain write
+into the file, for comparison. Each save is a generation: all factors have its number. The program
+prints the number of damaged files, of interrupted saves, and of generations.
 """
 
 import functools
@@ -52,8 +51,8 @@ def save_on(generation: int) -> None:
         write(generation)
 
 
-def killed(child: Callable[[], None], seconds: float | None) -> None:
-    """Run a function in a child that is killed after some time, or kills itself."""
+def run_and_kill(child: Callable[[], None], seconds: float | None) -> None:
+    """Run a function in a child process that is killed after some time, or kills itself."""
     process = os.fork()
     if process == 0:
         child()
@@ -70,14 +69,14 @@ def leftovers() -> list[Path]:
 
 
 def at_step(step: str, generation: int) -> None:
-    """Save, and be killed where this function of `os` is called."""
+    """Save, and be killed when this function of `os` is called."""
     setattr(os, step, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
     write(generation)
 
 
 def after_a_kill(last: int, seconds: float) -> tuple[int, bool]:
-    """Return the generation in the file after saving was killed, and whether a save was cut off."""
-    killed(lambda: save_on(last), random.uniform(0, 6 * seconds))
+    """Kill a saving process; return the file's generation, and whether a save was interrupted."""
+    run_and_kill(lambda: save_on(last), random.uniform(0, 6 * seconds))
     left = leftovers()
     for path in left:
         path.unlink()
@@ -93,22 +92,22 @@ def main() -> None:
         write(1)
     seconds = (time.perf_counter() - start) / 5
     for step in ("fsync", "replace") if HOW != "directly" else ():
-        killed(functools.partial(at_step, step, 99), None)
+        run_and_kill(functools.partial(at_step, step, 99), None)
         assert read() == 1, step
         assert len(leftovers()) == 1, step
         leftovers()[0].unlink()
-    damaged = cut_off = 0
+    damaged = interrupted = 0
     last = 1
     for _ in range(ROUNDS):
         try:
-            found, cut = after_a_kill(last, seconds)
+            found, was_interrupted = after_a_kill(last, seconds)
         except (SafetensorError, ValueError):
             damaged += 1
             write(last)
             continue
         assert found >= last, "an older file came back"
-        last, cut_off = found, cut_off + cut
-    print(damaged, cut_off, last)
+        last, interrupted = found, interrupted + was_interrupted
+    print(damaged, interrupted, last)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What conformance is measured with: kinds of adapters, hosts, and a plain dense reference.
+"""Kinds of adapters, host modules, and a plain dense reference to compare them with.
 
-The reference shares no code with paramlora: it is a copy of the host from before attaching, whose
-tensors `torch.func.functional_call` replaces by the formula of each kind, written out below.
-A new kind of adapter is one line in `KINDS`, a new host one entry in `HOSTS`.
+The reference shares no code with paramlora. It is a copy of the host from before attaching, run by
+`torch.func.functional_call` with W' computed by the formula of each kind, written out below. A new
+kind of adapter is one line in `KINDS`, a new host one entry in `HOSTS`.
 """
 
 import copy
@@ -23,23 +23,23 @@ Formula = Callable[[Tensor, dict[str, Tensor], float], Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of adapter: its spec, and W' by its formula, from W, the factors and the strength."""
+    """A kind of adapter: its spec, and the formula of W' from W, the factors and the strength."""
 
     spec: pl.kinds.Spec
     formula: Formula
     dimensions: int = 2
-    # The most that the update's rank can be; None where nothing limits it.
+    # The largest possible rank of the update; None if it is not limited.
     rank: int | None = None
-    # At two blocks of each tensor, which leave some of it, in place of the whole.
+    # Whether two blocks of each tensor are adapted, not the whole; they leave some of it.
     blocks: bool = False
 
     def sites(self, path: str, tensor: Tensor) -> list[str]:
-        """Return the sites at which a kind is tried in a tensor."""
-        rows, *others = tensor.shape
+        """Return the sites at which a kind is tested in a tensor."""
+        rows, *rest = tensor.shape
         if not self.blocks:
             return [path]
-        columns = "1:" if others and others[0] > 1 else ":"
-        lower = f"{path}[{rows // 2}:" + (f", {columns}]" if others else "]")
+        columns = "1:" if rest and rest[0] > 1 else ":"
+        lower = f"{path}[{rows // 2}:" + (f", {columns}]" if rest else "]")
         return [f"{path}[:{rows // 2}]", lower] if rows > 1 else [lower]
 
     def takes(self, tensor: Tensor) -> bool:
@@ -51,8 +51,8 @@ def dora(s: float, dim: int = 0, *, constant: bool = True) -> Formula:
 
     def formula(W: Tensor, f: dict[str, Tensor], k: float) -> Tensor:
         V = W + k * s * (f["B"] @ f["A"]).reshape(W.shape)
-        others = [i for i in range(W.dim()) if i != dim]
-        before, after = (torch.linalg.vector_norm(M, dim=others, keepdim=True) for M in (W, V))
+        reduced = [i for i in range(W.dim()) if i != dim]
+        before, after = (torch.linalg.vector_norm(M, dim=reduced, keepdim=True) for M in (W, V))
         if constant:
             before, after = before.detach(), after.detach()
         return (before + k * f["d"].view(before.shape)) * V / after
@@ -61,7 +61,7 @@ def dora(s: float, dim: int = 0, *, constant: bool = True) -> Formula:
 
 
 def kronecker(s: float) -> Formula:
-    """Return W' = W + k·s·W1 ⊗ W2, block by block of W."""
+    """Return W' = W + k·s·W1 ⊗ W2, computed block by block."""
 
     def formula(W: Tensor, f: dict[str, Tensor], k: float) -> Tensor:
         W1 = f["W1"] if "W1" in f else f["B1"] @ f["A1"]
@@ -74,7 +74,7 @@ def kronecker(s: float) -> Formula:
 
 
 def moved(f: dict[str, Tensor]) -> Tensor:
-    """Return BA − B₀A₀, without its cancellation near the start."""
+    """Return BA − B₀A₀, written so that it does not cancel near the start."""
     left, right = [f["B"] - f["B0"], f["B0"]], [f["A"], f["A"] - f["A0"]]
     return torch.cat(left, dim=1) @ torch.cat(right)
 
@@ -112,7 +112,7 @@ TRANSPOSED = Kind(
     rank=2,
 )
 BLOCKS = {f"{name}_blocks": replace(KINDS[name], blocks=True) for name in ("lora", "dora", "delta")}
-# Settings of kinds that take a path of their own.
+# Settings of kinds that take another code path.
 VARIANTS = {
     "ia3_inputs": Kind(
         pl.IA3(dim=1),
@@ -138,7 +138,7 @@ class Host:
 
 
 class Table(nn.Module):
-    """A user's own module with a bare parameter, which its forward reads as it likes."""
+    """A module with a bare parameter, which its forward reads twice."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Table(nn.Module):
 
 
 class Listed(nn.Module):
-    """A user's own module with parameters in a list and in a dict."""
+    """A module with parameters in a list and in a dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class Listed(nn.Module):
 
 
 class Transposed(nn.Linear):
-    """A Linear whose own forward is not torch's."""
+    """A Linear with a forward of its own."""
 
     def forward(self, input: Tensor) -> Tensor:
         return (self.weight @ input.T).T.tanh()
@@ -177,7 +177,7 @@ class Swap(nn.Module):
 
 
 class Bags(nn.Module):
-    """An EmbeddingBag with bags of three, no and the remaining entries."""
+    """An EmbeddingBag with bags of three entries, none, and the rest."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class Bags(nn.Module):
 
 
 class Packed(nn.Module):
-    """An LSTM that gets a packed sequence, and has no biases."""
+    """An LSTM without biases, called with a packed sequence."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ def _attention(inputs: Callable[[], tuple[Tensor, ...]], **options: Any) -> Host
 
 def _encoder_layer(**options: Any) -> Host:
     return Host(
-        # Not ReLU: in low precision it flips at zero, and a gradient then jumps.
+        # Not ReLU: in low precision inputs near zero change sign, and gradients jump.
         lambda: nn.TransformerEncoderLayer(
             8, 2, 12, dropout=0.0, activation="gelu", batch_first=True, **options
         ),
@@ -250,7 +250,7 @@ HOSTS = {
     "linear": Host(lambda: nn.Linear(7, 5), _x(3, 7)),
     "linear_no_bias": Host(lambda: nn.Linear(7, 5, bias=False), _x(2, 3, 7)),
     "linear_one_row": Host(lambda: nn.Linear(7, 5), _x(7)),
-    # Many rows: W' is worth building in the forward, in the backward, or in both.
+    # So many rows that W' is built in the forward, in the backward, or in both.
     "linear_wide": Host(lambda: nn.Linear(3, 16), _x(5, 8, 3)),
     "linear_narrow": Host(lambda: nn.Linear(16, 3), _x(40, 16)),
     "linear_small": Host(lambda: nn.Linear(4, 3), _x(40, 4)),
@@ -320,27 +320,27 @@ HOSTS = {
 
 
 def floats(found: Any) -> list[Tensor]:
-    """Return the floating tensors in whatever a module returned, in order."""
+    """Return the floating tensors in the outputs of a module, in order."""
     if isinstance(found, Tensor):
         return [found] if found.is_floating_point() else []
-    return [x for one in found for x in floats(one)] if isinstance(found, tuple | list) else []
+    return [x for item in found for x in floats(item)] if isinstance(found, tuple | list) else []
 
 
 def parted(site: str) -> tuple[str, Any]:
-    """Return a site's path without the index of a block, and that index as Python reads it."""
+    """Split a site into the path of its tensor and the index of its block, as a Python index."""
     path, bracket, index = site.partition("[")
     return path, eval(f"Index()[{index}", {"Index": Index}) if bracket else ...
 
 
 class Index:
-    """Gives back what it is indexed with."""
+    """Returns the index that it is given."""
 
     def __getitem__(self, index: Any) -> Any:
         return index
 
 
 def loss(outputs: Iterable[Tensor]) -> Tensor:
-    """Return a sum of outputs with weights that every dtype holds exactly."""
+    """Return a sum of the outputs, with weights that each dtype represents exactly."""
     parts = []
     for out in outputs:
         weights = (torch.arange(out.numel(), device=out.device) % 7 - 2.5) / 2
@@ -349,19 +349,19 @@ def loss(outputs: Iterable[Tensor]) -> Tensor:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """Return a tensor without its sparse layout."""
+    """Return a tensor in strided layout."""
     return tensor.to_dense() if tensor.is_sparse else tensor
 
 
 def shake(model: nn.Module, *names: str) -> None:
-    """Fill the factors with random numbers, none of them zero: a zero B would hide errors in A."""
+    """Fill the factors with random numbers; a B of zeros would hide errors in A."""
     with torch.no_grad():
         for parameter in pl.parameters(model, *names):
             parameter.copy_(torch.randn(parameter.shape) / 4)
 
 
 def move(model: nn.Module, name: str) -> None:
-    """Move the factors from where they start, as training does, and none of them to zero."""
+    """Add random numbers to the factors, as training does."""
     with torch.no_grad():
         for parameter in pl.parameters(model, name):
             parameter.add_(torch.randn(parameter.shape) / 4)
@@ -369,7 +369,7 @@ def move(model: nn.Module, name: str) -> None:
 
 @dataclass
 class Result:
-    """What a model computed: outputs, and gradients by what they belong to."""
+    """The outputs of a model, and gradients by the name of their tensor."""
 
     outputs: list[Tensor]
     gradients: dict[str, Tensor]
@@ -377,7 +377,7 @@ class Result:
 
 @dataclass
 class Case:
-    """A host with adapters, beside the plain copy of it that the reference runs on."""
+    """A host with adapters, and the plain copy of it that the reference runs on."""
 
     host: Host
     plain: nn.Module
@@ -397,25 +397,25 @@ class Case:
         return Case(host, plain, copy.deepcopy(plain), inputs)
 
     def sites(self, kind: Kind) -> list[str]:
-        """Return the paths of all tensors that a kind of adapter takes."""
+        """Return the sites of a kind in all tensors that it can adapt."""
         tensors = self.plain.named_parameters()
         return [site for path, p in tensors if kind.takes(p) for site in kind.sites(path, p)]
 
     def attach(self, kind: Kind, name: str = "one", strength: float = 1.0, **options: Any) -> None:
-        """Attach an adapter to all tensors that it takes, its factors random."""
+        """Attach an adapter to all tensors that it can adapt, its factors random."""
         pl.attach(self.model, kind.spec, name=name, **({"targets": self.sites(kind)} | options))
         move(self.model, name)
         pl.scale(self.model, strength, name)
         self.kinds[name], self.strengths[name] = kind, strength
 
     def trained(self, name: str) -> list[str]:
-        """Return the keys of an adapter's factors, those left out that are constants."""
+        """Return the keys of the trained factors of an adapter."""
         constants = self.kinds[name].spec.constants
         keys = pl.state_dict(self.model, name)
         return [key for key in keys if key.rpartition(".")[2] not in constants]
 
     def leaves(self) -> dict[str, Tensor]:
-        """Return the factors and the base's parameters, by the keys that gradients have here."""
+        """Return the factors and the parameters of the base, by the keys of their gradients."""
         leaves: dict[str, Tensor] = {
             f"{name} {key}": parameter
             for name in self.kinds
@@ -423,27 +423,27 @@ class Case:
                 self.trained(name), pl.parameters(self.model, name), strict=True
             )
         }
-        # The base's own parameters, under the names from before attaching.
-        known = dict(self.plain.named_parameters())
+        # The parameters of the base, by their names from before attaching.
+        base = dict(self.plain.named_parameters())
         for key, parameter in self.model.named_parameters():
             path = re.sub(r"parametrizations\.(\w+)\.original$", r"\1", key)
-            if path in known:
+            if path in base:
                 leaves[path] = parameter
         return leaves
 
     def actual(self, call: Callable[..., Any] | None = None) -> Result:
-        """Return what the model computes, and the gradients of all that requires one.
+        """Return the outputs of the model, and the gradients of all tensors that require one.
 
-        `call` is what runs it, such as the compiled model; the model itself where nothing is given.
+        `call` runs the model, such as the compiled model; by default it is the model itself.
         """
         return _run(self.model if call is None else call, self.inputs, self.leaves())
 
     def base(self) -> Result:
-        """Return what the base computes, frozen as attaching freezes it."""
+        """Return the outputs of the base, frozen as attaching freezes it."""
         return _run(copy.deepcopy(self.plain).requires_grad_(False), self.inputs, {})
 
     def expected(self, *active: str, dtype: torch.dtype = torch.float64) -> Result:
-        """Return what the dense reference computes with these adapters, in order.
+        """Return the outputs and gradients of the dense reference with these adapters, in order.
 
         In half precision W' is computed in float32, the dtype of the factors.
         """
@@ -463,12 +463,14 @@ class Case:
                 if key in trained:
                     leaves[f"{name} {key}"] = value.requires_grad_()
                 factors.setdefault(site, {})[factor] = value
-            for site, own in factors.items() if name in active else ():
+            for site, site_factors in factors.items() if name in active else ():
                 path, index = parted(site)
                 W = weights[path].to(wide)
-                # A copy: the formula's gradient may need W.
+                # A copy: the gradient of the formula may need W.
                 weights[path] = W.clone()
-                weights[path][index] = self.kinds[name].formula(W[index], own, self.strengths[name])
+                weights[path][index] = self.kinds[name].formula(
+                    W[index], site_factors, self.strengths[name]
+                )
         weights = {path: weight.to(dtype) for path, weight in weights.items()}
         inputs = [x.to(dtype) if x.is_floating_point() else x for x in self.inputs]
         return _run(lambda *x: functional_call(plain, weights, x), inputs, leaves)

@@ -1,7 +1,8 @@
-"""A model of mixed layers, and a book that knows by itself what its adapters must make of it.
+"""A model of mixed layers, and a dense reference of it and of its adapters.
 
-The book shares no code with paramlora: it has a plain copy of the base, factors as float64 tensors,
-and flags. A `World` is a model with its book; `agree` compares all that can be seen of the two.
+The reference shares no code with paramlora: it has a plain copy of the base, the factors as float64
+tensors, and flags. A `CheckedModel` is a model with its reference; `check` compares all that can be
+seen of the two.
 """
 
 import copy
@@ -21,7 +22,7 @@ import paramlora as pl
 
 
 class Bare(nn.Module):
-    """A user's own module with a bare parameter of three dimensions, and a buffer."""
+    """A module with a bare parameter of three dimensions, and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +44,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Net(nn.Module):
-    """Ids through an embedding, layers that each add to what is there, and a head."""
+    """An embedding, residual layers, and a head."""
 
     def __init__(self, layers: list[str], tied: bool) -> None:
         super().__init__()
@@ -68,8 +69,8 @@ class Net(nn.Module):
 
 
 @dataclass(eq=False)
-class Part:
-    """What is known of an adapter at one tensor."""
+class AdapterState:
+    """The expected state of an adapter at one tensor."""
 
     spec: pl.kinds.Spec
     factors: dict[str, Tensor]
@@ -80,7 +81,7 @@ class Part:
 
     @property
     def scale(self) -> float:
-        """All that multiplies the update."""
+        """The factor of the update: strength times alpha/r."""
         if not isinstance(self.spec, pl.LoRA):
             return self.strength
         rank = self.spec.rank
@@ -94,41 +95,41 @@ class Part:
 
 
 @dataclass
-class Book:
-    """What a model must be: a plain copy of its base, and all that is known of its adapters.
+class ReferenceModel:
+    """The expected state of a model: a plain copy of its base, and its adapters.
 
-    A tied tensor is known by its first path; `paths` has all of each.
+    The key of a tied tensor is its first path; `paths` maps it to all its paths.
     """
 
     plain: nn.Module
     paths: dict[str, list[str]]
     trained: dict[str, bool]
-    parts: dict[str, dict[str, Part]]
+    adapters: dict[str, dict[str, AdapterState]]
     frozen_by: dict[str, set[str]]
     fingerprint: str = ""
     training: bool = True
 
     @staticmethod
-    def of(plain: nn.Module) -> "Book":
+    def of(plain: nn.Module) -> "ReferenceModel":
         paths: dict[int, list[str]] = {}
         for path, parameter in plain.named_parameters(remove_duplicate=False):
             paths.setdefault(id(parameter), []).append(path)
-        firsts = [same[0] for same in paths.values()]
+        firsts = [tied[0] for tied in paths.values()]
         trained = {path: plain.get_parameter(path).requires_grad for path in firsts}
-        book = Book(
+        reference = ReferenceModel(
             plain,
-            {same[0]: same for same in paths.values()},
+            {tied[0]: tied for tied in paths.values()},
             trained,
             {path: {} for path in firsts},
             {path: set() for path in firsts},
             training=plain.training,
         )
-        book.rebase({})
-        return book
+        reference.set_base({})
+        return reference
 
     @torch.no_grad()
-    def rebase(self, base: dict[str, Tensor]) -> None:
-        """Take over another base; the fingerprint is that of a model that never had adapters."""
+    def set_base(self, base: dict[str, Tensor]) -> None:
+        """Write tensors of another base; the fingerprint is that of a model without adapters."""
         for path, tensor in base.items():
             self.plain.get_parameter(path).copy_(tensor)
         self.fingerprint = pl.fingerprint(self.plain)
@@ -136,48 +137,52 @@ class Book:
     def base(self, path: str) -> Tensor:
         return self.plain.get_parameter(path).detach()
 
-    def dense(self, path: str, leaves: dict[Part, dict[str, Tensor]] | None = None) -> Tensor:
+    def dense(
+        self, path: str, leaves: dict[AdapterState, dict[str, Tensor]] | None = None
+    ) -> Tensor:
         """Return W + Σ λ·s·B A in float64."""
         weight = self.base(path).double()
-        for part in self.parts[path].values():
-            if part.active:
-                factors = part.factors if leaves is None else leaves.get(part, part.factors)
-                weight = weight + part.update(factors).view(weight.shape)
+        for adapter in self.adapters[path].values():
+            if adapter.active:
+                factors = (
+                    adapter.factors if leaves is None else leaves.get(adapter, adapter.factors)
+                )
+                weight = weight + adapter.update(factors).view(weight.shape)
         return weight
 
     def outputs(self, ids: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        """Return what the plain model gives with these weights; tied ones are set everywhere."""
+        """Return the outputs of the plain model with these weights, tied ones set at all paths."""
         dtype = self.base("emb.weight").dtype
         self.plain.train(self.training)
         in_dtype = {path: weight.to(dtype) for path, weight in weights.items()}
         return functional_call(self.plain, in_dtype, (ids,))
 
-    def all_parts(self) -> Iterator[tuple[str, str, Part]]:
-        for path, held in self.parts.items():
-            for name, part in held.items():
-                yield path, name, part
+    def all_adapters(self) -> Iterator[tuple[str, str, AdapterState]]:
+        for path, by_name in self.adapters.items():
+            for name, adapter in by_name.items():
+                yield path, name, adapter
 
-    def select(self, scope: str, names: Any) -> list[tuple[str, Part]]:
-        """Return the parts that a verb on a part of the model means, by name."""
+    def select(self, scope: str, names: Any) -> list[tuple[str, AdapterState]]:
+        """Return the adapters, by name, that a verb on a part of the model acts on."""
         return [
-            (name, part)
-            for path, name, part in self.all_parts()
+            (name, adapter)
+            for path, name, adapter in self.all_adapters()
             if not names or name in names
-            if any(same.startswith(scope) for same in self.paths[path])
+            if any(tied.startswith(scope) for tied in self.paths[path])
         ]
 
     def names(self, scope: str = "") -> list[str]:
         return list(dict.fromkeys(name for name, _ in self.select(scope, ())))
 
     def merged(self, scope: str = "", names: Any = ()) -> bool:
-        return any(part.merged for _, part in self.select(scope, names))
+        return any(adapter.merged for _, adapter in self.select(scope, names))
 
     def firsts(self) -> dict[str, str]:
-        """Return all paths, each with the one by which its tensor is known."""
+        """Return the key of the tensor at each path."""
         return {path: first for first, paths in self.paths.items() for path in paths}
 
     def flag(self, path: str) -> bool:
-        """Return whether a tensor of the base must require a gradient."""
+        """Return the expected requires_grad of a tensor of the base."""
         return self.trained[path] and not self.frozen_by[path]
 
     def freeze_base(self, name: str) -> None:
@@ -186,48 +191,48 @@ class Book:
                 self.frozen_by[path].add(name)
 
     def toggle(self, verb: str, scope: str, names: Any, strength: float = 1.0) -> None:
-        for _, part in self.select(scope, names):
+        for _, adapter in self.select(scope, names):
             if verb == "scale":
-                part.strength = strength
+                adapter.strength = strength
             else:
-                part.active = verb.startswith("enable")
+                adapter.active = verb.startswith("enable")
 
     def merge(self, scope: str, names: Any) -> None:
-        for _, part in self.select(scope, names):
-            part.merged = part.merged or part.active
+        for _, adapter in self.select(scope, names):
+            adapter.merged = adapter.merged or adapter.active
 
     def unmerge(self, scope: str) -> None:
-        for _, part in self.select(scope, ()):
-            part.merged = False
+        for _, adapter in self.select(scope, ()):
+            adapter.merged = False
 
     def detach(self, names: Any) -> None:
-        for held in self.parts.values():
+        for by_name in self.adapters.values():
             for name in names:
-                held.pop(name, None)
+                by_name.pop(name, None)
         for holders in self.frozen_by.values():
             holders.difference_update(names)
 
 
-def close(actual: Tensor, expected: Tensor) -> None:
-    """Assert that a tensor of the model is the book's one, to rounding in the model's dtype."""
+def assert_near(actual: Tensor, expected: Tensor) -> None:
+    """Assert that a tensor equals the reference, up to rounding in its dtype."""
     bound = {torch.float64: 1e-10, torch.float32: 2e-4}[actual.dtype]
     top = float(expected.detach().abs().max()) + 1
     torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=bound, atol=bound * top)
 
 
-def same(actual: Tensor, expected: Tensor) -> None:
-    """Assert that two tensors are equal, every element."""
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """Assert that two tensors are equal bit for bit."""
     assert actual.dtype == expected.dtype
-    if not torch.equal(actual, expected):  # at a fraction of what assert_close takes
+    if not torch.equal(actual, expected):  # much faster than assert_close
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @torch.no_grad()
-def exactly(model: nn.Module, ids: Tensor) -> Tensor:
-    """Return outputs to compare bit for bit: in eval mode, and nothing requires a gradient.
+def frozen_outputs(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return outputs in eval mode with all parameters frozen, to compare bit for bit.
 
-    Some of torch's own layers (LSTM, MultiheadAttention) have other last bits where a parameter
-    requires a gradient, under no_grad too: freezing a plain one shows it.
+    The last bits of torch's LSTM and MultiheadAttention depend on whether a parameter requires a
+    gradient, under no_grad too, in plain models as well.
     """
     training, flags = model.training, [(p, p.requires_grad) for p in model.parameters()]
     outputs = model.eval().requires_grad_(False)(ids)
@@ -252,130 +257,130 @@ def weight_of(model: nn.Module, path: str) -> Tensor:
 
 
 @dataclass
-class World:
-    """A model, its book, and the contexts that it is in, with what the book does at their ends."""
+class CheckedModel:
+    """A model, its reference, and the open blocks, each with the function that ends it."""
 
     model: nn.Module
-    book: Book
-    contexts: list[tuple[AbstractContextManager[None], Callable[[], None]]] = field(
+    reference: ReferenceModel
+    blocks: list[tuple[AbstractContextManager[None], Callable[[], None]]] = field(
         default_factory=list
     )
 
     def __post_init__(self) -> None:
-        self.stored = {path: stored(self.model, path) for path in self.book.parts}
+        self.stored = {path: stored(self.model, path) for path in self.reference.adapters}
 
-    def leave(self, error: Exception | None = None) -> None:
-        """Leave the innermost context, by an exception where one is given."""
-        context, end = self.contexts.pop()
+    def exit_block(self, error: Exception | None = None) -> None:
+        """Exit the innermost block, with an exception if one is given."""
+        block, end = self.blocks.pop()
         if error is None:
-            context.__exit__(None, None, None)
+            block.__exit__(None, None, None)
         else:
-            assert not context.__exit__(type(error), error, error.__traceback__)
+            assert not block.__exit__(type(error), error, error.__traceback__)
         end()
 
-    def copied(self) -> "World":
-        """Return a deep copy; it is in no context, but looks as the original does in them."""
-        return World(copy.deepcopy(self.model), copy.deepcopy(self.book))
+    def copied(self) -> "CheckedModel":
+        """Return a deep copy, outside all blocks but in the state that they have set."""
+        return CheckedModel(copy.deepcopy(self.model), copy.deepcopy(self.reference))
 
     @torch.no_grad()
-    def agree(self, ids: Tensor) -> None:
-        """Assert that the model is what the book says."""
-        self._agree_factors()
-        self._agree_base()
-        self._agree_weights(ids)
-        self._agree_summary()
-        self._agree_modules()
+    def check(self, ids: Tensor) -> None:
+        """Assert that the model equals its reference."""
+        self._check_factors()
+        self._check_base()
+        self._check_weights(ids)
+        self._check_summary()
+        self._check_modules()
 
-    def _agree_factors(self) -> None:
-        for name in self.book.names():
+    def _check_factors(self) -> None:
+        for name in self.reference.names():
             state = pl.state_dict(self.model, name)
             parameters = pl.parameters(self.model, name)
             in_order = [tensor.data_ptr() for tensor in state.values()]
             assert [parameter.data_ptr() for parameter in parameters] == in_order
             flags = {}
-            for path, held in self.book.parts.items():
-                for key, factor in held[name].factors.items() if name in held else ():
+            for path, by_name in self.reference.adapters.items():
+                for key, factor in by_name[name].factors.items() if name in by_name else ():
                     actual = state.pop(f"{path}.{key}")
-                    flags[actual.data_ptr()] = held[name].trainable
-                    close(actual, factor)
-                    # From here on the model's bits, or rounding would add up.
-                    held[name].factors[key] = actual.double().clone()
+                    flags[actual.data_ptr()] = by_name[name].trainable
+                    assert_near(actual, factor)
+                    # Continue with the bits of the model, or rounding would add up.
+                    by_name[name].factors[key] = actual.double().clone()
             assert not state
             for parameter in parameters:
                 assert parameter.requires_grad == flags.pop(parameter.data_ptr())
             assert not flags
 
-    def _agree_base(self) -> None:
-        expected = self.book.plain.state_dict()
+    def _check_base(self) -> None:
+        expected = self.reference.plain.state_dict()
         actual = pl.base_state_dict(self.model)
         assert actual.keys() == expected.keys()
         for key, tensor in expected.items():
-            same(actual[key], tensor)
-        assert pl.fingerprint(self.model) == self.book.fingerprint
+            assert_same(actual[key], tensor)
+        assert pl.fingerprint(self.model) == self.reference.fingerprint
         for path, parameter in self.stored.items():
             assert stored(self.model, path) is parameter
-            assert parameter.requires_grad == self.book.flag(path)
-            if not any(part.merged for part in self.book.parts[path].values()):
-                same(parameter.detach(), self.book.base(path))
+            assert parameter.requires_grad == self.reference.flag(path)
+            if not any(adapter.merged for adapter in self.reference.adapters[path].values()):
+                assert_same(parameter.detach(), self.reference.base(path))
 
-    def _agree_weights(self, ids: Tensor) -> None:
-        weights = {path: self.book.dense(path) for path in self.book.parts}
+    def _check_weights(self, ids: Tensor) -> None:
+        weights = {path: self.reference.dense(path) for path in self.reference.adapters}
         for first, expected in weights.items():
-            active = any(part.active for part in self.book.parts[first].values())
-            for path in self.book.paths[first]:
+            active = any(adapter.active for adapter in self.reference.adapters[first].values())
+            for path in self.reference.paths[first]:
                 actual = weight_of(self.model, path)
                 assert type(actual) in (Tensor, nn.Parameter)
-                (close if active else same)(
-                    actual.detach(), expected if active else self.book.base(first)
+                (assert_near if active else assert_same)(
+                    actual.detach(), expected if active else self.reference.base(first)
                 )
-        close(self.model(ids), self.book.outputs(ids, weights))
-        if not any(part.active for _, _, part in self.book.all_parts()):
-            same(exactly(self.model, ids), exactly(self.book.plain, ids))
+        assert_near(self.model(ids), self.reference.outputs(ids, weights))
+        if not any(adapter.active for _, _, adapter in self.reference.all_adapters()):
+            assert_same(frozen_outputs(self.model, ids), frozen_outputs(self.reference.plain, ids))
 
-    def _agree_summary(self) -> None:
+    def _check_summary(self) -> None:
         summary = pl.summary(self.model)
         rows = {(row.site, row.adapter): row for row in summary.sites}
         assert len(rows) == len(summary.sites)
-        for path, held in self.book.parts.items():
-            assert [adapter for site, adapter in rows if site == path] == list(held)
+        for path, by_name in self.reference.adapters.items():
+            assert [adapter for site, adapter in rows if site == path] == list(by_name)
         factors = 0
-        for path, name, part in self.book.all_parts():
+        for path, name, adapter in self.reference.all_adapters():
             row = rows.pop((path, name))
-            numel = sum(factor.numel() for factor in part.factors.values())
-            assert row.shape == self.book.base(path).shape
-            assert row.kind == type(part.spec).__name__
-            assert row.rank == part.spec.rank
-            assert row.scale == pytest.approx(part.scale)
+            numel = sum(factor.numel() for factor in adapter.factors.values())
+            assert row.shape == self.reference.base(path).shape
+            assert row.kind == type(adapter.spec).__name__
+            assert row.rank == adapter.spec.rank
+            assert row.scale == pytest.approx(adapter.scale)
             assert (row.active, row.trainable, row.merged) == (
-                part.active,
-                part.trainable,
-                part.merged,
+                adapter.active,
+                adapter.trainable,
+                adapter.merged,
             )
-            assert (row.parameters, row.share) == (numel, numel / self.book.base(path).numel())
-            factors += numel * part.trainable
+            assert (row.parameters, row.share) == (numel, numel / self.reference.base(path).numel())
+            factors += numel * adapter.trainable
         assert not rows
-        sizes = {path: self.book.base(path).numel() for path in self.book.parts}
+        sizes = {path: self.reference.base(path).numel() for path in self.reference.adapters}
         assert summary.total == sum(sizes.values())
         assert summary.trainable == factors + sum(
-            size for path, size in sizes.items() if self.book.flag(path)
+            size for path, size in sizes.items() if self.reference.flag(path)
         )
 
-    def _agree_modules(self) -> None:
-        """A module without adapters is what it was: class, attributes, order of parameters."""
+    def _check_modules(self) -> None:
+        """Assert that modules without adapters have their class, attributes and parameters."""
         adapted = {
             path.rpartition(".")[0]
-            for first, held in self.book.parts.items()
-            for path in self.book.paths[first]
-            if held
+            for first, by_name in self.reference.adapters.items()
+            for path in self.reference.paths[first]
+            if by_name
         }
-        for path, plain in self.book.plain.named_modules():
+        for path, plain in self.reference.plain.named_modules():
             module = self.model.get_submodule(path)
             assert isinstance(module, type(plain))
             if path not in adapted:
                 assert type(module) is type(plain)
                 assert list(module._parameters) == list(plain._parameters)
                 assert list(module._modules) == list(plain._modules)
-                kept = {"_paramlora_before"} if any(self.book.frozen_by.values()) else set()
+                kept = {"_paramlora_before"} if any(self.reference.frozen_by.values()) else set()
                 assert vars(module).keys() - kept == vars(plain).keys()
         if not adapted:
-            assert list(self.model.state_dict()) == list(self.book.plain.state_dict())
+            assert list(self.model.state_dict()) == list(self.reference.plain.state_dict())

@@ -1,74 +1,56 @@
 """Strategies of the random sequences of verbs, and what their rules share."""
 
+import copy
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
-from torch import nn
+import pytest
+import torch
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
+from torch import Tensor, nn
 
 import paramlora as pl
-from tests.support.reference_model import Part
+from tests.support.reference_model import LAYERS, AdapterState, CheckedModel, Net, ReferenceModel
 
 NAMES = "abc"
-
-
 BAD_NAME = (pl.AdapterNameError, r"^no adapter '.' here; attached are: ")
-
-
 IS_MERGED = (pl.StateError, r"^cannot .* adapter '.' while it is merged; unmerge first$")
-
-
 ALREADY_MERGED = (pl.StateError, r"^adapter '.' is merged already; unmerge first$")
-
-
 IS_OFF = (pl.StateError, r"^adapter '.' is switched off")
-
-
 NOTHING = (pl.StateError, r"^nothing to merge")
-
-
 IS_TAKEN = (pl.AdapterNameError, r"^an adapter '.' is attached already")
+ExpectedError = tuple[type[Exception], str]
 
 
-Refusal = tuple[type[Exception], str]
-
-
-def now(strategy: Callable[[Any], st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
-    """Return a strategy that depends on what the machine's model is like then."""
+def from_state(strategy: Callable[[Any], st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
+    """Return a strategy that depends on the current state of the machine."""
     return st.runner().flatmap(strategy)
 
 
 def mostly(good: st.SearchStrategy[Any], other: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Return a strategy that takes nine of ten values from the first one."""
     return st.integers(0, 9).flatmap(lambda i: other if i == 9 else good)
 
 
-# Names that are mostly attached or mostly free, and parts of the model that are mostly all of it.
+# Names mostly of attached adapters or mostly free ones; scopes mostly of the whole model.
 any_name = st.sampled_from(NAMES)
-
-
-a_name = mostly(now(lambda m: st.sampled_from(m.book.names() or NAMES)), any_name)
-
-
+a_name = mostly(from_state(lambda m: st.sampled_from(m.reference.names() or NAMES)), any_name)
 some_names = mostly(
-    now(lambda m: st.lists(st.sampled_from(m.book.names() or NAMES), max_size=2, unique=True)),
+    from_state(
+        lambda m: st.lists(st.sampled_from(m.reference.names() or NAMES), max_size=2, unique=True)
+    ),
     st.lists(any_name, max_size=2, unique=True),
 )
-
-
-a_free_name = now(lambda m: st.sampled_from(sorted({*NAMES} - {*m.book.names()}) or NAMES))
-
-
-a_scope = mostly(st.just(""), now(lambda m: st.sampled_from(m.scopes)))
-
-
+a_free_name = from_state(
+    lambda m: st.sampled_from(sorted({*NAMES} - {*m.reference.names()}) or NAMES)
+)
+a_scope = mostly(st.just(""), from_state(lambda m: st.sampled_from(m.scopes)))
 a_strength = st.sampled_from([0.0, 0.5, 1.0, -1.0, 2.0])
-
-
 a_seed = st.integers(0, 2**16)
-
-
 a_spec = st.one_of(
     st.just(pl.Delta()),
     st.builds(
@@ -85,8 +67,106 @@ a_spec = st.one_of(
 
 @dataclass
 class File:
-    """A file, and what the book says of the adapter in it."""
+    """A file, and the expected states of its adapter by tensor."""
 
     path: Path
     name: str
-    parts: dict[str, Part]
+    adapters: dict[str, AdapterState]
+
+
+class BaseMachine(RuleBasedStateMachine):
+    """A random model with its reference, and functions that the rules use.
+
+    `second` is another model with its reference: a copy, or loaded from a file.
+    """
+
+    checked: CheckedModel
+    ids: Tensor
+    scopes: list[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.files: list[File] = []
+        self.second: CheckedModel | None = None
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+
+    @initialize(
+        layers=st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=2),
+        tied=st.booleans(),
+        double=st.booleans(),
+        untrained=st.sets(st.integers(0, 40), max_size=2),
+        seed=a_seed,
+    )
+    def build(
+        self, layers: list[str], tied: bool, double: bool, untrained: set[int], seed: int
+    ) -> None:
+        torch.manual_seed(seed)
+        plain = Net(layers, tied).to(torch.float64 if double else torch.float32)
+        parameters = list(plain.parameters())
+        for index in untrained:
+            parameters[index % len(parameters)].requires_grad_(False)
+        self.ids = torch.tensor([[0, 1, 2], [4, 3, 2]])
+        self.checked = CheckedModel(copy.deepcopy(plain), ReferenceModel.of(plain))
+        self.scopes = ["emb.", "head.", *(f"layers.{i}." for i in range(len(layers)))]
+
+    @invariant()
+    def check_models(self) -> None:
+        self.checked.check(self.ids)
+        if self.second is not None:
+            self.second.check(self.ids)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.checked.model
+
+    @property
+    def reference(self) -> ReferenceModel:
+        return self.checked.reference
+
+    def submodule(self, scope: str) -> nn.Module:
+        """Return the part of the model whose paths start with `scope`."""
+        return self.model.get_submodule(scope.rstrip("."))
+
+    def bad_name(self, names: Any, scope: str = "") -> ExpectedError | None:
+        return BAD_NAME if set(names) - set(self.reference.names(scope)) else None
+
+    def attempt(self, call: Callable[[], Any], *errors: ExpectedError | None) -> bool:
+        """Call, and expect the first error that is not None; return whether all are None."""
+        expected_error = next(filter(None, errors), None)
+        if expected_error is None:
+            call()
+            return True
+        error, message = expected_error
+        with pytest.raises(error, match=message):
+            call()
+        return False
+
+    def factors(self, name: str) -> dict[str, dict[str, Tensor]]:
+        """Return the factors of an adapter of the model, by site."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in pl.state_dict(self.model, name).items():
+            site, _, factor = key.rpartition(".")
+            found.setdefault(site, {})[factor] = tensor.double().clone()
+        return found
+
+    def fill(self, name: str, seed: int) -> None:
+        """Load random numbers into an adapter of the model and of the reference."""
+        state = pl.state_dict(self.model, name)
+        generator = torch.Generator().manual_seed(seed)
+        values = {
+            key: torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) / 2
+            for key, tensor in state.items()
+        }
+        pl.load_state_dict(self.model, values, name)
+        for path, by_name in self.reference.adapters.items():
+            for key in by_name[name].factors if name in by_name else ():
+                by_name[name].factors[key] = values[f"{path}.{key}"].double()
+
+    def set_aside(self, other: CheckedModel, switch: bool) -> None:
+        """Continue with `other` if `onward`, else with the current model; keep the one not used."""
+        while self.second is not None and self.second.blocks:
+            self.second.exit_block()
+        self.checked, self.second = (other, self.checked) if switch else (self.checked, other)

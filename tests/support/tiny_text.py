@@ -1,4 +1,4 @@
-"""A tiny transformers checkpoint with its tokenizer, and texts that it can learn to tell apart."""
+"""A tiny transformers checkpoint with its tokenizer, and texts of two learnable classes."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ FILLER = ["the", "film", "was", "a", "story", "of", "some", "people", "and", "lo
 
 
 def texts(count: int, seed: int) -> list[dict[str, Any]]:
-    """Return rows of text and label (0 bad, 1 good): filler words, and three that tell."""
+    """Return rows of text and label (0 bad, 1 good): filler words, and three telling words."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(words: list[str], n: int) -> list[str]:
@@ -31,7 +31,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def checkpoint(folder: Path, kind: str = "bert") -> Path:
-    """Write a tiny random model (bert, distilbert or gpt2) and a tokenizer; return where."""
+    """Write a tiny random model (bert, distilbert or gpt2) and a tokenizer; return the folder."""
     import transformers
 
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -66,7 +66,7 @@ def checkpoint(folder: Path, kind: str = "bert") -> Path:
 
 
 def _tokenizer(vocabulary: dict[str, int]) -> Any:
-    """Return a tokenizer of whole words, with BERT's special tokens."""
+    """Return a tokenizer of whole words, with the special tokens of BERT."""
     import tokenizers
     import transformers
     from tokenizers import models, pre_tokenizers, processors

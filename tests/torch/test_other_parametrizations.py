@@ -256,3 +256,25 @@ def test_norm_of_a_hook_after_attach() -> None:
     pl.attach(model, pl.LoRA(rank=2))
     with unchanged(model), pytest.raises(KeyError, match="weight"):
         nn.utils.weight_norm(model[0])
+
+
+def test_modules_of_a_parametrization() -> None:
+    """A Linear inside another parametrization is not adapted."""
+
+    class ByLinear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return self.inner(weight)
+
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    parametrize.register_parametrization(model[0], "weight", ByLinear())
+    x = torch.randn(5, 4)
+    expected, digest = model(x), pl.fingerprint(model)
+    assert [row.site for row in pl.attach(model, pl.LoRA(2)).sites] == ["0.weight", "2.weight"]
+    shake(model)
+    assert pl.fingerprint(model) == digest
+    pl.disable(model)
+    assert torch.equal(model(x), expected)

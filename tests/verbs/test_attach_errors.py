@@ -1,11 +1,11 @@
-"""What each bad call of `attach` says, word for word, and that it leaves the model bit-identical.
+"""Errors of `attach` for tensors, names, specs and inits, word by word.
 
-A message names what was given, what was found and what to do. `[...]` in one of them stands for
-words that are not paramlora's.
+A message says what was given, what was found and what to do. `[...]` stands for words that do not
+come from paramlora. Errors of targets are in `test_targets.py`, those of settings in
+`tests/kinds/test_specs.py`.
 """
 
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import paramlora as pl
 from paramlora import LoRA
-from tests.support.helpers import A_NAME, LEAVE_OUT, Row, refuses, unchanged
+from tests.support.helpers import A_NAME, LEAVE_OUT, Row, refuses
 from tests.support.models import Tied, attached, plain
 
 
 class Holder(nn.Module):
-    """A tensor of any kind, beside a Linear."""
+    """A tensor of any dtype or layout, beside a Linear."""
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Holder(nn.Module):
 
 
 class Failing(nn.Module):
-    """Counts the calls of an init, and fails at the second."""
+    """An init that fails at its second call."""
 
     calls = 0
 
@@ -39,14 +39,14 @@ class Failing(nn.Module):
 
 
 def one_sided() -> nn.Module:
-    """A tied model to one side of which an adapter was attached through a part."""
+    """Return a tied model with an adapter attached to one side through a part."""
     model = Tied()
     pl.attach(model.head, LoRA(rank=2), "weight")
     return model
 
 
 def hooked() -> nn.Module:
-    with warnings.catch_warnings():  # the old weight_norm, which torch advises against
+    with warnings.catch_warnings():  # the old weight_norm is deprecated
         warnings.simplefilter("ignore")
         return nn.Sequential(nn.utils.weight_norm(nn.Linear(5, 4)), nn.Linear(4, 3))
 
@@ -63,13 +63,13 @@ DTYPE = "only floating tensors of 16 to 64 bits can be adapted, not integer, com
 
 
 def other_dtype(dtype: torch.dtype) -> Row:
-    """Return the row of a tensor whose dtype cannot be adapted."""
+    """Return the row of a tensor of a dtype that cannot be adapted."""
 
     def make() -> nn.Module:
         zeros = torch.zeros(4, 5)
         if dtype is not torch.qint8:
             return Holder(zeros.to(dtype))
-        with warnings.catch_warnings():  # torch is about to drop this dtype
+        with warnings.catch_warnings():  # torch will remove this dtype
             warnings.simplefilter("ignore")
             return Holder(torch.quantize_per_tensor(zeros, 0.1, 0, dtype))
 
@@ -209,35 +209,7 @@ ATTACHING: dict[str, Row] = {
 
 
 @pytest.mark.parametrize("row", ATTACHING.values(), ids=ATTACHING.keys())
-def test_attach_refuses(row: Row) -> None:
-    """A bad attach says what was given, what there is and what to do, and changes nothing."""
+def test_attach_errors(row: Row) -> None:
+    """An attach that is impossible raises, says what to do, and changes nothing."""
     make, call, error, message = row
     refuses(make(), call, error, message)
-
-
-UNFIT: dict[str, Callable[[], nn.Module]] = {
-    "lazy": lambda: nn.Sequential(nn.LazyLinear(3)),
-    "int64": lambda: nn.Sequential(holder(torch.ones(3, 3, dtype=torch.int64))),
-    "bool": lambda: nn.Sequential(holder(torch.ones(3, 3, dtype=torch.bool))),
-    "complex64": lambda: nn.Sequential(holder(torch.ones(3, 3, dtype=torch.complex64))),
-    "qint8": lambda: nn.Sequential(
-        holder(torch.quantize_per_tensor(torch.ones(3, 3), 0.1, 0, torch.qint8))
-    ),
-    "sparse": lambda: nn.Sequential(holder(torch.ones(3, 3).to_sparse())),
-    "two dimensions": lambda: nn.Sequential(nn.LayerNorm(3)),
-}
-
-
-def holder(tensor: Tensor) -> nn.Module:
-    module = nn.Module()
-    module.weight = nn.Parameter(tensor, requires_grad=False)
-    return module
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("reason", UNFIT)
-def test_10_what_cannot_be_adapted_is_refused(reason: str) -> None:
-    """Lazy, integer, complex, quantized, sparse and 1-D tensors are refused by name."""
-    model = UNFIT[reason]()
-    with unchanged(model), pytest.raises(pl.TargetError, match=rf"'0\.weight'.*{reason}"):
-        pl.attach(model, pl.LoRA(rank=2), "0.weight")

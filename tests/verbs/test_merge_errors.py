@@ -1,4 +1,4 @@
-"""What each bad `merge`, `unmerge`, `bake` or `detach` says, word for word."""
+"""Errors of `merge`, `unmerge`, `bake` and `detach`, word by word."""
 
 import pytest
 import torch
@@ -18,14 +18,14 @@ def tied() -> nn.Module:
 
 
 def one_sided() -> nn.Module:
-    """A tied model to one side of which an adapter was attached through a part."""
+    """Return a tied model with an adapter attached to one side through a part."""
     model = Tied()
     pl.attach(model.head, LoRA(rank=2), "weight")
     return model
 
 
 def overwritten() -> nn.Module:
-    """The model of `half_merged` with a merged weight that was written to."""
+    """Return the model of `half_merged` after a write to a merged weight."""
     model = half_merged()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -45,14 +45,14 @@ def spectral() -> nn.Module:
 
 
 MERGING: dict[str, Row] = {
-    "merging what is off": (
+    "merging an adapter that is off": (
         attached,
         lambda m: pl.merge(m, "digits", "letters"),
         pl.StateError,
         "adapter 'letters' is switched off, so merging it would change what the model computes; "
         "enable it first",
     ),
-    "merging nothing": (
+    "merging without adapters": (
         plain,
         lambda m: pl.merge(m),
         pl.StateError,
@@ -72,20 +72,20 @@ MERGING: dict[str, Row] = {
         "'emb.weight' and 'head.weight' are tied, and adapters were attached to one side alone, "
         "through a part of the model; detach those, and attach to the whole",
     ),
-    "unmerging what was written to": (
+    "unmerging after a write": (
         overwritten,
         lambda m: pl.unmerge(m),
         pl.StateError,
         "'fc1.weight' was written to since the merge, and unmerging would lose that; bake keeps it",
     ),
-    "normalising what is merged": (
+    "weight_norm on a merged weight": (
         half_merged,
         lambda m: parametrizations.weight_norm(m.fc1),
         pl.StateError,
         "_WeightNorm cannot take over a tensor into which adapter 'digits' is merged; unmerge "
         "first",
     ),
-    "merging inside of merged": (
+    "merging in a block of merged": (
         half_merged,
         lambda m: enter(pl.merged(m, "letters")),
         pl.StateError,
@@ -98,7 +98,7 @@ MERGING: dict[str, Row] = {
         "cannot merge at '0.weight': _SpectralNorm below the adapter cannot store the merged "
         "weight; remove it first, or leave the adapter unmerged",
     ),
-    "baking with something off": (
+    "baking with an adapter off": (
         attached,
         lambda m: pl.bake(m),
         pl.StateError,
@@ -122,7 +122,7 @@ MERGING: dict[str, Row] = {
 
 
 @pytest.mark.parametrize("row", MERGING.values(), ids=MERGING.keys())
-def test_verbs_refuse(row: Row) -> None:
-    """A bad call on attached adapters says what is wrong and what to do, and changes nothing."""
+def test_invalid_call(row: Row) -> None:
+    """A call that cannot be carried out raises, says what to do, and changes nothing."""
     make, call, error, message = row
     refuses(make(), call, error, message)

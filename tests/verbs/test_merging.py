@@ -1,4 +1,4 @@
-"""Merging a grouped convolution, and merging adapters whose order matters."""
+"""Merging: bits, order, memory format, and writes to merged weights."""
 
 import copy
 import sys
@@ -18,7 +18,7 @@ from tests.support.reference import shake
 
 
 @pytest.mark.parametrize("groups", [2, 4])
-def test_merging_a_grouped_convolution(groups: int) -> None:
+def test_grouped_convolution(groups: int) -> None:
     """A grouped convolution is adapted and merged like any other layer.
 
     PEFT 0.21 refuses to merge it.
@@ -40,7 +40,7 @@ def test_merging_a_grouped_convolution(groups: int) -> None:
     ("first", "second"),
     [(pl.LoRA(2), pl.DoRA(2)), (pl.IA3(), pl.LoRA(2)), (pl.DoRA(2), pl.LoRA(2))],
 )
-def test_merging_out_of_order(first: pl.kinds.Spec, second: pl.kinds.Spec) -> None:
+def test_order_of_adapters(first: pl.kinds.Spec, second: pl.kinds.Spec) -> None:
     """If the order of two adapters matters, merging the later one alone raises StateError."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 5)).double(), torch.randn(3, 6, dtype=torch.float64)
@@ -62,8 +62,8 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_5_unmerging_gives_back_the_bits(dtype: torch.dtype) -> None:
-    """Merging and unmerging two adapters changes no bit, in bfloat16 a thousand times over."""
+def test_unmerging_restores_the_bits(dtype: torch.dtype) -> None:
+    """Merging and unmerging two adapters keeps every bit, in bfloat16 a thousand times over."""
     layers: Any = nn.Sequential(nn.Linear(4, 4), nn.Embedding(5, 4)).to(dtype)
     targets = [nn.Linear, nn.Embedding]
     pl.attach(layers, pl.LoRA(rank=2), targets, name="one")
@@ -84,10 +84,10 @@ def test_5_unmerging_gives_back_the_bits(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("init", ["kaiming", "olora"])
-def test_5_merged_by_blocks_of_rows(
+def test_merging_by_blocks_of_rows(
     dtype: torch.dtype, init: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A weight of many blocks of rows is merged to the bits that reading it gives, and back."""
+    """A weight merged in several blocks of rows has the bits of W' as read, and unmerges."""
     monkeypatch.setattr(sys.modules["paramlora.verbs.merge"], "_BLOCK", 20)
     layer: Any = nn.Linear(6, 10).to(dtype)
     pl.attach(layer, pl.LoRA(rank=2, alpha=3, init=init), name="one")
@@ -102,43 +102,33 @@ def test_5_merged_by_blocks_of_rows(
     assert snapshot(layer) == before
 
 
-def net() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-
-
-def shaken(model: nn.Module) -> None:
+def test_write_to_a_merged_weight() -> None:
+    """Unmerging raises if it would lose a write to the merged weight; baking keeps the write."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    pl.attach(model, pl.LoRA(2), "0")
+    shake(model)
+    pl.merge(model)
+    copied = copy.deepcopy(model)
     with torch.no_grad():
-        for parameter in pl.parameters(model):
-            parameter.normal_()
+        model[0].weight.add_(1)
+    written = model[0].weight.clone()
+    with pytest.raises(pl.StateError, match=r"'0.weight' was written to since the merge.*bake"):
+        pl.unmerge(model)
+    assert torch.equal(model[0].weight, written)
+    pl.bake(model)
+    assert torch.equal(model[0].weight, written)
+    pl.unmerge(copied)
 
 
-class TestMergedWeights:
-    def test_a_write_while_merged_is_not_lost(self) -> None:
-        """Unmerging is refused where it would lose what was written since; baking keeps that."""
-        model = net()
-        pl.attach(model, pl.LoRA(2), "0")
-        shaken(model)
-        pl.merge(model)
-        copied = copy.deepcopy(model)
-        with torch.no_grad():
-            model[0].weight.add_(1)
-        written = model[0].weight.clone()
-        with pytest.raises(pl.StateError, match=r"'0.weight' was written to since the merge.*bake"):
-            pl.unmerge(model)
-        assert torch.equal(model[0].weight, written)
-        pl.bake(model)
-        assert torch.equal(model[0].weight, written)
-        pl.unmerge(copied)
-
-    def test_merging_keeps_the_memory_format(self) -> None:
-        """A channels_last weight is one when merged, baked or unmerged."""
-        layer = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
-        strides = layer.weight.stride()
-        pl.attach(layer, pl.LoRA(2), "weight")
-        shaken(layer)
-        dense = layer.weight.detach().clone()
-        pl.merge(layer)
-        assert layer.weight.stride() == strides
-        assert_close(layer.weight, dense)
-        pl.bake(layer)
-        assert layer.weight.stride() == strides
+def test_memory_format() -> None:
+    """A channels_last weight keeps its format when merged and baked."""
+    layer = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    strides = layer.weight.stride()
+    pl.attach(layer, pl.LoRA(2), "weight")
+    shake(layer)
+    dense = layer.weight.detach().clone()
+    pl.merge(layer)
+    assert layer.weight.stride() == strides
+    assert_close(layer.weight, dense)
+    pl.bake(layer)
+    assert layer.weight.stride() == strides

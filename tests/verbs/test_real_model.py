@@ -1,4 +1,4 @@
-"""A real pretrained model: all-MiniLM-L6-v2, out of the package that carries it."""
+"""A real pretrained model, all-MiniLM-L6-v2, from the package that contains it."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,7 @@ SENTENCES = [
 
 
 @pytest.fixture(scope="module")
-def world() -> tuple[Any, Any]:
+def pretrained() -> tuple[Any, Any]:
     """The model and its tokenizer."""
     import transformers
 
@@ -36,35 +36,35 @@ def world() -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def embeddings(world: tuple[Any, Any]) -> Tensor:
-    model, tokenizer = world
+def embeddings(pretrained: tuple[Any, Any]) -> Tensor:
+    model, tokenizer = pretrained
     given = tokenizer(SENTENCES, padding=True, return_tensors="pt")
     hidden = model(**given).last_hidden_state
     mask = given["attention_mask"][..., None]
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
 
 
-def test_off_the_embeddings_are_the_checkpoints(world: tuple[Any, Any], tmp_path: Path) -> None:
-    """Attached, off, saved, loaded elsewhere and detached: real embeddings keep their bits."""
-    model, _ = world
-    before, digest = embeddings(world), pl.fingerprint(model)
+def test_embeddings_keep_their_bits(pretrained: tuple[Any, Any], tmp_path: Path) -> None:
+    """Attached, off, loaded again and detached, the embeddings keep their bits."""
+    model, _ = pretrained
+    before, digest = embeddings(pretrained), pl.fingerprint(model)
     assert before[0] @ before[1] > 0.4 > before[0] @ before[2]
     summary = pl.attach(model, pl.LoRA(8), ["*.query", "*.value"], name="task")
     assert summary.trainable == 6 * 2 * 8 * (384 + 384)
-    assert torch.equal(embeddings(world), before)
+    assert torch.equal(embeddings(pretrained), before)
     with torch.no_grad():
         for factor in pl.parameters(model):
             factor.add_(torch.randn(factor.shape, generator=torch.Generator().manual_seed(1)) / 10)
-    on = embeddings(world)
+    on = embeddings(pretrained)
     assert not torch.allclose(on, before, atol=1e-2)
     with pl.disabled(model):
-        assert torch.equal(embeddings(world), before)
+        assert torch.equal(embeddings(pretrained), before)
     pl.save(model, tmp_path / "task.safetensors", "task")
     with pl.merged(model):
-        torch.testing.assert_close(embeddings(world), on, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(embeddings(pretrained), on, rtol=1e-4, atol=1e-4)
     pl.detach(model)
-    assert torch.equal(embeddings(world), before)
+    assert torch.equal(embeddings(pretrained), before)
     pl.load(model, tmp_path / "task.safetensors")
-    assert torch.equal(embeddings(world), on)
+    assert torch.equal(embeddings(pretrained), on)
     pl.detach(model)
     assert pl.fingerprint(model) == digest

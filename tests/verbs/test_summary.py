@@ -1,4 +1,4 @@
-"""The summary tells the truth: what is adapted, what is not and why, what a backward left out."""
+"""The summary: sites, skipped tensors with the reason, and gradients after a backward."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,8 +19,8 @@ def skipped(summary: pl.Summary) -> dict[str, tuple[str, bool]]:
     return {one.tensor: (one.reason, one.trainable) for one in summary.skipped}
 
 
-def test_attach_says_what_it_left_out() -> None:
-    """Each tensor of the base is a site, or skipped with the reason, and whether it is trained."""
+def test_skipped_tensors() -> None:
+    """Each tensor of the base is a site, or is listed as skipped with the reason."""
     model: Any = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
     specs: Any = {"0[:2]": LoRA(2), "*.weight": LoRA(1), "2.bias": Delta()}
     summary = pl.attach(model, specs, exclude="1", freeze=False)
@@ -42,15 +42,15 @@ def test_attach_says_what_it_left_out() -> None:
     assert skipped(pl.summary(model)) == dict.fromkeys(bare, ("without an adapter", False))
 
 
-def test_a_tied_tensor_is_not_skipped() -> None:
-    """What is adapted under another name counts as adapted."""
+def test_tied_tensor_is_not_skipped() -> None:
+    """A tensor that is adapted under another path is not listed as skipped."""
     model: Any = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7)})
     model["head"].weight = model["embed"].weight
     assert set(skipped(pl.attach(model, LoRA(2), "head"))) == {"head.bias"}
 
 
 class Half(nn.Module):
-    """A model that leaves a layer out, and another out of what it learns from."""
+    """A model with a layer that it never calls and a layer with zero gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,8 +64,8 @@ def gradients(model: nn.Module) -> dict[str, tuple[bool | None, str]]:
     return {f"{r.site} {r.adapter}": (r.gradient, r.note) for r in pl.summary(model).sites}
 
 
-def test_sites_without_a_gradient() -> None:
-    """After a backward the sites whose factors got no gradient are named, with the reason."""
+def test_sites_without_gradients() -> None:
+    """After a backward, sites whose factors got no gradient are listed with the reason."""
     model = Half()
     pl.attach(model, LoRA(2), name="a")
     assert {row.gradient for row in pl.summary(model).sites} == {None}
@@ -92,8 +92,8 @@ def test_sites_without_a_gradient() -> None:
     assert found["used.weight[:2] c"] == (False, "no gradient, it is merged")
 
 
-def test_gradients_from_before_are_no_backward() -> None:
-    """What a base has from its own training says nothing of adapters."""
+def test_gradients_of_the_base() -> None:
+    """Gradients of the base from before attaching do not count as a backward of adapters."""
     model = Half()
     model(torch.ones(3, 4)).sum().backward()
     pl.attach(model, LoRA(2))
@@ -131,10 +131,10 @@ DRY: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("make", "options"), DRY.values(), ids=DRY.keys())
-def test_a_dry_run_changes_nothing(
+def test_dry_run(
     make: Callable[[], nn.Module], options: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It prints and returns what attaching then returns, and model and random numbers stay."""
+    """A dry run prints and returns the summary of the real attach, and changes nothing."""
     options = {"spec": LoRA(2, 3, batch_dims=1), "name": "new", **options}
     model, generator = make(), torch.Generator().manual_seed(3)
     state, own = torch.get_rng_state(), generator.get_state()
@@ -150,13 +150,13 @@ def test_a_dry_run_changes_nothing(
     assert capsys.readouterr().out == ""
 
 
-def test_a_dry_run_draws_nothing() -> None:
-    """No init runs, whatever it would do."""
+def test_dry_run_calls_no_init() -> None:
+    """A dry run calls no init."""
     pl.attach(plain(), LoRA(2, init=failing), dry_run=True)
 
 
-def test_a_dry_run_refuses_what_attaching_refuses() -> None:
-    """What would raise raises in a dry run too."""
+def test_dry_run_raises() -> None:
+    """A dry run raises the errors of the real attach."""
     refuses(
         Net(),
         lambda model: pl.attach(model, LoRA(2), "fc9", dry_run=True),
@@ -165,8 +165,8 @@ def test_a_dry_run_refuses_what_attaching_refuses() -> None:
     )
 
 
-def test_a_rank_above_the_smaller_side_is_allowed_and_marked() -> None:
-    """A rank above the smaller side of the matrix works as any other, and the summary marks it."""
+def test_rank_above_the_smaller_side() -> None:
+    """A rank above the smaller side of the matrix is allowed, and the summary marks it."""
     model = plain()
     rows = pl.attach(model, LoRA(rank=4), name="wide").sites
     assert [(row.site, row.note) for row in rows] == [

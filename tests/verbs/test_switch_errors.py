@@ -1,4 +1,4 @@
-"""What each bad call that names, toggles or scales adapters says, word for word."""
+"""Errors of the verbs that name, toggle or scale adapters, word by word."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from tests.support.helpers import Row, enter, refuses
 from tests.support.models import attached, half_merged, plain
 
 SWITCHING: dict[str, Row] = {
-    "one name good, one not": (
+    "one of two names unknown": (
         attached,
         lambda m: pl.enable(m, "letters", "digit"),
         pl.AdapterNameError,
@@ -61,11 +61,17 @@ SWITCHING: dict[str, Row] = {
         ValueError,
         "a strength must be a finite number, got True",
     ),
-    "strength a tensor that is no number": (
+    "strength a tensor of NaN": (
         attached,
         lambda m: pl.scale(m, torch.tensor(math.nan)),
         ValueError,
         "a strength must be a finite number, got tensor(nan)",
+    ),
+    "strength an infinite tensor": (
+        attached,
+        lambda m: pl.scale(m, torch.tensor(math.inf)),
+        ValueError,
+        "a strength must be a finite number, got tensor(inf)",
     ),
     "strength a vector": (
         attached,
@@ -85,8 +91,8 @@ SWITCHING: dict[str, Row] = {
 
 
 @pytest.mark.parametrize("row", SWITCHING.values(), ids=SWITCHING.keys())
-def test_verbs_refuse(row: Row) -> None:
-    """A bad call on attached adapters says what is wrong and what to do, and changes nothing."""
+def test_invalid_call(row: Row) -> None:
+    """An invalid name or strength raises, says what to do, and changes nothing."""
     make, call, error, message = row
     refuses(make(), call, error, message)
 
@@ -113,7 +119,7 @@ VERBS: dict[str, Callable[[nn.Module, str], Any]] = {
 
 @pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS.keys())
 def test_typo_in_a_name(verb: Callable[[nn.Module, str], Any]) -> None:
-    """Every verb that takes an adapter's name answers a typo with the names that there are."""
+    """Every verb that takes an adapter's name answers a typo with the attached names."""
     refuses(
         attached(),
         lambda m: verb(m, "leters"),
@@ -136,20 +142,20 @@ CHANGES_MERGED = {
 }
 
 
-@pytest.mark.parametrize(("verb", "word"), CHANGES_MERGED.items())
-def test_changing_what_is_merged(verb: str, word: str) -> None:
-    """A merged adapter is not toggled, scaled, merged again, loaded or detached."""
+@pytest.mark.parametrize(("verb", "action"), CHANGES_MERGED.items())
+def test_changing_a_merged_adapter(verb: str, action: str) -> None:
+    """A merged adapter cannot be toggled, scaled, merged again, loaded or detached."""
     refuses(
         half_merged(),
         lambda m: VERBS[verb](m, "digits"),
         pl.StateError,
-        f"cannot {word} adapter 'digits' while it is merged; unmerge first",
+        f"cannot {action} adapter 'digits' while it is merged; unmerge first",
     )
 
 
 @pytest.mark.parametrize("verb", ["enable", "disable", "detach"])
-def test_changing_all_when_one_is_merged(verb: str) -> None:
-    """A verb for all adapters changes none of them if one is merged."""
+def test_changing_all_adapters_with_one_merged(verb: str) -> None:
+    """A verb for all adapters raises and changes none of them if one is merged."""
     refuses(
         half_merged(),
         lambda m: getattr(pl, verb)(m),
@@ -158,8 +164,8 @@ def test_changing_all_when_one_is_merged(verb: str) -> None:
     )
 
 
-def test_errors_are_standard_ones() -> None:
-    """Each error can be caught as paramlora's and as the standard error that it is."""
+def test_base_classes_of_errors() -> None:
+    """Each error is a ParamloraError and the matching standard error."""
     for error, standard in {
         pl.TargetError: ValueError,
         pl.AdapterNameError: KeyError,

@@ -1,4 +1,4 @@
-"""Targets: types of layers, and tensors without elements."""
+"""Targets: types of layers, tensors without elements, and errors word by word."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.support.mixed import train
 from tests.support.models import attached, plain
 
 
-def test_a_type_matches_adapted_and_derived_modules() -> None:
+def test_type_matches_subclasses() -> None:
     """A type as target matches adapted modules and subclasses; `out_proj` is then trained."""
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0)
     assert type(layer.self_attn.out_proj) is not nn.Linear
@@ -31,7 +31,7 @@ def test_a_type_matches_adapted_and_derived_modules() -> None:
 
 
 @pytest.mark.parametrize("spec", [pl.LoRA(1), pl.Delta()])
-def test_a_tensor_without_elements(spec: pl.kinds.Spec) -> None:
+def test_empty_tensor(spec: pl.kinds.Spec) -> None:
     """A tensor without elements raises TargetError with its path, and nothing is attached."""
     model = nn.Sequential(nn.Linear(0, 3), nn.Linear(3, 2))
     with pytest.raises(pl.TargetError, match=r"'0.weight' with .*: it has no elements"):
@@ -55,7 +55,7 @@ TARGETS: dict[str, Row] = {
         pl.TargetError,
         "no tensor matches 'fc1.wieght'; did you mean fc1.weight, fc2.weight, emb.weight?",
     ),
-    "nothing like it": (
+    "no similar path": (
         plain,
         lambda m: pl.attach(m, LoRA(2), "h.*.c_attn"),
         pl.TargetError,
@@ -80,7 +80,7 @@ TARGETS: dict[str, Row] = {
         pl.TargetError,
         "no tensor matches 'fc2.bais'; did you mean fc2.bias, fc1.bias, fc2.weight?",
     ),
-    "a type that is not there": (
+    "a type without a match": (
         plain,
         lambda m: pl.attach(m, LoRA(2), nn.Conv2d),
         pl.TargetError,
@@ -105,13 +105,13 @@ TARGETS: dict[str, Row] = {
         pl.TargetError,
         "no tensor matches <lambda>; modules with a weight here are Embedding, LayerNorm, Linear",
     ),
-    "no parameter at all": (
+    "a model without parameters": (
         nn.ReLU,
         lambda m: pl.attach(m, LoRA(2), "fc1"),
         pl.TargetError,
         "no tensor matches 'fc1'; there are no parameters",
     ),
-    "no weight at all": (
+    "a model without weights": (
         nn.ReLU,
         lambda m: pl.attach(m, LoRA(2)),
         pl.TargetError,
@@ -171,7 +171,7 @@ TARGETS: dict[str, Row] = {
         TypeError,
         f"{A_TARGET} None",
     ),
-    "a type that is no module": (
+    "a type that is not a module": (
         plain,
         lambda m: pl.attach(m, LoRA(2), int),  # type: ignore[arg-type]
         TypeError,
@@ -182,6 +182,6 @@ TARGETS: dict[str, Row] = {
 
 @pytest.mark.parametrize("row", TARGETS.values(), ids=TARGETS.keys())
 def test_target_errors(row: Row) -> None:
-    """A bad attach says what was given, what there is and what to do, and changes nothing."""
+    """A target that matches nothing, or is not a target, raises and changes nothing."""
     make, call, error, message = row
     refuses(make(), call, error, message)
