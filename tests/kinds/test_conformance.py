@@ -192,6 +192,15 @@ class TestConformance:
             assert_conforms(case.actual(), case.expected("one"))
 
     @each_kind_and_host
+    def test_tensor_strength(self, kind: Kind, host: Host) -> None:
+        """A tensor as strength gives the outputs of its value, and gets its gradient."""
+        case = Case.of(host)
+        case.attach(kind, strength=torch.tensor(0.7, dtype=torch.float64, requires_grad=True))
+        actual = case.actual()
+        assert "one strength" in actual.gradients
+        assert_conforms(actual, case.expected("one"))
+
+    @each_kind_and_host
     def test_base_is_trained_beside(self, kind: Kind, host: Host) -> None:
         """With freeze=False the gradients of the base's tensors equal those of the reference."""
         case = Case.of(host)

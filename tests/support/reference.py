@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import paramlora as pl
 
-Formula = Callable[[Tensor, dict[str, Tensor], float], Tensor]
+Strength = float | Tensor
+Formula = Callable[[Tensor, dict[str, Tensor], Strength], Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Kind:
 def dora(s: float, dim: int = 0, *, constant: bool = True) -> Formula:
     """Return W' = (‖W‖ + k·d) ⊙ V / ‖V‖ with V = W + k·s·BA, norms over all but `dim`."""
 
-    def formula(W: Tensor, f: dict[str, Tensor], k: float) -> Tensor:
+    def formula(W: Tensor, f: dict[str, Tensor], k: Strength) -> Tensor:
         V = W + k * s * (f["B"] @ f["A"]).reshape(W.shape)
         reduced = [i for i in range(W.dim()) if i != dim]
         before, after = (torch.linalg.vector_norm(M, dim=reduced, keepdim=True) for M in (W, V))
@@ -63,7 +64,7 @@ def dora(s: float, dim: int = 0, *, constant: bool = True) -> Formula:
 def kronecker(s: float) -> Formula:
     """Return W' = W + k·s·W1 ⊗ W2, computed block by block."""
 
-    def formula(W: Tensor, f: dict[str, Tensor], k: float) -> Tensor:
+    def formula(W: Tensor, f: dict[str, Tensor], k: Strength) -> Tensor:
         W1 = f["W1"] if "W1" in f else f["B1"] @ f["A1"]
         W2 = f["W2"] if "W2" in f else f["B2"] @ f["A2"]
         W2 = W2.reshape(W.shape[0] // len(W1), W.shape[1] // len(W1.T), *W.shape[2:])
@@ -384,7 +385,7 @@ class Case:
     model: nn.Module
     inputs: tuple[Tensor, ...]
     kinds: dict[str, Kind] = field(default_factory=dict)
-    strengths: dict[str, float] = field(default_factory=dict)
+    strengths: dict[str, Strength] = field(default_factory=dict)
 
     @staticmethod
     def of(host: Host, dtype: torch.dtype = torch.float64) -> "Case":
@@ -401,8 +402,10 @@ class Case:
         tensors = self.plain.named_parameters()
         return [site for path, p in tensors if kind.takes(p) for site in kind.sites(path, p)]
 
-    def attach(self, kind: Kind, name: str = "one", strength: float = 1.0, **options: Any) -> None:
-        """Attach an adapter to all tensors that it can adapt, its factors random."""
+    def attach(
+        self, kind: Kind, name: str = "one", strength: Strength = 1.0, **options: Any
+    ) -> None:
+        """Attach an adapter to all tensors that it takes, its factors random."""
         pl.attach(self.model, kind.spec, name=name, **({"targets": self.sites(kind)} | options))
         move(self.model, name)
         pl.scale(self.model, strength, name)
@@ -423,6 +426,9 @@ class Case:
                 self.trained(name), pl.parameters(self.model, name), strict=True
             )
         }
+        for name, strength in self.strengths.items():
+            if isinstance(strength, Tensor):
+                leaves[f"{name} strength"] = strength
         # The parameters of the base, by their names from before attaching.
         base = dict(self.plain.named_parameters())
         for key, parameter in self.model.named_parameters():
@@ -454,6 +460,10 @@ class Case:
                 module.sparse = False  # torch has no sparse gradient through a computed tensor
         leaves: dict[str, Tensor] = dict(plain.named_parameters())
         weights = dict(leaves)
+        strengths = dict(self.strengths)
+        for name, strength in strengths.items():
+            if isinstance(strength, Tensor):
+                leaves[f"{name} strength"] = strengths[name] = strength.detach().requires_grad_()
         for name in self.kinds:
             factors: dict[str, dict[str, Tensor]] = {}
             trained = self.trained(name)
@@ -469,7 +479,7 @@ class Case:
                 # A copy: the gradient of the formula may need W.
                 weights[path] = W.clone()
                 weights[path][index] = self.kinds[name].formula(
-                    W[index], site_factors, self.strengths[name]
+                    W[index], site_factors, strengths[name]
                 )
         weights = {path: weight.to(dtype) for path, weight in weights.items()}
         inputs = [x.to(dtype) if x.is_floating_point() else x for x in self.inputs]

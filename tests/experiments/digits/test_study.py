@@ -183,7 +183,7 @@ def test_stopping_by_keyboard_and_going_on(finished, tmp_path, monkeypatch, caps
     with monkeypatch.context() as patch:
         patch.setattr(context_module, "train", stopped)
         assert study(tmp_path) == 130
-    assert "goes on from here" in capsys.readouterr().err
+    assert "run the same command again" in capsys.readouterr().err
     assert [row["stage"] for row in rows_in(tmp_path)] == STAGES[:6]
     assert study(tmp_path) == 0
     shown = capsys.readouterr().out
@@ -282,7 +282,7 @@ def test_a_run_that_does_not_name_its_study_is_a_digit_study(copied, capsys):
     assert "digit    images" in capsys.readouterr().out
     path.write_text(json.dumps({"study": "opera", **environment}))
     assert main(["report", str(copied / "run")]) == 2
-    assert "of study 'opera'; there are digits, sweeps, tasks, text" in capsys.readouterr().err
+    assert "of study 'opera'; known studies: digits, sweeps, tasks, text" in capsys.readouterr().err
 
 
 def test_a_run_with_flat_settings_is_reported_and_resumed(copied, trainings, capsys):
