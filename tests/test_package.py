@@ -1,4 +1,4 @@
-"""The package as installed: what it imports, and what its wheel contains."""
+"""The installed package: its imports, and the contents of its wheel."""
 
 import shutil
 import subprocess
@@ -39,7 +39,7 @@ def test_imported_packages(
 
 
 def test_contents_of_the_wheel(tmp_path: Path) -> None:
-    """The wheel holds the package, its `py.typed` and the source to build, and nothing else."""
+    """The wheel contains the package, its `py.typed`, the source to build, and nothing else."""
     pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77")
     source, out = tmp_path / "source", tmp_path / "out"
     unwanted = shutil.ignore_patterns(

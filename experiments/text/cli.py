@@ -63,10 +63,11 @@ def report(folders: list[Path]) -> int:
     Raises:
         StudyError: no run is in a folder, or none that has a fine-tuned model yet.
     """
-    from .report import failed, terminal, write_text_report
+    from ..report.checks import any_failed
+    from .report import checks, terminal, write_text_report
 
     runs = [write_text_report(folder) for folder in folders]
     for run in runs:
         print(terminal(run))
         print(f"report   {run.folder / 'report.md'}")
-    return int(any(map(failed, runs)))
+    return int(any(any_failed(checks(run)) for run in runs))

@@ -1,11 +1,11 @@
 """The report of a text run: a pure function of its rows, settings and environment."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..harness.settings import StudyError
+from ..report.checks import Check, check_lines
 from ..report.table import Sample, Table, key_value_table, percent
 
 # A merged network's logits may differ by so much of the largest; products in bf16 by far more.
@@ -31,8 +31,8 @@ def write_text_report(folder: Path) -> RunDirectory:
 
 
 def terminal(run: RunDirectory) -> str:
-    """Return what the terminal shows at the end of a run."""
-    return "\n".join(["", title(run), "", method_table(run).text(), "", *proofs(run)])
+    """Return the summary that the terminal shows at the end of a run."""
+    return "\n".join(["", title(run), "", method_table(run).text(), "", *check_lines(checks(run))])
 
 
 def markdown(run: RunDirectory, figures: dict[str, str]) -> str:
@@ -42,7 +42,7 @@ def markdown(run: RunDirectory, figures: dict[str, str]) -> str:
     if strength_rows(run):
         parts += ["## What is forgotten", strength_table(run).markdown(), FORGETTING]
         parts += [f"![{caption}]({name})" for name, caption in figures.items()]
-    parts += ["## Proofs", "\n".join(f"- {line}" for line in proofs(run))]
+    parts += ["## Checks", "\n".join(f"- {line}" for line in check_lines(checks(run)))]
     parts += ["## Settings", key_value_table(run.settings).markdown()]
     parts += ["## Environment", key_value_table(run.environment).markdown()]
     return "\n\n".join(parts) + "\n"
@@ -66,7 +66,7 @@ CAPTION = (
 
 
 def title(run: RunDirectory) -> str:
-    """Return in a line what was done."""
+    """Return the title of the report: data, checkpoint and seeds."""
     settings, env = run.settings, run.environment
     seeds = len({row["seed"] for row in tuned_rows(run)})
     return (
@@ -94,21 +94,21 @@ def methods_in(run: RunDirectory) -> list[str]:
 
 
 def method_table(run: RunDirectory) -> Table:
-    """Return a line a method: how much it trains, how well, how long and with what memory."""
+    """Return one line per method: trained parameters, accuracy, time and memory."""
     head = ["method", "trained", "share", "validation", "test", "n", "seconds", "peak GB"]
     rows = []
     for method in methods_in(run):
-        its = tuned_rows(run, method)
-        first, peaks = its[0], [row["peak_bytes"] for row in its]
+        these = tuned_rows(run, method)
+        first, peaks = these[0], [row["peak_bytes"] for row in these]
         rows.append(
             [
                 method,
                 f"{first['trainable']:,}",
                 f"{first['trainable'] / first['parameters']:.2%}",
-                percent2([row["validation_accuracy"] for row in its]),
-                percent2([row["accuracy"] for row in its]),
-                str(len(its)),
-                Sample(tuple(row["seconds"] for row in its)).mean_sd(1),
+                percent2([row["validation_accuracy"] for row in these]),
+                percent2([row["accuracy"] for row in these]),
+                str(len(these)),
+                Sample(tuple(row["seconds"] for row in these)).mean_sd(1),
                 "-" if None in peaks else Sample(tuple(p / 1e9 for p in peaks)).mean_sd(2),
             ]
         )
@@ -121,60 +121,50 @@ def percent2(fractions: list[float]) -> str:
 
 
 def strength_table(run: RunDirectory) -> Table:
-    """Return a line a method and strength: accuracy on the task, and what is left of before."""
+    """Return one line per method and strength: accuracy, and how much is forgotten."""
     head = ["method", "λ", "validation", "test", "retrieval", "agreement", "n"]
     rows = []
     for method in methods_in(run):
-        its = [row for row in strength_rows(run) if row["method"] == method]
-        if its:
-            base = percent(tuple(row["base_retrieval"] for row in its))
-            rows.append([method, "off", "", "", base, "1.000", str(len(its))])
-        for i, strength in enumerate(its[0]["strengths"] if its else []):
+        these = [row for row in strength_rows(run) if row["method"] == method]
+        if these:
+            base = percent(tuple(row["base_retrieval"] for row in these))
+            rows.append([method, "off", "", "", base, "1.000", str(len(these))])
+        for i, strength in enumerate(these[0]["strengths"] if these else []):
             rows.append(
                 [
                     method,
                     f"{strength:g}",
-                    percent2([row["validation"][i] for row in its]),
-                    percent2([row["accuracy"][i] for row in its]),
-                    percent(tuple(row["retrieval"][i] for row in its)),
-                    Sample(tuple(row["agreement"][i] for row in its)).mean_sd(3),
-                    str(len(its)),
+                    percent2([row["validation"][i] for row in these]),
+                    percent2([row["accuracy"][i] for row in these]),
+                    percent(tuple(row["retrieval"][i] for row in these)),
+                    Sample(tuple(row["agreement"][i] for row in these)).mean_sd(3),
+                    str(len(these)),
                 ]
             )
     return Table(head, rows)
 
 
-def proofs(run: RunDirectory) -> list[str]:
-    """Return a line for each thing that is proved, with how many fine-tunings hold it."""
-    return [
-        f"{'holds' if all(held) else 'FAILS'} in {sum(held)} of {len(held)}: {claim}"
-        for claim, held in checks(run)
-        if held
-    ]
-
-
-def failed(run: RunDirectory) -> bool:
-    """Whether anything that is to be proved does not hold."""
-    return any(not all(held) for _, held in checks(run))
-
-
-def checks(run: RunDirectory) -> Iterator[tuple[str, list[bool]]]:
-    """Yield what is proved, and for each fine-tuned adapter whether it holds."""
+def checks(run: RunDirectory) -> list[Check]:
+    """Return the claims that have rows, each with whether it is true for each adapter."""
 
     def each(stage: str, key: str) -> list[bool]:
         return [row[key] for row in run.rows if row["stage"] == stage]
 
-    yield (
-        "attached and not trained, the logits are bitwise the base's",
-        each("off", "same_at_first"),
-    )
-    yield "off, the logits are bitwise the base's", each("off", "same_logits")
-    yield "off, the base's fingerprint is the base's", each("off", "same_fingerprint")
-    yield "off, the embeddings are bitwise the base's", each("strengths", "same_embeddings")
+    found: list[Check] = [
+        ("before training, logits are bit-for-bit the base's", each("off", "same_at_first")),
+        ("adapter off, logits are bit-for-bit the base's", each("off", "same_logits")),
+        ("adapter off, base weights unchanged", each("off", "same_fingerprint")),
+        (
+            "adapter off, embeddings are bit-for-bit the base's",
+            each("strengths", "same_embeddings"),
+        ),
+    ]
     distances = [row["distance_from_on"] for row in run.rows if row["stage"] == "merged"]
     close = CLOSE["bf16" if run.environment["autocast"] else "fp32"]
     far = f"largest distance {max(distances, default=0):.1g} of the largest logit"
-    yield f"merged, the logits are those of on to rounding, {far}", [d < close for d in distances]
+    merged = f"merged, logits equal those with the adapter on up to rounding, {far}"
+    found.append((merged, [d < close for d in distances]))
+    return [(claim, passed) for claim, passed in found if passed]
 
 
 def draw_strengths(run: RunDirectory, path: Path) -> None:
@@ -198,21 +188,21 @@ def _strengths(run: RunDirectory, axes: Any) -> None:
         strict=True,
     ):
         for method in methods_in(run):
-            its = [row for row in strength_rows(run) if row["method"] == method]
-            if not its:
+            these = [row for row in strength_rows(run) if row["method"] == method]
+            if not these:
                 continue
             scale = 100 if key == "retrieval" else 1
-            count = range(len(its[0]["strengths"]))
-            x = [scale * sum(row[key][i] for row in its) / len(its) for i in count]
-            y = [100 * sum(row["accuracy"][i] for row in its) / len(its) for i in count]
+            count = range(len(these[0]["strengths"]))
+            x = [scale * sum(row[key][i] for row in these) / len(these) for i in count]
+            y = [100 * sum(row["accuracy"][i] for row in these) / len(these) for i in count]
             (mean,) = axis.plot(x, y, marker="o", label=method)
-            for row in its if len(its) > 1 else []:
+            for row in these if len(these) > 1 else []:
                 its_x = [scale * value for value in row[key]]
                 its_y = [100 * value for value in row["accuracy"]]
                 axis.plot(its_x, its_y, ".", color=mean.get_color(), alpha=0.4)
             for i in count:
                 # Upright, so that the labels of close points stand side by side.
-                axis.annotate(f"{its[0]['strengths'][i]:g}", (x[i], y[i]), fontsize=7,
+                axis.annotate(f"{these[0]['strengths'][i]:g}", (x[i], y[i]), fontsize=7,
                               xytext=(0, 5), textcoords="offset points",
                               rotation=90, ha="center", va="bottom")  # fmt: skip
         axis.margins(y=0.12)

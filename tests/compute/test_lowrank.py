@@ -256,7 +256,7 @@ class TestTracers:
 
 class TestSavedTensors:
     def test_x_and_hidden_rows(self, implementation: str) -> None:
-        """The forward saves x and x Aᵀ for the backward, and parameters."""
+        """Besides parameters, the forward saves x and x Aᵀ for the backward."""
         layer = nn.Linear(64, 48)
         pl.attach(layer, pl.LoRA(rank=4), "weight")
         x = torch.randn(32, 64, requires_grad=True)

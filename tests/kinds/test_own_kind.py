@@ -78,7 +78,7 @@ def test_two_classes_of_one_name(tmp_path: Path) -> None:
 
 
 def test_beside_another_kind() -> None:
-    """A custom kind without a factored form works beside LoRA: merged, off and detached."""
+    """A custom kind without a factored form works together with LoRA: merged, off and detached."""
     net, x = model(), torch.randn(4, 1, 6)
     base = net(x)
     pl.attach(net, pl.LoRA(rank=2), "0", name="lora")

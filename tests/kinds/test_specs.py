@@ -12,7 +12,7 @@ from tests.support.helpers import pattern
 RANK = "rank must be a whole number of at least 1, got "
 ALPHA = "alpha must be a finite number or None, got "
 BATCH_DIMS = "batch_dims must be a whole number of at least 0, got "
-# What makes a spec, and the message of the ValueError that this raises.
+# A function that makes an invalid spec, and the message of its ValueError.
 INVALID: dict[str, tuple[Callable[[], pl.kinds.Spec], str]] = {
     "rank 0": (lambda: LoRA(rank=0), RANK + "0"),
     "negative rank": (lambda: LoRA(rank=-4), RANK + "-4"),

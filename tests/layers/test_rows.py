@@ -53,7 +53,7 @@ def ids(*shape: int) -> Callable[[], Tensor]:
     return lambda: torch.randint(0, 9, (len(IDS), *shape))
 
 
-# For each host: what makes it, the target, the call, and what makes the inputs.
+# For each host: a function that makes it, the target, the call, functions that make the inputs.
 HOSTS: dict[str, tuple[Callable[[], nn.Module], str, Callable[..., Tensor], list[Any]]] = {
     "linear": (lambda: nn.Linear(6, 5), "host", plain, [normal(6)]),
     "linear-positions": (lambda: nn.Linear(6, 5), "host", plain, [normal(3, 2, 6)]),

@@ -121,7 +121,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS.keys())
 def test_import(settings: dict[str, Any], tmp_path: Path) -> None:
-    """What PEFT trains and saves gives the same outputs and merged weights here."""
+    """An adapter that PEFT trained and saved gives the same outputs and merged weights here."""
     model = mixed()
     wrapped = trained(model, LoraConfig(r=3, lora_alpha=4, **settings), IDS)
     ours = check_import(model, wrapped, IDS, tmp_path)
@@ -161,7 +161,7 @@ SPECS: dict[str, Any] = {
 @pytest.mark.parametrize("strength", [1.0, -0.37])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 def test_export(spec: Any, strength: float, tmp_path: Path) -> None:
-    """What is saved here gives the same outputs and merged weights in PEFT, strength included."""
+    """A saved adapter gives the same outputs and merged weights in PEFT, strength included."""
     base = mixed()
     model = copy.deepcopy(base)
     pl.attach(model, spec, name="digits")
@@ -259,7 +259,7 @@ def test_round_trip(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_saving_is_independent_of_state(tmp_path: Path) -> None:
-    """The files are the same whether the adapter is on, merged or off, and beside another one."""
+    """The files are the same whether the adapter is on, merged or off, or one of two."""
     model = mixed()
     pl.attach(model, {"fc": LoRA(3), "head.*": Delta()}, name="digits")
     pl.attach(model, LoRA(2), "fc", name="letters")

@@ -127,7 +127,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("case", "dtype"), in_dtypes(CASES))
 def test_import(case: tuple[str, dict[str, Any]], dtype: torch.dtype, tmp_path: Path) -> None:
-    """What PEFT trains and saves gives the same logits and merged weights here."""
+    """An adapter that PEFT trained and saved gives the same logits and merged weights here."""
     name, settings = case
     model, inputs = build_model(name, dtype)
     wrapped = trained(model, peft.LoraConfig(r=3, lora_alpha=4, **settings), inputs)
@@ -151,7 +151,7 @@ SPECS: dict[str, tuple[str, Any]] = {
 
 @pytest.mark.parametrize(("case", "dtype"), in_dtypes(SPECS))
 def test_export(case: tuple[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
-    """What is saved here gives the same logits and merged weights in PEFT."""
+    """A saved adapter gives the same logits and merged weights in PEFT."""
     name, spec = case
     base, inputs = build_model(name, dtype)
     model = copy.deepcopy(base)

@@ -43,7 +43,7 @@ def keeping() -> Iterator[list[Tensor]]:
 
 @contextmanager
 def new_garbage_only() -> Iterator[None]:
-    """Let gc.collect in the block visit only the objects made in it: all others take a second."""
+    """Let gc.collect visit only objects created in the block: visiting all takes a second."""
     gc.freeze()
     try:
         yield
@@ -192,7 +192,7 @@ def dense_copy(case: Case) -> nn.Module:
     return plain
 
 
-# A row of a table of errors: what makes the model, the call on it, the error and its message.
+# A row of a table of errors: a function that makes a model, a call, its error and message.
 Row = tuple[Callable[[], nn.Module], Callable[[Any], Any], type[Exception], str]
 
 

@@ -36,6 +36,13 @@ class Tied(nn.Module):
         return self.head(self.emb(ids))
 
 
+def tied_on_one_side() -> nn.Module:
+    """Return a tied model with an adapter attached to one side through a part."""
+    model = Tied()
+    pl.attach(model.head, pl.LoRA(rank=2), "weight")
+    return model
+
+
 def plain() -> nn.Module:
     """Return a `Net` without adapters, always with the same weights."""
     torch.manual_seed(0)
@@ -84,7 +91,7 @@ def with_three_adapters(
 
 
 def one_by_one(model: nn.Module, inputs: list[Tensor]) -> Tensor:
-    """Return the outputs of the rows, each computed alone with the adapter that IDS gives it."""
+    """Return the outputs of the rows, each computed in its own batch with the adapter in IDS."""
     rows = []
     for i, index in enumerate(IDS):
         row = [tensor[i : i + 1] for tensor in inputs]

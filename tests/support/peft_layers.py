@@ -6,7 +6,7 @@ from torch import nn
 import paramlora as pl
 from paramlora import Delta, LoRA
 
-# What the keys of a PEFT file begin with.
+# The prefix of the keys in a PEFT file.
 PREFIX = "base_model.model."
 
 

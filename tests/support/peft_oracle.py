@@ -1,4 +1,4 @@
-"""PEFT as the oracle: compare what it computes from a folder with what paramlora computes."""
+"""PEFT as the oracle: compare its outputs from a folder with those of paramlora."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""Strategies of the random sequences of verbs, and what their rules share."""
+"""The state machine of random sequences of verbs: strategies and the base class of its rules."""
 
 import copy
 import tempfile

@@ -71,7 +71,7 @@ CHANGES: dict[str, Callable[[Mixed, Tensor, Path], object]] = {
     "cast": lambda model, x, folder: model.double(),
     "hook": lambda model, x, folder: model.head.register_forward_hook(lambda *_: None),
 }
-# All changes in the usual state, and some in each of the others.
+# All changes in the usual state, and some in each other state.
 CASES = [(change, "on") for change in CHANGES if change not in ("enable", "unmerge")]
 CASES += [(change, "off") for change in ("attach", "enable", "load")]
 CASES += [(change, "merged") for change in ("attach", "unmerge", "bake", "spectral_norm", "cast")]
@@ -81,7 +81,7 @@ CASES += [(change, "normed") for change in ("attach", "detach", "merge and unmer
 @pytest.mark.parametrize("changed", ["copy", "original"])
 @pytest.mark.parametrize(("change", "state"), CASES)
 def test_deepcopy_is_independent(change: str, state: str, changed: str, tmp_path: Path) -> None:
-    """A deep copy equals the original; a change of either one leaves the other as it was."""
+    """A deep copy equals the original, and a change of either one does not affect the other."""
     model, x = mixed()
     if state == "normed":
         weight_norm(model.head)

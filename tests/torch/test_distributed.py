@@ -270,7 +270,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> Results:
-    """What each scenario returned in each process."""
+    """The results of each scenario in each process."""
     return run(SCENARIOS, folder)
 
 

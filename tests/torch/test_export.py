@@ -39,7 +39,7 @@ def _fresh_compiler() -> Iterator[None]:
     ids=host_name,
 )
 def test_export(host: str | Host, on: bool, strict: bool) -> None:
-    """An exported program computes what the dense reference computes, adapters on or off."""
+    """An exported program has the outputs of the dense reference, adapters on or off."""
     case = case_of(host)
     case.model.eval()
     (pl.enable if on else pl.disable)(case.model)

@@ -49,7 +49,7 @@ SMOOTH = [
 
 
 def test_functional_call() -> None:
-    """`functional_call` with other factors computes what the dense model computes with those."""
+    """`functional_call` with other factors equals the dense model with those factors."""
     case = case_of("encoder_layer")
     other = case_of("encoder_layer")
     with torch.no_grad():

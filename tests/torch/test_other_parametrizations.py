@@ -1,4 +1,4 @@
-"""Adapters beside weight_norm, spectral_norm, orthogonal and prune on the same weight.
+"""Adapters and weight_norm, spectral_norm, orthogonal or prune on the same weight.
 
 Notes on PEFT were checked with version 0.21.
 """

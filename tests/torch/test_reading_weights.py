@@ -52,7 +52,7 @@ def test_functional_call_of_a_weight() -> None:
 def test_output_projection_of_attention(batch_first: bool) -> None:
     """An adapter on `out_proj` of MultiheadAttention, which reads its weight itself, is trained.
 
-    In PEFT an adapter on `out_proj` alone gets no gradient: that layer's forward never runs.
+    In PEFT an adapter on `out_proj` only gets no gradient: the forward of that layer never runs.
     """
     torch.default_generator.manual_seed(0)
     model = nn.MultiheadAttention(8, 2, batch_first=batch_first).double()

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 import paramlora as pl
 from paramlora import LoRA
 from tests.support.helpers import A_NAME, LEAVE_OUT, Row, refuses
-from tests.support.models import Tied, attached, plain
+from tests.support.models import attached, plain, tied_on_one_side
 
 
 class Holder(nn.Module):
-    """A tensor of any dtype or layout, beside a Linear."""
+    """A Linear, and a tensor of any dtype or layout."""
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()
@@ -36,13 +36,6 @@ class Failing(nn.Module):
         if self.calls == 2:
             raise FloatingPointError("the init failed")
         nn.init.zeros_(tensor)
-
-
-def one_sided() -> nn.Module:
-    """Return a tied model with an adapter attached to one side through a part."""
-    model = Tied()
-    pl.attach(model.head, LoRA(rank=2), "weight")
-    return model
 
 
 def hooked() -> nn.Module:
@@ -91,7 +84,7 @@ ATTACHING: dict[str, Row] = {
         "targets or with exclude=",
     ),
     "a tie with an adapter on one side": (
-        one_sided,
+        tied_on_one_side,
         lambda m: pl.attach(m, LoRA(2), "emb", name="two"),
         pl.StateError,
         "'emb.weight' and 'head.weight' are tied, and adapters were attached to one side alone, "

@@ -8,19 +8,12 @@ from torch.nn.utils import parametrizations
 import paramlora as pl
 from paramlora import LoRA
 from tests.support.helpers import Row, enter, refuses
-from tests.support.models import Tied, attached, half_merged, plain
+from tests.support.models import Tied, attached, half_merged, plain, tied_on_one_side
 
 
 def tied() -> nn.Module:
     model = Tied()
     pl.attach(model, LoRA(rank=2), "emb")
-    return model
-
-
-def one_sided() -> nn.Module:
-    """Return a tied model with an adapter attached to one side through a part."""
-    model = Tied()
-    pl.attach(model.head, LoRA(rank=2), "weight")
     return model
 
 
@@ -66,7 +59,7 @@ MERGING: dict[str, Row] = {
         "switched off; unmerge or enable first",
     ),
     "merging a tie with an adapter on one side": (
-        one_sided,
+        tied_on_one_side,
         lambda m: pl.merge(m),
         pl.StateError,
         "'emb.weight' and 'head.weight' are tied, and adapters were attached to one side alone, "

@@ -17,6 +17,7 @@ from experiments.__main__ import main
 from experiments.harness.parallel import Group
 from experiments.harness.rundir import RunDirectory
 from experiments.harness.settings import replace, values
+from experiments.report.checks import any_failed
 from experiments.text import report as text_report
 from experiments.text import study as text
 from experiments.text.context import TextContext, prepare_context
@@ -94,10 +95,11 @@ def test_every_method_learns(finished: RunDirectory) -> None:
         assert row["validation_accuracy"] == max(row["validation_curve"])
 
 
-def test_proofs_hold(finished: RunDirectory) -> None:
-    """Untrained and off the model is bitwise the base; merged it is that of on."""
-    assert not text_report.failed(finished)
-    assert len(text_report.proofs(finished)) == 5
+def test_checks_pass(finished: RunDirectory) -> None:
+    """Before training and off, outputs are bitwise the base's; merged, those of on to rounding."""
+    checks = text_report.checks(finished)
+    assert not any_failed(checks)
+    assert len(checks) == 5
     for row in text_report.strength_rows(finished):
         assert row["agreement"][0] == pytest.approx(1)
         assert row["retrieval"][0] == row["base_retrieval"]
@@ -134,13 +136,13 @@ def test_a_stopped_run_goes_on(world: Path, finished: RunDirectory) -> None:
 
 
 def test_report(world: Path, finished: RunDirectory) -> None:
-    """The report has the methods, the strengths, proofs, settings; and is the same made again."""
+    """The report has methods, strengths, checks and settings, and is the same if made again."""
     assert main(["report", str(finished.folder)]) == 0
     report = (finished.folder / "report.md").read_text()
     for said in (
         "| lora+head |",
         "retrieval",
-        "off, the logits are bitwise",
+        "adapter off, logits are bit-for-bit",
         "strengths.png",
         "n = 1",
     ):
@@ -161,7 +163,7 @@ def test_command_line(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments += f" --out {world / 'own'} --no-forgetting --accumulate 2 --precision bf16"
     assert main(arguments.split()) == 0
     printed = capsys.readouterr().out
-    assert "holds in 1 of 1: off, the logits are bitwise the base's" in printed
+    assert "1/1 passed: adapter off, logits are bit-for-bit the base's" in printed
     assert "lora" in printed
 
 
