@@ -1,4 +1,4 @@
-"""The command of the text study: `text`, with `--vary` a sweep of it."""
+"""The command of the text study, `text`; with `--vary` it runs a sweep."""
 
 import os
 from pathlib import Path
@@ -28,7 +28,7 @@ def add_commands(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="SETTING=V,V",
-        help="run a sweep over these settings, such as rank=4,8; lists apart by semicolons",
+        help="run a sweep over these settings, such as rank=4,8; separate lists by semicolons",
     )
     text.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="runs of a sweep at a time [1]"
@@ -61,7 +61,7 @@ def report(folders: list[Path]) -> int:
     """Write the report and the figures of each run, and show its table; return 1 if a check failed.
 
     Raises:
-        StudyError: no run is in a folder, or none that has a fine-tuned model yet.
+        StudyError: a folder has no run, or a run without a fine-tuned model yet.
     """
     from ..report.checks import any_failed
     from .report import checks, terminal, write_text_report

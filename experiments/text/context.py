@@ -16,16 +16,16 @@ from .models import load_classifier, load_tokenizer
 from .settings import TextSettings
 from .tokens import Tokens, tokenized
 
-EVALUATED = 4  # a batch of an evaluation is so many times one of training
+EVALUATED = 4  # the size of an evaluation batch, in training batches
 
 
 @dataclass(frozen=True)
 class TextContext:
-    """The data to fine-tune with, and the run that takes down what comes of it.
+    """What the stages of the study share: the data on the device, and the run that gets the rows.
 
     Attributes:
         tokens: the splits "train", "validation" and "test", on the device.
-        dtype: of products inside autocast; None without it.
+        dtype: the dtype of autocast; None without autocast.
         group: the processes that train together.
     """
 
@@ -54,7 +54,7 @@ class TextContext:
         tokens, group, training = self.tokens[split], self.group, model.training
         order = tokens.lengths.argsort(stable=True)
         batches = order.split(EVALUATED * self.settings.finetuning.batch)
-        # All take the same number of turns: a sharded model is gathered by all together.
+        # All processes take the same number of turns, because they gather a sharded model together.
         turns = -(-len(batches) // group.size)
         found = torch.zeros(len(tokens), len(self.corpus.labels), device=self.device)
         model.eval()
@@ -78,13 +78,13 @@ class TextContext:
         return torch.autocast(self.device.type, dtype=self.dtype or torch.bfloat16, enabled=on)
 
     def record(self, stage: str, method: str, seed: int, **more: Any) -> None:
-        """Add a row; of several processes the first writes it."""
+        """Record a row; with several processes, only the first writes it."""
         if self.group.first:
             row = {"stage": stage, "method": method, "seed": seed, "commit": self.commit}
             self.run.record({**row, **more})
 
     def scored(self, model: nn.Module, split: str) -> Row:
-        """Return what a row says of a split: accuracy, loss, confusion."""
+        """Return accuracy, loss and confusion on a split, as a row has them."""
         return score(self.logits(model, split), self.tokens[split].labels)
 
 
@@ -110,6 +110,6 @@ def prepare_context(
 
 
 def autocast_dtype(settings: TextSettings, device: torch.device) -> torch.dtype | None:
-    """Return the dtype of products, None where they have that of the weights."""
+    """Return the dtype of autocast; None if products have the dtype of the weights."""
     auto = settings.finetuning.precision == "auto" and device.type == "cuda"
     return torch.bfloat16 if auto or settings.finetuning.precision == "bf16" else None

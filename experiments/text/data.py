@@ -6,8 +6,8 @@
     any other       a .csv file with a head, or a .jsonl file with an object a line
 
 Files may be packed (.gz, .bz2, .xz). A row is a text and a label; labels are numbered in sorted
-order. What is not given as a test set is split off by a seed of its own, so that every run of a
-data set has the same splits.
+order. If a data set has no test set, one is split off by a fixed seed, so that all runs have the
+same splits.
 """
 
 import bz2
@@ -40,7 +40,7 @@ Rows = list[tuple[str, str]]  # text, label
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts with their labels in three splits, and in words what they are and where they lie."""
+    """Texts with their labels in three splits, and a description of the data and its source."""
 
     name: str
     why: str
@@ -86,7 +86,7 @@ def _read(data: str, folder: Path, text: str, label: str) -> tuple[Rows, Rows, s
         return _imdb(folders) if data == "imdb" else _spam(folders)
     path = Path(data)
     if not path.is_file():
-        raise StudyError(f"--data must be imdb, spam or the path of a file; there is no {path}")
+        raise StudyError(f"--data must be imdb, spam or the path of a file; {path} does not exist")
     return list(_table(path, text, label)), [], f"on disk, in {path}"
 
 
@@ -123,7 +123,7 @@ def _acl_archive(path: Path) -> tuple[Rows, Rows]:
             if match and file:
                 label = "1" if match[2] == "pos" else "0"
                 found[match[1]].append((file.read().decode("utf-8"), label))
-    # In the archive's order they would depend on how it was packed.
+    # Sorted, because the order in the archive depends on how it was packed.
     return sorted(found["train"]), sorted(found["test"])
 
 
@@ -187,7 +187,7 @@ def _objects(file: io.TextIOBase, path: Path) -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise StudyError(f"{path}, line {number} is no JSON: {error}") from None
+            raise StudyError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise StudyError(f"{path}, line {number} must be an object, found {line!r:.60}")
         yield row

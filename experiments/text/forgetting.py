@@ -1,13 +1,13 @@
-"""What a checkpoint could do before: to place texts by meaning, and how much of that is left.
+"""How much a fine-tuning forgets of the checkpoint's ability to place texts by meaning.
 
-Without any data but the study's own: each of COUNT test texts is cut in two halves, and each half
-is embedded (the mean of the backbone's last hidden states over its tokens, normalised).
+No other data set is needed: each of COUNT test texts is cut into two halves, and each half is
+embedded (the mean of the backbone's last hidden states over its tokens, normalised).
 
     retrieval    share of first halves whose nearest second half is their own text's
     agreement    Spearman's rank correlation of all cosines between first and second halves
                  with those that the checkpoint gives
 
-Both are proxies: a retrieval of halves is no benchmark of sentence similarity.
+Both are proxies: retrieving halves is not a benchmark of sentence similarity.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .context import EVALUATED, TextContext
 from .models import backbone_of
 
 COUNT = 1000
-WORDS = 8  # a text with fewer has no two halves worth the name
+WORDS = 8  # shorter texts are not cut into halves
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Similarity:
 
     @property
     def cosines(self) -> Tensor:
-        """Between first halves and second ones, (n, n)."""
+        """The cosines between first and second halves, (n, n)."""
         return self.embeddings[0] @ self.embeddings[1].T
 
     @property
@@ -47,9 +47,9 @@ class Similarity:
 
 
 def similarity(context: TextContext, model: nn.Module) -> Similarity:
-    """Return what the backbone of a classifier makes of the halves of the test texts, in float32.
+    """Return the similarities of the halves of the test texts, by the backbone, in float32.
 
-    Every process computes all of it.
+    Every process computes all of them.
     """
     ids, mask = _halves(context)
     backbone, training = backbone_of(model), model.training

@@ -22,7 +22,7 @@ ADAPTER = "text"
 
 
 def transformers() -> Any:
-    """Return the package transformers, told to be quiet; imported late, for it takes seconds.
+    """Return the package transformers with its log turned off; importing it takes seconds.
 
     Raises:
         StudyError: it is not installed.
@@ -39,7 +39,7 @@ def transformers() -> Any:
 
 
 def load_tokenizer(model: str) -> Any:
-    """Return the tokenizer of a checkpoint; one without a padding token pads with its last.
+    """Return the tokenizer of a checkpoint; without a padding token, it pads with its last token.
 
     Raises:
         StudyError: there is no such checkpoint.
@@ -58,12 +58,12 @@ def load_classifier(model: str, labels: int, pad: int, seed: int) -> nn.Module:
 
     Args:
         model: the checkpoint's name on the hub, or a folder.
-        labels: how many labels there are.
-        pad: the token that fills batches up.
-        seed: of the new head; torch's global generator is left as it was.
+        labels: the number of labels.
+        pad: the id of the padding token.
+        seed: the seed of the new head; torch's global generator does not change.
 
     Raises:
-        StudyError: there is no such checkpoint, or none that can classify.
+        StudyError: the checkpoint does not exist, or has no classifier.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -85,7 +85,7 @@ def _no_checkpoint(model: str, error: Exception) -> StudyError:
 
 
 def with_bias(model: nn.Module) -> nn.Module:
-    """Give a head `score` that has no bias, as transformers' GPT-2 has it, one of zeros."""
+    """Give a head `score` without a bias, as in transformers' GPT-2, a bias of zeros."""
     score = getattr(model, "score", None)
     if isinstance(score, nn.Linear) and score.bias is None:
         score.bias = nn.Parameter(torch.zeros_like(score.weight[:, 0]))
@@ -104,7 +104,7 @@ def head_of(model: nn.Module) -> list[str]:
 
 
 def globs(targets: str) -> list[str]:
-    """Return the globs of a list with commas; those inside an index in brackets separate nothing.
+    """Split a list of globs at its commas, except commas inside the brackets of an index.
 
     >>> globs("*.c_attn.weight[:, :768],score")
     ['*.c_attn.weight[:, :768]', 'score']
@@ -120,7 +120,7 @@ def lora_of(settings: AdapterSettings) -> pl.LoRA:
 def prepare(
     model: nn.Module, method: str, settings: TextSettings, generator: torch.Generator
 ) -> list[nn.Parameter]:
-    """Make a classifier ready to be trained by a method; return what is trained.
+    """Prepare a classifier for a method, and return the parameters that it trains.
 
     Args:
         model: changed in place: frozen in part, or with the adapter ADAPTER attached.
@@ -144,7 +144,7 @@ def prepare(
         target: lora_of(settings.adapter) for target in globs(settings.adapter.targets)
     }
     if method == "lora+head":
-        # First, for of the targets that match a tensor the first one counts.
+        # The head comes first, because the first target that matches a tensor decides.
         spec = {**dict.fromkeys(head_of(model), pl.Delta()), **spec}
     try:
         pl.attach(model, spec, name=ADAPTER, generator=generator)

@@ -17,7 +17,7 @@ def write_text_report(folder: Path) -> RunDirectory:
     """Write report.md and the figure of the text run in `folder`, from its rows; return the run.
 
     Raises:
-        StudyError: no run is there, or none that has a fine-tuned row yet.
+        StudyError: the folder has no run, or a run without a fine-tuned row yet.
     """
     run = RunDirectory.read(folder)
     if not tuned_rows(run):
@@ -168,7 +168,7 @@ def checks(run: RunDirectory) -> list[Check]:
 
 
 def draw_strengths(run: RunDirectory, path: Path) -> None:
-    """Draw accuracy against agreement and retrieval, a curve a method, a point a strength."""
+    """Draw accuracy against agreement and retrieval: one curve per method, one point per λ."""
     from ..report.figures import plt
     from ..report.style import STYLE
 
@@ -197,9 +197,9 @@ def _strengths(run: RunDirectory, axes: Any) -> None:
             y = [100 * sum(row["accuracy"][i] for row in these) / len(these) for i in count]
             (mean,) = axis.plot(x, y, marker="o", label=method)
             for row in these if len(these) > 1 else []:
-                its_x = [scale * value for value in row[key]]
-                its_y = [100 * value for value in row["accuracy"]]
-                axis.plot(its_x, its_y, ".", color=mean.get_color(), alpha=0.4)
+                seed_x = [scale * value for value in row[key]]
+                seed_y = [100 * value for value in row["accuracy"]]
+                axis.plot(seed_x, seed_y, ".", color=mean.get_color(), alpha=0.4)
             for i in count:
                 # Upright, so that the labels of close points stand side by side.
                 axis.annotate(f"{these[0]['strengths'][i]:g}", (x[i], y[i]), fontsize=7,

@@ -76,7 +76,7 @@ KNOWN_METHODS = Check(f"a list of {', '.join(METHODS)}, each at most once", _kno
 
 @dataclass(frozen=True)
 class DatasetSettings(SettingsGroup):
-    """Texts."""
+    """The data set: its files, columns and splits."""
 
     data: str = option(
         "imdb", "imdb, spam, or the path of a .csv or a .jsonl file (.gz, .bz2 and .xz, too)"
@@ -91,9 +91,9 @@ class DatasetSettings(SettingsGroup):
         0.2, "share of all rows for the test, where the data have no test set", PART
     )
     rows: int = option(
-        0, "rows of each split at most, drawn by the seed of the split; 0: all", NATURAL
+        0, "maximum rows of each split, drawn by the seed of the split; 0: all", NATURAL
     )
-    max_length: int = option(256, "tokens of a text at most; what is longer is cut off", COUNT)
+    max_length: int = option(256, "maximum tokens of a text; longer texts are cut off", COUNT)
     data_dir: str = option(
         "data",
         "folder with the data sets; else that of PARAMLORA_IMDB or PARAMLORA_SPAM",
@@ -103,11 +103,11 @@ class DatasetSettings(SettingsGroup):
 
 @dataclass(frozen=True)
 class AdapterSettings(SettingsGroup):
-    """The adapter."""
+    """The adapter: its targets, rank and scale."""
 
     targets: str = option(
         "*.q_lin,*.v_lin",
-        "what lora adapts: a list of globs over paths of modules or tensors",
+        "targets of lora: a list of globs over paths of modules or tensors",
         Check("a list of globs, such as *.query,*.value", bool),
     )
     rank: int = option(8, "rank r of the update, columns of B", COUNT)
@@ -119,7 +119,7 @@ class AdapterSettings(SettingsGroup):
 
     @property
     def scaling(self) -> float:
-        """What multiplies B A, by the convention that `scale` names."""
+        """The factor of B A, by the convention that `scale` names."""
         divisor = {"alpha": 1.0, "alpha/r": self.rank, "alpha/sqrt_r": math.sqrt(self.rank)}
         return self.alpha / divisor[self.scale]
 
@@ -128,9 +128,7 @@ class AdapterSettings(SettingsGroup):
 class FinetuningSettings(SettingsGroup):
     """Fine-tuning."""
 
-    lr: float = option(
-        5e-4, "learning rate of lora and lora+head, AdamW's step size at its top", POSITIVE
-    )
+    lr: float = option(5e-4, "peak learning rate of lora and lora+head (AdamW)", POSITIVE)
     last_lr: float = option(1e-3, "learning rate of last-layers", POSITIVE)
     full_lr: float = option(5e-5, "learning rate of full", POSITIVE)
     weight_decay: float = option(
@@ -150,7 +148,7 @@ class FinetuningSettings(SettingsGroup):
     epochs: int = option(3, "length of training, passes over the training rows", COUNT)
     patience: int = option(
         1,
-        "stop when so many evaluations in a row are no better on the validation rows; 0: never",
+        "stop after this many evaluations without a better validation accuracy; 0: never",
         NATURAL,
     )
     evaluations: int = option(
@@ -159,14 +157,14 @@ class FinetuningSettings(SettingsGroup):
     by_length: bool = option(True, "batches of texts of like length, in a random order")
     precision: str = option(
         "auto",
-        "of products; the weights stay float32. auto: bf16 on a GPU, else fp32",
+        "dtype of products; the weights stay float32. auto: bf16 on a GPU, else fp32",
         choices=("auto", "fp32", "bf16"),
     )
 
 
 @dataclass(frozen=True)
 class PlaceSettings(SettingsGroup):
-    """Device, processes and folders."""
+    """The device, the processes and the folders."""
 
     device: str = option(
         "auto", "a torch device such as cpu or cuda:1; auto: a GPU if any, or cpu", DEVICE
@@ -192,8 +190,8 @@ class TextSettings(Settings):
     """All settings of the text study. The defaults are the preset "distilbert-imdb".
 
     Raises:
-        StudyError: a value is not allowed; the message has the option, the value and what is
-            allowed.
+        StudyError: a value is not allowed; the message has the option, the value and the allowed
+            values.
 
     >>> TextSettings.of_preset("gpt2-spam").adapter.scaling
     1.0

@@ -31,7 +31,7 @@ ATTACHED = ("off", "on", "merged")
 
 
 def stages(settings: TextSettings) -> Iterator[Stage[TextContext]]:
-    """Yield what a run consists of, in order."""
+    """Yield the stages of a run, in order."""
     for seed in range(settings.seeds):
         for method in settings.chosen_methods:
             key = {"method": method, "seed": seed}
@@ -44,13 +44,13 @@ def stages(settings: TextSettings) -> Iterator[Stage[TextContext]]:
 
 
 def run_text(settings: TextSettings, say: Callable[[str], None] = print) -> RunDirectory:
-    """Run the study, or what is left of it, and return its directory.
+    """Run the study, or the rest of an interrupted one, and return its run directory.
 
-    Under torchrun all processes call it; the first one writes and talks.
+    Under torchrun all processes call it; only the first one writes files and messages.
 
     Args:
-        settings: what to run, and where.
-        say: gets each line of what happens.
+        settings: the settings of the study.
+        say: receives each line of progress.
 
     Raises:
         StudyError: model, data, device or folder cannot be used; the message says why.
@@ -76,7 +76,7 @@ def run_text(settings: TextSettings, say: Callable[[str], None] = print) -> RunD
 def _begin(
     settings: TextSettings, corpus: Corpus, device: torch.device, processes: Group
 ) -> RunDirectory:
-    """Begin the run or go on with it; the first process before the others."""
+    """Start or resume the run; the first process does so before the others."""
     environment = {
         "study": settings.STUDY,
         **machine(torch.device(device.type), "transformers", "tokenizers"),
@@ -110,9 +110,9 @@ def tune(method: str, seed: int, context: TextContext) -> None:
 
 
 def tune_attached(method: str, seed: int, context: TextContext) -> None:
-    """Fine-tune an adapter, save it, and prove what can be done with it. Rows: ATTACHED.
+    """Fine-tune an adapter, save it, and check it off, on and merged. Rows: ATTACHED.
 
-    A model that is sharded cannot be merged; that is proved on one whole, with the saved adapter.
+    A sharded model cannot be merged, so merging is checked on a whole one with the saved adapter.
     """
     model = context.model(seed)
     before, digest = context.logits(model, "validation"), pl.fingerprint(model)
@@ -147,7 +147,7 @@ def tune_attached(method: str, seed: int, context: TextContext) -> None:
 def try_strengths(method: str, seed: int, context: TextContext) -> None:
     """Record the task's accuracy and the checkpoint's own ability at each λ. Row: "strengths".
 
-    A λ is to be chosen by the accuracy on the validation rows.
+    Choose λ by the accuracy on the validation rows.
     """
     model = context.model(seed)
     base = similarity(context, model)
@@ -175,7 +175,7 @@ def try_strengths(method: str, seed: int, context: TextContext) -> None:
 
 
 def adapter_path(context: TextContext, method: str, seed: int) -> Path:
-    """Return where a trained adapter is kept."""
+    """Return the path of a trained adapter's file."""
     return context.run.folder / "adapters" / f"{method}-{seed}.safetensors"
 
 

@@ -1,4 +1,4 @@
-"""The text study over a grid of settings, in parallel; what is best is said by the validation rows.
+"""The text study over a grid of settings, in parallel; the validation rows decide the best.
 
     FOLDER/NAME/        a run of the text study for each choice of settings
     FOLDER/results.csv  all rows of fine-tuned models
@@ -23,7 +23,7 @@ from .settings import TextSettings
 
 
 def text_cells(settings: TextSettings, grid: Grid, folder: Path) -> dict[str, TextSettings]:
-    """Return the settings of each choice of the grid, by its name, each with a folder of its own.
+    """Return the settings of each combination of the grid by name, each with its own folder.
 
     Raises:
         StudyError: a name that no result depends on, or a value that is not allowed.
@@ -45,14 +45,14 @@ def run_text_sweep(
     jobs: int = 1,
     say: Callable[[str], None] = print,
 ) -> Table:
-    """Run what is left of a sweep, write its files, and return its table.
+    """Run a sweep, or the rest of an interrupted one, write its files, and return its table.
 
     Args:
-        settings: what the grid changes.
-        grid: values by the name of a setting; every combination is a choice.
-        folder: the sweep's.
-        jobs: processes at a time; a back end chosen by `joblib.parallel_config` is obeyed.
-        say: gets each line of what happens.
+        settings: the settings that the grid changes.
+        grid: the values of each setting; every combination is run.
+        folder: the folder of the sweep.
+        jobs: processes at a time; `joblib.parallel_config` can choose another back end.
+        say: receives each line of progress.
     """
     from joblib import Parallel, delayed
 
@@ -61,8 +61,8 @@ def run_text_sweep(
     pool = Parallel(n_jobs=jobs, return_as="generator")
     rows: list[Row] = []
     made = pool(delayed(_run)(cell) for cell in cells.values())
-    for name, its in zip(cells, made, strict=True):
-        rows += [{"cell": name, **row} for row in its]
+    for name, cell_rows in zip(cells, made, strict=True):
+        rows += [{"cell": name, **row} for row in cell_rows]
         say(f"cell     {name}")
     table = text_table(rows)
     replace_file(folder / "results.csv", rows_to_csv(rows).encode())
@@ -70,29 +70,31 @@ def run_text_sweep(
     return table
 
 
-CHOSEN = "Accuracies in %, mean ± sample sd over the seeds; ordered by that on the validation rows."
+CHOSEN = (
+    "Accuracies in %, mean ± sample sd over the seeds; ordered by accuracy on the validation rows."
+)
 
 
 def text_table(rows: Sequence[Row]) -> Table:
-    """Return a line a choice and method, the highest accuracy on the validation rows first."""
+    """Return one line per combination and method, the best on the validation rows first."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["cell"]), []).append(row)
 
-    def validation(its: list[Row]) -> float:
-        return sum(row["validation_accuracy"] for row in its) / len(its)
+    def validation(group: list[Row]) -> float:
+        return sum(row["validation_accuracy"] for row in group) / len(group)
 
     ordered = sorted(groups.items(), key=lambda item: -validation(item[1]))
     lines = [
         [
             method,
             cell,
-            f"{its[0]['trainable']:,}",
-            percent2([row["validation_accuracy"] for row in its]),
-            percent2([row["accuracy"] for row in its]),
-            str(len(its)),
+            f"{group[0]['trainable']:,}",
+            percent2([row["validation_accuracy"] for row in group]),
+            percent2([row["accuracy"] for row in group]),
+            str(len(group)),
         ]
-        for (method, cell), its in ordered
+        for (method, cell), group in ordered
     ]
     return Table(["method", "settings", "trained", "validation", "test", "n"], lines)
 

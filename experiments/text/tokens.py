@@ -15,7 +15,7 @@ from .data import Corpus
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokenized texts, one after the other, on one device.
+    """Tokenized texts, concatenated, on one device.
 
     Attributes:
         ids: int32, all tokens of all texts.
@@ -56,7 +56,7 @@ class Tokens:
 def tokenized(
     corpus: Corpus, split: str, tokenizer: Any, max_length: int, kept: Callable[[str], Path]
 ) -> Tokens:
-    """Return a split as tokens, from the file of an earlier run where there is one.
+    """Return a split as tokens, from the file of an earlier run if it exists.
 
     Args:
         corpus: the texts.
@@ -88,7 +88,7 @@ def tokenized(
 
 
 def _identity(tokenizer: Any) -> str:
-    """Return a digest of a tokenizer: of its file's content where it has one, else its words."""
+    """Return a digest of a tokenizer: of its file's content, or else of its vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
     return hashlib.sha256(content.encode()).hexdigest()
@@ -97,10 +97,11 @@ def _identity(tokenizer: Any) -> str:
 def by_length(
     lengths: Tensor, order: Tensor, size: int, generator: torch.Generator
 ) -> list[Tensor]:
-    """Return an epoch's batches, int64 rows each, of texts of like length, in a random order.
+    """Return an epoch's batches, int64 row numbers each, of texts of similar length.
 
-    The rows are taken in the given random order, some fifty batches at a time, sorted by length in
-    there and cut; so a text's company changes from epoch to epoch. Little is padded then.
+    The rows are taken in the given random order, some fifty batches at a time. Each such chunk is
+    sorted by length and cut into batches, and the batches are shuffled. So little is padded, and a
+    text still meets other texts in every epoch.
     """
     batches: list[Tensor] = []
     for pool in order.split(50 * size):

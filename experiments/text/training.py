@@ -50,7 +50,7 @@ def fine_tune(context: TextContext, model: nn.Module, method: str, seed: int) ->
 def _validation(
     context: TextContext, clock: "_Clock", watched: Curve
 ) -> Callable[[nn.Module], float]:
-    """Return the accuracy on the validation rows as a function; its time does not count."""
+    """Return a function that evaluates a model on the validation rows, with the clock stopped."""
 
     def accuracy(model: nn.Module) -> float:
         with clock.stopped():
@@ -80,7 +80,7 @@ def _train(
     if training.schedule == "linear":
         rates = linear(rate, len(batches) // training.accumulate)
         hooks.insert(0, learning_rate(optimizer, rates))
-    # Dropout draws from the global generators, and each process must drop something else.
+    # Dropout draws from the global generators, and each process needs masks of its own.
     with torch.random.fork_rng([context.device] if on_gpu else []):
         torch.manual_seed(seed * context.group.size + context.group.rank)
         losses = train(
@@ -93,16 +93,19 @@ def _train(
             accumulate=training.accumulate,
             autocast=context.dtype,
         )
-    # Each process saw its share of a batch, so weighed that the mean is that of the batch.
+    # Each process computed the loss of its share, weighted so that the mean over processes is the
+    # loss of the whole batch.
     return context.group.total(losses.to(context.device)).cpu() / context.group.size
 
 
 class TextBatches:
-    """All batches of a fine-tuning, of this process: (ids, mask, labels, weight) each.
+    """This process's share of all batches of a fine-tuning: (ids, mask, labels, weight) each.
 
-    A batch is given out in `accumulate` parts; one too small for so many is left out. `weight`
-    multiplies a part's mean, so that the mean over processes of what `train` makes of the parts,
-    which it weighs by their rows here, is the mean over the rows of the batch everywhere.
+    A batch is divided into `accumulate` parts, and each part over the processes. A batch with too
+    few rows for that is skipped. Shares can differ in size: 9 rows on two processes are 5 and 4.
+    DDP averages the gradients of processes, so plain means would count each of the 4 rows more
+    than each of the 5. `weight` corrects this: with it, the mean over processes is the mean over
+    all rows of the batch.
     """
 
     def __init__(self, context: TextContext, seed: int) -> None:
@@ -144,7 +147,7 @@ def cross_entropy(
 
 
 def linear(peak: float, steps: int) -> Callable[[int], float]:
-    """Return a schedule: up to `peak` in a line over the first steps, then down to zero in one.
+    """Return a schedule that rises linearly to `peak` over the first steps, then falls to zero.
 
     >>> [round(linear(1.0, 50)(step), 3) for step in (1, 3, 4, 27, 50)]
     [0.333, 1.0, 1.0, 0.511, 0.021]

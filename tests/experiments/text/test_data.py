@@ -152,7 +152,7 @@ def test_balanced(tmp_path: Path) -> None:
     [
         ("a.csv", "text,label\n1,a\n", "too few rows to split"),
         ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "x"}\n', r"row 2 has no 'label', only"),
-        ("a.jsonl", '{"text": "x", "label": 1}\nno\n', r"line 2 is no JSON"),
+        ("a.jsonl", '{"text": "x", "label": 1}\nno\n', r"line 2 is not JSON"),
         ("a.jsonl", "[1]\n", r"line 1 must be an object"),
         ("a.txt", "hello\n", r"only .csv and .jsonl files can be read"),
         ("a.csv", "text,label\n" + "1,a\n" * 9, "needs two labels, found"),
@@ -171,7 +171,7 @@ def test_missing_data_say_where_they_were_looked_for(tmp_path: Path) -> None:
     for data, file in (("imdb", "train.jsonl"), ("spam", "SMSSpamCollection")):
         with pytest.raises(StudyError, match=f"{data} is not in .*{file}.*--data-dir"):
             load_corpus(settings(tmp_path, data))
-    with pytest.raises(StudyError, match=r"there is no nowhere\.csv"):
+    with pytest.raises(StudyError, match=r"nowhere\.csv does not exist"):
         load_corpus(settings(tmp_path, "nowhere.csv"))
 
 
