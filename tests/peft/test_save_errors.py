@@ -46,7 +46,7 @@ SPECS: dict[str, tuple[Any, str]] = {
         {"mha.in_proj_weight": LoRA(2), "mha.in_proj_bias": Delta()},
         cannot_hold("mha", "PEFT keeps adapters off modules_to_save, here ['mha']"),
     ),
-    "a whole module whose name ends another's": (
+    "a whole module whose name is the end of another": (
         {"last_fc": LoRA(2), "fc.weight": Delta()},
         cannot_hold("last_fc", "PEFT keeps adapters off modules_to_save, here ['fc']"),
     ),
@@ -60,7 +60,7 @@ SPECS: dict[str, tuple[Any, str]] = {
             "mha.out_proj.weight", "PEFT has one rank and one scale for both projections there"
         ),
     ),
-    "projections of their own": (
+    "separate projections": (
         {"cross.out_proj": LoRA(2)},
         cannot_hold(
             "cross.out_proj.weight",
@@ -96,7 +96,7 @@ SPECS: dict[str, tuple[Any, str]] = {
         {"dilated": LoRA(2)},
         cannot_hold("dilated.weight", "PEFT leaves out the dilation of a convolution"),
     ),
-    "a convolution that pads in circles": (
+    "a circular convolution": (
         {"circular": LoRA(2)},
         cannot_hold("circular.weight", "PEFT pads with zeros, not by padding_mode='circular'"),
     ),
