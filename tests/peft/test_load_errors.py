@@ -95,7 +95,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
         DAMAGED + "'target_modules' must be a string or a list of strings, found [1]",
     ),
     "rank 0": (set_config(r=0), DAMAGED + "'r' must be a whole number of at least 1, found 0"),
-    "a rank of 10**30": (
+    "a rank that no memory holds": (
         set_config(r=10**30),
         DAMAGED + f"'r' must be a whole number of at least 1, found {10**30}",
     ),
