@@ -105,11 +105,11 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
         "{path} does not fit: fc.lora_A.weight: expected (1073741824, 4), found (2, 4); "
         "fc.lora_B.weight: expected (3, 1073741824), found (3, 2)",
     ),
-    "an alpha that is no number": (
+    "an alpha of NaN": (
         set_config(lora_alpha=float("nan")),
         DAMAGED + "'lora_alpha' must be a finite number, found nan",
     ),
-    "an alpha that no float holds": (
+    "an alpha of 10**400": (
         set_config(lora_alpha=10**400),
         DAMAGED + "'lora_alpha' must be a finite number, found 1000[...]",
     ),
@@ -129,7 +129,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
         set_config(alpha_pattern={"*": 1}),
         "{path} has a setting that is not a valid regular expression: [...]",
     ),
-    "no such module": (
+    "an unknown module": (
         set_config(target_modules="fcc"),
         "{path} belongs to another model: no module here matches target_modules 'fcc'; "
         "did you mean fc?",
@@ -257,7 +257,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         "{path} has its tensors in adapter_model.bin, a pickle, which could run any code "
         "and is not opened; load it in PEFT and save it again, as .safetensors",
     ),
-    "a config that is no JSON": (
+    "a config that is not JSON": (
         lambda path: (path / "adapter_config.json").write_bytes(b"\xff{"),
         CheckpointError,
         "{path}/adapter_config.json is damaged: it is not JSON ([...])",

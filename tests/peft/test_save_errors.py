@@ -46,7 +46,7 @@ SPECS: dict[str, tuple[Any, str]] = {
         {"mha.in_proj_weight": LoRA(2), "mha.in_proj_bias": Delta()},
         cannot_hold("mha", "PEFT does not adapt modules_to_save, here ['mha']"),
     ),
-    "a whole module whose name ends another's": (
+    "a whole module whose name is the end of another": (
         {"last_fc": LoRA(2), "fc.weight": Delta()},
         cannot_hold("last_fc", "PEFT does not adapt modules_to_save, here ['fc']"),
     ),
@@ -58,7 +58,7 @@ SPECS: dict[str, tuple[Any, str]] = {
         {"mha.in_proj_weight": LoRA(2), "mha.out_proj": LoRA(3)},
         cannot_hold("mha.out_proj.weight", "PEFT has one rank and one scale for both projections"),
     ),
-    "projections of their own": (
+    "separate projections": (
         {"cross.out_proj": LoRA(2)},
         cannot_hold(
             "cross.out_proj.weight",
@@ -97,7 +97,7 @@ SPECS: dict[str, tuple[Any, str]] = {
         {"dilated": LoRA(2)},
         cannot_hold("dilated.weight", "PEFT ignores the dilation of a convolution"),
     ),
-    "a convolution that pads in circles": (
+    "a circular convolution": (
         {"circular": LoRA(2)},
         cannot_hold("circular.weight", "PEFT pads with zeros and ignores padding_mode='circular'"),
     ),

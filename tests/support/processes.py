@@ -4,6 +4,7 @@ Starting a process takes seconds, most of them to import torch. So all scenarios
 one after the other in the same processes, and its tests check the results.
 """
 
+import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from filelock import FileLock
 from torch import Tensor
 
 WORLD = 2
+# A server process imports these once, and each process is forked from it.
+PRELOADED = ["torch.distributed.fsdp", "paramlora", "pytest"]
 Scenario = Callable[[Path], dict[str, Any]]
 Results = dict[str, list[dict[str, Any]]]
 needs_sharding = pytest.mark.skipif(
@@ -50,7 +53,10 @@ def run(
         if not (folder / "done").exists():
             prepare(folder)
             (folder / "rendezvous").unlink(missing_ok=True)
-            torch.multiprocessing.spawn(_process, (scenarios, folder), nprocs=WORLD)
+            multiprocessing.set_forkserver_preload(PRELOADED)
+            torch.multiprocessing.start_processes(
+                _process, (scenarios, folder), nprocs=WORLD, start_method="forkserver"
+            )
             (folder / "done").touch()
     return {
         scenario.__name__: [

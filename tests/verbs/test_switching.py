@@ -160,18 +160,19 @@ def test_verbs_keep_no_reference() -> None:
         gc.collect()
         assert whole() is None
 
-    def test_freezing_keeps_the_active_adapters() -> None:
-        """Freezing and unfreezing change requires_grad of the named factors and nothing else."""
-        for prepare in (lambda m: None, pl.disable, pl.merge):
-            model, x = trained_model()
-            prepare(model)
-            before, outputs = fields(model), model(x).detach()
-            pl.unfreeze(model)
-            pl.freeze(model, "low")
-            assert not any(parameter.requires_grad for parameter in pl.parameters(model, "low"))
-            assert all(parameter.requires_grad for parameter in pl.parameters(model, "full"))
-            assert fields(model) == before
-            assert_bits(model(x).detach(), outputs)
+
+def test_freezing_keeps_the_active_adapters() -> None:
+    """Freezing and unfreezing change requires_grad of the named factors and nothing else."""
+    for prepare in (lambda m: None, pl.disable, pl.merge):
+        model, x = trained_model()
+        prepare(model)
+        before, outputs = fields(model), model(x).detach()
+        pl.unfreeze(model)
+        pl.freeze(model, "low")
+        assert not any(parameter.requires_grad for parameter in pl.parameters(model, "low"))
+        assert all(parameter.requires_grad for parameter in pl.parameters(model, "full"))
+        assert fields(model) == before
+        assert_bits(model(x).detach(), outputs)
 
 
 def small() -> tuple[nn.Sequential, Tensor]:
