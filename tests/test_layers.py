@@ -38,6 +38,8 @@ PARAMLORA: Layers = {
     "files": {"verbs", *BELOW_VERBS},
     "peft": {"files", "verbs", *BELOW_VERBS},
 }
+# Packages of the repository that paramlora must not import.
+ABOVE = {"experiments", "benchmarks", "tests"}
 PACKAGES = {"paramlora": PARAMLORA, "experiments": EXPERIMENTS}
 
 
@@ -54,8 +56,10 @@ def imports(path: Path, root: Path) -> Iterator[tuple[int, str]]:
         else:
             continue
         for name in names:
-            if name.startswith(f"{root.name}."):
-                yield node.lineno, name.removeprefix(f"{root.name}.")
+            if name == root.name or name.startswith(f"{root.name}."):
+                yield node.lineno, name.removeprefix(root.name).removeprefix(".") or "itself"
+            elif root.name == "paramlora" and name.partition(".")[0] in ABOVE:
+                yield node.lineno, name
 
 
 def broken(root: Path, layers: Layers) -> list[str]:
@@ -102,6 +106,14 @@ def test_a_broken_direction_is_found(tmp_path: Path, line: str, name: str) -> No
     (said,) = broken(tmp_path / "experiments", EXPERIMENTS)
     assert said.startswith("experiments/harness/planted.py:")
     assert said.endswith(f" imports {name}")
+
+
+@pytest.mark.parametrize("line", ["import paramlora", "import experiments.digits"])
+def test_a_library_that_imports_itself_or_a_study(tmp_path: Path, line: str) -> None:
+    """A file of paramlora imports neither the whole package nor what is built on it."""
+    (tmp_path / "paramlora" / "kinds").mkdir(parents=True)
+    (tmp_path / "paramlora" / "kinds" / "planted.py").write_text(f"{line}\n")
+    assert len(broken(tmp_path / "paramlora", PARAMLORA)) == 1
 
 
 def test_one_file_of_a_folder_can_be_allowed(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ class Spec(ABC):
 
     @property
     def scaling(self) -> float:
-        """The factor s that multiplies the update beside the strength; 1 if the kind has none."""
+        """The factor s of the update, in addition to the strength; 1 if the kind has none."""
         return 1.0
 
     @property

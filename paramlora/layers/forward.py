@@ -6,7 +6,7 @@ Note [the choice of forward]
     first of these ways that the active adapters allow:
 
     factored    y = x Wᵀ + b + s·(x Aᵀ) Bᵀ      Linear, Conv1D, Embedding with low-rank updates.
-                W' is not built (see `compute.plan.choose` for the exception: many rows).
+                W' is built only for many rows (`compute.plan.choose`).
     rescaled    W' = (1 + c) ⊙ (W + s·B A)      the same layers with IA3 or DoRA.
     routed      a route is set: rows.py computes each row with its adapter.
     dense       torch's own code on W'          other layers, kinds without such a form, and

@@ -171,7 +171,7 @@ def linear(
 
 
 def embedding(input: Tensor, stack: Stack, padding_idx: int | None) -> Tensor | None:
-    """Return the update of an Embedding's output, (n, …, dim); None without a factored one."""
+    """Return the update of an Embedding's output, (n, …, dim); None if no row has one."""
     route = stack.route
     terms = route.terms(stack)
     if not terms:
@@ -200,7 +200,7 @@ def _scaled(term: LowRank) -> Tensor:
 
 
 def _inferring() -> bool:
-    # The compiler cannot trace the question, and creates its own tensors anyway.
+    # The compiler cannot trace is_inference_mode_enabled(), and creates its own tensors anyway.
     return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 

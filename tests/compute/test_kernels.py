@@ -21,7 +21,7 @@ class TestKernel:
     @pytest.mark.parametrize("rank", [1, 4, 16, 33, 128])
     @pytest.mark.parametrize("shape", [(4096, 4096), (2051, 4099)])
     def test_update(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> None:
-        """The kernel gives C + s·PQ of float64, for each rank, ragged sizes and strides."""
+        """The kernel agrees with C + s·PQ in float64, for each rank, ragged sizes and strides."""
         n, m = shape
         C = torch.randn(n, m, device="cuda", dtype=dtype)
         P, Q = torch.randn(n, rank, device="cuda"), torch.randn(m, rank, device="cuda").T

@@ -1,4 +1,4 @@
-"""Adapters per row in every layer: each row equals a batch of its own with its adapter."""
+"""Adapters per row in every layer: each row gives the output of a run alone with its adapter."""
 
 import copy
 from collections import defaultdict
@@ -136,7 +136,7 @@ def test_choice_between_stacking_and_sorting() -> None:
 def test_rows_in_inference(
     shape: tuple[int, ...], rank: int, stacked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without gradients each row equals float64's, for one row or many of an adapter, or none."""
+    """Without gradients each row equals float64's, for adapters with no, one or many rows."""
     monkeypatch.setattr(route, "stacks_well", lambda *sizes: stacked)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 70), nn.ReLU(), nn.Linear(70, 3))
