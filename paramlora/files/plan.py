@@ -15,7 +15,7 @@ from ..kinds.spec import Spec, factor_dtype
 from ..layers.install import PlannedSite
 from ..site.block import Part, split
 from ..site.factors import Factors
-from ..site.place import Place, check, check_shapes
+from ..site.place import Place, check, check_shapes, first_overlap
 from ..site.storage import is_sharded
 from .compare import compare
 from .metadata import spec_of
@@ -137,16 +137,12 @@ def _block(place: Place, index: tuple[Part, ...], site: str, path: FilePath) -> 
 
 def _check_apart(here: Iterable[Place], path: FilePath) -> None:
     """Raise a CheckpointError if two sites of a file have elements in common in this model."""
-    by_tensor: dict[int, list[Place]] = {}
-    for place in here:
-        others = by_tensor.setdefault(id(place.stored), [])
-        for other in others:
-            if place.meets(other):
-                raise CheckpointError(
-                    f"{path} does not fit this model, in which {other.path!r} and {place.path!r} "
-                    "share elements"
-                )
-        others.append(place)
+    overlap = first_overlap(here)
+    if overlap is not None:
+        raise CheckpointError(
+            f"{path} does not fit this model, in which {overlap[0].path!r} and "
+            f"{overlap[1].path!r} share elements"
+        )
 
 
 def _check_shape(place: Place, shape: list[int], path: FilePath) -> None:

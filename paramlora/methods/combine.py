@@ -26,7 +26,7 @@ from ..layers.install import PlannedSite, check_name, check_tied, install
 from ..site.factors import Factors
 from ..site.find import dotted, is_swapped
 from ..site.names import check_names
-from ..site.place import Place
+from ..site.place import Place, first_overlap
 from ..site.survey import Survey
 from ..verbs.summary import Summary, report
 
@@ -133,16 +133,12 @@ def _check_arguments(weights: Mapping[str, float], method: str, rank: int | None
 
 def _check_overlaps(chosen: Iterable[Place]) -> None:
     """Raise a TargetError if two different places share elements of a tensor."""
-    by_tensor: dict[int, list[Place]] = {}
-    for place in chosen:
-        others = by_tensor.setdefault(id(place.stored), [])
-        for other in others:
-            if place.meets(other):
-                raise TargetError(
-                    f"cannot combine: {other.path!r} and {place.path!r} share elements, and one "
-                    "adapter cannot have both"
-                )
-        others.append(place)
+    overlap = first_overlap(chosen)
+    if overlap is not None:
+        raise TargetError(
+            f"cannot combine: {overlap[0].path!r} and {overlap[1].path!r} share elements, and one "
+            "adapter cannot have both"
+        )
 
 
 def _sum(place: Place, terms: list[_Term], method: str, rank: int | None) -> Factors:

@@ -102,6 +102,18 @@ def places_in(modules: Iterable[tuple[str, nn.Module]]) -> list[Place]:
     return found
 
 
+def first_overlap(places: Iterable[Place]) -> tuple[Place, Place] | None:
+    """Return the first two places that share elements of a tensor; None if all are apart."""
+    by_tensor: dict[int, list[Place]] = {}
+    for place in places:
+        others = by_tensor.setdefault(id(place.stored), [])
+        for other in others:
+            if place.meets(other):
+                return other, place
+        others.append(place)
+    return None
+
+
 def check_shapes(everywhere: Iterable[Place]) -> None:
     """Raise a TargetError if a parameter is lazy: it cannot be frozen or counted yet."""
     for place in everywhere:

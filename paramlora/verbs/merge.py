@@ -42,7 +42,6 @@ class _Fold(NamedTuple):
     tensors: list[Tensor]
 
 
-@torch.no_grad()
 def merge(model: nn.Module, *names: str) -> None:
     """Fold adapters into the stored weights: the outputs stay, at the cost of the base.
 
@@ -68,7 +67,12 @@ def merge(model: nn.Module, *names: str) -> None:
     >>> torch.equal(model.weight, weight)
     True
     """
-    for site, chosen, tensors in _plan(model, names):
+    _merge(Survey(model), names)
+
+
+@torch.no_grad()
+def _merge(survey: Survey, names: tuple[str, ...]) -> None:
+    for site, chosen, tensors in _plan(survey, names):
         stack, parameters = site.stack, stored_tensors(site.plist)
         original = stack.stored or tuple(tensor.data for tensor in parameters)
         _write(parameters, tensors, stack, original)
@@ -138,7 +142,7 @@ def bake(model: nn.Module) -> None:
                     f"adapter {name!r} is switched off and would be lost; enable it, or detach it"
                 )
     if any(stack.live for stack in survey.stacks):
-        merge(model)
+        _merge(survey, ())
     check_whole(survey.sites)
     for stack in survey.stacks:
         stack.stored = stack.written = ()
@@ -146,9 +150,8 @@ def bake(model: nn.Module) -> None:
     remove_all(survey)
 
 
-def _plan(model: nn.Module, names: tuple[str, ...]) -> list[_Fold]:
+def _plan(survey: Survey, names: tuple[str, ...]) -> list[_Fold]:
     """Check everything, and return what to write where; nothing is written yet."""
-    survey = Survey(model)
     chosen = {id(site.stack): held for site, held in survey.select(names)}
     folds = []
     _check_still_tied(survey.sites)
