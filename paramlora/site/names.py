@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 from ..errors import AdapterNameError, StateError
+from .overlay import foreign_block
 from .stack import Stack
 
 
@@ -31,6 +32,17 @@ def check_names(stacks: Sequence[Stack], names: Iterable[str]) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise AdapterNameError(f"no adapter {name!r} here; attached are: {listed}{hint}")
+
+
+def check_no_other_block(stacks: Iterable[Stack], verb: str) -> None:
+    """Raise a StateError if another thread or task has a block open on one of these stacks."""
+    for stack in stacks:
+        block = foreign_block(stack)
+        if block is not None:
+            raise StateError(
+                f"cannot {verb} while another thread or task is inside of {block.verb}() on this "
+                "model, which would compute with the changed weights; wait until it has left"
+            )
 
 
 def check_unmerged(stacks: Iterable[Stack], names: Sequence[str], verb: str) -> None:
