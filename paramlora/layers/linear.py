@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..compute import lowrank
 from ..compute.rescaled import rescaled_linear
@@ -32,11 +33,12 @@ def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
     site = alone(self)
     if site is not None:
         weight, stack = site
-        state = stack.state()
+        compiling = is_compiling()  # asked once, since a small layer feels it
+        state = stack.traced() if compiling else stack.current()
         if state.route is None:
             terms = stack.low_rank(state)
             if terms is not None:
-                return lowrank.linear(input, weight, self.bias, terms)
+                return lowrank.linear(input, weight, self.bias, terms, compiling)
             rescaled = stack.rescaled(weight, state)
             if rescaled is not None:
                 return rescaled_linear(input, weight, self.bias, rescaled)

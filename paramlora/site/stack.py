@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..errors import StateError
 from ..kinds.spec import LowRank, Rescaled, Strength
@@ -93,11 +94,20 @@ class Stack(nn.Module):
         Raises:
             StateError: see Note [blocks belong to threads] in overlay.py.
         """
-        # A small layer feels every step here: it has to stay a few attributes and one variable.
-        if torch.compiler.is_compiling() and not self.shared:
-            return State((), self.traced_live, self.traced_route, None)
-        entered = ENTERED.get()
-        return self.own if entered is None and not self.open else state_within(self, entered)
+        return self.traced() if is_compiling() else self.current()
+
+    def traced(self) -> State:
+        """Return the state while torch.compile traces."""
+        if self.shared:
+            return self.current()
+        return State((), self.traced_live, self.traced_route, None)
+
+    def current(self) -> State:
+        """Return the state while torch.compile does not trace."""
+        # A small layer feels every step here: one variable and two attributes.
+        if ENTERED.get() is None and not self.open:
+            return self.own
+        return state_within(self, ENTERED.get())
 
     def seen(self) -> State:
         """Return the state in this thread or task; the own one if none of its blocks is open."""
@@ -218,8 +228,13 @@ class Stack(nn.Module):
     def low_rank(self, state: State) -> list[LowRank] | None:
         """Return the live updates in factored form; None if one of them has no such form."""
         terms = []
+        strengths = state.strengths
         for name in state.live:
-            term = self[name].low_rank(self._strength(name, state))
+            # Most often no block sets a strength, and every call counts in a small layer.
+            if strengths or strengths is None:
+                term = self[name].low_rank(self._strength(name, state))
+            else:
+                term = self[name].low_rank()
             if term is None:
                 return None
             terms.append(term)
