@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 from ..compute import lowrank
 from ..compute.rescaled import rescaled_linear
 from ..site.find import parametrization_lists
+from ..site.overlay import ENTERED, state_within
 from ..site.stack import Stack
 from . import rows
 from .dense import dense
@@ -33,8 +34,14 @@ def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
     site = alone(self)
     if site is not None:
         weight, stack = site
-        compiling = is_compiling()  # asked once, since a small layer feels it
-        state = stack.traced() if compiling else stack.current()
+        # As stack.state(), in line and asking the compiler once: a small layer feels every call.
+        compiling = is_compiling()
+        if compiling:
+            state = stack.traced()
+        elif ENTERED.get() is None and not stack.open:
+            state = stack.own
+        else:
+            state = state_within(stack)
         if state.route is None:
             terms = stack.low_rank(state)
             if terms is not None:

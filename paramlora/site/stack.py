@@ -19,7 +19,7 @@ from ..errors import StateError
 from ..kinds.spec import LowRank, Rescaled, Strength
 from .built import BUILT, no_autocast
 from .factors import TRACED, Blocks, Factors, apply_factors
-from .overlay import ENTERED, Block, State, composed, state_within
+from .overlay import ENTERED, UNSET, Block, State, composed, state_within
 
 CHANGED = (
     "a tensor needed for the gradient was changed in place (an optimizer's step, a merge) between "
@@ -104,10 +104,9 @@ class Stack(nn.Module):
 
     def current(self) -> State:
         """Return the state while torch.compile does not trace."""
-        # A small layer feels every step here: one variable and two attributes.
         if ENTERED.get() is None and not self.open:
             return self.own
-        return state_within(self, ENTERED.get())
+        return state_within(self)
 
     def seen(self) -> State:
         """Return the state in this thread or task; the own one if none of its blocks is open."""
@@ -227,14 +226,14 @@ class Stack(nn.Module):
 
     def low_rank(self, state: State) -> list[LowRank] | None:
         """Return the live updates in factored form; None if one of them has no such form."""
-        terms = []
-        strengths = state.strengths
+        # Written for small layers, which feel every call.
+        terms, named = [], self._modules["factors"]._modules  # type: ignore[union-attr]
         for name in state.live:
-            # Most often no block sets a strength, and every call counts in a small layer.
-            if strengths or strengths is None:
-                term = self[name].low_rank(self._strength(name, state))
+            factors: Any = named[name]
+            if state.strengths is UNSET:
+                term = factors.low_rank()
             else:
-                term = self[name].low_rank()
+                term = factors.low_rank(self._strength(name, state))
             if term is None:
                 return None
             terms.append(term)
