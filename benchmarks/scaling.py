@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import paramlora as pl
+from experiments.harness.parallel import leave
 
 from .harness import options as shared
 from .harness.llama import SHAPES, SHAPES_HELP, llama
@@ -102,7 +103,8 @@ def measure(rank: int, size: int, options: argparse.Namespace, meet: str) -> Non
         }
         append(options.out, [row])
         print(json.dumps(row), flush=True)
-    dist.destroy_process_group()
+    del parallel, step
+    leave()
 
 
 def train_step(parallel: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:

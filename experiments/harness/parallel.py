@@ -8,6 +8,7 @@ and gathers the weights of a layer while it runs. In both cases each process get
 batch, weighted so that the mean over processes is the mean over the batch. Rank 0 writes all files.
 """
 
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -74,7 +75,19 @@ def group(device: torch.device) -> Iterator[tuple[Group, torch.device]]:
         yield Group(dist.get_rank(), dist.get_world_size()), device
     finally:
         if created:
-            dist.destroy_process_group()
+            leave()
+
+
+def leave() -> None:
+    """Destroy the process group and end the threads of its backend.
+
+    The threads end with the last reference to the group. A wrapped model is part of a reference
+    cycle and holds one, so it is collected first. Otherwise a thread of gloo may still release a
+    result while Python finalizes. It then waits for the GIL, which it cannot get, Python ends the
+    thread, and the process aborts with "terminate called without an active exception".
+    """
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def shared(batches: Iterable[tuple[Tensor, ...]], group: Group) -> Iterator[tuple[Tensor, ...]]:

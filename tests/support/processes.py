@@ -7,6 +7,7 @@ one after the other in the same processes, and its tests check the results.
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,19 @@ import torch.distributed as dist
 from filelock import FileLock
 from torch import Tensor
 
+from experiments.harness.parallel import leave
+
 WORLD = 2
 # A server process imports these once, and each process is forked from it.
-PRELOADED = ["torch.distributed.fsdp", "paramlora", "pytest"]
+PRELOADED = [
+    "pytest",
+    "torch.distributed.fsdp",
+    "torch.distributed.run",
+    "transformers.models.bert.modeling_bert",
+    "paramlora",
+    "experiments.text.report",
+    "experiments.text.study",
+]
 Scenario = Callable[[Path], dict[str, Any]]
 Results = dict[str, list[dict[str, Any]]]
 needs_sharding = pytest.mark.skipif(
@@ -39,6 +50,19 @@ def shared_folder(factory: pytest.TempPathFactory, name: str) -> Path:
     return folder
 
 
+def forked() -> ForkServerContext:
+    """Return a context of multiprocessing whose processes need not import torch."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def start(function: Callable[..., None], arguments: tuple[Any, ...], nprocs: int = WORLD) -> None:
+    """Run a function in several processes, with the rank as its first argument, and wait."""
+    forked()
+    torch.multiprocessing.start_processes(function, arguments, nprocs, start_method="forkserver")
+
+
 def run(
     scenarios: Sequence[Scenario],
     folder: Path,
@@ -53,10 +77,7 @@ def run(
         if not (folder / "done").exists():
             prepare(folder)
             (folder / "rendezvous").unlink(missing_ok=True)
-            multiprocessing.set_forkserver_preload(PRELOADED)
-            torch.multiprocessing.start_processes(
-                _process, (scenarios, folder), nprocs=WORLD, start_method="forkserver"
-            )
+            start(_process, (scenarios, folder))
             (folder / "done").touch()
     return {
         scenario.__name__: [
@@ -75,4 +96,4 @@ def _process(rank: int, scenarios: Sequence[Scenario], folder: Path) -> None:
     for scenario in scenarios:
         torch.save(scenario(folder), folder / f"{scenario.__name__}-{rank}.pt")
         dist.barrier()
-    dist.destroy_process_group()
+    leave()
