@@ -81,10 +81,11 @@ def group(device: torch.device) -> Iterator[tuple[Group, torch.device]]:
 def leave() -> None:
     """Destroy the process group and end the threads of its backend.
 
-    The threads end with the last reference to the group. A wrapped model is part of a reference
-    cycle and holds one, so it is collected first. Otherwise a thread of gloo may still release a
-    result while Python finalizes. It then waits for the GIL, which it cannot get, Python ends the
-    thread, and the process aborts with "terminate called without an active exception".
+    The threads end with the last reference to the group. A model that DDP has wrapped holds one,
+    and may be part of a reference cycle, so cycles are collected first. Otherwise a thread of gloo
+    may still release a result while Python finalizes. It asks for the GIL then, Python ends the
+    thread, and the process aborts with "terminate called without an active exception". Caches of
+    torch's DTensors keep the group of a sharded model, but its threads are idle by then.
     """
     gc.collect()
     dist.destroy_process_group()

@@ -6,7 +6,10 @@ one after the other in the same processes, and its tests check the results.
 
 import multiprocessing
 import os
+import runpy
+import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -61,6 +64,43 @@ def start(function: Callable[..., None], arguments: tuple[Any, ...], nprocs: int
     """Run a function in several processes, with the rank as its first argument, and wait."""
     forked()
     torch.multiprocessing.start_processes(function, arguments, nprocs, start_method="forkserver")
+
+
+def run_python(*arguments: str) -> None:
+    """Run a command line of Python, without the program's name, in this process."""
+    given = [argument for argument in arguments if argument != "-u"]
+    as_module = given[0] == "-m"
+    program, *sys.argv[1:] = given[as_module:]
+    sys.argv[0] = program
+    try:
+        if as_module:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(program, run_name="__main__")
+    except SystemExit as done:
+        if done.code:
+            raise
+
+
+def torchrun(arguments: Sequence[str]) -> None:
+    """Run `torchrun` with these arguments in this process; its workers are forked from the server.
+
+    Raises:
+        ChildFailedError: a worker failed.
+    """
+    from torch.distributed import run as program
+
+    def launch(config: Any, entrypoint: str) -> Callable[..., object]:
+        assert entrypoint == sys.executable
+        forked()
+        config.start_method = "forkserver"
+        return elastic_launch(config, run_python)
+
+    elastic_launch = program.elastic_launch
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as thread:
+        patch.setattr(program, "elastic_launch", launch)
+        # Only in the main thread, torchrun would replace the handlers of signals.
+        thread.submit(program.main, list(arguments)).result()
 
 
 def run(

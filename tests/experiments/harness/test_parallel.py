@@ -183,7 +183,10 @@ def train_and_leave(rank: int, port: int, counts: Any) -> None:
     gc.disable()  # so that only `group` collects the wrapped model
     counts[3 * rank] = len(os.listdir("/proc/self/task"))
     with group(torch.device("cpu")) as (processes, _):
-        spread(torch.nn.Linear(3, 2), "ddp", processes, [])(torch.ones(1, 3)).sum().backward()
+        model = spread(torch.nn.Linear(3, 2), "ddp", processes, [])
+        model(torch.ones(1, 3)).sum().backward()
+        model.__dict__["itself"] = model  # a reference cycle, as hooks and tracebacks make
+        del model
         counts[3 * rank + 1] = len(os.listdir("/proc/self/task"))
     counts[3 * rank + 2] = len(os.listdir("/proc/self/task"))
 
