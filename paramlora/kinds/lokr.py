@@ -59,6 +59,7 @@ class LoKr(Spec):
             raise ValueError(
                 f"alpha is divided by the rank, so rank=None allows no alpha; got {self.alpha!r}"
             )
+        check_flag(self, "rank_stabilized")
         check_flag(self, "decompose_both")
         whole = isinstance(self.factor, int) and not isinstance(self.factor, bool)
         if not whole or (self.factor < 1 and self.factor != -1):

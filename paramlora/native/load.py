@@ -55,7 +55,7 @@ def module() -> ModuleType | None:
     except ImportError as error:
         warnings.warn(
             f"{file} cannot be loaded, so adapters are computed in Python: {error}; delete it and "
-            "run python -m paramlora.build",
+            "run python -m paramlora.native.build",
             stacklevel=2,
         )
         return None

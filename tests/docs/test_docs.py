@@ -50,7 +50,7 @@ def reader_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_command(line: str, reader_files: Path) -> None:
-    """Run a command on the files of the reader; it has no process of its own, which takes seconds."""
+    """Run a command on the files of the reader in this process, as a new one takes seconds."""
     words = {
         "MODEL": reader_files / "bert",
         "DIR": reader_files,

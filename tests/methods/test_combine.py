@@ -294,6 +294,17 @@ def test_kinds_that_cannot_be_combined(
     refuses(model, lambda m: pl.combine(m, {"a": 1.0, "b": 1.0}, name="ab"), TargetError, message)
 
 
+def test_order_of_the_model() -> None:
+    """The new adapter is installed in the order of the model, whatever the order of the weights."""
+    model = plain()
+    for name, target in (("b", "fc1.weight[2:]"), ("a", "fc1.weight[:2]")):
+        pl.attach(model, LoRA(1), target, name=name)
+    pl.combine(model, {"b": 1.0, "a": 1.0}, name="ab")
+    pl.attach(model, LoRA(1), ["fc1.weight[:2]", "fc1.weight[2:]"], name="attached")
+    keys = [list(pl.state_dict(model, name)) for name in ("ab", "attached")]
+    assert keys[0] == keys[1]
+
+
 def test_one_side_of_a_tie() -> None:
     """Combining adapters attached to only one of two tied tensors raises StateError."""
     model = Tied()
