@@ -15,6 +15,7 @@ from tests.support.processes import start
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 
+@pytest.mark.slow
 def test_rows_proofs_and_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

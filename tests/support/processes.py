@@ -4,12 +4,14 @@ Starting a process takes seconds, most of them to import torch. So all scenarios
 one after the other in the same processes, and its tests check the results.
 """
 
+import contextlib
+import io
 import multiprocessing
 import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,18 @@ def run_python(*arguments: str) -> None:
     except SystemExit as done:
         if done.code:
             raise
+
+
+def output_of(*arguments: str) -> str:
+    """Run a command line of Python in a forked process, and return what it printed."""
+    with ProcessPoolExecutor(1, mp_context=forked()) as pool:
+        return pool.submit(_output_of, *arguments).result()
+
+
+def _output_of(*arguments: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_python(*arguments)
+    return printed.getvalue()
 
 
 def torchrun(arguments: Sequence[str]) -> None:
