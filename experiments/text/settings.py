@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 from ..harness.settings import (
     COUNT,
-    DEVICE,
     FINITE,
     NATURAL,
     POSITIVE,
     Check,
+    PlaceSettings,
     Settings,
     SettingsGroup,
     option,
@@ -161,21 +161,13 @@ class FinetuningSettings(SettingsGroup):
 
 
 @dataclass(frozen=True)
-class PlaceSettings(SettingsGroup):
-    """The device, the processes and the folders."""
+class TextPlaceSettings(PlaceSettings):
+    """Device, processes and folders."""
 
-    device: str = option(
-        "auto", "a torch device such as cpu or cuda:1; auto: a GPU if any, or cpu", DEVICE
-    )
     parallel: str = option(
         "ddp",
         "under torchrun; ddp: each process has the whole model, fsdp: a shard of it",
         choices=("ddp", "fsdp"),
-        affects_results=False,
-    )
-    out: str = option(
-        "",
-        "folder of the run; if empty, runs/text-PRESET and the changes to the preset",
         affects_results=False,
     )
     tokens: str = option(
@@ -219,7 +211,7 @@ class TextSettings(Settings):
     forgetting: bool = option(
         True, "measure the checkpoint's remaining ability at several strengths of the adapter"
     )
-    place: PlaceSettings = PlaceSettings()
+    place: TextPlaceSettings = TextPlaceSettings()
 
     @property
     def chosen_methods(self) -> list[str]:

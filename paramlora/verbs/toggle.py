@@ -148,7 +148,7 @@ def _disable(stacks: Sequence[Stack], names: Sequence[str]) -> None:
 
 
 def _check(stacks: Sequence[Stack], names: Sequence[str], verb: str) -> None:
-    """Raise if an adapter of these names, any if none is named, is missing or merged."""
+    """Raise an error if an adapter is missing or merged; check all adapters if none is named."""
     check_names(stacks, names)
     check_unmerged(stacks, names, verb)
 
