@@ -1,4 +1,4 @@
-"""From the content of a file to factors at places in a model, with everything checked.
+"""Check the content of a file, and plan its factors at the places of a model.
 
 Nothing here changes the model: `refresh.py` does so once the whole plan is made.
 """

@@ -2,7 +2,7 @@
 
 PEFT writes about forty settings. `Config` has those that determine the adapted tensors and
 their updates. Some others do not affect a trained adapter (`_NO_EFFECT`). All remaining settings
-must be off: null, false or empty. Ignoring one would load a model that silently differs from PEFT's.
+must be off: null, false or empty. Ignoring one would silently load another model than PEFT's.
 """
 
 import json

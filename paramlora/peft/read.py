@@ -1,4 +1,4 @@
-"""Plan the factors at places in a model from the content of a PEFT folder, and check everything.
+"""Check the content of a PEFT folder, and plan its factors at the places of a model.
 
 Nothing here changes the model. `files/refresh.py` does so once the whole plan is made.
 """
