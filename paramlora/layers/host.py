@@ -1,4 +1,4 @@
-"""A module that hosts stacks: its class while it does, and what detaching gives back.
+"""A module that hosts stacks: its class meanwhile, and its earlier state for `detach`.
 
 Note [a class for each module]
     `parametrize` gives each host module a class of its own, a subclass of the module's class with
@@ -42,8 +42,8 @@ class Before:
         order: the names of the module's own parameters, in their order.
         cls: the class that another parametrization had given to the module, if any.
         owner: the id of the module that `cls` belongs to; a deep copy has another one.
-        replaced: the attributes of the host's class that ours hide, None for a missing one.
-        frozen: the parameters that were trained, each with the adapters that froze it.
+        replaced: the attributes of the host's class that ours replace, None for a missing one.
+        frozen: the names of the frozen parameters, each with the adapters that froze it.
     """
 
     order: tuple[str, ...] = ()
@@ -75,7 +75,7 @@ def register(module: nn.Module, tensor: str, stack: Stack) -> None:
 
 
 def unregister(site: Site) -> None:
-    """Take a stack away, and with the module's last stack every trace of having been a host."""
+    """Remove a stack, and with the module's last stack everything else that `register` added."""
     module, plist, before = site.module, site.plist, _before(site.module)
     if len(plist) > 1:
         del plist[list(plist).index(site.stack)]
@@ -88,11 +88,11 @@ def unregister(site: Site) -> None:
 
 
 def freeze_base(survey: Survey, adapter: str) -> None:
-    """Stop the base's parameters from requiring a gradient, on behalf of an adapter."""
+    """Freeze the base's parameters, and record the adapter that froze them."""
     for module in _base_modules(survey):
         for key, parameter in _stored_parameters(module):
             if parameter.requires_grad:
-                # An adapter that froze it earlier was overruled in the meantime.
+                # If an adapter froze it earlier, the user has unfrozen it since.
                 _before(module).frozen[key] = {adapter}
                 parameter.requires_grad_(False)
             elif key in _frozen(module):
@@ -100,7 +100,7 @@ def freeze_base(survey: Survey, adapter: str) -> None:
 
 
 def unfreeze_base(survey: Survey, adapters: set[str] | None) -> None:
-    """Restore the flags that only these adapters hold down; None restores all of them."""
+    """Unfreeze the parameters that only these adapters froze; None unfreezes all of them."""
     for module in _base_modules(survey):
         frozen = _frozen(module)
         for key, holders in list(frozen.items()):

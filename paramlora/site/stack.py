@@ -47,8 +47,8 @@ _BUILT = _Built()
 def build_once() -> Iterator[None]:
     """Let each stack build W' once inside the block, which is the forward of one module.
 
-    `parametrize.cached` is no alternative: all threads would share the tensors that one thread has
-    built, perhaps under no_grad, for as long as any thread is inside.
+    `parametrize.cached` cannot replace it. While any thread is inside, all threads would share the
+    tensors that one of them has built, perhaps under no_grad.
     """
     outer, _BUILT.tensors = _BUILT.tensors, {}
     try:
@@ -62,7 +62,7 @@ _NUMBERS = itertools.count()
 
 
 class Stack(nn.Module):
-    """The named adapters at a site: their factors, which are active, which are merged.
+    """The named adapters at a site, with their factors and states (active, merged).
 
     The state is kept in tuples of names in attaching order, which torch.compile can guard on.
 
@@ -71,13 +71,13 @@ class Stack(nn.Module):
         active: the adapters that are switched on.
         merged: the adapters that are folded into the stored weight.
         live: the adapters that the forward has to compute: active and not merged.
-        numbers: for each name the value of a counter over all stacks, which gives the order in
-            which a model's adapters were attached.
+        numbers: the number of each adapter, from a counter that all stacks share. It gives the
+            order in which a model's adapters were attached.
         stored: while adapters are merged, the original stored tensors, in the list's order.
         written: while adapters are merged, the parameters that hold the merged weight, each with
             its version right after the merge.
         tied: the paths of the sites that share this stack, if their tensors are tied.
-        route: inside `routed`, which row of a batch gets which adapter.
+        route: inside `routed`, the adapter of each row of a batch.
     """
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class Stack(nn.Module):
 
             with pl.using(model, "a"):
                 loss = model(x).sum()       # computed with W + ΔW_a
-            loss.backward()                 # here the stack's state is another
+            loss.backward()                 # here the stack has another state
 
         Reading the stack in the backward would give the gradient of another function. So the
         closure keeps what defines today's W': the specs, the factors and the strengths. It keeps

@@ -45,10 +45,8 @@ class _Fold(NamedTuple):
 def merge(model: nn.Module, *names: str) -> None:
     """Fold adapters into the stored weights, so that a forward costs no more than the base's.
 
-    The outputs stay the same up to rounding.
-
-    While adapters are merged, the model's own `state_dict` contains the merged weights;
-    `base_state_dict` contains the base's.
+    The outputs stay the same up to rounding. While adapters are merged, the model's
+    own `state_dict` contains the merged weights, and `base_state_dict` contains the base's.
 
     Args:
         model: a module with adapters.

@@ -55,9 +55,9 @@ def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterat
         itself gets a StateError from the stack, because one tensor cannot serve all rows.
 
         Attention needs two special cases. A MultiheadAttention whose `out_proj` alone is adapted is
-        not a host itself, so its own forward would read `out_proj.weight`; it gets a forward for the
-        time of the block. And torch's fused encoder layer reads the weights of the modules inside
-        it without calling them, so that fast path is off inside the block.
+        not a host itself, so its own forward would read `out_proj.weight`; it gets another
+        forward inside the block. And torch's fused encoder layer reads the weights of its
+        modules without calling them, so that fast path is off inside the block.
 
         Stacks without a named adapter contribute nothing inside: their `live` is empty.
     """
