@@ -1,4 +1,4 @@
-"""Saving an adapter to one `.safetensors` file, and loading it.
+"""Save an adapter to one `.safetensors` file, and load it.
 
 A file holds the factors as tensors and one metadata entry, described in `metadata.py`. Loading it
 executes and unpickles nothing. If an adapter is of a kind of your own, import its class before you

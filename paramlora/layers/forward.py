@@ -1,8 +1,8 @@
 """The choice of the forward of an adapted layer.
 
 Note [the choice of forward]
-    A host module's class gets one of these forwards if the module's own forward is torch's, because
-    only then its result is known. An adapted forward looks at the stack and takes the first of
+    A host module's class gets one of these forwards only if the module's own forward is torch's,
+    because the computation of any other forward is unknown. An adapted forward looks at the stack and takes the first of
     these paths that the active adapters allow:
 
     factored    y = x Wᵀ + b + s·(x Aᵀ) Bᵀ      Linear, Conv1D, Embedding with low-rank updates.
@@ -10,12 +10,12 @@ Note [the choice of forward]
     rescaled    W' = (1 + c) ⊙ (W + s·B A)      the same layers with IA3 or DoRA.
     routed      a route is set: rows.py computes each row with its adapter.
     dense       torch's own code on W'          other layers, kinds without such a form, and
-                tensors with other parametrizations. W' is built once a forward, and once more in
+                tensors with other parametrizations. W' is built once per forward, and again in
                 the backward (dense.py).
 
-    For the backward, a factored layer keeps x and x Aᵀ, a dense one x; none keeps W'.
+    For the backward, a factored layer keeps x and x Aᵀ, and a dense layer keeps x. No layer keeps W'.
 
-    A subclass with a forward of its own keeps it, since it may compute anything:
+    A subclass with its own forward keeps it, because it may compute anything:
 
         class Scaled(nn.Linear):
             def forward(self, x):

@@ -90,7 +90,7 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "defau
 
 
 def load_peft(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> Summary:
-    """Attach the adapter of a PEFT folder, or copy its values into the attached one of that name.
+    """Attach the adapter of a PEFT folder, or copy its values into the attached adapter.
 
     It is attached as by `load`: active, with trainable factors and a frozen base. Biases and
     modules that PEFT trained become `Delta`s. The patterns in a config are run as regular
@@ -154,7 +154,8 @@ def _warn_if_added_twice(tensors: Mapping[str, Tensor]) -> None:
 
     PEFT runs a MultiheadAttention by merging both projections for the forward. For `out_proj` it
     adds the update to the weight, and then calls the `merge` of the layer that wraps `out_proj`,
-    which adds it again: W + 2·s·BA. The file means W + s·BA, which paramlora computes. See
+    which adds it again: W + 2·s·BA. By the format it is W + s·BA, and paramlora computes this.
+    See
     https://github.com/huggingface/peft/pull/3774.
     """
     for key, tensor in tensors.items():

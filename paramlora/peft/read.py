@@ -1,6 +1,6 @@
 """Check the content of a PEFT folder, and plan its factors at the places of a model.
 
-Nothing here changes the model. `files/refresh.py` does so once the whole plan is made.
+Nothing here changes the model. `files/refresh.py` changes it after the whole plan is made.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ def plan_folder(
 def resolve_all_linear(model: nn.Module, seen: PeftView, config: Config) -> Config:
     """Return the settings with "all-linear" replaced by the paths of the linear layers.
 
-    These are all linear layers except the one that gives a transformers model's outputs.
+    The output layer of a transformers model is not one of them, as in PEFT.
     """
     modules = config.target_modules
     if not isinstance(modules, str) or modules.lower() != "all-linear":

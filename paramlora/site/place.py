@@ -135,7 +135,7 @@ def check(place: Place, spec: Spec) -> None:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Return whether a module is one of torch's quantized ones, where `weight` is a method."""
+    """Return whether a module is a quantized module of torch, whose `weight` is a method."""
     weight = getattr(module, "weight", None)
     return callable(weight) and not isinstance(weight, nn.Module)
 

@@ -63,8 +63,8 @@ def attach(
         The model's summary. Its `skipped` lists the tensors without this adapter, with the reason.
 
     Raises:
-        TargetError: a target matches nothing; or a tensor that cannot be adapted (integer or
-            packed, lazy, too few dimensions) or has no such block; or blocks overlap. The model is
+        TargetError: a target matches no tensor; a tensor cannot be adapted (integer or packed,
+            lazy, too few dimensions) or does not have the block; or blocks overlap. The model is
             unchanged.
         AdapterNameError: the name is taken, or is not a valid name.
         StateError: a tensor is tied, and only one side of the tie has adapters.
