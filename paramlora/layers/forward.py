@@ -2,8 +2,8 @@
 
 Note [the choice of forward]
     A host module's class gets one of these forwards only if the module's own forward is torch's,
-    because the computation of any other forward is unknown. An adapted forward looks at the stack and takes the first of
-    these paths that the active adapters allow:
+    because the computation of any other forward is unknown. An adapted forward looks at the stack
+    and takes the first of these paths that the active adapters allow:
 
     factored    y = x Wᵀ + b + s·(x Aᵀ) Bᵀ      Linear, Conv1D, Embedding with low-rank updates.
                 W' is built only for many rows (`compute.plan.choose`).
@@ -13,7 +13,7 @@ Note [the choice of forward]
                 tensors with other parametrizations. W' is built once per forward, and again in
                 the backward (dense.py).
 
-    For the backward, a factored layer keeps x and x Aᵀ, and a dense layer keeps x. No layer keeps W'.
+    For the backward, a factored layer keeps x and x Aᵀ, and a dense layer keeps x. None keeps W'.
 
     A subclass with its own forward keeps it, because it may compute anything:
 

@@ -1,4 +1,4 @@
-"""A module that hosts stacks: its class meanwhile, and its earlier state for `detach`.
+"""Modules that host stacks: their classes, and their earlier state for `detach`.
 
 Note [a class for each module]
     `parametrize` gives each host module a class of its own, a subclass of the module's class with
@@ -11,9 +11,9 @@ Note [a class for each module]
         layer.weight                                                 # AttributeError
 
     Two things prevent this. The host's class gets a `__deepcopy__` that gives each copy a class of
-    its own (`_adopt`). And a module that another parametrization had made a host before, and that
-    may share its class with a copy already, gets a copy of that class first (`register`). The
-    class that was there is kept and restored by `unregister`.
+    its own (`_adopt`). If another parametrization gave the module its class, the module may share
+    that class with a copy already. Then it first gets a copy of the class (`register`), and
+    `unregister` restores the earlier class.
 """
 
 from collections.abc import Iterator, Sequence
@@ -123,9 +123,9 @@ def forget(survey: Survey) -> None:
 class SiteList(parametrize.ParametrizationList):
     """The parametrizations of a tensor whose first one is a stack; more can be registered on it.
 
-    torch calls a parametrization that is registered on top of another one with a single tensor.
-    One that needs several (weight_norm needs g and v) would fail at the next read. It goes below
-    the stack instead: the stored weight is split, and the adapters stay on top.
+    torch calls a parametrization on top of another one with a single tensor. A parametrization of
+    several tensors, such as weight_norm with g and v, would fail there at the next read. So it is
+    put below the stack: the stored weight is split, and the adapters stay on top.
     """
 
     def append(self, module: nn.Module) -> "SiteList":
@@ -220,8 +220,8 @@ def _adopt(cls: type, before: Before, alone: bool) -> None:
     """Give a host's own class its deepcopy, and an adapted forward if there is one for it.
 
     Without this `__deepcopy__` the copy shares the class: see Note [a class for each module].
-    torch's own (`plain`) runs first, for it copies the module; then the copy gets a copy of the
-    class, which has this `__deepcopy__` as well, so copies of copies are independent, too.
+    torch's `__deepcopy__` (`plain`) copies the module first. Then the copy gets a copy of the class.
+    This class has the new `__deepcopy__` as well, so copies of copies are independent, too.
     """
     plain = cls.__deepcopy__  # type: ignore[attr-defined]
 
@@ -250,8 +250,8 @@ def _release(module: nn.Module, before: Before) -> None:
             delattr(cls, key)
         else:
             setattr(cls, key, value)
-    # Restore the original class object, unless this module is a deep copy, to which that class
-    # does not belong, or another tensor was parametrized since, which that class does not know.
+    # Restore the original class object, except in two cases. A deep copy must not get it, because
+    # it belongs to another module. And it lacks the property of a tensor parametrized since.
     if before.cls and before.owner == id(module) and _tensors(before.cls) == _tensors(cls):
         module.__class__ = before.cls
     before.order, before.cls, before.owner, before.replaced = (), None, 0, {}

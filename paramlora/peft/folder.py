@@ -154,8 +154,7 @@ def _warn_if_added_twice(tensors: Mapping[str, Tensor]) -> None:
 
     PEFT runs a MultiheadAttention by merging both projections for the forward. For `out_proj` it
     adds the update to the weight, and then calls the `merge` of the layer that wraps `out_proj`,
-    which adds it again: W + 2·s·BA. By the format it is W + s·BA, and paramlora computes this.
-    See
+    which adds it again: W + 2·s·BA. paramlora computes W + s·BA, as the format defines it. See
     https://github.com/huggingface/peft/pull/3774.
     """
     for key, tensor in tensors.items():

@@ -202,7 +202,7 @@ def _check(stack: Stack, names: list[str]) -> None:
 def _check_order(site: Site, names: list[str]) -> None:
     """Raise a StateError if merging would change the order in which adapters act.
 
-    A merged adapter acts first, for it is in the stored weight. With IA3 `a` attached before
+    A merged adapter acts first, because it is in the stored weight. With IA3 `a` attached before
     Delta `b`, W' = l ⊙ W + D; with `b` alone merged it would be l ⊙ (W + D).
     """
     stack = site.stack

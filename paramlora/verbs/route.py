@@ -23,10 +23,10 @@ def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterat
 
     Only the adapter of a row contributes to it, with its strength, even if it is switched off.
     Activation checkpointing runs a forward again in the backward, so the backward then belongs
-    inside the block as well. It works in training, where each adapter learns from its
-    rows, and in inference, for Linear, Embedding, convolutions, attention and recurrent layers.
-    Their inputs must have the batch as their batch dimension: the first one, or the second in
-    attention and recurrent layers without `batch_first`.
+    inside the block as well. It works in inference, and in training, where each adapter learns
+    from its rows. It supports Linear, Embedding, convolutions, attention and recurrent layers. The
+    rows must lie along dimension 0 of their inputs, or along dimension 1 in attention and recurrent
+    layers without `batch_first`.
 
     Args:
         model: a module with adapters.
@@ -35,8 +35,8 @@ def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterat
 
     Raises:
         AdapterNameError: there is no adapter of that name.
-        StateError: an adapter is merged; or it adapts a module whose own code reads the tensor, so
-            that all rows get the same.
+        StateError: an adapter is merged; or the own code of a module reads its adapted tensor, so
+            that all rows would get the same adapter.
         ValueError: ids is not a vector of integers from −1 to the number of adapters less 1; or,
             in the forward, an input has another number of rows.
 

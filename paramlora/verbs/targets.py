@@ -200,7 +200,7 @@ def _glob(path: str, pattern: str) -> bool:
 
 
 def _nothing(asked: Target, survey: Survey) -> str:
-    """Describe a target that matches nothing, and name what comes close to it."""
+    """Describe a target that matches nothing, and name the closest matches."""
     everywhere = survey.places
     name = repr(asked) if isinstance(asked, str) else getattr(asked, "__name__", repr(asked))
     target, index = _split(asked, everywhere)
