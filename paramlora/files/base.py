@@ -156,7 +156,7 @@ class _Base:
         return ".".join([path, str(index - (index > stack_index)), *others])
 
     def original_value(self, key: str, tensor: Tensor) -> Tensor:
-        """Return the base's tensor for a key, or the one from before merging if one is merged."""
+        """Return the base's tensor for a key; while an adapter is merged, the original tensor."""
         path, rest = self._split(key)
         if path is None or not rest[0].startswith("original"):
             return tensor

@@ -220,8 +220,8 @@ def _adopt(cls: type, before: Before, alone: bool) -> None:
     """Give a host's own class its deepcopy, and an adapted forward if there is one for it.
 
     Without this `__deepcopy__` the copy shares the class: see Note [a class for each module].
-    torch's `__deepcopy__` (`plain`) copies the module first. Then the copy gets a copy of the class.
-    This class has the new `__deepcopy__` as well, so copies of copies are independent, too.
+    torch's `__deepcopy__` (`plain`) copies the module first. Then the copy gets a copy of the
+    class. This class has the new `__deepcopy__` as well, so copies of copies are independent, too.
     """
     plain = cls.__deepcopy__  # type: ignore[attr-defined]
 

@@ -9,8 +9,8 @@ There are two ways to compute the updates of a layer with low-rank adapters:
 
 M (n, R) is 1 if a column of x Aᵀ belongs to the row's adapter, and 0 otherwise. For E = 2 adapters
 of rank 1 and ids = [0, 1, −1], M = [[1, 0], [0, 1], [0, 0]]. Stacking takes three products for any
-number of adapters, but only 1/E of x Aᵀ is used; sorting computes no more than is needed, but takes
-four launches for each adapter. `stacks_well` chooses. Layers with other adapters, and other
+number of adapters, but only 1/E of x Aᵀ is used. Sorting computes only what is used, but takes four
+launches for each adapter. `stacks_well` chooses. Layers with other adapters, and other
 modules, run once for each adapter on its rows (row_groups.py).
 """
 
@@ -155,8 +155,8 @@ def linear(
     by_index = dict(terms)
     if x.is_cpu and not torch.is_grad_enabled() and type(y) is Tensor and not plain_ops_only(x):
         # The general code below makes four tensors of the size of x or y. On a CPU the page faults
-        # of new memory may take half as long as y itself. These tensors are as large as one
-        # adapter's rows. (On a GPU index_add_ is slow in half precision.)
+        # of new memory may take half as long as y itself. The tensors of this
+        # loop are only as large as the rows of one adapter. (On a GPU index_add_ is slow in half precision.)
         for index, rows in route.groups:
             if index in by_index:
                 part = x.index_select(0, rows)  # (rows of one adapter, …, k)
