@@ -74,7 +74,7 @@ class Rescaled(NamedTuple):
 
 @dataclass(frozen=True)
 class Spec(ABC):
-    """What to learn at a tensor: the base class of all kinds of adapters.
+    """The base class of all kinds of adapters.
 
     To add a kind, derive a frozen dataclass and define `create` and `apply`. The other members are
     optional. The fields of the dataclass are saved with the adapter, so they must be numbers,

@@ -155,8 +155,8 @@ def linear(
     by_index = dict(terms)
     if x.is_cpu and not torch.is_grad_enabled() and type(y) is Tensor and not plain_ops_only(x):
         # The general code below makes four tensors of the size of x or y. On a CPU the page faults
-        # of new memory may take half as long as y itself. The tensors of this
-        # loop are only as large as the rows of one adapter. (On a GPU index_add_ is slow in half precision.)
+        # of new memory may take half as long as y itself. The tensors of this loop are only as
+        # large as the rows of one adapter. (On a GPU index_add_ is slow in half precision.)
         for index, rows in route.groups:
             if index in by_index:
                 part = x.index_select(0, rows)  # (rows of one adapter, …, k)

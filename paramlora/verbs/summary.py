@@ -54,8 +54,7 @@ class Summary:
             is a site. `scale` is the factor of the update, strength times alpha/r. `share` is the
             number of the adapter's parameters over that of the tensor's elements. `gradient`
             says whether the trained factors got a nonzero gradient. It is None before the first
-            backward, and if no factor is trained. If they got none, `note` has the reason, if
-            known.
+            backward, and if no factor is trained. If it is False, `note` has the reason, if known.
         trainable: the number of elements that require a gradient, the base's included.
         total: the number of elements of the base's parameters, without adapters.
         skipped: a `Skipped` for each tensor of the base without an adapter; in the summary that
