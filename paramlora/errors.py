@@ -45,7 +45,7 @@ class AdapterNameError(ParamloraError, KeyError):
 
 
 class StateError(ParamloraError, RuntimeError):
-    """The state of the model or of an adapter, such as merged or sharded, forbids the call."""
+    """The call is not possible in this state of a model or adapter, such as merged or sharded."""
 
 
 class CheckpointError(ParamloraError, ValueError):

@@ -67,7 +67,7 @@ def _refresh(
 
 
 def _signatures(by_path: dict[str, Factors]) -> dict[str, object]:
-    """Return the kind and the shapes of the factors by path. Equal ones allow copying values."""
+    """Return the kind and the shapes of the factors by path. If equal, values can be copied."""
     return {
         path: (type(factors.spec), {key: tensor.shape for key, tensor in factors.tensors.items()})
         for path, factors in by_path.items()

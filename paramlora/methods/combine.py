@@ -107,7 +107,7 @@ def combine(
     planned = [
         PlannedSite(place, _sum(place, terms[path], method, rank)) for path, place in chosen.items()
     ]
-    # In the order of the model, as by `attach`, whatever the order of the weights.
+    # In the order of the model, as by `attach`, and not in the order of the weights.
     order = {path: i for i, path in enumerate(tensors)}
 
     def position(plan: PlannedSite) -> tuple[int, list[tuple[int, int]]]:
@@ -170,7 +170,7 @@ def _updates(path: str, parts: list[Factors]) -> tuple[dict[str, Any], list[LowR
     """Return the adapters' updates, and the layout that all of them have.
 
     If all are plain LoRAs of one layout, the updates are their own factors and the sum is a LoRA of
-    that layout. Otherwise they are updates of the tensor as a matrix, which most kinds can give.
+    that layout. Otherwise they are updates of the tensor as a matrix, which most kinds support.
     """
     layouts = [_layout(part) for part in parts]
     if layouts[0] is not None and all(layout == layouts[0] for layout in layouts):
@@ -221,7 +221,7 @@ def _linear(
 
 
 def _truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the factors of the best approximation of a rank to B A, without building B A.
+    """Return the factors of the best approximation of B A at a rank, without building B A.
 
     With B = Q R and Aᵀ = S P, where Q and S have orthonormal columns,
 

@@ -26,10 +26,9 @@ def extract(
 ) -> dict[str, float]:
     """Attach an adapter to `base` that approximates `model` as closely as the rank allows.
 
-    A tensor with two or more dimensions that differs gets a `LoRA`, the best approximation of that
-    rank to the difference. Any other tensor that differs gets a `Delta`, which is exact up to
-    rounding. The adapter is switched on, as by `attach`. Other adapters on `base` that are on add
-    to it.
+    Each tensor that differs gets an update. With two or more dimensions it gets a `LoRA`, the best
+    approximation of the difference at this rank. Otherwise it gets a `Delta`, which is exact up to
+    rounding. The adapter is switched on, as by `attach`. Other active adapters of `base` add to it.
 
     Args:
         model: the base after a full fine-tune; it is not changed.

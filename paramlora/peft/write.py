@@ -1,4 +1,4 @@
-"""Make the content of a PEFT folder from an adapter, or refuse it with the reason."""
+"""Make the content of a PEFT folder from an adapter, or raise an error with the reason."""
 
 from collections.abc import Iterable
 from math import sqrt
