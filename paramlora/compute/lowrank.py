@@ -57,8 +57,8 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tens
     # The choice of paths depends on sizes, which must not be read in two cases. A compiled graph
     # would be specialised to the outcome and compiled again for the other one. And the sizes of a
     # tensor subclass may have no values, as those of torch.export's fake tensors. Both cases use
-    # plain operations, and so do small layers. `choose` comes before `plain_ops_only`, the slowest of
-    # these checks, so that small layers skip it.
+    # plain operations, and so do small layers. `choose` comes before the slowest check,
+    # `plain_ops_only`, so that small layers skip that check.
     if type(x) is Tensor and not torch.compiler.is_compiling():
         m, k = W.shape
         n, device = x.numel() // max(k, 1), "cpu" if x.is_cpu else "cuda"

@@ -35,7 +35,7 @@ def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterat
 
     Raises:
         AdapterNameError: there is no adapter of that name.
-        StateError: an adapter is merged; or the own code of a module reads its adapted tensor, so
+        StateError: an adapter is merged; or a module's own forward reads the adapted tensor, so
             that all rows would get the same adapter.
         ValueError: ids is not a vector of integers from −1 to the number of adapters less 1; or,
             in the forward, an input has another number of rows.
