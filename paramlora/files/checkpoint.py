@@ -1,4 +1,4 @@
-"""Saving an adapter to one `.safetensors` file, and loading it.
+"""Save an adapter to one `.safetensors` file, and load it.
 
 A file holds the factors as tensors and one metadata entry, described in `metadata.py`. Loading it
 executes and unpickles nothing. If an adapter is of a kind of your own, import its class before you
@@ -24,7 +24,7 @@ from .state import tensors_of
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
-    """Save an adapter to one `.safetensors` file that has all that `load` needs.
+    """Save an adapter to one `.safetensors` file, which is sufficient for `load`.
 
     Saving is atomic: after a crash, `path` holds either the old file or the new one. If FSDP has
     sharded the model, all processes call `save`, and the first one writes.
@@ -114,8 +114,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     for plan in planned:
         check_real(plan.place.path, plan.place.stored)
     check_tied(survey, [plan.place for plan in planned])
-    # The digest comes last, because the checks above can name the key or site that differs. It
-    # comes before anything is attached, because it finds what they cannot: changed values.
+    # The digest is checked last, because the checks above can name the key or site that differs. It
+    # also finds changed values, so it is checked before anything is attached.
     if digest_of(tensors, content) != content["digest"]:
         raise CheckpointError(
             f"{path} is damaged: its content does not match its digest; save the adapter again"

@@ -1,4 +1,4 @@
-"""Attaching the adapter of a file, or copying its values into the one that is attached."""
+"""Attach the adapter of a file, or copy its values into the attached adapter."""
 
 import os
 
@@ -67,7 +67,7 @@ def _refresh(
 
 
 def _signatures(by_path: dict[str, Factors]) -> dict[str, object]:
-    """Return kind and shapes of the factors by path: values can be copied if they are the same."""
+    """Return the kind and the shapes of the factors by path. If equal, values can be copied."""
     return {
         path: (type(factors.spec), {key: tensor.shape for key, tensor in factors.tensors.items()})
         for path, factors in by_path.items()

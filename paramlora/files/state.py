@@ -9,8 +9,8 @@ Note [keys of factors]
 
     The index of a block is part of the key, in its shortest form, so that a block has one key
     however the user wrote its index. Tied tensors share one stack and thus one set of factors.
-    Their keys have the first path in module order only: under a second path there could be other
-    values. Loading finds the tensor by that path and adapts all modules that hold it.
+    Their keys have only the first path in module order. Keys for a second path could have other,
+    conflicting values. Loading finds the tensor by the first path and adapts all modules with it.
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Putting planned factors at their places in a model, and taking them away."""
+"""Install planned factors at their places in a model, and remove them."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -58,7 +58,7 @@ def install(survey: Survey, planned: list[PlannedSite], name: str, freeze: bool)
 
 
 def remove(survey: Survey, names: set[str]) -> None:
-    """Take the named adapters away, and give back the flags that they held down."""
+    """Remove the named adapters, and restore the requires_grad flags that they cleared."""
     host.unfreeze_base(survey, names)
     release(survey.modules, set(names))
     for stack in survey.stacks:
@@ -71,9 +71,9 @@ def remove(survey: Survey, names: set[str]) -> None:
 
 
 def remove_all(survey: Survey) -> None:
-    """Take every adapter away, and everything that adapters have left at the modules.
+    """Remove all adapters, and everything else that adapters have stored at the modules.
 
-    A flag may still be held down for an adapter that was detached from a part of the model only.
+    An adapter that was detached from a part of the model only may have left flags cleared.
     """
     remove(survey, set(survey.names))
     host.unfreeze_base(survey, None)
@@ -96,7 +96,7 @@ def check_tied(survey: Survey, chosen: Iterable[Place]) -> None:
 def check_whole(sites: Iterable[Site]) -> None:
     """Raise a StateError if FSDP has sharded a tensor.
 
-    FSDP keeps a copy of the module's parameters, which would stay what they are now.
+    FSDP keeps its own copy of the module's parameters, which the call would not change.
     """
     for site in sites:
         if any(is_sharded(site.module, tensor) for tensor in stored_tensors(site.plist)):

@@ -1,4 +1,4 @@
-"""The low-rank adapter that is closest to a full fine-tune.
+"""The best low-rank approximation of a full fine-tune.
 
     W_tuned − W_base ≈ B A        A: (r, in), B: (out, r)
 
@@ -24,12 +24,11 @@ from ..site.survey import Survey
 def extract(
     model: nn.Module, base: nn.Module, rank: int = 8, *, name: str = "default"
 ) -> dict[str, float]:
-    """Attach to `base` the adapter of a given rank with which it is closest to `model`.
+    """Attach an adapter to `base` that approximates `model` as closely as the rank allows.
 
-    A tensor with two or more dimensions that differs gets a `LoRA`, the best approximation of that
-    rank to the difference. Any other tensor that differs gets a `Delta`, which is exact up to
-    rounding. The adapter is switched on, as by `attach`. Other adapters on `base` that are on add
-    to it.
+    Each tensor that differs gets an update. With two or more dimensions it gets a `LoRA`, the best
+    approximation of the difference at this rank. Otherwise it gets a `Delta`, which is exact up to
+    rounding. The adapter is switched on, as by `attach`. Other active adapters of `base` add to it.
 
     Args:
         model: the base after a full fine-tune; it is not changed.

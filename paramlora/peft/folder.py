@@ -4,8 +4,9 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors`. The keys o
 `base_model.model.`, the path of a module and a suffix. Besides factors a folder can hold whole
 tensors: trained biases, and trained modules (`modules_to_save`). Here these are `Delta`s.
 
-What the format cannot express is refused before anything is written. What paramlora does not
-support is refused before anything is attached. Nothing is unpickled.
+`save_peft` raises an error before it writes anything if the format cannot express the adapter.
+`load_peft` raises one before it attaches anything if paramlora does not support the folder.
+Nothing is unpickled.
 """
 
 import os
@@ -44,8 +45,8 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "defau
     - a `Delta` of a bias, as PEFT's `bias`;
     - a `Delta` of any other tensor: its module becomes one of `modules_to_save`, saved whole.
 
-    A folder that exists is replaced if it has nothing but PEFT's two files. It is moved aside until
-    the new one is complete and in its place.
+    An existing folder is replaced if it has only PEFT's two files. It is moved aside until the new
+    folder is complete and in its place.
 
     Warns if the adapter updates the `out_proj` of a MultiheadAttention, because PEFT up to at least
     0.21.2 adds that update twice.
@@ -89,7 +90,7 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "defau
 
 
 def load_peft(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> Summary:
-    """Attach the adapter of a PEFT folder, or copy its values into the attached one of that name.
+    """Attach the adapter of a PEFT folder, or copy its values into the attached adapter.
 
     It is attached as by `load`: active, with trainable factors and a frozen base. Biases and
     modules that PEFT trained become `Delta`s. The patterns in a config are run as regular
@@ -153,7 +154,7 @@ def _warn_if_added_twice(tensors: Mapping[str, Tensor]) -> None:
 
     PEFT runs a MultiheadAttention by merging both projections for the forward. For `out_proj` it
     adds the update to the weight, and then calls the `merge` of the layer that wraps `out_proj`,
-    which adds it again: W + 2·s·BA. The file means W + s·BA, which paramlora computes. See
+    which adds it again: W + 2·s·BA. paramlora computes W + s·BA, as the format defines it. See
     https://github.com/huggingface/peft/pull/3774.
     """
     for key, tensor in tensors.items():

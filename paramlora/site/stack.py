@@ -1,4 +1,4 @@
-"""The parametrization at a site: every adapter of one tensor, and which of them contribute.
+"""The parametrization at a site: all adapters of one tensor, with their states.
 
     W' = aₙ(… a₂(a₁(W)))        over the active adapters that are not merged, in attaching order
 
@@ -47,8 +47,8 @@ _BUILT = _Built()
 def build_once() -> Iterator[None]:
     """Let each stack build W' once inside the block, which is the forward of one module.
 
-    `parametrize.cached` is no alternative: all threads would share the tensors that one thread has
-    built, perhaps under no_grad, for as long as any thread is inside.
+    `parametrize.cached` cannot replace it. While any thread is inside, all threads would share the
+    tensors that one of them has built, perhaps under no_grad.
     """
     outer, _BUILT.tensors = _BUILT.tensors, {}
     try:
@@ -62,7 +62,7 @@ _NUMBERS = itertools.count()
 
 
 class Stack(nn.Module):
-    """The named adapters at a site: their factors, which are active, which are merged.
+    """The named adapters at a site, with their factors and states (active, merged).
 
     The state is kept in tuples of names in attaching order, which torch.compile can guard on.
 
@@ -71,13 +71,13 @@ class Stack(nn.Module):
         active: the adapters that are switched on.
         merged: the adapters that are folded into the stored weight.
         live: the adapters that the forward has to compute: active and not merged.
-        numbers: for each name the value of a counter over all stacks, which gives the order in
-            which a model's adapters were attached.
+        numbers: the number of each adapter, from a counter that all stacks share. It gives the
+            order in which a model's adapters were attached.
         stored: while adapters are merged, the original stored tensors, in the list's order.
         written: while adapters are merged, the parameters that hold the merged weight, each with
             its version right after the merge.
         tied: the paths of the sites that share this stack, if their tensors are tied.
-        route: inside `routed`, which row of a batch gets which adapter.
+        route: inside `routed`, the adapter of each row of a batch.
     """
 
     def __init__(self) -> None:
@@ -126,9 +126,9 @@ class Stack(nn.Module):
                 return half + x @ self.weight.T     # needs W + ΔW
 
         Without `is_grad_enabled`, a first read under no_grad would serve a later read that needs a
-        gradient, and the factors would silently get none. Strengths that are tensors count by
-        identity, since comparing values would wait for the GPU; like the factors, they are assumed
-        not to be written to during a forward.
+        gradient, and the factors would silently get none. Strengths that are tensors are compared
+        by identity, because comparing values would wait for the GPU. Writing to them, or to the
+        factors, during a forward is not supported.
         """
         parts = [part for name in self.live for part in self.parts(name)]
         strengths = [id(s) if isinstance(s, Tensor) else s for s in (p.strength for p in parts)]
@@ -148,13 +148,13 @@ class Stack(nn.Module):
 
             with pl.using(model, "a"):
                 loss = model(x).sum()       # computed with W + ΔW_a
-            loss.backward()                 # here the stack's state is another
+            loss.backward()                 # here the stack has another state
 
         Reading the stack in the backward would give the gradient of another function. So the
-        closure keeps what defines today's W': the specs, the factors and the strengths. It keeps
-        the factors themselves and not copies, which would cost memory; if one of them was written
-        to since, by an optimizer's step for example, it raises the error that autograd raises for
-        a saved tensor, and does not compute a wrong gradient.
+        closure keeps the specs, the factors and the strengths of today's W'. It keeps no copies of
+        the factors, which would cost memory. If a factor has changed since, for example by an
+        optimizer's step, the closure raises the error that autograd raises for a saved tensor.
+        Otherwise the gradient would be wrong.
         """
         live = [factors for name in self.live for factors in self.parts(name)]
         steps = [(f.spec, f.block, dict(f.tensors), f.strength) for f in live]
@@ -192,7 +192,7 @@ class Stack(nn.Module):
             return factors.rescaled(weight)
 
     def set(self, active: Container[str], merged: Container[str]) -> None:
-        """Set which adapters are active and which are merged."""
+        """Set the active and the merged adapters."""
         names = tuple(self.named)
         on = tuple(name for name in names if name in active)
         # Not through nn.Module.__setattr__, which is slow: a model may have hundreds of stacks.
@@ -204,7 +204,7 @@ class Stack(nn.Module):
         )
 
     def switch(self, active: Container[str]) -> None:
-        """Set which adapters are active; the others stay attached, and merged ones merged."""
+        """Set the active adapters. The others stay attached, and merged adapters stay merged."""
         on = tuple([name for name in self.names if name in active])
         live = tuple([name for name in on if name not in self.merged]) if self.merged else on
         vars(self).update(active=on, live=live)
@@ -224,7 +224,7 @@ class Stack(nn.Module):
         return factors.parts if isinstance(factors, Blocks) else [factors]
 
     def add(self, name: str, factors: Factors) -> None:
-        """Add an adapter and make it active; one of several blocks is added block by block."""
+        """Add an adapter and make it active. Call it once per block if it has several blocks."""
         if factors.block is None:
             self.factors[name] = factors
         else:

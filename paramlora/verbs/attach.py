@@ -1,4 +1,4 @@
-"""Attaching adapters to a model, detaching them, and choosing which factors are trained."""
+"""Attach adapters to a model, detach them, and freeze or unfreeze their factors."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ def attach(
             factors of its own. One adapter may have several blocks that do not overlap.
         name: the adapter's name; the model must not have an adapter of that name yet.
         exclude: tensors to leave out, in the same forms.
-        freeze: stop the base's parameters from requiring a gradient; `detach` restores the flags.
+        freeze: set requires_grad of the base's parameters to False; `detach` restores the flags.
         generator: the source of the factors' random numbers; by default torch's global CPU
             generator. The same seed gives the same factors on every device.
         hold_statistics: keep BatchNorm and similar layers in evaluation mode until this adapter is
@@ -63,12 +63,12 @@ def attach(
         The model's summary. Its `skipped` lists the tensors without this adapter, with the reason.
 
     Raises:
-        TargetError: a target matches nothing; or a tensor that cannot be adapted (integer or
-            packed, lazy, too few dimensions) or has no such block; or blocks overlap. The model is
+        TargetError: a target matches no tensor; a tensor cannot be adapted (integer or packed,
+            lazy, too few dimensions) or does not have the block; or blocks overlap. The model is
             unchanged.
         AdapterNameError: the name is taken, or is not a valid name.
         StateError: a tensor is tied, and only one side of the tie has adapters.
-        TypeError: a spec is not an instance of one, or a target has none of the forms above.
+        TypeError: a spec is not a `Spec` instance, or a target has none of the forms above.
 
     >>> import paramlora as pl
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -96,11 +96,11 @@ def attach(
 
 
 def detach(model: nn.Module, *names: str) -> None:
-    """Take adapters away, by default all of them: the exact inverse of `attach`.
+    """Remove adapters, by default all: the exact inverse of `attach`.
 
-    A module without an adapter left is what it was before: class, parameters with their identity,
-    order, bits and requires_grad, and hooks. Called on a part of a model, it restores the flags of
-    that part only.
+    A module that loses its last adapter is restored: its class, its hooks, and its parameters with
+    their identity, order, bits and requires_grad. Called on a part of a model, it restores
+    the flags of that part only.
 
     Args:
         model: a module with adapters.
@@ -129,7 +129,7 @@ def detach(model: nn.Module, *names: str) -> None:
 
 
 def freeze(model: nn.Module, *names: str) -> None:
-    """Stop the factors of adapters, by default all, from requiring a gradient; change no more.
+    """Freeze the factors of adapters, by default all: they no longer require a gradient.
 
     Raises:
         AdapterNameError: there is no adapter of that name.
@@ -139,7 +139,7 @@ def freeze(model: nn.Module, *names: str) -> None:
 
 
 def unfreeze(model: nn.Module, *names: str) -> None:
-    """Let the factors of adapters, by default all, require a gradient; change no more.
+    """Unfreeze the factors of adapters, by default all: they require a gradient.
 
     Raises:
         AdapterNameError: there is no adapter of that name.

@@ -1,4 +1,4 @@
-"""The summary of what `attach` would do, and the tensors that it leaves out."""
+"""The summary of an `attach` that is only planned, and the tensors that it leaves out."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from .targets import Resolved
 
 
 def left_out(survey: Survey, resolved: Resolved, freeze: bool) -> Iterator[Skipped]:
-    """Yield the tensors that do not get the adapter, in model order, and if they are trained."""
+    """Yield the tensors that do not get the adapter, in model order."""
     taken = {id(place.stored) for place, _ in resolved.found}
     for place in survey.places:
         if id(place.stored) not in taken:

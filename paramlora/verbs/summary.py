@@ -52,10 +52,9 @@ class Summary:
     Attributes:
         sites: a `SiteSummary` for each adapter at each site, in model order; a block of a tensor
             is a site. `scale` is the factor of the update, strength times alpha/r. `share` is the
-            number of the adapter's parameters over that of the tensor's elements. `gradient` is
-            None before the first backward and if nothing is trained here; after it, it says
-            whether the trained factors got a gradient that is not zero, and the note says why
-            not if that is known.
+            number of the adapter's parameters over that of the tensor's elements. `gradient`
+            says whether the trained factors got a nonzero gradient. It is None before the first
+            backward, and if no factor is trained. If it is False, `note` has the reason, if known.
         trainable: the number of elements that require a gradient, the base's included.
         total: the number of elements of the base's parameters, without adapters.
         skipped: a `Skipped` for each tensor of the base without an adapter; in the summary that
@@ -156,7 +155,7 @@ def row(
     whole: Tensor,
     seen: bool,  # whether there was a backward
 ) -> SiteSummary:
-    """Return the row of an adapter at a site; one that the stack does not hold yet is new."""
+    """Return the row of an adapter at a site; the stack may not have the adapter yet."""
     shape = tuple(whole.shape) if factors.block is None else factors.block.inner
     parameters = sum(p.numel() for p in factors.parameters())
     merged, active = name in stack.merged, name in stack.active or name not in stack.factors
@@ -197,9 +196,9 @@ def _wasted(spec: Spec, shape: tuple[int, ...]) -> bool:
 
 
 def _gradient(factors: Factors) -> tuple[bool | None, str]:
-    """Return whether trained factors have a gradient that is not zero, and a note on the others.
+    """Return whether trained factors have a nonzero gradient, and a note on the other factors.
 
-    The first is None if no factor is trained.
+    The first value is None if no factor is trained.
     """
     trained = {key: p.grad for key, p in factors.named_parameters() if p.requires_grad}
     without = [key for key, grad in trained.items() if grad is None]
@@ -207,13 +206,14 @@ def _gradient(factors: Factors) -> tuple[bool | None, str]:
         return None, ""
     if len(without) == len(trained):
         return False, "no gradient"
-    if not any(_may_be_more_than_zero(grad) for grad in trained.values() if grad is not None):
+    if not any(_may_be_nonzero(grad) for grad in trained.values() if grad is not None):
         return False, "the gradient is zero"
     return True, f"no gradient in {', '.join(without)}" if without else ""
 
 
-def _may_be_more_than_zero(grad: Tensor) -> bool:
-    # Reading a sharded gradient takes all processes, and one process may ask for a summary.
+def _may_be_nonzero(grad: Tensor) -> bool:
+    # Reading a sharded gradient needs all processes, but a single one may call `summary`. So a
+    # sharded gradient counts as nonzero.
     return grad.is_meta or hasattr(grad, "full_tensor") or bool(grad.any())
 
 

@@ -1,4 +1,4 @@
-"""Switching adapters on and off, and setting their strength; requires_grad is never touched."""
+"""Switch adapters on and off, and set their strength; requires_grad does not change."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -101,7 +101,7 @@ def using(model: nn.Module, /, *names: str, **scales: Strength) -> Iterator[None
     """Let exactly these adapters contribute inside the block; restore the earlier state after it.
 
     Activation checkpointing runs a forward again in the backward, with the adapters that are on
-    then. The backward therefore belongs inside the block as well, here as in `enabled` and
+    at that time. The backward therefore belongs inside the block as well, here as in `enabled` and
     `disabled`.
 
     Args:
@@ -148,7 +148,7 @@ def _disable(stacks: Sequence[Stack], names: Sequence[str]) -> None:
 
 
 def _check(stacks: Sequence[Stack], names: Sequence[str], verb: str) -> None:
-    """Raise if an adapter of these names, any if none is named, is missing or merged."""
+    """Raise an error if an adapter is missing or merged; check all adapters if none is named."""
     check_names(stacks, names)
     check_unmerged(stacks, names, verb)
 
@@ -181,8 +181,8 @@ def _restored(model: nn.Module) -> Iterator[list[Stack]]:
         with pl.using(model, a=0.5):
             pl.merge(model, "a")                # the stored weight is now W + 0.5·ΔW
 
-    a has to keep its strength 0.5 after the block: that is what the stored weight contains. So a
-    merged adapter keeps its state, too, and an adapter that was attached inside keeps its own.
+    a has to keep its strength 0.5 after the block, because the stored weight contains 0.5·ΔW. So
+    adapters that are merged or attached inside the block keep their states after it.
     """
     stacks = stacks_in(model)
     saved = []

@@ -127,7 +127,7 @@ def test_reading_the_weight_creates_it(make: Make) -> None:
 
 
 def test_several_adapters_save_x_once() -> None:
-    """Each further adapter saves n·r elements and at most its factors; x is saved once."""
+    """Each adapter after the first saves n·r elements and at most its factors; x is saved once."""
     model, x, W = linear()
     for name in ("one", "two", "three"):
         pl.attach(model, pl.LoRA(rank=RANK), targets="weight", name=name)
@@ -197,7 +197,7 @@ class Tracking(pl.Delta):
 
 @pytest.mark.parametrize("host", ["lstm", "gru_deep", "attention", "conv2d", "bare_3d"])
 def test_nothing_is_alive_after_a_forward(host: str) -> None:
-    """When the outputs of a forward are deleted, no W' is alive, nor its autograd graph."""
+    """After the outputs of a forward are deleted, no W' and no autograd graph is alive."""
     case = Case.of(HOSTS[host], torch.float32)
     pl.attach(case.model, Tracking(), targets="*")
     for mode in (nullcontext, torch.no_grad):
@@ -226,7 +226,7 @@ def test_embedding_saves_ids_rows_and_factors() -> None:
 
 @both
 def test_off_and_merged_cost_of_the_base(make: Make) -> None:
-    """Off or merged, a layer creates and saves exactly the tensors of the plain layer."""
+    """With its adapter off or merged, a layer creates and saves the plain layer's tensors."""
     model, x, W = make()
 
     def cost() -> tuple[int, int, int]:

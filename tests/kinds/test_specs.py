@@ -1,4 +1,4 @@
-"""Settings of specs: which are accepted, and the error of each one that is not."""
+"""Settings of specs: the accepted ones, and the error of each invalid one."""
 
 import math
 from collections.abc import Callable

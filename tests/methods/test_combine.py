@@ -157,7 +157,7 @@ def test_svd_is_optimal() -> None:
 
 
 def test_blocks() -> None:
-    """Blocks are sites of their own in a sum, and overlapping ones raise TargetError."""
+    """Each block is a site in a sum, and overlapping blocks raise TargetError."""
     model = plain().double()
     pl.attach(model, {"fc1.weight[:2]": LoRA(1), "fc1.weight[2:]": LoRA(2)}, name="a")
     pl.attach(model, {"fc1.weight[:2]": LoRA(1)}, name="b")
@@ -238,7 +238,7 @@ class Experts(nn.Module):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("method", ["cat", "linear", "svd"])
 def test_stacks_of_matrices(method: str, transposed: bool) -> None:
-    """The updates of a stack are combined matrix by matrix, as of separate parameters."""
+    """The updates of a stack of matrices are combined like those of separate parameters."""
     model, weights = Experts(), {"a": 0.7, "b": -0.3}
     for name, alpha in (("a", 3.0), ("b", 1.0)):
         single = LoRA(2, alpha, transposed=transposed)

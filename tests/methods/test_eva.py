@@ -116,7 +116,7 @@ def test_share_of_energy() -> None:
 
 
 def test_errors() -> None:
-    """A site that has no inputs to start from raises, and nothing changes."""
+    """A site without inputs raises an error, and nothing changes."""
 
     def start(model: Any) -> object:
         return pl.eva(model, batches(count=1))

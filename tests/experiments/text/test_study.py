@@ -172,7 +172,7 @@ def test_what_cannot_be_done_is_said(world: Path, capsys: pytest.CaptureFixture[
     """No checkpoint, and targets that match nothing, end with a message and status 2."""
     common = f"--data-dir {world} --device cpu --tokens {world / 'tokens'} --out {world / 'bad'}"
     assert main(f"text --model {world / 'none'} {common}".split()) == 2
-    assert "no checkpoint of a text model can be loaded there" in capsys.readouterr().err
+    assert "cannot load a text model from there" in capsys.readouterr().err
     arguments = f"text --model {world / 'bert'} --targets *.q_lin --methods lora {common}2"
     assert main(arguments.split()) == 2
     assert "--targets *.q_lin: no tensor matches '*.q_lin'" in capsys.readouterr().err
