@@ -177,10 +177,14 @@ def _wanted(
     """Return the adapters to use, each with its new strength; None keeps the strength it has."""
     wanted: dict[str, Strength | None] = {}
     for given in (*names, strengths):
-        wanted |= given if isinstance(given, Mapping) else {given: None}
-    for factor in wanted.values():
-        if factor is not None:
-            _check_strength(factor)
+        if isinstance(given, Mapping):
+            for strength in given.values():
+                _check_strength(strength)
+            wanted |= given
+        elif isinstance(given, str):
+            wanted.setdefault(given, None)
+        else:
+            raise TypeError(f"adapter names are separate arguments, each a string, got {given!r}")
     return wanted
 
 
