@@ -177,7 +177,7 @@ def test_frozen_flags_in_a_copy() -> None:
 
 
 def test_warning_for_an_adapter_of_other_tensors() -> None:
-    """Switching off an adapter that shares no tensor with the new one warns, and says what to do."""
+    """Switching off one that shares no tensor with the new adapter warns and says what to do."""
     model = base()
     pl.attach(model, pl.LoRA(2), name="weights")
     with pytest.warns(UserWarning, match="'biases' is now the only active.*'weights'.*\"also\""):
