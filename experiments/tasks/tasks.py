@@ -55,12 +55,14 @@ class Learner:
         if self.combine != "one" or not self.names:
             self.names.append(f"stage{len(self.names) + 1}")
             spec = pl.LoRA(self.settings.adapter.rank, self.settings.adapter.alpha)
-            pl.attach(self.model, spec, nn.Linear, name=self.names[-1], generator=generator)
-            if self.names[:-1]:
-                pl.freeze(self.model, *self.names[:-1])
-        if self.combine in ("merged", "routed"):
-            pl.disable(self.model)
-            pl.enable(self.model, self.names[-1])
+            pl.attach(
+                self.model,
+                spec,
+                nn.Linear,
+                name=self.names[-1],
+                activate="also" if self.combine == "stacked" else "only",
+                generator=generator,
+            )
         return pl.parameters(self.model, self.names[-1])
 
     def objective(self, task: Task) -> Objective:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import StateError
+from ..site.factors import Factors
 from ..site.find import Site, parametrization_lists, stack_of
 from ..site.stack import Stack
 from ..site.survey import Survey
@@ -87,9 +88,10 @@ def unregister(site: Site) -> None:
         _release(module, before)
 
 
-def freeze_base(survey: Survey, adapter: str) -> None:
-    """Freeze the base's parameters, and record the adapter that froze them."""
-    for module in _base_modules(survey):
+def freeze_rest(survey: Survey, adapter: str, others: bool) -> None:
+    """Freeze the base, and other adapters if `others`, and record the adapter that froze them."""
+    rest = (factors for name, factors in _factors(survey) if others and name != adapter)
+    for module in (*_base_modules(survey), *rest):
         for key, parameter in _stored_parameters(module):
             if parameter.requires_grad:
                 # If an adapter froze it earlier, the user has unfrozen it since.
@@ -99,9 +101,15 @@ def freeze_base(survey: Survey, adapter: str) -> None:
                 _frozen(module)[key].add(adapter)
 
 
-def unfreeze_base(survey: Survey, adapters: set[str] | None) -> None:
-    """Unfreeze the parameters that only these adapters froze; None unfreezes all of them."""
-    for module in _base_modules(survey):
+def keep_frozen(factors: Factors) -> None:
+    """Stop an adapter's factors from training, also after the adapters that froze it are gone."""
+    factors.requires_grad_(False)
+    _frozen(factors).clear()
+
+
+def unfreeze_rest(survey: Survey, adapters: set[str] | None) -> None:
+    """Unfreeze what only these adapters froze; None unfreezes all of it."""
+    for module in (*_base_modules(survey), *(factors for _, factors in _factors(survey))):
         frozen = _frozen(module)
         for key, holders in list(frozen.items()):
             holders -= holders if adapters is None else adapters
@@ -115,7 +123,7 @@ def unfreeze_base(survey: Survey, adapters: set[str] | None) -> None:
 
 def forget(survey: Survey) -> None:
     """Drop the saved state of modules that host no adapter and have nothing frozen."""
-    for _, module in survey.modules:
+    for _, module in (*survey.modules, *_factors(survey)):
         if _BEFORE in vars(module) and not _frozen(module) and not _is_host(module):
             delattr(module, _BEFORE)
 
@@ -176,6 +184,13 @@ def _base_modules(survey: Survey) -> Iterator[nn.Module]:
     for _, module in survey.modules:
         if not isinstance(module, parametrize.ParametrizationList):
             yield module
+
+
+def _factors(survey: Survey) -> Iterator[tuple[str, Factors]]:
+    """Yield the factors of all adapters, each with the adapter's name."""
+    for stack in survey.stacks:
+        for name in stack.named:
+            yield from ((name, factors) for factors in stack.parts(name))
 
 
 def _stored_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -14,6 +14,7 @@ from ..site.stack import Stack
 from ..site.storage import is_sharded
 from ..site.survey import Survey
 from . import host
+from .host import keep_frozen as keep_frozen
 from .statistics import release
 
 
@@ -40,8 +41,10 @@ def check_name(survey: Survey, name: str) -> None:
         )
 
 
-def install(survey: Survey, planned: list[PlannedSite], name: str, freeze: bool) -> None:
-    """Put new factors at their places.
+def install(
+    survey: Survey, planned: list[PlannedSite], name: str, freeze: bool, others: bool = True
+) -> None:
+    """Put new factors at their places; freeze the base, and other adapters unless told not to.
 
     Everything was checked before: no user input can make this fail half-way.
     """
@@ -54,12 +57,12 @@ def install(survey: Survey, planned: list[PlannedSite], name: str, freeze: bool)
         stack.tied = tuple(place.path for place in tied) if len(tied) > 1 else ()
         stack.add(name, plan.factors)
     if freeze:
-        host.freeze_base(survey, name)
+        host.freeze_rest(survey, name, others)
 
 
 def remove(survey: Survey, names: set[str]) -> None:
     """Remove the named adapters, and restore the requires_grad flags that they cleared."""
-    host.unfreeze_base(survey, names)
+    host.unfreeze_rest(survey, names)
     release(survey.modules, set(names))
     for stack in survey.stacks:
         for name in names.intersection(stack.factors):
@@ -76,7 +79,7 @@ def remove_all(survey: Survey) -> None:
     An adapter that was detached from a part of the model only may have left flags cleared.
     """
     remove(survey, set(survey.names))
-    host.unfreeze_base(survey, None)
+    host.unfreeze_rest(survey, None)
     release(survey.modules, None)
     host.forget(survey)
 

@@ -22,13 +22,14 @@ from ..kinds.delta import Delta
 from ..kinds.lora import LoRA
 from ..kinds.spec import LowRank, is_finite
 from ..kinds.start import truncated_svd
-from ..layers.install import PlannedSite, check_name, check_tied, install
+from ..layers.install import PlannedSite, check_name, check_tied
 from ..site.factors import Factors
 from ..site.find import dotted, is_swapped
 from ..site.names import check_names
 from ..site.place import Place, first_overlap
 from ..site.survey import Survey
-from ..verbs.summary import Summary, report
+from ..verbs.attach import Activate, add, check_activate
+from ..verbs.summary import Summary
 
 _METHODS = ("cat", "linear", "svd")
 
@@ -48,13 +49,13 @@ def combine(
     name: str,
     method: str = "cat",
     rank: int | None = None,
+    activate: Activate = "no",
 ) -> Summary:
     """Attach a new adapter that is the weighted sum of others, each at its current strength.
 
-    The new adapter is an ordinary one and is switched on, as by `attach`. The others stay as they
-    are. Switch them off or detach them. Otherwise the model contains their updates twice. If only
-    some of the adapters are at a site, the sum there is over those. Every method sums `Delta`s
-    exactly.
+    The new adapter is an ordinary one. By default it is switched off, and the others stay as they
+    are: `activate(model, name)` uses it in their place. A site that only some of the adapters have
+    gets the sum over those. Every method sums `Delta`s exactly.
 
     Args:
         model: a module with the adapters.
@@ -67,15 +68,18 @@ def combine(
             - "linear": A and B are summed separately, each weighted by √|w·s|. The rank stays, but
               the product of the sums is not the sum of the products.
         rank: the rank of "svd"; None means the largest rank of the adapters at a site.
+        activate: "only", "also" or "no", as in `attach`. With "also" the model contains the updates
+            of active adapters twice.
 
     Returns:
         The model's summary.
 
     Raises:
         AdapterNameError: an adapter does not exist, or the new name is taken or invalid.
+        StateError: `activate` is "only" and another adapter is merged.
         TargetError: the kinds at a site cannot be summed, or blocks of one tensor overlap.
-        ValueError: there are no weights, a weight is not a finite number, `method` or `rank` is
-            invalid, or "linear" is used for different ranks.
+        ValueError: there are no weights, a weight is not a finite number, `method`, `rank` or
+            `activate` is invalid, or "linear" is used for different ranks.
 
     >>> import paramlora as pl
     >>> model = nn.Sequential(nn.Linear(4, 3))
@@ -94,6 +98,7 @@ def combine(
     survey = Survey(model)
     check_names(survey.stacks, weights)
     check_name(survey, name)
+    check_activate(survey, name, activate)
     tensors = {place.path: place for place in survey.places}
     terms: dict[str, list[_Term]] = {}
     chosen: dict[str, Place] = {}
@@ -114,8 +119,7 @@ def combine(
         place = plan.place
         return order[dotted(place.module_path, place.tensor)], place.ranges
 
-    install(survey, sorted(planned, key=position), name, freeze=True)
-    return report(survey.again())
+    return add(survey, sorted(planned, key=position), name, activate)
 
 
 def _check_arguments(weights: Mapping[str, float], method: str, rank: int | None) -> None:

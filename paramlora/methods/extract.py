@@ -14,10 +14,11 @@ from ..kinds.delta import Delta
 from ..kinds.lora import LoRA
 from ..kinds.spec import Spec, factor_dtype
 from ..kinds.start import truncated_svd
-from ..layers.install import PlannedSite, check_name, check_tied, install
+from ..layers.install import PlannedSite, check_name, check_tied
 from ..site.factors import Factors
 from ..site.place import Place, check, check_shapes
 from ..site.survey import Survey
+from ..verbs.attach import add, check_activate
 
 
 @torch.no_grad()
@@ -26,9 +27,9 @@ def extract(
 ) -> dict[str, float]:
     """Attach an adapter to `base` that approximates `model` as closely as the rank allows.
 
-    Each tensor that differs gets an update. With two or more dimensions it gets a `LoRA`, the best
-    approximation of the difference at this rank. Otherwise it gets a `Delta`, which is exact up to
-    rounding. The adapter is switched on, as by `attach`. Other active adapters of `base` add to it.
+    A tensor with two or more dimensions that differs gets a `LoRA`, the best approximation of that
+    rank to the difference. Any other tensor that differs gets a `Delta`, which is exact up to
+    rounding. As by `attach`, the adapter is then the only active one of `base`.
 
     Args:
         model: the base after a full fine-tune; it is not changed.
@@ -43,7 +44,7 @@ def extract(
     Raises:
         ValueError: the rank is invalid.
         AdapterNameError: the name is taken or invalid.
-        StateError: `model` has adapters.
+        StateError: `model` has adapters, or an adapter of `base` is merged.
         TargetError: the models differ in names or shapes of parameters, no parameter differs, or
             a tensor that differs cannot be adapted.
 
@@ -56,6 +57,7 @@ def extract(
     if tuned.names:
         raise StateError("the model to extract from has adapters; bake or detach them first")
     check_name(survey, name)
+    check_activate(survey, name, "only")
     changes = _changes(tuned, survey)
     lost = dict.fromkeys(_changed_buffers(model, base), 1.0)
     planned = []
@@ -64,7 +66,7 @@ def extract(
         check(place, spec)
         planned.append(PlannedSite(place, Factors(spec, tensors)))
     check_tied(survey, [place for place, _ in changes])
-    install(survey, planned, name, freeze=True)
+    add(survey, planned, name, "only")
     return lost
 
 

@@ -33,6 +33,23 @@ def check_names(stacks: Sequence[Stack], names: Iterable[str]) -> None:
             raise AdapterNameError(f"no adapter {name!r} here; attached are: {listed}{hint}")
 
 
+def only_name(stacks: Iterable[Stack], name: str | None) -> str:
+    """Return a name; for None, the name of the only adapter.
+
+    Raises:
+        AdapterNameError: the name is None, and there is no adapter or there are several.
+    """
+    if name is not None:
+        return name
+    known = ordered_names(stacks)
+    if len(known) == 1:
+        return known[0]
+    if known:
+        listed = ", ".join(map(repr, known))
+        raise AdapterNameError(f"there are several adapters: {listed}; say which one, by name=")
+    raise AdapterNameError("no adapter is attached here; attach or load one first")
+
+
 def check_unmerged(stacks: Iterable[Stack], names: Sequence[str], verb: str) -> None:
     """Raise a StateError if one of these adapters is merged; without names, if any is merged."""
     for stack in stacks:

@@ -60,6 +60,8 @@ class Summary:
         skipped: a `Skipped` for each tensor of the base without an adapter; in the summary that
             `attach` returns, for each tensor without the new adapter, with the reason.
         held: the paths of the layers whose running statistics are held.
+        active: the adapters that are switched on somewhere, in attaching order.
+        switched_off: the adapters that the call that returns this summary switched off.
         moving: the paths of the layers whose running statistics move in training mode.
         dry_run: whether this is the summary of an `attach` that did not take place.
     """
@@ -70,6 +72,8 @@ class Summary:
     skipped: tuple[Skipped, ...] = ()
     held: tuple[str, ...] = ()
     moving: tuple[str, ...] = ()
+    active: tuple[str, ...] = ()
+    switched_off: tuple[str, ...] = ()
     dry_run: bool = False
 
     def __str__(self) -> str:
@@ -97,7 +101,14 @@ class Summary:
         start = ["dry run: nothing is changed; after attach it would be"] if self.dry_run else []
         for verb, paths in (("held still", self.held), ("that move in training", self.moving)):
             lines += [f"running statistics {verb}: {len(paths)} ({some(paths)})"] if paths else []
-        return "\n".join([*start, *lines, *_reasons(self.skipped), end])
+        return "\n".join([*start, *lines, *self._switched(), *_reasons(self.skipped), end])
+
+    def _switched(self) -> list[str]:
+        """Return the line that names the active adapters; a single one is in the table."""
+        if len({row.adapter for row in self.sites}) < 2:
+            return []
+        off = f"; switched off by this call: {', '.join(self.switched_off)}"
+        return [f"active: {', '.join(self.active) or 'none'}{off if self.switched_off else ''}"]
 
     __repr__ = __str__  # a notebook's last line shows the table too
 
@@ -135,12 +146,14 @@ def report(survey: Survey, fresh: str | None = None) -> Summary:
         for name in site.stack.factors
         for path, part in site.parts(name).items()
     ]
+    active = {row.adapter for row in rows if row.active}
     norms = with_statistics(survey.modules) if here else []
     bare = [place for place in survey.places if place.stack is None] if here else []
     return Summary(
         sites=tuple(rows),
         trainable=sum(p.numel() for p in trained),
         total=sum(p.numel() for p in base),
+        active=tuple(name for name in survey.names if name in active),
         skipped=tuple(skip(p, "without an adapter", p.stored.requires_grad) for p in bare),
         held=tuple(path for path, module in norms if is_held(module)),
         moving=tuple(path for path, module in norms if not is_held(module)),

@@ -1,13 +1,13 @@
 """Switch adapters on and off, and set their strength; requires_grad does not change."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from ..kinds.spec import Strength, is_finite
 from ..site.find import stacks_in
-from ..site.names import check_names, check_unmerged
+from ..site.names import check_names, check_unmerged, ordered_names
 from ..site.stack import Stack
 
 
@@ -70,6 +70,46 @@ def scale(model: nn.Module, factor: Strength, *names: str) -> None:
                 stack[name].set_strength(factor)
 
 
+def names(model: nn.Module) -> list[str]:
+    """Return the names of a model's adapters, in attaching order; empty if there are none.
+
+    >>> import paramlora as pl
+    >>> model = nn.Linear(4, 3)
+    >>> _ = pl.attach(model, pl.LoRA(rank=2), name="digits")
+    >>> pl.names(model)
+    ['digits']
+    """
+    return ordered_names(stacks_in(model))
+
+
+def activate(
+    model: nn.Module, /, *names: str | Mapping[str, Strength], **strengths: Strength
+) -> None:
+    """Let exactly these adapters contribute, and switch the others off; `using` for a block.
+
+    Args:
+        model: a module with adapters; it may be a part of a larger one.
+        names: adapters to use at their own strength; or mappings from names to strengths, for names
+            that cannot be keywords: `activate(model, {"task-1": 0.5})`.
+        strengths: adapters whose strength is set as well, as by `scale`:
+            `activate(model, digits=0.5)`.
+
+    Raises:
+        ValueError: a strength is not a finite number.
+        AdapterNameError: there is no adapter of that name.
+        StateError: an adapter is merged.
+
+    >>> import paramlora as pl
+    >>> model = nn.Linear(4, 3)
+    >>> for name in ("digits", "letters"):
+    ...     _ = pl.attach(model, pl.LoRA(rank=2), name=name)
+    >>> pl.activate(model, "digits")
+    >>> pl.summary(model).active
+    ('digits',)
+    """
+    _activate(stacks_in(model), _wanted(names, strengths))
+
+
 @contextmanager
 def enabled(model: nn.Module, *names: str) -> Iterator[None]:
     """Switch adapters on inside the block, as `enable` does; restore the earlier state after it."""
@@ -97,7 +137,9 @@ def disabled(model: nn.Module, *names: str) -> Iterator[None]:
 
 
 @contextmanager
-def using(model: nn.Module, /, *names: str, **scales: Strength) -> Iterator[None]:
+def using(
+    model: nn.Module, /, *names: str | Mapping[str, Strength], **strengths: Strength
+) -> Iterator[None]:
     """Let exactly these adapters contribute inside the block; restore the earlier state after it.
 
     Activation checkpointing runs a forward again in the backward, with the adapters that are on
@@ -106,8 +148,9 @@ def using(model: nn.Module, /, *names: str, **scales: Strength) -> Iterator[None
 
     Args:
         model: a module with adapters.
-        names: adapters to use at their own strength.
-        scales: adapters to use at another strength: `using(model, digits=0.5)`.
+        names: adapters to use at their own strength; or mappings from names to strengths, for names
+            that cannot be keywords: `using(model, {"task-1": 0.5})`.
+        strengths: adapters to use at another strength: `using(model, digits=0.5)`.
 
     Raises:
         ValueError: a strength is not a finite number.
@@ -122,17 +165,37 @@ def using(model: nn.Module, /, *names: str, **scales: Strength) -> Iterator[None
     ...     [(row.adapter, row.active, row.scale) for row in pl.summary(model).sites]
     [('digits', True, 0.5), ('letters', True, 1.0)]
     """
-    for factor in scales.values():
-        _check_strength(factor)
-    wanted = {*names, *scales}
+    wanted = _wanted(names, strengths)
     with _restored(model) as stacks:
-        check_names(stacks, wanted)
-        _check(stacks, (), "toggle")
-        for stack in stacks:
-            stack.switch(wanted)
-            for name in scales.keys() & stack.named.keys():
-                stack[name].set_strength(scales[name])
+        _activate(stacks, wanted)
         yield
+
+
+def _wanted(
+    names: Sequence[str | Mapping[str, Strength]], strengths: Mapping[str, Strength]
+) -> dict[str, Strength | None]:
+    """Return the adapters to use, each with its new strength; None keeps the strength it has."""
+    wanted: dict[str, Strength | None] = {}
+    for given in (*names, strengths):
+        if isinstance(given, Mapping):
+            for strength in given.values():
+                _check_strength(strength)
+            wanted |= given
+        elif isinstance(given, str):
+            wanted.setdefault(given, None)
+        else:
+            raise TypeError(f"adapter names are separate arguments, each a string, got {given!r}")
+    return wanted
+
+
+def _activate(stacks: Sequence[Stack], wanted: Mapping[str, Strength | None]) -> None:
+    check_names(stacks, wanted)
+    _check(stacks, (), "toggle")
+    for stack in stacks:
+        stack.switch(wanted)
+        for name in wanted.keys() & stack.named.keys():
+            if (strength := wanted[name]) is not None:
+                stack[name].set_strength(strength)
 
 
 def _enable(stacks: Sequence[Stack], names: Sequence[str]) -> None:

@@ -91,7 +91,8 @@ def test_training_creates_no_tensor_as_large_as_w(
     """Forward and backward of `layer(x)` create no tensor as large as W, with many adapters too."""
     model, x, W = make(dtype)
     for i in range(adapters):
-        pl.attach(model, pl.LoRA(rank=RANK), targets="weight", name=f"a{i}")
+        pl.attach(model, pl.LoRA(rank=RANK), targets="weight", name=f"a{i}", activate="no")
+    pl.enable(model)
     shake(model)
     pl.scale(model, torch.tensor(0.5), "a0")
     with CreatedTensors(W) as recorded:
@@ -130,7 +131,8 @@ def test_several_adapters_save_x_once() -> None:
     """Each adapter after the first saves n·r elements and at most its factors; x is saved once."""
     model, x, W = linear()
     for name in ("one", "two", "three"):
-        pl.attach(model, pl.LoRA(rank=RANK), targets="weight", name=name)
+        pl.attach(model, pl.LoRA(rank=RANK), targets="weight", name=name, activate="no")
+    pl.enable(model)
     saved = SavedTensors()
     with saved.hooks:
         model(x)

@@ -22,6 +22,7 @@ IS_MERGED = (pl.StateError, r"^cannot .* adapter '.' while it is merged; unmerge
 ALREADY_MERGED = (pl.StateError, r"^adapter '.' is merged already; unmerge first$")
 IS_OFF = (pl.StateError, r"^adapter '.' is switched off")
 NOTHING = (pl.StateError, r"^nothing to merge")
+CANNOT_BE_ONLY = (pl.StateError, r"^cannot make '.' the only active adapter while '.' is merged")
 IS_TAKEN = (pl.AdapterNameError, r"^an adapter '.' is attached already")
 ExpectedError = tuple[type[Exception], str]
 
@@ -51,6 +52,7 @@ a_free_name = from_state(
 )
 a_scope = mostly(st.just(""), from_state(lambda m: st.sampled_from(m.scopes)))
 a_strength = st.sampled_from([0.0, 0.5, 1.0, -1.0, 2.0])
+an_activate = st.sampled_from(["only", "also", "no"])
 a_seed = st.integers(0, 2**16)
 a_spec = st.one_of(
     st.just(pl.Delta()),

@@ -44,12 +44,13 @@ def base() -> nn.Sequential:
 def adapted() -> nn.Sequential:
     model = base()
     for i, name in enumerate(("one", "two")):
-        pl.attach(model, pl.LoRA(rank=2, alpha=3), name=name)
+        pl.attach(model, pl.LoRA(rank=2, alpha=3), name=name, activate="no")
         state = pl.state_dict(model, name)
         state = {
             key: draw(10 * i + j, *value.shape) / 2 for j, (key, value) in enumerate(state.items())
         }
         pl.load_state_dict(model, state, name)
+    pl.enable(model)
     return model
 
 

@@ -37,7 +37,7 @@ def model() -> nn.Module:
         nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)
     )
     pl.attach(made, pl.LoRA(rank=2), name="a")
-    pl.attach(made, pl.LoRA(rank=1), ["0", "5"], name="b")
+    pl.attach(made, pl.LoRA(rank=1), ["0", "5"], name="b", activate="also")
     with torch.no_grad():
         for factor in pl.parameters(made):
             factor.normal_()
