@@ -28,6 +28,7 @@ from .methods.eva import eva
 from .methods.extract import extract
 from .methods.lora_plus import parameter_groups
 from .peft.folder import load_peft, save_peft
+from .site.overlay import keep_blocks
 from .verbs.attach import attach, detach, freeze, parameters, unfreeze
 from .verbs.merge import bake, merge, merged, unmerge
 from .verbs.route import routed
@@ -66,6 +67,7 @@ __all__ = [
     "fingerprint",
     "freeze",
     "hold_statistics",
+    "keep_blocks",
     "kinds",
     "load",
     "load_base_state_dict",

@@ -9,6 +9,7 @@ the behaviour that the library relies on, and fails if torch changes it.
     tracing_state()             the state of torch.jit.trace; None outside of it
     functorch_active()          whether a transform of torch.func is active
     forward_ad_active()         whether forward-mode differentiation is active
+    in_backward()               whether autograd runs a backward in the current thread
     saved_tensors_hooks()       the innermost (pack, unpack) of `saved_tensors_hooks`, or None
     flat_weight_names(rnn)      the names of an RNN's weights in the order of its list of weights
     set_flat_weights(rnn, ws)   set that list
@@ -36,6 +37,7 @@ __all__ = [
     "flat_weight_names",
     "forward_ad_active",
     "functorch_active",
+    "in_backward",
     "is_fsdp_managed",
     "saved_tensors_hooks",
     "set_flat_weights",
@@ -63,6 +65,11 @@ def saved_tensors_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | Non
 def forward_ad_active() -> bool:
     """Return whether forward-mode differentiation is active."""
     return forward_ad._current_level >= 0
+
+
+def in_backward() -> bool:
+    """Return whether autograd runs a backward in the current thread."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def flat_weight_names(module: nn.RNNBase) -> list[str]:

@@ -19,8 +19,9 @@ from ..private_torch import (
     saved_tensors_hooks,
     set_flat_weights,
 )
+from ..site.built import build_once
 from ..site.find import parametrization_lists, stack_of, stored_tensors
-from ..site.stack import CHANGED, build_once
+from ..site.stack import CHANGED
 from . import rows
 from .row_groups import by_group
 
@@ -83,7 +84,7 @@ def _rebuilt(module: nn.Module) -> Iterator[None]:
     recipes = {}
     for name, plist in parametrization_lists(module).items():
         stack = stack_of(plist)
-        if stack is not None and stack.live and len(plist) == 1:
+        if stack is not None and stack.state().live and len(plist) == 1:
             built = getattr(module, name)
             if type(built) is Tensor and not built.is_meta:
                 recipes[built.untyped_storage().data_ptr()] = stack.recipe(plist.original)

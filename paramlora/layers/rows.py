@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compute.modes import plain_ops_only
+from ..errors import StateError
 from ..kinds.spec import LowRank
 from ..site.find import parametrization_lists, stack_of
+from ..site.overlay import State
 from ..site.stack import Stack
 
 # Sorting needs four launches of 10 µs for each adapter. In that time a CPU with 50 GFLOP/s and a
@@ -51,7 +53,7 @@ class Route:
     Args:
         ids: int64 (n,), the index of each row's adapter in `names`, −1 for none.
         names: the adapters.
-        paths: the path of each site by the id of its stack, for messages.
+        paths: the path of each site by the key of its stack, for messages.
 
     Attributes:
         groups: for each index that occurs in ids, the rows with it, int64.
@@ -59,16 +61,13 @@ class Route:
         back: int64 (n,), its inverse: `x[order][back]` is x.
     """
 
-    def __init__(self, ids: Tensor, names: Sequence[str], paths: dict[int, str]) -> None:
+    def __init__(self, ids: Tensor, names: Sequence[str], paths: dict[object, str]) -> None:
         self.ids, self.names, self.paths = ids, tuple(names), paths
         order = ids.cpu().argsort(stable=True)
         present, counts = ids.cpu().unique(return_counts=True)
         self.groups = list(zip(present.tolist(), order.split(counts.tolist()), strict=True))
         self.order, self.back = order, order.argsort()
         self._moved: dict[Any, Tensor] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Return None, because the block does not apply to a copy of the model made inside it."""
 
     def on(self, name: str, device: torch.device) -> Tensor:
         """Return `ids`, `order` or `back` on a device."""
@@ -82,20 +81,27 @@ class Route:
         """Raise a ValueError if an input has another number of rows than `ids`."""
         if rows != len(self.ids):
             raise ValueError(
-                f"ids route {len(self.ids)} rows, and the input of {self.paths[id(stack)]!r} has "
+                f"ids route {len(self.ids)} rows, and the input of {self.paths[stack.key]!r} has "
                 f"{rows} in its batch dimension; call the model on a batch of that many rows"
             )
 
-    def terms(self, stack: Stack) -> list[tuple[int, LowRank]] | None:
+    def terms(self, stack: Stack, state: State) -> list[tuple[int, LowRank]] | None:
         """Return (index, update) of the adapters that rows use; None if one is not factored."""
         found = []
         for index, _ in self.groups:
-            if index >= 0 and self.names[index] in stack.factors:
-                term = stack[self.names[index]].low_rank()
-                if term is None:
+            if index >= 0 and self.names[index] in state.live:
+                terms = stack.low_rank(state._replace(live=(self.names[index],)))
+                if terms is None:
                     return None
-                found.append((index, term))
+                found.append((index, terms[0]))
         return found
+
+    def stand_in(self, stack: Stack, weight: Tensor) -> Tensor:
+        """Return what code that reads an adapted tensor gets instead of it."""
+        raise StateError(
+            f"{self.paths[stack.key]!r} was read inside of routed(), where each row of a batch "
+            "has a tensor of its own; read it outside, or give this adapter no rows"
+        )
 
     def mask(self, terms: Sequence[tuple[int, LowRank]], like: Tensor) -> Tensor:
         """Return ¬M, bool (n, 1, …, R): True if the column belongs to another adapter.
@@ -117,13 +123,20 @@ def route_of(module: nn.Module) -> Route | None:
     """Return the route of a host module; None outside of `routed`."""
     # A plain loop, because torch 2.6 does not compile a generator here.
     for stack in read_by(module):
-        if stack.route is not None:
-            return stack.route
+        route = stack.state().route
+        if route is not None:
+            return route
     return None
 
 
 def linear(
-    x: Tensor, W: Tensor, b: Tensor | None, stack: Stack, *, transposed: bool = False
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    stack: Stack,
+    state: State,
+    *,
+    transposed: bool = False,
 ) -> Tensor | None:
     """Return the output of a Linear, (n, …, m); None if an adapter is not factored.
 
@@ -132,10 +145,11 @@ def linear(
         W: (m, k).
         b: (m,) or None.
         stack: the routed stack of W, or of Wᵀ if `transposed`.
+        state: its state.
         transposed: the stored weight is Wᵀ, (k, m), as in transformers' Conv1D.
     """
-    route = stack.route
-    terms = route.terms(stack)
+    route = state.route
+    terms = route.terms(stack, state)
     if terms is None:
         return None
     route.check(len(x) if x.dim() > 1 else -1, stack)
@@ -170,10 +184,10 @@ def linear(
     return y + torch.cat(updates).index_select(0, route.on("back", x.device))
 
 
-def embedding(input: Tensor, stack: Stack, padding_idx: int | None) -> Tensor | None:
+def embedding(input: Tensor, stack: Stack, state: State, padding_idx: int | None) -> Tensor | None:
     """Return the update of an Embedding's output, (n, …, dim); None if no row has one."""
-    route = stack.route
-    terms = route.terms(stack)
+    route = state.route
+    terms = route.terms(stack, state)
     if not terms:
         return None
     route.check(len(input) if input.dim() else -1, stack)

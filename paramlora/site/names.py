@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 from ..errors import AdapterNameError, StateError
+from .overlay import foreign_block
 from .stack import Stack
 
 
@@ -48,6 +49,17 @@ def only_name(stacks: Iterable[Stack], name: str | None) -> str:
         listed = ", ".join(map(repr, known))
         raise AdapterNameError(f"there are several adapters: {listed}; say which one, by name=")
     raise AdapterNameError("no adapter is attached here; attach or load one first")
+
+
+def check_no_other_block(stacks: Iterable[Stack], verb: str) -> None:
+    """Raise a StateError if another thread or task has a block open on one of these stacks."""
+    for stack in stacks:
+        block = foreign_block(stack)
+        if block is not None:
+            raise StateError(
+                f"cannot {verb} while another thread or task is inside of {block.verb}() on this "
+                "model, which would compute with the changed weights; wait until it has left"
+            )
 
 
 def check_unmerged(stacks: Iterable[Stack], names: Sequence[str], verb: str) -> None:

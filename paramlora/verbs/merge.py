@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
+from ..kinds.spec import Strength
 from ..layers.install import check_tied, check_ties, check_whole, remove_all
 from ..site.factors import Blocks, Factors
 from ..site.find import (
@@ -25,7 +26,8 @@ from ..site.find import (
     stacks_in,
     stored_tensors,
 )
-from ..site.names import check_unmerged
+from ..site.names import check_no_other_block, check_unmerged
+from ..site.overlay import is_routed, may_be_on
 from ..site.place import Place
 from ..site.stack import Stack
 from ..site.survey import Survey
@@ -76,7 +78,7 @@ def _merge(survey: Survey, names: tuple[str, ...]) -> None:
         stack, parameters = site.stack, stored_tensors(site.plist)
         original = stack.stored or tuple(tensor.data for tensor in parameters)
         _write(parameters, tensors, stack, original)
-        stack.set(stack.active, (*stack.merged, *chosen))
+        stack.fold(chosen)
 
 
 @torch.no_grad()
@@ -90,6 +92,7 @@ def unmerge(model: nn.Module) -> None:
             load_state_dict, and unmerging would lose that. The model is unchanged.
     """
     sites = [site for site in Survey(model).first_sites if site.stack.merged]
+    check_no_other_block([site.stack for site in sites], "unmerge")
     check_whole(sites)
     for site in sites:
         if getattr(site.module, "max_norm", None) is not None:
@@ -106,7 +109,7 @@ def unmerge(model: nn.Module) -> None:
             )
     for site in sites:
         _write(stored_tensors(site.plist), site.stack.stored, site.stack, ())
-        site.stack.set(site.stack.active, ())
+        site.stack.unfold()
 
 
 @contextmanager
@@ -137,11 +140,12 @@ def bake(model: nn.Module) -> None:
     check_ties(survey.sites)
     for stack in survey.stacks:
         for name in stack.factors:
-            if name not in stack.active:
+            if name not in stack.seen().active:
                 raise StateError(
                     f"adapter {name!r} is switched off and would be lost; enable it, or detach it"
                 )
-    if any(stack.live for stack in survey.stacks):
+    check_no_other_block(survey.stacks, "bake")
+    if any(stack.seen().live for stack in survey.stacks):
         _merge(survey, ())
     check_whole(survey.sites)
     for stack in survey.stacks:
@@ -154,12 +158,13 @@ def _plan(survey: Survey, names: tuple[str, ...]) -> list[_Fold]:
     """Check everything, and return the tensors to write at each site. Nothing is written yet."""
     chosen = {id(site.stack): held for site, held in survey.select(names)}
     folds = []
+    check_no_other_block(survey.stacks, "merge")
     _check_still_tied(survey.sites)
     check_tied(survey, [Place(s.path, "", s.module, s.tensor) for s in survey.first_sites])
     check_whole(survey.sites)
     for site in survey.first_sites:
-        here = chosen.get(id(site.stack), []) if names else list(site.stack.live)
-        if site.stack.route is not None:
+        here = chosen.get(id(site.stack), []) if names else list(site.stack.seen().live)
+        if is_routed(site.stack):
             raise StateError("cannot merge inside of routed(): every row would get the adapter")
         _check(site.stack, here)
         _check_order(site, here)
@@ -191,8 +196,9 @@ def _check_still_tied(sites: list[Site]) -> None:
 
 def _check(stack: Stack, names: list[str]) -> None:
     check_unmerged([stack] if names else [], names, "merge")
+    state = stack.seen()
     for name in names:
-        if name not in stack.active:
+        if name not in state.active:
             raise StateError(
                 f"adapter {name!r} is switched off, so merging it would change what the model "
                 "computes; enable it first"
@@ -206,11 +212,13 @@ def _check_order(site: Site, names: list[str]) -> None:
     Delta `b`, W' = l ⊙ W + D; with `b` alone merged it would be l ⊙ (W + D).
     """
     stack = site.stack
+    # A block may have switched an adapter off that is on again when it ends.
+    on = {name for name in stack.names if name not in stack.merged and may_be_on(stack, name)}
     for later in names:
         for earlier in stack.named:
             if earlier == later:
                 break
-            if earlier in stack.live and earlier not in names:
+            if earlier in on and earlier not in names:
                 specs = [part.spec for name in (earlier, later) for part in stack.parts(name)]
                 if not all(spec.additive for spec in specs):
                     raise StateError(
@@ -225,9 +233,10 @@ def _folded(site: Site, names: list[str]) -> list[Tensor]:
     """Return the tensors to store so that the base computes W' of the named adapters."""
     stack, plist = site.stack, site.plist
     W = value = base_weight(plist, stack)
+    strengths = stack.seen().strengths or {}
     for name in stack.named:
         if name in names or name in stack.merged:
-            value = _applied(stack[name], value)
+            value = _applied(stack[name], value, strengths.get(name))
     # A kind may return a view of W, or other strides than W has (channels_last).
     shares_storage = value.untyped_storage().data_ptr() == W.untyped_storage().data_ptr()
     if shares_storage or value.stride() != W.stride():
@@ -236,7 +245,7 @@ def _folded(site: Site, names: list[str]) -> list[Tensor]:
     return _inverted(site, value, parametrizations) if parametrizations else [value]
 
 
-def _applied(factors: Factors | Blocks, W: Tensor) -> Tensor:
+def _applied(factors: Factors | Blocks, W: Tensor, strength: Strength | None) -> Tensor:
     """Return W' of one adapter; in half precision on a CPU, by blocks of rows.
 
     There W' is computed in float32, and a block of rows fits into the cache: 4096 × 4096 takes a
@@ -244,9 +253,9 @@ def _applied(factors: Factors | Blocks, W: Tensor) -> Tensor:
     """
     term = None
     if W.is_cpu and W.dim() == 2 and isinstance(factors, Factors) and factors.block is None:
-        term = factors.low_rank()
+        term = factors.low_rank(strength)
     if term is None or term.A.dtype == W.dtype or isinstance(term.scale, Tensor):
-        return factors(W)
+        return factors(W, strength)
     value = torch.empty_like(W)
     rows = max(1, _BLOCK // max(1, W.shape[1]))
     for w, b, out in zip(W.split(rows), term.B.split(rows), value.split(rows), strict=True):

@@ -14,6 +14,8 @@ from ..layers.row_groups import by_group
 from ..layers.rows import Route, read_by, route_of
 from ..site.find import Site, parametrization_lists
 from ..site.names import check_unmerged
+from ..site.overlay import Change, opened
+from ..site.stack import Stack
 from ..site.survey import Survey
 
 
@@ -62,32 +64,30 @@ def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterat
         Stacks without a named adapter contribute nothing inside: their `live` is empty.
     """
     survey = Survey(model)
-    chosen = [site.stack for site, _ in survey.select(names)]
-    check_unmerged(chosen, (), "route to")
+    chosen = {site.stack for site, _ in survey.select(names)}
+    check_unmerged(survey.stacks, (), "route to")
     order = names or tuple(survey.names)
-    paths = {id(site.stack): site.path for site in survey.sites}
+    paths = {site.stack.key: site.path for site in survey.sites}
     route = Route(_checked_ids(ids, order), order, paths)
-    routed_ids = {id(stack) for stack in chosen}
-    _check_hosts([site for site in survey.sites if id(site.stack) in routed_ids])
-    before = [(stack, stack.route) for stack in chosen]
-    others = [(stack, stack.live) for stack in survey.stacks if id(stack) not in routed_ids]
-    attentions = [m for _, m in survey.modules if _reads_routed_output(m, routed_ids)]
+    _check_hosts([site for site in survey.sites if site.stack in chosen])
+    changes = {
+        stack: Change(
+            {number: name in order for name, number in stack.numbers.items()},
+            {},
+            route if stack in chosen else None,
+        )
+        for stack in survey.stacks
+    }
+    attentions = [m for _, m in survey.modules if _reads_routed_output(m, chosen)]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        for stack in chosen:
-            stack.route = route
-        for stack, _ in others:
-            stack.live = ()
         for module in attentions:
             vars(module)["forward"] = functools.partial(_attention, module)
-        yield
+        with opened("routed", changes):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for stack, outer in before:
-            stack.route = outer
-        for stack, live in others:
-            stack.live = live
         for module in attentions:
             del vars(module)["forward"]
 
@@ -118,16 +118,16 @@ def _check_hosts(sites: Sequence[Site]) -> None:
             )
 
 
-def _reads_routed_output(module: nn.Module, routed: Collection[int]) -> bool:
+def _reads_routed_output(module: nn.Module, routed: Collection[Stack]) -> bool:
     """Return whether a module is an attention of which only `out_proj` has a routed stack.
 
-    `routed` are the ids of the routed stacks.
+    `routed` are the routed stacks.
     """
     return (
         isinstance(module, nn.MultiheadAttention)
         and not parametrization_lists(module)
         and "forward" not in vars(module)
-        and any(id(stack) in routed for stack in read_by(module))
+        and any(stack in routed for stack in read_by(module))
     )
 
 

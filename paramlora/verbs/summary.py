@@ -171,7 +171,9 @@ def row(
     """Return the row of an adapter at a site; the stack may not have the adapter yet."""
     shape = tuple(whole.shape) if factors.block is None else factors.block.inner
     parameters = sum(p.numel() for p in factors.parameters())
-    merged, active = name in stack.merged, name in stack.active or name not in stack.factors
+    state = stack.seen()
+    merged, active = name in stack.merged, name in state.active or name not in stack.factors
+    strength = (state.strengths or {}).get(name)
     gradient, without = _gradient(factors) if seen else (None, "")
     if gradient is False:
         without += ", it is merged" if merged else "" if active else ", it is switched off"
@@ -186,7 +188,7 @@ def row(
         shape=shape,
         kind=type(factors.spec).__name__,
         rank=factors.spec.rank,
-        scale=float(factors.strength * factors.spec.scaling),
+        scale=float(factors.at(strength) * factors.spec.scaling),
         active=active,
         trainable=any(p.requires_grad for p in factors.parameters()),
         merged=merged,
