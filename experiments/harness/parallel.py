@@ -9,6 +9,7 @@ batch, weighted so that the mean over processes is the mean over the batch. Rank
 """
 
 import gc
+import importlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -70,6 +71,9 @@ def group(device: torch.device) -> Iterator[tuple[Group, torch.device]]:
     # If the caller has initialised a process group, use it and do not destroy it.
     created = not dist.is_initialized()
     if created:
+        # Its functions have the group as a default value: imported later, as DDP does, they would
+        # hold the group until Python exits. See `leave`.
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Group(dist.get_rank(), dist.get_world_size()), device
