@@ -169,6 +169,10 @@ class _Linear(torch.autograd.Function):
         if needs_x:
             if ctx.path == "dense":
                 dx = torch.mm(dy, add_product(W, B, A, ctx.s))  # (n, k) = (n, m) (m, k)
+            elif _fused_applies(dy, W, B.shape[1]):
+                from .fused_product import add_low_rank
+
+                dx = add_low_rank(dy, W, dh, A.t(), 1.0, transposed=True)  # (n, k)
             else:
                 dx = add_product(torch.mm(dy, W), dh, A, inplace=True)  # (n, k)
             dx = dx.view(x.shape)
@@ -187,6 +191,11 @@ def _forward(
         return F.linear(x, add_product(W, B, A, s), b), None
     x2 = x.reshape(-1, x.shape[-1])  # (n, k)
     h = torch.mm(x2, A.to(x.dtype).t())  # (n, r)
+    if _fused_applies(x, W, B.shape[1]):
+        from .fused_product import add_low_rank, same_bits
+
+        if same_bits(x, W, b):
+            return add_low_rank(x2, W, h, B, s, b).view(*x.shape[:-1], W.shape[0]), h
     # The base's part is computed from x and not from x2. For an x with other strides x2 is a copy,
     # and the product of the copy may round differently. With B = 0, y must be the base's output bit
     # for bit.
@@ -258,6 +267,21 @@ def _kernel_applies(C: Tensor, rank: int) -> bool:
         and C.is_contiguous()
         and _has_triton()
     )
+
+
+def _fused_applies(X: Tensor, W: Tensor, rank: int) -> bool:
+    """Return whether one kernel can and should compute X Wᵀ or X W together with its update."""
+    if not (
+        X.is_cuda
+        and X.numel() // X.shape[-1] * max(W.shape) >= plans.WORTH_A_KERNEL
+        and X.dtype in (torch.bfloat16, torch.float16)
+        and rank <= 128
+        and _has_triton()
+    ):
+        return False
+    from .fused_product import applies
+
+    return applies(X, W)
 
 
 @functools.cache
