@@ -64,7 +64,9 @@ def measure(adapters: int, width: int, dtype: torch.dtype, rounds: int, clock: s
         "PEFT": peft_verbs(width, dtype, adapters),
     }
     runs = {(name, verb): act for name, acts in verbs.items() for verb, act in acts.items()}
-    seconds = interleaved(runs, rounds, warm_up=1, clock=clock)
+    seconds = interleaved(
+        runs, rounds, warm_up=1, clock=clock, shuffle=False
+    )  # merge, then unmerge
     return [
         {
             "suite": "verbs",
@@ -96,8 +98,7 @@ def paramlora_verbs(width: int, dtype: torch.dtype, adapters: int) -> Verbs:
     adapted = layers(width, dtype)
     for i in range(adapters):
         pl.attach(adapted, pl.LoRA(RANK), name=f"a{i}")
-    pl.disable(adapted)
-    pl.enable(adapted, "a0")
+    pl.activate(adapted, "a0")
 
     def switch() -> None:
         # To a1 and back, so that every call does the same.

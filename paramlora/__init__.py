@@ -33,7 +33,7 @@ from .verbs.attach import attach, detach, freeze, parameters, unfreeze
 from .verbs.merge import bake, merge, merged, unmerge
 from .verbs.route import routed
 from .verbs.summary import SiteSummary, Skipped, Summary, summary
-from .verbs.toggle import disable, disabled, enable, enabled, scale, using
+from .verbs.toggle import activate, disable, disabled, enable, enabled, names, scale, using
 
 __version__ = "0.1.0"
 
@@ -52,6 +52,7 @@ __all__ = [
     "StateError",
     "Summary",
     "TargetError",
+    "activate",
     "attach",
     "bake",
     "base_state_dict",
@@ -74,6 +75,7 @@ __all__ = [
     "load_state_dict",
     "merge",
     "merged",
+    "names",
     "parameter_groups",
     "parameters",
     "routed",

@@ -1,8 +1,8 @@
-"""Every private name of torch that the library uses, under a name that says what it is.
+"""Every private name of torch that the library uses, under a descriptive name.
 
-torch may change or remove these in any release, since they are not part of its interface. They are
-gathered here so that such a change has one place to be noticed and mended:
-`tests/test_private_torch.py` checks each for what the library relies on.
+torch may change or remove these in any release, because they are not part of its interface. They
+are gathered here, so that such a change is fixed in one place. `tests/test_private_torch.py` tests
+the behaviour that the library relies on, and fails if torch changes it.
 
     any_autocast_enabled()      whether autocast is on for any device; cheaper than asking for one
     dispatch_modes_active()     how many `TorchDispatchMode`s are active
@@ -16,8 +16,8 @@ gathered here so that such a change has one place to be noticed and mended:
     is_fsdp_managed(module)     whether `fully_shard` manages the parameters of a module
     NormWithStatistics          the base class of all layers with running statistics
 
-Not here: `Tensor._version`, which torch's documentation names, and the dictionaries of `nn.Module`
-(`_parameters`, `_buffers`, `_modules`), on which torch's own documentation relies.
+Not here, because torch's documentation uses them: `Tensor._version`, and the dictionaries of
+`nn.Module` (`_parameters`, `_buffers`, `_modules`).
 """
 
 import weakref
@@ -52,7 +52,7 @@ functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
-# Whether `saved_tensors_hooks` can tell; torch 2.6 does not have the function.
+# Whether `saved_tensors_hooks` works; torch 2.6 does not have the private function.
 KNOWS_HOOKS = _top_hooks is not None
 
 

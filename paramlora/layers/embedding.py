@@ -59,8 +59,8 @@ def _looked_up(input: Tensor, terms: list[LowRank], padding_idx: int | None) -> 
     """Return the sum of the updates of the looked-up rows, (…, dim); None without a term.
 
     An Embedding's weight is (num, dim), so B is (num, r) and A (r, dim). The gradients of the
-    factors are dense even if `sparse` is set for W: B has only r columns, and one optimizer can
-    then take A and B.
+    factors are dense even if `sparse` is set for W. They are small, because B has only r columns,
+    and one optimizer can then train A and B.
     """
     parts = [scale * (F.embedding(input, B, padding_idx) @ A) for A, B, scale in terms]  # (…, dim)
     return sum(parts[1:], parts[0]) if parts else None

@@ -19,7 +19,7 @@ from .dense import dense
 def alone(module: nn.Module) -> tuple[Tensor, Stack] | None:
     """Return the stored weight and its stack; None if there is another parametrization.
 
-    It does not go through nn.Module.__getattr__, which would dominate the forward of a small layer.
+    It avoids nn.Module.__getattr__, which would take most of the time of a small layer's forward.
     """
     plist = module._modules["parametrizations"]._modules.get("weight")  # type: ignore[union-attr]
     if plist is None or len(plist._modules) != 1:

@@ -1,4 +1,4 @@
-"""Routing the rows of a layer that is not factored: it runs once for each adapter, on its rows."""
+"""Run a layer that is not factored once for each adapter, on the rows of that adapter."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -16,8 +16,8 @@ from .rows import Route, read_by
 def by_group(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return a module's output, computed once for each adapter on the rows of that adapter.
 
-    The arguments are bound to the names of the forward, so that `_dimensions` can say which of them
-    have a batch dimension, and which one. The outputs are joined in the order of the rows.
+    The arguments are bound to the names of the forward's parameters, because `_dimensions` gives
+    the batch dimension of each argument by name. The outputs are joined in the order of the rows.
     """
     stack = next(stack for stack in read_by(module) if stack.state().route is not None)
     route = stack.state().route

@@ -1,4 +1,4 @@
-"""Adapters per row: each row of a batch is computed with an adapter of its own, or with none.
+"""Adapters per row: each row of a batch is computed with its own adapter, or without one.
 
     y_i = x_i (W + s_e·B_e A_e)ᵀ + b        with e = ids[i]; x_i Wᵀ + b if ids[i] = −1
 
@@ -9,8 +9,8 @@ There are two ways to compute the updates of a layer with low-rank adapters:
 
 M (n, R) is 1 if a column of x Aᵀ belongs to the row's adapter, and 0 otherwise. For E = 2 adapters
 of rank 1 and ids = [0, 1, −1], M = [[1, 0], [0, 1], [0, 0]]. Stacking takes three products for any
-number of adapters, but only 1/E of x Aᵀ is used; sorting computes no more than is needed, but takes
-four launches for each adapter. `stacks_well` chooses. Layers with other adapters, and other
+number of adapters, but only 1/E of x Aᵀ is used. Sorting computes only what is used, but takes four
+launches for each adapter. `stacks_well` chooses. Layers with other adapters, and other
 modules, run once for each adapter on its rows (row_groups.py).
 """
 
@@ -28,8 +28,8 @@ from ..site.find import parametrization_lists, stack_of
 from ..site.overlay import State
 from ..site.stack import Stack
 
-# The floating-point operations that take as long as the four launches, of 10 µs each, that sorting
-# costs for each adapter: at 400 TFLOP/s on a GPU, and at 50 GFLOP/s on a CPU.
+# Sorting needs four launches of 10 µs for each adapter. In that time a CPU with 50 GFLOP/s and a
+# GPU with 400 TFLOP/s do this many floating-point operations.
 _WORTH_A_GROUP = {"cpu": 2e6, "cuda": 1.6e10}
 
 
@@ -71,7 +71,7 @@ class Route:
 
     def on(self, name: str, device: torch.device) -> Tensor:
         """Return `ids`, `order` or `back` on a device."""
-        # A tensor made in inference mode cannot be saved for a backward, so it is cached apart.
+        # A tensor made in inference mode cannot be saved for a backward, so it has another key.
         key = name, device, _inferring()
         if key not in self._moved:
             self._moved[key] = getattr(self, name).to(device)
@@ -168,9 +168,9 @@ def linear(
         return torch.addmm(y, h, B.t()) if x.dim() == 2 else y + F.linear(h, B)
     by_index = dict(terms)
     if x.is_cpu and not torch.is_grad_enabled() and type(y) is Tensor and not plain_ops_only(x):
-        # The general way below makes four tensors of the size of x or y. On a CPU the page faults
-        # of new memory may take half as long as y itself. These tensors are as large as one
-        # adapter's rows. (On a GPU index_add_ is slow in half precision.)
+        # The general code below makes four tensors of the size of x or y. On a CPU the page faults
+        # of new memory may take half as long as y itself. The tensors of this loop are only as
+        # large as the rows of one adapter. (On a GPU index_add_ is slow in half precision.)
         for index, rows in route.groups:
             if index in by_index:
                 part = x.index_select(0, rows)  # (rows of one adapter, …, k)

@@ -123,7 +123,7 @@ class Blocks(nn.Module):
 def apply_factors(
     spec: Spec, block: Block | None, weight: Tensor, tensors: Tensors, strength: Strength
 ) -> Tensor:
-    """Return `weight` with a block of it, or all of it, changed by a spec."""
+    """Return `weight` after a spec has changed a block of it (None: all of it)."""
     if block is None:
         return spec.apply(weight, tensors, strength)
     return block.put(weight, spec.apply(block.cut(weight), tensors, strength))

@@ -1,4 +1,4 @@
-"""The parametrization at a site: every adapter of one tensor, and which of them contribute.
+"""The parametrization at a site: all adapters of one tensor, with their states.
 
     W' = aₙ(… a₂(a₁(W)))        over the active adapters that are not merged, in attaching order
 
@@ -32,7 +32,7 @@ _NUMBERS = itertools.count()
 
 
 class Stack(nn.Module):
-    """The named adapters at a site: their factors, which are active, which are merged.
+    """The named adapters at a site, with their factors and states (active, merged).
 
     The state is kept in tuples of names in attaching order, which torch.compile can guard on.
     `active`, `live` and the strengths of the factors are the stack's own, which persistent verbs
@@ -168,9 +168,9 @@ class Stack(nn.Module):
                 return half + x @ self.weight.T     # needs W + ΔW
 
         Without `is_grad_enabled`, a first read under no_grad would serve a later read that needs a
-        gradient, and the factors would silently get none. Strengths that are tensors count by
-        identity, since comparing values would wait for the GPU; like the factors, they are assumed
-        not to be written to during a forward.
+        gradient, and the factors would silently get none. Strengths that are tensors are compared
+        by identity, because comparing values would wait for the GPU. Writing to them, or to the
+        factors, during a forward is not supported.
         """
         strengths = [strength for *_, strength in self._steps(state)]
         strengths = [id(s) if isinstance(s, Tensor) else s for s in strengths]
@@ -199,13 +199,13 @@ class Stack(nn.Module):
 
             with pl.using(model, "a"):
                 loss = model(x).sum()       # computed with W + ΔW_a
-            loss.backward()                 # here the stack's state is another
+            loss.backward()                 # here the stack has another state
 
         Reading the stack in the backward would give the gradient of another function. So the
-        closure keeps what defines today's W': the specs, the factors and the strengths. It keeps
-        the factors themselves and not copies, which would cost memory; if one of them was written
-        to since, by an optimizer's step for example, it raises the error that autograd raises for
-        a saved tensor, and does not compute a wrong gradient.
+        closure keeps the specs, the factors and the strengths of today's W'. It keeps no copies of
+        the factors, which would cost memory. If a factor has changed since, for example by an
+        optimizer's step, the closure raises the error that autograd raises for a saved tensor.
+        Otherwise the gradient would be wrong.
         """
         live = self._steps(self.state())
         steps = [(f.spec, f.block, dict(f.tensors), strength) for f, strength in live]
@@ -248,7 +248,7 @@ class Stack(nn.Module):
             return factors.rescaled(weight, self._strength(state.live[0], state))
 
     def set(self, active: Container[str], merged: Container[str]) -> None:
-        """Set which adapters are active and which are merged."""
+        """Set the active and the merged adapters."""
         names = tuple(self.named)
         merged = tuple(name for name in names if name in merged)
         # Not through nn.Module.__setattr__, which is slow: a model may have hundreds of stacks.
@@ -256,7 +256,7 @@ class Stack(nn.Module):
         self.switch(active)
 
     def switch(self, active: Container[str]) -> None:
-        """Set which adapters are active; the others stay attached, and merged ones merged."""
+        """Set the active adapters. The others stay attached, and merged adapters stay merged."""
         on = tuple([name for name in self.names if name in active])
         live = tuple([name for name in on if name not in self.merged]) if self.merged else on
         vars(self).update(active=on, live=live, own=State(on, live))
@@ -320,7 +320,7 @@ class Stack(nn.Module):
         return factors.parts if isinstance(factors, Blocks) else [factors]
 
     def add(self, name: str, factors: Factors) -> None:
-        """Add an adapter and make it active; one of several blocks is added block by block."""
+        """Add an adapter and make it active. Call it once per block if it has several blocks."""
         if factors.block is None:
             self.factors[name] = factors
         else:

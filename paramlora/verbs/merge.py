@@ -1,4 +1,4 @@
-"""Folding adapters into the stored weights, and taking them out again by swapping buffers.
+"""Fold adapters into the stored weights, and restore the original weights.
 
 Subtracting a merged update is inexact: in bfloat16 every sixth weight changes after one cycle
 (https://github.com/huggingface/trl/issues/6688). Therefore the original tensors are kept while an
@@ -45,10 +45,10 @@ class _Fold(NamedTuple):
 
 
 def merge(model: nn.Module, *names: str) -> None:
-    """Fold adapters into the stored weights: the outputs stay, at the cost of the base.
+    """Fold adapters into the stored weights, so that a forward costs no more than the base's.
 
-    While adapters are merged, the model's own `state_dict` contains the merged weights;
-    `base_state_dict` contains the base's.
+    The outputs stay the same up to rounding. While adapters are merged, the model's
+    own `state_dict` contains the merged weights, and `base_state_dict` contains the base's.
 
     Args:
         model: a module with adapters.
@@ -83,9 +83,9 @@ def _merge(survey: Survey, names: tuple[str, ...]) -> None:
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
-    """Take every merged adapter out again: the stored weights get their original bits back.
+    """Unmerge all merged adapters, and restore the original bits of the stored weights.
 
-    The adapters are as before the merge, switched on. If nothing is merged, nothing happens.
+    The adapters are switched on, as before the merge. If nothing is merged, nothing happens.
 
     Raises:
         StateError: a tensor is sharded, or was written to since the merge, by an optimizer or by
@@ -155,7 +155,7 @@ def bake(model: nn.Module) -> None:
 
 
 def _plan(survey: Survey, names: tuple[str, ...]) -> list[_Fold]:
-    """Check everything, and return what to write where; nothing is written yet."""
+    """Check everything, and return the tensors to write at each site. Nothing is written yet."""
     chosen = {id(site.stack): held for site, held in survey.select(names)}
     folds = []
     check_no_other_block(survey.stacks, "merge")
@@ -182,7 +182,7 @@ def _plan(survey: Survey, names: tuple[str, ...]) -> list[_Fold]:
 
 
 def _check_still_tied(sites: list[Site]) -> None:
-    """Raise a StateError if sites share an adapter but no longer the tensor that it was for."""
+    """Raise a StateError if sites share an adapter but no longer share the tensor."""
     first: dict[int, Site] = {}
     for site in sites:
         other = first.setdefault(id(site.stack), site)
@@ -208,7 +208,7 @@ def _check(stack: Stack, names: list[str]) -> None:
 def _check_order(site: Site, names: list[str]) -> None:
     """Raise a StateError if merging would change the order in which adapters act.
 
-    A merged adapter acts first, for it is in the stored weight. With IA3 `a` attached before
+    A merged adapter acts first, because it is in the stored weight. With IA3 `a` attached before
     Delta `b`, W' = l ⊙ W + D; with `b` alone merged it would be l ⊙ (W + D).
     """
     stack = site.stack
@@ -267,7 +267,7 @@ def _inverted(site: Site, value: Tensor, before: list[nn.Module]) -> list[Tensor
     """Return the tensors from which the parametrizations before the stack compute `value`."""
     parts: Tensor | list[Tensor] = value
     try:
-        # On copies, because a right_inverse may change its module, as that of `orthogonal` does.
+        # On copies, because a right_inverse may change its module; that of `orthogonal` does.
         for parametrization in reversed(copy.deepcopy(before)):
             parts = parametrization.right_inverse(parts)  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -291,11 +291,11 @@ def _write(
     stack: Stack,
     original: tuple[Tensor, ...],
 ) -> None:
-    """Point parameters at other tensors; `original` are the tensors to keep for unmerging."""
+    """Replace the data of parameters; `original` are the tensors to keep for unmerging."""
     for parameter, tensor in zip(parameters, tensors, strict=True):
         parameter.data = tensor
-        # A backward that still needs the old weight has to raise, which assigning `.data` alone
-        # does not cause.
+        # A backward that still needs the old weight must raise an error. Assigning `.data` alone
+        # would not cause it.
         torch.autograd.graph.increment_version(parameter)
     written = tuple((weakref.ref(p), p._version) for p in parameters) if original else ()
     vars(stack).update(stored=original, written=written)

@@ -1,4 +1,4 @@
-"""`routed`: an adapter of its own for each row of a batch."""
+"""`routed`: a separate adapter for each row of a batch."""
 
 import functools
 from collections.abc import Collection, Iterator, Sequence
@@ -21,14 +21,14 @@ from ..site.survey import Survey
 
 @contextmanager
 def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterator[None]:
-    """Give each row of a batch an adapter of its own inside the block.
+    """Compute each row of a batch with its own adapter inside the block.
 
-    Each row is computed with its adapter alone, whether or not that is switched on, at its
-    strength. Activation checkpointing runs a forward again in the backward, so the backward then
-    belongs inside the block as well. It works in training, where each adapter learns from its
-    rows, and in inference, for Linear, Embedding, convolutions, attention and recurrent layers.
-    Their inputs must have the batch as their batch dimension: the first one, or the second in
-    attention and recurrent layers without `batch_first`.
+    Only the adapter of a row contributes to it, with its strength, even if it is switched off.
+    Activation checkpointing runs a forward again in the backward, so the backward then belongs
+    inside the block as well. It works in inference, and in training, where each adapter learns
+    from its rows. It supports Linear, Embedding, convolutions, attention and recurrent layers. The
+    rows must lie along dimension 0 of their inputs, or along dimension 1 in attention and recurrent
+    layers without `batch_first`.
 
     Args:
         model: a module with adapters.
@@ -37,8 +37,8 @@ def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterat
 
     Raises:
         AdapterNameError: there is no adapter of that name.
-        StateError: an adapter is merged; or it adapts a module whose own code reads the tensor, so
-            that all rows get the same.
+        StateError: an adapter is merged; or a module's own forward reads the adapted tensor, so
+            that all rows would get the same adapter.
         ValueError: ids is not a vector of integers from −1 to the number of adapters less 1; or,
             in the forward, an input has another number of rows.
 
@@ -50,16 +50,16 @@ def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterat
     torch.Size([2, 3])
 
     Note [how rows are routed]
-        The block gives every stack of a named adapter the same `Route`. From then on three kinds of
-        readers meet it. The forward of a Linear, Conv1D or Embedding asks its stack for the route
+        The block gives every stack of a named adapter the same `Route`. Three kinds of code
+        then handle it. The forward of a Linear, Conv1D or Embedding asks its stack for the route
         and computes all rows at once (layers/rows.py). Every other layer with an adapted forward
         runs once for each adapter, on the rows of that adapter. And code that reads `layer.weight`
         itself gets a StateError from the stack, because one tensor cannot serve all rows.
 
-        Attention needs two measures. A MultiheadAttention whose `out_proj` alone is adapted is not
-        a host itself, so its own forward would read `out_proj.weight`; it gets a forward for the
-        time of the block. And torch's fused encoder layer reads the weights of the modules inside
-        it without calling them, so that fast path is off inside the block.
+        Attention needs two special cases. A MultiheadAttention whose `out_proj` alone is adapted is
+        not a host itself, so its own forward would read `out_proj.weight`; it gets another
+        forward inside the block. And torch's fused encoder layer reads the weights of its
+        modules without calling them, so that fast path is off inside the block.
 
         Stacks without a named adapter contribute nothing inside: their `live` is empty.
     """

@@ -1,6 +1,6 @@
-"""Switching adapters on and off, and setting their strength; requires_grad is never touched."""
+"""Switch adapters on and off, and set their strength; requires_grad does not change."""
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -74,6 +74,46 @@ def scale(model: nn.Module, factor: Strength, *names: str) -> None:
             stack.reflect()
 
 
+def names(model: nn.Module) -> list[str]:
+    """Return the names of a model's adapters, in attaching order; empty if there are none.
+
+    >>> import paramlora as pl
+    >>> model = nn.Linear(4, 3)
+    >>> _ = pl.attach(model, pl.LoRA(rank=2), name="digits")
+    >>> pl.names(model)
+    ['digits']
+    """
+    return ordered_names(stacks_in(model))
+
+
+def activate(
+    model: nn.Module, /, *names: str | Mapping[str, Strength], **strengths: Strength
+) -> None:
+    """Let exactly these adapters contribute, and switch the others off; `using` for a block.
+
+    Args:
+        model: a module with adapters; it may be a part of a larger one.
+        names: adapters to use at their own strength; or mappings from names to strengths, for names
+            that cannot be keywords: `activate(model, {"task-1": 0.5})`.
+        strengths: adapters whose strength is set as well, as by `scale`:
+            `activate(model, digits=0.5)`.
+
+    Raises:
+        ValueError: a strength is not a finite number.
+        AdapterNameError: there is no adapter of that name.
+        StateError: an adapter is merged.
+
+    >>> import paramlora as pl
+    >>> model = nn.Linear(4, 3)
+    >>> for name in ("digits", "letters"):
+    ...     _ = pl.attach(model, pl.LoRA(rank=2), name=name)
+    >>> pl.activate(model, "digits")
+    >>> pl.summary(model).active
+    ('digits',)
+    """
+    _activate(stacks_in(model), _wanted(names, strengths))
+
+
 @contextmanager
 def enabled(model: nn.Module, *names: str) -> Iterator[None]:
     """Switch adapters on inside the block; leaving it restores the earlier state.
@@ -125,7 +165,9 @@ def disabled(model: nn.Module, *names: str) -> Iterator[None]:
 
 
 @contextmanager
-def using(model: nn.Module, /, *names: str, **scales: Strength) -> Iterator[None]:
+def using(
+    model: nn.Module, /, *names: str | Mapping[str, Strength], **strengths: Strength
+) -> Iterator[None]:
     """Let exactly these adapters contribute inside the block; leaving it restores the state.
 
     A block belongs to the thread or asyncio task that enters it; others do not see it. A task that
@@ -143,8 +185,9 @@ def using(model: nn.Module, /, *names: str, **scales: Strength) -> Iterator[None
 
     Args:
         model: a module with adapters.
-        names: adapters to use at their own strength.
-        scales: adapters to use at another strength: `using(model, digits=0.5)`.
+        names: adapters to use at their own strength; or mappings from names to strengths, for names
+            that cannot be keywords: `using(model, {"task-1": 0.5})`.
+        strengths: adapters to use at another strength: `using(model, digits=0.5)`.
 
     Raises:
         ValueError: a strength is not a finite number.
@@ -159,22 +202,50 @@ def using(model: nn.Module, /, *names: str, **scales: Strength) -> Iterator[None
     ...     [(row.adapter, row.active, row.scale) for row in pl.summary(model).sites]
     [('digits', True, 0.5), ('letters', True, 1.0)]
     """
-    for factor in scales.values():
-        _check_strength(factor)
-    wanted = {*names, *scales}
+    wanted = _wanted(names, strengths)
     stacks = stacks_in(model)
     check_names(stacks, wanted)
     _check(stacks, (), "toggle")
     changes = {}
     for stack in stacks:
         numbers = stack.numbers
+        scales = {numbers[name]: s for name, s in wanted.items() if name in numbers}
         changes[stack] = Change(
             {number: name in wanted for name, number in numbers.items()},
-            {numbers[name]: scales[name] for name in scales if name in numbers},
+            {number: s for number, s in scales.items() if s is not None},
             None,
         )
     with opened("using", changes):
         yield
+
+
+def _wanted(
+    names: Sequence[str | Mapping[str, Strength]], strengths: Mapping[str, Strength]
+) -> dict[str, Strength | None]:
+    """Return the adapters to use, each with its new strength; None keeps the strength it has."""
+    wanted: dict[str, Strength | None] = {}
+    for given in (*names, strengths):
+        if isinstance(given, Mapping):
+            for strength in given.values():
+                _check_strength(strength)
+            wanted |= given
+        elif isinstance(given, str):
+            wanted.setdefault(given, None)
+        else:
+            raise TypeError(f"adapter names are separate arguments, each a string, got {given!r}")
+    return wanted
+
+
+def _activate(stacks: Sequence[Stack], wanted: Mapping[str, Strength | None]) -> None:
+    check_names(stacks, wanted)
+    _check(stacks, (), "toggle")
+    for stack in stacks:
+        stack.switch(wanted)
+        for name in wanted.keys() & stack.named.keys():
+            if (strength := wanted[name]) is not None:
+                stack[name].set_strength(strength)
+        if stack.open:
+            stack.reflect()
 
 
 def _enable(stacks: Sequence[Stack], names: Sequence[str]) -> None:
@@ -190,7 +261,7 @@ def _disable(stacks: Sequence[Stack], names: Sequence[str]) -> None:
 
 
 def _check(stacks: Sequence[Stack], names: Sequence[str], verb: str) -> None:
-    """Raise if an adapter of these names, any if none is named, is missing or merged."""
+    """Raise an error if an adapter is missing or merged; check all adapters if none is named."""
     check_names(stacks, names)
     check_unmerged(stacks, names, verb)
 
