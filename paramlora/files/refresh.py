@@ -69,6 +69,8 @@ def _refresh(
         factors.set_strength(new[site].strength)
         for key, tensor in factors.tensors.items():
             fill(tensor, new[site].tensors[key])
+    for held in here:
+        held.stack.reflect()
 
 
 def _signatures(by_path: dict[str, Factors]) -> dict[str, object]:

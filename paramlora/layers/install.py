@@ -9,6 +9,7 @@ from torch import nn
 from ..errors import AdapterNameError, StateError
 from ..site.factors import Factors
 from ..site.find import Site, stored_tensors
+from ..site.names import check_not_routed
 from ..site.place import Place
 from ..site.stack import Stack
 from ..site.storage import is_sharded
@@ -27,12 +28,17 @@ class PlannedSite:
 
 
 def check_name(survey: Survey, name: str) -> None:
-    """Raise an AdapterNameError if a new adapter cannot have this name."""
+    """Raise an AdapterNameError if a new adapter cannot have this name, or no adapter can be added.
+
+    Raises:
+        StateError: this is inside of `routed`, which would ignore the new adapter.
+    """
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise AdapterNameError(
             f"{name!r} cannot be an adapter's name: it must be a string, not empty, without a "
             "dot, and not an attribute of nn.ModuleDict"
         )
+    check_not_routed(survey.stacks, "attach an adapter")
     taken = survey.names
     if name in taken:
         raise AdapterNameError(

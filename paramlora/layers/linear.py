@@ -42,15 +42,19 @@ def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
             state = stack.own
         else:
             state = state_within(stack)
-        if state.route is None:
+        single = len(self._modules["parametrizations"]._modules) == 1  # type: ignore[union-attr]
+        own = self._parameters
+        # nn.Module.__getattr__ takes as long as all of the above.
+        bias = own["bias"] if single and "bias" in own else self.bias
+        if state.route is None and (single or rows.route_of(self) is None):
             terms = stack.low_rank(state)
             if terms is not None:
-                return lowrank.linear(input, weight, self.bias, terms, compiling)
+                return lowrank.linear(input, weight, bias, terms, compiling)
             rescaled = stack.rescaled(weight, state)
             if rescaled is not None:
-                return rescaled_linear(input, weight, self.bias, rescaled)
-        elif len(parametrization_lists(self)) == 1:
-            output = rows.linear(input, weight, self.bias, stack, state)
+                return rescaled_linear(input, weight, bias, rescaled)
+        elif single:
+            output = rows.linear(input, weight, bias, stack, state)
             if output is not None:
                 return output
     return dense_linear(self, input)
@@ -67,12 +71,13 @@ def conv1d_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
         if site is not None:
             W, stack = site[0].t(), site[1]
             state = stack.state()
-            if state.route is None:
+            single = len(parametrization_lists(self)) == 1
+            if state.route is None and (single or rows.route_of(self) is None):
                 terms = stack.low_rank(state)
                 if terms is not None:
                     terms = [term.transposed() for term in terms]
                     output = lowrank.linear(x, W, self.bias, terms)  # type: ignore[arg-type]
-            elif len(parametrization_lists(self)) == 1:
+            elif single:
                 output = rows.linear(x, W, self.bias, stack, state, transposed=True)  # type: ignore[arg-type]
         return run_dense(self, x) if output is None else output
 

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compute.modes import plain_ops_only
-from ..errors import StateError
 from ..kinds.spec import LowRank
 from ..site.find import parametrization_lists, stack_of
 from ..site.overlay import State
 from ..site.stack import Stack
+from .routed_tensor import RoutedTensor
 
 # Sorting needs four launches of 10 µs for each adapter. In that time a CPU with 50 GFLOP/s and a
 # GPU with 400 TFLOP/s do this many floating-point operations.
@@ -65,7 +65,9 @@ class Route:
         self.ids, self.names, self.paths = ids, tuple(names), paths
         order = ids.cpu().argsort(stable=True)
         present, counts = ids.cpu().unique(return_counts=True)
-        self.groups = list(zip(present.tolist(), order.split(counts.tolist()), strict=True))
+        groups = zip(present.tolist(), order.split(counts.tolist()), strict=True)
+        # An empty batch is one group without an adapter, so that outputs have their shape.
+        self.groups = list(groups) or [(-1, order)]
         self.order, self.back = order, order.argsort()
         self._moved: dict[Any, Tensor] = {}
 
@@ -77,11 +79,11 @@ class Route:
             self._moved[key] = getattr(self, name).to(device)
         return self._moved[key]
 
-    def check(self, rows: int, stack: Stack) -> None:
+    def check(self, rows: int, path: str) -> None:
         """Raise a ValueError if an input has another number of rows than `ids`."""
         if rows != len(self.ids):
             raise ValueError(
-                f"ids route {len(self.ids)} rows, and the input of {self.paths[stack.key]!r} has "
+                f"ids route {len(self.ids)} rows, and the input of {path!r} has "
                 f"{rows} in its batch dimension; call the model on a batch of that many rows"
             )
 
@@ -98,10 +100,13 @@ class Route:
 
     def stand_in(self, stack: Stack, weight: Tensor) -> Tensor:
         """Return what code that reads an adapted tensor gets instead of it."""
-        raise StateError(
-            f"{self.paths[stack.key]!r} was read inside of routed(), where each row of a batch "
-            "has a tensor of its own; read it outside, or give this adapter no rows"
-        )
+        state = stack.state()
+
+        def build(index: int) -> Tensor:
+            name = self.names[index]
+            return stack.build(weight, state, [name] if index >= 0 and name in state.live else [])
+
+        return RoutedTensor.of(self, self.paths[stack.key], weight, build)
 
     def mask(self, terms: Sequence[tuple[int, LowRank]], like: Tensor) -> Tensor:
         """Return ¬M, bool (n, 1, …, R): True if the column belongs to another adapter.
@@ -152,7 +157,7 @@ def linear(
     terms = route.terms(stack, state)
     if terms is None:
         return None
-    route.check(len(x) if x.dim() > 1 else -1, stack)
+    route.check(len(x) if x.dim() > 1 else -1, route.paths[stack.key])
     if not terms:
         return F.linear(x, W, b)
     if transposed:
@@ -190,7 +195,7 @@ def embedding(input: Tensor, stack: Stack, state: State, padding_idx: int | None
     terms = route.terms(stack, state)
     if not terms:
         return None
-    route.check(len(input) if input.dim() else -1, stack)
+    route.check(len(input) if input.dim() else -1, route.paths[stack.key])
     rows = [F.embedding(input, _scaled(term), padding_idx) for _, term in terms]
     h = torch.cat(rows, dim=-1)  # (n, …, R)
     return h.masked_fill(route.mask(terms, h), 0.0) @ torch.cat([term.A for _, term in terms])
