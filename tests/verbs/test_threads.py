@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import paramlora as pl
 from tests.support.helpers import unchanged
@@ -28,8 +29,8 @@ def two_adapters() -> tuple[nn.Sequential, Tensor]:
     for name in "ab":
         pl.attach(model, pl.LoRA(rank=1), name=name)
     shake(model)
-    pl.disable(model)
-    pl.enable(model, "a")
+    pl.unfreeze(model)
+    pl.activate(model, "a")
     return model, torch.randn(3, 3, dtype=torch.float64)
 
 
@@ -326,7 +327,51 @@ def test_folding_beside_a_block(verb: Callable[[nn.Module], None]) -> None:
     if verb is pl.unmerge:
         pl.merge(model)
     message = rf"cannot {verb.__name__} while another thread or task is inside of disabled\(\)"
-    with in_another_thread(pl.disabled(model, *["b"] * (verb is not pl.bake))):
-        with unchanged(model), pytest.raises(pl.StateError, match=message):
-            verb(model)
+    names = [] if verb is pl.bake else ["b"]
+    refused = pytest.raises(pl.StateError, match=message)
+    with in_another_thread(pl.disabled(model, *names)), unchanged(model), refused:
+        verb(model)
     verb(model)
+
+
+def test_checkpointing_keeps_the_blocks() -> None:
+    """With `keep_blocks`, a backward after the block recomputes in it, and can be repeated."""
+    model, x = two_adapters()
+    parameters = pl.parameters(model, "b")
+    with pl.using(model, b=0.5):
+        expected = torch.autograd.grad(model(x).square().sum(), parameters)
+        y = checkpoint(model, x, use_reentrant=False, context_fn=pl.keep_blocks)
+    with pl.disabled(model):
+        for keep in (True, False):
+            found = torch.autograd.grad(y.square().sum(), parameters, retain_graph=keep)
+            assert_close(found, expected)
+        assert_close(model(x), dense(model, x))
+    assert_close(model(x), dense(model, x, a=1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_on_a_gpu(reentrant: bool) -> None:
+    """The backward of a checkpointed model in a block equals the one without checkpointing.
+
+    There it runs in a thread of autograd, which has entered no block.
+    """
+    model, x = two_adapters()
+    model.cuda()
+    x = x.cuda().requires_grad_()
+    for block in (pl.disabled(model), pl.using(model, b=0.5), pl.routed(model, [0, 1, -1])):
+        with block:
+            (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+            checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+        assert x.grad is not None
+        assert_close(x.grad, expected)
+        x.grad = None
+
+
+def test_replicas_of_data_parallel() -> None:
+    """DataParallel's replicas are refused in words; on a single device none is made."""
+    model, x = two_adapters()
+    stack = model[0].parametrizations.weight[0]
+    with unchanged(model), pytest.raises(pl.StateError, match=r"nn.DataParallel cannot replicate"):
+        stack._replicate_for_data_parallel()
+    assert_close(nn.DataParallel(model)(x), dense(model, x, a=1))
