@@ -13,6 +13,8 @@ gathered here so that such a change has one place to be noticed and mended:
     flat_weight_names(rnn)      the names of an RNN's weights in the order of its list of weights
     set_flat_weights(rnn, ws)   set that list
     is_fsdp_managed(module)     whether `fully_shard` manages the parameters of a module
+    parametrization_cache()     what `parametrize.cached` has computed; None outside of it
+    READERS_OF_STORED           the modules whose code reads a parameter by name to handle it
     NormWithStatistics          the base class of all layers with running statistics
 
 Not here: `Tensor._version`, which torch's documentation names, and the dictionaries of `nn.Module`
@@ -27,9 +29,11 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics
+from torch.nn.utils import parametrize
 
 __all__ = [
     "KNOWS_HOOKS",
+    "READERS_OF_STORED",
     "NormWithStatistics",
     "any_autocast_enabled",
     "dispatch_modes_active",
@@ -37,6 +41,7 @@ __all__ = [
     "forward_ad_active",
     "functorch_active",
     "is_fsdp_managed",
+    "parametrization_cache",
     "saved_tensors_hooks",
     "set_flat_weights",
     "tracing_state",
@@ -79,3 +84,13 @@ def set_flat_weights(module: nn.RNNBase, weights: list[Any]) -> None:
 def is_fsdp_managed(module: nn.Module) -> bool:
     """Return whether `torch.distributed.fsdp.fully_shard` manages the parameters of a module."""
     return bool(vars(module).get("_is_fsdp_managed_module", False))
+
+
+def parametrization_cache() -> dict[tuple[int, str], Any] | None:
+    """Return what `parametrize.cached` keeps, by module and name; None outside of it."""
+    return parametrize._cache if parametrize._cache_enabled else None
+
+
+# In `nn.Module` itself: get_parameter, register_parameter. In torch.distributed: FSDP's
+# reset_sharded_param, and the names of torch.distributed.checkpoint.
+READERS_OF_STORED = ("torch.nn.modules.module", "torch.distributed.")

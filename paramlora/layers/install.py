@@ -47,10 +47,14 @@ def install(survey: Survey, planned: list[PlannedSite], name: str, freeze: bool)
     """
     for plan in planned:
         tied = survey.holders[id(plan.place.stored)]
-        stack = next((place.stack for place in tied if place.stack is not None), None) or Stack()
+        stack = next((place.stack for place in tied if place.stack is not None), None)
         for place in tied:
-            if place.stack is None:
+            if stack is None:
+                stack = Stack()
                 host.register(place.module, place.tensor, stack)
+            elif place.stack is None:
+                host.register(place.module, place.tensor, stack, tied=True)
+        assert stack is not None
         stack.tied = tuple(place.path for place in tied) if len(tied) > 1 else ()
         stack.add(name, plan.factors)
     if freeze:

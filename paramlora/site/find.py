@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 
 from .factors import Factors
 from .stack import Stack
+from .tie import Tie
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -67,6 +68,8 @@ def stack_of(plist: nn.Module | None) -> Stack | None:
         for parametrization in plist._modules.values():
             if type(parametrization) is Stack:
                 return parametrization
+            if type(parametrization) is Tie:
+                return parametrization.stack
     return None
 
 
@@ -79,7 +82,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     todo = [("", model)]
     while todo:
         path, module = todo.pop()
-        if id(module) in seen or type(module) is Stack:
+        if id(module) in seen or type(module) in (Stack, Tie):
             continue
         seen.add(id(module))
         yield path, module
@@ -99,6 +102,8 @@ def stacks_in(model: nn.Module) -> list[Stack]:
     todo: list[nn.Module | None] = [model]
     while todo:
         module = todo.pop()
+        if type(module) is Tie:
+            module = module.stack
         if module is None or id(module) in seen:
             continue
         seen.add(id(module))
@@ -140,7 +145,13 @@ def base_weight(plist: parametrize.ParametrizationList, stack: Stack | None) -> 
 def preceding(plist: parametrize.ParametrizationList, stack: Stack | None) -> list[nn.Module]:
     """Return the parametrizations that come before a stack; all if there is no stack."""
     parametrizations: list[Any] = list(plist._modules.values())
-    return parametrizations if stack is None else parametrizations[: parametrizations.index(stack)]
+    return parametrizations if stack is None else parametrizations[: index_of(plist, stack)]
+
+
+def index_of(plist: parametrize.ParametrizationList, stack: Stack) -> int:
+    """Return the place of a stack in a list of parametrizations, or that of its tie."""
+    found: list[Any] = list(plist._modules.values())
+    return next(i for i, p in enumerate(found) if p is stack or getattr(p, "stack", None) is stack)
 
 
 def apply_parametrizations(

@@ -94,9 +94,10 @@ def places_in(modules: Iterable[tuple[str, nn.Module]]) -> list[Place]:
         if "parametrizations" in path.split("."):
             continue
         names = [name for name, parameter in module._parameters.items() if parameter is not None]
-        plists = parametrization_lists(module).items()
         names += [
-            name for name, plist in plists if isinstance(stored_tensors(plist)[0], nn.Parameter)
+            name
+            for name, plist in parametrization_lists(module).items()
+            if name not in names and isinstance(stored_tensors(plist)[0], nn.Parameter)
         ]
         found += [Place(dotted(path, name), path, module, name) for name in names]
     return found

@@ -8,7 +8,6 @@ the adapters at that tensor.
 
 import itertools
 import threading
-import weakref
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import StateError
 from ..kinds.spec import LowRank, Rescaled
 from .factors import Blocks, Factors, apply_factors
+from .storage import Written
 
 CHANGED = (
     "a tensor needed for the gradient was changed in place (an optimizer's step, a merge) between "
@@ -74,8 +74,7 @@ class Stack(nn.Module):
         numbers: for each name the value of a counter over all stacks, which gives the order in
             which a model's adapters were attached.
         stored: while adapters are merged, the original stored tensors, in the list's order.
-        written: while adapters are merged, the parameters that hold the merged weight, each with
-            its version right after the merge.
+        written: while adapters are merged, what the merge has written to each stored tensor.
         tied: the paths of the sites that share this stack, if their tensors are tied.
         route: inside `routed`, which row of a batch gets which adapter.
     """
@@ -89,7 +88,7 @@ class Stack(nn.Module):
         self.merged: tuple[str, ...] = ()
         self.live: tuple[str, ...] = ()
         self.stored: tuple[Tensor, ...] = ()
-        self.written: tuple[tuple[weakref.ref[Tensor], int], ...] = ()
+        self.written: tuple[Written, ...] = ()
         self.tied: tuple[str, ...] = ()
         self.route: Any = None
 

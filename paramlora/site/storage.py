@@ -5,6 +5,7 @@ that FSDP gathers for a forward are copies, and writing to a copy is lost. So FS
 (`settle`) before parameters are handed out or written to.
 """
 
+import copy
 import sys
 from typing import Any
 
@@ -68,6 +69,37 @@ def in_parts(value: Tensor, like: Tensor) -> Tensor:
     assert isinstance(like, DTensor)
     whole = value.to(like.device, like.dtype)
     return distribute_tensor(whole, like.device_mesh, like.placements)
+
+
+class Written:
+    """What was written to a parameter, to tell later whether something else has written to it.
+
+    A deep copy belongs to the copied parameter.
+
+    Args:
+        parameter: a parameter just after the write.
+    """
+
+    # The parameter itself and no weak reference, with which torch refuses to swap tensors
+    # (torch.__future__.set_swap_module_params_on_conversion).
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
+        self.data = parameter.data
+        self.version: int | None = parameter._version
+
+    def is_in(self, parameter: Tensor) -> bool:
+        """Return whether a parameter is the one written to, and holds what was written."""
+        return (
+            parameter is self.parameter
+            and parameter._version == self.version
+            and parameter.data_ptr() == self.data.data_ptr()
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Written":
+        copied = Written(copy.deepcopy(self.parameter, memo))
+        if not self.is_in(self.parameter):
+            copied.version = None
+        return copied
 
 
 def writes_files(tensors: list[Tensor]) -> bool:

@@ -6,7 +6,6 @@ adapter is merged, and unmerging swaps them back.
 """
 
 import copy
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -25,9 +24,11 @@ from ..site.find import (
     stacks_in,
     stored_tensors,
 )
+from ..site.marks import mark
 from ..site.names import check_unmerged
 from ..site.place import Place
 from ..site.stack import Stack
+from ..site.storage import Written
 from ..site.survey import Survey
 
 # The number of elements of a weight that are computed at a time: 2 MiB of float32.
@@ -77,6 +78,7 @@ def _merge(survey: Survey, names: tuple[str, ...]) -> None:
         original = stack.stored or tuple(tensor.data for tensor in parameters)
         _write(parameters, tensors, stack, original)
         stack.set(stack.active, (*stack.merged, *chosen))
+    mark(survey.sites)
 
 
 @torch.no_grad()
@@ -89,17 +91,14 @@ def unmerge(model: nn.Module) -> None:
         StateError: a tensor is sharded, or was written to since the merge, by an optimizer or by
             load_state_dict, and unmerging would lose that. The model is unchanged.
     """
-    sites = [site for site in Survey(model).first_sites if site.stack.merged]
+    survey = Survey(model)
+    sites = [site for site in survey.first_sites if site.stack.merged]
     check_whole(sites)
     for site in sites:
         if getattr(site.module, "max_norm", None) is not None:
             continue  # such an embedding writes to its weight whenever it is read
-        # A deep copy has other parameters, whose versions at the merge are not known.
-        if any(
-            written() is parameter and parameter._version != version
-            for parameter in stored_tensors(site.plist)
-            for written, version in site.stack.written
-        ):
+        pairs = zip(site.stack.written, stored_tensors(site.plist), strict=True)
+        if not all(written.is_in(parameter) for written, parameter in pairs):
             raise StateError(
                 f"{site.path!r} was written to since the merge, and unmerging would lose that; "
                 "bake keeps it"
@@ -107,6 +106,7 @@ def unmerge(model: nn.Module) -> None:
     for site in sites:
         _write(stored_tensors(site.plist), site.stack.stored, site.stack, ())
         site.stack.set(site.stack.active, ())
+    mark(survey.sites)
 
 
 @contextmanager
@@ -288,5 +288,5 @@ def _write(
         # A backward that still needs the old weight has to raise, which assigning `.data` alone
         # does not cause.
         torch.autograd.graph.increment_version(parameter)
-    written = tuple((weakref.ref(p), p._version) for p in parameters) if original else ()
+    written = tuple(map(Written, parameters)) if original else ()
     vars(stack).update(stored=original, written=written)
