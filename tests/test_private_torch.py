@@ -108,6 +108,29 @@ def test_fsdp_marks_modules_by_name() -> None:
     assert any("_is_fsdp_managed_module" in path.read_text() for path in source.rglob("*.py"))
 
 
+def test_cache_of_parametrizations_is_found() -> None:
+    """`parametrization_cache` is what `parametrize.cached` keeps, and None outside of it."""
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    assert private_torch.parametrization_cache() is None
+    with nn.utils.parametrize.cached():
+        weight = layer.weight
+        assert private_torch.parametrization_cache() == {(id(layer), "weight"): weight}
+    assert private_torch.parametrization_cache() is None
+
+
+def test_readers_of_stored_parameters_are_where_they_were() -> None:
+    """torch's code that reads parameters by name is in the modules of READERS_OF_STORED.
+
+    tests/layers/test_readers.py and tests/torch/test_distributed.py run it.
+    """
+    module, distributed = private_torch.READERS_OF_STORED
+    assert nn.Module.get_parameter.__module__ == nn.Module.register_parameter.__module__ == module
+    source = Path(torch.distributed.fsdp.__file__).parent
+    found = [path for path in source.rglob("*.py") if "def reset_sharded_param" in path.read_text()]
+    assert len(found) == 1
+    assert torch.distributed.fsdp.__name__.startswith(distributed)
+
+
 @pytest.mark.parametrize(
     "cls", [nn.BatchNorm1d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.LazyBatchNorm2d]
 )

@@ -13,7 +13,7 @@ Only where an adapted tensor has other parametrizations as well, a few keys are 
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from .digest import digest
 def base_state_dict(model: nn.Module) -> dict[str, Any]:
     """Return the base's state dict under its original keys, with adapters attached or merged.
 
-    It loads into the same model without paramlora.
+    It loads into the same model without paramlora, and has the order of that model's state dict.
 
     Args:
         model: any module.
@@ -47,10 +47,8 @@ def base_state_dict(model: nn.Module) -> dict[str, Any]:
     """
     base, state = _Base(model), model.state_dict()
     found: OrderedDict[str, Any] = OrderedDict()
-    for key, value in state.items():
-        original = base.original_key(key)
-        if original is not None:
-            found[original] = base.original_value(key, value)
+    for key, original in base.ordered(state):
+        found[original] = base.original_value(key, state[key])
     # The versions of the modules, which `nn.Module.load_state_dict` reads.
     found._metadata = state._metadata  # type: ignore[attr-defined]
     return found
@@ -161,6 +159,20 @@ class _Base:
             return None
         # Without the stack, the parametrizations after it move up by one.
         return ".".join([path, str(index - (index > stack_index)), *rest[1:]])
+
+    def ordered(self, keys: Iterable[str]) -> Iterator[tuple[str, str]]:
+        """Yield each key of the base with its original key, in the order of the original ones."""
+        # The keys that are now a module's own and were in a list, by the path of the list.
+        moved: dict[str, tuple[str, str]] = {}
+        for key in keys:
+            path, original = self._split(key)[0], self.original_key(key)
+            if path in moved:
+                yield moved.pop(path)
+            if original is not None and path is None and original != key:
+                moved[original.rpartition(".")[0]] = key, original
+            elif original is not None:
+                yield key, original
+        yield from moved.values()
 
     def original_value(self, key: str, tensor: Tensor) -> Tensor:
         """Return the base's tensor for a key; if an adapter is merged, the one from before."""
