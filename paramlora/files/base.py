@@ -116,9 +116,9 @@ def fingerprint(model: nn.Module) -> str:
 
 
 class _Base:
-    """The base of a model: which of its tensors are the base's, and their original keys.
+    """The tensors of the base in a model, and their original keys.
 
-    A key is one of `state_dict`, or the name of a parameter or buffer. For the list of
+    A key is a key of `state_dict`, or the name of a parameter or buffer. For the list of
     parametrizations L, `fc.parametrizations.weight`:
 
         L holds              key                      belongs to           original key
@@ -148,7 +148,7 @@ class _Base:
         }
 
     def original_key(self, key: str) -> str | None:
-        """Return the key that a tensor had before attaching, None if it belongs to an adapter."""
+        """Return the key of a tensor before attaching, or None if it belongs to an adapter."""
         if key in self.stored:
             return self.stored[key][0]
         path, rest = self._split(key)
@@ -175,14 +175,14 @@ class _Base:
         yield from moved.values()
 
     def original_value(self, key: str, tensor: Tensor) -> Tensor:
-        """Return the base's tensor for a key; if an adapter is merged, the one from before."""
+        """Return the base's tensor for a key; while an adapter is merged, the original tensor."""
         if key not in self.stored:
             return tensor
         _, stack, number = self.stored[key]
         return stack.stored[number] if stack.stored else tensor
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the parameters and buffers by original key, tied ones under each of their keys."""
+        """Yield the parameters and buffers by original key, tied ones once per key."""
         for path, module in self.modules.items():
             for name, tensor in itertools.chain(
                 module._parameters.items(), module._buffers.items()
@@ -199,7 +199,7 @@ class _Base:
                 check_settled(module, parameter, f"{path}.{name}")
 
     def _split(self, key: str) -> tuple[str | None, list[str]]:
-        """Return the path in `lists` that a key begins with, if any, and the parts after it."""
+        """Split a key into the path of a list in `lists` (or None) and the parts after it."""
         parts = key.split(".")
         if "parametrizations" in parts:
             end = parts.index("parametrizations") + 2

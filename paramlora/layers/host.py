@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..site.factors import Factors
 from ..site.find import Site, index_of, parametrization_lists, stack_of
 from ..site.stack import Stack
 from ..site.survey import Survey
@@ -24,8 +25,8 @@ class Before:
     Attributes:
         cls: the class that another parametrization had given to the module, if any.
         owner: the id of the module that `cls` belongs to; a deep copy has another one.
-        replaced: the attributes of the host's class that ours hide, None for a missing one.
-        frozen: the parameters that were trained, each with the adapters that froze it.
+        replaced: the attributes of the host's class that ours replace, None for a missing one.
+        frozen: the names of the frozen parameters, each with the adapters that froze it.
     """
 
     cls: type | None = None
@@ -63,7 +64,7 @@ def register(module: nn.Module, tensor: str, stack: Stack, *, tied: bool = False
 
 
 def unregister(site: Site) -> None:
-    """Take a stack away, and with the module's last stack every trace of having been a host."""
+    """Remove a stack, and with the module's last stack everything else that `register` added."""
     module, plist, before = site.module, site.plist, _before(site.module)
     if len(plist) > 1:
         del plist[index_of(plist, site.stack)]
@@ -74,21 +75,28 @@ def unregister(site: Site) -> None:
         _release(module, before)
 
 
-def freeze_base(survey: Survey, adapter: str) -> None:
-    """Stop the base's parameters from requiring a gradient, on behalf of an adapter."""
-    for module in _base_modules(survey):
+def freeze_rest(survey: Survey, adapter: str, others: bool) -> None:
+    """Freeze the base, and other adapters if `others`, and record the adapter that froze them."""
+    rest = (factors for name, factors in _factors(survey) if others and name != adapter)
+    for module in (*_base_modules(survey), *rest):
         for key, parameter in _stored_parameters(module):
             if parameter.requires_grad:
-                # An adapter that froze it earlier was overruled in the meantime.
+                # If an adapter froze it earlier, the user has unfrozen it since.
                 _before(module).frozen[key] = {adapter}
                 parameter.requires_grad_(False)
             elif key in _frozen(module):
                 _frozen(module)[key].add(adapter)
 
 
-def unfreeze_base(survey: Survey, adapters: set[str] | None) -> None:
-    """Restore the flags that only these adapters hold down; None restores all of them."""
-    for module in _base_modules(survey):
+def keep_frozen(factors: Factors) -> None:
+    """Stop an adapter's factors from training, also after the adapters that froze it are gone."""
+    factors.requires_grad_(False)
+    _frozen(factors).clear()
+
+
+def unfreeze_rest(survey: Survey, adapters: set[str] | None) -> None:
+    """Unfreeze what only these adapters froze; None unfreezes all of it."""
+    for module in (*_base_modules(survey), *(factors for _, factors in _factors(survey))):
         frozen = _frozen(module)
         for key, holders in list(frozen.items()):
             holders -= holders if adapters is None else adapters
@@ -102,7 +110,7 @@ def unfreeze_base(survey: Survey, adapters: set[str] | None) -> None:
 
 def forget(survey: Survey) -> None:
     """Drop the saved state of modules that host no adapter and have nothing frozen."""
-    for _, module in survey.modules:
+    for _, module in (*survey.modules, *_factors(survey)):
         if _BEFORE in vars(module) and not _frozen(module) and not _is_host(module):
             delattr(module, _BEFORE)
 
@@ -126,6 +134,13 @@ def _base_modules(survey: Survey) -> Iterator[nn.Module]:
             yield module
 
 
+def _factors(survey: Survey) -> Iterator[tuple[str, Factors]]:
+    """Yield the factors of all adapters, each with the adapter's name."""
+    for stack in survey.stacks:
+        for name in stack.named:
+            yield from ((name, factors) for factors in stack.parts(name))
+
+
 def _stored_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield a module's own parameters by name, including those that its parametrizations store."""
     for name, parameter in module._parameters.items():
@@ -145,8 +160,8 @@ def _release(module: nn.Module, before: Before) -> None:
             delattr(cls, key)
         else:
             setattr(cls, key, value)
-    # Restore the original class object, unless this module is a deep copy, to which that class
-    # does not belong, or another tensor was parametrized since, which that class does not know.
+    # Restore the original class object, except in two cases. A deep copy must not get it, because
+    # it belongs to another module. And it lacks the property of a tensor parametrized since.
     if (
         before.cls
         and before.owner == id(module)

@@ -101,10 +101,7 @@ class StoredTensor(property):
                 raise RuntimeError(f"cannot compute {tensor!r} of an adapted module") from error
 
         def write(module: nn.Module, value: Tensor) -> None:
-            if vars(module).get("_is_replica"):  # of nn.DataParallel, which sets copies
-                module._parameters[tensor] = value  # type: ignore[assignment]
-            else:
-                _list(module, tensor).right_inverse(value)
+            _list(module, tensor).right_inverse(value)
 
         super().__init__(read, write)
 

@@ -32,7 +32,7 @@ def adapted(head: bool = True) -> Any:
     model = gpt2()
     targets = ["*.c_attn", "*.c_proj"] + (["transformer.wte"] if head else [])
     pl.attach(model, pl.LoRA(rank=2), targets, name="one")
-    pl.attach(model, pl.LoRA(rank=2), "*.c_fc", name="two")
+    pl.attach(model, pl.LoRA(rank=2), "*.c_fc", name="two", activate="also")
     shake(model)
     return model
 
