@@ -20,6 +20,7 @@ from . import kinds
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
 from .files.base import base_state_dict, fingerprint, load_base_state_dict
 from .files.checkpoint import load, save
+from .files.merged import merged_state_dict
 from .files.state import load_state_dict, state_dict
 from .kinds import IA3, Delta, DoRA, LoHa, LoKr, LoRA
 from .layers.statistics import hold_statistics
@@ -75,6 +76,7 @@ __all__ = [
     "load_state_dict",
     "merge",
     "merged",
+    "merged_state_dict",
     "names",
     "parameter_groups",
     "parameters",

@@ -1,7 +1,7 @@
 """The base's tensors under their original keys, with adapters attached or merged.
 
 The keys that PyTorch reports for the base are the original ones, for adapted tensors stay in their
-modules; the factors are beside them, and `_Base` leaves them out:
+modules; the factors are beside them, and `Base` leaves them out:
 
     without adapters    with adapters
     fc.weight           fc.weight
@@ -45,7 +45,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Any]:
     >>> list(pl.base_state_dict(model))
     ['0.weight', '0.bias']
     """
-    base, state = _Base(model), model.state_dict()
+    base, state = Base(model), model.state_dict()
     found: OrderedDict[str, Any] = OrderedDict()
     for key, original in base.ordered(state):
         found[original] = base.original_value(key, state[key])
@@ -75,7 +75,7 @@ def load_base_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     >>> pl.fingerprint(model) == pl.fingerprint(other)
     True
     """
-    base, current = _Base(model), model.state_dict()
+    base, current = Base(model), model.state_dict()
     check_unmerged([stack for _, stack in base.lists.values()], (), "load a base under")
     present = {name: key for key in current if (name := base.original_key(key)) is not None}
     expected = {original: current[key] for original, key in present.items()}
@@ -112,10 +112,10 @@ def fingerprint(model: nn.Module) -> str:
     >>> pl.fingerprint(model) == before
     True
     """
-    return digest(_Base(model).tensors())
+    return digest(Base(model).tensors())
 
 
-class _Base:
+class Base:
     """The tensors of the base in a model, and their original keys.
 
     A key is a key of `state_dict`, or the name of a parameter or buffer. For the list of

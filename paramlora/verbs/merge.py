@@ -5,7 +5,6 @@ Subtracting a merged update is inexact: in bfloat16 every sixth weight changes a
 adapter is merged, and unmerging swaps them back.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -14,14 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
-from ..kinds.spec import Strength
 from ..layers.install import check_tied, check_ties, check_whole, remove_all
-from ..site.factors import Blocks, Factors
 from ..site.find import (
     Site,
-    apply_parametrizations,
     base_weight,
-    preceding,
     stacks_in,
     stored_tensors,
 )
@@ -32,9 +27,7 @@ from ..site.place import Place
 from ..site.stack import Stack
 from ..site.storage import Written
 from ..site.survey import Survey
-
-# The number of elements of a weight that are computed at a time: 2 MiB of float32.
-_BLOCK = 2**19
+from .fold import folded
 
 
 class _Fold(NamedTuple):
@@ -231,58 +224,9 @@ def _check_order(site: Site, names: list[str]) -> None:
 
 def _folded(site: Site, names: list[str]) -> list[Tensor]:
     """Return the tensors to store so that the base computes W' of the named adapters."""
-    stack, plist = site.stack, site.plist
-    W = value = base_weight(plist, stack)
-    strengths = stack.seen().strengths or {}
-    for name in stack.named:
-        if name in names or name in stack.merged:
-            value = _applied(stack[name], value, strengths.get(name))
-    # A kind may return a view of W, or other strides than W has (channels_last).
-    shares_storage = value.untyped_storage().data_ptr() == W.untyped_storage().data_ptr()
-    if shares_storage or value.stride() != W.stride():
-        value = torch.empty_like(W).copy_(value)
-    parametrizations = preceding(plist, stack)
-    return _inverted(site, value, parametrizations) if parametrizations else [value]
-
-
-def _applied(factors: Factors | Blocks, W: Tensor, strength: Strength | None) -> Tensor:
-    """Return W' of one adapter; in half precision on a CPU, by blocks of rows.
-
-    There W' is computed in float32, and a block of rows fits into the cache: 4096 × 4096 takes a
-    quarter of the time.
-    """
-    term = None
-    if W.is_cpu and W.dim() == 2 and isinstance(factors, Factors) and factors.block is None:
-        term = factors.low_rank(strength)
-    if term is None or term.A.dtype == W.dtype or isinstance(term.scale, Tensor):
-        return factors(W, strength)
-    value = torch.empty_like(W)
-    rows = max(1, _BLOCK // max(1, W.shape[1]))
-    for w, b, out in zip(W.split(rows), term.B.split(rows), value.split(rows), strict=True):
-        out.copy_(w.to(b.dtype).addmm_(b, term.A, alpha=term.scale))
-    return value
-
-
-def _inverted(site: Site, value: Tensor, before: list[nn.Module]) -> list[Tensor]:
-    """Return the tensors from which the parametrizations before the stack compute `value`."""
-    parts: Tensor | list[Tensor] = value
-    try:
-        # On copies, because a right_inverse may change its module; that of `orthogonal` does.
-        for parametrization in reversed(copy.deepcopy(before)):
-            parts = parametrization.right_inverse(parts)  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        parts = []
-    tensors = [parts] if isinstance(parts, Tensor) else list(parts)
-    if len(tensors) == len(stored_tensors(site.plist)):
-        again = apply_parametrizations(before, tensors)
-        bound = 16 * torch.finfo(value.dtype).eps
-        if torch.allclose(again, value, rtol=bound, atol=bound * float(value.abs().max())):
-            return tensors
-    kinds = ", ".join(type(p).__name__ for p in before)
-    raise StateError(
-        f"cannot merge at {site.path!r}: {kinds} below the adapter cannot store the merged weight; "
-        "remove it first, or leave the adapter unmerged"
-    )
+    stack = site.stack
+    order = [name for name in stack.named if name in names or name in stack.merged]
+    return folded(site, base_weight(site.plist, stack), order, stack.seen().strengths or {})
 
 
 def _write(
