@@ -202,3 +202,42 @@ def test_resizing_other_embeddings() -> None:
     model.resize_token_embeddings(20)
     assert model.lm_head.weight is model.transformer.wte.weight
     torch.testing.assert_close(logits(model)[..., :16], expected)
+
+
+@torch.no_grad()
+def test_beams_with_an_adapter_for_each_row() -> None:
+    """`generate` with beams inside of `routed` gives each row what its adapter alone gives."""
+    model = gpt2()
+    for name in ("one", "two"):
+        pl.attach(model, pl.LoRA(rank=2, init="gaussian"), ["*.c_attn", "*.c_fc"], name=name)
+    shake(model)
+    options: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "num_beams": 3}
+    options |= {"do_sample": False, "pad_token_id": 1, "attention_mask": torch.ones(1, 5).long()}
+    with pl.routed(model, [1, -1], "one", "two"):
+        both = model.generate(IDS, **options | {"attention_mask": torch.ones(2, 5).long()})
+    with pl.using(model, "two"):
+        assert torch.equal(both[:1], model.generate(IDS[:1], **options))
+    with pl.disabled(model):
+        assert torch.equal(both[1:], model.generate(IDS[1:], **options))
+
+
+@torch.no_grad()
+def test_t5_with_an_adapter_for_each_row() -> None:
+    """T5 asks for the dtype of `wo.weight` inside of `routed`, beams included, and gets it."""
+    torch.default_generator.manual_seed(0)
+    sizes = {"vocab_size": 16, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0)
+    model: Any = transformers.T5ForConditionalGeneration(config).eval()
+    pl.attach(model, pl.LoRA(rank=2, init="gaussian"), ["*.wo", "*.q"], name="one")
+    shake(model)
+    options = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False}
+    with pl.routed(model, [0, -1], "one"):
+        both = model(input_ids=IDS, decoder_input_ids=IDS).logits
+        generated = model.generate(IDS, **options)
+    expected = model(input_ids=IDS, decoder_input_ids=IDS).logits
+    torch.testing.assert_close(both[0], expected[0])
+    one = model.generate(IDS[:1], **options)[0]
+    assert torch.equal(generated[0, : len(one)], one)
+    with pl.disabled(model):
+        expected = model(input_ids=IDS, decoder_input_ids=IDS).logits
+    torch.testing.assert_close(both[1], expected[1])
