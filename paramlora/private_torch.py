@@ -16,6 +16,7 @@ the behaviour that the library relies on, and fails if torch changes it.
     is_fsdp_managed(module)     whether `fully_shard` manages the parameters of a module
     parametrization_cache()     what `parametrize.cached` has computed; None outside of it
     READERS_OF_STORED           the modules whose code reads a parameter by name to handle it
+    TRACED_BY_ATTRIBUTES        an attribute of a module's class: the compiler asks its properties
     NormWithStatistics          the base class of all layers with running statistics
 
 Not here, because torch's documentation uses them: `Tensor._version`, and the dictionaries of
@@ -35,6 +36,7 @@ from torch.nn.utils import parametrize
 __all__ = [
     "KNOWS_HOOKS",
     "READERS_OF_STORED",
+    "TRACED_BY_ATTRIBUTES",
     "NormWithStatistics",
     "any_autocast_enabled",
     "dispatch_modes_active",
@@ -101,3 +103,7 @@ def parametrization_cache() -> dict[tuple[int, str], Any] | None:
 # In `nn.Module` itself: get_parameter, register_parameter. In torch.distributed: FSDP's
 # reset_sharded_param, and the names of torch.distributed.checkpoint.
 READERS_OF_STORED = ("torch.nn.modules.module", "torch.distributed.")
+
+# Without it, a strict torch.export up to about 2.8 takes `layer.weight` from the parameters of the
+# module, past the property of its class. The adapters would silently be missing.
+TRACED_BY_ATTRIBUTES = "torchdynamo_force_dynamic"

@@ -118,6 +118,12 @@ def test_cache_of_parametrizations_is_found() -> None:
     assert private_torch.parametrization_cache() is None
 
 
+def test_the_compiler_asks_properties() -> None:
+    """Dynamo looks for the attribute TRACED_BY_ATTRIBUTES, on which test_export.py relies."""
+    guard = Path(torch.__file__).parent / "_dynamo" / "mutation_guard.py"
+    assert f'"{private_torch.TRACED_BY_ATTRIBUTES}"' in guard.read_text()
+
+
 def test_readers_of_stored_parameters_are_where_they_were() -> None:
     """torch's code that reads parameters by name is in the modules of READERS_OF_STORED.
 

@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import StateError
+from ..private_torch import TRACED_BY_ATTRIBUTES
 from ..site.find import parametrization_lists, stack_of, stored_tensors
 from ..site.marks import merged_twice
 from ..site.storage import Written, is_sharded
@@ -58,6 +59,9 @@ def adopt(cls: type, alone: bool) -> dict[str, Any]:
         alone: whether all parameters are the module's own, so that no module inside has any.
     """
     added = {key: made(getattr(cls, key, None)) for key, made in _METHODS.items()}
+    # The compiler handles recurrent modules in a way of its own.
+    if not issubclass(cls, nn.RNNBase):
+        added[TRACED_BY_ATTRIBUTES] = True
     forward = forward_for(cls.__bases__[0], alone=alone)
     if forward is not None:
         added["forward"] = forward

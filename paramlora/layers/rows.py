@@ -106,7 +106,8 @@ class Route:
         found = []
         for index, _ in self.groups:
             if index >= 0 and self.names[index] in state.live:
-                terms = stack.low_rank(state._replace(live=(self.names[index],)))
+                alone = State(state.active, (self.names[index],), state.route, state.strengths)
+                terms = stack.low_rank(alone)
                 if terms is None:
                     return None
                 found.append((index, terms[0]))
