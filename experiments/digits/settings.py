@@ -157,7 +157,7 @@ class DatasetSettings(SettingsGroup):
     data: str = option(
         "auto",
         "data set; digits: scikit-learn's 8x8 digits scaled to 28x28 pixels; auto: MNIST if it is "
-        "on disk or a mirror answers within seconds, else digits",
+        "on disk, or on one of torchvision's mirrors or the package index, else digits",
         choices=("auto", "mnist", "digits"),
     )
     data_dir: str = option(

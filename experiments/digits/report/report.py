@@ -96,9 +96,15 @@ def lead(run: RunDirectory) -> str:
     share = tuned["trainable"] / base["parameters"]
     return (
         f"{title(run)}. Data: {env['data']} ({env['data_why']}), {env['train_images']:,} training "
-        f"and {env['test_images']:,} test images. The network has {base['parameters']:,} "
-        f"parameters. The adapter adds {tuned['trainable']:,} trainable ones ({share:.2%})."
+        f"and {env['test_images']:,} test images{credit_of(env)}. The network has "
+        f"{base['parameters']:,} parameters. The adapter adds {tuned['trainable']:,} trainable "
+        f"ones ({share:.2%})."
     )
+
+
+def credit_of(environment: Row) -> str:
+    """Return the authors and the licence of a run's data set in brackets, if it recorded them."""
+    return f" ({environment['data_credit']})" if environment.get("data_credit") else ""
 
 
 def title(run: RunDirectory) -> str:
