@@ -4,6 +4,7 @@ A subset of a data set is a mask or an index, never a second copy.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from os import environ
@@ -18,6 +19,12 @@ from ..harness.settings import StudyError
 from . import archives, package_index
 from .archives import ARCHIVES, MissingError, Source, archive_folder, download, read_archive
 
+SKLEARN = "scikit-learn digits"
+SMALL_VERSION = (
+    "This is the small version of the study, on scikit-learn's 1,797 digits. It cannot be compared "
+    "with the published figures. For the real one, run it where torchvision's mirrors or a package "
+    "index can be reached, or pass --data-dir with a folder of MNIST's four archives"
+)
 SKLEARN_CREDIT = (
     "E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning "
     "Repository, licence CC BY 4.0"
@@ -62,6 +69,11 @@ class Data:
     test: Split
     credit: str = ""
 
+    @property
+    def is_small(self) -> bool:
+        """Whether these are scikit-learn's digits, in place of MNIST."""
+        return self.name == SKLEARN
+
     @cached_property
     def digest(self) -> str:
         """The SHA-256 of all images and labels, in hexadecimal digits."""
@@ -104,11 +116,11 @@ def hold_out(labels: Tensor, count: int, generator: torch.Generator) -> tuple[Te
 def load_data(kind: str, data_dir: str = "data") -> Data:
     """Return the data set `kind`: "mnist", "fashion", "digits" or "auto", on the CPU.
 
-    MNIST is searched in `data_dir` and in the folder that the environment variable PARAMLORA_MNIST
-    names. If it is in neither, it is downloaded from torchvision's mirrors, each tried once for a
-    few seconds, and then from the package index. Fashion-MNIST is found in the same way, with the
-    variable PARAMLORA_FASHION; no package index has it. "auto" is MNIST if available, else the
-    digits of scikit-learn.
+    MNIST is read from `data_dir`, or from the folder in the environment variable PARAMLORA_MNIST.
+    If it is in neither, it is downloaded from torchvision's mirrors, each tried once for a few
+    seconds, and then from the package index. Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) is
+    found in the same way, with the variable PARAMLORA_FASHION, but no package has it. "auto" is
+    MNIST if available, else the digits of scikit-learn.
 
     Raises:
         StudyError: "mnist" or "fashion" is not available, or an archive on disk is damaged.
@@ -164,7 +176,14 @@ def _sklearn_digits(why: str) -> Data:
     images, labels = large.squeeze(1).round().to(torch.uint8), torch.from_numpy(small.target).long()
     parts = train_test_split(range(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     train, test = (Split(images[index], labels[index]) for index in map(torch.tensor, parts))
-    return Data("scikit-learn digits", why, train, test, SKLEARN_CREDIT)
+    return Data(SKLEARN, why, train, test, SKLEARN_CREDIT)
+
+
+def announce(data: Data, say: Callable[[str], None]) -> None:
+    """Report the data set, and that a study is the small version if it is scikit-learn's."""
+    say(f"data     {data.name}: {data.why}")
+    if data.is_small:
+        say(f"small    {SMALL_VERSION}")
 
 
 def describe(device: torch.device, data: Data) -> dict[str, Any]:
