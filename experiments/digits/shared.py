@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,30 @@ from ..harness.train import cpu_threads
 from .bases import Base, base_path, find, keep, pretrain, restore
 from .context import StudyContext
 from .data import Data, Split, hold_out, load_data
-from .settings import DigitSettings, chosen_digits
+from .settings import DigitSettings, chosen_digits, preset, small_version
 from .strengths import Strengths
+
+
+def settings_and_data(name: str = "", **given: Any) -> tuple[DigitSettings, Data]:
+    """Return the settings of a study for the data set that is available, and the data set.
+
+    Without a preset, the settings are those of "blog", or of "small" with `data="digits"`. If
+    "auto" finds no MNIST, they are the small version of the preset.
+
+    Args:
+        name: the preset; "" if none is given.
+        given: the changed options by name.
+
+    Raises:
+        StudyError: a value is not allowed, or the device or the data set is not available.
+    """
+    usual = "small" if given.get("data") == "digits" else "blog"
+    settings = preset(name or usual, **given)
+    resolve_device(settings.place.device)  # fails at once, before a download
+    data = shared_data(settings.dataset.data, settings.dataset.data_dir)
+    if settings.dataset.data == "auto" and data.is_small:
+        settings = small_version(settings.preset, **{**given, "data": "digits"})
+    return settings, data
 
 
 def prepare(

@@ -25,7 +25,7 @@ from ..harness.settings import result_settings
 from ..harness.stages import Stage, run_stages
 from ..harness.train import Hook
 from .context import StudyContext
-from .data import describe, load_data
+from .data import Data, announce, describe, load_data
 from .methods import (
     ADAPTER,
     BlogScrambled,
@@ -63,24 +63,27 @@ def _key(method: str, seed: int | None) -> dict[str, Any]:
     return {"method": method, "seed": seed}
 
 
-def run_digits(settings: DigitSettings, say: Callable[[str], None] = print) -> RunDirectory:
+def run_digits(
+    settings: DigitSettings, say: Callable[[str], None] = print, data: Data | None = None
+) -> RunDirectory:
     """Run the study, or the incomplete stages of a run, and return the run's directory.
 
     Args:
         settings: the settings of the run, with its folder.
         say: called with each line of progress.
+        data: the data set; by default, the one that the settings name is loaded.
 
     Raises:
         StudyError: the data, the device or the folder cannot be used. The message says why.
     """
     device = resolve_device(settings.place.device)
-    data = load_data(settings.dataset.data, settings.dataset.data_dir)
+    data = data or load_data(settings.dataset.data, settings.dataset.data_dir)
     environment = {"study": settings.STUDY, **describe(device, data)}
     run = RunDirectory.start(
         Path(settings.folder), result_settings(settings), environment, RESULT_KEYS
     )
     say(f"run      {run.folder}, on {device}")
-    say(f"data     {data.name}: {data.why}")
+    announce(data, say)
 
     @lru_cache(maxsize=1)
     def prepared() -> StudyContext:

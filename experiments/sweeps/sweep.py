@@ -17,7 +17,7 @@ import paramlora as pl
 
 from ..analysis.evaluate import score, scores
 from ..digits.context import StudyContext
-from ..digits.data import describe
+from ..digits.data import SMALL_VERSION, describe
 from ..digits.methods import ADAPTER, factors_of, lora_of
 from ..digits.remedies.recipe import Recipe, answers, recipe
 from ..digits.settings import DigitSettings
@@ -157,6 +157,8 @@ def run_sweep(
     run.key = KEY
     left = [cell for cell in todo if not _done(run, cell)]
     say(f"run      {folder}: {len(todo)} cells, {len(todo) - len(left)} of them done")
+    if data.is_small:
+        say(f"small    {SMALL_VERSION}")
     # Group all cells, the finished ones too. A job trains its cells in one stack, and its size can
     # change the last bits, so a resumed sweep must form the same jobs to get the same rows.
     todo_jobs = [job for job in jobs_of(todo) if any(cell in left for cell in job)]

@@ -10,7 +10,6 @@ import pytest
 
 from experiments.__main__ import main, parser
 from experiments.digits.settings import (
-    PRESETS,
     AdapterSettings,
     DigitSettings,
     NetworkSettings,
@@ -161,7 +160,7 @@ def test_lists_are_typed_with_commas_or_spaces(words):
 def test_presets_are_those_of_the_published_studies():
     """The presets have the networks, digits, ranks and steps of the published studies."""
     assert DigitSettings() == preset("blog")
-    blog, relu, nine = map(preset, PRESETS)
+    blog, relu, nine = map(preset, ("blog", "relu", "nine"))
     assert blog.network == NetworkSettings((256, 128), "none", relu_logits=True, mean=0.1301)
     assert (blog.adapter.rank, blog.adapter.alpha) == (2, 1.0)
     assert (blog.finetuning.steps, blog.pretraining.batch) == (200, 10)
@@ -207,7 +206,7 @@ def test_values_of_a_wrong_type_are_refused(words, message, capsys):
         (["--digits", "12"], "--digits must be 1 to 9 different digits or worst:K, got '12'"),
         (["--digits", "worst:10"], "--digits must be 1 to 9 different digits or worst:K"),
         (["--digits", "0,1,2,3,4,5,6,7,8,9"], "--digits must be 1 to 9 different digits"),
-        (["--preset", "red"], "--preset must be blog or relu or nine, got 'red'"),
+        (["--preset", "red"], "--preset must be blog or relu or nine or small, got 'red'"),
         (["--data", "cifar"], "--data must be auto or mnist or digits, got 'cifar'"),
         (["--init", "zero"], "--init must be kaiming or gaussian or gaussian/sqrt_r or orthogonal"),
         (["--device", "abacus"], "--device must be auto or a device that torch knows"),

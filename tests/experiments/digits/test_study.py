@@ -24,8 +24,8 @@ from experiments.harness.rundir import RunDirectory
 from experiments.harness.settings import StudyError, flattened
 
 OPTIONS = (
-    "--data digits --device cpu --hidden 24,16 --no-relu-logits --base-steps 300 --steps 30 "
-    "--seeds 2"
+    "--preset blog --data digits --device cpu --hidden 24,16 --no-relu-logits --base-steps 300 "
+    "--steps 30 --seeds 2"
 )
 ATTACHED = ["off", "on", "merged", "unmerged"]
 STAGES = ["base", *([*ATTACHED, "wrapped", *ATTACHED] * 2)]
@@ -146,6 +146,7 @@ def test_a_run_says_what_it_does(finished, tmp_path, capsys):
     shown = capsys.readouterr().out
     for words in (
         "data     scikit-learn digits: as asked",
+        "small    This is the small version of the study",
         "base     19,410 parameters, trained for 300 steps",
         "tuned    digits 2, 3, 5, 8, 9: 716 training images",
         "19,410 parameters before, 1,748 now: 9.01%",
@@ -153,6 +154,11 @@ def test_a_run_says_what_it_does(finished, tmp_path, capsys):
         "4/4 passed: adapter off, logits bit-for-bit the base's",
     ):
         assert words in shown
+    learned, forgotten, off, _, report = shown.splitlines()[-5:]
+    assert "of the tuned digits (2, 3, 5, 8, 9) are right" in learned
+    assert "of the other digits are right" in forgotten
+    assert off.startswith("With the adapter off, weights and answers are bit-for-bit the base's")
+    assert report == f"report   {tmp_path / 'run' / 'report.html'}"
     assert rows_in(tmp_path) == rows_in(finished)
 
 
