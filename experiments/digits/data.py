@@ -22,8 +22,8 @@ from .archives import ARCHIVES, MissingError, Source, archive_folder, download, 
 SKLEARN = "scikit-learn digits"
 SMALL_VERSION = (
     "This is the small version of the study, on scikit-learn's 1,797 digits. Its figures cannot be "
-    "compared with those on MNIST. For the real one, run it where torchvision's mirrors or a package "
-    "index can be reached, or pass --data-dir with a folder of MNIST's four archives."
+    "compared with those on MNIST. For the real one, run it where torchvision's mirrors or a "
+    "package index can be reached, or pass --data-dir with a folder of MNIST's four archives."
 )
 SKLEARN_CREDIT = (
     "E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning "

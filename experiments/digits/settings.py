@@ -19,7 +19,7 @@ from ..harness.settings import (
 )
 from .remedies.settings import REMEDIES, HoldoutSettings, RemedySettings
 
-INITS = ("kaiming", "gaussian", "gaussian/sqrt_r", "orthogonal")
+INITS = ("kaiming", "gaussian", "gaussian/sqrt_r", "uniform/sqrt_r", "orthogonal")
 SCALE_RULES = ("alpha/r", "alpha/sqrt_r", "alpha")
 
 

@@ -25,8 +25,8 @@ INVALID: dict[str, tuple[Callable[[], pl.kinds.Spec], str]] = {
     "alpha a string": (lambda: LoRA(alpha="8"), ALPHA + "'8'"),  # type: ignore[arg-type]
     "unknown init": (
         lambda: LoRA(init="xavier"),
-        "init must be one of 'kaiming', 'gaussian', 'gaussian/sqrt_r', 'orthogonal'[...] or a "
-        "callable, got 'xavier'",
+        "init must be one of 'kaiming', 'gaussian', 'gaussian/sqrt_r', 'uniform/sqrt_r', "
+        "'orthogonal'[...] or a callable, got 'xavier'",
     ),
     "negative alpha for pissa": (
         lambda: LoRA(rank=3, alpha=-1, init="pissa"),

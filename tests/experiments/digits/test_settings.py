@@ -208,7 +208,10 @@ def test_values_of_a_wrong_type_are_refused(words, message, capsys):
         (["--digits", "0,1,2,3,4,5,6,7,8,9"], "--digits must be 1 to 9 different digits"),
         (["--preset", "red"], "--preset must be blog or relu or nine or small, got 'red'"),
         (["--data", "cifar"], "--data must be auto or mnist or digits, got 'cifar'"),
-        (["--init", "zero"], "--init must be kaiming or gaussian or gaussian/sqrt_r or orthogonal"),
+        (
+            ["--init", "zero"],
+            "kaiming or gaussian or gaussian/sqrt_r or uniform/sqrt_r or orthogonal",
+        ),
         (["--device", "abacus"], "--device must be auto or a device that torch knows"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used here: "),
     ],
