@@ -51,7 +51,7 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=argparse.SUPPRESS,
         metavar="N",
-        help="the seed of the adapter on the page [0]",
+        help="the seed of the adapter on the page [the first]",
     )
     for name in ("bases", "data_dir"):
         add_option(page, options(DigitSettings)[name])
@@ -71,7 +71,7 @@ def report(
     Args:
         folders: the folders of the runs.
         explain: write the page on an adapter instead of the report.
-        seed: the seed of that adapter; 0 by default.
+        seed: the seed of that adapter; the first by default.
         bases: the folder of trained bases, if it has moved since the run.
         data_dir: the folder of the data set, if it has moved since the run.
 
@@ -95,7 +95,7 @@ def report_one(folder: Path) -> int:
     return 1 if failed(finished) else 0
 
 
-def explain_run(folder: Path, seed: int = 0, **places: object) -> int:
+def explain_run(folder: Path, seed: int | None = None, **places: object) -> int:
     """Write the page on the effect of a run's adapter; return the exit status."""
     from .report.explain import explain
 

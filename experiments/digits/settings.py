@@ -92,7 +92,8 @@ class FinetuningSettings(SettingsGroup):
 
     digits: str = option(
         "2,3,5,8,9",
-        "digits to tune: a list, or worst:K, the K that the base gets wrong most",
+        "digits to tune: a list, or worst:K, the K that the base gets wrong most among the images "
+        "of --validation",
         DIGITS,
     )
     order: str = option(
@@ -200,9 +201,8 @@ class DigitSettings(Settings):
 
     preset: str = option("blog", "preset that the options given change", choices=tuple(_PRESETS))
     seed: int = option(0, "seed of the base: its initial weights and the order of its images", SEED)
-    seeds: int = option(
-        8, "number of adapter seeds, from 0; one fine-tuning per seed and method", COUNT
-    )
+    seeds: int = option(8, "number of adapter seeds; one fine-tuning per seed and method", COUNT)
+    seed_from: int = option(0, "first adapter seed; the others follow it", SEED)
     network: NetworkSettings = NetworkSettings()
     pretraining: PretrainingSettings = PretrainingSettings()
     finetuning: FinetuningSettings = FinetuningSettings()
@@ -212,6 +212,20 @@ class DigitSettings(Settings):
     extras: ExtraSettings = ExtraSettings()
     dataset: DatasetSettings = DatasetSettings()
     place: DigitPlaceSettings = DigitPlaceSettings()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        by_images = self.finetuning.digits.startswith("worst:")
+        self.require(
+            "digits",
+            self.holdout.validation > 0 or not by_images,
+            "a list, or worst:K with --validation above 0",
+        )
+
+    @property
+    def adapter_seeds(self) -> range:
+        """The adapter seeds, in order."""
+        return range(self.seed_from, self.seed_from + self.seeds)
 
     @property
     def remedied(self) -> bool:

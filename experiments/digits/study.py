@@ -49,7 +49,7 @@ def stages(settings: DigitSettings) -> Iterator[Stage[StudyContext]]:
     lora = lora_of(settings.adapter)
     scrambled = BlogScrambled(settings.adapter.rank, settings.adapter.numerator)
     yield Stage(_key("base", None), ("base",), count_base)
-    for seed in range(settings.seeds):
+    for seed in settings.adapter_seeds:
         yield Stage(_key("lora", seed), ATTACHED, partial(tune_attached, "lora", lora, seed))
         if settings.remedied:
             continue  # remedies apply to `lora` only, so the other methods are not comparable
@@ -107,7 +107,7 @@ def explore_adapters(context: StudyContext, images: Tensor, folder: Path) -> Non
         update = chosen(updates(factors_of(model, name), scaling), sites)
         return at.logits(update, strengths).cpu()
 
-    for seed in range(min(context.settings.seeds, EXPLORED_SEEDS)):
+    for seed in context.settings.adapter_seeds[:EXPLORED_SEEDS]:
         names.append(f"seed {seed}")
         pl.load(model, folder / "adapters" / f"lora-{seed}.safetensors", name=names[-1])
     found = explore(

@@ -35,6 +35,7 @@ OTHER = {
     "preset": "relu",
     "seed": 3,
     "seeds": 2,
+    "seed_from": 4,
     "hidden": (20, 30),
     "activation": "relu",
     "relu_logits": False,
@@ -98,7 +99,7 @@ def test_every_field_is_an_option(name):
     assert given == {name: value}
     # Options that some remedies require.
     needed = {"patience": {"validation": 1}, "selection": {"validation": 1}}
-    needed |= {"route": {"replay": 1}, "null_space_of": {"replay": 1}}
+    needed |= {"route": {"replay": 1}, "null_space_of": {"replay": 1}, "digits": {"validation": 1}}
     changes = {**needed.get(name, {}), **given}
     assert values(replace(DigitSettings(), **changes))[name] == value
 
@@ -205,6 +206,7 @@ def test_values_of_a_wrong_type_are_refused(words, message, capsys):
         (["--digits", "2,3,3"], "--digits must be 1 to 9 different digits or worst:K, got '2,3,3'"),
         (["--digits", "12"], "--digits must be 1 to 9 different digits or worst:K, got '12'"),
         (["--digits", "worst:10"], "--digits must be 1 to 9 different digits or worst:K"),
+        (["--digits", "worst:2"], "--digits must be a list, or worst:K with --validation above 0"),
         (["--digits", "0,1,2,3,4,5,6,7,8,9"], "--digits must be 1 to 9 different digits"),
         (["--preset", "red"], "--preset must be blog or relu or nine or small, got 'red'"),
         (["--data", "cifar"], "--data must be auto or mnist or digits, got 'cifar'"),
