@@ -16,11 +16,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from .arguments import SignatureOfInit, check_fields
+
+_S = TypeVar("_S", bound="Spec")
 Factors = Mapping[str, Tensor]
 Strength = float | Tensor
 
@@ -92,6 +95,12 @@ class Spec(ABC):
     >>> Offset().apply(torch.ones(2), {"t": torch.tensor(3.0)}, strength=0.5)
     tensor([2.5000, 2.5000])
     """
+
+    __signature__ = SignatureOfInit()
+
+    def __new__(cls: type[_S], *args: Any, **kwargs: Any) -> _S:
+        check_fields(cls, kwargs)
+        return super().__new__(cls)
 
     @property
     def rank(self) -> int | None:

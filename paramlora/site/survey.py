@@ -5,7 +5,7 @@ from functools import cached_property
 
 from torch import nn
 
-from .find import Site, parametrization_lists, sites_in, walk
+from .find import Site, dotted, parametrization_lists, sites_in, walk
 from .names import check_names, ordered_names
 from .place import Place, places_in
 from .stack import Stack
@@ -34,6 +34,24 @@ class Survey:
         survey = object.__new__(Survey)
         survey.modules = self.modules
         return survey
+
+    @cached_property
+    def paths(self) -> dict[int, list[str]]:
+        """Every path of each module, by its id; several if the module is shared."""
+        found: dict[int, list[str]] = {id(module): [] for _, module in self.modules}
+        around: set[int] = set()  # a module may lead back to itself
+
+        def visit(path: str, module: nn.Module) -> None:
+            if id(module) in found and id(module) not in around:
+                found[id(module)].append(path)
+                around.add(id(module))
+                for key, child in module._modules.items():
+                    if child is not None:
+                        visit(dotted(path, key), child)
+                around.remove(id(module))
+
+        visit(*self.modules[0])
+        return found
 
     @cached_property
     def places(self) -> list[Place]:

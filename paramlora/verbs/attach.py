@@ -1,14 +1,16 @@
 """Attach adapters to a model, detach them, and freeze or unfreeze their factors."""
 
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal, NoReturn, get_args
 
 import torch
 from torch import nn
 
 from ..errors import StateError
+from ..kinds.arguments import check_attach_arguments
 from ..kinds.spec import Spec
 from ..layers.install import (
     PlannedSite,
@@ -46,6 +48,7 @@ def attach(
     generator: torch.Generator | None = None,
     hold_statistics: bool = False,
     dry_run: bool = False,
+    **others: NoReturn,
 ) -> Summary:
     """Attach an adapter to every tensor that matches.
 
@@ -75,6 +78,7 @@ def attach(
         hold_statistics: keep BatchNorm and similar layers in evaluation mode until this adapter is
             detached, so that their running statistics do not move; see `hold_statistics`.
         dry_run: change nothing and draw nothing; print the summary that the model would have.
+        others: no other argument exists; one of another library raises TypeError with ours.
 
     Returns:
         The model's summary. Its `skipped` lists the tensors without this adapter, with the reason,
@@ -99,6 +103,7 @@ def attach(
     >>> pl.attach(model, pl.LoRA(rank=2), targets="0", name="digits").trainable
     14
     """
+    check_attach_arguments(inspect.signature(attach).parameters, others)
     survey = Survey(model)
     check_name(survey, name)
     check_activate(survey, name, activate)
