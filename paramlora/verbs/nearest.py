@@ -82,7 +82,8 @@ def _close(target: str, matcher: Matcher) -> str:
     ends = dict.fromkeys(".".join(path.split(".")[-size:]) for path in paths)
     # q_proj and q_lin are alike to a reader, though not to difflib.
     first = [end for end in ends if "_" in core and end.split("_")[0] == core.split("_")[0]]
-    close = dict.fromkeys([*first, *difflib.get_close_matches(core, ends, n=3, cutoff=0.5)])
+    near = difflib.get_close_matches
+    close = dict.fromkeys(near(core, first, cutoff=0) + near(core, ends, cutoff=0.5))
     if close:
         return (
             f"; did you mean {', '.join(_pattern(end, modules, paths) for end in list(close)[:3])}?"
