@@ -61,7 +61,7 @@ def register(module: nn.Module, tensor: str, stack: Stack) -> None:
         before.order = tuple(module._parameters)
         if parametrize.is_parametrized(module):
             before.cls, before.owner = type(module), id(module)
-            module.__class__ = _copied_class(type(module))
+            module.__class__ = copied_class(type(module))
     plist = parametrization_lists(module).get(tensor)
     if plist is None:
         parametrize.register_parametrization(module, tensor, stack, unsafe=True)
@@ -167,6 +167,11 @@ def _several(module: nn.Module, plist: SiteList) -> Sequence[Tensor] | None:
     return None if isinstance(parts, Tensor) else parts
 
 
+def is_adopted(module: nn.Module) -> bool:
+    """Return whether a module has a class of its own with our forward and deepcopy."""
+    return _BEFORE in vars(module) and bool(vars(module)[_BEFORE].replaced)
+
+
 def _is_host(module: nn.Module) -> bool:
     return any(stack_of(plist) is not None for plist in parametrization_lists(module).values())
 
@@ -216,7 +221,7 @@ def _reorder(module: nn.Module, order: tuple[str, ...]) -> None:
     module._parameters.update(items)
 
 
-def _copied_class(cls: type) -> type:
+def copied_class(cls: type) -> type:
     """Return a class with the same bases and attributes: see Note [a class for each module]."""
     copied = {key: value for key, value in vars(cls).items() if key not in _NOT_COPIED}
     return type(cls.__name__, cls.__bases__, copied)
@@ -247,7 +252,7 @@ def _adopt(cls: type, before: Before, alone: bool) -> None:
             # Its list of weights may hold a W' with a graph, which cannot be copied.
             hold_stored(self)
         copied = plain(self, memo)
-        copied.__class__ = _copied_class(type(copied))
+        copied.__class__ = copied_class(type(copied))
         return copied
 
     forward = forward_for(cls.__bases__[0], alone=alone)

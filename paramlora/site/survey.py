@@ -1,6 +1,6 @@
 """One pass over a model, and the lists that verbs derive from it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
 from torch import nn
@@ -9,6 +9,17 @@ from .find import Site, dotted, parametrization_lists, sites_in, walk
 from .names import check_names, ordered_names
 from .place import Place, places_in
 from .stack import Stack
+
+# What is done to the modules of a model before it is surveyed; each returns whether it changed any.
+_FIRST: list[Callable[[Iterable[tuple[str, nn.Module]]], bool]] = []
+
+
+def before_survey(
+    prepare: Callable[[Iterable[tuple[str, nn.Module]]], bool],
+) -> Callable[[Iterable[tuple[str, nn.Module]]], bool]:
+    """Register a function of `layers`, which this folder cannot import."""
+    _FIRST.append(prepare)
+    return prepare
 
 
 class Survey:
@@ -24,6 +35,8 @@ class Survey:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules: list[tuple[str, nn.Module]] = list(walk(model))
+        if any(prepare(self.modules) for prepare in _FIRST):
+            self.modules = list(walk(model))
 
     def again(self) -> "Survey":
         """Return a survey of the same modules that reads places and sites anew.

@@ -23,6 +23,7 @@ from ..layers.install import (
     remove,
     remove_all,
 )
+from ..layers.registered import claim as claim  # what torch registered, from now on
 from ..layers.statistics import hold
 from ..site.factors import Factors
 from ..site.names import check_names, check_unmerged

@@ -139,7 +139,7 @@ CLOSE = {
     "a misspelt name": ("q_lyn", "; did you mean '*.q_lin' (2 modules), '*.v_lin' (2 modules)?"),
     "a misspelt glob": ("*.q_lyn", "; did you mean '*.q_lin' (2 modules), '*.v_lin' (2 modules)?"),
     "the name in another model": ("q_proj", "; did you mean '*.q_lin' (2 modules), "),
-    "a tensor": ("q_lin.bais", "; did you mean '*.q_lin.bias' (2 tensors), '*.v_lin.bias'"),
+    "a tensor": ("q_lin.bais", "; did you mean '*.q_lin.bias' (2 tensors), "),
     "a single module": ("lm_heat", "; did you mean lm_head"),
 }
 
@@ -223,7 +223,7 @@ class Shared(nn.Module):
 )
 def test_both_paths_of_a_shared_module(target: Any) -> None:
     """A shared module can be named by each of its paths; its site has the first one."""
-    model = Shared()
+    model: Any = Shared()
     plain = copy.deepcopy(model)
     assert sites(model, LoRA(1), target) == ["encoder.proj.weight"]
     shake(model)
