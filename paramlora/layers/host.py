@@ -204,9 +204,9 @@ def _stored_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         if parameter is not None:
             yield name, parameter
     for name, plist in parametrization_lists(module).items():
-        for key, parameter in plist._parameters.items():
-            if parameter is not None:
-                yield (name if key == "original" else f"{name}.{key}"), parameter
+        # What a list stores can be parametrized in turn.
+        for key, parameter in _stored_parameters(plist):
+            yield (name if key == "original" else f"{name}.{key}"), parameter
 
 
 def _reorder(module: nn.Module, order: tuple[str, ...]) -> None:

@@ -2,13 +2,14 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import some
 from ..site.place import Place, is_packed
-from .matching import ALL_LINEAR, Matcher, Target, ends_with
+from .matching import ALL_LINEAR, Matcher, Target, ends_with, named
 
 # What a regular expression has and a glob has not.
 _REGEX = re.compile(r"^\.\*|[\^$\\()|+{}]")
@@ -25,6 +26,8 @@ def nothing_matches(asked: Target, matcher: Matcher) -> str:
             f"tensor as well: {asked + '.' + like[0].tensor!r}"
         )
     ids = matcher.modules(target)
+    if inside := _inside(target, ids, modules):
+        return f"{name}; {inside}"
     meant = {path: module for path, module in modules.items() if id(module) in ids}
     packed = [path for path, module in (meant or modules).items() if is_packed(module)]
     if packed:
@@ -39,18 +42,27 @@ def nothing_matches(asked: Target, matcher: Matcher) -> str:
     if isinstance(target, str) and target != ALL_LINEAR:
         if _REGEX.search(target):
             return f"{name}; {_no_regex(target, places)}"
-        inside = [path for path in modules if path.startswith(target) and _is_inside(path)]
-        if _is_inside(target) and inside:
-            return f"{name}, which belongs to another parametrization; name its tensor instead"
         return name + _close(target, matcher)
     with_weight = [place.module for place in places if place.tensor == "weight"]
     types = {parametrize.type_before_parametrizations(module).__name__ for module in with_weight}
     return f"{name}; modules with a weight here are {some(sorted(types)) or 'none'}"
 
 
-def _is_inside(path: str) -> bool:
-    """Return whether a path leads into a list of parametrizations."""
-    return "parametrizations" in path.split(".")
+def _inside(target: Target, ids: set[int], modules: Mapping[str, nn.Module]) -> str:
+    """Say that a target is inside another parametrization; return "" if it is not."""
+    for path, module in modules.items():
+        before, _, after = f".{path}.".partition(".parametrizations.")
+        tensors = [f"{path}.{key}" for key in module._parameters]
+        if after and (
+            id(module) in ids
+            or (isinstance(target, str) and any(named(tensor, target) for tensor in tensors))
+        ):
+            adapted = f"{before}.{after.partition('.')[0]}".lstrip(".")
+            return (
+                f"{path!r} is a part of the parametrization of {adapted!r}; adapters go on top of "
+                f"that: name {adapted!r}"
+            )
+    return ""
 
 
 def _no_regex(target: str, places: list[Place]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from ..errors import TargetError
 from ..kinds.delta import Delta
@@ -51,6 +52,11 @@ def resolve(
         TypeError: a spec is not an instance of `Spec`, or a target has none of the known forms.
     """
     check_shapes(survey.places)
+    if isinstance(survey.modules[0][1], parametrize.ParametrizationList):
+        raise TargetError(
+            "cannot attach to a list of parametrizations: attach to the layer that has it, on top "
+            "of them"
+        )
     computed = _computed(survey)
     matcher = Matcher(survey, [*survey.places, *computed])
     excluded = _excluded(matcher, exclude)
