@@ -30,6 +30,7 @@ from ..site.find import Site, parametrization_lists, stack_of
 from ..site.stack import Stack
 from ..site.survey import Survey
 from .dense import hold_stored
+from .describe import with_adapters
 from .forward import forward_for
 
 _BEFORE = "_paramlora_before"
@@ -256,7 +257,9 @@ def _adopt(cls: type, before: Before, alone: bool) -> None:
         return copied
 
     forward = forward_for(cls.__bases__[0], alone=alone)
-    added = {"__deepcopy__": deepcopy} | ({} if forward is None else {"forward": forward})
+    show: Any = cls.__repr__
+    added = {"__deepcopy__": deepcopy, "__repr__": with_adapters(show)}
+    added |= {} if forward is None else {"forward": forward}
     before.replaced = {key: vars(cls).get(key) for key in added}
     for key, value in added.items():
         setattr(cls, key, value)

@@ -14,6 +14,7 @@ from ..site.find import base_weight
 from ..site.place import Place
 from ..site.stack import Stack
 from ..site.survey import Survey
+from .table import as_html, as_text, grouped, pattern_of
 
 
 @dataclass(frozen=True)
@@ -77,31 +78,29 @@ class Summary:
     dry_run: bool = False
 
     def __str__(self) -> str:
+        return as_text(self._table(), self._notes(), self._start())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._table(), self._notes(), self._start())
+
+    def _table(self) -> list[tuple[str, ...]]:
+        """Return the rows of the table, alike sites in one; empty if there are no adapters."""
+        groups = grouped(self.sites)
+        return [_HEAD, *(_cells(group) for group in groups)] if groups else []
+
+    def _start(self) -> list[str]:
+        return ["dry run: nothing is changed; after attach it would be"] if self.dry_run else []
+
+    def _notes(self) -> list[str]:
+        """Return the lines below the table."""
         share = f" ({self.trainable / self.total:.2%})" if self.total else ""
         end = f"trainable {self.trainable:,} of the base's {self.total:,}{share}"
         if not self.sites:
-            return f"no adapters; {end}"
-        head = (
-            "site",
-            "adapter",
-            "shape",
-            "kind",
-            "rank",
-            "scale",
-            "active",
-            "trainable",
-            "merged",
-            "parameters",
-            "share",
-            "",
-        )
-        rows = [head, *(_cells(row) for row in self.sites)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        start = ["dry run: nothing is changed; after attach it would be"] if self.dry_run else []
+            return [f"no adapters; {end}"]
+        moving = []
         for verb, paths in (("held still", self.held), ("that move in training", self.moving)):
-            lines += [f"running statistics {verb}: {len(paths)} ({some(paths)})"] if paths else []
-        return "\n".join([*start, *lines, *self._switched(), *_reasons(self.skipped), end])
+            moving += [f"running statistics {verb}: {len(paths)} ({some(paths)})"] if paths else []
+        return [*moving, *self._switched(), *_reasons(self.skipped), end]
 
     def _switched(self) -> list[str]:
         """Return the line that names the active adapters; a single one is in the table."""
@@ -110,7 +109,7 @@ class Summary:
         off = f"; switched off by this call: {', '.join(self.switched_off)}"
         return [f"active: {', '.join(self.active) or 'none'}{off if self.switched_off else ''}"]
 
-    __repr__ = __str__  # a notebook's last line shows the table too
+    __repr__ = __str__
 
 
 def summary(model: nn.Module) -> Summary:
@@ -243,10 +242,27 @@ def _reasons(skipped: Iterable[Skipped]) -> list[str]:
     ]
 
 
-def _cells(row: SiteSummary) -> tuple[str, ...]:
-    yes = {True: "yes", False: "no"}
+_HEAD = (
+    "site",
+    "adapter",
+    "shape",
+    "kind",
+    "rank",
+    "scale",
+    "active",
+    "trainable",
+    "merged",
+    "parameters",
+    "share",
+    "",
+)
+
+
+def _cells(group: list[SiteSummary]) -> tuple[str, ...]:
+    """Return the cells of alike sites, of which the parameters are added up."""
+    row, yes = group[0], {True: "yes", False: "no"}
     return (
-        row.site,
+        row.site if len(group) == 1 else f"{pattern_of(row.site)} ({len(group)})",
         row.adapter,
         "×".join(map(str, row.shape)),
         row.kind,
@@ -255,7 +271,7 @@ def _cells(row: SiteSummary) -> tuple[str, ...]:
         yes[row.active],
         yes[row.trainable],
         yes[row.merged],
-        f"{row.parameters:,}",
+        f"{sum(one.parameters for one in group):,}",
         f"{row.share:.2%}",
         row.note,
     )
