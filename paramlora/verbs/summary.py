@@ -14,7 +14,7 @@ from ..site.find import base_weight
 from ..site.place import Place
 from ..site.stack import Stack
 from ..site.survey import Survey
-from .table import as_html, as_text, grouped, pattern_of
+from .table import HEAD, as_html, as_text, cells, grouped
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Summary:
         skipped: a `Skipped` for each tensor of the base without an adapter; in the summary that
             `attach` returns, for each tensor without the new adapter, with the reason.
         held: the paths of the layers whose running statistics are held.
+        moving: the paths of the layers whose running statistics move in training mode.
         active: the adapters that are switched on somewhere, in attaching order.
         switched_off: the adapters that the call that returns this summary switched off.
-        moving: the paths of the layers whose running statistics move in training mode.
         dry_run: whether this is the summary of an `attach` that did not take place.
     """
 
@@ -86,7 +86,7 @@ class Summary:
     def _table(self) -> list[tuple[str, ...]]:
         """Return the rows of the table, alike sites in one; empty if there are no adapters."""
         groups = grouped(self.sites)
-        return [_HEAD, *(_cells(group) for group in groups)] if groups else []
+        return [HEAD, *map(cells, groups)] if groups else []
 
     def _start(self) -> list[str]:
         return ["dry run: nothing is changed; after attach it would be"] if self.dry_run else []
@@ -240,38 +240,3 @@ def _reasons(skipped: Iterable[Skipped]) -> list[str]:
         f"skipped, {'trained' if trainable else 'frozen'}: {len(names)} {reason} ({some(names)})"
         for (trainable, reason), names in groups.items()
     ]
-
-
-_HEAD = (
-    "site",
-    "adapter",
-    "shape",
-    "kind",
-    "rank",
-    "scale",
-    "active",
-    "trainable",
-    "merged",
-    "parameters",
-    "share",
-    "",
-)
-
-
-def _cells(group: list[SiteSummary]) -> tuple[str, ...]:
-    """Return the cells of alike sites, of which the parameters are added up."""
-    row, yes = group[0], {True: "yes", False: "no"}
-    return (
-        row.site if len(group) == 1 else f"{pattern_of(row.site)} ({len(group)})",
-        row.adapter,
-        "×".join(map(str, row.shape)),
-        row.kind,
-        "-" if row.rank is None else str(row.rank),
-        f"{row.scale:g}",
-        yes[row.active],
-        yes[row.trainable],
-        yes[row.merged],
-        f"{sum(one.parameters for one in group):,}",
-        f"{row.share:.2%}",
-        row.note,
-    )

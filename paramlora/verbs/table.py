@@ -13,6 +13,22 @@ if TYPE_CHECKING:
 _FEW = 2
 
 
+HEAD = (
+    "site",
+    "adapter",
+    "shape",
+    "kind",
+    "rank",
+    "scale",
+    "active",
+    "trainable",
+    "merged",
+    "parameters",
+    "share",
+    "",
+)
+
+
 def pattern_of(path: str) -> str:
     """Return a path with a `*` for each number in it, except for those of a block.
 
@@ -40,6 +56,25 @@ def grouped(rows: Sequence["SiteSummary"]) -> list[list["SiteSummary"]]:
         elif groups[key][0] is row:
             found.append(groups[key])
     return found
+
+
+def cells(group: list["SiteSummary"]) -> tuple[str, ...]:
+    """Return the cells of alike sites, of which the parameters are added up."""
+    row, yes = group[0], {True: "yes", False: "no"}
+    return (
+        row.site if len(group) == 1 else f"{pattern_of(row.site)} ({len(group)})",
+        row.adapter,
+        "×".join(map(str, row.shape)),
+        row.kind,
+        "-" if row.rank is None else str(row.rank),
+        f"{row.scale:g}",
+        yes[row.active],
+        yes[row.trainable],
+        yes[row.merged],
+        f"{sum(one.parameters for one in group):,}",
+        f"{row.share:.2%}",
+        row.note,
+    )
 
 
 def as_text(table: Sequence[tuple[str, ...]], notes: list[str], start: list[str]) -> str:

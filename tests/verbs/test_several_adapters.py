@@ -180,8 +180,10 @@ def test_warning_for_an_adapter_of_other_tensors() -> None:
     """Switching off one that shares no tensor with the new adapter warns and says what to do."""
     model = base()
     pl.attach(model, pl.LoRA(2), name="weights")
-    with pytest.warns(UserWarning, match="'biases' is now the only active.*'weights'.*\"also\""):
+    said = "'biases' is now the only active.*'weights'.*\"also\""
+    with pytest.warns(UserWarning, match=said) as caught:
         pl.attach(model, pl.Delta(), "*.bias", name="biases")
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pl.attach(model, pl.Delta(), ["*.bias", "0.weight"], name="both")  # nothing apart was on
