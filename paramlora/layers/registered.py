@@ -19,8 +19,9 @@ from torch.nn.utils import parametrize
 from ..errors import AdapterNameError, TargetError
 from ..kinds.spec import Spec, makes_parametrizations
 from ..site.factors import Factors
-from ..site.find import parametrization_lists
+from ..site.find import parametrization_lists, stored_tensors
 from ..site.stack import Stack
+from ..site.storage import is_sharded
 from ..site.survey import before_survey
 from . import host
 from .install import check_valid_name
@@ -69,6 +70,8 @@ def _unclaimed(module: nn.Module, before: str) -> list[str]:
                 f"{before + tensor!r} has two adapters of one name among {', '.join(names)}; pass "
                 "another name= to parametrization()"
             )
+        if any(is_sharded(plist, stored) for stored in stored_tensors(plist)):
+            continue  # FSDP has noted where the parameter is; the stack works there, too
         torchs = type(plist) is parametrize.ParametrizationList and len(plist) == 1
         if len(stacks) > 1 or (stacks and (torchs or not host.is_adopted(module))):
             found.append(tensor)

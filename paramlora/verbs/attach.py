@@ -74,7 +74,8 @@ def attach(
 
             - "only": the new one alone. Others stay attached, switched off.
             - "also": the new one and those that are active now. It is trained on top of them.
-            - "no": those that are active now. The new one is attached switched off.
+            - "no": those that are active now. The new one is attached switched off, and the others
+              stay trained, as several adapters that `routed` trains together must be.
         exclude: what to leave out, in the same forms; a module means all parameters in it.
         freeze: stop the base's parameters from requiring a gradient, and unless `activate` is "no"
             also the factors of other adapters; `detach` restores the flags.
