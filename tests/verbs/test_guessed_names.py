@@ -297,3 +297,24 @@ def test_the_signature_of_a_kind() -> None:
     """`help` and editors show the arguments of a kind, as of any dataclass."""
     assert list(inspect.signature(LoRA).parameters)[:3] == ["rank", "alpha", "init"]
     assert list(inspect.signature(pl.IA3).parameters) == ["dim"]
+
+
+def test_default_target_on_transformers() -> None:
+    """By default GPT-2 gets every Conv1D, Llama all but lm_head, and BERT its classifier too."""
+    transformers = pytest.importorskip("transformers")
+    small = {"vocab_size": 11, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = small | {"hidden_size": 8, "intermediate_size": 8}
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2)
+    )
+    found = pl.attach(gpt2, LoRA(1))
+    ends = [row.site.removeprefix("transformer.h.0.") for row in found.sites]
+    assert ends == [f"{m}.weight" for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, tie_word_embeddings=False)
+    )
+    found = pl.attach(llama, LoRA(1))
+    assert len(found.sites) == 7
+    assert reasons(found)["lm_head.weight"] == "of the output embeddings; name it to adapt it"
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))
+    assert sites(bert, LoRA(1))[-1] == "classifier.weight"
