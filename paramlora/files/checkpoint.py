@@ -16,7 +16,7 @@ from ..layers.install import check_tied
 from ..site.names import only_name
 from ..site.storage import check_real, settle, whole, writes_files
 from ..site.survey import Survey
-from ..verbs.attach import Activate
+from ..verbs.add import Activate
 from ..verbs.summary import Summary
 from .metadata import ENTRY, describe, digest_of, read
 from .plan import plan_sites

@@ -30,6 +30,7 @@ from ..site.find import Site, parametrization_lists, stack_of
 from ..site.stack import Stack
 from ..site.survey import Survey
 from .dense import hold_stored
+from .describe import with_adapters
 from .forward import forward_for
 
 _BEFORE = "_paramlora_before"
@@ -61,7 +62,7 @@ def register(module: nn.Module, tensor: str, stack: Stack) -> None:
         before.order = tuple(module._parameters)
         if parametrize.is_parametrized(module):
             before.cls, before.owner = type(module), id(module)
-            module.__class__ = _copied_class(type(module))
+            module.__class__ = copied_class(type(module))
     plist = parametrization_lists(module).get(tensor)
     if plist is None:
         parametrize.register_parametrization(module, tensor, stack, unsafe=True)
@@ -167,6 +168,11 @@ def _several(module: nn.Module, plist: SiteList) -> Sequence[Tensor] | None:
     return None if isinstance(parts, Tensor) else parts
 
 
+def is_adopted(module: nn.Module) -> bool:
+    """Return whether a module has a class of its own with our forward and deepcopy."""
+    return _BEFORE in vars(module) and bool(vars(module)[_BEFORE].replaced)
+
+
 def _is_host(module: nn.Module) -> bool:
     return any(stack_of(plist) is not None for plist in parametrization_lists(module).values())
 
@@ -199,9 +205,9 @@ def _stored_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         if parameter is not None:
             yield name, parameter
     for name, plist in parametrization_lists(module).items():
-        for key, parameter in plist._parameters.items():
-            if parameter is not None:
-                yield (name if key == "original" else f"{name}.{key}"), parameter
+        # What a list stores can be parametrized in turn.
+        for key, parameter in _stored_parameters(plist):
+            yield (name if key == "original" else f"{name}.{key}"), parameter
 
 
 def _reorder(module: nn.Module, order: tuple[str, ...]) -> None:
@@ -216,7 +222,7 @@ def _reorder(module: nn.Module, order: tuple[str, ...]) -> None:
     module._parameters.update(items)
 
 
-def _copied_class(cls: type) -> type:
+def copied_class(cls: type) -> type:
     """Return a class with the same bases and attributes: see Note [a class for each module]."""
     copied = {key: value for key, value in vars(cls).items() if key not in _NOT_COPIED}
     return type(cls.__name__, cls.__bases__, copied)
@@ -247,11 +253,13 @@ def _adopt(cls: type, before: Before, alone: bool) -> None:
             # Its list of weights may hold a W' with a graph, which cannot be copied.
             hold_stored(self)
         copied = plain(self, memo)
-        copied.__class__ = _copied_class(type(copied))
+        copied.__class__ = copied_class(type(copied))
         return copied
 
     forward = forward_for(cls.__bases__[0], alone=alone)
-    added = {"__deepcopy__": deepcopy} | ({} if forward is None else {"forward": forward})
+    show: Any = cls.__repr__
+    added = {"__deepcopy__": deepcopy, "__repr__": with_adapters(show)}
+    added |= {} if forward is None else {"forward": forward}
     before.replaced = {key: vars(cls).get(key) for key in added}
     for key, value in added.items():
         setattr(cls, key, value)

@@ -26,13 +26,18 @@ class PlannedSite:
     factors: Factors
 
 
-def check_name(survey: Survey, name: str) -> None:
-    """Raise an AdapterNameError if a new adapter cannot have this name."""
+def check_valid_name(name: str) -> None:
+    """Raise an AdapterNameError if an adapter cannot have this name in any model."""
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise AdapterNameError(
             f"{name!r} cannot be an adapter's name: it must be a string, not empty, without a "
             "dot, and not an attribute of nn.ModuleDict"
         )
+
+
+def check_name(survey: Survey, name: str) -> None:
+    """Raise an AdapterNameError if a new adapter cannot have this name."""
+    check_valid_name(name)
     taken = survey.names
     if name in taken:
         raise AdapterNameError(

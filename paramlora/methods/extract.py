@@ -18,7 +18,7 @@ from ..layers.install import PlannedSite, check_name, check_tied
 from ..site.factors import Factors
 from ..site.place import Place, check, check_shapes
 from ..site.survey import Survey
-from ..verbs.attach import add, check_activate
+from ..verbs.add import add, check_activate
 
 
 @torch.no_grad()

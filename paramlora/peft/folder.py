@@ -24,7 +24,7 @@ from ..site.names import only_name
 from ..site.place import check_shapes
 from ..site.storage import check_real
 from ..site.survey import Survey
-from ..verbs.attach import Activate
+from ..verbs.add import Activate
 from ..verbs.summary import Summary
 from .config_file import read_config
 from .disk import CONFIG, TENSORS, check_destination, check_files, write_folder

@@ -140,7 +140,9 @@ def base_weight(plist: parametrize.ParametrizationList, stack: Stack | None) -> 
 
 def preceding(plist: parametrize.ParametrizationList, stack: Stack | None) -> list[nn.Module]:
     """Return the parametrizations that come before a stack; all if there is no stack."""
-    parametrizations: list[Any] = list(plist._modules.values())
+    # The stored tensors of a list can be parametrized in turn, which is no step after the others.
+    steps = {key: step for key, step in plist._modules.items() if key != "parametrizations"}
+    parametrizations: list[Any] = list(steps.values())
     return parametrizations if stack is None else parametrizations[: parametrizations.index(stack)]
 
 

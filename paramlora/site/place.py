@@ -141,6 +141,10 @@ def is_packed(module: nn.Module) -> bool:
 
 
 def _refusal(place: Place, spec: Spec) -> str | None:
+    plist = parametrization_lists(place.module).get(place.tensor)
+    if plist is not None and parametrization_lists(plist):
+        # torch's list counts their ModuleDict as one of its steps, and would skip a new one.
+        return "a tensor that its parametrization stores is parametrized in turn"
     weight = place.value
     if weight.is_quantized or weight.dtype not in FLOATS:
         return (

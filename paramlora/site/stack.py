@@ -50,6 +50,7 @@ class Stack(nn.Module):
             its version right after the merge.
         before_merge: for adapters that were merged inside a block, whether they were active and
             their strengths before.
+        paused: the adapters that were active when `enabled` was set to False.
         tied: the paths of the sites that share this stack, if their tensors are tied.
         key: identifies the stack in blocks; a deep copy has another one.
         open: the blocks that are open here, of all threads.
@@ -68,6 +69,7 @@ class Stack(nn.Module):
         self.stored: tuple[Tensor, ...] = ()
         self.written: tuple[tuple[weakref.ref[Tensor], int], ...] = ()
         self.before_merge: dict[str, tuple[bool, list[Strength]]] = {}
+        self.paused: tuple[str, ...] = ()
         self.tied: tuple[str, ...] = ()
         self.key = object()
         self.open: tuple[Block, ...] = ()
@@ -250,6 +252,27 @@ class Stack(nn.Module):
             self.reflect()
         else:
             vars(self).update(traced_live=live, traced_route=None)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether an adapter is active here; assign to it to switch all off, and on again.
+
+        Raises:
+            StateError: an adapter is merged.
+        """
+        return bool(self.active)
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        if type(value) is not bool:
+            raise TypeError(f"enabled is True or False, got {value!r}")
+        if self.merged:
+            raise StateError(f"adapter {self.merged[0]!r} is merged; unmerge first")
+        if self.enabled and not value:
+            vars(self)["paused"] = self.active
+            self.switch(())
+        elif value and not self.enabled:
+            self.switch({*self.paused} & {*self.names} or self.names)
 
     def fold(self, names: Iterable[str]) -> None:
         """Record that adapters were merged, as they are now.

@@ -111,7 +111,7 @@ ATTACHING: dict[str, Row] = {
     ),
     "LoRA on a bias": (
         plain,
-        lambda m: pl.attach(m, LoRA(2), "fc*"),
+        lambda m: pl.attach(m, LoRA(2), ["fc1", "fc1.bias"]),
         pl.TargetError,
         "cannot adapt 'fc1.bias' with LoRA: a low-rank update needs two dimensions, it has 1; use "
         f"Delta() {LEAVE_OUT}",
@@ -139,7 +139,8 @@ ATTACHING: dict[str, Row] = {
         packed,
         lambda m: pl.attach(m, LoRA(2)),
         pl.TargetError,
-        "no tensor matches Linear; packed (quantized) weights cannot be adapted, as those of 0",
+        "no tensor matches 'all-linear'; packed (quantized) weights cannot be adapted, as those "
+        "of 0",
     ),
     "packed, by path": (
         packed,
