@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from ..layers.install import check_tied
 from ..site.storage import check_real, settle, whole, writes_files
 from ..site.survey import Survey
+from ..site.wrappers import check_model
 from ..verbs.summary import Summary
 from .metadata import ENTRY, describe, digest_of, read
 from .plan import plan_sites
@@ -106,6 +107,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     ...     pl.load(other, f"{folder}/digits.safetensors", name="numbers").sites[0].adapter
     'numbers'
     """
+    check_model(model)
     tensors, content = read(path)
     name = content["name"] if name is None else name
     survey = Survey(model)

@@ -120,6 +120,11 @@ def forget(survey: Survey) -> None:
             delattr(module, _BEFORE)
 
 
+def has_traces(module: nn.Module) -> bool:
+    """Return whether an adapter, here or elsewhere in the model, has left something to restore."""
+    return _BEFORE in vars(module)
+
+
 class SiteList(parametrize.ParametrizationList):
     """The parametrizations of a tensor whose first one is a stack; more can be registered on it.
 

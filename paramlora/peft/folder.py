@@ -22,6 +22,7 @@ from ..layers.install import check_whole
 from ..site.place import check_shapes
 from ..site.storage import check_real
 from ..site.survey import Survey
+from ..site.wrappers import check_model, inner
 from ..verbs.summary import Summary
 from .config_file import read_config
 from .disk import CONFIG, TENSORS, check_destination, check_files, write_folder
@@ -72,6 +73,7 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "defau
     ...     pl.load_peft(nn.Sequential(nn.Linear(4, 3)), f"{folder}/digits").sites[0].scale
     2.0
     """
+    model = inner(check_model(model))
     path = Path(path).resolve()
     check_destination(path)
     here = Survey(model).sites_of(name)
@@ -124,7 +126,7 @@ def load_peft(model: nn.Module, path: str | os.PathLike[str], *, name: str = "de
     ...     [row.kind for row in pl.load_peft(other, f"{folder}/digits").sites]
     ['LoRA', 'Delta']
     """
-    path = Path(path)
+    model, path = inner(check_model(model)), Path(path)
     survey = Survey(model)
     check_shapes(survey.places)
     check_files(path)

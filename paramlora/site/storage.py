@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from ..private_torch import is_fsdp_managed
+from .wrappers import check_model
 
 
 def check_real(path: str, tensor: Any) -> None:
@@ -37,6 +38,7 @@ def is_sharded(module: nn.Module, tensor: Tensor) -> bool:
 def settle(model: nn.Module) -> None:
     """Make FSDP drop the copies that it has gathered in the modules of a model."""
     # A program that has not imported FSDP has sharded nothing, and is spared the traversal.
+    check_model(model)
     kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     if kind is not None:
         for module in model.modules():
