@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
-from ..layers.install import check_tied, check_ties, check_whole, remove_all
-from ..site.factors import Blocks, Factors
+from ..layers.install import check_attached, check_tied, check_ties, check_whole, remove_all
+from ..site.factors import Blocks, Factors, trainable
 from ..site.find import (
     Site,
     apply_parametrizations,
@@ -25,7 +25,7 @@ from ..site.find import (
     stacks_in,
     stored_tensors,
 )
-from ..site.names import check_unmerged
+from ..site.names import check_names, check_unmerged
 from ..site.place import Place
 from ..site.stack import Stack
 from ..site.survey import Survey
@@ -54,9 +54,10 @@ def merge(model: nn.Module, *names: str) -> None:
 
     Raises:
         AdapterNameError: there is no adapter of that name.
-        StateError: an adapter is merged already or switched off; or there is nothing to merge; or
-            another parametrization below the adapter cannot store the merged weight
-            (spectral_norm); or a tensor is sharded, or not tied any more. The model is unchanged.
+        StateError: there are no adapters, or none is left to merge. Or an adapter is merged
+            already or switched off; or another parametrization below the adapter cannot store the
+            merged weight (spectral_norm); or a tensor is sharded, or not tied any more. The model
+            is unchanged.
 
     >>> import paramlora as pl
     >>> model = nn.Linear(4, 3)
@@ -79,17 +80,24 @@ def _merge(survey: Survey, names: tuple[str, ...]) -> None:
         stack.set(stack.active, (*stack.merged, *chosen))
 
 
-@torch.no_grad()
 def unmerge(model: nn.Module) -> None:
     """Take every merged adapter out again: the stored weights get their original bits back.
 
     The adapters are as before the merge, switched on. If nothing is merged, nothing happens.
 
     Raises:
-        StateError: a tensor is sharded, or was written to since the merge, by an optimizer or by
-            load_state_dict, and unmerging would lose that. The model is unchanged.
+        StateError: there are no adapters. Or a tensor is sharded, or was written to since the
+            merge, by an optimizer or by load_state_dict, and unmerging would lose that. The model
+            is unchanged.
     """
-    sites = [site for site in Survey(model).first_sites if site.stack.merged]
+    survey = Survey(model)
+    check_names(survey.stacks, ())
+    _unmerge(survey)
+
+
+@torch.no_grad()
+def _unmerge(survey: Survey) -> None:
+    sites = [site for site in survey.first_sites if site.stack.merged]
     check_whole(sites)
     for site in sites:
         if getattr(site.module, "max_norm", None) is not None:
@@ -123,7 +131,8 @@ def merged(model: nn.Module, *names: str) -> Iterator[None]:
     try:
         yield
     finally:
-        unmerge(model)
+        # Not by `unmerge`: inside the block all adapters may have been baked or detached.
+        _unmerge(Survey(model))
 
 
 def bake(model: nn.Module) -> None:
@@ -134,6 +143,7 @@ def bake(model: nn.Module) -> None:
             is tied to a tensor outside of `model`.
     """
     survey = Survey(model)
+    check_attached(survey)
     check_ties(survey.sites)
     for stack in survey.stacks:
         for name in stack.factors:
@@ -170,8 +180,6 @@ def _plan(survey: Survey, names: tuple[str, ...]) -> list[_Fold]:
         raise StateError(
             f"nothing to merge: of the adapters here ({listed}) each is merged already or "
             "switched off; unmerge or enable first"
-            if listed
-            else "nothing to merge: no adapter is attached here"
         )
     return folds
 
@@ -284,7 +292,7 @@ def _write(
 ) -> None:
     """Point parameters at other tensors; `original` are the tensors to keep for unmerging."""
     for parameter, tensor in zip(parameters, tensors, strict=True):
-        parameter.data = tensor
+        parameter.data = trainable(tensor)
         # A backward that still needs the old weight has to raise, which assigning `.data` alone
         # does not cause.
         torch.autograd.graph.increment_version(parameter)

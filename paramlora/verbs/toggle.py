@@ -20,7 +20,7 @@ def enable(model: nn.Module, *names: str) -> None:
 
     Raises:
         AdapterNameError: there is no adapter of that name.
-        StateError: an adapter is merged.
+        StateError: there are no adapters, or one is merged.
     """
     _enable(stacks_in(model), names)
 
@@ -34,7 +34,7 @@ def disable(model: nn.Module, *names: str) -> None:
 
     Raises:
         AdapterNameError: there is no adapter of that name.
-        StateError: an adapter is merged.
+        StateError: there are no adapters, or one is merged.
     """
     _disable(stacks_in(model), names)
 
@@ -52,7 +52,7 @@ def scale(model: nn.Module, factor: Strength, *names: str) -> None:
     Raises:
         ValueError: the factor is not a finite number.
         AdapterNameError: there is no adapter of that name.
-        StateError: an adapter is merged.
+        StateError: there are no adapters, or one is merged.
 
     >>> import paramlora as pl
     >>> model = nn.Linear(4, 3)
@@ -61,8 +61,8 @@ def scale(model: nn.Module, factor: Strength, *names: str) -> None:
     >>> pl.summary(model).sites[0].scale
     0.5
     """
-    _check_strength(factor)
     stacks = stacks_in(model)
+    _check_strength(factor)
     _check(stacks, names, "scale")
     for stack in stacks:
         for name in names or stack.names:
@@ -112,7 +112,7 @@ def using(model: nn.Module, /, *names: str, **scales: Strength) -> Iterator[None
     Raises:
         ValueError: a strength is not a finite number.
         AdapterNameError: there is no adapter of that name.
-        StateError: an adapter is merged.
+        StateError: there are no adapters, or one is merged.
 
     >>> import paramlora as pl
     >>> model = nn.Linear(4, 3)

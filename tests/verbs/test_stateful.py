@@ -263,8 +263,9 @@ class Machine(BaseMachine):
     @precondition(lambda self: self.reference.merged())
     @rule(scope=a_scope)
     def unmerge(self, scope: str) -> None:
-        pl.unmerge(self.submodule(scope))
-        self.reference.unmerge(scope)
+        part = self.submodule(scope)
+        if self.attempt(lambda: pl.unmerge(part), self.bad_name((), scope)):
+            self.reference.unmerge(scope)
 
     @precondition(lambda self: self.reference.names())
     @rule(switch=st.sampled_from([False, False, False, True]))
