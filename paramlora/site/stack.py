@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import StateError
 from ..kinds.spec import LowRank, Rescaled
 from .factors import Blocks, Factors, apply_factors
+from .merged_backward import refuse_backward, trained
 
 CHANGED = (
     "a tensor needed for the gradient was changed in place (an optimizer's step, a merge) between "
@@ -99,6 +100,8 @@ class Stack(nn.Module):
                 f"{self.route.paths[id(self)]!r} was read inside of routed(), where each row of a "
                 "batch has a tensor of its own; read it outside, or give this adapter no rows"
             )
+        if self._trains_merged():
+            weight = refuse_backward(weight, self.merged)
         if not self.live:
             return weight
         built = None if torch.compiler.is_compiling() else _BUILT.tensors
@@ -174,7 +177,12 @@ class Stack(nn.Module):
         return build
 
     def low_rank(self) -> list[LowRank] | None:
-        """Return the live updates in factored form; None if one of them has no such form."""
+        """Return the live updates in factored form; None if one of them has no such form.
+
+        Also None if a backward has to raise, for which `forward` has to read the tensor.
+        """
+        if self._trains_merged():
+            return None
         terms = []
         for name in self.live:
             term = self[name].low_rank()
@@ -185,11 +193,21 @@ class Stack(nn.Module):
 
     def rescaled(self, weight: Tensor) -> Rescaled | None:
         """Return W' as a rescaled `weight`; None if the live adapters have no such form."""
+        if self._trains_merged():
+            return None
         factors = self[self.live[0]] if len(self.live) == 1 else None
         if not isinstance(factors, Factors):
             return None
         with no_autocast(weight):
             return factors.rescaled(weight)
+
+    def _trains_merged(self) -> bool:
+        """Return whether a backward has to raise: see merged_backward.py."""
+        # A compiled model has one graph for merged and for switched off. So the compiler must not
+        # read `merged` if no adapter is live.
+        if not self.live and torch.compiler.is_compiling():
+            return False
+        return bool(self.merged) and trained(self[name] for name in self.merged)
 
     def set(self, active: Container[str], merged: Container[str]) -> None:
         """Set which adapters are active and which are merged."""
