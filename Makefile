@@ -29,7 +29,7 @@ study: $(VENV)/ready-experiments
 # Without a compiler the native extension is not built, and its tests are skipped.
 test: $(VENV)/ready-test
 	-$(PY) -m paramlora.native.build
-	$(PY) -m pytest -n $(JOBS) $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/ready-dev
 	$(PY) -m ruff check $(CODE)

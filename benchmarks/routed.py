@@ -132,7 +132,7 @@ def _adapted(base: nn.Module, adapters: int, dtype: torch.dtype) -> tuple[nn.Mod
     for i in range(1, adapters):
         wrapped.add_adapter(f"a{i}", config, autocast_adapter_dtype=False)
     for i in range(adapters):
-        pl.attach(model, pl.LoRA(RANK), name=f"a{i}")
+        pl.attach(model, pl.LoRA(RANK), name=f"a{i}", activate="no")
     # One dtype, the faster setting of PEFT, so that both do the same arithmetic.
     model.to(dtype)
     values: Values = {}

@@ -7,6 +7,7 @@ to NCCL. The command starts its processes itself; it needs no torchrun.
 """
 
 import argparse
+import importlib
 import json
 import os
 from functools import partial
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import paramlora as pl
+from experiments.harness.parallel import leave
 
 from .harness import options as shared
 from .harness.llama import SHAPES, SHAPES_HELP, llama
@@ -73,6 +75,8 @@ def measure(rank: int, size: int, options: argparse.Namespace, meet: str) -> Non
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+    importlib.import_module("torch.distributed.nn.functional")  # first: see harness.parallel.group
+
     backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, init_method=f"file://{meet}", rank=rank, world_size=size)
     model: Any = llama(options.model, str(device))
@@ -102,7 +106,8 @@ def measure(rank: int, size: int, options: argparse.Namespace, meet: str) -> Non
         }
         append(options.out, [row])
         print(json.dumps(row), flush=True)
-    dist.destroy_process_group()
+    del parallel, step
+    leave()
 
 
 def train_step(parallel: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:

@@ -96,8 +96,7 @@ def paramlora_verbs(width: int, dtype: torch.dtype, adapters: int) -> Verbs:
     adapted = layers(width, dtype)
     for i in range(adapters):
         pl.attach(adapted, pl.LoRA(RANK), name=f"a{i}")
-    pl.disable(adapted)
-    pl.enable(adapted, "a0")
+    pl.activate(adapted, "a0")
 
     def switch() -> None:
         # To a1 and back, so that every call does the same.

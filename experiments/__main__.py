@@ -12,7 +12,8 @@ from .harness.options import add_command
 from .harness.rundir import RunDirectory
 from .harness.settings import StudyError
 
-# Older runs did not record their study. A setting tells it; otherwise it is the digit study.
+# Runs of older versions did not record their study. These settings identify it. Runs without them
+# are digit runs.
 OLD_RUNS = {"base_seeds": "sweeps", "stream": "tasks"}
 
 

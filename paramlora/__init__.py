@@ -28,20 +28,25 @@ from .methods.eva import eva
 from .methods.extract import extract
 from .methods.lora_plus import parameter_groups
 from .peft.folder import load_peft, save_peft
+from .site.overlay import keep_blocks
 from .verbs.attach import attach, detach, freeze, parameters, unfreeze
+from .verbs.audit import AuditReport, audit
+from .verbs.audit_checks import Finding
 from .verbs.merge import bake, merge, merged, unmerge
 from .verbs.route import routed
 from .verbs.summary import SiteSummary, Skipped, Summary, summary
-from .verbs.toggle import disable, disabled, enable, enabled, scale, using
+from .verbs.toggle import activate, disable, disabled, enable, enabled, names, scale, using
 
 __version__ = "0.1.0"
 
 __all__ = [
     "IA3",
     "AdapterNameError",
+    "AuditReport",
     "CheckpointError",
     "Delta",
     "DoRA",
+    "Finding",
     "LoHa",
     "LoKr",
     "LoRA",
@@ -51,7 +56,9 @@ __all__ = [
     "StateError",
     "Summary",
     "TargetError",
+    "activate",
     "attach",
+    "audit",
     "bake",
     "base_state_dict",
     "combine",
@@ -65,6 +72,7 @@ __all__ = [
     "fingerprint",
     "freeze",
     "hold_statistics",
+    "keep_blocks",
     "kinds",
     "load",
     "load_base_state_dict",
@@ -72,6 +80,7 @@ __all__ = [
     "load_state_dict",
     "merge",
     "merged",
+    "names",
     "parameter_groups",
     "parameters",
     "routed",

@@ -1,7 +1,7 @@
-"""The library's exceptions, and two helpers that word a message.
+"""The library's exceptions, and two helpers for their messages.
 
-Each exception also derives from the standard one that fits it. A message says what was asked, what
-was found, and what to do next.
+Each exception also derives from the matching standard exception. A message says what was asked,
+what was found, and what to do next.
 """
 
 import difflib
@@ -45,7 +45,7 @@ class AdapterNameError(ParamloraError, KeyError):
 
 
 class StateError(ParamloraError, RuntimeError):
-    """The state of the model or of an adapter, such as merged or sharded, rules out the call."""
+    """The call is not possible in this state of a model or adapter, such as merged or sharded."""
 
 
 class CheckpointError(ParamloraError, ValueError):

@@ -1,14 +1,15 @@
-"""Every private name of torch that the library uses, under a name that says what it is.
+"""Every private name of torch that the library uses, under a descriptive name.
 
-torch may change or remove these in any release, since they are not part of its interface. They are
-gathered here so that such a change has one place to be noticed and mended:
-`tests/test_private_torch.py` checks each for what the library relies on.
+torch may change or remove these in any release, because they are not part of its interface. They
+are gathered here, so that such a change is fixed in one place. `tests/test_private_torch.py` tests
+the behaviour that the library relies on, and fails if torch changes it.
 
     any_autocast_enabled()      whether autocast is on for any device; cheaper than asking for one
     dispatch_modes_active()     how many `TorchDispatchMode`s are active
     tracing_state()             the state of torch.jit.trace; None outside of it
     functorch_active()          whether a transform of torch.func is active
     forward_ad_active()         whether forward-mode differentiation is active
+    in_backward()               whether autograd runs a backward in the current thread
     saved_tensors_hooks()       the innermost (pack, unpack) of `saved_tensors_hooks`, or None
     flat_weight_names(rnn)      the names of an RNN's weights in the order of its list of weights
     set_flat_weights(rnn, ws)   set that list
@@ -17,8 +18,8 @@ gathered here so that such a change has one place to be noticed and mended:
     WRAPPED                     the keys under which torch.compile and activation checkpointing hold
                                 the module that they wrap
 
-Not here: `Tensor._version`, which torch's documentation names, and the dictionaries of `nn.Module`
-(`_parameters`, `_buffers`, `_modules`), on which torch's own documentation relies.
+Not here, because torch's documentation uses them: `Tensor._version`, and the dictionaries of
+`nn.Module` (`_parameters`, `_buffers`, `_modules`).
 """
 
 import weakref
@@ -39,6 +40,7 @@ __all__ = [
     "flat_weight_names",
     "forward_ad_active",
     "functorch_active",
+    "in_backward",
     "is_fsdp_managed",
     "saved_tensors_hooks",
     "set_flat_weights",
@@ -55,7 +57,7 @@ functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
-# Whether `saved_tensors_hooks` can tell; torch 2.6 does not have the function.
+# Whether `saved_tensors_hooks` works; torch 2.6 does not have the private function.
 KNOWS_HOOKS = _top_hooks is not None
 
 
@@ -68,6 +70,11 @@ def saved_tensors_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | Non
 def forward_ad_active() -> bool:
     """Return whether forward-mode differentiation is active."""
     return forward_ad._current_level >= 0
+
+
+def in_backward() -> bool:
+    """Return whether autograd runs a backward in the current thread."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def flat_weight_names(module: nn.RNNBase) -> list[str]:

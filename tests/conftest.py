@@ -36,6 +36,11 @@ def mnist_dir() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that need MNIST, skip those that need an accelerator, and put slow ones first.
+
+    A slow test that one process begins at the end would leave the other processes without work.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
         if "mnist_dir" in getattr(item, "fixturenames", ()):
             item.add_marker("mnist")

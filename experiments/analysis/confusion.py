@@ -44,7 +44,7 @@ def old_and_new(confusion: Confusion, tuned: Collection[int]) -> tuple[float, fl
 
 
 def change(before: Confusion, after: Confusion, tuned: Collection[int]) -> Change:
-    """Return what fine-tuning on `tuned` gained on those digits and lost on the others.
+    """Return the accuracy gained on the digits in `tuned` and lost on the others by fine-tuning.
 
     >>> change([[8, 2], [1, 9]], [[6, 4], [0, 10]], [1])
     Change(learned=0.1, forgotten=0.2)

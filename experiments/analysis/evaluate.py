@@ -43,8 +43,8 @@ def scores(logits: Tensor, labels: Tensor, tuned: Collection[int] = ()) -> list[
     """Return what `score` returns, for k evaluations at once. `logits`: (k, n, classes)."""
     k, n, classes = logits.shape
     confusions = confusion_counts(logits.argmax(2), labels, classes)  # (k, classes, classes)
-    # Cross-entropy of one image is logsumexp(z) - z[label]. Written out it takes a third of the
-    # time of F.cross_entropy.
+    # Cross-entropy of one image is logsumexp(z) - z[label]. This form takes a third of
+    # the time of F.cross_entropy.
     label_logits = logits.gather(2, labels.expand(k, n).unsqueeze(2)).squeeze(2)  # (k, n)
     losses = (logits.logsumexp(2) - label_logits).mean(1)  # (k,)
     return [
@@ -66,8 +66,8 @@ def confusion_counts(answers: Tensor, labels: Tensor, classes: int) -> Tensor:
              [0, 1]]])
     """
     k = len(answers)
-    # One bincount serves all k evaluations, as each has classes² bins of its own. Example with ten
-    # classes: label 3 answered as 5 in evaluation 2 falls into bin 2·100 + 3·10 + 5 = 235.
+    # One bincount serves all k evaluations, because each has its own classes² bins. Example with
+    # ten classes: label 3 answered as 5 in evaluation 2 falls into bin 2·100 + 3·10 + 5 = 235.
     first_bin = torch.arange(k, device=labels.device).unsqueeze(1) * classes**2  # (k, 1)
     bins = first_bin + labels * classes + answers  # (k, n)
     counts = torch.bincount(bins.flatten(), minlength=k * classes**2)

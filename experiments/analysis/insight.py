@@ -1,8 +1,8 @@
-"""What adapters changed in a classifier: its predictions, by example, by strength and by layer.
+"""The effect of adapters on a classifier's predictions, by example, by strength and by layer.
 
-Everything here takes a model with adapters and a loader of (inputs, labels); nothing depends on
-digits. `predict` runs the model, and the other functions compare its `Predictions` with adapters
-off, on, at some strength, or at some sites only. All of them leave the model unchanged.
+The functions take a model with adapters and a loader of (inputs, labels), for any classes.
+`predict` runs the model. The other functions compare its `Predictions` with adapters off, on, at
+some strength, or at some sites only. All of them leave the model unchanged.
 """
 
 import itertools
@@ -63,7 +63,7 @@ def predict(model: nn.Module, loader: Loader) -> Predictions:
     Afterwards each module is in the mode (training or evaluation) that it was in before.
 
     Args:
-        model: with whatever adapters are active.
+        model: with any adapters; the active ones stay active.
         loader: batches of inputs and labels. Inputs are moved to the device of the model's first
             parameter.
     """

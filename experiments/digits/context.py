@@ -136,7 +136,7 @@ class StudyContext:
         """Return the model's logits of the test images, (n, 10)."""
         return logits_of(model, self.test_inputs)
 
-    def beside_base(self, model: nn.Module, logits: Tensor) -> Row:
+    def compare_to_base(self, model: nn.Module, logits: Tensor) -> Row:
         """Return whether the base weights and these logits are bit-for-bit those of the base."""
         return {
             "same_fingerprint": pl.fingerprint(model) == self.base_fingerprint,

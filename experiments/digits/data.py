@@ -95,9 +95,9 @@ def hold_out(labels: Tensor, count: int, generator: torch.Generator) -> tuple[Te
 def load_data(kind: str, data_dir: str = "data") -> Data:
     """Return the data set `kind`: "mnist", "fashion", "digits" or "auto", on the CPU.
 
-    MNIST is searched in `data_dir` and in the folder that the environment variable PARAMLORA_MNIST
-    names. If it is in neither, it is downloaded from torchvision's mirrors, each tried once for a
-    few seconds. Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) is found in the same way, with
+    MNIST is read from `data_dir`, or from the folder in the environment variable PARAMLORA_MNIST.
+    If it is in neither, it is downloaded from torchvision's mirrors, each tried once for a few
+    seconds. Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) is found in the same way, with
     the variable PARAMLORA_FASHION. "auto" is MNIST if available, else the digits of scikit-learn.
 
     Raises:

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from ..harness.settings import (
     COUNT,
-    DEVICE,
     FINITE,
     NATURAL,
     POSITIVE,
     Check,
+    PlaceSettings,
     Settings,
     SettingsGroup,
     option,
@@ -168,19 +168,11 @@ class DatasetSettings(SettingsGroup):
 
 
 @dataclass(frozen=True)
-class PlaceSettings(SettingsGroup):
+class DigitPlaceSettings(PlaceSettings):
     """Device and folders."""
 
-    device: str = option(
-        "auto", "torch device, such as cpu or cuda:1; auto: a GPU if available, else cpu", DEVICE
-    )
     threads: int = option(
         1, "number of CPU threads for training; more than 1 do not help at batch 10", COUNT
-    )
-    out: str = option(
-        "",
-        "folder of the run; default: runs/digits-PRESET and the changed settings",
-        affects_results=False,
     )
     bases: str = option(
         "runs/bases", "folder of trained bases, shared by all runs", affects_results=False
@@ -218,7 +210,7 @@ class DigitSettings(Settings):
     holdout: HoldoutSettings = HoldoutSettings()  # noqa: RUF009 (frozen)
     extras: ExtraSettings = ExtraSettings()
     dataset: DatasetSettings = DatasetSettings()
-    place: PlaceSettings = PlaceSettings()
+    place: DigitPlaceSettings = DigitPlaceSettings()
 
     @property
     def remedied(self) -> bool:

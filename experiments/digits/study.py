@@ -140,7 +140,7 @@ def tune_attached(method: str, spec: pl.kinds.Spec, seed: int, context: StudyCon
     pl.save(model, context.run.folder / "adapters" / f"{method}-{seed}.safetensors", ADAPTER)
 
     on, off = context.evaluate(model), evaluate_off(context, model)
-    context.record("off", method, seed, off, **context.beside_base(model, off))
+    context.record("off", method, seed, off, **context.compare_to_base(model, off))
     learned = {"trainable": attached.trainable, "ranks": attached_ranks(model, ADAPTER)}
     counted = answers(context, on, seed) if method == "lora" else on
     context.record("on", method, seed, counted, **learned, **curve(losses), **seen)
@@ -180,7 +180,7 @@ def merge_and_unmerge(
     pl.unmerge(model)
     same_on = torch.equal(context.evaluate(model), on)
     off = evaluate_off(context, model)
-    checks = {**context.beside_base(model, off), "same_on_logits": same_on}
+    checks = {**context.compare_to_base(model, off), "same_on_logits": same_on}
     context.record("unmerged", method, seed, off, **checks)
 
 

@@ -8,6 +8,8 @@ and gathers the weights of a layer while it runs. In both cases each process get
 batch, weighted so that the mean over processes is the mean over the batch. Rank 0 writes all files.
 """
 
+import gc
+import importlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -69,12 +71,28 @@ def group(device: torch.device) -> Iterator[tuple[Group, torch.device]]:
     # If the caller has initialised a process group, use it and do not destroy it.
     created = not dist.is_initialized()
     if created:
+        # Its functions have the group as a default value: imported later, as DDP does, they would
+        # hold the group until Python exits. See `leave`.
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Group(dist.get_rank(), dist.get_world_size()), device
     finally:
         if created:
-            dist.destroy_process_group()
+            leave()
+
+
+def leave() -> None:
+    """Destroy the process group and end the threads of its backend.
+
+    The threads end with the last reference to the group. A model that DDP has wrapped holds one,
+    and may be part of a reference cycle, so cycles are collected first. Otherwise a thread of gloo
+    may still release a result while Python finalizes. It asks for the GIL then, Python ends the
+    thread, and the process aborts with "terminate called without an active exception". Caches of
+    torch's DTensors keep the group of a sharded model, but its threads are idle by then.
+    """
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def shared(batches: Iterable[tuple[Tensor, ...]], group: Group) -> Iterator[tuple[Tensor, ...]]:

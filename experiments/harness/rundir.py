@@ -80,7 +80,9 @@ class RunDirectory:
             return cls(folder, flattened(settings), environment, rows)
         except FileNotFoundError as error:
             missing = Path(error.filename).name
-            raise StudyError(f"no run in {folder}: {missing} is missing") from None
+            below = sorted(str(path.parent) for path in folder.glob("*/settings.json"))
+            there = f"; there are runs in {', '.join(below)}" if below else ""
+            raise StudyError(f"no run in {folder}: {missing} is missing{there}") from None
         except ValueError as error:
             raise StudyError(f"the run in {folder} is damaged: {error}") from None
 

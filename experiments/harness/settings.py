@@ -93,6 +93,20 @@ class SettingsGroup:
 
 
 @dataclass(frozen=True)
+class PlaceSettings(SettingsGroup):
+    """Device and folders. A study derives its own group if it has further options."""
+
+    device: str = option(
+        "auto", "torch device, such as cpu or cuda:1; auto: a GPU if available, else cpu", DEVICE
+    )
+    out: str = option(
+        "",
+        "folder of the run; default: runs/STUDY-PRESET and the changed settings",
+        affects_results=False,
+    )
+
+
+@dataclass(frozen=True)
 class Settings(SettingsGroup):
     """All settings of a study: options, and groups of options.
 

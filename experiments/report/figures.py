@@ -1,4 +1,4 @@
-"""Figures of what adapters changed, for any classifier, and the project's only matplotlib setup.
+"""Figures of the effect of adapters on any classifier, and the project's only matplotlib setup.
 
 Functions that take `axes` draw on them; the others return a new figure. Nothing is saved here.
 """
@@ -28,7 +28,7 @@ plt.rcParams.update(STYLE)
 def png(figure: Figure) -> bytes:
     """Return a figure as a PNG, and close it.
 
-    The same figure gives the same bytes, as matplotlib's version is left out of the file.
+    matplotlib's version is left out of the file, so that the same figure gives the same bytes.
     """
     file = io.BytesIO()
     figure.savefig(file, metadata={"Software": None})

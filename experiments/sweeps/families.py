@@ -23,8 +23,8 @@ WIDE: Row = {**LONG, "rank": 8, "alpha": 8.0}
 class Family:
     """A remedy, its candidate settings, and the strengths λ to try with each.
 
-    `old` names the images of the other digits that it needs: nothing, a number per digit to train
-    on, or labelled validation images for early stopping.
+    `old` says which images of the other digits the remedy needs: nothing, a number per digit for
+    training, or labelled validation images for early stopping.
     """
 
     name: str
@@ -76,16 +76,16 @@ def families() -> tuple[Family, ...]:
             "nothing",
             (*(LONG | {"margin": m} for m in (8.0, 10.0, 12.0)), WIDE | {"margin": 10.0}),
         ),
-        Family("replay of 100", "100 a digit", (replay, short | replay)),
+        Family("replay of 100", "100 per digit", (replay, short | replay)),
         Family(
             "null space of 100 old images' activations",
-            "100 a digit",
+            "100 per digit",
             tuple(short | replay | {"null_space": e, "null_space_of": "old"} for e in (0.9, 0.99)),
         ),
-        Family("gate learned from 100", "100 a digit", (short | replay | {"route": "gate"},)),
+        Family("gate learned from 100", "100 per digit", (short | replay | {"route": "gate"},)),
         Family(
             "masked, and a balanced replay of 100 (ER-ACE), longer",
-            "100 a digit",
+            "100 per digit",
             (
                 LONG | ACE | {"tune_batch": 32, "steps": 400, "lr": 2e-3},
                 LONG | ACE | {"steps": 400, "lr": 2e-3},
@@ -95,7 +95,7 @@ def families() -> tuple[Family, ...]:
         ),
         Family(
             "replay of 100 with a margin, longer",
-            "100 a digit",
+            "100 per digit",
             tuple(
                 LONG | replay | {"margin": m, "tune_batch": b, "steps": s, "lr": 2e-3}
                 for m in (0.0, 1.0, 2.0)
@@ -104,7 +104,7 @@ def families() -> tuple[Family, ...]:
         ),
         Family(
             "early stopping on 500 a digit",
-            "500 a digit, to stop by",
+            "500 per digit, for stopping",
             tuple(short | {"patience": p} for p in (3,)),
         ),
     )

@@ -68,7 +68,7 @@ def rank_figure(runs: Sequence[RunDirectory]) -> Figure:
         column[0].set_title(_title(run))
         column[-1].set_xlabel("rank r")
     for line, side in zip(panels, SIDES.values(), strict=True):
-        line[0].set_ylabel(f"{side}, % right")
+        line[0].set_ylabel(f"accuracy on {side}, %")
     figure.legend(
         *panels[0, 0].get_legend_handles_labels(),
         frameon=False,

@@ -45,7 +45,7 @@ def points(run: RunDirectory, cell: str) -> list[tuple[float, float]]:
 
 
 def fronts(run: RunDirectory) -> Figure:
-    """Draw other against tuned digits, one line per cell and one point per strength."""
+    """Draw accuracy on other digits against tuned digits: a line per cell, a point per strength."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for cell in cells_in(run):
         base = [row for row in run.rows if row["cell"] == cell and row["stage"] == "base"]
@@ -55,7 +55,7 @@ def fronts(run: RunDirectory) -> Figure:
         size, area = len(pareto_front(means)), hypervolume(means, origin)
         name = f"{cell}: {size} on the front, area {area:.3f}"
         axes.plot(x, y, "o-", ms=4, lw=1, label=name)
-    axes.set(xlabel="tuned digits, % right", ylabel="other digits, % right")
+    axes.set(xlabel="accuracy on tuned digits, %", ylabel="accuracy on other digits, %")
     axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -64,7 +64,7 @@ def write_sweep_report(run: RunDirectory) -> None:
     """Write sweep.md, fronts.png and results.csv beside the rows, and ranks.png if ranks vary."""
     replace_file(run.folder / "results.csv", rows_to_csv(run.rows).encode())
     replace_file(run.folder / "fronts.png", png(fronts(run)))
-    caption = "Other against tuned digits, mean over all adapters on all bases, one point per λ."
+    caption = "Accuracy on other against tuned digits, means over all adapters, one point per λ."
     parts = [
         f"# Sweep, preset {run.settings['preset']}",
         f"{run.environment['data']}; mean ± sd over all adapters on all bases.",

@@ -1,7 +1,7 @@
 """The selection of remedies on validation images, and their measurement on the test images.
 
-The best of many candidates is partly the luckiest. Its gain is therefore overestimated on the
-images that it was chosen by, and a second run measures it on other images:
+The best of many candidates is partly lucky, so the images that chose it overestimate its gain. A
+second run therefore measures it on other images:
 
     run         bases pre-trained on             evaluated on         cells
     selection   training images − validation     validation images    every candidate × base
@@ -148,11 +148,11 @@ def markdown(
     points = f"{floor[0]} and {floor[1]} points"
     parts = [
         f"# Remedies, preset {settings.preset}",
-        f"{test.environment['data']}; the bases have {base.mean_sd(2)} % right (n = {count}, "
+        f"{test.environment['data']}; accuracy of the bases: {base.mean_sd(2)} % (n = {count}, "
         f"lowest to highest {base.min_max(2)}). Gains over each adapter's base in points, mean ± "
-        f"sd over {seeds}, test images. `needs`: images of other digits that it needs.",
+        f"sd over {seeds}, test images. `needs`: the images of other digits that a remedy needs.",
         table(selection, test, chosen, floor).markdown(),
-        f"Chosen by {VALIDATION} validation images a digit, on bases pre-trained without them, "
+        f"Chosen by {VALIDATION} validation images per digit, on bases pre-trained without them, "
         f"over {selection.settings['selection_seeds']} adapter seeds on each of "
         f"{selection.settings['selection_bases']} bases. "
         f"The choice has the highest gain among the candidates that gain at least {points} on "

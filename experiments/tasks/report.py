@@ -53,7 +53,7 @@ def matrices(run: RunDirectory) -> Figure:
 def matrix_figure(axes: Axes, matrix: Matrix | np.ndarray, tasks: Sequence[str]) -> None:
     """Draw an accuracy matrix on `axes` in %, one row per stage and one column per task.
 
-    Cell (i, j) is the accuracy on task j after stage i. Bold cells: the task of that stage.
+    Cell (i, j) is the accuracy on task j after stage i. The cell of the stage's own task is bold.
     """
     values = 100 * np.asarray(matrix)
     axes.imshow(values, cmap="viridis", vmin=0, vmax=100)
@@ -77,7 +77,11 @@ def first_task_curve(run: RunDirectory) -> Figure:
     steps = run.settings["steps"]
     for stage in range(1, run.settings["tasks"] - 1):
         axes.axvline(stage * steps, color="#bbbbbb", linewidth=0.8, zorder=0)
-    axes.set(xlabel="optimizer step, all later stages", ylabel="first task, % right", ylim=(0, 102))
+    axes.set(
+        xlabel="optimizer step, all later stages",
+        ylabel="accuracy on the first task, %",
+        ylim=(0, 102),
+    )
     axes.legend(frameon=False, ncols=4)
     return figure
 

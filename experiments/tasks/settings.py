@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..harness.settings import COUNT, NOT_NEGATIVE, Settings, SettingsGroup, option
+from ..harness.settings import (
+    COUNT,
+    NOT_NEGATIVE,
+    PlaceSettings,
+    Settings,
+    SettingsGroup,
+    option,
+)
 
 STREAMS = ("split", "rotated", "permuted")
 
@@ -83,16 +90,10 @@ class DatasetSettings(SettingsGroup):
 
 
 @dataclass(frozen=True)
-class PlaceSettings(SettingsGroup):
+class TaskPlaceSettings(PlaceSettings):
     """Device and folder."""
 
-    device: str = option("auto", "a torch device; auto: a GPU if any, or cpu")
-    threads: int = option(1, "CPU threads of training", COUNT)
-    out: str = option(
-        "",
-        "folder of the run; by default runs/tasks-PRESET and the changed settings",
-        affects_results=False,
-    )
+    threads: int = option(1, "number of CPU threads for training", COUNT)
 
 
 @dataclass(frozen=True)
@@ -114,4 +115,4 @@ class TaskSettings(Settings):
     adapter: AdapterSettings = AdapterSettings()
     remedies: RemedySettings = RemedySettings()
     dataset: DatasetSettings = DatasetSettings()
-    place: PlaceSettings = PlaceSettings()
+    place: TaskPlaceSettings = TaskPlaceSettings()

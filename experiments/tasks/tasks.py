@@ -2,11 +2,12 @@
 
 The methods, by how they combine the adapters of the stages:
 
-    one        one adapter trains in all stages; the baseline for forgetting
-    stacked    each stage adds an adapter; earlier ones stay on and are frozen
-    merged     each stage trains an adapter on the base alone; all k are on at strength 1/k
+    one        a single adapter trains in all stages; the baseline for forgetting
+    stacked    each stage adds an adapter; the earlier adapters stay on, frozen
+    merged     each stage trains an adapter alone on the base; at the end all k adapters are on,
+               each at strength 1/k
                (Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.04089)
-    routed     trained as merged; one adapter answers: the given task's, or the most confident
+    routed     trained as merged; the adapter of the given task answers, or the most confident one
 
 Scenarios (van de Ven et al. 2022, "Three types of incremental learning"): in `task`, the task of
 each test image is given and only its classes count. In `class`, the task is not given. Rotated and
@@ -54,12 +55,14 @@ class Learner:
         if self.combine != "one" or not self.names:
             self.names.append(f"stage{len(self.names) + 1}")
             spec = pl.LoRA(self.settings.adapter.rank, self.settings.adapter.alpha)
-            pl.attach(self.model, spec, nn.Linear, name=self.names[-1], generator=generator)
-            if self.names[:-1]:
-                pl.freeze(self.model, *self.names[:-1])
-        if self.combine in ("merged", "routed"):
-            pl.disable(self.model)
-            pl.enable(self.model, self.names[-1])
+            pl.attach(
+                self.model,
+                spec,
+                nn.Linear,
+                name=self.names[-1],
+                activate="also" if self.combine == "stacked" else "only",
+                generator=generator,
+            )
         return pl.parameters(self.model, self.names[-1])
 
     def objective(self, task: Task) -> Objective:
@@ -195,7 +198,7 @@ def learn_stage(
     curve: Curve,
     label: str,
 ) -> None:
-    """Learn the task of a stage; add the accuracies on the first task meanwhile to the curve."""
+    """Learn the task of a stage, and add the accuracies on the first task during it to `curve`."""
     task, training = tasks[number], learner.settings.finetuning
     parameters = learner.begin(generator)
     order = seeded_order(len(task.train[1]), training.steps * training.batch, generator)

@@ -14,7 +14,7 @@ def add_commands(commands: Commands) -> None:
         commands,
         "text",
         help="fine-tune a transformers checkpoint on texts, by several methods, and report",
-        description="The text study. The value of preset distilbert-imdb is in brackets.",
+        description="The text study. Brackets show the values of preset distilbert-imdb.",
         epilog=presets_help(TextSettings.PRESETS, "distilbert-imdb"),
         examples=(
             "--preset minilm-spam --data-dir data",
@@ -28,17 +28,17 @@ def add_commands(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="SETTING=V,V",
-        help="run a sweep over these settings, such as rank=4,8; separate lists by semicolons",
+        help="run a sweep over these settings, such as rank=4,8; semicolons separate lists",
     )
     text.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="runs of a sweep at a time [1]"
+        "--jobs", type=int, default=1, metavar="N", help="number of runs of a sweep in parallel [1]"
     )
     text.set_defaults(command=run_text_study)
 
 
 def run_text_study(vary: list[str], jobs: int, **given: object) -> int:
-    """Run the text study, or a sweep of it, with the options given on top of a preset."""
-    # Imported here, as torch and paramlora take their time and --help needs neither.
+    """Run the text study, or a sweep of it, with the given options as changes to a preset."""
+    # Imported here because torch and paramlora load slowly and --help needs neither.
     from .study import run_text
 
     settings = TextSettings.of_preset(str(given.pop("preset", "distilbert-imdb")), **given)
@@ -53,15 +53,15 @@ def run_text_study(vary: list[str], jobs: int, **given: object) -> int:
         print(f"rows     {folder / 'results.csv'}")
         return 0
     run = run_text(settings)
-    # Under torchrun, one process writes.
+    # Under torchrun, only the first process writes the report.
     return report([run.folder]) if int(os.environ.get("RANK", "0")) == 0 else 0
 
 
 def report(folders: list[Path]) -> int:
-    """Write the report and the figures of each run, and show its table; return 1 if a check failed.
+    """Write the report of each run and print its table. Return 1 if a check failed, else 0.
 
     Raises:
-        StudyError: a folder has no run, or a run without a fine-tuned model yet.
+        StudyError: a folder has no run, or a run has no fine-tuned model yet.
     """
     from ..report.checks import any_failed
     from .report import checks, terminal, write_text_report

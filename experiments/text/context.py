@@ -1,4 +1,4 @@
-"""What the stages of the text study share: tokens on the device, models, training, evaluation."""
+"""The context that all stages of the text study share: data, models, evaluation and rows."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +16,12 @@ from .models import load_classifier, load_tokenizer
 from .settings import TextSettings
 from .tokens import Tokens, tokenized
 
-EVALUATED = 4  # the size of an evaluation batch, in training batches
+EVALUATION_FACTOR = 4  # an evaluation batch is this many times as large as a training batch
 
 
 @dataclass(frozen=True)
 class TextContext:
-    """What the stages of the study share: the data on the device, and the run that gets the rows.
+    """The data on the device, and the run that gets the rows. All stages of the study share it.
 
     Attributes:
         tokens: the splits "train", "validation" and "test", on the device.
@@ -40,7 +40,7 @@ class TextContext:
     commit: str | None = field(default_factory=commit)
 
     def model(self, seed: int) -> nn.Module:
-        """Return a new classifier, its head drawn from the seed."""
+        """Return a new classifier on the device. The seed determines its head."""
         pad = self.tokenizer.pad_token_id
         labels = len(self.corpus.labels)
         return load_classifier(self.settings.model, labels, pad, seed).to(self.device)
@@ -48,15 +48,16 @@ class TextContext:
     def logits(self, model: nn.Module, split: str) -> Tensor:
         """Return the logits of a split, float32 (n, labels), in evaluation mode.
 
-        Shared out over the processes, batches of like length; the same rows make a batch every
-        time, so that equal weights give equal bits.
+        Texts of similar length form a batch, and the processes share the batches. The batches are
+        the same in every call, so equal weights give bit-for-bit equal logits.
         """
         tokens, group, training = self.tokens[split], self.group, model.training
         order = tokens.lengths.argsort(stable=True)
-        batches = order.split(EVALUATED * self.settings.finetuning.batch)
-        # All processes take the same number of turns, because they gather a sharded model together.
+        batches = order.split(EVALUATION_FACTOR * self.settings.finetuning.batch)
+        # Gathering a sharded model needs all processes, so each process runs the model `turns`
+        # times. A process without a batch in the last turn repeats the last batch and drops it.
         turns = -(-len(batches) // group.size)
-        found = torch.zeros(len(tokens), len(self.corpus.labels), device=self.device)
+        found = torch.zeros(len(tokens), len(self.corpus.labels), device=self.device)  # (n, labels)
         model.eval()
         with torch.no_grad(), self.autocast():
             for turn in range(turns):
@@ -70,21 +71,23 @@ class TextContext:
         return group.total(found)
 
     def accuracy(self, model: nn.Module, split: str) -> float:
+        """Return the accuracy on a split, from 0 to 1."""
         answers = self.logits(model, split).argmax(1)
         return float((answers == self.tokens[split].labels).float().mean())
 
     def autocast(self) -> torch.autocast:
+        """Return autocast to the run's dtype; it is off if the dtype is None."""
         on = self.dtype is not None
         return torch.autocast(self.device.type, dtype=self.dtype or torch.bfloat16, enabled=on)
 
     def record(self, stage: str, method: str, seed: int, **more: Any) -> None:
-        """Record a row; with several processes, only the first writes it."""
+        """Record a row. With several processes, only the first one writes it."""
         if self.group.first:
             row = {"stage": stage, "method": method, "seed": seed, "commit": self.commit}
             self.run.record({**row, **more})
 
     def scored(self, model: nn.Module, split: str) -> Row:
-        """Return accuracy, loss and confusion on a split, as a row has them."""
+        """Return the accuracy, loss and confusion counts on a split, for a row."""
         return score(self.logits(model, split), self.tokens[split].labels)
 
 
@@ -95,14 +98,16 @@ def prepare_context(
     device: torch.device,
     group: Group,
 ) -> TextContext:
-    """Tokenize the splits, or read them where a run did so before, and put them on the device."""
+    """Return the context of a run. Tokens of an earlier run are read from their files."""
     tokenizer = load_tokenizer(settings.model)
 
-    def kept(digest: str) -> Path:
+    def cache_path(digest: str) -> Path:
         return Path(settings.place.tokens) / f"{digest}.safetensors"
 
     tokens = {
-        split: tokenized(corpus, split, tokenizer, settings.dataset.max_length, kept).to(device)
+        split: tokenized(corpus, split, tokenizer, settings.dataset.max_length, cache_path).to(
+            device
+        )
         for split in corpus.splits
     }
     dtype = autocast_dtype(settings, device)
@@ -110,6 +115,6 @@ def prepare_context(
 
 
 def autocast_dtype(settings: TextSettings, device: torch.device) -> torch.dtype | None:
-    """Return the dtype of autocast; None if products have the dtype of the weights."""
+    """Return the dtype of autocast, or None if products use the dtype of the weights."""
     auto = settings.finetuning.precision == "auto" and device.type == "cuda"
     return torch.bfloat16 if auto or settings.finetuning.precision == "bf16" else None

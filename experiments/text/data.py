@@ -1,13 +1,13 @@
-"""Text data sets: found, read and split.
+"""Find, read and split text data sets.
 
     IMDb            train.jsonl and test.jsonl (id, rating, label 0 or 1, text), or the official
                     aclImdb folder or its archive aclImdb_v1.tar.gz
-    SMS spam        SMSSpamCollection, the UCI file: label, tab, text; or the archive around it
-    any other       a .csv file with a head, or a .jsonl file with an object a line
+    SMS spam        SMSSpamCollection, the UCI file: label, tab, text; or its archive
+    any other       a .csv file with a header, or a .jsonl file with one object per line
 
-Files may be packed (.gz, .bz2, .xz). A row is a text and a label; labels are numbered in sorted
-order. If a data set has no test set, one is split off by a fixed seed, so that all runs have the
-same splits.
+Files may be packed (.gz, .bz2, .xz). A row has a text and a label. The class of a label is its
+index in the sorted labels. If a data set has no test set, one is split off with a fixed seed, so
+that all runs have the same splits.
 """
 
 import bz2
@@ -49,7 +49,7 @@ class Corpus:
 
     @cached_property
     def digest(self) -> str:
-        """The SHA-256 of all rows, in hexadecimal digits."""
+        """The SHA-256 of all rows, in hexadecimal."""
         total = hashlib.sha256()
         for split, rows in self.splits.items():
             total.update(json.dumps([split, rows]).encode())
@@ -60,7 +60,7 @@ def load_corpus(settings: DatasetSettings) -> Corpus:
     """Return the data set that the settings name, split into "train", "validation" and "test".
 
     Raises:
-        StudyError: it is not to be found, or a row of it cannot be read; the message says where.
+        StudyError: the data set is not found, or a row cannot be read. The message says where.
     """
     where = (Path(settings.data_dir), settings.text_column, settings.label_column)
     train, test, why = _read(settings.data, *where)
@@ -69,17 +69,17 @@ def load_corpus(settings: DatasetSettings) -> Corpus:
     splits = _split(train, test, settings)
     labels = tuple(sorted({label for _, label in train}))
     if len(labels) < 2:
-        raise StudyError(f"--data {settings.data}: a classifier needs two labels, found {labels}")
-    odd = {label for rows in splits.values() for _, label in rows} - {*labels}
-    if odd:
-        raise StudyError(f"--data {settings.data}: the test rows have other labels, {sorted(odd)}")
+        raise StudyError(f"--data {settings.data}: needs two labels, found {labels}")
+    unknown = {label for rows in splits.values() for _, label in rows} - {*labels}
+    if unknown:
+        raise StudyError(f"--data {settings.data}: labels only in the test rows: {sorted(unknown)}")
     return Corpus(settings.data, why, labels, splits)
 
 
-# Kept for the next run of a sweep: unpacking and reading takes seconds.
+# Cached for the next run of a sweep, because unpacking and reading take seconds.
 @lru_cache(maxsize=1)
 def _read(data: str, folder: Path, text: str, label: str) -> tuple[Rows, Rows, str]:
-    """Return the rows for training, those of the test set if there is one, and where they lie."""
+    """Return the training rows, the rows of the test set (if any), and their place on disk."""
     if data in ("imdb", "spam"):
         named = environ.get(f"PARAMLORA_{data.upper()}")
         folders = [*([Path(named)] if named else []), folder, folder / data]
@@ -123,7 +123,7 @@ def _acl_archive(path: Path) -> tuple[Rows, Rows]:
             if match and file:
                 label = "1" if match[2] == "pos" else "0"
                 found[match[1]].append((file.read().decode("utf-8"), label))
-    # Sorted, because the order in the archive depends on how it was packed.
+    # Sorted, because archives of the same data can have different orders.
     return sorted(found["train"]), sorted(found["test"])
 
 
@@ -160,12 +160,12 @@ def _missing(name: str, folders: list[Path], files: str) -> StudyError:
 
 
 def _packed(path: Path) -> Path | None:
-    """Return the file at a path, or the one beside it that is packed."""
+    """Return the path, or the path of its packed file, or None if neither exists."""
     return next((p for end in PACKED if (p := Path(f"{path}{end}")).is_file()), None)
 
 
 def _table(path: Path, text: str, label: str) -> Iterator[tuple[str, str]]:
-    """Yield text and label of each row of a CSV or JSON-lines file, packed or not."""
+    """Yield the text and label of each row of a CSV or JSON-lines file, which may be packed."""
     packed = path.suffix if path.suffix in PACKED else ""
     kind = Path(path.name.removesuffix(packed)).suffix
     if kind not in (".csv", ".jsonl"):
@@ -173,10 +173,10 @@ def _table(path: Path, text: str, label: str) -> Iterator[tuple[str, str]]:
     with PACKED[packed](path, "rt", encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file) if kind == ".csv" else _objects(file, path)
         for number, row in enumerate(rows, start=1):
-            lacking = [column for column in (text, label) if row.get(column) is None]
-            if lacking:
+            missing = [column for column in (text, label) if row.get(column) is None]
+            if missing:
                 raise StudyError(
-                    f"{path}, row {number} has no {' and no '.join(map(repr, lacking))}, only "
+                    f"{path}, row {number} has no {' and no '.join(map(repr, missing))}, only "
                     f"{', '.join(map(repr, row))}; see --text-column and --label-column"
                 )
             yield str(row[text]), str(row[label])
@@ -194,7 +194,7 @@ def _objects(file: io.TextIOBase, path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _balance(rows: Rows) -> Rows:
-    """Return as many rows of each label as the rarest has, drawn by the seed of the split."""
+    """Return equally many rows of each label, as many as the rarest has, by a fixed seed."""
     if not rows:
         return rows
     fewest = min(Counter(label for _, label in rows).values())
@@ -208,7 +208,7 @@ def _balance(rows: Rows) -> Rows:
 
 
 def _split(train: Rows, test: Rows, settings: DatasetSettings) -> dict[str, Rows]:
-    """Return the three splits; shares that are missing are taken from the front of a shuffle."""
+    """Return the three splits. Missing splits are taken from the front of the shuffled rows."""
     train = _shuffled(train)
     if not test:
         size = max(1, round(settings.test * len(train)))
@@ -223,5 +223,6 @@ def _split(train: Rows, test: Rows, settings: DatasetSettings) -> dict[str, Rows
 
 
 def _shuffled(rows: Rows) -> Rows:
+    """Return the rows in a random order that is the same in all runs."""
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]

@@ -1,13 +1,18 @@
-"""How much a fine-tuning forgets of the checkpoint's ability to place texts by meaning.
+"""How much fine-tuning changes the checkpoint's ability to recognise similar texts.
 
-No other data set is needed: each of COUNT test texts is cut into two halves, and each half is
-embedded (the mean of the backbone's last hidden states over its tokens, normalised).
+The measure needs no other data set. Each of COUNT test texts is cut into two halves. The embedding
+of a half is the mean of the backbone's last hidden states over its tokens, normalised. For three
+texts the cosines of the halves are a 3 × 3 matrix:
 
-    retrieval    share of first halves whose nearest second half is their own text's
-    agreement    Spearman's rank correlation of all cosines between first and second halves
-                 with those that the checkpoint gives
+                      second half of 1   of 2   of 3
+    first half of 1         0.9           0.2    0.4
+    first half of 2         0.3           0.5    0.6    text 3 is nearer: a miss
+    first half of 3         0.1           0.2    0.8
 
-Both are proxies: retrieving halves is not a benchmark of sentence similarity.
+    retrieval    share of rows whose largest cosine is on the diagonal; 2/3 in the example
+    agreement    Spearman's rank correlation of all cosines with the checkpoint's cosines
+
+Both are proxies. Neither is a benchmark of sentence similarity.
 """
 
 from dataclasses import dataclass
@@ -17,54 +22,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .context import EVALUATED, TextContext
+from .context import EVALUATION_FACTOR, TextContext
 from .models import backbone_of
 
 COUNT = 1000
-WORDS = 8  # shorter texts are not cut into halves
+WORDS = 8  # texts with fewer words are left out
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """The embeddings of the halves, float32 (2, n, width), each of length 1."""
+    """The embeddings of the first and the second halves, float32 (2, n, width), of norm 1."""
 
     embeddings: Tensor
 
     @property
     def cosines(self) -> Tensor:
         """The cosines between first and second halves, (n, n)."""
-        return self.embeddings[0] @ self.embeddings[1].T
+        return self.embeddings[0] @ self.embeddings[1].T  # (n, width) · (width, n)
 
     @property
     def retrieval(self) -> float:
+        """The share of first halves whose nearest second half is from the same text."""
         nearest = self.cosines.argmax(1)
         own = torch.arange(len(nearest), device=nearest.device)
         return float((nearest == own).float().mean())
 
     def agreement(self, other: "Similarity") -> float:
-        """Return Spearman's rank correlation of the cosines with another's."""
+        """Return Spearman's rank correlation between these cosines and those of `other`."""
         return float(torch.corrcoef(torch.stack([_ranks(self), _ranks(other)]))[0, 1])
 
 
 def similarity(context: TextContext, model: nn.Module) -> Similarity:
-    """Return the similarities of the halves of the test texts, by the backbone, in float32.
+    """Return the similarities of the halves of the test texts, without autocast.
 
-    Every process computes all of them.
+    With several processes, each process computes all of them.
     """
     ids, mask = _halves(context)
     backbone, training = backbone_of(model), model.training
     model.eval()
-    size, found = EVALUATED * context.settings.finetuning.batch, []
+    size, found = EVALUATION_FACTOR * context.settings.finetuning.batch, []
     with torch.no_grad():
         for i, m in zip(ids.split(size), mask.split(size), strict=True):
-            hidden = backbone(input_ids=i, attention_mask=m).last_hidden_state
-            found.append((hidden * m[..., None]).sum(1) / m.sum(1, keepdim=True))
+            hidden = backbone(input_ids=i, attention_mask=m).last_hidden_state  # (batch, t, width)
+            # The mean over the tokens, without padding.
+            found.append((hidden * m[..., None]).sum(1) / m.sum(1, keepdim=True))  # (batch, width)
     model.train(training)
+    # (2n, width) → (2, n, width): the first halves come before the second halves.
     return Similarity(F.normalize(torch.cat(found).float(), dim=-1).unflatten(0, (2, -1)))
 
 
 def halves(texts: list[str]) -> tuple[list[str], list[str]]:
-    """Return the first and the second halves of the texts that are long enough, COUNT at most.
+    """Return the first and the second halves of the first COUNT texts of at least WORDS words.
 
     >>> halves(["a b c d e f g h", "too short"])
     (['a b c d'], ['e f g h'])
@@ -86,5 +94,10 @@ def _halves(context: TextContext) -> tuple[Tensor, Tensor]:
     return encoded["input_ids"].to(context.device), encoded["attention_mask"].to(context.device)
 
 
-def _ranks(of: Similarity) -> Tensor:
-    return of.cosines.flatten().argsort().argsort().double()
+def _ranks(similarity: Similarity) -> Tensor:
+    """Return the rank of each cosine, (n · n,).
+
+    `argsort` returns the places in order of rank, and the second `argsort` inverts this. For
+    cosines 0.9, 0.2, 0.4 the first gives 1, 2, 0 and the second gives the ranks 2, 0, 1.
+    """
+    return similarity.cosines.flatten().argsort().argsort().double()

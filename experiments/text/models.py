@@ -1,10 +1,10 @@
-"""Sequence classifiers from transformers checkpoints, and what each method trains of them.
+"""Sequence classifiers from transformers checkpoints, and the parameters that each method trains.
 
-full          everything
-last-layers   the last two nn.Linear of the model, in its order
-lora          low-rank updates of the targets; the head stays frozen at its random start
-lora+head     the same, and a full-size update (`pl.Delta`) of all that lies outside the
-              backbone, so that one switch gives the checkpoint back
+full          all parameters
+last-layers   the last two nn.Linear modules, in the order of `model.modules()`
+lora          low-rank updates of the targets; the head stays frozen at its random initialisation
+lora+head     as lora, and full-size updates (`pl.Delta`) of the head, so that disabling the
+              adapter restores the checkpoint
 """
 
 import re
@@ -22,10 +22,10 @@ ADAPTER = "text"
 
 
 def transformers() -> Any:
-    """Return the package transformers with its log turned off; importing it takes seconds.
+    """Import transformers, which takes seconds, turn its log off, and return it.
 
     Raises:
-        StudyError: it is not installed.
+        StudyError: transformers is not installed.
     """
     try:
         import transformers as package
@@ -39,10 +39,10 @@ def transformers() -> Any:
 
 
 def load_tokenizer(model: str) -> Any:
-    """Return the tokenizer of a checkpoint; without a padding token, it pads with its last token.
+    """Return the tokenizer of a checkpoint. Without a padding token it pads with the last token.
 
     Raises:
-        StudyError: there is no such checkpoint.
+        StudyError: the checkpoint cannot be loaded.
     """
     try:
         tokenizer = transformers().AutoTokenizer.from_pretrained(model)
@@ -54,16 +54,16 @@ def load_tokenizer(model: str) -> Any:
 
 
 def load_classifier(model: str, labels: int, pad: int, seed: int) -> nn.Module:
-    """Return a checkpoint as a classifier of texts, in float32 on the CPU, in evaluation mode.
+    """Return a checkpoint as a text classifier, in float32 on the CPU, in evaluation mode.
 
     Args:
-        model: the checkpoint's name on the hub, or a folder.
+        model: the checkpoint's name on the Hugging Face Hub, or a folder.
         labels: the number of labels.
         pad: the id of the padding token.
-        seed: the seed of the new head; torch's global generator does not change.
+        seed: the seed of the new head. The state of torch's global generator does not change.
 
     Raises:
-        StudyError: the checkpoint does not exist, or has no classifier.
+        StudyError: the checkpoint cannot be loaded as a classifier.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -79,13 +79,13 @@ def load_classifier(model: str, labels: int, pad: int, seed: int) -> nn.Module:
 def _no_checkpoint(model: str, error: Exception) -> StudyError:
     reason = str(error).strip().splitlines()[0]
     return StudyError(
-        f"--model {model}: no checkpoint of a text model can be loaded there ({reason}); name a "
-        "folder that save_pretrained wrote, or a model of the hub"
+        f"--model {model}: cannot load a text model from there ({reason}); name a folder that "
+        "save_pretrained wrote, or a model on the Hugging Face Hub"
     )
 
 
 def with_bias(model: nn.Module) -> nn.Module:
-    """Give a head `score` without a bias, as in transformers' GPT-2, a bias of zeros."""
+    """Add a zero bias to a head `score` without bias, such as that of GPT-2; return the model."""
     score = getattr(model, "score", None)
     if isinstance(score, nn.Linear) and score.bias is None:
         score.bias = nn.Parameter(torch.zeros_like(score.weight[:, 0]))
@@ -93,18 +93,18 @@ def with_bias(model: nn.Module) -> nn.Module:
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """Return the checkpoint's own part of a classifier: all but the new head."""
+    """Return the part of a classifier that the checkpoint has: all modules but the new head."""
     return model.get_submodule(str(model.base_model_prefix))
 
 
 def head_of(model: nn.Module) -> list[str]:
-    """Return the paths of the head's parameters: those outside of the backbone."""
+    """Return the paths of the head's parameters, which are those outside the backbone."""
     inside = str(model.base_model_prefix) + "."
     return [name for name, _ in model.named_parameters() if not name.startswith(inside)]
 
 
 def globs(targets: str) -> list[str]:
-    """Split a list of globs at its commas, except commas inside the brackets of an index.
+    """Split a list of globs at its commas, but not at commas inside the brackets of an index.
 
     >>> globs("*.c_attn.weight[:, :768],score")
     ['*.c_attn.weight[:, :768]', 'score']
@@ -113,23 +113,23 @@ def globs(targets: str) -> list[str]:
 
 
 def lora_of(settings: AdapterSettings) -> pl.LoRA:
-    """Return the update that the settings ask for; `settings.scaling` multiplies B A."""
+    """Return the update of the settings: W' = W + scaling · B A."""
     return pl.LoRA(settings.rank, settings.scaling * settings.rank, init=settings.init)
 
 
 def prepare(
     model: nn.Module, method: str, settings: TextSettings, generator: torch.Generator
 ) -> list[nn.Parameter]:
-    """Prepare a classifier for a method, and return the parameters that it trains.
+    """Prepare a classifier for a method, and return the parameters that the method trains.
 
     Args:
-        model: changed in place: frozen in part, or with the adapter ADAPTER attached.
+        model: is changed in place: parameters are frozen, or the adapter ADAPTER is attached.
         method: one of `settings.METHODS`.
-        settings: which targets, and which update.
-        generator: where the factors' random numbers come from.
+        settings: the settings with the targets and the update.
+        generator: the generator of the factors' initialisation.
 
     Raises:
-        StudyError: a target matches nothing in this model, or cannot be adapted.
+        StudyError: a target matches nothing in the model, or cannot be adapted.
     """
     if method == "full":
         return list(model.parameters())
@@ -144,7 +144,7 @@ def prepare(
         target: lora_of(settings.adapter) for target in globs(settings.adapter.targets)
     }
     if method == "lora+head":
-        # The head comes first, because the first target that matches a tensor decides.
+        # The head comes first, because a tensor gets the spec of the first target that matches it.
         spec = {**dict.fromkeys(head_of(model), pl.Delta()), **spec}
     try:
         pl.attach(model, spec, name=ADAPTER, generator=generator)

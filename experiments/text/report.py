@@ -8,20 +8,21 @@ from ..harness.settings import StudyError
 from ..report.checks import Check, check_lines
 from ..report.table import Sample, Table, key_value_table, percent
 
-# A merged network's logits may differ by so much of the largest; products in bf16 by far more.
+# The allowed difference of a merged model's logits, relative to the largest logit, by the dtype of
+# products.
 CLOSE = {"fp32": 1e-4, "bf16": 0.1}
 TUNED = ("tuned", "on")
 
 
 def write_text_report(folder: Path) -> RunDirectory:
-    """Write report.md and the figure of the text run in `folder`, from its rows; return the run.
+    """Write the report and the figure of the text run in `folder`, and return the run.
 
     Raises:
-        StudyError: the folder has no run, or a run without a fine-tuned row yet.
+        StudyError: the folder has no run, or the run has no fine-tuned model yet.
     """
     run = RunDirectory.read(folder)
     if not tuned_rows(run):
-        raise StudyError(f"the run in {folder} has no fine-tuned model yet: go on with it first")
+        raise StudyError(f"the run in {folder} has no fine-tuned model yet: resume it first")
     figures = {}
     if strength_rows(run):
         draw_strengths(run, folder / "strengths.png")
@@ -36,7 +37,7 @@ def terminal(run: RunDirectory) -> str:
 
 
 def markdown(run: RunDirectory, figures: dict[str, str]) -> str:
-    """Return report.md. `figures`: what each figure shows, by its file name."""
+    """Return the text of report.md. `figures` has the caption of each figure by file name."""
     parts = [f"# Text study, preset {run.settings['preset']}", title(run) + "."]
     parts += ["## Methods", method_table(run).markdown(), LEGEND]
     if strength_rows(run):
@@ -49,24 +50,24 @@ def markdown(run: RunDirectory, figures: dict[str, str]) -> str:
 
 
 LEGEND = (
-    "Accuracies in %, mean ± sample sd over the seeds. The best moment of a training is the one of "
-    "the highest accuracy on the validation rows; the test rows choose nothing. Time: of training "
-    "alone, without evaluations. Memory: the GPU's peak while training, of everything."
+    "Accuracies in %, mean ± sample sd over the seeds. Each training keeps the parameters with the "
+    "highest accuracy on the validation rows; test rows are not used for choices. Seconds: time of "
+    "training without evaluations. Peak GB: the GPU's peak memory during training."
 )
 FORGETTING = (
-    "Strength: λ in W + λ·ΔW. Retrieval: each of up to 1,000 test texts is cut in two, and its "
-    "first half has to find its second among all by the backbone's embeddings. Agreement: "
-    "Spearman's rank correlation of all those cosines with the checkpoint's. Both stand in for a "
-    "benchmark of sentence similarity, which they are not."
+    "λ: strength in W + λ·ΔW. Up to 1,000 test texts are cut into halves. Retrieval: the share of "
+    "first halves whose nearest second half, by the backbone's embeddings, is from the same text. "
+    "Agreement: Spearman's rank correlation of all cosines between halves with the checkpoint's "
+    "cosines. Both are proxies, not a benchmark of sentence similarity."
 )
 CAPTION = (
-    "Accuracy on the task against what is left of the checkpoint's ability, by strength λ: the "
-    "mean over the seeds, and each of them as a dot"
+    "Accuracy on the task against the checkpoint's remaining ability, by strength λ: the mean over "
+    "the seeds as a line, each seed as a dot"
 )
 
 
 def title(run: RunDirectory) -> str:
-    """Return the title of the report: data, checkpoint and seeds."""
+    """Return a line that names the checkpoint, the data and the number of seeds."""
     settings, env = run.settings, run.environment
     seeds = len({row["seed"] for row in tuned_rows(run)})
     return (
@@ -77,20 +78,20 @@ def title(run: RunDirectory) -> str:
 
 
 def tuned_rows(run: RunDirectory, method: str | None = None) -> list[Row]:
-    """Return the rows of fine-tuned models, of one method where it is named."""
+    """Return the rows of fine-tuned models, or those of one method if it is given."""
     rows = [row for row in run.rows if row["stage"] in TUNED]
     return [row for row in rows if method in (None, row["method"])]
 
 
 def strength_rows(run: RunDirectory) -> list[Row]:
-    """Return the rows that have a figure for each strength."""
+    """Return the rows with the results at each strength."""
     return [row for row in run.rows if row["stage"] == "strengths"]
 
 
 def methods_in(run: RunDirectory) -> list[str]:
-    """Return the methods that have rows, in the order in which they were asked for."""
-    there = {row["method"] for row in tuned_rows(run)}
-    return [method for method in run.settings["methods"].split(",") if method in there]
+    """Return the methods that have rows, in the order of `--methods`."""
+    finished = {row["method"] for row in tuned_rows(run)}
+    return [method for method in run.settings["methods"].split(",") if method in finished]
 
 
 def method_table(run: RunDirectory) -> Table:
@@ -116,12 +117,12 @@ def method_table(run: RunDirectory) -> Table:
 
 
 def percent2(fractions: list[float]) -> str:
-    """Return fractions in % to two places, mean ± sd."""
+    """Return the mean ± sd of fractions, in % with two decimals."""
     return Sample(tuple(100 * value for value in fractions)).mean_sd(2)
 
 
 def strength_table(run: RunDirectory) -> Table:
-    """Return one line per method and strength: accuracy, and how much is forgotten."""
+    """Return one line per method and strength: accuracy, retrieval and agreement."""
     head = ["method", "λ", "validation", "test", "retrieval", "agreement", "n"]
     rows = []
     for method in methods_in(run):
@@ -145,7 +146,7 @@ def strength_table(run: RunDirectory) -> Table:
 
 
 def checks(run: RunDirectory) -> list[Check]:
-    """Return the claims that have rows, each with whether it is true for each adapter."""
+    """Return the checks that have rows: each claim with one result per adapter."""
 
     def each(stage: str, key: str) -> list[bool]:
         return [row[key] for row in run.rows if row["stage"] == stage]
@@ -170,14 +171,12 @@ def checks(run: RunDirectory) -> list[Check]:
 def draw_strengths(run: RunDirectory, path: Path) -> None:
     """Draw accuracy against agreement and retrieval: one curve per method, one point per λ."""
     from ..report.figures import plt
-    from ..report.style import STYLE
 
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-        _strengths(run, axes)
-        # Without the version that matplotlib writes, the same rows give the same bytes.
-        figure.savefig(path, metadata={"Software": None})
-        plt.close(figure)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    _strengths(run, axes)
+    # Leave out matplotlib's version, so that the same rows give the same bytes.
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
 
 
 def _strengths(run: RunDirectory, axes: Any) -> None:
@@ -201,7 +200,7 @@ def _strengths(run: RunDirectory, axes: Any) -> None:
                 seed_y = [100 * value for value in row["accuracy"]]
                 axis.plot(seed_x, seed_y, ".", color=mean.get_color(), alpha=0.4)
             for i in count:
-                # Upright, so that the labels of close points stand side by side.
+                # Rotated, so that the labels of close points do not overlap.
                 axis.annotate(f"{these[0]['strengths'][i]:g}", (x[i], y[i]), fontsize=7,
                               xytext=(0, 5), textcoords="offset points",
                               rotation=90, ha="center", va="bottom")  # fmt: skip

@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 from ..harness.settings import (
     COUNT,
-    DEVICE,
     FINITE,
     NATURAL,
     POSITIVE,
     Check,
+    PlaceSettings,
     Settings,
     SettingsGroup,
     option,
@@ -20,7 +20,7 @@ METHODS = ("full", "last-layers", "lora", "lora+head")
 INITS = ("kaiming", "gaussian", "gaussian/sqrt_r", "orthogonal")
 
 
-# all-MiniLM-L6-v2: 22.7 M parameters, small enough to be studied in minutes.
+# all-MiniLM-L6-v2 has 22.7 M parameters, so a study takes minutes.
 MINILM: dict[str, Any] = {
     "model": "sentence-transformers/all-MiniLM-L6-v2",
     "targets": "*.query,*.key,*.value,*.dense",
@@ -33,13 +33,14 @@ MINILM: dict[str, Any] = {
 
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    # Raschka, "Code LoRA From Scratch": its default setting, and the best that it found.
+    # Raschka, "Code LoRA From Scratch": the default settings, and the best ones found there.
     "distilbert-imdb": {},
     "distilbert-imdb-best": {
         "alpha": 1.0,
         "targets": "*.q_lin,*.v_lin,*.ffn.lin1,*.ffn.lin2",
     },
-    # LLMs-from-scratch, appendix E. Its padding to the longest text changes no result here.
+    # Raschka, "LLMs-from-scratch", appendix E. The book pads all texts to the longest one; this
+    # study pads per batch, which does not change the results.
     "gpt2-spam": {
         "model": "gpt2",
         "data": "spam",
@@ -70,7 +71,7 @@ def _known_methods(text: str) -> bool:
     return bool(names) and set(names) <= set(METHODS) and len(set(names)) == len(names)
 
 
-PART = Check("a share between 0 and 1", lambda value: 0 < value < 1)
+FRACTION = Check("a share between 0 and 1", lambda value: 0 < value < 1)
 KNOWN_METHODS = Check(f"a list of {', '.join(METHODS)}, each at most once", _known_methods)
 
 
@@ -79,24 +80,23 @@ class DatasetSettings(SettingsGroup):
     """The data set: its files, columns and splits."""
 
     data: str = option(
-        "imdb", "imdb, spam, or the path of a .csv or a .jsonl file (.gz, .bz2 and .xz, too)"
+        "imdb",
+        "imdb, spam, or the path of a .csv or .jsonl file, which may be packed (.gz, .bz2, .xz)",
     )
-    text_column: str = option("text", "column of a CSV or JSON-lines file with the text")
-    label_column: str = option("label", "column of it with the label: any two or more values")
-    balanced: bool = option(False, "leave out rows until each label has as many as the rarest")
+    text_column: str = option("text", "column of the texts in a CSV or JSON-lines file")
+    label_column: str = option("label", "column of the labels in it; at least two different values")
+    balanced: bool = option(False, "drop rows until all labels have as many as the rarest one")
     validation: float = option(
-        0.1, "share of the training rows held out to choose settings by", PART
+        0.1, "share of the training rows for validation, which chooses the settings", FRACTION
     )
     test: float = option(
-        0.2, "share of all rows for the test, where the data have no test set", PART
+        0.2, "share of all rows for the test, if the data set has no test set", FRACTION
     )
-    rows: int = option(
-        0, "maximum rows of each split, drawn by the seed of the split; 0: all", NATURAL
-    )
-    max_length: int = option(256, "maximum tokens of a text; longer texts are cut off", COUNT)
+    rows: int = option(0, "maximum rows of each split, drawn with a fixed seed; 0: all", NATURAL)
+    max_length: int = option(256, "maximum tokens of a text; longer texts are truncated", COUNT)
     data_dir: str = option(
         "data",
-        "folder with the data sets; else that of PARAMLORA_IMDB or PARAMLORA_SPAM",
+        "folder of the data sets; the variables PARAMLORA_IMDB and PARAMLORA_SPAM come first",
         affects_results=False,
     )
 
@@ -107,15 +107,13 @@ class AdapterSettings(SettingsGroup):
 
     targets: str = option(
         "*.q_lin,*.v_lin",
-        "targets of lora: a list of globs over paths of modules or tensors",
-        Check("a list of globs, such as *.query,*.value", bool),
+        "targets of lora: comma-separated globs over paths of modules or tensors",
+        Check("comma-separated globs, such as *.query,*.value", bool),
     )
-    rank: int = option(8, "rank r of the update, columns of B", COUNT)
-    alpha: float = option(16.0, "alpha of the update, a plain number; see --scale", FINITE)
-    scale: str = option(
-        "alpha", "what multiplies B A", choices=("alpha", "alpha/r", "alpha/sqrt_r")
-    )
-    init: str = option("gaussian/sqrt_r", "how A starts; B starts at zero", choices=INITS)
+    rank: int = option(8, "rank r of the update B A", COUNT)
+    alpha: float = option(16.0, "alpha of the update; see --scale", FINITE)
+    scale: str = option("alpha", "factor of B A", choices=("alpha", "alpha/r", "alpha/sqrt_r"))
+    init: str = option("gaussian/sqrt_r", "initialisation of A; B starts at zero", choices=INITS)
 
     @property
     def scaling(self) -> float:
@@ -133,28 +131,28 @@ class FinetuningSettings(SettingsGroup):
     full_lr: float = option(5e-5, "learning rate of full", POSITIVE)
     weight_decay: float = option(
         0.01,
-        "AdamW's weight decay, of all that is trained",
-        Check("a finite number from 0", lambda value: 0 <= value < math.inf),
+        "AdamW's weight decay of all trained parameters",
+        Check("a finite number of at least 0", lambda value: 0 <= value < math.inf),
     )
     schedule: str = option(
         "linear",
-        "linear: the rate falls to 0 at the last step, after a rise over the first 6 %",
+        "learning rate; linear: it rises over the first 6 % of the steps, then falls to 0",
         choices=("linear", "constant"),
     )
-    batch: int = option(32, "batch size, texts; of all processes together", COUNT)
+    batch: int = option(32, "batch size of all processes together, texts", COUNT)
     accumulate: int = option(
-        1, "parts of a batch that go through the model one after the other", COUNT
+        1, "split each batch into this many parts, which run one after the other", COUNT
     )
-    epochs: int = option(3, "length of training, passes over the training rows", COUNT)
+    epochs: int = option(3, "passes over the training rows", COUNT)
     patience: int = option(
         1,
         "stop after this many evaluations without a better validation accuracy; 0: never",
         NATURAL,
     )
     evaluations: int = option(
-        2, "evaluations on the validation rows in an epoch; the best is kept", COUNT
+        2, "evaluations on the validation rows per epoch; the best parameters are kept", COUNT
     )
-    by_length: bool = option(True, "batches of texts of like length, in a random order")
+    by_length: bool = option(True, "form batches of texts of similar length, in random order")
     precision: str = option(
         "auto",
         "dtype of products; the weights stay float32. auto: bf16 on a GPU, else fp32",
@@ -163,25 +161,17 @@ class FinetuningSettings(SettingsGroup):
 
 
 @dataclass(frozen=True)
-class PlaceSettings(SettingsGroup):
-    """The device, the processes and the folders."""
+class TextPlaceSettings(PlaceSettings):
+    """Device, processes and folders."""
 
-    device: str = option(
-        "auto", "a torch device such as cpu or cuda:1; auto: a GPU if any, or cpu", DEVICE
-    )
     parallel: str = option(
         "ddp",
-        "under torchrun: ddp, each process has a whole model; fsdp, each has a part of it",
+        "under torchrun; ddp: each process has the whole model, fsdp: a shard of it",
         choices=("ddp", "fsdp"),
         affects_results=False,
     )
-    out: str = option(
-        "",
-        "folder of the run; else runs/text-PRESET and what differs from it",
-        affects_results=False,
-    )
     tokens: str = option(
-        "runs/tokens", "folder of tokenized texts, which runs share", affects_results=False
+        "runs/tokens", "folder of tokenized texts, shared by all runs", affects_results=False
     )
 
 
@@ -190,8 +180,8 @@ class TextSettings(Settings):
     """All settings of the text study. The defaults are the preset "distilbert-imdb".
 
     Raises:
-        StudyError: a value is not allowed; the message has the option, the value and the allowed
-            values.
+        StudyError: a value is not allowed. The message names the option, the value and the
+            condition.
 
     >>> TextSettings.of_preset("gpt2-spam").adapter.scaling
     1.0
@@ -206,21 +196,22 @@ class TextSettings(Settings):
         choices=tuple(_PRESETS),
     )
     model: str = option(
-        "distilbert-base-uncased", "a transformers checkpoint: its name on the hub, or a folder"
+        "distilbert-base-uncased",
+        "a transformers checkpoint: a name on the Hugging Face Hub, or a folder",
     )
     dataset: DatasetSettings = DatasetSettings()
     methods: str = option(
-        "full,last-layers,lora", f"a list of: {', '.join(METHODS)}", KNOWN_METHODS
+        "full,last-layers,lora", f"comma-separated list of {', '.join(METHODS)}", KNOWN_METHODS
     )
     adapter: AdapterSettings = AdapterSettings()
     finetuning: FinetuningSettings = FinetuningSettings()
     seeds: int = option(
-        3, "number of seeds, counted from 0; each is one fine-tuning a method", COUNT
+        3, "number of seeds, from 0; each method is fine-tuned once per seed", COUNT
     )
     forgetting: bool = option(
-        True, "measure what the checkpoint could do before, at several strengths of the adapter"
+        True, "measure the checkpoint's remaining ability at several strengths of the adapter"
     )
-    place: PlaceSettings = PlaceSettings()
+    place: TextPlaceSettings = TextPlaceSettings()
 
     @property
     def chosen_methods(self) -> list[str]:

@@ -1,7 +1,8 @@
-"""The text study: a checkpoint, and ways to fine-tune it into a classifier of texts.
+"""The text study: several methods fine-tune a checkpoint into a classifier of texts.
 
-For one seed all methods start from the same classifier and see the same batches in the same order.
-What is chosen is chosen on the validation rows: the best moment of a training, and the settings.
+With the same seed, all methods start from the same classifier and see the same batches in the same
+order. The validation rows choose the best step of a training and the settings. The test rows are
+not used for choices.
 """
 
 from collections.abc import Callable, Iterator
@@ -53,22 +54,22 @@ def run_text(settings: TextSettings, say: Callable[[str], None] = print) -> RunD
         say: receives each line of progress.
 
     Raises:
-        StudyError: model, data, device or folder cannot be used; the message says why.
+        StudyError: the model, data, device or folder cannot be used. The message says why.
     """
     with group(resolve_device(settings.place.device)) as (processes, device):
         corpus = load_corpus(settings.dataset)
         run = _begin(settings, corpus, device, processes)
-        told = say if processes.first else _silent
-        told(f"run      {run.folder}, on {device}, by {processes.size} process(es)")
+        report = say if processes.first else _silent
+        report(f"run      {run.folder}, on {device}, by {processes.size} process(es)")
         sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in corpus.splits.items())
-        told(f"data     {corpus.name}: {corpus.why}; {sizes}")
+        report(f"data     {corpus.name}: {corpus.why}; {sizes}")
 
         def prepared() -> TextContext:
             context = prepare_context(settings, run, corpus, device, processes)
-            show_parameters(context, told)
+            show_parameters(context, report)
             return context
 
-        run_stages(run, stages(settings), prepared, told)
+        run_stages(run, stages(settings), prepared, report)
         processes.wait()
     return run
 
@@ -76,7 +77,7 @@ def run_text(settings: TextSettings, say: Callable[[str], None] = print) -> RunD
 def _begin(
     settings: TextSettings, corpus: Corpus, device: torch.device, processes: Group
 ) -> RunDirectory:
-    """Start or resume the run; the first process does so before the others."""
+    """Start or resume the run. The other processes wait until the first one has done so."""
     environment = {
         "study": settings.STUDY,
         **machine(torch.device(device.type), "transformers", "tokenizers"),
@@ -100,7 +101,7 @@ def _begin(
 
 
 def tune(method: str, seed: int, context: TextContext) -> None:
-    """Fine-tune a part of the model itself. Row: "tuned"."""
+    """Fine-tune parameters of the model itself, without an adapter. Row: "tuned"."""
     model = context.model(seed)
     prepare(model, method, context.settings, torch.Generator())
     learned = fine_tune(context, model, method, seed)
@@ -110,15 +111,16 @@ def tune(method: str, seed: int, context: TextContext) -> None:
 
 
 def tune_attached(method: str, seed: int, context: TextContext) -> None:
-    """Fine-tune an adapter, save it, and check it off, on and merged. Rows: ATTACHED.
+    """Fine-tune an adapter, save it, and evaluate it off, on and merged. Rows: ATTACHED.
 
-    A sharded model cannot be merged, so merging is checked on a whole one with the saved adapter.
+    A sharded model cannot be merged. The evaluation therefore loads the saved adapter into a new,
+    unsharded model.
     """
     model = context.model(seed)
     before, digest = context.logits(model, "validation"), pl.fingerprint(model)
     size = _of_base(model)
     prepare(model, method, context.settings, torch.Generator().manual_seed(seed))
-    same_at_first = torch.equal(context.logits(model, "validation"), before)
+    same_before_training = torch.equal(context.logits(model, "validation"), before)
     learned = fine_tune(context, model, method, seed)
     path = adapter_path(context, method, seed)
     pl.save(model, path, ADAPTER)
@@ -134,7 +136,7 @@ def tune_attached(method: str, seed: int, context: TextContext) -> None:
     with pl.merged(model):
         merged = context.logits(model, "validation")
     checks = {
-        "same_at_first": same_at_first,
+        "same_at_first": same_before_training,
         "same_logits": torch.equal(off, before),
         "same_fingerprint": pl.fingerprint(model) == digest,
     }
@@ -145,9 +147,9 @@ def tune_attached(method: str, seed: int, context: TextContext) -> None:
 
 
 def try_strengths(method: str, seed: int, context: TextContext) -> None:
-    """Record the task's accuracy and the checkpoint's own ability at each λ. Row: "strengths".
+    """Record the accuracy, retrieval and agreement at each strength λ. Row: "strengths".
 
-    Choose λ by the accuracy on the validation rows.
+    The row has the validation accuracy as well, so that λ is not chosen on the test rows.
     """
     model = context.model(seed)
     base = similarity(context, model)
@@ -180,19 +182,19 @@ def adapter_path(context: TextContext, method: str, seed: int) -> Path:
 
 
 def show_parameters(context: TextContext, say: Callable[[str], None]) -> None:
-    """Say how much each method trains."""
+    """Report the number of parameters that each method trains."""
     settings = context.settings
     total = _of_base(context.model(0))["parameters"]
     say(f"model    {settings.model}: {total:,} parameters as a classifier")
     for method in settings.chosen_methods:
         trained = prepare(context.model(0), method, settings, torch.Generator())
         count = sum(p.numel() for p in trained)
-        what = (
+        targets = (
             f" {lora_of(settings.adapter)} at {globs(settings.adapter.targets)}"
             if "lora" in method
             else ""
         )
-        say(f"{method:<12} trains {count:,}, {count / total:.2%}{what}")
+        say(f"{method:<12} trains {count:,}, {count / total:.2%}{targets}")
 
 
 def _of_base(model: nn.Module) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""The text study over a grid of settings, in parallel; the validation rows decide the best.
+"""The text study over a grid of settings, in parallel.
 
-    FOLDER/NAME/        a run of the text study for each choice of settings
+    FOLDER/NAME/        a run of the text study for each combination of settings
     FOLDER/results.csv  all rows of fine-tuned models
-    FOLDER/sweep.md     a line a choice and method, the best first
+    FOLDER/sweep.md     a line per combination and method, ordered by validation accuracy
 
-Each choice is an ordinary run, so a sweep that was stopped goes on, and a grid that grew trains
-only what is new. Jobs go through joblib, as those of the digit study's sweep.
+Each combination is an ordinary run. An interrupted sweep therefore resumes, and a larger grid
+trains only the new combinations. Jobs run through joblib, as in the digit study's sweep.
 """
 
 import itertools
@@ -26,7 +26,7 @@ def text_cells(settings: TextSettings, grid: Grid, folder: Path) -> dict[str, Te
     """Return the settings of each combination of the grid by name, each with its own folder.
 
     Raises:
-        StudyError: a name that no result depends on, or a value that is not allowed.
+        StudyError: a name in the grid does not affect results, or a value is not allowed.
     """
     check_grid(grid, settings)
     found = {}
@@ -51,17 +51,17 @@ def run_text_sweep(
         settings: the settings that the grid changes.
         grid: the values of each setting; every combination is run.
         folder: the folder of the sweep.
-        jobs: processes at a time; `joblib.parallel_config` can choose another back end.
+        jobs: number of parallel processes; `joblib.parallel_config` can choose another backend.
         say: receives each line of progress.
     """
     from joblib import Parallel, delayed
 
     cells = text_cells(settings, grid, folder)
-    say(f"sweep    {folder}: {len(cells)} choices of settings")
+    say(f"sweep    {folder}: {len(cells)} combinations of settings")
     pool = Parallel(n_jobs=jobs, return_as="generator")
     rows: list[Row] = []
-    made = pool(delayed(_run)(cell) for cell in cells.values())
-    for name, cell_rows in zip(cells, made, strict=True):
+    results = pool(delayed(_run)(cell) for cell in cells.values())
+    for name, cell_rows in zip(cells, results, strict=True):
         rows += [{"cell": name, **row} for row in cell_rows]
         say(f"cell     {name}")
     table = text_table(rows)
@@ -76,7 +76,7 @@ CHOSEN = (
 
 
 def text_table(rows: Sequence[Row]) -> Table:
-    """Return one line per combination and method, the best on the validation rows first."""
+    """Return one line per combination and method, ordered by validation accuracy."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["cell"]), []).append(row)
@@ -100,7 +100,7 @@ def text_table(rows: Sequence[Row]) -> Table:
 
 
 def _run(settings: TextSettings) -> list[Row]:
-    """Run one choice; everything is made from its settings, in any process."""
+    """Run one combination and return its rows. It depends only on `settings`, in any process."""
     from .study import run_text
 
     run: RunDirectory = run_text(settings, lambda line: None)

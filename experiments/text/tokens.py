@@ -1,4 +1,4 @@
-"""Texts as tokens: tokenized once, kept on the device, given out in padded batches."""
+"""Tokenized texts: stored in files, kept on the device, and returned in padded batches."""
 
 import hashlib
 import json
@@ -19,10 +19,11 @@ class Tokens:
 
     Attributes:
         ids: int32, all tokens of all texts.
-        starts: int64 (n,), where in `ids` each text begins.
-        lengths: int64 (n,), on the CPU: a batch's width is known without waiting for the device.
+        starts: int64 (n,), the position in `ids` of the first token of each text.
+        lengths: int64 (n,), the tokens of each text. They stay on the CPU, so that computing the
+            width of a batch does not wait for the device.
         labels: int64 (n,).
-        pad: the token that fills a batch up.
+        pad: the id of the padding token.
     """
 
     ids: Tensor
@@ -40,30 +41,40 @@ class Tokens:
         return Tokens(ids, starts, self.lengths, self.labels.to(device), self.pad)
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ids and mask, int64 (n, width), and labels, int64 (n,), of rows on the CPU.
+        """Return the ids and mask, int64 (n, width), and the labels, int64 (n,), of some texts.
 
-        Padded on the right to the longest of them.
+        Each text is padded on the right to the longest one. For texts of 3 and 1 tokens that start
+        at 7 and 2 in `self.ids`:
+
+            mask      1 1 1     places    7 8 9     ids    a b c
+                      1 0 0               2 0 0            d . .    (. is the padding token)
+
+        A place outside a text would be in another text or beyond the end of `self.ids`, so it is
+        replaced by 0 before the look-up, and its token by the padding token after it.
+
+        Args:
+            rows: the numbers of the texts, int64 (n,), on the CPU.
         """
         lengths, device = self.lengths[rows], self.ids.device
-        columns = torch.arange(int(lengths.max()), device=device)
+        columns = torch.arange(int(lengths.max()), device=device)  # (width,)
         rows, lengths = rows.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
-        mask = columns < lengths[:, None]
+        mask = columns < lengths[:, None]  # (n, width)
         places = torch.where(mask, self.starts[rows][:, None] + columns, 0)
         ids = torch.where(mask, self.ids[places].long(), self.pad)
         return ids, mask.long(), self.labels[rows]
 
 
 def tokenized(
-    corpus: Corpus, split: str, tokenizer: Any, max_length: int, kept: Callable[[str], Path]
+    corpus: Corpus, split: str, tokenizer: Any, max_length: int, cache_path: Callable[[str], Path]
 ) -> Tokens:
-    """Return a split as tokens, from the file of an earlier run if it exists.
+    """Return the tokens of a split, from the file of an earlier run if it exists.
 
     Args:
         corpus: the texts.
         split: "train", "validation" or "test".
-        tokenizer: of transformers.
-        max_length: tokens of a text at most, special ones included.
-        kept: says in which file they are kept, from a digest of all that they depend on.
+        tokenizer: a tokenizer of transformers.
+        max_length: maximum tokens of a text, special tokens included.
+        cache_path: maps a digest of the texts and the tokenizer to the path of the file.
     """
     from safetensors.torch import load, save
 
@@ -73,8 +84,8 @@ def tokenized(
     texts = [text for text, _ in rows]
     numbers = {label: i for i, label in enumerate(corpus.labels)}
     labels = torch.tensor([numbers[label] for _, label in rows])
-    how = [_identity(tokenizer), max_length, texts]
-    path = kept(hashlib.sha256(json.dumps(how).encode()).hexdigest()[:16])
+    inputs = [_identity(tokenizer), max_length, texts]
+    path = cache_path(hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16])
     if path.exists():
         flat = load(path.read_bytes())
         ids, lengths = flat["ids"], flat["lengths"].long()
@@ -88,7 +99,7 @@ def tokenized(
 
 
 def _identity(tokenizer: Any) -> str:
-    """Return a digest of a tokenizer: of its file's content, or else of its vocabulary."""
+    """Return a digest of a tokenizer's file, or of its vocabulary if it has no such file."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
     return hashlib.sha256(content.encode()).hexdigest()
@@ -97,13 +108,20 @@ def _identity(tokenizer: Any) -> str:
 def by_length(
     lengths: Tensor, order: Tensor, size: int, generator: torch.Generator
 ) -> list[Tensor]:
-    """Return an epoch's batches, int64 row numbers each, of texts of similar length.
+    """Return the batches of an epoch, the row numbers of texts of similar length, int64 (size,).
 
-    The rows are taken in the given random order, some fifty batches at a time. Each such chunk is
-    sorted by length and cut into batches, and the batches are shuffled. So little is padded, and a
-    text still meets other texts in every epoch.
+    The rows in their random order are cut into chunks of fifty batches. Each chunk is sorted by
+    length and cut into batches. Then the batches of all chunks are shuffled. With chunks of two
+    batches of two texts, and lengths instead of row numbers:
+
+        order      9 2 8 3 | 5 1 6 7
+        sorted     2 3 8 9 | 1 5 6 7
+        batches    2 3, 8 9, 1 5, 6 7
+
+    Sorting all texts at once would need the least padding, but every epoch would have the same
+    batches. Chunks of a random order need little more padding, and the batches change.
     """
     batches: list[Tensor] = []
-    for pool in order.split(50 * size):
-        batches += pool[lengths[pool].argsort(stable=True)].split(size)
+    for chunk in order.split(50 * size):
+        batches += chunk[lengths[chunk].argsort(stable=True)].split(size)
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

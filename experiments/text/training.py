@@ -1,4 +1,4 @@
-"""The fine-tuning of a text classifier: its batches, loss, learning rate and clock."""
+"""Fine-tuning of a text classifier: batches, loss, learning rate and time."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,23 +16,25 @@ from .context import TextContext
 from .models import rate_of
 from .tokens import by_length
 
-WARMUP = 0.06  # share of the steps over which the learning rate rises
+WARMUP = 0.06  # share of the steps in which the learning rate rises
 
 
 def fine_tune(context: TextContext, model: nn.Module, method: str, seed: int) -> Row:
-    """Train what requires gradients to the best validation accuracy; return figures for a row.
+    """Train the parameters that require gradients, and return the training's keys of a row.
 
-    The model may be sharded by this; the parameters have the values of the best evaluation.
+    Afterwards the parameters have their values at the best validation accuracy. With several
+    processes and `--parallel fsdp`, the model is sharded in place.
     """
     settings, batches = context.settings, TextBatches(context, seed)
     spread_model = spread(model, settings.place.parallel, context.group, blocks_of(model))
     trained = [p for p in model.parameters() if p.requires_grad]
-    clock, watched = _Clock(context.device), Curve()
+    clock, validation = _Clock(context.device), Curve()
+    # Patience 0 means no early stopping: the training has fewer evaluations than batches + 1.
     patience = settings.finetuning.patience or len(batches) + 1
-    early = EarlyStopping(_validation(context, clock, watched), trained, patience)
+    early = EarlyStopping(_validation(context, clock, validation), trained, patience)
     with clock.measured():
         losses = _train(context, spread_model, trained, batches, early, method, seed)
-    if not early.best:  # fewer steps than an evaluation waits for
+    if not early.best:  # the training ended before the first evaluation
         early(len(losses), model)
     early.restore()
     return {
@@ -40,7 +42,7 @@ def fine_tune(context: TextContext, model: nn.Module, method: str, seed: int) ->
         "steps": len(losses),
         "best_step": early.best,
         "validation_accuracy": early.highest,
-        "validation_curve": watched.values["validation"],
+        "validation_curve": validation.values["validation"],
         "seconds": clock.seconds,
         "peak_bytes": clock.peak_bytes,
         **curve(losses),
@@ -48,14 +50,17 @@ def fine_tune(context: TextContext, model: nn.Module, method: str, seed: int) ->
 
 
 def _validation(
-    context: TextContext, clock: "_Clock", watched: Curve
+    context: TextContext, clock: "_Clock", curve: Curve
 ) -> Callable[[nn.Module], float]:
-    """Return a function that evaluates a model on the validation rows, with the clock stopped."""
+    """Return a function that computes the validation accuracy of a model with the clock stopped.
+
+    The function adds each value to `curve`.
+    """
 
     def accuracy(model: nn.Module) -> float:
         with clock.stopped():
             value = context.accuracy(model, "validation")
-        watched(len(watched.steps) + 1, {"validation": value})
+        curve(len(curve.steps) + 1, {"validation": value})
         return value
 
     return accuracy
@@ -70,7 +75,7 @@ def _train(
     method: str,
     seed: int,
 ) -> Tensor:
-    """Train, and return the loss of each step, the mean over the processes."""
+    """Train, and return the loss of each step, float32 (steps,), the mean over the processes."""
     training, on_gpu = context.settings.finetuning, context.device.type == "cuda"
     rate = rate_of(context.settings, method)
     optimizer = torch.optim.AdamW(
@@ -80,7 +85,7 @@ def _train(
     if training.schedule == "linear":
         rates = linear(rate, len(batches) // training.accumulate)
         hooks.insert(0, learning_rate(optimizer, rates))
-    # Dropout draws from the global generators, and each process needs masks of its own.
+    # Dropout draws from the global generators, and each process needs different masks.
     with torch.random.fork_rng([context.device] if on_gpu else []):
         torch.manual_seed(seed * context.group.size + context.group.rank)
         losses = train(
@@ -93,19 +98,27 @@ def _train(
             accumulate=training.accumulate,
             autocast=context.dtype,
         )
-    # Each process computed the loss of its share, weighted so that the mean over processes is the
-    # loss of the whole batch.
+    # Each process has the weighted loss of its share. The mean over processes is the loss of the
+    # whole batch; see TextBatches.
     return context.group.total(losses.to(context.device)).cpu() / context.group.size
 
 
 class TextBatches:
-    """This process's share of all batches of a fine-tuning: (ids, mask, labels, weight) each.
+    """This process's share of each batch, as tuples (ids, mask, labels, weight).
 
-    A batch is divided into `accumulate` parts, and each part over the processes. A batch with too
-    few rows for that is skipped. Shares can differ in size: 9 rows on two processes are 5 and 4.
-    DDP averages the gradients of processes, so plain means would count each of the 4 rows more
-    than each of the 5. `weight` corrects this: with it, the mean over processes is the mean over
-    all rows of the batch.
+    A batch is split into `accumulate` parts, and the processes share each part. A batch with fewer
+    rows than parts is skipped. Shares can differ in size, and DDP averages the gradients over
+    processes, so plain means would give the rows of smaller shares more influence. For 9 rows on
+    two processes:
+
+        process                0            1
+        rows                   5            4
+        without weight         1/2 · 1/5    1/2 · 1/4     of each row's loss
+        weight                 2 · 5/9      2 · 4/9
+        with weight            1/9          1/9
+
+    The weight is processes · (rows of this process) / (rows of the batch). It
+    counts the rows of all parts, because `train` averages the parts of a step by their rows.
     """
 
     def __init__(self, context: TextContext, seed: int) -> None:
@@ -141,13 +154,15 @@ class TextBatches:
 def cross_entropy(
     model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor, weight: Tensor
 ) -> Tensor:
-    """Return the weighed mean cross-entropy of a classifier's logits, in nats."""
+    """Return the mean cross-entropy of a classifier's logits times `weight`, in nats."""
     logits = model(input_ids=ids, attention_mask=mask).logits
     return F.cross_entropy(logits.float(), labels) * weight
 
 
 def linear(peak: float, steps: int) -> Callable[[int], float]:
-    """Return a schedule that rises linearly to `peak` over the first steps, then falls to zero.
+    """Return a schedule that rises linearly to `peak`, then falls linearly.
+
+    It rises in the first WARMUP of the steps, and would reach zero one step after the last.
 
     >>> [round(linear(1.0, 50)(step), 3) for step in (1, 3, 4, 27, 50)]
     [0.333, 1.0, 1.0, 0.511, 0.021]
@@ -163,7 +178,7 @@ def linear(peak: float, steps: int) -> Callable[[int], float]:
 
 
 class _Clock:
-    """Seconds of training without the evaluations in between, and the GPU's memory at its peak."""
+    """The time of training without evaluations, in seconds, and the GPU's peak memory, in bytes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds, self.began = device, 0.0, 0.0
@@ -171,7 +186,7 @@ class _Clock:
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """Measure what is done inside."""
+        """Measure the time and the peak memory of the `with` block."""
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -183,7 +198,7 @@ class _Clock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Leave out the time that is spent inside."""
+        """Exclude the time of the `with` block."""
         self._stop()
         yield
         self._start()

@@ -57,8 +57,8 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tens
     # The choice of paths depends on sizes, which must not be read in two cases. A compiled graph
     # would be specialised to the outcome and compiled again for the other one. And the sizes of a
     # tensor subclass may have no values, as those of torch.export's fake tensors. Both cases use
-    # plain operations. So do small layers, which `choose` recognises before `plain_ops_only`, the
-    # slowest of these checks, is called.
+    # plain operations, and so do small layers. `choose` comes before the slowest check,
+    # `plain_ops_only`, so that small layers skip that check.
     if type(x) is Tensor and not torch.compiler.is_compiling():
         m, k = W.shape
         n, device = x.numel() // max(k, 1), "cpu" if x.is_cpu else "cuda"
@@ -121,7 +121,7 @@ class _Linear(torch.autograd.Function):
     `forward` takes `ctx` itself. The newer form, a separate `setup_context`, would allow torch.func
     to transform this class. But `apply` then inspects the signature of `forward` in each call,
     which triples the time of a small call. `linear` therefore uses `_plain` under torch.func, and
-    also under torch.compile, where a Function that reads `ctx.needs_input_grad` has lost dx.
+    also under torch.compile, where a Function that reads `ctx.needs_input_grad` can return no dx.
     """
 
     @staticmethod
@@ -136,8 +136,8 @@ class _Linear(torch.autograd.Function):
         plan: Plan,
     ) -> Tensor:
         y, h = _forward(x, W, b, A, B, s, plan.forward)
-        # W and b are saved only if the backward uses them. That costs nothing if they are the
-        # layer's own parameters, but under autocast they are casts that nothing else would keep.
+        # W and b are saved only if the backward uses them. Saving the layer's own parameters costs
+        # nothing, but under autocast W and b are casts, which take memory until the backward.
         needs_x, needs_W, needs_b, *_ = ctx.needs_input_grad
         saved_W, saved_b = W if needs_x or needs_W else None, b if needs_b else None
         ctx.save_for_backward(x, saved_W, saved_b, A, B, h)
@@ -221,8 +221,8 @@ def _differentiable_grads(
     """
     x, W, b, A, B = inputs
     if W is None:
-        # Neither dx nor dW is needed, and the other gradients do not depend on W. Any tensor of its
-        # shape serves.
+        # Neither dx nor dW is needed, and the other gradients do not depend on W. So any tensor of
+        # its shape can replace it.
         W = x.new_zeros(()).expand(B.shape[0], A.shape[1])
     y = _plain(x, W, b, A, B, s)
     wanted = [tensor for tensor, needed in zip(inputs, needs, strict=False) if needed]

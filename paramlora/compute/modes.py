@@ -1,4 +1,4 @@
-"""Which modes of torch are active: autocast, tracing, dispatch modes, compiling, transforms."""
+"""Detect the active modes of torch: autocast, tracers, dispatch modes, compiler, transforms."""
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ ORDINARY_TYPES = {Tensor, nn.Parameter}
 def autocast_dtype(x: Tensor, W: Tensor, b: Tensor | None) -> torch.dtype | None:
     """Return the dtype in which torch.autocast would compute x Wᵀ + b.
 
-    None if autocast is off for the device, or if it does not cast one of the tensors, such as a
-    float64 or an integer one.
+    Return None if autocast is off for the device, or if it does not cast one of the tensors, such
+    as a float64 or an integer one.
     """
     if not any_autocast_enabled() or x.is_meta:
         return None
@@ -40,7 +40,7 @@ def plain_ops_only(x: Tensor) -> bool:
     works while a tracer, a dispatch mode or a transform records the operations one by one:
 
     - torch.jit.trace cannot export a Function written in Python.
-    - A dispatch mode does not see what the native extension does.
+    - A dispatch mode does not see the operations of the native extension.
     - Selective checkpointing is a dispatch mode that keeps the outputs of some operations. An
       `addmm_` afterwards would change an output that it has kept.
 

@@ -1,4 +1,4 @@
-"""Which path a Linear with a low-rank update takes: the rule, and the sizes that it compares."""
+"""The rule that chooses the path of a Linear with a low-rank update, and its limits of size."""
 
 from typing import Literal, NamedTuple
 
@@ -40,13 +40,13 @@ WORTH_A_KERNEL = 2**25
 def choose(
     n: int, k: int, m: int, dtype: torch.dtype, device: str, grad: bool, native: bool = False
 ) -> Plan:
-    """Return how to compute a Linear with a low-rank update, in the forward and in the backward.
+    """Return the plan for computing a Linear with a low-rank update, forward and backward.
 
-    Which code: the native extension if it is built, except at sizes where the Triton kernels are
+    The code: the native extension if it is built, except at sizes where the Triton kernels are
     faster. Without it, plain operations if so few elements pass through the layer, n (k + m), that
     a Function in Python costs more than it saves.
 
-    Which path: the update is added to the product x Wᵀ, which has n rows, or to the weight, which
+    The path: the update is added to the product x Wᵀ, which has n rows, or to the weight, which
     has k rows in the forward (transposed) and m in the backward. Both have the same number of
     columns, so the smaller number of rows decides. Four exceptions:
 

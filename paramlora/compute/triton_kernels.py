@@ -1,11 +1,11 @@
-"""Triton kernels for the two steps in which an adapter passes over a whole large matrix.
+"""Triton kernels for the two steps of an adapter that read a whole large matrix.
 
     add_product         C + s · P Q                         C: (n, m), P: (n, r), Q: (r, m)
     grads_of_h_and_B    dh = s · dy B,  dB = s · dyᵀ h      dy: (n, m), B: (m, r), h: (n, r)
 
-The functions of these names in `lowrank` decide when the kernels run, and compute the same with
-plain torch operations otherwise. Memory traffic determines the time of both steps, since r is small
-against n and m.
+The functions of these names in `lowrank` decide when the kernels run. Otherwise they compute the
+same with plain torch operations. Memory traffic determines the time of both steps, because r is
+much smaller than n and m.
 
 `add_product` replaces `torch.addmm`. For a small r, cuBLAS runs that product at half of the memory
 bandwidth. `grads_of_h_and_B` replaces two products, their scaling and two casts, and reads dy once
@@ -28,8 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 # In the kernels, `BN`, `BM` and `R` are the sizes of a tile: rows, columns, and the rank padded to
-# a power of two of at least 16, as tl.dot requires. Masks make the padding zeros. `p0, p1` and the
-# like are strides. Offsets into C and dy are 64-bit, since they may have more than 2³¹ elements.
+# a power of two of at least 16, as tl.dot requires. Masks set the padding to zero. `p0, p1`
+# and the like are strides. Offsets into C and dy are 64-bit, because these may have more than 2³¹
+# elements.
 
 
 @triton.jit

@@ -118,10 +118,10 @@ def fingerprint(model: nn.Module) -> str:
 
 
 class _Base:
-    """The base of a model: which of its tensors are the base's, and their original keys.
+    """The tensors of the base in a model, and their original keys.
 
-    A key is one of `state_dict`, or the name of a parameter or buffer. Keys in a list of
-    parametrizations that has a stack are translated. For the list L, `fc.parametrizations.weight`:
+    A key is a key of `state_dict`, or the name of a parameter or buffer. Keys in a list of
+    parametrizations with a stack are translated. For the list L, `fc.parametrizations.weight`:
 
         L holds              key                     belongs to           original key
         the stack alone      L.original              the base             fc.weight
@@ -143,7 +143,7 @@ class _Base:
         }
 
     def original_key(self, key: str) -> str | None:
-        """Return the key that a tensor had before attaching, None if it belongs to an adapter."""
+        """Return the key of a tensor before attaching, or None if it belongs to an adapter."""
         path, rest = self._split(key)
         if path is None:
             return key
@@ -159,7 +159,7 @@ class _Base:
         return ".".join([path, str(index - (index > stack_index)), *others])
 
     def original_value(self, key: str, tensor: Tensor) -> Tensor:
-        """Return the base's tensor for a key; if an adapter is merged, the one from before."""
+        """Return the base's tensor for a key; while an adapter is merged, the original tensor."""
         path, rest = self._split(key)
         if path is None or not rest[0].startswith("original"):
             return tensor
@@ -167,7 +167,7 @@ class _Base:
         return stack.stored[int(rest[0][len("original") :] or 0)] if stack.stored else tensor
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the parameters and buffers by original key, tied ones under each of their keys."""
+        """Yield the parameters and buffers by original key, tied ones once per key."""
         for path, module in self.modules.items():
             for name, tensor in itertools.chain(
                 module._parameters.items(), module._buffers.items()
@@ -184,7 +184,7 @@ class _Base:
                 check_settled(module, parameter, f"{path}.{name}")
 
     def _split(self, key: str) -> tuple[str | None, list[str]]:
-        """Return the path in `lists` that a key begins with, if any, and the parts after it."""
+        """Split a key into the path of a list in `lists` (or None) and the parts after it."""
         parts = key.split(".")
         if "parametrizations" in parts:
             end = parts.index("parametrizations") + 2

@@ -1,4 +1,4 @@
-"""Saving an adapter to one `.safetensors` file, and loading it.
+"""Save an adapter to one `.safetensors` file, and load it.
 
 A file holds the factors as tensors and one metadata entry, described in `metadata.py`. Loading it
 executes and unpickles nothing. If an adapter is of a kind of your own, import its class before you
@@ -13,9 +13,11 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..layers.install import check_tied
+from ..site.names import only_name
 from ..site.storage import check_real, settle, whole, writes_files
 from ..site.survey import Survey
 from ..site.wrappers import check_model
+from ..verbs.attach import Activate
 from ..verbs.summary import Summary
 from .metadata import ENTRY, describe, digest_of, read
 from .plan import plan_sites
@@ -24,8 +26,8 @@ from .safetensors_file import write_atomically
 from .state import tensors_of
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
-    """Save an adapter to one `.safetensors` file that has all that `load` needs.
+def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
+    """Save an adapter to one `.safetensors` file which is sufficient for `load`.
 
     Saving is atomic: after a crash, `path` holds either the old file or the new one. If FSDP has
     sharded the model, all processes call `save`, and the first one writes.
@@ -33,10 +35,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     Args:
         model: a module with adapters.
         path: the file, in a folder that exists. An existing file is replaced.
-        name: the adapter.
+        name: the adapter; by default the only one.
 
     Raises:
-        AdapterNameError: the model has no adapter of this name.
+        AdapterNameError: the model has no adapter of this name; or no name is given, and the model
+            has several adapters or none.
         FileNotFoundError: the folder does not exist.
         StateError: the model is on the meta device.
         TypeError: a kind of your own has a field that JSON cannot express.
@@ -51,7 +54,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     2.0
     """
     settle(model)
-    here = Survey(model).sites_of(name)
+    survey = Survey(model)
+    name = only_name(survey.stacks, name)
+    here = survey.sites_of(name)
     state = tensors_of(here, name)
     for key, tensor in state.items():
         check_real(key, tensor)
@@ -72,18 +77,27 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         write_atomically(path, serialized(tensors, {"format": "pt", ENTRY: json.dumps(content)}))
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> Summary:
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    activate: Activate | None = None,
+) -> Summary:
     """Attach the adapter in a file, or copy its values into the attached adapter of that name.
 
-    A new adapter is attached as by `attach`: active, with trainable factors and a frozen base. An
-    attached adapter of that name must have the same sites, kinds and shapes. Its values, settings
-    and strengths are replaced, and nothing else changes. This also works if FSDP has sharded the
-    model; then all processes call `load`.
+    A new adapter is attached as by `attach`, with trainable factors and a frozen base. It is active
+    if it is the model's first adapter, and switched off otherwise. An attached adapter of that name
+    must have the same sites, kinds and shapes. Its values, settings and strengths are replaced, and
+    nothing else changes. This also works if FSDP has sharded the model; then all processes call
+    `load`.
 
     Args:
         model: a module with the tensors that the file names.
         path: a file that `save` wrote.
         name: the adapter's name in the model; by default its name in the file.
+        activate: "only", "also" or "no", as in `attach`. None means "only" if the model has no
+            adapter yet and "no" otherwise; for an adapter that is attached, it changes nothing.
 
     Returns:
         The model's summary.
@@ -95,7 +109,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
             does not change.
         AdapterNameError: the name is not valid, or belongs to an adapter with other sites, kinds
             or shapes.
-        StateError: the adapter of that name is merged, or the model is on the meta device.
+        StateError: the adapter of that name is merged, or another one is and `activate` is "only";
+            or the model is on the meta device.
         TargetError: a tensor of the model is lazy and has no shape yet.
 
     >>> import tempfile
@@ -116,10 +131,10 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     for plan in planned:
         check_real(plan.place.path, plan.place.stored)
     check_tied(survey, [plan.place for plan in planned])
-    # The digest comes last, because the checks above can name the key or site that differs. It
-    # comes before anything is attached, because it finds what they cannot: changed values.
+    # The digest is checked last, because the checks above can name the key or site that differs. It
+    # also finds changed values, so it is checked before anything is attached.
     if digest_of(tensors, content) != content["digest"]:
         raise CheckpointError(
             f"{path} is damaged: its content does not match its digest; save the adapter again"
         )
-    return attach_or_refresh(model, survey, planned, name, path)
+    return attach_or_refresh(model, survey, planned, name, path, activate)

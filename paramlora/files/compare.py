@@ -1,4 +1,4 @@
-"""Comparing a given state dict with the expected one."""
+"""Compare a given state dict with the expected one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,9 +20,9 @@ def compare(state: Mapping[str, Any], expected: Mapping[str, Any], what: str) ->
     entries (a module's extra state). Dtypes may differ: values are cast when they are copied.
 
     Args:
-        state: what was given, by key.
-        expected: what the model needs, by key. Tensors may be on the meta device.
-        what: what was given, in words, for the message.
+        state: the given values, by key.
+        expected: the values that the model needs, by key. Tensors may be on the meta device.
+        what: a description of the given state, for the message.
     """
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]

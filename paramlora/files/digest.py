@@ -1,4 +1,4 @@
-"""Hashing named tensors."""
+"""Hash named tensors."""
 
 import ctypes
 import hashlib
@@ -19,7 +19,7 @@ def digest(named: Iterable[tuple[str, Tensor]], preface: str = "") -> str:
 
     Args:
         named: pairs of a name and a tensor of any dtype, on any device.
-        preface: text that the digest covers too.
+        preface: further text to include in the digest.
 
     Raises:
         ValueError: a tensor is on the meta device.

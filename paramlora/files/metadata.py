@@ -1,12 +1,12 @@
-"""The metadata of an adapter's file: JSON that says what the tensors are.
+"""The metadata of an adapter's file: JSON that describes the tensors.
 
     {"version": 1, "name": "digits", "digest": "9f86d081…",
      "sites": {"fc1.weight": {"kind": "LoRA", "fields": {"rank": 2, "alpha": null, …},
                               "strength": 1.0, "shape": [256, 784]}}}
 
 `kind` is the class name of a spec and `fields` are its arguments. `shape` is that of the base's
-tensor, which tells one model from another. The factors are tensors of the file; see Note [keys of
-factors] in `state.py`.
+tensor, by which `load` notices another model. The factors are tensors of the file; see Note
+[keys of factors] in `state.py`.
 """
 
 import dataclasses
@@ -99,7 +99,7 @@ def _describe_site(factors: Factors, site: Site) -> dict[str, Any]:
 
 
 def _parse(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the metadata that a JSON text holds, or raise a CheckpointError."""
+    """Return the metadata in a JSON text, or raise a CheckpointError."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -107,7 +107,7 @@ def _parse(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} is damaged: its metadata {ENTRY!r} is not JSON ({error}); save the adapter "
             "again"
         ) from error
-    # First, because a later version may have other parts.
+    # The version is checked first, because a later version may have other parts.
     version = content.get("version") if isinstance(content, dict) else None
     if isinstance(version, int) and version > VERSION:
         raise CheckpointError(

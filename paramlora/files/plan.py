@@ -1,6 +1,6 @@
-"""From the content of a file to factors at places in a model, with everything checked.
+"""Check the content of a file, and plan its factors at the places of a model.
 
-Nothing here changes the model: `refresh.py` does so once the whole plan is made.
+Nothing here changes the model. `refresh.py` changes it after the whole plan is made.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Attaching the adapter of a file, or copying its values into the one that is attached."""
+"""Attach the adapter of a file, or copy its values into the attached adapter."""
 
 import os
 
@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from ..errors import AdapterNameError
-from ..layers.install import PlannedSite, check_name, install
+from ..layers.install import PlannedSite, check_name
 from ..site.factors import Factors
 from ..site.find import Site
 from ..site.names import check_unmerged
 from ..site.storage import fill, settle
 from ..site.survey import Survey
+from ..verbs.attach import Activate, add, check_activate, switch
 from ..verbs.summary import Summary, report
 from .state import check_writable, factors_of
 
@@ -22,6 +23,7 @@ def attach_or_refresh(
     planned: list[PlannedSite],
     name: str,
     path: str | os.PathLike[str],
+    activate: Activate | None,
 ) -> Summary:
     """Attach the planned factors, or copy their values into an attached adapter of that name.
 
@@ -31,13 +33,16 @@ def attach_or_refresh(
         planned: the factors of a file, each with its place in the model, checked.
         name: the adapter's name in the model.
         path: the file or folder, for messages.
+        activate: as in `attach`. None means "only" for the first adapter, "no" for another one, and
+            no change for an attached one.
     """
-    if name in survey.names:
-        _refresh(model, survey.sites_of(name), planned, name, path)
-    else:
+    if name not in survey.names:
         check_name(survey, name)
-        install(survey, planned, name, freeze=True)
-    return report(survey.again())
+        return add(survey, planned, name, activate or ("no" if survey.names else "only"))
+    if activate is not None:
+        check_activate(survey, name, activate)
+    _refresh(model, survey.sites_of(name), planned, name, path)
+    return report(survey.again()) if activate is None else switch(survey, name, activate)
 
 
 @torch.no_grad()
@@ -67,7 +72,7 @@ def _refresh(
 
 
 def _signatures(by_path: dict[str, Factors]) -> dict[str, object]:
-    """Return kind and shapes of the factors by path: values can be copied if they are the same."""
+    """Return the kind and the shapes of the factors by path. If equal, values can be copied."""
     return {
         path: (type(factors.spec), {key: tensor.shape for key, tensor in factors.tensors.items()})
         for path, factors in by_path.items()

@@ -1,4 +1,4 @@
-"""Reading `.safetensors` files, and writing any file atomically."""
+"""Read `.safetensors` files, and write any file atomically."""
 
 import os
 import uuid
@@ -45,7 +45,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a `.safetensors` file by key, and its metadata; nothing is unpickled.
 
-    The tensors are views of the file, which stays mapped into memory. Copy what is to be kept.
+    The tensors are views of the file, which stays mapped into memory. Copy a tensor to keep it.
 
     Raises:
         FileNotFoundError: the file does not exist.

@@ -9,8 +9,8 @@ Note [keys of factors]
 
     The index of a block is part of the key, in its shortest form, so that a block has one key
     however the user wrote its index. Tied tensors share one stack and thus one set of factors.
-    Their keys have the first path in module order only: under a second path there could be other
-    values. Loading finds the tensor by that path and adapts all modules that hold it.
+    Their keys have only the first path in module order. Keys for a second path could have other,
+    conflicting values. Loading finds the tensor by the first path and adapts all modules with it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,25 +20,26 @@ from torch import Tensor, nn
 
 from ..site.factors import Factors
 from ..site.find import Site
-from ..site.names import check_unmerged
+from ..site.names import check_unmerged, only_name
 from ..site.storage import check_real, check_settled, fill, settle
 from ..site.survey import Survey
 from .compare import compare
 
 
-def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """Return the factors of an adapter by `<site>.<factor>`, such as `fc1.weight.A`.
 
     Args:
         model: a module with adapters.
-        name: the adapter.
+        name: the adapter; by default the only one.
 
     Returns:
         The factors, detached. They share memory with the model's, as in `nn.Module.state_dict`.
         If FSDP has sharded the model, they are DTensors.
 
     Raises:
-        AdapterNameError: the model has no adapter of this name.
+        AdapterNameError: the model has no adapter of this name; or no name is given, and the model
+            has several adapters or none.
 
     >>> import paramlora as pl
     >>> model = nn.Sequential(nn.Linear(4, 3))
@@ -47,11 +48,13 @@ def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     {'0.weight.A': (2, 4), '0.weight.B': (3, 2)}
     """
     settle(model)
-    return tensors_of(Survey(model).sites_of(name), name)
+    survey = Survey(model)
+    name = only_name(survey.stacks, name)
+    return tensors_of(survey.sites_of(name), name)
 
 
 @torch.no_grad()
-def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str = "default") -> None:
+def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str | None = None) -> None:
     """Copy factors into an adapter that is attached; nothing else changes.
 
     If FSDP has sharded the model, all processes call it, with whole tensors or with DTensors.
@@ -59,10 +62,11 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str = "
     Args:
         model: a module with adapters.
         state: all factors of the adapter by key, as `state_dict` returns them.
-        name: the adapter.
+        name: the adapter; by default the only one.
 
     Raises:
-        AdapterNameError: the model has no adapter of this name.
+        AdapterNameError: the model has no adapter of this name; or no name is given, and the model
+            has several adapters or none.
         CheckpointError: keys are missing or unexpected, or shapes differ; the message lists all
             differences, and nothing is copied.
         StateError: the adapter is merged, or the model is on the meta device.
@@ -74,7 +78,9 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str = "
     >>> pl.state_dict(model)["0.weight.A"].sum()
     tensor(8.)
     """
-    here = Survey(model).sites_of(name)
+    survey = Survey(model)
+    name = only_name(survey.stacks, name)
+    here = survey.sites_of(name)
     check_unmerged([site.stack for site in here], [name], "load")
     settle(model)
     factors = tensors_of(here, name)

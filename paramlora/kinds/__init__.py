@@ -1,4 +1,4 @@
-"""Kinds of adapters, one class each: what is learned at a tensor. Tensors only, no modules.
+"""The kinds of updates, one class per kind. They work on tensors only, not on modules.
 
 `paramlora` exports the kinds themselves. To add a kind, derive a frozen dataclass from `Spec`, and
 use `draw`, `factor_dtype` and `add_update`. A kind whose layers can compute their output without W'

@@ -160,7 +160,7 @@ def _add_product(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
 
 
 def _ratio(norm_W: Tensor, norm_V: Tensor, d: Tensor) -> Tensor:
-    """Return c = m / ‖V‖, and 1 where V is zero, since it then has no direction to rescale."""
+    """Return c = m / ‖V‖, or 1 for a zero V, which has no direction to rescale."""
     nonzero = norm_V > 0
     # Without the inner `where` the backward would multiply 0 by m/0, which is NaN.
     return torch.where(nonzero, (norm_W + d) / torch.where(nonzero, norm_V, 1), 1)

@@ -23,8 +23,8 @@ class IA3(Spec):
 
     Args:
         dim: the dimension of the tensor along which l lies. 0 rescales the outputs of a Linear or
-            a convolution, which the paper does with keys and values. 1 rescales the inputs, which
-            it does in the feed-forward layer.
+            a convolution, as the paper does for keys and values. 1 rescales the inputs, as the
+            paper does in the feed-forward layer.
 
     Raises:
         ValueError: `dim` is not 0 or 1.

@@ -2,7 +2,8 @@
 
     W' = W + λ · s · W₁ ⊗ W₂        W₁: (p, q), W₂: (out/p, in/q), s = alpha / r
 
-λ is the strength (`pl.scale`). W₂ = B₂ A₂ if r is small against its size; W₁ = B₁ A₁ on request.
+λ is the strength (`pl.scale`). W₂ = B₂ A₂ if r is small compared with its size, and
+W₁ = B₁ A₁ on request.
 """
 
 import functools
@@ -29,7 +30,7 @@ class LoKr(Spec):
     Args:
         rank: r, at least 1. None makes W₂ a full factor and s = 1.
         alpha: s = alpha/r as in `LoRA`, also if W₂ is a full factor because of its size.
-        factor: the wanted size of p and q, at least 1, or -1 for the largest that is allowed.
+        factor: the requested size of p and q, at least 1, or -1 for the largest possible size.
             Neither exceeds the square root of its dimension. If `factor` divides the dimension but
             exceeds the root, it is replaced by dimension/factor. If it does not divide the
             dimension, it is replaced by the next smaller divisor.
@@ -59,6 +60,7 @@ class LoKr(Spec):
             raise ValueError(
                 f"alpha is divided by the rank, so rank=None allows no alpha; got {self.alpha!r}"
             )
+        check_flag(self, "rank_stabilized")
         check_flag(self, "decompose_both")
         whole = isinstance(self.factor, int) and not isinstance(self.factor, bool)
         if not whole or (self.factor < 1 and self.factor != -1):
@@ -104,7 +106,7 @@ class LoKr(Spec):
         return low_rank_refusal(weight)
 
     def _is_factored(self, rows: int, columns: int) -> bool:
-        """Return whether a matrix of this size is made of two factors of rank r."""
+        """Return whether a matrix of this size is a product of two factors of rank r."""
         return self.rank is not None and self.rank < max(rows, columns) / 2
 
 

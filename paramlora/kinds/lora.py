@@ -31,7 +31,7 @@ class LoRA(Spec):
         rank: r, at least 1. A rank above the smaller side of the matrix adds parameters and gains
             nothing.
         alpha: the numerator of the scale; None means alpha = r, so that s = 1.
-        init: how A starts. B starts at zero unless A and B start from W.
+        init: the initialisation of A. B starts at zero, unless A and B start from W.
 
             - "kaiming": uniform with a = √5, as in the paper's code.
             - "gaussian": N(0, 1).

@@ -1,4 +1,4 @@
-"""The interface of a kind: which factors a tensor gets, and how they change it.
+"""The interface of a kind: its factors for a tensor, and the adapted tensor W'.
 
     W' = apply(W, factors, λ)        W' = W at λ = 0, and at the factors that `create` returns
 
@@ -74,7 +74,7 @@ class Rescaled(NamedTuple):
 
 @dataclass(frozen=True)
 class Spec(ABC):
-    """What to learn at a tensor: the base class of all kinds of adapters.
+    """The base class of all kinds of adapters.
 
     To add a kind, derive a frozen dataclass and define `create` and `apply`. The other members are
     optional. The fields of the dataclass are saved with the adapter, so they must be numbers,
@@ -115,7 +115,7 @@ class Spec(ABC):
 
     @property
     def fast(self) -> tuple[str, ...]:
-        """The names of factors that `parameter_groups` gives the higher rate, such as LoRA's B."""
+        """The names of factors with the higher rate in `parameter_groups`, such as LoRA's B."""
         return ()
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""How new factors are filled: at random, with zeros, or from the singular values of a matrix."""
+"""Fill new factors: at random, with zeros, or from the singular values of a matrix."""
 
 import math
 from collections.abc import Callable, Iterable

@@ -1,1 +1,1 @@
-"""The module that owns an adapted tensor: its forward, and what it was before."""
+"""The module that owns an adapted tensor: its forward, and its state before attaching."""

@@ -1,7 +1,7 @@
-"""Forwards that run torch's own code on the dense W', built once a forward and not kept.
+"""Forwards that run torch's own code on the dense W', built once per forward and not kept.
 
-What the backward needs of such a layer is x and W'. Keeping W' would cost as much memory as the
-weights of the layer, so the backward builds it again: see `_rebuilt`.
+The backward of such a layer needs x and W'. Keeping W' would cost as much memory as the weights of
+the layer, so the backward builds it again: see `_rebuilt`.
 """
 
 import functools
@@ -19,8 +19,9 @@ from ..private_torch import (
     saved_tensors_hooks,
     set_flat_weights,
 )
+from ..site.built import build_once
 from ..site.find import parametrization_lists, stack_of, stored_tensors
-from ..site.stack import CHANGED, build_once
+from ..site.stack import CHANGED
 from . import rows
 from .row_groups import by_group
 
@@ -69,13 +70,13 @@ def _rebuilt(module: nn.Module) -> Iterator[None]:
 
     1. torch's code saves W', or a view of it such as Wᵀ or the first third of `in_proj_weight`.
        A view has the storage of W', so storages are compared, and `unpack` makes the same view of
-       the rebuilt tensor. The addresses stay valid, for `build_once` keeps each W' during the
+       the rebuilt tensor. The addresses stay valid, because `build_once` keeps each W' during the
        forward.
-    2. Hooks do not nest: while these are set, the ones of the user (activation checkpointing,
-       offloading to the CPU) see nothing. So every other tensor is handed to the outer hooks.
-    3. Autograd checks that a saved tensor was not written to before the backward, but not for
-       tensors that hooks have replaced. So its version is kept and compared, as `recipe` does for
-       the factors.
+    2. Hooks do not nest. While these are set, torch does not call the user's hooks (activation
+       checkpointing, offloading to the CPU). So every other tensor is passed to those here.
+    3. Autograd raises an error if a saved tensor was written to before the backward. It does not
+       check tensors that hooks have replaced. So their versions are kept and compared here, as
+       `recipe` does for the factors.
 
     For the layer torch.nn.Bilinear, for example, the backward needs x₁, x₂ and W': x₁ and x₂ are
     packed as (version, tensor), W' as (recipe, its shape and strides).
@@ -83,7 +84,7 @@ def _rebuilt(module: nn.Module) -> Iterator[None]:
     recipes = {}
     for name, plist in parametrization_lists(module).items():
         stack = stack_of(plist)
-        if stack is not None and stack.live and len(plist) == 1:
+        if stack is not None and stack.state().live and len(plist) == 1:
             built = getattr(module, name)
             if type(built) is Tensor and not built.is_meta:
                 recipes[built.untyped_storage().data_ptr()] = stack.recipe(plist.original)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..compute.rescaled import rescaled_rows
 from ..kinds.spec import LowRank, add_update
-from ..site.stack import no_autocast
+from ..site.built import no_autocast
 from . import rows
 from .linear import alone
 from .row_groups import by_group
@@ -22,12 +22,13 @@ def embedding_forward(self: nn.Embedding, input: Tensor) -> Tensor:
     if site is not None:
         weight, stack = site
         with no_autocast(weight):
-            if stack.route is not None:
-                update = rows.embedding(input, stack, self.padding_idx)
+            state = stack.state()
+            if state.route is not None:
+                update = rows.embedding(input, stack, state, self.padding_idx)
             else:
-                terms = stack.low_rank()
+                terms = stack.low_rank(state)
                 if terms is None:
-                    rescaled = stack.rescaled(weight)
+                    rescaled = stack.rescaled(weight, state)
                     terms = [rescaled.update] if rescaled and rescaled.update else []
                 update = _looked_up(input, terms, self.padding_idx)
     if update is None and rescaled is None:
@@ -58,8 +59,8 @@ def _looked_up(input: Tensor, terms: list[LowRank], padding_idx: int | None) -> 
     """Return the sum of the updates of the looked-up rows, (…, dim); None without a term.
 
     An Embedding's weight is (num, dim), so B is (num, r) and A (r, dim). The gradients of the
-    factors are dense even if `sparse` is set for W: B has only r columns, and one optimizer can
-    then take A and B.
+    factors are dense even if `sparse` is set for W. They are small, because B has only r columns,
+    and one optimizer can then train A and B.
     """
     parts = [scale * (F.embedding(input, B, padding_idx) @ A) for A, B, scale in terms]  # (…, dim)
     return sum(parts[1:], parts[0]) if parts else None

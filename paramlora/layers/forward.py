@@ -1,21 +1,21 @@
-"""Which forward an adapted layer gets.
+"""The choice of the forward of an adapted layer.
 
 Note [the choice of forward]
-    A host module's class gets one of these forwards if the module's own forward is torch's, so that
-    it is known what it computes. An adapted forward costs one look at the stack, and then takes the
-    first of these ways that the active adapters allow:
+    A host module's class gets one of these forwards only if the module's own forward is torch's,
+    because the computation of any other forward is unknown. An adapted forward looks at the stack
+    and takes the first of these paths that the active adapters allow:
 
     factored    y = x Wᵀ + b + s·(x Aᵀ) Bᵀ      Linear, Conv1D, Embedding with low-rank updates.
                 W' is built only for many rows (`compute.plan.choose`).
     rescaled    W' = (1 + c) ⊙ (W + s·B A)      the same layers with IA3 or DoRA.
     routed      a route is set: rows.py computes each row with its adapter.
     dense       torch's own code on W'          other layers, kinds without such a form, and
-                tensors with other parametrizations. W' is built once a forward, and once more in
+                tensors with other parametrizations. W' is built once per forward, and again in
                 the backward (dense.py).
 
-    For the backward, a factored layer keeps x and x Aᵀ, a dense one x; none keeps W'.
+    For the backward, a factored layer keeps x and x Aᵀ, and a dense layer keeps x. None keeps W'.
 
-    A subclass with a forward of its own keeps it, since it may compute anything:
+    A subclass with its own forward keeps it, because it may compute anything:
 
         class Scaled(nn.Linear):
             def forward(self, x):
@@ -48,7 +48,7 @@ def forward_for(cls: type[nn.Module], *, alone: bool) -> Callable[..., Any] | No
             return forward
     if is_transformers_conv1d(cls):
         return conv1d_forward(cls.forward)
-    # A module of experts reads the tensor of all their weights once for each expert.
+    # For each expert, a module of experts reads the tensor with the weights of all experts.
     return read_once(cls.forward) if alone and not cls.__module__.startswith("torch.") else None
 
 

@@ -1,4 +1,4 @@
-"""A module that hosts stacks: its class while it does, and what detaching gives back.
+"""Modules that host stacks: their classes, and their earlier state for `detach`.
 
 Note [a class for each module]
     `parametrize` gives each host module a class of its own, a subclass of the module's class with
@@ -11,9 +11,9 @@ Note [a class for each module]
         layer.weight                                                 # AttributeError
 
     Two things prevent this. The host's class gets a `__deepcopy__` that gives each copy a class of
-    its own (`_adopt`). And a module that another parametrization had made a host before, and that
-    may share its class with a copy already, gets a copy of that class first (`register`). The
-    class that was there is kept and restored by `unregister`.
+    its own (`_adopt`). If another parametrization gave the module its class, the module may share
+    that class with a copy already. Then it first gets a copy of the class (`register`), and
+    `unregister` restores the earlier class.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import StateError
+from ..site.factors import Factors
 from ..site.find import Site, parametrization_lists, stack_of
 from ..site.stack import Stack
 from ..site.survey import Survey
@@ -42,8 +43,8 @@ class Before:
         order: the names of the module's own parameters, in their order.
         cls: the class that another parametrization had given to the module, if any.
         owner: the id of the module that `cls` belongs to; a deep copy has another one.
-        replaced: the attributes of the host's class that ours hide, None for a missing one.
-        frozen: the parameters that were trained, each with the adapters that froze it.
+        replaced: the attributes of the host's class that ours replace, None for a missing one.
+        frozen: the names of the frozen parameters, each with the adapters that froze it.
     """
 
     order: tuple[str, ...] = ()
@@ -75,7 +76,7 @@ def register(module: nn.Module, tensor: str, stack: Stack) -> None:
 
 
 def unregister(site: Site) -> None:
-    """Take a stack away, and with the module's last stack every trace of having been a host."""
+    """Remove a stack, and with the module's last stack everything else that `register` added."""
     module, plist, before = site.module, site.plist, _before(site.module)
     if len(plist) > 1:
         del plist[list(plist).index(site.stack)]
@@ -87,21 +88,28 @@ def unregister(site: Site) -> None:
         _release(module, before)
 
 
-def freeze_base(survey: Survey, adapter: str) -> None:
-    """Stop the base's parameters from requiring a gradient, on behalf of an adapter."""
-    for module in _base_modules(survey):
+def freeze_rest(survey: Survey, adapter: str, others: bool) -> None:
+    """Freeze the base, and other adapters if `others`, and record the adapter that froze them."""
+    rest = (factors for name, factors in _factors(survey) if others and name != adapter)
+    for module in (*_base_modules(survey), *rest):
         for key, parameter in _stored_parameters(module):
             if parameter.requires_grad:
-                # An adapter that froze it earlier was overruled in the meantime.
+                # If an adapter froze it earlier, the user has unfrozen it since.
                 _before(module).frozen[key] = {adapter}
                 parameter.requires_grad_(False)
             elif key in _frozen(module):
                 _frozen(module)[key].add(adapter)
 
 
-def unfreeze_base(survey: Survey, adapters: set[str] | None) -> None:
-    """Restore the flags that only these adapters hold down; None restores all of them."""
-    for module in _base_modules(survey):
+def keep_frozen(factors: Factors) -> None:
+    """Stop an adapter's factors from training, also after the adapters that froze it are gone."""
+    factors.requires_grad_(False)
+    _frozen(factors).clear()
+
+
+def unfreeze_rest(survey: Survey, adapters: set[str] | None) -> None:
+    """Unfreeze what only these adapters froze; None unfreezes all of it."""
+    for module in (*_base_modules(survey), *(factors for _, factors in _factors(survey))):
         frozen = _frozen(module)
         for key, holders in list(frozen.items()):
             holders -= holders if adapters is None else adapters
@@ -115,9 +123,14 @@ def unfreeze_base(survey: Survey, adapters: set[str] | None) -> None:
 
 def forget(survey: Survey) -> None:
     """Drop the saved state of modules that host no adapter and have nothing frozen."""
-    for _, module in survey.modules:
+    for _, module in (*survey.modules, *_factors(survey)):
         if _BEFORE in vars(module) and not _frozen(module) and not _is_host(module):
             delattr(module, _BEFORE)
+
+
+def froze_base(survey: Survey) -> bool:
+    """Return whether an adapter that is attached has frozen parameters of the base."""
+    return any(_frozen(module) for module in _base_modules(survey))
 
 
 def has_traces(module: nn.Module) -> bool:
@@ -128,9 +141,9 @@ def has_traces(module: nn.Module) -> bool:
 class SiteList(parametrize.ParametrizationList):
     """The parametrizations of a tensor whose first one is a stack; more can be registered on it.
 
-    torch calls a parametrization that is registered on top of another one with a single tensor.
-    One that needs several (weight_norm needs g and v) would fail at the next read. It goes below
-    the stack instead: the stored weight is split, and the adapters stay on top.
+    torch calls a parametrization on top of another one with a single tensor. A parametrization of
+    several tensors, such as weight_norm with g and v, would fail there at the next read. So it is
+    put below the stack: the stored weight is split, and the adapters stay on top.
     """
 
     def append(self, module: nn.Module) -> "SiteList":
@@ -183,6 +196,13 @@ def _base_modules(survey: Survey) -> Iterator[nn.Module]:
             yield module
 
 
+def _factors(survey: Survey) -> Iterator[tuple[str, Factors]]:
+    """Yield the factors of all adapters, each with the adapter's name."""
+    for stack in survey.stacks:
+        for name in stack.named:
+            yield from ((name, factors) for factors in stack.parts(name))
+
+
 def _stored_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield a module's own parameters by name, including those that its parametrizations store."""
     for name, parameter in module._parameters.items():
@@ -225,8 +245,8 @@ def _adopt(cls: type, before: Before, alone: bool) -> None:
     """Give a host's own class its deepcopy, and an adapted forward if there is one for it.
 
     Without this `__deepcopy__` the copy shares the class: see Note [a class for each module].
-    torch's own (`plain`) runs first, for it copies the module; then the copy gets a copy of the
-    class, which has this `__deepcopy__` as well, so copies of copies are independent, too.
+    torch's `__deepcopy__` (`plain`) copies the module first. Then the copy gets a copy of the
+    class. This class has the new `__deepcopy__` as well, so copies of copies are independent, too.
     """
     plain = cls.__deepcopy__  # type: ignore[attr-defined]
 
@@ -255,8 +275,8 @@ def _release(module: nn.Module, before: Before) -> None:
             delattr(cls, key)
         else:
             setattr(cls, key, value)
-    # Restore the original class object, unless this module is a deep copy, to which that class
-    # does not belong, or another tensor was parametrized since, which that class does not know.
+    # Restore the original class object, except in two cases. A deep copy must not get it, because
+    # it belongs to another module. And it lacks the property of a tensor parametrized since.
     if before.cls and before.owner == id(module) and _tensors(before.cls) == _tensors(cls):
         module.__class__ = before.cls
     before.order, before.cls, before.owner, before.replaced = (), None, 0, {}

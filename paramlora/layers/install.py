@@ -1,4 +1,4 @@
-"""Putting planned factors at their places in a model, and taking them away."""
+"""Install planned factors at their places in a model, and remove them."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -16,6 +16,7 @@ from ..site.storage import is_sharded
 from ..site.survey import Survey
 from ..site.wrappers import check_not_synchronized
 from . import host
+from .host import keep_frozen as keep_frozen
 from .statistics import is_held, release
 
 
@@ -43,8 +44,10 @@ def check_name(survey: Survey, name: str) -> None:
         )
 
 
-def install(survey: Survey, planned: list[PlannedSite], name: str, freeze: bool) -> None:
-    """Put new factors at their places.
+def install(
+    survey: Survey, planned: list[PlannedSite], name: str, freeze: bool, others: bool = True
+) -> None:
+    """Put new factors at their places; freeze the base, and other adapters unless told not to.
 
     Everything was checked before: no user input can make this fail half-way.
     """
@@ -57,12 +60,12 @@ def install(survey: Survey, planned: list[PlannedSite], name: str, freeze: bool)
         stack.tied = tuple(place.path for place in tied) if len(tied) > 1 else ()
         stack.add(name, plan.factors)
     if freeze:
-        host.freeze_base(survey, name)
+        host.freeze_rest(survey, name, others)
 
 
 def remove(survey: Survey, names: set[str]) -> None:
-    """Take the named adapters away, and give back the flags that they held down."""
-    host.unfreeze_base(survey, names)
+    """Remove the named adapters, and restore the requires_grad flags that they cleared."""
+    host.unfreeze_rest(survey, names)
     release(survey.modules, set(names))
     for stack in survey.stacks:
         for name in names.intersection(stack.factors):
@@ -74,12 +77,12 @@ def remove(survey: Survey, names: set[str]) -> None:
 
 
 def remove_all(survey: Survey) -> None:
-    """Take every adapter away, and everything that adapters have left at the modules.
+    """Remove all adapters, and everything else that adapters have stored at the modules.
 
-    A flag may still be held down for an adapter that was detached from a part of the model only.
+    An adapter that was detached from a part of the model only may have left flags cleared.
     """
     remove(survey, set(survey.names))
-    host.unfreeze_base(survey, None)
+    host.unfreeze_rest(survey, None)
     release(survey.modules, None)
     host.forget(survey)
 
@@ -108,7 +111,7 @@ def check_tied(survey: Survey, chosen: Iterable[Place]) -> None:
 def check_whole(sites: Iterable[Site]) -> None:
     """Raise a StateError if FSDP has sharded a tensor.
 
-    FSDP keeps a copy of the module's parameters, which would stay what they are now.
+    FSDP keeps its own copy of the module's parameters, which the call would not change.
     """
     for site in sites:
         if any(is_sharded(site.module, tensor) for tensor in stored_tensors(site.plist)):

@@ -17,7 +17,7 @@ from .dense import dense
 def alone(module: nn.Module) -> tuple[Tensor, Stack] | None:
     """Return the stored weight and its stack; None if there is another parametrization.
 
-    It does not go through nn.Module.__getattr__, which would dominate the forward of a small layer.
+    It avoids nn.Module.__getattr__, which would take most of the time of a small layer's forward.
     """
     plist = module._modules["parametrizations"]._modules.get("weight")  # type: ignore[union-attr]
     if plist is None or len(plist._modules) != 1:
@@ -32,15 +32,16 @@ def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
     site = alone(self)
     if site is not None:
         weight, stack = site
-        if stack.route is None:
-            terms = stack.low_rank()
+        state = stack.state()
+        if state.route is None:
+            terms = stack.low_rank(state)
             if terms is not None:
                 return lowrank.linear(input, weight, self.bias, terms)
-            rescaled = stack.rescaled(weight)
+            rescaled = stack.rescaled(weight, state)
             if rescaled is not None:
                 return rescaled_linear(input, weight, self.bias, rescaled)
         elif len(parametrization_lists(self)) == 1:
-            output = rows.linear(input, weight, self.bias, stack)
+            output = rows.linear(input, weight, self.bias, stack, state)
             if output is not None:
                 return output
     return dense_linear(self, input)
@@ -56,13 +57,14 @@ def conv1d_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
         output = None
         if site is not None:
             W, stack = site[0].t(), site[1]
-            if stack.route is None:
-                terms = stack.low_rank()
+            state = stack.state()
+            if state.route is None:
+                terms = stack.low_rank(state)
                 if terms is not None:
                     terms = [term.transposed() for term in terms]
                     output = lowrank.linear(x, W, self.bias, terms)  # type: ignore[arg-type]
             elif len(parametrization_lists(self)) == 1:
-                output = rows.linear(x, W, self.bias, stack, transposed=True)  # type: ignore[arg-type]
+                output = rows.linear(x, W, self.bias, stack, state, transposed=True)  # type: ignore[arg-type]
         return run_dense(self, x) if output is None else output
 
     return forward

@@ -1,13 +1,14 @@
-"""Routing the rows of a layer that is not factored: it runs once for each adapter, on its rows."""
+"""Run a layer that is not factored once for each adapter, on the rows of that adapter."""
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..site.overlay import Change, changed
 from ..site.stack import Stack
 from .rows import Route, read_by
 
@@ -15,13 +16,13 @@ from .rows import Route, read_by
 def by_group(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return a module's output, computed once for each adapter on the rows of that adapter.
 
-    The arguments are bound to the names of the forward, so that `_dimensions` can say which of them
-    have a batch dimension, and which one. The outputs are joined in the order of the rows.
+    The arguments are bound to the names of the forward's parameters, because `_dimensions` gives
+    the batch dimension of each argument by name. The outputs are joined in the order of the rows.
     """
-    stack = next(stack for stack in read_by(module) if stack.route is not None)
-    route = stack.route
+    stack = next(stack for stack in read_by(module) if stack.state().route is not None)
+    route = stack.state().route
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
-    inputs, outputs = _dimensions(module, bound.arguments, stack)
+    inputs, outputs = _dimensions(module, bound.arguments, route.paths[stack.key])
     for name, dim in inputs.items():
         for tensor in _tensors_in(bound.arguments.get(name)):
             route.check(tensor.shape[dim], stack)
@@ -36,22 +37,39 @@ def by_group(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return _joined(found, outputs, route)
 
 
-@contextmanager
-def _only(module: nn.Module, name: str | None) -> Iterator[None]:
+def _only(module: nn.Module, name: str | None) -> AbstractContextManager[None]:
     """Let one adapter, or none, contribute to a module inside the block, without a route."""
-    stacks = read_by(module)
-    before = [(stack.live, stack.route) for stack in stacks]
-    for stack in stacks:
-        stack.route = None
-        stack.live = (name,) if name is not None and name in stack.factors else ()
+    states = {stack: stack.state() for stack in read_by(module)}
+    live: dict[Stack, tuple[str, ...]] = {
+        stack: (name,) if name is not None and name in state.live else ()
+        for stack, state in states.items()
+    }
+    if torch.compiler.is_compiling():
+        return _traced(live)
+    changes = {}
+    for stack, state in states.items():
+        numbers = stack.numbers
+        changes[stack] = Change(
+            {numbers[other]: other in live[stack] for other in stack.names},
+            {numbers[other]: strength for other, strength in (state.strengths or {}).items()},
+            None,
+        )
+    return changed(changes)
+
+
+@contextmanager
+def _traced(live: dict[Stack, tuple[str, ...]]) -> Iterator[None]:
+    before = [(stack, stack.traced_live, stack.traced_route) for stack in live]
+    for stack, names in live.items():
+        stack.traced_live, stack.traced_route = names, None
     try:
         yield
     finally:
-        for stack, (live, route) in zip(stacks, before, strict=True):
-            stack.live, stack.route = live, route
+        for stack, outer, route in before:
+            stack.traced_live, stack.traced_route = outer, route
 
 
-def _dimensions(module: nn.Module, given: dict[str, Any], stack: Stack) -> tuple[Any, Any]:
+def _dimensions(module: nn.Module, given: dict[str, Any], path: str) -> tuple[Any, Any]:
     """Return the batch dimensions of a module's arguments, by name, and of its outputs.
 
     For an LSTM without `batch_first`, for example: {"input": 1, "hx": 1} and (1, (1, 1)), since it
@@ -75,7 +93,7 @@ def _dimensions(module: nn.Module, given: dict[str, Any], stack: Stack) -> tuple
         if spatial is None or given["input"].dim() == len(spatial) + 2:
             return {"x" if "x" in given else "input": 0}, 0
     raise ValueError(
-        f"cannot route the rows of this call of {stack.route.paths[id(stack)]!r}: give it a batch "
+        f"cannot route the rows of this call of {path!r}: give it a batch "
         "as one dense tensor with a batch dimension, without a mask or offsets for each row"
     )
 

@@ -1,4 +1,4 @@
-"""Adapters per row: each row of a batch is computed with an adapter of its own, or with none.
+"""Adapters per row: each row of a batch is computed with its own adapter, or without one.
 
     y_i = x_i (W + s_e·B_e A_e)ᵀ + b        with e = ids[i]; x_i Wᵀ + b if ids[i] = −1
 
@@ -9,8 +9,8 @@ There are two ways to compute the updates of a layer with low-rank adapters:
 
 M (n, R) is 1 if a column of x Aᵀ belongs to the row's adapter, and 0 otherwise. For E = 2 adapters
 of rank 1 and ids = [0, 1, −1], M = [[1, 0], [0, 1], [0, 0]]. Stacking takes three products for any
-number of adapters, but only 1/E of x Aᵀ is used; sorting computes no more than is needed, but takes
-four launches for each adapter. `stacks_well` chooses. Layers with other adapters, and other
+number of adapters, but only 1/E of x Aᵀ is used. Sorting computes only what is used, but takes four
+launches for each adapter. `stacks_well` chooses. Layers with other adapters, and other
 modules, run once for each adapter on its rows (row_groups.py).
 """
 
@@ -22,12 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compute.modes import plain_ops_only
+from ..errors import StateError
 from ..kinds.spec import LowRank
 from ..site.find import parametrization_lists, stack_of
+from ..site.overlay import State
 from ..site.stack import Stack
 
-# The floating-point operations that take as long as the four launches, of 10 µs each, that sorting
-# costs for each adapter: at 400 TFLOP/s on a GPU, and at 50 GFLOP/s on a CPU.
+# Sorting needs four launches of 10 µs for each adapter. In that time a CPU with 50 GFLOP/s and a
+# GPU with 400 TFLOP/s do this many floating-point operations.
 _WORTH_A_GROUP = {"cpu": 2e6, "cuda": 1.6e10}
 
 
@@ -51,7 +53,7 @@ class Route:
     Args:
         ids: int64 (n,), the index of each row's adapter in `names`, −1 for none.
         names: the adapters.
-        paths: the path of each site by the id of its stack, for messages.
+        paths: the path of each site by the key of its stack, for messages.
 
     Attributes:
         groups: for each index that occurs in ids, the rows with it, int64.
@@ -59,7 +61,7 @@ class Route:
         back: int64 (n,), its inverse: `x[order][back]` is x.
     """
 
-    def __init__(self, ids: Tensor, names: Sequence[str], paths: dict[int, str]) -> None:
+    def __init__(self, ids: Tensor, names: Sequence[str], paths: dict[object, str]) -> None:
         self.ids, self.names, self.paths = ids, tuple(names), paths
         order = ids.cpu().argsort(stable=True)
         present, counts = ids.cpu().unique(return_counts=True)
@@ -67,12 +69,9 @@ class Route:
         self.order, self.back = order, order.argsort()
         self._moved: dict[Any, Tensor] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Return None: a copy of the model made inside the block is outside of the block."""
-
     def on(self, name: str, device: torch.device) -> Tensor:
         """Return `ids`, `order` or `back` on a device."""
-        # A tensor made in inference mode cannot be saved for a backward, so it is cached apart.
+        # A tensor made in inference mode cannot be saved for a backward, so it has another key.
         key = name, device, _inferring()
         if key not in self._moved:
             self._moved[key] = getattr(self, name).to(device)
@@ -82,20 +81,27 @@ class Route:
         """Raise a ValueError if an input has another number of rows than `ids`."""
         if rows != len(self.ids):
             raise ValueError(
-                f"ids route {len(self.ids)} rows, and the input of {self.paths[id(stack)]!r} has "
+                f"ids route {len(self.ids)} rows, and the input of {self.paths[stack.key]!r} has "
                 f"{rows} in its batch dimension; call the model on a batch of that many rows"
             )
 
-    def terms(self, stack: Stack) -> list[tuple[int, LowRank]] | None:
+    def terms(self, stack: Stack, state: State) -> list[tuple[int, LowRank]] | None:
         """Return (index, update) of the adapters that rows use; None if one is not factored."""
         found = []
         for index, _ in self.groups:
-            if index >= 0 and self.names[index] in stack.factors:
-                term = stack[self.names[index]].low_rank()
-                if term is None:
+            if index >= 0 and self.names[index] in state.live:
+                terms = stack.low_rank(state._replace(live=(self.names[index],)))
+                if terms is None:
                     return None
-                found.append((index, term))
+                found.append((index, terms[0]))
         return found
+
+    def stand_in(self, stack: Stack, weight: Tensor) -> Tensor:
+        """Return what code that reads an adapted tensor gets instead of it."""
+        raise StateError(
+            f"{self.paths[stack.key]!r} was read inside of routed(), where each row of a batch "
+            "has a tensor of its own; read it outside, or give this adapter no rows"
+        )
 
     def mask(self, terms: Sequence[tuple[int, LowRank]], like: Tensor) -> Tensor:
         """Return ¬M, bool (n, 1, …, R): True if the column belongs to another adapter.
@@ -117,13 +123,20 @@ def route_of(module: nn.Module) -> Route | None:
     """Return the route of a host module; None outside of `routed`."""
     # A plain loop, because torch 2.6 does not compile a generator here.
     for stack in read_by(module):
-        if stack.route is not None:
-            return stack.route
+        route = stack.state().route
+        if route is not None:
+            return route
     return None
 
 
 def linear(
-    x: Tensor, W: Tensor, b: Tensor | None, stack: Stack, *, transposed: bool = False
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    stack: Stack,
+    state: State,
+    *,
+    transposed: bool = False,
 ) -> Tensor | None:
     """Return the output of a Linear, (n, …, m); None if an adapter is not factored.
 
@@ -132,10 +145,11 @@ def linear(
         W: (m, k).
         b: (m,) or None.
         stack: the routed stack of W, or of Wᵀ if `transposed`.
+        state: its state.
         transposed: the stored weight is Wᵀ, (k, m), as in transformers' Conv1D.
     """
-    route = stack.route
-    terms = route.terms(stack)
+    route = state.route
+    terms = route.terms(stack, state)
     if terms is None:
         return None
     route.check(len(x) if x.dim() > 1 else -1, stack)
@@ -154,9 +168,9 @@ def linear(
         return torch.addmm(y, h, B.t()) if x.dim() == 2 else y + F.linear(h, B)
     by_index = dict(terms)
     if x.is_cpu and not torch.is_grad_enabled() and type(y) is Tensor and not plain_ops_only(x):
-        # The general way below makes four tensors of the size of x or y. On a CPU the page faults
-        # of new memory may take half as long as y itself. These tensors are as large as one
-        # adapter's rows. (On a GPU index_add_ is slow in half precision.)
+        # The general code below makes four tensors of the size of x or y. On a CPU the page faults
+        # of new memory may take half as long as y itself. The tensors of this loop are only as
+        # large as the rows of one adapter. (On a GPU index_add_ is slow in half precision.)
         for index, rows in route.groups:
             if index in by_index:
                 part = x.index_select(0, rows)  # (rows of one adapter, …, k)
@@ -170,10 +184,10 @@ def linear(
     return y + torch.cat(updates).index_select(0, route.on("back", x.device))
 
 
-def embedding(input: Tensor, stack: Stack, padding_idx: int | None) -> Tensor | None:
+def embedding(input: Tensor, stack: Stack, state: State, padding_idx: int | None) -> Tensor | None:
     """Return the update of an Embedding's output, (n, …, dim); None if no row has one."""
-    route = stack.route
-    terms = route.terms(stack)
+    route = state.route
+    terms = route.terms(stack, state)
     if not terms:
         return None
     route.check(len(input) if input.dim() else -1, stack)

@@ -1,14 +1,14 @@
-"""Holding running statistics still: a frozen base also has buffers that move.
+"""Keep running statistics unchanged: freezing parameters does not freeze these buffers.
 
 In training mode BatchNorm normalises by the batch and updates its running mean and variance,
 whether or not its parameters are frozen (https://github.com/huggingface/peft/issues/1732). A held
-layer stays in evaluation mode: it normalises by the statistics that it has, in training as in use,
-and they keep their bits.
+layer stays in evaluation mode: it normalises by its running statistics, in training as
+well, and they keep their bits.
 
 Note [held in evaluation mode]
     `model.train()` and `model.eval()` call the method `train` of each module inside. A held layer
     has an `EvalModeLock` as its instance attribute `train`, which keeps the layer in evaluation
-    mode and remembers the mode that was asked for. Two other ways do not work: a hook around the
+    mode and remembers the requested mode. Two other ways do not work: a hook around the
     layer's forward, because compiled graphs do not notice hooks that come and go; and another
     class, because parametrize gives the module a class of its own.
 """
@@ -30,7 +30,7 @@ class EvalModeLock:
     """Stands in for a held layer's method `train`: see Note [held in evaluation mode].
 
     Attributes:
-        mode: the mode that was asked for last, to return to after the release.
+        mode: the mode requested last, which is restored after the release.
         holders: names of adapters, and one object for each `hold_statistics` block.
     """
 
@@ -42,7 +42,7 @@ class EvalModeLock:
     def __deepcopy__(self, memo: dict[int, Any]) -> "EvalModeLock":
         copied = copy.copy(self)
         copied.module = copy.deepcopy(self.module, memo)
-        # A copy is outside of the block in which it was made, whose exit does not know the copy.
+        # The exit of a block does not release copies made inside it, so a copy drops blocks.
         copied.holders = _adapters(self.holders)
         return copied
 
@@ -59,10 +59,10 @@ class EvalModeLock:
 def hold_statistics(model: nn.Module) -> Iterator[None]:
     """Hold the running statistics of a model's normalisation layers inside the block.
 
-    The layers (BatchNorm of every kind, SyncBatchNorm, InstanceNorm that tracks statistics) stay
-    in evaluation mode, whatever `model.train()` and `model.eval()` ask for. Afterwards each is in
-    the mode that was asked for last. `attach(..., hold_statistics=True)` does the same for as long
-    as its adapter is attached.
+    The layers are BatchNorm of every kind, SyncBatchNorm, and InstanceNorm that tracks statistics.
+    They stay in evaluation mode, even after `model.train()`. Afterwards each is in the mode
+    requested last. `attach(..., hold_statistics=True)` does the same for as long as its adapter is
+    attached.
 
     Args:
         model: any module.
@@ -96,7 +96,7 @@ def hold(modules: Modules, holder: Hashable) -> None:
 
 
 def release(modules: Modules, holders: set[Hashable] | None) -> None:
-    """Release the layers that these hold; None releases those that any adapter holds."""
+    """Release the layers held by these holders; None releases all layers held by adapters."""
     for _, module in with_statistics(modules):
         lock = vars(module).get("train")
         if isinstance(lock, EvalModeLock):

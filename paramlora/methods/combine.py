@@ -22,13 +22,14 @@ from ..kinds.delta import Delta
 from ..kinds.lora import LoRA
 from ..kinds.spec import LowRank, is_finite
 from ..kinds.start import truncated_svd
-from ..layers.install import PlannedSite, check_name, check_tied, install
+from ..layers.install import PlannedSite, check_name, check_tied
 from ..site.factors import Factors
 from ..site.find import dotted, is_swapped
 from ..site.names import check_names
 from ..site.place import Place, first_overlap
 from ..site.survey import Survey
-from ..verbs.summary import Summary, report
+from ..verbs.attach import Activate, add, check_activate
+from ..verbs.summary import Summary
 
 _METHODS = ("cat", "linear", "svd")
 
@@ -48,12 +49,13 @@ def combine(
     name: str,
     method: str = "cat",
     rank: int | None = None,
+    activate: Activate = "no",
 ) -> Summary:
     """Attach a new adapter that is the weighted sum of others, each at its current strength.
 
-    The new adapter is an ordinary one and is switched on, as by `attach`. The others stay as they
-    are. Switch them off or detach them, or the model contains their updates twice. A site that only
-    some of the adapters have gets the sum over those. Every method sums `Delta`s exactly.
+    The new adapter is an ordinary one. By default it is switched off, and the others stay as they
+    are: `activate(model, name)` uses it in their place. A site that only some of the adapters have
+    gets the sum over those. Every method sums `Delta`s exactly.
 
     Args:
         model: a module with the adapters.
@@ -66,15 +68,18 @@ def combine(
             - "linear": A and B are summed separately, each weighted by √|w·s|. The rank stays, but
               the product of the sums is not the sum of the products.
         rank: the rank of "svd"; None means the largest rank of the adapters at a site.
+        activate: "only", "also" or "no", as in `attach`. With "also" the model contains the updates
+            of active adapters twice.
 
     Returns:
         The model's summary.
 
     Raises:
         AdapterNameError: an adapter does not exist, or the new name is taken or invalid.
+        StateError: `activate` is "only" and another adapter is merged.
         TargetError: the kinds at a site cannot be summed, or blocks of one tensor overlap.
-        ValueError: there are no weights, a weight is not a finite number, `method` or `rank` is
-            invalid, or "linear" meets different ranks.
+        ValueError: there are no weights, a weight is not a finite number, `method`, `rank` or
+            `activate` is invalid, or "linear" is used for different ranks.
 
     >>> import paramlora as pl
     >>> model = nn.Sequential(nn.Linear(4, 3))
@@ -93,6 +98,7 @@ def combine(
     survey = Survey(model)
     check_names(survey.stacks, weights)
     check_name(survey, name)
+    check_activate(survey, name, activate)
     tensors = {place.path: place for place in survey.places}
     terms: dict[str, list[_Term]] = {}
     chosen: dict[str, Place] = {}
@@ -106,15 +112,14 @@ def combine(
     planned = [
         PlannedSite(place, _sum(place, terms[path], method, rank)) for path, place in chosen.items()
     ]
-    # In the order of the model, as by `attach`, whatever the order of the weights.
+    # In the order of the model, as by `attach`, and not in the order of the weights.
     order = {path: i for i, path in enumerate(tensors)}
 
     def position(plan: PlannedSite) -> tuple[int, list[tuple[int, int]]]:
         place = plan.place
         return order[dotted(place.module_path, place.tensor)], place.ranges
 
-    install(survey, sorted(planned, key=position), name, freeze=True)
-    return report(survey.again())
+    return add(survey, sorted(planned, key=position), name, activate)
 
 
 def _check_arguments(weights: Mapping[str, float], method: str, rank: int | None) -> None:
@@ -169,7 +174,7 @@ def _updates(path: str, parts: list[Factors]) -> tuple[dict[str, Any], list[LowR
     """Return the adapters' updates, and the layout that all of them have.
 
     If all are plain LoRAs of one layout, the updates are their own factors and the sum is a LoRA of
-    that layout. Otherwise they are updates of the tensor as a matrix, which most kinds can give.
+    that layout. Otherwise they are updates of the tensor as a matrix, which most kinds support.
     """
     layouts = [_layout(part) for part in parts]
     if layouts[0] is not None and all(layout == layouts[0] for layout in layouts):
@@ -187,7 +192,10 @@ def _updates(path: str, parts: list[Factors]) -> tuple[dict[str, Any], list[LowR
 
 
 def _layout(part: Factors) -> dict[str, Any] | None:
-    """Return how a LoRA views its tensor as matrices; None for other kinds and with constants."""
+    """Return a LoRA's settings for viewing its tensor as matrices, or None for other kinds.
+
+    A LoRA with constants counts as another kind.
+    """
     spec = part.spec
     if type(spec) is not LoRA or spec.constants:
         return None
@@ -199,8 +207,8 @@ def _linear(
 ) -> tuple[Tensor, Tensor]:
     """Return Σ ±√|scale| A and Σ √|scale| B.
 
-    The sign of a negative scale goes to one of the factors. Which one matters for the products
-    Bᵢ Aⱼ of different adapters; PEFT gives it to lora_A.
+    The sign of a negative scale goes to one of the factors. The choice changes the products Bᵢ Aⱼ
+    of different adapters. PEFT gives the sign to lora_A.
     """
     ranks = [A.shape[-2] for A in As]
     if len(set(ranks)) > 1:
@@ -217,7 +225,7 @@ def _linear(
 
 
 def _truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the factors of the best approximation of a rank to B A, without building B A.
+    """Return the factors of the best approximation of B A at a rank, without building B A.
 
     With B = Q R and Aᵀ = S P, where Q and S have orthonormal columns,
 

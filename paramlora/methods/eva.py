@@ -9,11 +9,11 @@ between two pieces a layer keeps only the q largest singular values and directio
 
 The matrix on the left has the singular values and directions of [X_seen; X_piece]. For a matrix M
 these follow from Mᵀ M alone, and X_seenᵀ X_seen = V S Uᵀ U S Vᵀ = (S Vᵀ)ᵀ (S Vᵀ). So U need not be
-kept. The result is exact if the inputs have no more than q directions. Otherwise each piece loses
-what lies beyond the q-th direction, so q is larger than r (`oversampling`).
+kept. The result is exact if the inputs have no more than q directions. Otherwise the
+directions after the q-th are lost with each piece, so q is larger than r (`oversampling`).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..site.factors import Factors
 from ..site.find import Site
 from ..site.names import check_unmerged
 from ..site.survey import Survey
+from ..verbs.audit import call as call_on
 from ..verbs.toggle import disabled
 
 # Rows in a piece. The decomposition of a piece costs about (q + rows)² · in operations.
@@ -41,7 +42,7 @@ class _Directions:
         self.SVh: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
-        """Take in the rows of x, (…, in)."""
+        """Update the directions with the rows of x, (…, in)."""
         x = x.detach().flatten(0, -2) if x.dim() > 1 else x.detach().unsqueeze(0)
         for piece in x.to(torch.promote_types(x.dtype, torch.float32)).split(_ROWS):
             self.rows += len(piece)
@@ -75,7 +76,7 @@ def eva(
         batches: the data. Each batch is a tensor, or a tuple, list or mapping of the arguments of
             the model's forward.
         names: the adapters to start; all if none is given.
-        call: `call(model, batch)` runs the model on a batch; None passes the batch as arguments.
+        call: runs the model on a batch, `call(model, batch)`; None passes the batch as arguments.
         oversampling: the number of directions beyond r that a layer keeps between pieces. A
             larger number is more exact and slower.
 
@@ -126,7 +127,7 @@ def eva(
             )
         starts.append((path, A, *inputs.first(len(A))))
     for _, A, first, _ in starts:
-        # A layer with fewer inputs than r has fewer directions; the other rows of A stay random.
+        # If in < r, there are only `in` directions, and the other rows of A stay random.
         A[: len(first)] = first.to(A.dtype)
     return {path: share for path, _, _, share in starts}
 
@@ -171,14 +172,8 @@ def _run(
             )
             stack.callback(hook.remove)
         for module, _ in modes:
-            # Not by eval(). A layer with held statistics (`hold_statistics`) records the calls of
-            # train() and eval(), to know the mode that the user wants.
+            # Do not call eval(): a layer with held statistics (`hold_statistics`) records calls of
+            # train() and eval() as the mode that the user wants.
             module.training = False
         for batch in batches:
-            (call or _call)(model, batch)
-
-
-def _call(model: nn.Module, batch: Any) -> object:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+            (call or call_on)(model, batch)

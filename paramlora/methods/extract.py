@@ -1,4 +1,4 @@
-"""The low-rank adapter that is closest to a full fine-tune.
+"""The best low-rank approximation of a full fine-tune.
 
     W_tuned − W_base ≈ B A        A: (r, in), B: (out, r)
 
@@ -14,23 +14,23 @@ from ..kinds.delta import Delta
 from ..kinds.lora import LoRA
 from ..kinds.spec import Spec, factor_dtype
 from ..kinds.start import truncated_svd
-from ..layers.install import PlannedSite, check_name, check_tied, install
+from ..layers.install import PlannedSite, check_name, check_tied
 from ..site.factors import Factors
 from ..site.place import Place, check, check_shapes
 from ..site.survey import Survey
 from ..site.wrappers import inner
+from ..verbs.attach import add, check_activate
 
 
 @torch.no_grad()
 def extract(
     model: nn.Module, base: nn.Module, rank: int = 8, *, name: str = "default"
 ) -> dict[str, float]:
-    """Attach to `base` the adapter of a given rank with which it is closest to `model`.
+    """Attach an adapter to `base` that approximates `model` as closely as the rank allows.
 
     A tensor with two or more dimensions that differs gets a `LoRA`, the best approximation of that
     rank to the difference. Any other tensor that differs gets a `Delta`, which is exact up to
-    rounding. The adapter is switched on, as by `attach`. Other adapters on `base` that are on add
-    to it.
+    rounding. As by `attach`, the adapter is then the only active one of `base`.
 
     Args:
         model: the base after a full fine-tune; it is not changed.
@@ -45,7 +45,7 @@ def extract(
     Raises:
         ValueError: the rank is invalid.
         AdapterNameError: the name is taken or invalid.
-        StateError: `model` has adapters.
+        StateError: `model` has adapters, or an adapter of `base` is merged.
         TargetError: the models differ in names or shapes of parameters, no parameter differs, or
             a tensor that differs cannot be adapted.
 
@@ -58,6 +58,7 @@ def extract(
     if tuned.names:
         raise StateError("the model to extract from has adapters; bake or detach them first")
     check_name(survey, name)
+    check_activate(survey, name, "only")
     changes = _changes(tuned, survey)
     lost = dict.fromkeys(_changed_buffers(model, base), 1.0)
     planned = []
@@ -66,7 +67,7 @@ def extract(
         check(place, spec)
         planned.append(PlannedSite(place, Factors(spec, tensors)))
     check_tied(survey, [place for place, _ in changes])
-    install(survey, planned, name, freeze=True)
+    add(survey, planned, name, "only")
     return lost
 
 

@@ -1,4 +1,4 @@
-"""`python -m paramlora.native.build`: compile `native.cpp` for the torch at hand, once."""
+"""`python -m paramlora.native.build`: compile `native.cpp` for the installed torch, once."""
 
 import os
 import subprocess
@@ -13,13 +13,13 @@ def build(verbose: bool = False) -> Path:
     """Compile the native extension for the installed torch unless it exists; return its path.
 
     Raises:
-        RuntimeError: there is no compiler or no ninja, or the compiler fails.
+        RuntimeError: the compiler or ninja is missing, or the compiler fails.
     """
     target = load.path()
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        # In a folder of its own, and then moved: an interrupted build, or two at a time, leave no
-        # incomplete file.
+        # Built in a temporary folder and then moved, so that interrupted or simultaneous builds
+        # leave no incomplete file.
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             _compile(scratch, verbose)
             os.replace(Path(scratch) / f"{load.NAME}.so", target)
@@ -46,7 +46,7 @@ def _compile(folder: str, verbose: bool) -> None:
     except (ImportError, RuntimeError, OSError, subprocess.SubprocessError) as error:
         raise RuntimeError(
             "the native extension cannot be built: it needs a C++ compiler, Python's headers, "
-            "ninja and setuptools (pip install ninja setuptools), and paramlora works without it: "
+            "ninja and setuptools (pip install ninja setuptools); paramlora works without it: "
             f"{error}"
         ) from error
     finally:

@@ -1,12 +1,12 @@
-"""Loading the native extension: `lowrank`'s forward and backward in C++, built once for each torch.
+"""Load the native extension: forward and backward of `lowrank` in C++, built once per torch.
 
     python -m paramlora.native.build           # half a minute; needs a C++ compiler and ninja
 
-After that every process finds and uses it. Without it the same is computed in Python. The extension
-makes one node of the autograd graph of a Linear with a low-rank update, where Python makes seven:
-in small layers these nodes are most of an adapter's cost (docs/performance.md). The file has some
-hundred kilobytes and lies in the cache folder of torch's extensions (TORCH_EXTENSIONS_DIR, or
-~/.cache/torch_extensions). PARAMLORA_NATIVE=0 switches it off.
+After that every process finds and uses it. Without it, Python computes the same. For a Linear with
+a low-rank update, the extension adds one node to the autograd graph, and Python adds seven. In
+small layers these nodes are most of an adapter's cost (docs/performance.md). The file has some
+hundred kilobytes. It is in the cache folder of torch's extensions, TORCH_EXTENSIONS_DIR or
+~/.cache/torch_extensions. PARAMLORA_NATIVE=0 disables the extension.
 """
 
 import functools
@@ -27,7 +27,7 @@ FLAGS = ["-O2"]
 
 
 def path() -> Path:
-    """Return the path of the built file, one for each version of torch, Python and the source."""
+    """Return the path of the built file, which depends on torch, Python and the source."""
     about = (torch.__version__, sys.implementation.cache_tag, platform.machine(), *FLAGS)
     digest = hashlib.sha256("\n".join(about).encode() + SOURCE.read_bytes()).hexdigest()
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
@@ -43,7 +43,7 @@ def module() -> ModuleType | None:
         file = path()
     except (OSError, RuntimeError):  # the source is missing, or there is no home folder
         return None
-    # Unlike Path.exists, this returns False for a folder that may not be read.
+    # Unlike Path.exists, this returns False if the folder is not readable.
     if not os.path.exists(file):
         return None
     spec = importlib.util.spec_from_file_location(NAME, file)
@@ -55,7 +55,7 @@ def module() -> ModuleType | None:
     except ImportError as error:
         warnings.warn(
             f"{file} cannot be loaded, so adapters are computed in Python: {error}; delete it and "
-            "run python -m paramlora.build",
+            "run python -m paramlora.native.build",
             stacklevel=2,
         )
         return None

@@ -1,4 +1,4 @@
-"""PEFT's settings for LoRA, and which modules they select: by PEFT's own rules of matching.
+"""PEFT's settings for LoRA, and PEFT's rules for the modules that they select.
 
 The rules differ from setting to setting:
 
@@ -21,7 +21,7 @@ from typing import Any
 class Config:
     """The settings that paramlora supports, with PEFT's names and defaults.
 
-    `init` is `init_lora_weights` if the start of A and B depends on the base, else "kaiming".
+    `init` is `init_lora_weights` if the initial A and B depend on the base, else "kaiming".
     """
 
     target_modules: str | list[str]
@@ -42,7 +42,7 @@ class Config:
         """Return whether PEFT adapts the module at `path`, as its `check_target_module_exists`."""
         if not path or _selects(self.exclude_modules, path) or self.is_in_saved(path):
             return False
-        # A whole path in a list is adapted whatever `layers_to_transform` says.
+        # If a list has the whole path, `layers_to_transform` does not matter.
         if isinstance(self.target_modules, list) and path in self.target_modules:
             return True
         return _selects(self.target_modules, path) and self._is_in_layers(path)
@@ -57,8 +57,8 @@ class Config:
     def is_in_saved(self, path: str) -> bool:
         """Return whether `modules_to_save` rules out an adapter for the module at `path`.
 
-        Here PEFT takes the name for a regular expression and looks for it between dots: "head"
-        rules out `head` and `sub.head.dense`, and not `pre_head`.
+        Here PEFT treats the name as a regular expression and matches it between dots: "head" rules
+        out `head` and `sub.head.dense`, but not `pre_head`.
         """
         return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save)
 

@@ -1,8 +1,8 @@
-"""Reading `adapter_config.json` into a `Config`, and the content to write for an adapter.
+"""Read `adapter_config.json` into a `Config`, and make its content for an adapter.
 
-PEFT writes about forty settings. `Config` has those that say which tensors are adapted, and how.
-Some others do not affect a trained adapter (`_NO_EFFECT`). All remaining ones must be off: null,
-false or empty. If one that is on were ignored, the loaded model would silently differ from PEFT's.
+PEFT writes about forty settings. `Config` has those that determine the adapted tensors and
+their updates. Some others do not affect a trained adapter (`_NO_EFFECT`). All remaining settings
+must be off: null, false or empty. Ignoring one would silently load another model than PEFT's.
 """
 
 import json
@@ -54,7 +54,7 @@ def read_config(path: Path) -> Config:
     """Return the settings in an `adapter_config.json`.
 
     Raises:
-        CheckpointError: the file is damaged, is of another method than LoRA, or has a setting
+        CheckpointError: the file is damaged, is for another method than LoRA, or has a setting
             that paramlora does not support.
     """
     content = _parse(path)
@@ -79,8 +79,8 @@ def read_config(path: Path) -> Config:
 def config_content(targets: Targets, **settings: Any) -> dict[str, Any]:
     """Return the fewest settings that give each module its rank and alpha.
 
-    Older versions of PEFT refuse settings that they do not know, so those that are off are left
-    out. Paths must not match by accident, by the rules in `config.py`:
+    Settings that are off are left out, because older versions of PEFT refuse unknown settings. A
+    path must match its own module only, by the rules in `config.py`:
 
     - `target_modules` is one regular expression. A list with "net.0" would also select `sub.net.0`.
     - Keys of `rank_pattern` and `alpha_pattern` begin with "^". PEFT puts `(.*\\.)?` before a key,
@@ -155,7 +155,7 @@ def _is_mapping_to(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(is_valid, value.values()))
 
 
-# For each setting of `Config` what it must be, in words and as a function.
+# The condition on each setting of `Config`, in words and as a function.
 _TEXTS = ("a string or a list of strings", lambda v: isinstance(v, str) or _is_names(v))
 _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "r": ("an integer of at least 1", _is_rank),

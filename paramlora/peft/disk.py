@@ -1,4 +1,4 @@
-"""The two files of a PEFT folder: checking that they are there, and writing them at once."""
+"""Check for the two files of a PEFT folder, and write both atomically."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def check_files(path: Path) -> None:
 
 
 def _replace(path: Path, new: Path) -> None:
-    """Move the folder `new` to `path`, in place of a folder that is there.
+    """Move the folder `new` to `path`, and replace an existing folder.
 
     A rename cannot replace a folder that has files. So the old folder is renamed first, and renamed
     back if the new one cannot take its place. A crash in between leaves both under hidden names.

@@ -4,8 +4,9 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors`. The keys o
 `base_model.model.`, the path of a module and a suffix. Besides factors a folder can hold whole
 tensors: trained biases, and trained modules (`modules_to_save`). Here these are `Delta`s.
 
-What the format cannot express is refused before anything is written. What paramlora does not
-support is refused before anything is attached. Nothing is unpickled.
+`save_peft` raises an error before it writes anything if the format cannot express the adapter.
+`load_peft` raises one before it attaches anything if paramlora does not support the folder.
+Nothing is unpickled.
 """
 
 import os
@@ -19,10 +20,12 @@ from ..errors import CheckpointError
 from ..files.refresh import attach_or_refresh
 from ..files.safetensors_file import read_tensors
 from ..layers.install import check_whole
+from ..site.names import only_name
 from ..site.place import check_shapes
 from ..site.storage import check_real
 from ..site.survey import Survey
 from ..site.wrappers import check_model, inner
+from ..verbs.attach import Activate
 from ..verbs.summary import Summary
 from .config_file import read_config
 from .disk import CONFIG, TENSORS, check_destination, check_files, write_folder
@@ -34,7 +37,7 @@ _PREFIX = "base_model.model."
 _OUT_PROJ = ".base_layer.out_proj.lora_B.weight"
 
 
-def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> None:
+def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
     """Save an adapter as a folder that PEFT reads: `PeftModel.from_pretrained(base, path)`.
 
     PEFT's format can express:
@@ -45,8 +48,8 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "defau
     - a `Delta` of a bias, as PEFT's `bias`;
     - a `Delta` of any other tensor: its module becomes one of `modules_to_save`, saved whole.
 
-    A folder that exists is replaced if it has nothing but PEFT's two files. It is moved aside until
-    the new one is complete and in its place.
+    An existing folder is replaced if it has only PEFT's two files. It is moved aside until the new
+    folder is complete and in its place.
 
     Warns if the adapter updates the `out_proj` of a MultiheadAttention, because PEFT up to at least
     0.21.2 adds that update twice.
@@ -54,10 +57,11 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "defau
     Args:
         model: a module with adapters. Without them, it must be the model that PEFT is given.
         path: the folder. The folder around it must exist.
-        name: the adapter.
+        name: the adapter; by default the only one.
 
     Raises:
-        AdapterNameError: the model has no adapter of this name.
+        AdapterNameError: the model has no adapter of this name; or no name is given, and the model
+            has several adapters or none.
         TargetError: PEFT's format cannot express the adapter. The message names the tensor, and
             nothing is written.
         StateError: a tensor is sharded, or on the meta device.
@@ -76,7 +80,9 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "defau
     model = inner(check_model(model))
     path = Path(path).resolve()
     check_destination(path)
-    here = Survey(model).sites_of(name)
+    survey = Survey(model)
+    name = only_name(survey.stacks, name)
+    here = survey.sites_of(name)
     check_whole(here)
     config, tensors = folder_content(model, here, name)
     for key, tensor in tensors.items():
@@ -90,12 +96,18 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str = "defau
     write_folder(path, config, copies)
 
 
-def load_peft(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> Summary:
-    """Attach the adapter of a PEFT folder, or copy its values into the attached one of that name.
+def load_peft(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    activate: Activate | None = None,
+) -> Summary:
+    """Attach the adapter of a PEFT folder, or copy its values into the attached adapter.
 
-    It is attached as by `load`: active, with trainable factors and a frozen base. Biases and
-    modules that PEFT trained become `Delta`s. The patterns in a config are run as regular
-    expressions, as PEFT runs them.
+    It is attached as by `load`, with trainable factors and a frozen base; it is active if it is the
+    model's first adapter. Biases and modules that PEFT trained become `Delta`s. The patterns in a
+    config are run as regular expressions, as PEFT runs them.
 
     Warns if the adapter updates the `out_proj` of a MultiheadAttention, because PEFT up to at least
     0.21.2 adds that update twice.
@@ -104,6 +116,7 @@ def load_peft(model: nn.Module, path: str | os.PathLike[str], *, name: str = "de
         model: the base that PEFT was given, its modules under the same paths.
         path: a folder with `adapter_config.json` and `adapter_model.safetensors`.
         name: the adapter's name in the model.
+        activate: "only", "also" or "no", as in `load`.
 
     Returns:
         The model's summary.
@@ -114,7 +127,8 @@ def load_peft(model: nn.Module, path: str | os.PathLike[str], *, name: str = "de
             paramlora does not support. The message names them, and the model does not change.
         AdapterNameError: the name is not valid, or belongs to an adapter with other sites, kinds
             or shapes.
-        StateError: the adapter of that name is merged, or a tensor is on the meta device.
+        StateError: the adapter of that name is merged, or another one is and `activate` is "only";
+            or a tensor is on the meta device.
         TargetError: a tensor of the model is lazy and has no shape yet.
 
     >>> import tempfile
@@ -137,7 +151,7 @@ def load_peft(model: nn.Module, path: str | os.PathLike[str], *, name: str = "de
     for plan in planned:
         check_real(plan.place.path, plan.place.stored)
     _warn_if_added_twice(state)
-    return attach_or_refresh(model, survey, planned, name, path)
+    return attach_or_refresh(model, survey, planned, name, path, activate)
 
 
 def _without_prefix(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -155,7 +169,7 @@ def _warn_if_added_twice(tensors: Mapping[str, Tensor]) -> None:
 
     PEFT runs a MultiheadAttention by merging both projections for the forward. For `out_proj` it
     adds the update to the weight, and then calls the `merge` of the layer that wraps `out_proj`,
-    which adds it again: W + 2·s·BA. The file means W + s·BA, which paramlora computes. See
+    which adds it again: W + 2·s·BA. paramlora computes W + s·BA, as the format defines it. See
     https://github.com/huggingface/peft/pull/3774.
     """
     for key, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""How PEFT stores the factors at one tensor: keys and shapes by the type of the module.
+"""The keys and shapes of factors in PEFT's format, by the type of the module.
 
     Linear, MultiheadAttention     ΔW = s · B A           A: (r, in), B: (out, r)
     Conv1d, Conv2d, Conv3d         ΔW = s · B A, like W   A: (r, in, k, …), B: (out, r, 1, …)
@@ -80,7 +80,7 @@ class Part(NamedTuple):
 
     @property
     def output_dim(self) -> int:
-        """The dimension of the weight that counts outputs: PEFT's DoRA has a magnitude for each."""
+        """The dimension of the weight's outputs, along which PEFT's DoRA has magnitudes."""
         return int(self._swapped)
 
     @property
@@ -88,7 +88,7 @@ class Part(NamedTuple):
         return self.module.groups if isinstance(self.module, _CONVS) else 1
 
     def shapes(self, weight: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of PEFT's A and B, by key, at the rank R that PEFT counts."""
+        """Return the shapes of PEFT's A and B, by key. `rank`: R in Note [grouped convolutions]."""
         out, inputs, *kernel = reversed(weight.shape) if self._swapped else weight.shape
         return {
             self.A_key: (rank, inputs * self.groups, *kernel),  # (R, in, k, …)
@@ -112,14 +112,14 @@ class Part(NamedTuple):
         return {key: factor.reshape(shapes[key]) for key, factor in factors.items()}
 
     def from_peft(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return A: (r, in) and B: (out, r) of PEFT's update, None if it mixes groups."""
+        """Return A: (r, in) and B: (out, r) of PEFT's update, or None if it mixes groups."""
         A, B = A.flatten(1), B.flatten(1)
         if self._swapped:
             return B.T, A.T
         return (A, B) if self.groups == 1 else _gathered(A, B, self.groups)
 
     def refusal(self, use_dora: bool = False) -> str | None:
-        """Return why PEFT cannot compute an update of this tensor, None if it can."""
+        """Return why PEFT cannot compute an update of this tensor, or None if it can."""
         module = self.module
         if use_dora and (isinstance(module, nn.MultiheadAttention) or self.groups > 1):
             return "PEFT does not support DoRA on a MultiheadAttention or a grouped convolution"
@@ -144,7 +144,7 @@ class Part(NamedTuple):
 
 
 def parts_of(path: str, module: nn.Module) -> list[Part]:
-    """Return the parts of a module, none if PEFT's LoRA does not adapt modules of its type."""
+    """Return the parts of a module; the list is empty if PEFT's LoRA does not adapt its type."""
     if isinstance(module, nn.MultiheadAttention):
         return [
             Part(path, module, "in_proj_weight"),
@@ -156,7 +156,7 @@ def parts_of(path: str, module: nn.Module) -> list[Part]:
 
 
 def is_factor(key: str) -> bool:
-    """Return whether a key is that of a factor; all others are those of the base's tensors."""
+    """Return whether a key belongs to a factor; all other keys belong to tensors of the base."""
     return _FACTOR.fullmatch(key) is not None
 
 
@@ -188,7 +188,7 @@ def _spread(A: Tensor, groups: int, channels: int) -> Tensor:
 
 
 def _gathered(A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Tensor] | None:
-    """Return our factors for PEFT's A: (R, in·k) and B: (out, R/g), None if A mixes groups.
+    """Return our A and B for PEFT's A: (R, in·k) and B: (out, R/g), or None if A mixes groups.
 
     The rank is R/g if all groups have the same block of A, as after `_spread`. Otherwise each group
     has its own update B_j A_j of its rows of the weight, and together these have rank R:

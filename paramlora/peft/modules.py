@@ -11,13 +11,13 @@ from .layout import Part, parts_of
 
 @dataclass(frozen=True)
 class PeftView:
-    """What PEFT would see in a model, collected in one traversal.
+    """The modules and parameters of a model as PEFT sees them, collected in one traversal.
 
     Attributes:
         modules: the modules by path, parents first. The model itself is under "". A module with
             several paths is under the first one. Parametrizations are left out.
         parts: the tensors that PEFT can adapt, by the path of the module that PEFT wraps.
-        tied: for each path of a tied parameter its other paths.
+        tied: the other paths of each tied parameter, by each of its paths.
     """
 
     modules: dict[str, nn.Module]

@@ -1,6 +1,6 @@
-"""From the content of a PEFT folder to factors at places in a model, with everything checked.
+"""Check the content of a PEFT folder, and plan its factors at the places of a model.
 
-Nothing here changes the model. `files/refresh.py` does so once the whole plan is made.
+Nothing here changes the model. `files/refresh.py` changes it after the whole plan is made.
 """
 
 import dataclasses
@@ -67,9 +67,9 @@ def plan_folder(
 
 
 def resolve_all_linear(model: nn.Module, seen: PeftView, config: Config) -> Config:
-    """Return the settings with "all-linear" replaced by the paths that it stands for.
+    """Return the settings with "all-linear" replaced by the paths of the linear layers.
 
-    These are all linear layers except the one that gives a transformers model's outputs.
+    The output layer of a transformers model is not one of them, as in PEFT.
     """
     modules = config.target_modules
     if not isinstance(modules, str) or modules.lower() != "all-linear":
@@ -77,7 +77,7 @@ def resolve_all_linear(model: nn.Module, seen: PeftView, config: Config) -> Conf
     output = getattr(model, "get_output_embeddings", lambda: None)()
     linear = [path for path in seen.paths if is_linear(seen.modules[path])]
     paths = [path for path in linear if seen.modules[path] is not output]
-    # As a regular expression: a list of paths would also select other paths that end with them.
+    # A regular expression, because a list would also select other paths that end with these.
     expression = "|".join(re.escape(path) for path in paths)
     return dataclasses.replace(config, target_modules=expression)
 
@@ -159,7 +159,7 @@ def _plan_part(part: Part, place: Place, config: Config, state: State, path: Pat
         magnitude = state[part.magnitude_key].flatten().to(weight.device, factor_dtype(weight))
         tensors["d"] = magnitude - norms(weight, part.output_dim)
     elif spec.constants:
-        # PEFT takes the start out of the base. Here it is computed again and kept as constants.
+        # PEFT subtracts the starting BA from the base. Here A₀ and B₀ are constants.
         tensors = spec.create(weight) | tensors
     return plan_site(place, spec, tensors)
 

@@ -25,7 +25,7 @@ from .config import Config
 from .layout import is_factor
 from .modules import PeftView
 
-# What PEFT's wrappers put between the path of a module and the names of its tensors.
+# The names that PEFT's wrappers insert between the path of a module and its tensors' names.
 _WRAPPERS = re.compile(r"(^|\.)(base_layer|modules_to_save|original_module)(?=\.)")
 
 
@@ -68,7 +68,7 @@ def plan_full(
 
 
 def _original_key(key: str, base: Mapping[str, Any]) -> str:
-    """Return the key of the base that PEFT's key stands for: without the names of wrappers.
+    """Return the base's key for PEFT's key: the key without the names of wrappers.
 
     >>> _original_key("head.modules_to_save.weight", {})
     'head.weight'
@@ -90,8 +90,8 @@ def _check_complete(
 
 
 def _is_trained(key: str, original: str, config: Config) -> bool:
-    """Return whether a key has a tensor that PEFT trained, as a bias or in a module to save."""
-    # Beside a module to save, PEFT's wrapper keeps the base's module as `original_module`.
+    """Return whether PEFT trained the tensor of a key, as a bias or in a module to save."""
+    # For a module to save, PEFT's wrapper also keeps the base's module, as `original_module`.
     if "original_module" in key.split("."):
         return False
     parts = original.split(".")
@@ -108,7 +108,7 @@ def _check_equal(base: Tensor, found: Tensor, key: str, path: Path) -> None:
 
 
 def _plan_delta(place: Place, tensor: Tensor, path: Path) -> PlannedSite:
-    """Return a place with the Delta that turns the base's tensor into the given one."""
+    """Return the plan of a Delta that changes the base's tensor to the given one."""
     base, spec = place.value.detach(), Delta()
     check_site(place, spec, path)
     dtype = factor_dtype(base)

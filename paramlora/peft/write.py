@@ -1,4 +1,4 @@
-"""From an adapter to the content of a PEFT folder, or the reason why PEFT cannot express it."""
+"""Make the content of a PEFT folder from an adapter, or raise an error with the reason."""
 
 from collections.abc import Iterable
 from math import sqrt
@@ -20,7 +20,7 @@ from .write_full import peft_key, saved_tensors, split
 
 
 class _Update(NamedTuple):
-    """A low-rank update of one tensor, with what it takes to write it in PEFT's format."""
+    """A low-rank update of one tensor, and the objects for writing it in PEFT's format."""
 
     part: Part
     factors: Factors
@@ -53,7 +53,7 @@ def folder_content(
     settings = {"use_rslora": _uses_rslora(updates), "use_dora": _uses_dora(updates)}
     targets = _targets(updates, settings["use_rslora"])
     adapted = [part for path in targets for part in seen.parts[path]]
-    # It has no effect on what PEFT computes, but PEFT warns if it does not fit the modules.
+    # It does not affect PEFT's results, but PEFT warns if it does not fit the modules.
     settings["fan_in_fan_out"] = all(is_conv1d(part.module) for part in adapted)
     values = {path: _value(site, name) for path, site in full.items()}
     biases, modules = split(list(full))
@@ -70,7 +70,7 @@ def folder_content(
 
 
 def _check_sites(here: Iterable[Site], name: str, seen: PeftView) -> None:
-    """Raise a TargetError if PEFT, which wraps modules, cannot adapt the same tensor."""
+    """Raise a TargetError if PEFT cannot adapt the same tensor, because PEFT wraps modules."""
     for site in here:
         if site.path in seen.tied:
             tied = " and ".join(seen.tied[site.path])
@@ -123,9 +123,9 @@ def _update(site: Site, name: str, part: Part | None) -> _Update:
 
 
 def _term(factors: Factors) -> LowRank | None:
-    """Return the low-rank update that PEFT stores as A and B, None if there is none."""
+    """Return the low-rank update that PEFT stores as A and B, or None without such an update."""
     if isinstance(factors.spec, DoRA):
-        # The update before the rescaling, whose magnitudes are stored apart.
+        # The update before the rescaling; the magnitudes are stored separately.
         return LowRank(factors.tensors["A"], factors.tensors["B"], factors.scale)
     return factors.low_rank()
 
@@ -141,7 +141,7 @@ def _refusal(part: Part, factors: Factors) -> str | None:
 
 
 def _uses_dora(updates: list[_Update]) -> bool:
-    """Return whether an adapter is a DoRA at all sites, or raise if it is one at some only."""
+    """Return whether an adapter is a DoRA at all sites. Raise if it is one at some sites only."""
     found = {update.part.site: isinstance(update.factors.spec, DoRA) for update in updates}
     if len(set(found.values())) > 1:
         path = next(path for path, is_dora in found.items() if is_dora)
@@ -150,7 +150,7 @@ def _uses_dora(updates: list[_Update]) -> bool:
 
 
 def _uses_rslora(updates: list[_Update]) -> bool:
-    """Return whether all updates have the scale alpha/√r; else PEFT's alpha/r serves for all."""
+    """Return whether all updates have the scale alpha/√r. Otherwise PEFT's alpha/r is used."""
     specs = [update.factors.spec for update in updates]
     return all(isinstance(spec, LoRA | DoRA) and spec.rank_stabilized for spec in specs)
 
@@ -216,7 +216,7 @@ def _placeholders(
 
 
 def _bias(biases: list[str], wrapped: set[str]) -> str | None:
-    """Return PEFT's `bias` for the biases that are trained, None without any."""
+    """Return PEFT's setting `bias` for the trained biases, or None without trained biases."""
     if not biases:
         return None
     only_adapted = all(path.removesuffix(".bias") in wrapped for path in biases)

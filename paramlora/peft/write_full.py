@@ -16,7 +16,7 @@ from .modules import PeftView
 def split(full: list[str]) -> tuple[list[str], list[str]]:
     """Return the biases to save by themselves, and the modules to save whole.
 
-    A bias in a module that is saved whole anyway is not in the first list.
+    Biases in modules that are saved whole are not in the first list.
 
     >>> split(["fc.bias", "norm.weight", "norm.bias"])
     (['fc.bias'], ['norm'])
@@ -54,9 +54,9 @@ def saved_tensors(
 ) -> dict[str, Tensor]:
     """Return the tensors of the modules that `modules_to_save` selects.
 
-    By PEFT's rules they may be more modules than intended: "fc" also selects `last_fc`. So the
-    rules are applied to the settings that are about to be written. PEFT would save all modules that
-    they select, and must still adapt all targets.
+    PEFT's rules can select more modules than intended: "fc" also selects `last_fc`. So the rules
+    are applied to the settings before they are written. All modules that they select are saved, as
+    PEFT does, and they must not select a target.
 
     Args:
         model: the model.

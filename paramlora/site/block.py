@@ -1,4 +1,4 @@
-"""Blocks: rectangular parts of a tensor, as sites of their own.
+"""Blocks: rectangular parts of a tensor that are adapted separately.
 
     W'[b] = f(W[b])        the rest of W' is bit-for-bit W
 
@@ -23,7 +23,7 @@ _PART = re.compile(f"{_INTEGER}|(?:{_INTEGER}|\\s*):(?:{_INTEGER}|\\s*)")
 
 
 def split(target: str) -> tuple[str, tuple[Part, ...] | None]:
-    """Return a target without its trailing index, and the index; None if it has none.
+    """Split a target into a glob and its trailing index, or None if it has no index.
 
     A bracket that is not an index belongs to the glob: `fc[ab]`.
 
@@ -115,7 +115,7 @@ class Block:
         return all(a < d and c < b for (a, b), (c, d) in pairs)
 
     def cut(self, weight: Tensor) -> Tensor:
-        """Return the block of a tensor, a view."""
+        """Return a view of the block in a tensor."""
         return weight[tuple(part if isinstance(part, int) else slice(*part) for part in self.index)]
 
     def put(self, weight: Tensor, value: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class Block:
 
 
 def _inside(part: Part, size: int, dim: int) -> int | tuple[int, int]:
-    """Return a part of a dimension with its bounds counted from the start, checked."""
+    """Check a part of a dimension, and return it with bounds counted from the start."""
     if isinstance(part, int):
         place = part + size if part < 0 else part
         if not 0 <= place < size:

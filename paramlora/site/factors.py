@@ -1,6 +1,7 @@
 """The factors of one adapter at one tensor, or at blocks of it, as modules of a stack."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +10,24 @@ from ..kinds.spec import Factors as Tensors
 from ..kinds.spec import LowRank, Rescaled, Spec, Strength
 from .block import Block
 
+# Instead of a strength: the one for torch.compile. A string, which the compiler can compare.
+TRACED: Any = "traced"
+
 
 class Factors(nn.Module):
     """The factors of one adapter at one site, with the spec that applies them.
+
+    Methods that take a `strength` compute with the adapter's own one if it is None.
 
     Args:
         spec: the kind of adapter, with its settings.
         tensors: the factors by name; those in `spec.constants` become buffers, the others
             parameters.
         block: the part of the tensor that they change; None for all of it.
+
+    Attributes:
+        strength: the adapter's own strength, which `scale` sets.
+        traced_strength: the strength for torch.compile, open blocks included (`Stack.reflect`).
     """
 
     def __init__(
@@ -27,6 +37,7 @@ class Factors(nn.Module):
         self.spec = spec
         self.block = block
         self.strength: Strength = 1.0
+        self.traced_strength: Strength = 1.0
         for key, tensor in tensors.items():
             tensor = trainable(tensor)
             if key in spec.constants:
@@ -36,26 +47,34 @@ class Factors(nn.Module):
 
     def set_strength(self, strength: Strength) -> None:
         # nn.Module.__setattr__ would register a strength that is an nn.Parameter as a factor.
-        self.__dict__["strength"] = strength
+        vars(self).update(strength=strength, traced_strength=strength)
 
-    put_strength = set_strength
+    def trace_strength(self, strength: Strength | None) -> None:
+        """Set the strength for torch.compile: that of an open block, or else the own one."""
+        vars(self)["traced_strength"] = self.strength if strength is None else strength
 
-    def forward(self, weight: Tensor) -> Tensor:
-        return apply_factors(self.spec, self.block, weight, self.tensors, self.strength)
+    def forward(self, weight: Tensor, strength: Strength | None = None) -> Tensor:
+        return apply_factors(self.spec, self.block, weight, self.tensors, self.at(strength))
 
-    def low_rank(self) -> LowRank | None:
-        term = self.spec.low_rank(self.tensors, self.strength)
+    def low_rank(self, strength: Strength | None = None) -> LowRank | None:
+        term = self.spec.low_rank(self.tensors, self.at(strength))
         return term if term is None or self.block is None else self.block.widen(term)
+
+    def at(self, strength: Strength | None) -> Strength:
+        """Return a strength, or the adapter's own one for None."""
+        if strength is None:
+            return self.strength
+        return self.traced_strength if strength is TRACED else strength
 
     @property
     def scale(self) -> Strength:
-        """The factor of the update: the strength times the spec's scaling."""
+        """The factor of the update: the adapter's own strength times the spec's scaling."""
         return self.strength * self.spec.scaling
 
-    def rescaled(self, weight: Tensor) -> Rescaled | None:
+    def rescaled(self, weight: Tensor, strength: Strength | None = None) -> Rescaled | None:
         if self.block is not None:
             return None
-        return self.spec.rescaled(weight, self.tensors, self.strength)
+        return self.spec.rescaled(weight, self.tensors, self.at(strength))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -76,15 +95,15 @@ def trainable(tensor: Tensor) -> Tensor:
 class Blocks(nn.Module):
     """The factors of one adapter at several blocks of a tensor that do not overlap."""
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def forward(self, weight: Tensor, strength: Strength | None = None) -> Tensor:
         for factors in self.parts:
-            weight = factors(weight)
+            weight = factors(weight, strength)
         return weight
 
-    def low_rank(self) -> LowRank | None:
+    def low_rank(self, strength: Strength | None = None) -> LowRank | None:
         terms = []
         for factors in self.parts:
-            term = factors.low_rank()
+            term = factors.low_rank(strength)
             if term is None:
                 return None
             terms.append(term)
@@ -100,15 +119,9 @@ class Blocks(nn.Module):
         for factors in self.parts:
             factors.set_strength(strength)
 
-    @property
-    def strength(self) -> tuple[Strength, ...]:
-        """The strength at each block."""
-        return tuple(factors.strength for factors in self.parts)
-
-    def put_strength(self, strength: Sequence[Strength]) -> None:
-        """Set the strength of each block, in the order that the property `strength` gives."""
-        for factors, value in zip(self.parts, strength, strict=True):
-            factors.set_strength(value)
+    def trace_strength(self, strength: Strength | None) -> None:
+        for factors in self.parts:
+            factors.trace_strength(strength)
 
     @property
     def parts(self) -> list[Factors]:
@@ -118,7 +131,7 @@ class Blocks(nn.Module):
 def apply_factors(
     spec: Spec, block: Block | None, weight: Tensor, tensors: Tensors, strength: Strength
 ) -> Tensor:
-    """Return `weight` with a block of it, or all of it, changed by a spec."""
+    """Return `weight` after a spec has changed a block of it (None: all of it)."""
     if block is None:
         return spec.apply(weight, tensors, strength)
     return block.put(weight, spec.apply(block.cut(weight), tensors, strength))

@@ -1,4 +1,4 @@
-"""Where the adapted tensors of a model are, and what is stored below an adapter."""
+"""Find the adapted tensors of a model, and the tensors stored below an adapter."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +19,8 @@ def is_swapped(module: nn.Module) -> bool:
 def is_conv1d(module: nn.Module) -> bool:
     """Return whether a module is transformers' Conv1D, a Linear whose weight is (in, out).
 
-    Copies of that class in other packages and subclasses of it count, too: they store the same.
+    Subclasses and copies of that class in other packages count as well, because they store the
+    same.
     """
     cls = parametrize.type_before_parametrizations(module)
     return any(base.__name__ == "Conv1D" for base in cls.__mro__) and hasattr(module, "nf")
@@ -32,7 +33,7 @@ def is_transformers_conv1d(cls: type[nn.Module]) -> bool:
 
 
 class Site(NamedTuple):
-    """One adapted tensor: where it is, and its stack."""
+    """One adapted tensor: its path, its module, its name there, and its stack."""
 
     path: str
     module: nn.Module
@@ -56,8 +57,8 @@ def dotted(*parts: str) -> str:
 
 def parametrization_lists(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
     """Return a module's lists of parametrizations by tensor name; empty if it has none."""
-    # What parametrize.is_parametrized asks, but without nn.Module.__getattr__: every verb calls
-    # this for each module.
+    # The same test as in parametrize.is_parametrized, but without the slow nn.Module.__getattr__:
+    # every verb calls this for each module.
     plists = module._modules.get("parametrizations")
     return dict(plists._modules) if isinstance(plists, nn.ModuleDict) else {}  # type: ignore[arg-type]
 

@@ -1,17 +1,18 @@
-"""The names of adapters: their order, and what is checked before a verb acts on them."""
+"""The order of adapters' names, and the checks of names before a verb changes anything."""
 
 import difflib
 from collections.abc import Iterable, Sequence, Sized
 
 from ..errors import AdapterNameError, StateError
+from .overlay import foreign_block
 from .stack import Stack
 
 
 def ordered_names(stacks: Iterable[Stack]) -> list[str]:
     """Return the names of the adapters in stacks, in attaching order.
 
-    Each stack numbers its adapters by a counter that all stacks share, so the smallest number of a
-    name says when the adapter was attached.
+    All stacks number their adapters with one counter, so the smallest number of a name in any stack
+    gives its position.
     """
     first: dict[str, int] = {}
     for stack in stacks:
@@ -45,8 +46,36 @@ def check_names(stacks: Sequence[Stack], names: Iterable[str]) -> None:
             raise AdapterNameError(f"no adapter {name!r} here; attached are: {listed}{hint}")
 
 
+def only_name(stacks: Iterable[Stack], name: str | None) -> str:
+    """Return a name; for None, the name of the only adapter.
+
+    Raises:
+        AdapterNameError: the name is None, and there is no adapter or there are several.
+    """
+    if name is not None:
+        return name
+    known = ordered_names(stacks)
+    if len(known) == 1:
+        return known[0]
+    if known:
+        listed = ", ".join(map(repr, known))
+        raise AdapterNameError(f"there are several adapters: {listed}; say which one, by name=")
+    raise AdapterNameError("no adapter is attached here; attach or load one first")
+
+
+def check_no_other_block(stacks: Iterable[Stack], verb: str) -> None:
+    """Raise a StateError if another thread or task has a block open on one of these stacks."""
+    for stack in stacks:
+        block = foreign_block(stack)
+        if block is not None:
+            raise StateError(
+                f"cannot {verb} while another thread or task is inside of {block.verb}() on this "
+                "model, which would compute with the changed weights; wait until it has left"
+            )
+
+
 def check_unmerged(stacks: Iterable[Stack], names: Sequence[str], verb: str) -> None:
-    """Raise a StateError if a stack has one of these adapters merged; no name means any."""
+    """Raise a StateError if one of these adapters is merged; without names, if any is merged."""
     for stack in stacks:
         for name in stack.merged:
             if not names or name in names:

@@ -15,7 +15,7 @@ from .storage import is_sharded
 
 
 class Place(NamedTuple):
-    """A tensor that can become a site, or a block of it; then the path ends with its index."""
+    """A tensor that can become a site, or a block of one; a block's path ends with its index."""
 
     path: str
     module_path: str
@@ -90,7 +90,7 @@ def places_in(modules: Iterable[tuple[str, nn.Module]]) -> list[Place]:
     """Return every parameter of these modules of a base, parametrized ones included, in order."""
     found = []
     for path, module in modules:
-        # The parameters inside other parametrizations are not the model's to adapt.
+        # The parameters of other parametrizations cannot be adapted.
         if "parametrizations" in path.split("."):
             continue
         names = [name for name, parameter in module._parameters.items() if parameter is not None]
@@ -103,7 +103,7 @@ def places_in(modules: Iterable[tuple[str, nn.Module]]) -> list[Place]:
 
 
 def first_overlap(places: Iterable[Place]) -> tuple[Place, Place] | None:
-    """Return the first two places that share elements of a tensor; None if all are apart."""
+    """Return the first two places that share elements of a tensor, or None."""
     by_tensor: dict[int, list[Place]] = {}
     for place in places:
         others = by_tensor.setdefault(id(place.stored), [])
@@ -135,7 +135,7 @@ def check(place: Place, spec: Spec) -> None:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Return whether a module is one of torch's quantized ones, where `weight` is a method."""
+    """Return whether a module is a quantized module of torch, whose `weight` is a method."""
     if "weight" in parametrization_lists(module):
         return False  # reading it would advance the power iteration of spectral_norm
     weight = getattr(module, "weight", None)

@@ -1,4 +1,4 @@
-"""The parametrization at a site: every adapter of one tensor, and which of them contribute.
+"""The parametrization at a site: all adapters of one tensor, with their states.
 
     W' = aₙ(… a₂(a₁(W)))        over the active adapters that are not merged, in attaching order
 
@@ -7,19 +7,19 @@ the adapters at that tensor.
 """
 
 import itertools
-import threading
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
-from ..kinds.spec import LowRank, Rescaled
-from .factors import Blocks, Factors, apply_factors
+from ..kinds.spec import LowRank, Rescaled, Strength
+from .built import BUILT, no_autocast
+from .factors import TRACED, Blocks, Factors, apply_factors
 from .merged_backward import refuse_backward, trained
+from .overlay import ENTERED, Block, State, composed, state_within
 
 CHANGED = (
     "a tensor needed for the gradient was changed in place (an optimizer's step, a merge) between "
@@ -27,58 +27,34 @@ CHANGED = (
 )
 
 
-def no_autocast(weight: Tensor) -> AbstractContextManager[Any]:
-    """Return a context that disables autocast: W' is built in the weight's dtype."""
-    device = weight.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
-
-
-class _Built(threading.local):
-    """The tensors that stacks have built inside the innermost `build_once` of this thread."""
-
-    tensors: dict[object, Tensor] | None = None
-
-
-_BUILT = _Built()
-
-
-@contextmanager
-def build_once() -> Iterator[None]:
-    """Let each stack build W' once inside the block, which is the forward of one module.
-
-    `parametrize.cached` is no alternative: all threads would share the tensors that one thread has
-    built, perhaps under no_grad, for as long as any thread is inside.
-    """
-    outer, _BUILT.tensors = _BUILT.tensors, {}
-    try:
-        yield
-    finally:
-        _BUILT.tensors = outer
-
-
 # Numbers adapters in attaching order, over all stacks.
 _NUMBERS = itertools.count()
 
 
 class Stack(nn.Module):
-    """The named adapters at a site: their factors, which are active, which are merged.
+    """The named adapters at a site, with their factors and states (active, merged).
 
     The state is kept in tuples of names in attaching order, which torch.compile can guard on.
+    `active`, `live` and the strengths of the factors are the stack's own, which persistent verbs
+    write. To compute with, use `state()`, which includes the open blocks.
 
     Attributes:
         names: all adapters here.
         active: the adapters that are switched on.
         merged: the adapters that are folded into the stored weight.
         live: the adapters that the forward has to compute: active and not merged.
+        own: `active` and `live` once more, as a `State`.
         numbers: for each name the value of a counter over all stacks, which gives the order in
             which a model's adapters were attached.
         stored: while adapters are merged, the original stored tensors, in the list's order.
         written: while adapters are merged, the parameters that hold the merged weight, each with
             its version right after the merge.
+        before_merge: for adapters that were merged inside a block, whether they were active and
+            their strengths before.
         tied: the paths of the sites that share this stack, if their tensors are tied.
-        route: inside `routed`, which row of a batch gets which adapter.
+        key: identifies the stack in blocks; a deep copy has another one.
+        open: the blocks that are open here, of all threads.
+        traced_live, traced_route, shared: for torch.compile, see `reflect`.
     """
 
     def __init__(self) -> None:
@@ -89,36 +65,93 @@ class Stack(nn.Module):
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.live: tuple[str, ...] = ()
+        self.own = State()
         self.stored: tuple[Tensor, ...] = ()
         self.written: tuple[tuple[weakref.ref[Tensor], int], ...] = ()
+        self.before_merge: dict[str, tuple[bool, list[Strength]]] = {}
         self.tied: tuple[str, ...] = ()
-        self.route: Any = None
+        self.key = object()
+        self.open: tuple[Block, ...] = ()
+        self.traced_live: tuple[str, ...] = ()
+        self.traced_route: Any = None
+        self.shared = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A deep copy is outside of the blocks in which it was made.
+        super().__setstate__({**state, "key": object(), "open": ()})
+        self.reflect()
+
+    def _replicate_for_data_parallel(self) -> "Stack":
+        raise StateError(
+            "nn.DataParallel cannot replicate a model with adapters: its replicas have no "
+            "parameters and run in threads of their own, outside of the open blocks; use "
+            "DistributedDataParallel, or bake the adapters first"
+        )
+
+    def state(self) -> State:
+        """Return the state to compute with in this thread or task, open blocks included.
+
+        Raises:
+            StateError: see Note [blocks belong to threads] in overlay.py.
+        """
+        # A small layer feels every step here: it has to stay a few attributes and one variable.
+        if torch.compiler.is_compiling() and not self.shared:
+            return State((), self.traced_live, self.traced_route, None)
+        entered = ENTERED.get()
+        return self.own if entered is None and not self.open else state_within(self, entered)
+
+    def seen(self) -> State:
+        """Return the state in this thread or task; the own one if none of its blocks is open."""
+        entered = ENTERED.get()
+        blocks = [] if entered is None else entered.at(self)
+        return composed(self, [b for b in blocks if entered.kept or not b.closed])  # type: ignore[union-attr]
+
+    def reflect(self) -> None:
+        """Write the state, open blocks included, to the attributes that torch.compile reads.
+
+        A compiled model has one state for all threads. If several threads or tasks have blocks
+        open, `shared` is set, and the compiler has to read the context variable of `state`.
+        """
+        open = [block for block in self.open if not block.closed]
+        state = composed(self, open) if open else self.own
+        shared = any(block.owner != open[0].owner for block in open)
+        vars(self).update(traced_live=state.live, traced_route=state.route, shared=shared)
+        for name, factors in self.named.items():
+            factors.trace_strength(state.strengths.get(name))  # type: ignore[union-attr]
+
+    def put_open(self, blocks: tuple[Block, ...]) -> None:
+        """Set the blocks that are open here."""
+        vars(self)["open"] = blocks
+        self.reflect()
 
     def forward(self, weight: Tensor) -> Tensor:
-        if self.route is not None:
-            raise StateError(
-                f"{self.route.paths[id(self)]!r} was read inside of routed(), where each row of a "
-                "batch has a tensor of its own; read it outside, or give this adapter no rows"
-            )
-        if self._trains_merged():
+        state = self.state()
+        if state.route is not None:
+            return state.route.stand_in(self, weight)
+        if self._trains_merged(state):
             weight = refuse_backward(weight, self.merged)
-        if not self.live:
+        if not state.live:
             return weight
-        built = None if torch.compiler.is_compiling() else _BUILT.tensors
+        built = None if torch.compiler.is_compiling() else BUILT.tensors
         if built is None:
-            return self._build(weight)
-        key = self._key()
+            return self.build(weight, state)
+        key = self._key(state)
         if key not in built:
-            built[key] = self._build(weight)
+            built[key] = self.build(weight, state)
         return built[key]
 
-    def _build(self, weight: Tensor) -> Tensor:
+    def build(self, weight: Tensor, state: State, names: Iterable[str] | None = None) -> Tensor:
+        """Return W' with these adapters; by default with all that are live."""
         with no_autocast(weight):
-            for name in self.live:
-                weight = self[name](weight)
+            for name in state.live if names is None else names:
+                weight = self[name](weight, self._strength(name, state))
         return weight
 
-    def _key(self) -> object:
+    @staticmethod
+    def _strength(name: str, state: State) -> Strength | None:
+        return TRACED if state.strengths is None else state.strengths.get(name)
+
+    def _key(self, state: State) -> object:
         """Return a key that is equal for two reads that may get the same W'.
 
         Without `live` and the strengths, a module whose forward toggles would read a stale W':
@@ -129,13 +162,22 @@ class Stack(nn.Module):
                 return half + x @ self.weight.T     # needs W + ΔW
 
         Without `is_grad_enabled`, a first read under no_grad would serve a later read that needs a
-        gradient, and the factors would silently get none. Strengths that are tensors count by
-        identity, since comparing values would wait for the GPU; like the factors, they are assumed
-        not to be written to during a forward.
+        gradient, and the factors would silently get none. Strengths that are tensors are compared
+        by identity, because comparing values would wait for the GPU. Writing to them, or to the
+        factors, during a forward is not supported.
         """
-        parts = [part for name in self.live for part in self.parts(name)]
-        strengths = [id(s) if isinstance(s, Tensor) else s for s in (p.strength for p in parts)]
-        return id(self), self.live, torch.is_grad_enabled(), *strengths
+        strengths = [strength for *_, strength in self._steps(state)]
+        strengths = [id(s) if isinstance(s, Tensor) else s for s in strengths]
+        return id(self), state.live, torch.is_grad_enabled(), *strengths
+
+    def _steps(self, state: State) -> list[tuple[Factors, Strength]]:
+        """Return the live factors in order, each with its strength."""
+        names = [name for name in state.live for _ in self.parts(name)]
+        parts = [part for name in state.live for part in self.parts(name)]
+        return [
+            (part, part.at(self._strength(name, state)))
+            for name, part in zip(names, parts, strict=True)
+        ]
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         raise NotImplementedError(
@@ -151,16 +193,16 @@ class Stack(nn.Module):
 
             with pl.using(model, "a"):
                 loss = model(x).sum()       # computed with W + ΔW_a
-            loss.backward()                 # here the stack's state is another
+            loss.backward()                 # here the stack has another state
 
         Reading the stack in the backward would give the gradient of another function. So the
-        closure keeps what defines today's W': the specs, the factors and the strengths. It keeps
-        the factors themselves and not copies, which would cost memory; if one of them was written
-        to since, by an optimizer's step for example, it raises the error that autograd raises for
-        a saved tensor, and does not compute a wrong gradient.
+        closure keeps the specs, the factors and the strengths of today's W'. It keeps no copies of
+        the factors, which would cost memory. If a factor has changed since, for example by an
+        optimizer's step, the closure raises the error that autograd raises for a saved tensor.
+        Otherwise the gradient would be wrong.
         """
-        live = [factors for name in self.live for factors in self.parts(name)]
-        steps = [(f.spec, f.block, dict(f.tensors), f.strength) for f in live]
+        live = self._steps(self.state())
+        steps = [(f.spec, f.block, dict(f.tensors), strength) for f, strength in live]
         sources = [weight, *(tensor for _, _, tensors, _ in steps for tensor in tensors.values())]
         sources += [strength for *_, strength in steps if isinstance(strength, Tensor)]
         versions = [tensor._version for tensor in sources]
@@ -176,56 +218,96 @@ class Stack(nn.Module):
 
         return build
 
-    def low_rank(self) -> list[LowRank] | None:
+    def low_rank(self, state: State) -> list[LowRank] | None:
         """Return the live updates in factored form; None if one of them has no such form.
 
         Also None if a backward has to raise, for which `forward` has to read the tensor.
         """
-        if self._trains_merged():
+        if self._trains_merged(state):
             return None
         terms = []
-        for name in self.live:
-            term = self[name].low_rank()
+        for name in state.live:
+            term = self[name].low_rank(self._strength(name, state))
             if term is None:
                 return None
             terms.append(term)
         return terms
 
-    def rescaled(self, weight: Tensor) -> Rescaled | None:
+    def rescaled(self, weight: Tensor, state: State) -> Rescaled | None:
         """Return W' as a rescaled `weight`; None if the live adapters have no such form."""
-        if self._trains_merged():
+        if self._trains_merged(state):
             return None
-        factors = self[self.live[0]] if len(self.live) == 1 else None
+        factors = self[state.live[0]] if len(state.live) == 1 else None
         if not isinstance(factors, Factors):
             return None
         with no_autocast(weight):
-            return factors.rescaled(weight)
+            return factors.rescaled(weight, self._strength(state.live[0], state))
 
-    def _trains_merged(self) -> bool:
+    def _trains_merged(self, state: State) -> bool:
         """Return whether a backward has to raise: see merged_backward.py."""
         # A compiled model has one graph for merged and for switched off. So the compiler must not
         # read `merged` if no adapter is live.
-        if not self.live and torch.compiler.is_compiling():
+        if not state.live and torch.compiler.is_compiling():
             return False
         return bool(self.merged) and trained(self[name] for name in self.merged)
 
     def set(self, active: Container[str], merged: Container[str]) -> None:
-        """Set which adapters are active and which are merged."""
+        """Set the active and the merged adapters."""
         names = tuple(self.named)
-        on = tuple(name for name in names if name in active)
+        merged = tuple(name for name in names if name in merged)
         # Not through nn.Module.__setattr__, which is slow: a model may have hundreds of stacks.
-        vars(self).update(
-            names=names,
-            active=on,
-            live=tuple(name for name in on if name not in merged),
-            merged=tuple(name for name in names if name in merged),
-        )
+        vars(self).update(names=names, merged=merged)
+        self.switch(active)
 
     def switch(self, active: Container[str]) -> None:
-        """Set which adapters are active; the others stay attached, and merged ones merged."""
+        """Set the active adapters. The others stay attached, and merged adapters stay merged."""
         on = tuple([name for name in self.names if name in active])
         live = tuple([name for name in on if name not in self.merged]) if self.merged else on
-        vars(self).update(active=on, live=live)
+        vars(self).update(active=on, live=live, own=State(on, live))
+        if self.open:
+            self.reflect()
+        else:
+            vars(self).update(traced_live=live, traced_route=None)
+
+    def fold(self, names: Iterable[str]) -> None:
+        """Record that adapters were merged, as they are now.
+
+        If a block has switched them on or set their strength, that is in the stored weight from
+        now on. So it becomes the stack's own state, and outlasts the block.
+        """
+        state = self.seen()
+        for name in names:
+            parts = self.parts(name)
+            if name not in self.active or name in state.strengths:  # type: ignore[operator]
+                self.before_merge[name] = name in self.active, [part.strength for part in parts]
+                for part in parts:
+                    part.set_strength(part.at(state.strengths.get(name)))  # type: ignore[union-attr]
+        self.set((*self.active, *names), (*self.merged, *names))
+
+    def unfold(self) -> None:
+        """Record that no adapter is merged any more.
+
+        What a block had changed is undone if the block is still open, for then it has its effect
+        again. Otherwise it stays, since unmerging must not change what the model computes.
+        """
+        folded = {name: [p.strength for p in self.parts(name)] for name in self.before_merge}
+        before, self.before_merge = self.before_merge, {}
+        self._put(before)
+        self.set([n for n in self.active if before.get(n, (True,))[0]], ())
+        state = self.seen()
+        lost = {
+            name: (True, strengths)
+            for name, strengths in folded.items()
+            if name not in state.live
+            or [part.at(self._strength(name, state)) for part in self.parts(name)] != strengths
+        }
+        self._put(lost)
+        self.switch([*self.active, *lost])
+
+    def _put(self, states: Mapping[str, tuple[bool, list[Strength]]]) -> None:
+        for name, (_, strengths) in states.items():
+            for part, strength in zip(self.parts(name), strengths, strict=True):
+                part.set_strength(strength)
 
     @property
     def named(self) -> Mapping[str, "Factors | Blocks"]:
@@ -242,7 +324,7 @@ class Stack(nn.Module):
         return factors.parts if isinstance(factors, Blocks) else [factors]
 
     def add(self, name: str, factors: Factors) -> None:
-        """Add an adapter and make it active; one of several blocks is added block by block."""
+        """Add an adapter and make it active. Call it once per block if it has several blocks."""
         if factors.block is None:
             self.factors[name] = factors
         else:

@@ -1,8 +1,8 @@
 """Tensors that FSDP (`torch.distributed.fsdp.fully_shard`) has split over processes.
 
-All processes read a sharded tensor together, in one piece; each writes to its own part. The tensors
-that FSDP gathers for a forward are copies, and writing to a copy is lost. So FSDP puts them back
-(`settle`) before parameters are handed out or written to.
+All processes gather a sharded tensor together to read it, and each writes to its own part. The
+tensors that FSDP gathers for a forward are copies, and writes to a copy are lost. So FSDP must drop
+the copies (`settle`) before parameters are returned or written to.
 """
 
 import sys
@@ -26,7 +26,7 @@ def check_real(path: str, tensor: Any) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor in one piece; a sharded one is gathered, which takes all processes."""
+    """Return a whole tensor. A sharded tensor is gathered, which needs all processes."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -37,8 +37,8 @@ def is_sharded(module: nn.Module, tensor: Tensor) -> bool:
 
 def settle(model: nn.Module) -> None:
     """Make FSDP drop the copies that it has gathered in the modules of a model."""
-    # A program that has not imported FSDP has sharded nothing, and is spared the traversal.
     check_model(model)
+    # If the program has not imported FSDP, nothing is sharded, and no traversal is needed.
     kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     if kind is not None:
         for module in model.modules():
@@ -73,7 +73,7 @@ def in_parts(value: Tensor, like: Tensor) -> Tensor:
 
 
 def writes_files(tensors: list[Tensor]) -> bool:
-    """Return whether this process is the one that writes the tensors gathered by all."""
+    """Return whether this process writes the file. Only the first one writes sharded tensors."""
     if not any(hasattr(tensor, "full_tensor") for tensor in tensors):
         return True
     return torch.distributed.get_rank() == 0

@@ -1,4 +1,4 @@
-"""One pass over a model, and all that the verbs derive from it."""
+"""One pass over a model, and the lists that verbs derive from it."""
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -14,7 +14,7 @@ from .stack import Stack
 class Survey:
     """The modules of a model by path, with the places, sites and ties among them.
 
-    A verb makes one survey and hands it on, so it traverses the model once. Each property is
+    A verb makes one survey and passes it on, so it traverses the model once. Each property is
     computed when it is first read and describes the model at that moment; a verb that adds or
     removes adapters continues with `again()`.
 
@@ -43,7 +43,7 @@ class Survey:
 
     @cached_property
     def sites(self) -> list[Site]:
-        """The adapted tensors in module order; each of several tied tensors, with one stack."""
+        """The adapted tensors in module order; tied tensors are several sites with one stack."""
         return sites_in(self.modules)
 
     @cached_property
@@ -85,7 +85,7 @@ class Survey:
         return _each_once(p for module in modules for p in module._parameters.values())
 
     def select(self, names: Sequence[str]) -> list[tuple[Site, list[str]]]:
-        """Return each first site with the chosen adapters that it holds; no name chooses all.
+        """Return the first sites with their adapters among `names`; without names, all adapters.
 
         Raises:
             AdapterNameError: there is no adapter of that name.
@@ -98,7 +98,7 @@ class Survey:
         return [(site, chosen) for site, chosen in held if chosen]
 
     def sites_of(self, name: str) -> list[Site]:
-        """Return the sites of one adapter, of tied tensors the first, in module order.
+        """Return the sites of one adapter in module order; only the first of several tied tensors.
 
         Raises:
             AdapterNameError: there is no adapter of that name.

@@ -1,1 +1,1 @@
-"""What a user calls on a model."""
+"""The functions that users call on a model."""

@@ -1,12 +1,15 @@
-"""Attaching adapters to a model, detaching them, and choosing which factors are trained."""
+"""Attach adapters to a model, detach them, and freeze or unfreeze their factors."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
+from ..errors import StateError
 from ..kinds.spec import Spec
 from ..layers.install import (
     PlannedSite,
@@ -16,6 +19,7 @@ from ..layers.install import (
     check_ties,
     check_whole,
     install,
+    keep_frozen,
     remove,
     remove_all,
 )
@@ -28,6 +32,9 @@ from .preview import left_out, preview
 from .summary import Summary, report
 from .targets import Target, Targets, resolve
 
+# Which adapters are active after one was attached: see `attach`.
+Activate = Literal["only", "also", "no"]
+
 
 def attach(
     model: nn.Module,
@@ -35,13 +42,17 @@ def attach(
     targets: Targets | None = None,
     *,
     name: str = "default",
+    activate: Activate = "only",
     exclude: Targets = (),
     freeze: bool = True,
     generator: torch.Generator | None = None,
     hold_statistics: bool = False,
     dry_run: bool = False,
 ) -> Summary:
-    """Attach an adapter to every tensor that matches; it is on, and the outputs stay the same.
+    """Attach an adapter to every tensor that matches.
+
+    The new adapter computes nothing until it is trained. By default it is the only active one
+    afterwards, so the outputs are the base's, and training starts from there.
 
     Args:
         model: any module; it keeps its code, its module paths and its stored weights.
@@ -53,8 +64,14 @@ def attach(
             end with an index, as in `*.c_attn.weight[:, :768]`: only that block is adapted, with
             factors of its own. One adapter may have several blocks that do not overlap.
         name: the adapter's name; the model must not have an adapter of that name yet.
+        activate: which adapters are active afterwards.
+
+            - "only": the new one alone. Others stay attached, switched off.
+            - "also": the new one and those that are active now. It is trained on top of them.
+            - "no": those that are active now. The new one is attached switched off.
         exclude: tensors to leave out, in the same forms.
-        freeze: stop the base's parameters from requiring a gradient; `detach` restores the flags.
+        freeze: stop the base's parameters from requiring a gradient, and unless `activate` is "no"
+            also the factors of other adapters; `detach` restores the flags.
         generator: the source of the factors' random numbers; by default torch's global CPU
             generator. The same seed gives the same factors on every device.
         hold_statistics: keep BatchNorm and similar layers in evaluation mode until this adapter is
@@ -62,15 +79,22 @@ def attach(
         dry_run: change nothing and draw nothing; print the summary that the model would have.
 
     Returns:
-        The model's summary. Its `skipped` lists the tensors without this adapter, with the reason.
+        The model's summary. Its `skipped` lists the tensors without this adapter, with the reason,
+        and its `switched_off` the adapters that this call switched off.
+
+    Warns:
+        UserWarning: an adapter was switched off that shares no tensor with the new one, such as one
+            that adapts the biases. "also" keeps it on.
 
     Raises:
-        TargetError: a target matches nothing; or a tensor that cannot be adapted (integer or
-            packed, lazy, too few dimensions) or has no such block; or blocks overlap. The model is
+        TargetError: a target matches no tensor; a tensor cannot be adapted (integer or packed,
+            lazy, too few dimensions) or does not have the block; or blocks overlap. The model is
             unchanged.
         AdapterNameError: the name is taken, or is not a valid name.
-        StateError: a tensor is tied, and only one side of the tie has adapters.
-        TypeError: a spec is not an instance of one, or a target has none of the forms above.
+        StateError: a tensor is tied, and only one side of the tie has adapters; or `activate` is
+            "only" and another adapter is merged.
+        ValueError: `activate` is not one of the above.
+        TypeError: a spec is not a `Spec` instance, or a target has none of the forms above.
 
     >>> import paramlora as pl
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -79,11 +103,12 @@ def attach(
     """
     survey = Survey(model)
     check_name(survey, name)
+    check_activate(survey, name, activate)
     resolved = resolve(survey, spec, targets, exclude)
     check_tied(survey, [place for place, _ in resolved.found])
     skipped = tuple(left_out(survey, resolved, freeze))
     if dry_run:
-        expected = preview(survey, resolved, name, freeze, hold_statistics)
+        expected = preview(survey, resolved, name, activate, freeze, hold_statistics)
         expected = dataclasses.replace(expected, skipped=skipped, dry_run=True)
         print(expected)
         return expected
@@ -94,18 +119,91 @@ def attach(
             )
             for place, spec in resolved.found
         ]
-    install(survey, planned, name, freeze)
     if hold_statistics:
         hold(survey.modules, name)
-    return dataclasses.replace(report(survey.again(), fresh=name), skipped=skipped)
+    return dataclasses.replace(add(survey, planned, name, activate, freeze), skipped=skipped)
+
+
+def check_activate(survey: Survey, name: str, activate: str) -> None:
+    """Raise if an adapter cannot be activated in this way."""
+    if activate not in get_args(Activate):
+        raise ValueError(f'activate must be "only", "also" or "no", got {activate!r}')
+    merged = [other for stack in survey.stacks for other in stack.merged if other != name]
+    if activate == "only" and merged:
+        raise StateError(
+            f"cannot make {name!r} the only active adapter while {merged[0]!r} is merged; unmerge "
+            'first, or pass activate="also" or "no"'
+        )
+
+
+def add(
+    survey: Survey,
+    planned: list[PlannedSite],
+    name: str,
+    activate: Activate,
+    freeze: bool = True,
+) -> Summary:
+    """Put new factors at their places, switch adapters as `activate` says, and report.
+
+    An adapter that is attached switched off leaves the others as they are, trained or not.
+
+    Raises:
+        ValueError, StateError: as `check_activate`; the model is unchanged.
+    """
+    check_activate(survey, name, activate)
+    before = _active(survey)
+    install(survey, planned, name, freeze, others=activate != "no")
+    return switch(survey, name, activate, before)
+
+
+def switch(
+    survey: Survey, name: str, activate: Activate, before: Sequence[str] | None = None
+) -> Summary:
+    """Switch adapters as `activate` says, and report, with a warning if one may be missed.
+
+    Args:
+        survey: a survey of the model; tensors may have got adapters since.
+        name: the adapter to activate or not.
+        activate: which adapters are active afterwards, as in `attach`.
+        before: the adapters that were active before the call; by default those that are.
+    """
+    before = _active(survey) if before is None else before
+    survey = survey.again()
+    for stack in survey.stacks:
+        kept = {*stack.active} - {name} if activate != "only" else set()
+        stack.switch(kept if activate == "no" else kept | {name})
+    now = report(survey, fresh=name)
+    off = tuple(other for other in before if other not in now.active)
+    _warn_of_apart(survey, name, off)
+    return dataclasses.replace(now, switched_off=off)
+
+
+def _active(survey: Survey) -> list[str]:
+    """Return the adapters that are active somewhere, in attaching order."""
+    active = {name for stack in survey.stacks for name in stack.active}
+    return [name for name in survey.names if name in active]
+
+
+def _warn_of_apart(survey: Survey, name: str, off: Sequence[str]) -> None:
+    """Warn if an adapter that was switched off shares no tensor with the one that is on."""
+    shared = {other for stack in survey.stacks if name in stack.named for other in stack.named}
+    apart = [repr(other) for other in off if other not in shared]
+    if apart:
+        warnings.warn(
+            f"{name!r} is now the only active adapter; {' and '.join(apart)}, which adapts other "
+            f'tensors, was switched off. To use both, pass activate="also", or call '
+            f"activate(model, {', '.join([*apart, repr(name)])})",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def detach(model: nn.Module, *names: str) -> None:
-    """Take adapters away, by default all of them: the exact inverse of `attach`.
+    """Remove adapters, by default all: the exact inverse of `attach`.
 
-    A module without an adapter left is what it was before: class, parameters with their identity,
-    order, bits and requires_grad, and hooks. Called on a part of a model, it restores the flags of
-    that part only.
+    A module that loses its last adapter is restored: its class, its hooks, and its parameters with
+    their identity, order, bits and requires_grad. Called on a part of a model, it restores
+    the flags of that part only.
 
     Args:
         model: a module with adapters.
@@ -135,18 +233,21 @@ def detach(model: nn.Module, *names: str) -> None:
 
 
 def freeze(model: nn.Module, *names: str) -> None:
-    """Stop the factors of adapters, by default all, from requiring a gradient; change no more.
+    """Freeze the factors of adapters, by default all: they no longer require a gradient.
 
     Raises:
         AdapterNameError: there is no adapter of that name.
         StateError: there are no adapters.
     """
-    for parameter in _factors(model, names):
-        parameter.requires_grad_(False)
+    settle(model)
+    survey = Survey(model)
+    for site, chosen in survey.select(names):
+        for factors in (part for name in chosen for part in site.stack.parts(name)):
+            keep_frozen(factors)
 
 
 def unfreeze(model: nn.Module, *names: str) -> None:
-    """Let the factors of adapters, by default all, require a gradient; change no more.
+    """Unfreeze the factors of adapters, by default all: they require a gradient.
 
     Raises:
         AdapterNameError: there is no adapter of that name.

@@ -1,4 +1,4 @@
-"""Folding adapters into the stored weights, and taking them out again by swapping buffers.
+"""Fold adapters into the stored weights, and restore the original weights.
 
 Subtracting a merged update is inexact: in bfloat16 every sixth weight changes after one cycle
 (https://github.com/huggingface/trl/issues/6688). Therefore the original tensors are kept while an
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
+from ..kinds.spec import Strength
 from ..layers.install import check_attached, check_tied, check_ties, check_whole, remove_all
 from ..site.factors import Blocks, Factors, trainable
 from ..site.find import (
@@ -25,7 +26,8 @@ from ..site.find import (
     stacks_in,
     stored_tensors,
 )
-from ..site.names import check_names, check_unmerged
+from ..site.names import check_names, check_no_other_block, check_unmerged
+from ..site.overlay import is_routed, may_be_on
 from ..site.place import Place
 from ..site.stack import Stack
 from ..site.survey import Survey
@@ -43,10 +45,10 @@ class _Fold(NamedTuple):
 
 
 def merge(model: nn.Module, *names: str) -> None:
-    """Fold adapters into the stored weights: the outputs stay, at the cost of the base.
+    """Fold adapters into the stored weights, so that a forward costs no more than the base's.
 
-    While adapters are merged, the model's own `state_dict` contains the merged weights;
-    `base_state_dict` contains the base's.
+    The outputs stay the same up to rounding. While adapters are merged, the model's
+    own `state_dict` contains the merged weights, and `base_state_dict` contains the base's.
 
     Args:
         model: a module with adapters.
@@ -77,13 +79,13 @@ def _merge(survey: Survey, names: tuple[str, ...]) -> None:
         stack, parameters = site.stack, stored_tensors(site.plist)
         original = stack.stored or tuple(tensor.data for tensor in parameters)
         _write(parameters, tensors, stack, original)
-        stack.set(stack.active, (*stack.merged, *chosen))
+        stack.fold(chosen)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Take every merged adapter out again: the stored weights get their original bits back.
+    """Unmerge all merged adapters, and restore the original bits of the stored weights.
 
-    The adapters are as before the merge, switched on. If nothing is merged, nothing happens.
+    The adapters are switched on, as before the merge. If nothing is merged, nothing happens.
 
     Raises:
         StateError: there are no adapters. Or a tensor is sharded, or was written to since the
@@ -98,6 +100,7 @@ def unmerge(model: nn.Module) -> None:
 @torch.no_grad()
 def _unmerge(survey: Survey) -> None:
     sites = [site for site in survey.first_sites if site.stack.merged]
+    check_no_other_block([site.stack for site in sites], "unmerge")
     check_whole(sites)
     for site in sites:
         if getattr(site.module, "max_norm", None) is not None:
@@ -114,7 +117,7 @@ def _unmerge(survey: Survey) -> None:
             )
     for site in sites:
         _write(stored_tensors(site.plist), site.stack.stored, site.stack, ())
-        site.stack.set(site.stack.active, ())
+        site.stack.unfold()
 
 
 @contextmanager
@@ -147,11 +150,12 @@ def bake(model: nn.Module) -> None:
     check_ties(survey.sites)
     for stack in survey.stacks:
         for name in stack.factors:
-            if name not in stack.active:
+            if name not in stack.seen().active:
                 raise StateError(
                     f"adapter {name!r} is switched off and would be lost; enable it, or detach it"
                 )
-    if any(stack.live for stack in survey.stacks):
+    check_no_other_block(survey.stacks, "bake")
+    if any(stack.seen().live for stack in survey.stacks):
         _merge(survey, ())
     check_whole(survey.sites)
     for stack in survey.stacks:
@@ -161,15 +165,16 @@ def bake(model: nn.Module) -> None:
 
 
 def _plan(survey: Survey, names: tuple[str, ...]) -> list[_Fold]:
-    """Check everything, and return what to write where; nothing is written yet."""
+    """Check everything, and return the tensors to write at each site. Nothing is written yet."""
     chosen = {id(site.stack): held for site, held in survey.select(names)}
     folds = []
+    check_no_other_block(survey.stacks, "merge")
     _check_still_tied(survey.sites)
     check_tied(survey, [Place(s.path, "", s.module, s.tensor) for s in survey.first_sites])
     check_whole(survey.sites)
     for site in survey.first_sites:
-        here = chosen.get(id(site.stack), []) if names else list(site.stack.live)
-        if site.stack.route is not None:
+        here = chosen.get(id(site.stack), []) if names else list(site.stack.seen().live)
+        if is_routed(site.stack):
             raise StateError("cannot merge inside of routed(): every row would get the adapter")
         _check(site.stack, here)
         _check_order(site, here)
@@ -185,7 +190,7 @@ def _plan(survey: Survey, names: tuple[str, ...]) -> list[_Fold]:
 
 
 def _check_still_tied(sites: list[Site]) -> None:
-    """Raise a StateError if sites share an adapter but no longer the tensor that it was for."""
+    """Raise a StateError if sites share an adapter but no longer share the tensor."""
     first: dict[int, Site] = {}
     for site in sites:
         other = first.setdefault(id(site.stack), site)
@@ -199,8 +204,9 @@ def _check_still_tied(sites: list[Site]) -> None:
 
 def _check(stack: Stack, names: list[str]) -> None:
     check_unmerged([stack] if names else [], names, "merge")
+    state = stack.seen()
     for name in names:
-        if name not in stack.active:
+        if name not in state.active:
             raise StateError(
                 f"adapter {name!r} is switched off, so merging it would change what the model "
                 "computes; enable it first"
@@ -210,15 +216,17 @@ def _check(stack: Stack, names: list[str]) -> None:
 def _check_order(site: Site, names: list[str]) -> None:
     """Raise a StateError if merging would change the order in which adapters act.
 
-    A merged adapter acts first, for it is in the stored weight. With IA3 `a` attached before
+    A merged adapter acts first, because it is in the stored weight. With IA3 `a` attached before
     Delta `b`, W' = l ⊙ W + D; with `b` alone merged it would be l ⊙ (W + D).
     """
     stack = site.stack
+    # A block may have switched an adapter off that is on again when it ends.
+    on = {name for name in stack.names if name not in stack.merged and may_be_on(stack, name)}
     for later in names:
         for earlier in stack.named:
             if earlier == later:
                 break
-            if earlier in stack.live and earlier not in names:
+            if earlier in on and earlier not in names:
                 specs = [part.spec for name in (earlier, later) for part in stack.parts(name)]
                 if not all(spec.additive for spec in specs):
                     raise StateError(
@@ -233,9 +241,10 @@ def _folded(site: Site, names: list[str]) -> list[Tensor]:
     """Return the tensors to store so that the base computes W' of the named adapters."""
     stack, plist = site.stack, site.plist
     W = value = base_weight(plist, stack)
+    strengths = stack.seen().strengths or {}
     for name in stack.named:
         if name in names or name in stack.merged:
-            value = _applied(stack[name], value)
+            value = _applied(stack[name], value, strengths.get(name))
     # A kind may return a view of W, or other strides than W has (channels_last).
     shares_storage = value.untyped_storage().data_ptr() == W.untyped_storage().data_ptr()
     if shares_storage or value.stride() != W.stride():
@@ -244,7 +253,7 @@ def _folded(site: Site, names: list[str]) -> list[Tensor]:
     return _inverted(site, value, parametrizations) if parametrizations else [value]
 
 
-def _applied(factors: Factors | Blocks, W: Tensor) -> Tensor:
+def _applied(factors: Factors | Blocks, W: Tensor, strength: Strength | None) -> Tensor:
     """Return W' of one adapter; in half precision on a CPU, by blocks of rows.
 
     There W' is computed in float32, and a block of rows fits into the cache: 4096 × 4096 takes a
@@ -252,9 +261,9 @@ def _applied(factors: Factors | Blocks, W: Tensor) -> Tensor:
     """
     term = None
     if W.is_cpu and W.dim() == 2 and isinstance(factors, Factors) and factors.block is None:
-        term = factors.low_rank()
+        term = factors.low_rank(strength)
     if term is None or term.A.dtype == W.dtype or isinstance(term.scale, Tensor):
-        return factors(W)
+        return factors(W, strength)
     value = torch.empty_like(W)
     rows = max(1, _BLOCK // max(1, W.shape[1]))
     for w, b, out in zip(W.split(rows), term.B.split(rows), value.split(rows), strict=True):
@@ -266,7 +275,7 @@ def _inverted(site: Site, value: Tensor, before: list[nn.Module]) -> list[Tensor
     """Return the tensors from which the parametrizations before the stack compute `value`."""
     parts: Tensor | list[Tensor] = value
     try:
-        # On copies, because a right_inverse may change its module, as that of `orthogonal` does.
+        # On copies, because a right_inverse may change its module; that of `orthogonal` does.
         for parametrization in reversed(copy.deepcopy(before)):
             parts = parametrization.right_inverse(parts)  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -290,11 +299,11 @@ def _write(
     stack: Stack,
     original: tuple[Tensor, ...],
 ) -> None:
-    """Point parameters at other tensors; `original` are the tensors to keep for unmerging."""
+    """Replace the data of parameters; `original` are the tensors to keep for unmerging."""
     for parameter, tensor in zip(parameters, tensors, strict=True):
         parameter.data = trainable(tensor)
-        # A backward that still needs the old weight has to raise, which assigning `.data` alone
-        # does not cause.
+        # A backward that still needs the old weight must raise an error. Assigning `.data` alone
+        # would not cause it.
         torch.autograd.graph.increment_version(parameter)
     written = tuple((weakref.ref(p), p._version) for p in parameters) if original else ()
     vars(stack).update(stored=original, written=written)

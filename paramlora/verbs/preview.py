@@ -1,4 +1,4 @@
-"""The summary of what `attach` would do, and the tensors that it leaves out."""
+"""The summary of an `attach` that is only planned, and the tensors that it leaves out."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from .targets import Resolved
 
 
 def left_out(survey: Survey, resolved: Resolved, freeze: bool) -> Iterator[Skipped]:
-    """Yield the tensors that do not get the adapter, in model order, and if they are trained."""
+    """Yield the tensors that do not get the adapter, in model order."""
     taken = {id(place.stored) for place, _ in resolved.found}
     for place in survey.places:
         if id(place.stored) not in taken:
@@ -30,23 +30,44 @@ def left_out(survey: Survey, resolved: Resolved, freeze: bool) -> Iterator[Skipp
 
 
 def preview(
-    survey: Survey, resolved: Resolved, name: str, freeze: bool, hold_statistics: bool
+    survey: Survey,
+    resolved: Resolved,
+    name: str,
+    activate: str,
+    freeze: bool,
+    hold_statistics: bool,
 ) -> Summary:
     """Return the summary that a model would have after `attach`; the model is not changed."""
-    now, order = report(survey), _order(survey)
+    now, order = _switched(report(survey), activate, freeze), _order(survey)
     rows = [(order[r.site if r.site in order else split(r.site)[0]], r) for r in now.sites]
     with torch.random.fork_rng(devices=[]):
         for place, spec in resolved.found:
             tied = tuple(other.path for other in survey.holders[id(place.stored)])
-            rows.append((order[tied[0]], _new(place, spec, name, tied)))
+            new = dataclasses.replace(_new(place, spec, name, tied), active=activate != "no")
+            rows.append((order[tied[0]], new))
     sites = tuple(row for _, row in sorted(rows, key=lambda pair: pair[0]))
     trained = sum(row.parameters for row in sites if row.adapter == name)
-    still = [*survey.factors, *(() if freeze else survey.base_parameters)]
+    others = survey.factors if not freeze or activate == "no" else []
+    still = [*others, *(() if freeze else survey.base_parameters)]
     trained += sum(p.numel() for p in still if p.requires_grad)
     norms = with_statistics(survey.modules)
     held = tuple(path for path, module in norms if hold_statistics or is_held(module))
     moving = tuple(path for path, _ in norms if path not in held)
-    return dataclasses.replace(now, sites=sites, trainable=trained, held=held, moving=moving)
+    active = (*now.active, *(() if activate == "no" else (name,)))
+    return dataclasses.replace(
+        now, sites=sites, trainable=trained, held=held, moving=moving, active=active
+    )
+
+
+def _switched(now: Summary, activate: str, freeze: bool) -> Summary:
+    """Return the summary of a model whose adapters another one is about to switch off or freeze."""
+    only, frozen = activate == "only", freeze and activate != "no"
+    rows = [
+        dataclasses.replace(r, active=r.active and not only, trainable=r.trainable and not frozen)
+        for r in now.sites
+    ]
+    active, off = ((), now.active) if only else (now.active, ())
+    return dataclasses.replace(now, sites=tuple(rows), active=active, switched_off=off)
 
 
 def _new(place: Place, spec: Spec, name: str, tied: tuple[str, ...]) -> SiteSummary:

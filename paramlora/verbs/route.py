@@ -1,4 +1,4 @@
-"""`routed`: an adapter of its own for each row of a batch."""
+"""`routed`: a separate adapter for each row of a batch."""
 
 import functools
 from collections.abc import Collection, Iterator, Sequence
@@ -14,19 +14,21 @@ from ..layers.row_groups import by_group
 from ..layers.rows import Route, read_by, route_of
 from ..site.find import Site, parametrization_lists
 from ..site.names import check_unmerged
+from ..site.overlay import Change, opened
+from ..site.stack import Stack
 from ..site.survey import Survey
 
 
 @contextmanager
 def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterator[None]:
-    """Give each row of a batch an adapter of its own inside the block.
+    """Compute each row of a batch with its own adapter inside the block.
 
-    Each row is computed with its adapter alone, whether or not that is switched on, at its
-    strength. Activation checkpointing runs a forward again in the backward, so the backward then
-    belongs inside the block as well. It works in training, where each adapter learns from its
-    rows, and in inference, for Linear, Embedding, convolutions, attention and recurrent layers.
-    Their inputs must have the batch as their batch dimension: the first one, or the second in
-    attention and recurrent layers without `batch_first`.
+    Only the adapter of a row contributes to it, with its strength, even if it is switched off.
+    Activation checkpointing runs a forward again in the backward, so the backward then belongs
+    inside the block as well. It works in inference, and in training, where each adapter learns
+    from its rows. It supports Linear, Embedding, convolutions, attention and recurrent layers. The
+    rows must lie along dimension 0 of their inputs, or along dimension 1 in attention and recurrent
+    layers without `batch_first`.
 
     Args:
         model: a module with adapters.
@@ -35,8 +37,8 @@ def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterat
 
     Raises:
         AdapterNameError: there is no adapter of that name.
-        StateError: an adapter is merged; or it adapts a module whose own code reads the tensor, so
-            that all rows get the same.
+        StateError: an adapter is merged; or a module's own forward reads the adapted tensor, so
+            that all rows would get the same adapter.
         ValueError: ids is not a vector of integers from −1 to the number of adapters less 1; or,
             in the forward, an input has another number of rows.
 
@@ -48,46 +50,44 @@ def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterat
     torch.Size([2, 3])
 
     Note [how rows are routed]
-        The block gives every stack of a named adapter the same `Route`. From then on three kinds of
-        readers meet it. The forward of a Linear, Conv1D or Embedding asks its stack for the route
+        The block gives every stack of a named adapter the same `Route`. Three kinds of code
+        then handle it. The forward of a Linear, Conv1D or Embedding asks its stack for the route
         and computes all rows at once (layers/rows.py). Every other layer with an adapted forward
         runs once for each adapter, on the rows of that adapter. And code that reads `layer.weight`
         itself gets a StateError from the stack, because one tensor cannot serve all rows.
 
-        Attention needs two measures. A MultiheadAttention whose `out_proj` alone is adapted is not
-        a host itself, so its own forward would read `out_proj.weight`; it gets a forward for the
-        time of the block. And torch's fused encoder layer reads the weights of the modules inside
-        it without calling them, so that fast path is off inside the block.
+        Attention needs two special cases. A MultiheadAttention whose `out_proj` alone is adapted is
+        not a host itself, so its own forward would read `out_proj.weight`; it gets another
+        forward inside the block. And torch's fused encoder layer reads the weights of its
+        modules without calling them, so that fast path is off inside the block.
 
         Stacks without a named adapter contribute nothing inside: their `live` is empty.
     """
     survey = Survey(model)
-    chosen = [site.stack for site, _ in survey.select(names)]
-    check_unmerged(chosen, (), "route to")
+    chosen = {site.stack for site, _ in survey.select(names)}
+    check_unmerged(survey.stacks, (), "route to")
     order = names or tuple(survey.names)
-    paths = {id(site.stack): site.path for site in survey.sites}
+    paths = {site.stack.key: site.path for site in survey.sites}
     route = Route(_checked_ids(ids, order), order, paths)
-    routed_ids = {id(stack) for stack in chosen}
-    _check_hosts([site for site in survey.sites if id(site.stack) in routed_ids])
-    before = [(stack, stack.route) for stack in chosen]
-    others = [(stack, stack.live) for stack in survey.stacks if id(stack) not in routed_ids]
-    attentions = [m for _, m in survey.modules if _reads_routed_output(m, routed_ids)]
+    _check_hosts([site for site in survey.sites if site.stack in chosen])
+    changes = {
+        stack: Change(
+            {number: name in order for name, number in stack.numbers.items()},
+            {},
+            route if stack in chosen else None,
+        )
+        for stack in survey.stacks
+    }
+    attentions = [m for _, m in survey.modules if _reads_routed_output(m, chosen)]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        for stack in chosen:
-            stack.route = route
-        for stack, _ in others:
-            stack.live = ()
         for module in attentions:
             vars(module)["forward"] = functools.partial(_attention, module)
-        yield
+        with opened("routed", changes):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for stack, outer in before:
-            stack.route = outer
-        for stack, live in others:
-            stack.live = live
         for module in attentions:
             del vars(module)["forward"]
 
@@ -118,16 +118,16 @@ def _check_hosts(sites: Sequence[Site]) -> None:
             )
 
 
-def _reads_routed_output(module: nn.Module, routed: Collection[int]) -> bool:
+def _reads_routed_output(module: nn.Module, routed: Collection[Stack]) -> bool:
     """Return whether a module is an attention of which only `out_proj` has a routed stack.
 
-    `routed` are the ids of the routed stacks.
+    `routed` are the routed stacks.
     """
     return (
         isinstance(module, nn.MultiheadAttention)
         and not parametrization_lists(module)
         and "forward" not in vars(module)
-        and any(id(stack) in routed for stack in read_by(module))
+        and any(stack in routed for stack in read_by(module))
     )
 
 

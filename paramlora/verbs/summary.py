@@ -52,15 +52,16 @@ class Summary:
     Attributes:
         sites: a `SiteSummary` for each adapter at each site, in model order; a block of a tensor
             is a site. `scale` is the factor of the update, strength times alpha/r. `share` is the
-            number of the adapter's parameters over that of the tensor's elements. `gradient` is
-            None before the first backward and if nothing is trained here; after it, it says
-            whether the trained factors got a gradient that is not zero, and the note says why
-            not if that is known.
+            number of the adapter's parameters over that of the tensor's elements. `gradient`
+            says whether the trained factors got a nonzero gradient. It is None before the first
+            backward, and if no factor is trained. If it is False, `note` has the reason, if known.
         trainable: the number of elements that require a gradient, the base's included.
         total: the number of elements of the base's parameters, without adapters.
         skipped: a `Skipped` for each tensor of the base without an adapter; in the summary that
             `attach` returns, for each tensor without the new adapter, with the reason.
         held: the paths of the layers whose running statistics are held.
+        active: the adapters that are switched on somewhere, in attaching order.
+        switched_off: the adapters that the call that returns this summary switched off.
         moving: the paths of the layers whose running statistics move in training mode.
         dry_run: whether this is the summary of an `attach` that did not take place.
     """
@@ -71,6 +72,8 @@ class Summary:
     skipped: tuple[Skipped, ...] = ()
     held: tuple[str, ...] = ()
     moving: tuple[str, ...] = ()
+    active: tuple[str, ...] = ()
+    switched_off: tuple[str, ...] = ()
     dry_run: bool = False
 
     def __str__(self) -> str:
@@ -98,7 +101,14 @@ class Summary:
         start = ["dry run: nothing is changed; after attach it would be"] if self.dry_run else []
         for verb, paths in (("held still", self.held), ("that move in training", self.moving)):
             lines += [f"running statistics {verb}: {len(paths)} ({some(paths)})"] if paths else []
-        return "\n".join([*start, *lines, *_reasons(self.skipped), end])
+        return "\n".join([*start, *lines, *self._switched(), *_reasons(self.skipped), end])
+
+    def _switched(self) -> list[str]:
+        """Return the line that names the active adapters; a single one is in the table."""
+        if len({row.adapter for row in self.sites}) < 2:
+            return []
+        off = f"; switched off by this call: {', '.join(self.switched_off)}"
+        return [f"active: {', '.join(self.active) or 'none'}{off if self.switched_off else ''}"]
 
     __repr__ = __str__  # a notebook's last line shows the table too
 
@@ -136,12 +146,14 @@ def report(survey: Survey, fresh: str | None = None) -> Summary:
         for name in site.stack.factors
         for path, part in site.parts(name).items()
     ]
+    active = {row.adapter for row in rows if row.active}
     norms = with_statistics(survey.modules) if here else []
     bare = [place for place in survey.places if place.stack is None] if here else []
     return Summary(
         sites=tuple(rows),
         trainable=sum(p.numel() for p in trained),
         total=sum(p.numel() for p in base),
+        active=tuple(name for name in survey.names if name in active),
         skipped=tuple(skip(p, "without an adapter", p.stored.requires_grad) for p in bare),
         held=tuple(path for path, module in norms if is_held(module)),
         moving=tuple(path for path, module in norms if not is_held(module)),
@@ -156,10 +168,12 @@ def row(
     whole: Tensor,
     seen: bool,  # whether there was a backward
 ) -> SiteSummary:
-    """Return the row of an adapter at a site; one that the stack does not hold yet is new."""
+    """Return the row of an adapter at a site; the stack may not have the adapter yet."""
     shape = tuple(whole.shape) if factors.block is None else factors.block.inner
     parameters = sum(p.numel() for p in factors.parameters())
-    merged, active = name in stack.merged, name in stack.active or name not in stack.factors
+    state = stack.seen()
+    merged, active = name in stack.merged, name in state.active or name not in stack.factors
+    strength = (state.strengths or {}).get(name)
     gradient, without = _gradient(factors) if seen else (None, "")
     if gradient is False:
         without += ", it is merged" if merged else "" if active else ", it is switched off"
@@ -174,7 +188,7 @@ def row(
         shape=shape,
         kind=type(factors.spec).__name__,
         rank=factors.spec.rank,
-        scale=float(factors.strength * factors.spec.scaling),
+        scale=float(factors.at(strength) * factors.spec.scaling),
         active=active,
         trainable=any(p.requires_grad for p in factors.parameters()),
         merged=merged,
@@ -197,9 +211,9 @@ def _wasted(spec: Spec, shape: tuple[int, ...]) -> bool:
 
 
 def _gradient(factors: Factors) -> tuple[bool | None, str]:
-    """Return whether trained factors have a gradient that is not zero, and a note on the others.
+    """Return whether trained factors have a nonzero gradient, and a note on the other factors.
 
-    The first is None if no factor is trained.
+    The first value is None if no factor is trained.
     """
     trained = {key: p.grad for key, p in factors.named_parameters() if p.requires_grad}
     without = [key for key, grad in trained.items() if grad is None]
@@ -207,13 +221,14 @@ def _gradient(factors: Factors) -> tuple[bool | None, str]:
         return None, ""
     if len(without) == len(trained):
         return False, "no gradient"
-    if not any(_may_be_more_than_zero(grad) for grad in trained.values() if grad is not None):
+    if not any(_may_be_nonzero(grad) for grad in trained.values() if grad is not None):
         return False, "the gradient is zero"
     return True, f"no gradient in {', '.join(without)}" if without else ""
 
 
-def _may_be_more_than_zero(grad: Tensor) -> bool:
-    # Reading a sharded gradient takes all processes, and one process may ask for a summary.
+def _may_be_nonzero(grad: Tensor) -> bool:
+    # Reading a sharded gradient needs all processes, but a single one may call `summary`. So a
+    # sharded gradient counts as nonzero.
     return grad.is_meta or hasattr(grad, "full_tensor") or bool(grad.any())
 
 

@@ -1,8 +1,8 @@
-"""From targets, as the user writes them, to the tensors that they match.
+"""Find the tensors that targets match.
 
-A target is a module type (its `weight`), a glob over dotted paths (of modules, meaning their
-`weight`, or of tensors), or a callable `(path, module) -> bool` (again the `weight`). A glob with
-a trailing index, `*.c_attn.weight[:, :768]`, means that block of each matching tensor.
+A target is a module type, a glob over dotted paths, or a callable `(path, module) -> bool`. A glob
+matches tensors by their paths. A target that matches a module stands for its `weight`. A glob with
+a trailing index, such as `*.c_attn.weight[:, :768]`, stands for that block of each matching tensor.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,7 +35,7 @@ def _computed(survey: Survey) -> list[Place]:
 
 
 class Resolved(NamedTuple):
-    """The tensors that targets match, each with its spec, and those left out, with the reason."""
+    """The matching tensors with their specs, and the tensors left out with the reasons."""
 
     found: list[tuple[Place, Spec]]
     left_out: dict[str, tuple[Place, str]]
@@ -59,7 +59,7 @@ def resolve(
     computed = _computed(survey)
     candidates = [*survey.places, *computed]
     excluded = _excluded(survey, exclude, candidates)
-    # By the id of the tensor, not by path: tied tensors are one.
+    # By the id of the tensor, because a tied tensor has several paths.
     claims: dict[int, list[tuple[Place, Spec]]] = {}
     left_out: dict[str, tuple[Place, str]] = {}
     for asked, wanted in _pairs(spec, targets):
@@ -155,7 +155,7 @@ def _listed(targets: Targets) -> list[Target]:
 
 
 def _split(target: Target, everywhere: list[Place]) -> tuple[Target, tuple[Part, ...] | None]:
-    """Return a target without its trailing index, and the index; an existing path has none."""
+    """Split a target into a glob and a trailing index, or None if it has none or is a path."""
     if not isinstance(target, str) or any(target in (p.path, p.module_path) for p in everywhere):
         return target, None
     try:
@@ -204,7 +204,7 @@ def _glob(path: str, pattern: str) -> bool:
 
 
 def _nothing(asked: Target, survey: Survey) -> str:
-    """Describe a target that matches nothing, and name what comes close to it."""
+    """Describe a target that matches nothing, and name the closest matches."""
     everywhere = survey.places
     name = repr(asked) if isinstance(asked, str) else getattr(asked, "__name__", repr(asked))
     target, index = _split(asked, everywhere)

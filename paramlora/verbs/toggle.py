@@ -1,13 +1,15 @@
-"""Switching adapters on and off, and setting their strength; requires_grad is never touched."""
+"""Switch adapters on and off, and set their strength; requires_grad does not change."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from ..errors import StateError
 from ..kinds.spec import Strength, is_finite
 from ..site.find import stacks_in
-from ..site.names import check_names, check_unmerged
+from ..site.names import check_names, check_unmerged, ordered_names
+from ..site.overlay import KEEP, Change, is_routed, opened
 from ..site.stack import Stack
 
 
@@ -68,19 +70,84 @@ def scale(model: nn.Module, factor: Strength, *names: str) -> None:
         for name in names or stack.names:
             if name in stack.names:
                 stack[name].set_strength(factor)
+        if stack.open:
+            stack.reflect()
+
+
+def names(model: nn.Module) -> list[str]:
+    """Return the names of a model's adapters, in attaching order; empty if there are none.
+
+    >>> import paramlora as pl
+    >>> model = nn.Linear(4, 3)
+    >>> _ = pl.attach(model, pl.LoRA(rank=2), name="digits")
+    >>> pl.names(model)
+    ['digits']
+    """
+    return ordered_names(stacks_in(model))
+
+
+def activate(
+    model: nn.Module, /, *names: str | Mapping[str, Strength], **strengths: Strength
+) -> None:
+    """Let exactly these adapters contribute, and switch the others off; `using` for a block.
+
+    Args:
+        model: a module with adapters; it may be a part of a larger one.
+        names: adapters to use at their own strength; or mappings from names to strengths, for names
+            that cannot be keywords: `activate(model, {"task-1": 0.5})`.
+        strengths: adapters whose strength is set as well, as by `scale`:
+            `activate(model, digits=0.5)`.
+
+    Raises:
+        ValueError: a strength is not a finite number.
+        AdapterNameError: there is no adapter of that name.
+        StateError: an adapter is merged.
+
+    >>> import paramlora as pl
+    >>> model = nn.Linear(4, 3)
+    >>> for name in ("digits", "letters"):
+    ...     _ = pl.attach(model, pl.LoRA(rank=2), name=name)
+    >>> pl.activate(model, "digits")
+    >>> pl.summary(model).active
+    ('digits',)
+    """
+    _activate(stacks_in(model), _wanted(names, strengths))
 
 
 @contextmanager
 def enabled(model: nn.Module, *names: str) -> Iterator[None]:
-    """Switch adapters on inside the block, as `enable` does; restore the earlier state after it."""
-    with _restored(model) as stacks:
-        _enable(stacks, names)
+    """Switch adapters on inside the block; leaving it restores the earlier state.
+
+    Like all blocks, it belongs to the thread or asyncio task that enters it: see `using`.
+
+    Args:
+        model: a module with adapters; it may be a part of a larger one.
+        names: the adapters; by default all.
+
+    Raises:
+        AdapterNameError: there is no adapter of that name.
+        StateError: an adapter is merged, or this is inside of `routed`.
+    """
+    stacks = stacks_in(model)
+    _check(stacks, names, "enable")
+    _check_not_routed(stacks)
+    with opened("enabled", _switched(stacks, names, True)):
         yield
 
 
 @contextmanager
 def disabled(model: nn.Module, *names: str) -> Iterator[None]:
-    """Switch adapters off inside the block, as `disable` does; restore the earlier state after it.
+    """Switch adapters off inside the block; leaving it restores the earlier state.
+
+    Like all blocks, it belongs to the thread or asyncio task that enters it: see `using`.
+
+    Args:
+        model: a module with adapters; it may be a part of a larger one.
+        names: the adapters; by default all.
+
+    Raises:
+        AdapterNameError: there is no adapter of that name.
+        StateError: an adapter is merged.
 
     >>> import torch
     >>> import paramlora as pl
@@ -91,23 +158,36 @@ def disabled(model: nn.Module, *names: str) -> Iterator[None]:
     ...     torch.equal(model(x), base)
     True
     """
-    with _restored(model) as stacks:
-        _disable(stacks, names)
+    stacks = stacks_in(model)
+    _check(stacks, names, "disable")
+    with opened("disabled", _switched(stacks, names, False)):
         yield
 
 
 @contextmanager
-def using(model: nn.Module, /, *names: str, **scales: Strength) -> Iterator[None]:
-    """Let exactly these adapters contribute inside the block; restore the earlier state after it.
+def using(
+    model: nn.Module, /, *names: str | Mapping[str, Strength], **strengths: Strength
+) -> Iterator[None]:
+    """Let exactly these adapters contribute inside the block; leaving it restores the state.
+
+    A block belongs to the thread or asyncio task that enters it; others do not see it. A task that
+    is started inside is in the block as well. A thread that is started inside is not, and raises a
+    StateError when it runs the model: enter a block there, or start it with
+    `contextvars.copy_context().run`. A compiled model has one state for all threads.
+
+    Verbs such as `enable`, `disable` and `scale` that are called inside change the model for good,
+    and their effect is seen where the block leaves it open. An adapter that is attached inside is
+    no part of the block.
 
     Activation checkpointing runs a forward again in the backward, with the adapters that are on
-    then. The backward therefore belongs inside the block as well, here as in `enabled` and
-    `disabled`.
+    then. The backward therefore belongs inside the block as well, here as in the other blocks; or
+    pass `keep_blocks` to the checkpoint.
 
     Args:
         model: a module with adapters.
-        names: adapters to use at their own strength.
-        scales: adapters to use at another strength: `using(model, digits=0.5)`.
+        names: adapters to use at their own strength; or mappings from names to strengths, for names
+            that cannot be keywords: `using(model, {"task-1": 0.5})`.
+        strengths: adapters to use at another strength: `using(model, digits=0.5)`.
 
     Raises:
         ValueError: a strength is not a finite number.
@@ -122,17 +202,50 @@ def using(model: nn.Module, /, *names: str, **scales: Strength) -> Iterator[None
     ...     [(row.adapter, row.active, row.scale) for row in pl.summary(model).sites]
     [('digits', True, 0.5), ('letters', True, 1.0)]
     """
-    for factor in scales.values():
-        _check_strength(factor)
-    wanted = {*names, *scales}
-    with _restored(model) as stacks:
-        check_names(stacks, wanted)
-        _check(stacks, (), "toggle")
-        for stack in stacks:
-            stack.switch(wanted)
-            for name in scales.keys() & stack.named.keys():
-                stack[name].set_strength(scales[name])
+    wanted = _wanted(names, strengths)
+    stacks = stacks_in(model)
+    check_names(stacks, wanted)
+    _check(stacks, (), "toggle")
+    changes = {}
+    for stack in stacks:
+        numbers = stack.numbers
+        scales = {numbers[name]: s for name, s in wanted.items() if name in numbers}
+        changes[stack] = Change(
+            {number: name in wanted for name, number in numbers.items()},
+            {number: s for number, s in scales.items() if s is not None},
+            None,
+        )
+    with opened("using", changes):
         yield
+
+
+def _wanted(
+    names: Sequence[str | Mapping[str, Strength]], strengths: Mapping[str, Strength]
+) -> dict[str, Strength | None]:
+    """Return the adapters to use, each with its new strength; None keeps the strength it has."""
+    wanted: dict[str, Strength | None] = {}
+    for given in (*names, strengths):
+        if isinstance(given, Mapping):
+            for strength in given.values():
+                _check_strength(strength)
+            wanted |= given
+        elif isinstance(given, str):
+            wanted.setdefault(given, None)
+        else:
+            raise TypeError(f"adapter names are separate arguments, each a string, got {given!r}")
+    return wanted
+
+
+def _activate(stacks: Sequence[Stack], wanted: Mapping[str, Strength | None]) -> None:
+    check_names(stacks, wanted)
+    _check(stacks, (), "toggle")
+    for stack in stacks:
+        stack.switch(wanted)
+        for name in wanted.keys() & stack.named.keys():
+            if (strength := wanted[name]) is not None:
+                stack[name].set_strength(strength)
+        if stack.open:
+            stack.reflect()
 
 
 def _enable(stacks: Sequence[Stack], names: Sequence[str]) -> None:
@@ -148,9 +261,17 @@ def _disable(stacks: Sequence[Stack], names: Sequence[str]) -> None:
 
 
 def _check(stacks: Sequence[Stack], names: Sequence[str], verb: str) -> None:
-    """Raise if an adapter of these names, any if none is named, is missing or merged."""
+    """Raise an error if an adapter is missing or merged; check all adapters if none is named."""
     check_names(stacks, names)
     check_unmerged(stacks, names, verb)
+
+
+def _check_not_routed(stacks: Sequence[Stack]) -> None:
+    if any(is_routed(stack) for stack in stacks):
+        raise StateError(
+            "cannot enter enabled() inside of routed(), where each row has an adapter of its own: "
+            "every row would get these adapters too; route to other adapters, or use using()"
+        )
 
 
 def _check_strength(factor: Strength) -> None:
@@ -166,44 +287,14 @@ def _check_strength(factor: Strength) -> None:
         raise ValueError(f"a strength must be a finite number, got {factor!r}")
 
 
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[list[Stack]]:
-    """Yield the stacks; afterwards restore which adapters are active, and their strengths.
+def _known(stacks: Sequence[Stack], names: Container[str]) -> list[tuple[Stack, list[str]]]:
+    """Return each stack with those of its adapters that have one of these names."""
+    return [(stack, [name for name in stack.names if name in names]) for stack in stacks]
 
-    Only an adapter that is still the same and is not merged gets its earlier state back:
 
-        with pl.using(model, "a"):              # b was on, and is off inside
-            pl.detach(model, "b")
-            pl.attach(model, spec, name="b")    # another b, which is on and has to stay on
-
-    Factors are therefore compared by identity, not by name. And in
-
-        with pl.using(model, a=0.5):
-            pl.merge(model, "a")                # the stored weight is now W + 0.5·ΔW
-
-    a has to keep its strength 0.5 after the block: that is what the stored weight contains. So a
-    merged adapter keeps its state, too, and an adapter that was attached inside keeps its own.
-    """
-    stacks = stacks_in(model)
-    saved = []
-    for stack in stacks:
-        strengths = {name: factors.strength for name, factors in stack.named.items()}
-        # Inside `routed` an adapter may be active and not live.
-        live = stack.active if stack.merged else stack.live
-        saved.append((stack, stack.active, live, {**stack.named}, strengths))
-    try:
-        yield stacks
-    finally:
-        for stack, active, live, named, strengths in saved:
-            same = [
-                name
-                for name, factors in named.items()
-                if stack.named.get(name) is factors and name not in stack.merged
-            ]
-            for name in same:
-                stack[name].put_strength(strengths[name])  # type: ignore[arg-type]
-            if len(same) == len(named) == len(stack.named):
-                vars(stack).update(active=active, live=live)
-            else:
-                others = [name for name in stack.active if name not in same]
-                stack.switch([*others, *(name for name in same if name in active)])
+def _switched(stacks: Sequence[Stack], names: Sequence[str], on: bool) -> dict[Stack, Change]:
+    """Return the changes of a block that switches adapters, by default all, on or off."""
+    return {
+        stack: Change(dict.fromkeys([stack.numbers[name] for name in known], on), {}, KEEP)
+        for stack, known in _known(stacks, names or ordered_names(stacks))
+    }

@@ -10,10 +10,12 @@ from benchmarks import big_model
 from benchmarks.__main__ import main
 from benchmarks.harness.contestants import Built, Contestant, paramlora, select
 from benchmarks.harness.llama import llama
+from tests.support.processes import start
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 
+@pytest.mark.slow
 def test_rows_proofs_and_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,8 +58,9 @@ def test_a_wrong_contestant_is_not_timed(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_only_the_factors_are_communicated(tmp_path: Path) -> None:
+def test_only_the_factors_are_communicated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes send each other the factors' gradients, and nothing of the base."""
+    monkeypatch.setattr(torch.multiprocessing, "spawn", start)
     out = tmp_path / "rows.jsonl"
     options = "scaling --model tiny --processes 2 --batch 2 --length 8 --steps 2 --rounds 1"
     assert main([*options.split(), "--out", str(out)]) == 0

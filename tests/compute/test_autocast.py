@@ -22,10 +22,10 @@ NODES = {"plain": "Add", "function": "_Linear", "native": "CppNode"}
 def test_values_and_gradients(
     implementation: str, shape: tuple[int, ...], inside: str, dtype: torch.dtype
 ) -> None:
-    """The output has autocast's dtype, each gradient that of its tensor; both are float64's.
+    """Outputs have autocast's dtype, gradients their tensors' dtypes, and values match float64.
 
-    The backward may also run inside autocast, though torch advises against it, and x or the
-    layer may have the lower dtype already.
+    `inside` says which part runs in autocast or already has the lower dtype. "both" also runs the
+    backward pass in autocast, which torch advises against.
     """
     _, W, b, A, B = leaves(1, 7, 5, torch.float32)
     x = torch.randn(shape)
@@ -157,8 +157,9 @@ def test_float64(implementation: str) -> None:
 def test_saved_tensors(implementation: str) -> None:
     """The forward saves x, W, the hidden rows and the factors in autocast's dtype.
 
-    Like a frozen plain layer, it saves W only if x requires a gradient. In float32 so many rows
-    would save W' instead of the hidden rows; in half precision this would lose small updates.
+    Like a frozen plain layer, it saves W only if x requires a gradient. With so many rows, a
+    layer in float32 would save W' instead of the hidden rows. In half precision, W' would lose
+    small updates.
     """
     layer = nn.Linear(64, 48).requires_grad_(False)
     pl.attach(layer, pl.LoRA(rank=4), "weight")

@@ -91,7 +91,8 @@ def test_training_creates_no_tensor_as_large_as_w(
     """Forward and backward of `layer(x)` create no tensor as large as W, with many adapters too."""
     model, x, W = make(dtype)
     for i in range(adapters):
-        pl.attach(model, pl.LoRA(rank=RANK), targets="weight", name=f"a{i}")
+        pl.attach(model, pl.LoRA(rank=RANK), targets="weight", name=f"a{i}", activate="no")
+    pl.enable(model)
     shake(model)
     pl.scale(model, torch.tensor(0.5), "a0")
     with CreatedTensors(W) as recorded:
@@ -127,10 +128,11 @@ def test_reading_the_weight_creates_it(make: Make) -> None:
 
 
 def test_several_adapters_save_x_once() -> None:
-    """Each further adapter saves n·r elements and at most its factors; x is saved once."""
+    """Each adapter after the first saves n·r elements and at most its factors; x is saved once."""
     model, x, W = linear()
     for name in ("one", "two", "three"):
-        pl.attach(model, pl.LoRA(rank=RANK), targets="weight", name=name)
+        pl.attach(model, pl.LoRA(rank=RANK), targets="weight", name=name, activate="no")
+    pl.enable(model)
     saved = SavedTensors()
     with saved.hooks:
         model(x)
@@ -197,7 +199,7 @@ class Tracking(pl.Delta):
 
 @pytest.mark.parametrize("host", ["lstm", "gru_deep", "attention", "conv2d", "bare_3d"])
 def test_nothing_is_alive_after_a_forward(host: str) -> None:
-    """When the outputs of a forward are deleted, no W' is alive, nor its autograd graph."""
+    """After the outputs of a forward are deleted, no W' and no autograd graph is alive."""
     case = Case.of(HOSTS[host], torch.float32)
     pl.attach(case.model, Tracking(), targets="*")
     for mode in (nullcontext, torch.no_grad):
@@ -226,7 +228,7 @@ def test_embedding_saves_ids_rows_and_factors() -> None:
 
 @both
 def test_off_and_merged_cost_of_the_base(make: Make) -> None:
-    """Off or merged, a layer creates and saves exactly the tensors of the plain layer."""
+    """With its adapter off or merged, a layer creates and saves the plain layer's tensors."""
     model, x, W = make()
 
     def cost() -> tuple[int, int, int]:

@@ -7,7 +7,6 @@ words that the reader replaces: MODEL, DIR and FILE.csv.
 
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.support import tiny_text
+from tests.support.processes import run_python, torchrun
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -49,22 +49,20 @@ def reader_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(line: str, reader_files: Path) -> list[str]:
-    """Return a command for this Python, on the files of the reader."""
+def run_command(line: str, reader_files: Path) -> None:
+    """Run a command on the files of the reader in this process, as a new one takes seconds."""
     words = {
         "MODEL": reader_files / "bert",
         "DIR": reader_files,
         "FILE.csv": reader_files / "own.csv",
     }
     parts = [str(words.get(part, part)) for part in shlex.split(line)]
-    if parts[0] == "torchrun":
-        parts[:1] = ["python", "-m", "torch.distributed.run", "--standalone"]
-    assert parts[0] == "python", f"unknown command: {line}"
-    if "experiments" in parts:
-        parts += SHORT.split()
-        if "--targets" not in parts:
-            parts += ["--targets", "*.query,*.value"]
-    return [sys.executable, *parts[1:]]
+    program, *arguments = parts
+    if "experiments" in arguments:
+        arguments += SHORT.split()
+        if "--targets" not in arguments:
+            arguments += ["--targets", "*.query,*.value"]
+    {"python": run_python, "torchrun": lambda *given: torchrun(given)}[program](*arguments)
 
 
 @pytest.mark.slow
@@ -80,15 +78,14 @@ def test_examples(
     blocks = list(BLOCK.finditer(section))
     assert blocks, f"no block in {title}"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(sys, "argv", [""])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks:
         if block[1] == "sh":
             for line in block[2].splitlines():
-                done = subprocess.run(command(line, reader_files), capture_output=True, text=True)
-                assert done.returncode == 0, done.stderr[-3000:]
+                run_command(line, reader_files)
         elif file := re.match(r"# (\w+\.py)\n", block[2]):
             (tmp_path / file[1]).write_text(block[2])
         else:

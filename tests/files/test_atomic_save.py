@@ -2,8 +2,6 @@
 
 import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import paramlora as pl
 from paramlora import LoRA
 from tests.support.helpers import unchanged
 from tests.support.models import attached, plain
+from tests.support.processes import output_of
 from tests.support.reference import shake
 
 ROOT = Path(__file__).parents[2]
@@ -117,17 +116,9 @@ def test_sync_before_replace(old: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 def test_killed_process(tmp_path: Path) -> None:
     """After a kill at any moment of saving, the file is whole: the old one or the new one."""
-    program = "tests/support/crash.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", program, tmp_path / "a", "paramlora", "60"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    damaged, interrupted, generations = map(int, done.stdout.split())
+    program = ROOT / "tests" / "support" / "crash.py"
+    printed = output_of(str(program), str(tmp_path / "a"), "paramlora", "60")
+    damaged, interrupted, generations = map(int, printed.split())
     assert damaged == 0
     # Some kills interrupted a save, and some saves succeeded.
     assert interrupted >= 3

@@ -100,7 +100,7 @@ def test_several_adapters(tmp_path: Path) -> None:
     pl.scale(model, -0.5, "letters")
     for name in ("letters", "digits"):
         pl.save(model, tmp_path / name, name)
-        pl.load(other, tmp_path / name)
+        pl.load(other, tmp_path / name, activate="also")
     torch.testing.assert_close(weights(other), weights(model))
     assert {(row.site, row.adapter, row.scale) for row in pl.summary(other).sites} == {
         (row.site, row.adapter, row.scale) for row in pl.summary(model).sites

@@ -70,8 +70,8 @@ def test_equal_to_peft(is_transposed: bool, stabilized: bool) -> None:
         for key in "AB"
     }
 
-    def as_ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Split PEFT's matrices of all experts, A: (E·r, in) and B: (out, r·E), into ours."""
+    def split_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return A: (E, r, in) and B: (E, out, r) from PEFT's A: (E·r, in) and B: (out, r·E)."""
         return {
             key: value.view(3, 2, -1)
             if key.endswith("A")
@@ -79,14 +79,14 @@ def test_equal_to_peft(is_transposed: bool, stabilized: bool) -> None:
             for key, value in tensors.items()
         }
 
-    pl.load_state_dict(ours, as_ours({key: f.detach() for key, f in factors.items()}))
+    pl.load_state_dict(ours, split_experts({key: f.detach() for key, f in factors.items()}))
     expected, found = theirs["experts"](x), ours["experts"](x)
     assert not torch.equal(found, experts(is_transposed=is_transposed)["experts"](x))
     assert_close(found, expected)
     gradients = torch.autograd.grad(expected.square().sum(), list(factors.values()))
     ours_by_key = dict(zip(pl.state_dict(ours), pl.parameters(ours), strict=True))
     our_gradients = torch.autograd.grad(found.square().sum(), list(ours_by_key.values()))
-    expected_gradients = as_ours(dict(zip(factors, gradients, strict=True)))
+    expected_gradients = split_experts(dict(zip(factors, gradients, strict=True)))
     assert_close(
         dict(zip(ours_by_key, our_gradients, strict=True)), expected_gradients, check_stride=False
     )
@@ -186,7 +186,7 @@ class Toggling(nn.Module):
 
 
 def test_toggling_within_a_forward() -> None:
-    """Toggling between two reads takes effect, and a read under no_grad leaves later gradients."""
+    """Toggling between two reads takes effect, and later reads after no_grad have gradients."""
     model, x = Toggling(), torch.eye(3)
     W = model.W.detach().clone()[0]
     pl.attach(model, LoRA(1, batch_dims=1), "W")

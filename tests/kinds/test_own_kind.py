@@ -82,7 +82,7 @@ def test_beside_another_kind() -> None:
     net, x = model(), torch.randn(4, 1, 6)
     base = net(x)
     pl.attach(net, pl.LoRA(rank=2), "0", name="lora")
-    pl.attach(net, Shift(), ["0", "1"], name="mine")
+    pl.attach(net, Shift(), ["0", "1"], name="mine", activate="also")
     assert torch.equal(net(x), base)
     with torch.no_grad():
         for factor in pl.parameters(net):

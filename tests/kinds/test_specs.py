@@ -1,9 +1,10 @@
-"""Settings of specs: which are accepted, and the error of each one that is not."""
+"""Settings of specs: the accepted ones, and the error of each invalid one."""
 
 import math
 from collections.abc import Callable
 
 import pytest
+import torch
 
 import paramlora as pl
 from paramlora import IA3, DoRA, LoHa, LoKr, LoRA
@@ -32,6 +33,10 @@ INVALID: dict[str, tuple[Callable[[], pl.kinds.Spec], str]] = {
         "init='pissa' needs an alpha above 0, got -1",
     ),
     # The string "no" would count as true.
+    "rank_stabilized a string, without a rank": (
+        lambda: LoKr(rank=None, rank_stabilized="no"),  # type: ignore[arg-type]
+        "rank_stabilized must be True or False, got 'no'",
+    ),
     "rank_stabilized a string": (
         lambda: LoRA(4, rank_stabilized="no"),  # type: ignore[arg-type]
         "rank_stabilized must be True or False, got 'no'",
@@ -81,6 +86,14 @@ def test_invalid_settings(make: Callable[[], pl.kinds.Spec], message: str) -> No
     """An invalid setting raises ValueError when the spec is made."""
     with pytest.raises(ValueError, match=pattern(message)):
         make()
+
+
+def test_defaults() -> None:
+    """LoRA has rank 8 by default, and alpha = rank, so that the scale is 1."""
+    spec = LoRA()
+    factors = spec.create(torch.zeros(16, 12))
+    assert (spec.rank, spec.alpha, factors["A"].shape) == (8, None, (8, 12))
+    assert spec.scaling == 1
 
 
 def test_dropout_is_not_a_setting() -> None:

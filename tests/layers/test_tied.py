@@ -21,7 +21,7 @@ TIED = Host(Tied, lambda: (torch.randint(7, (4, 3)),))
 @pytest.mark.parametrize("side", ["emb", "head", "*"])
 @pytest.mark.parametrize("spec", [pl.LoRA(rank=2, alpha=3), pl.Delta()])
 def test_adapter_of_either_side(side: str, spec: pl.kinds.Spec) -> None:
-    """An adapter of either layer acts on both, its gradients add up, and the tie outlives it.
+    """An adapter of either layer acts on both, its gradients add up, and detaching keeps the tie.
 
     In PEFT, merging an adapter of the head also changes the embedding, which has no adapter
     (PEFT issue 2018).

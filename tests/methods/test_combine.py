@@ -76,7 +76,7 @@ def test_equal_to_peft(
     names, numbers = list(weights), list(weights.values())
     wrapped.add_weighted_adapter(names, numbers, "sum", combination_type=method, svd_rank=rank)
     wrapped.set_adapter("sum")
-    pl.combine(model, weights, name="sum", method=method, rank=rank)
+    pl.combine(model, weights, name="sum", method=method, rank=rank, activate="only")
     pl.detach(model, *SETTINGS)
     ids = torch.arange(5).view(1, 5)
     # PEFT rounds the weights of "linear" and "svd" to float32.
@@ -104,10 +104,9 @@ def with_two_adapters() -> nn.Module:
     """Return a model with "a" and "b" of several ranks, strengths and sites, "b" off."""
     model = plain().double()
     pl.attach(model, {"fc1": LoRA(2, 3), "rnn.weight*": LoRA(1), "fc2.bias": Delta()}, name="a")
-    pl.attach(model, {"fc?": LoRA(3), "fc?.bias": Delta()}, name="b")
+    pl.attach(model, {"fc?": LoRA(3), "fc?.bias": Delta()}, name="b", activate="no")
     shake(model)
     pl.scale(model, 0.5, "a")
-    pl.disable(model, "b")
     return model
 
 
@@ -119,7 +118,7 @@ def test_exact_sum(method: str) -> None:
     pl.merge(model, "a")
     rank = 9 if method == "svd" else None
     row = pl.combine(model, weights, name="ab", method=method, rank=rank).sites[-1]
-    assert (row.adapter, row.scale, row.active, row.trainable) == ("ab", 1.0, True, True)
+    assert (row.adapter, row.scale, row.active, row.trainable) == ("ab", 1.0, False, True)
     actual = dense(model, {"ab": 1.0})
     assert_close(actual, expected, **EXACT)
     pl.unmerge(model)
@@ -157,7 +156,7 @@ def test_svd_is_optimal() -> None:
 
 
 def test_blocks() -> None:
-    """Blocks are sites of their own in a sum, and overlapping ones raise TargetError."""
+    """Each block is a site in a sum, and overlapping blocks raise TargetError."""
     model = plain().double()
     pl.attach(model, {"fc1.weight[:2]": LoRA(1), "fc1.weight[2:]": LoRA(2)}, name="a")
     pl.attach(model, {"fc1.weight[:2]": LoRA(1)}, name="b")
@@ -238,7 +237,7 @@ class Experts(nn.Module):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("method", ["cat", "linear", "svd"])
 def test_stacks_of_matrices(method: str, transposed: bool) -> None:
-    """The updates of a stack are combined matrix by matrix, as of separate parameters."""
+    """The updates of a stack of matrices are combined like those of separate parameters."""
     model, weights = Experts(), {"a": 0.7, "b": -0.3}
     for name, alpha in (("a", 3.0), ("b", 1.0)):
         single = LoRA(2, alpha, transposed=transposed)
@@ -292,6 +291,17 @@ def test_kinds_that_cannot_be_combined(
     for name, spec in zip("ab", specs, strict=True):
         pl.attach(model, spec, target, name=name)
     refuses(model, lambda m: pl.combine(m, {"a": 1.0, "b": 1.0}, name="ab"), TargetError, message)
+
+
+def test_order_of_the_model() -> None:
+    """The new adapter is installed in the order of the model, whatever the order of the weights."""
+    model = plain()
+    for name, target in (("b", "fc1.weight[2:]"), ("a", "fc1.weight[:2]")):
+        pl.attach(model, LoRA(1), target, name=name)
+    pl.combine(model, {"b": 1.0, "a": 1.0}, name="ab")
+    pl.attach(model, LoRA(1), ["fc1.weight[:2]", "fc1.weight[2:]"], name="attached")
+    keys = [list(pl.state_dict(model, name)) for name in ("ab", "attached")]
+    assert keys[0] == keys[1]
 
 
 def test_one_side_of_a_tie() -> None:

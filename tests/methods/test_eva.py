@@ -79,7 +79,7 @@ def test_outputs_keep_their_bits(dtype: torch.dtype) -> None:
     """Outputs, statistics, modes, hooks and active adapters stay; only the named A changes."""
     model = net(dtype)
     pl.attach(model, pl.LoRA(rank=3), ["fc1", "fc2"], name="one")
-    pl.attach(model, pl.LoRA(rank=2), "fc1", name="two")
+    pl.attach(model, pl.LoRA(rank=2), "fc1", name="two", activate="also")
     pl.disable(model, "two")
     model.norm.eval()
     x = torch.randn(8, 40).to(dtype)
@@ -116,7 +116,7 @@ def test_share_of_energy() -> None:
 
 
 def test_errors() -> None:
-    """A site that has no inputs to start from raises, and nothing changes."""
+    """A site without inputs raises an error, and nothing changes."""
 
     def start(model: Any) -> object:
         return pl.eva(model, batches(count=1))

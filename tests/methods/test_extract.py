@@ -31,7 +31,7 @@ def fine_tuned(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module
 
 
 def test_best_adapter() -> None:
-    """An update of rank 2 is found exactly; of a full update, the best part of rank 2."""
+    """An update of rank 2 is found exactly, and a full update gets its best rank-2 part."""
     model, base = fine_tuned()
     expected = copy.deepcopy(model.state_dict())
     change = expected["emb.weight"] - base.state_dict()["emb.weight"]

@@ -262,7 +262,7 @@ def test_saving_is_independent_of_state(tmp_path: Path) -> None:
     """The files are the same whether the adapter is on, merged or off, or one of two."""
     model = mixed()
     pl.attach(model, {"fc": LoRA(3), "head.*": Delta()}, name="digits")
-    pl.attach(model, LoRA(2), "fc", name="letters")
+    pl.attach(model, LoRA(2), "fc", name="letters", activate="also")
     shake(model)
     folders = [tmp_path / name for name in ("plain", "merged", "disabled")]
     pl.save_peft(model, folders[0], "digits")

@@ -86,7 +86,7 @@ def test_linear_does_not_build_the_weight() -> None:
     """A Linear with adapted blocks uses the factored form, forward and backward."""
     model, x = fused(), torch.randn(2, 5, 4)
     pl.attach(model, CountingLoRA(rank=2), QKV)
-    pl.attach(model, CountingLoRA(rank=1), "qkv[:, 1:]", name="columns")
+    pl.attach(model, CountingLoRA(rank=1), "qkv[:, 1:]", name="columns", activate="also")
     shake(model)
     CountingLoRA.built = 0
     model.qkv(x).sum().backward()
@@ -116,7 +116,7 @@ def test_overlapping_blocks_of_several_adapters() -> None:
     model = fused()
     W = model.qkv.weight.detach().clone()
     for name, target in (("a", "qkv[:8]"), ("b", "qkv"), ("c", "qkv[6:, :2]"), ("d", "qkv[0]")):
-        pl.attach(model, Delta(), target, name=name)
+        pl.attach(model, Delta(), target, name=name, activate="also")
     shake(model)
     D = {name: next(iter(pl.state_dict(model, name).values())) for name in "abcd"}
     W[:8] += D["a"]

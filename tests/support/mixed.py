@@ -58,9 +58,11 @@ def small() -> Any:
 
 
 def attach_two(model: nn.Module, **options: Any) -> None:
-    """Attach "low", low-rank, to all matrices, and "full", a Delta, to some tensors."""
+    """Attach "low", low-rank, to all matrices, and "full", a Delta, to some tensors; train both."""
+    options |= {"activate": "no"}  # so that the second one does not freeze the first
     pl.attach(model, pl.LoRA(rank=2, alpha=3), MATRICES, name="low", **options)
     pl.attach(model, pl.Delta(), ["*.bias", "head", "norm"], name="full", **options)
+    pl.enable(model)
 
 
 def train(model: nn.Module, x: Tensor, *names: str, steps: int = 2) -> None:

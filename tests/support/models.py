@@ -53,11 +53,10 @@ def attached() -> nn.Module:
     """Return a `Net` with "digits" on both Linears and "letters" on the second, "letters" off."""
     model = plain()
     pl.attach(model, pl.LoRA(rank=2), name="digits")
-    pl.attach(model, pl.LoRA(rank=1, alpha=3), "fc2", name="letters")
+    pl.attach(model, pl.LoRA(rank=1, alpha=3), "fc2", name="letters", activate="no")
     with torch.no_grad():
         for parameter in pl.parameters(model):
             parameter.normal_()
-    pl.disable(model, "letters")
     return model
 
 
@@ -82,7 +81,8 @@ def with_three_adapters(
         spec = make_spec()
         if spec == pl.LoRA(rank=2, alpha=3):
             spec = pl.LoRA(rank=i + 1, alpha=3)
-        pl.attach(model, spec, target, name=name)
+        pl.attach(model, spec, target, name=name, activate="no")
+    pl.enable(model)
     with torch.no_grad():
         for parameter in pl.parameters(model):
             parameter.normal_(std=0.5)

@@ -405,8 +405,10 @@ class Case:
     def attach(
         self, kind: Kind, name: str = "one", strength: Strength = 1.0, **options: Any
     ) -> None:
-        """Attach an adapter to all tensors that it takes, its factors random."""
-        pl.attach(self.model, kind.spec, name=name, **({"targets": self.sites(kind)} | options))
+        """Attach an adapter to all tensors that it takes, its factors random, beside the others."""
+        defaults = {"targets": self.sites(kind), "activate": "no"}  # which freezes no other adapter
+        pl.attach(self.model, kind.spec, name=name, **(defaults | options))
+        pl.enable(self.model, name)
         move(self.model, name)
         pl.scale(self.model, strength, name)
         self.kinds[name], self.strengths[name] = kind, strength

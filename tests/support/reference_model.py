@@ -78,6 +78,7 @@ class AdapterState:
     active: bool = True
     trainable: bool = True
     merged: bool = False
+    frozen_by: set[str] = field(default_factory=set)
 
     @property
     def scale(self) -> float:
@@ -190,12 +191,38 @@ class ReferenceModel:
             if trained:
                 self.frozen_by[path].add(name)
 
+    def add(self, name: str, activate: str, freeze: bool) -> None:
+        """Switch and freeze adapters and the base as attaching `name` does; it may be there yet."""
+        others = [adapter for _, other, adapter in self.all_adapters() if other != name]
+        for _, other, adapter in self.all_adapters():
+            adapter.active = activate != "no" if other == name else adapter.active
+        for adapter in others:
+            adapter.active = adapter.active and activate != "only"
+            if freeze and activate != "no":
+                if adapter.trainable:
+                    adapter.trainable, adapter.frozen_by = False, {name}
+                elif adapter.frozen_by:
+                    adapter.frozen_by.add(name)
+        if freeze:
+            self.freeze_base(name)
+
+    def set_trainable(self, scope: str, names: Any, trainable: bool) -> None:
+        """Train adapters or freeze them, which also holds after others are detached."""
+        for _, adapter in self.select(scope, names):
+            adapter.trainable = trainable
+            adapter.frozen_by = adapter.frozen_by if trainable else set()
+
     def toggle(self, verb: str, scope: str, names: Any, strength: float = 1.0) -> None:
         for _, adapter in self.select(scope, names):
             if verb == "scale":
                 adapter.strength = strength
             else:
                 adapter.active = verb.startswith("enable")
+
+    def activate(self, scope: str, names: Any, strengths: dict[str, float]) -> None:
+        for name, adapter in self.select(scope, ()):
+            adapter.active = name in names or name in strengths
+            adapter.strength = strengths.get(name, adapter.strength)
 
     def merge(self, scope: str, names: Any) -> None:
         for _, adapter in self.select(scope, names):
@@ -211,6 +238,10 @@ class ReferenceModel:
                 by_name.pop(name, None)
         for holders in self.frozen_by.values():
             holders.difference_update(names)
+        for _, _, adapter in self.all_adapters():
+            if adapter.frozen_by and not adapter.frozen_by.difference(names):
+                adapter.trainable = True
+            adapter.frozen_by.difference_update(names)
 
 
 def assert_near(actual: Tensor, expected: Tensor) -> None:

@@ -25,6 +25,7 @@ NO_BACKWARD = (pl.StateError, r"^cannot train adapter '.'.* while it is merged: 
 NO_ADAPTER = (pl.StateError, r"^no adapter is attached here; ")
 NOTHING = (pl.StateError, r"^nothing to merge")
 IS_TAKEN = (pl.AdapterNameError, r"^(an )?adapter '.' is attached already")
+CANNOT_BE_ONLY = (pl.StateError, r"^cannot make '.' the only active adapter while '.' is merged")
 ExpectedError = tuple[type[Exception], str]
 
 
@@ -38,7 +39,8 @@ def mostly(good: st.SearchStrategy[Any], other: st.SearchStrategy[Any]) -> st.Se
     return st.integers(0, 9).flatmap(lambda i: other if i == 9 else good)
 
 
-# Names mostly of attached adapters or mostly free ones; scopes mostly of the whole model.
+# `a_name` and `some_names` mostly give names of attached adapters, `a_free_name` another name.
+# `a_scope` is the start of the paths of a submodule, mostly "", which is the whole model.
 any_name = st.sampled_from(NAMES)
 a_name = mostly(from_state(lambda m: st.sampled_from(m.reference.names() or NAMES)), any_name)
 some_names = mostly(
@@ -52,6 +54,7 @@ a_free_name = from_state(
 )
 a_scope = mostly(st.just(""), from_state(lambda m: st.sampled_from(m.scopes)))
 a_strength = st.sampled_from([0.0, 0.5, 1.0, -1.0, 2.0])
+an_activate = st.sampled_from(["only", "also", "no"])
 a_seed = st.integers(0, 2**16)
 a_spec = st.one_of(
     st.just(pl.Delta()),
@@ -69,7 +72,7 @@ a_spec = st.one_of(
 
 @dataclass
 class File:
-    """A file, and the expected states of its adapter by tensor."""
+    """A saved adapter, with its expected state at each tensor."""
 
     path: Path
     name: str
@@ -77,9 +80,9 @@ class File:
 
 
 class BaseMachine(RuleBasedStateMachine):
-    """A random model with its reference, and functions that the rules use.
+    """A random model with its reference model, and methods for the rules.
 
-    `second` is another model with its reference: a copy, or loaded from a file.
+    `second` is None, or another model with its reference: a copy, or a model loaded from a file.
     """
 
     checked: CheckedModel
@@ -139,7 +142,10 @@ class BaseMachine(RuleBasedStateMachine):
         return BAD_NAME if set(names) - set(attached) else None
 
     def attempt(self, call: Callable[[], Any], *errors: ExpectedError | None) -> bool:
-        """Call, and expect the first error that is not None; return whether all are None."""
+        """Call a function, and expect the first of `errors` that is not None, if there is one.
+
+        Return whether the call was expected to succeed.
+        """
         expected_error = next(filter(None, errors), None)
         if expected_error is None:
             call()
@@ -158,7 +164,7 @@ class BaseMachine(RuleBasedStateMachine):
         return found
 
     def fill(self, name: str, seed: int) -> None:
-        """Load random numbers into an adapter of the model and of the reference."""
+        """Set the factors of an adapter to random numbers, in the model and in the reference."""
         state = pl.state_dict(self.model, name)
         generator = torch.Generator().manual_seed(seed)
         values = {
@@ -171,7 +177,7 @@ class BaseMachine(RuleBasedStateMachine):
                 by_name[name].factors[key] = values[f"{path}.{key}"].double()
 
     def set_aside(self, other: CheckedModel, switch: bool) -> None:
-        """Continue with `other` if `onward`, else with the current model; keep the one not used."""
+        """Store `other` as the second model, or swap it with the current one if `switch`."""
         while self.second is not None and self.second.blocks:
             self.second.exit_block()
         self.checked, self.second = (other, self.checked) if switch else (self.checked, other)

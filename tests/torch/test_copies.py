@@ -52,8 +52,12 @@ def merge_and_unmerge(model: Mixed, x: Tensor, folder: Path) -> None:
 
 # Changes of a model with the adapters of `attach_two`.
 CHANGES: dict[str, Callable[[Mixed, Tensor, Path], object]] = {
-    "attach": lambda model, x, folder: pl.attach(model, pl.LoRA(rank=1), name="more"),
-    "attach elsewhere": lambda model, x, folder: pl.attach(model, pl.Delta(), "norm", name="more"),
+    "attach": lambda model, x, folder: pl.attach(
+        model, pl.LoRA(rank=1), name="more", activate="also"
+    ),
+    "attach elsewhere": lambda model, x, folder: pl.attach(
+        model, pl.Delta(), "norm", name="more", activate="also"
+    ),
     "detach": lambda model, x, folder: pl.detach(model),
     "detach one": lambda model, x, folder: pl.detach(model, "low"),
     "enable": lambda model, x, folder: pl.enable(model),
@@ -115,7 +119,7 @@ def test_class_of_a_copy() -> None:
         assert len({type(m[0]) for m in (model, other, third)}) == 3
         weight = model[0].weight.detach().clone()
         pl.detach(other)
-        pl.attach(third, pl.Delta(), "*.bias", name="more")
+        pl.attach(third, pl.Delta(), "*.bias", name="more", activate="also")
         parametrize.register_parametrization(third[0], "bias", nn.Identity())
         with pl.disabled(model):
             assert "bias" in dict(model[0].named_parameters())

@@ -44,12 +44,13 @@ def base() -> nn.Sequential:
 def adapted() -> nn.Sequential:
     model = base()
     for i, name in enumerate(("one", "two")):
-        pl.attach(model, pl.LoRA(rank=2, alpha=3), name=name)
+        pl.attach(model, pl.LoRA(rank=2, alpha=3), name=name, activate="no")
         state = pl.state_dict(model, name)
         state = {
             key: draw(10 * i + j, *value.shape) / 2 for j, (key, value) in enumerate(state.items())
         }
         pl.load_state_dict(model, state, name)
+    pl.enable(model)
     return model
 
 
@@ -169,6 +170,13 @@ def sharded(folder: Path) -> dict[str, Any]:
             found["refused"].append(str(error))
     with torch.no_grad():
         found["after"] = model(x)
+    merged = adapted()
+    pl.merge(merged)
+    fully_shard(merged, mesh=mesh)
+    try:
+        pl.bake(merged)
+    except pl.StateError as error:
+        found["refused"].append(str(error))
     return found
 
 
@@ -301,7 +309,7 @@ def test_sharded(folder: Path, results: Results) -> None:
     """With fully_shard after attach, losses and factors equal those of one process.
 
     Toggling, scaling, saving and `fingerprint` work on the shards. Verbs that write to the stored
-    weights raise, and change nothing.
+    weights raise, and change nothing. So does `bake` if the model was merged before it was sharded.
     """
     for found in results["sharded"]:
         assert found["types"] == {"DTensor"}
@@ -314,7 +322,7 @@ def test_sharded(folder: Path, results: Results) -> None:
         A, B, A2, B2 = factors["one"]
         assert_close(found["half"], dense(x, [A, B / 2, A2, B2 / 2]).detach(), **EXACT)
         assert found["digest"] == pl.fingerprint(base())
-        assert len(found["refused"]) == 4
+        assert len(found["refused"]) == 5
         assert all("'0.weight'" in message and "shard" in message for message in found["refused"])
     model = base()
     pl.load(model, folder / "one.safetensors")

@@ -80,7 +80,7 @@ def test_norm_before_attach(norm: Callable[..., nn.Module]) -> None:
         assert_close(model(x), expected, **EXACT)
         pl.detach(model)
         pl.attach(model, pl.LoRA(rank=2), name="frozen")
-        pl.attach(model, pl.Delta(), "*.bias", name="biases")
+        pl.attach(model, pl.Delta(), "*.bias", name="biases", activate="also")
         train(model, x)
         assert not torch.equal(model(x), before)
         pl.detach(model)

@@ -45,7 +45,7 @@ def test_order_of_adapters(first: pl.kinds.Spec, second: pl.kinds.Spec) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 5)).double(), torch.randn(3, 6, dtype=torch.float64)
     pl.attach(model, first, name="first")
-    pl.attach(model, second, name="second")
+    pl.attach(model, second, name="second", activate="also")
     with torch.no_grad():
         for parameter in pl.parameters(model):
             parameter.normal_(std=0.3)
@@ -67,7 +67,7 @@ def test_unmerging_restores_the_bits(dtype: torch.dtype) -> None:
     layers: Any = nn.Sequential(nn.Linear(4, 4), nn.Embedding(5, 4)).to(dtype)
     targets = [nn.Linear, nn.Embedding]
     pl.attach(layers, pl.LoRA(rank=2), targets, name="one")
-    pl.attach(layers, pl.Delta(), targets, name="two")
+    pl.attach(layers, pl.Delta(), targets, name="two", activate="also")
     shake(layers)
     before, adapted = snapshot(layers), layers[0].weight.detach().clone()
     for i in range(1000 if dtype == torch.bfloat16 else 10):
@@ -91,8 +91,8 @@ def test_merging_by_blocks_of_rows(
     monkeypatch.setattr(sys.modules["paramlora.verbs.merge"], "_BLOCK", 20)
     layer: Any = nn.Linear(6, 10).to(dtype)
     pl.attach(layer, pl.LoRA(rank=2, alpha=3, init=init), name="one")
-    pl.attach(layer, pl.LoRA(rank=1), "weight[2:, :]", name="two")
-    pl.attach(layer, pl.LoRA(rank=3, transposed=True), name="three")
+    pl.attach(layer, pl.LoRA(rank=1), "weight[2:, :]", name="two", activate="also")
+    pl.attach(layer, pl.LoRA(rank=3, transposed=True), name="three", activate="also")
     shake(layer)
     pl.scale(layer, 0.7, "three")
     before, adapted = snapshot(layer), layer.weight.detach().clone()

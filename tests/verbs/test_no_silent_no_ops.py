@@ -21,6 +21,7 @@ NONE_HERE = (
 Call = Callable[[Any], Any]
 
 WITHOUT: dict[str, Call] = {
+    "activate": pl.activate,
     "bake": pl.bake,
     "detach": pl.detach,
     "disable": pl.disable,

@@ -25,7 +25,7 @@ def test_other_blocks_inside() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
     pl.attach(model, pl.LoRA(2, init="orthogonal"), "0", name="a")
-    pl.attach(model, pl.LoRA(2, init="orthogonal"), "1", name="b")
+    pl.attach(model, pl.LoRA(2, init="orthogonal"), "1", name="b", activate="also")
     with torch.no_grad():
         for factor in pl.parameters(model):
             factor.normal_()
@@ -45,8 +45,8 @@ def test_mixed_layers() -> None:
     ).double()
     model.eval()
     pl.attach(model, pl.LoRA(rank=2), ["0", "*.linear1", "*.in_proj_weight"], name="first")
-    pl.attach(model, pl.LoRA(rank=3), ["*.linear1", "*.linear2"], name="second")
-    pl.attach(model, pl.Delta(), ["*.linear1.*", "*.out_proj"], name="third")
+    pl.attach(model, pl.LoRA(rank=3), ["*.linear1", "*.linear2"], name="second", activate="also")
+    pl.attach(model, pl.Delta(), ["*.linear1.*", "*.out_proj"], name="third", activate="also")
     with torch.no_grad():
         for parameter in pl.parameters(model):
             parameter.normal_(std=0.5)
@@ -71,7 +71,7 @@ def test_adapters_without_rows() -> None:
     x = torch.randn(2, 6, dtype=torch.float64)
     base = model(x)
     pl.attach(model, pl.LoRA(rank=2), "0", name="first")
-    pl.attach(model, pl.LoRA(rank=2), "1", name="second")
+    pl.attach(model, pl.LoRA(rank=2), "1", name="second", activate="also")
     with torch.no_grad():
         for parameter in pl.parameters(model):
             parameter.normal_()

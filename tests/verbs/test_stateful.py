@@ -40,6 +40,7 @@ from tests.support.reference_model import (
 )
 from tests.support.state_machine import (
     ALREADY_MERGED,
+    CANNOT_BE_ONLY,
     IS_MERGED,
     IS_OFF,
     IS_TAKEN,
@@ -55,6 +56,7 @@ from tests.support.state_machine import (
     a_seed,
     a_spec,
     a_strength,
+    an_activate,
     any_name,
     mostly,
     some_names,
@@ -77,12 +79,19 @@ class Machine(BaseMachine):
     @rule(
         name=mostly(a_free_name, any_name),
         to=st.lists(st.tuples(st.integers(0, 40), a_spec), min_size=2, max_size=6),
+        activate=an_activate,
         freeze=st.sampled_from([True, True, False]),
         filled=st.booleans(),
         seed=a_seed,
     )
     def attach(
-        self, name: str, to: list[tuple[int, pl.kinds.Spec]], freeze: bool, filled: bool, seed: int
+        self,
+        name: str,
+        to: list[tuple[int, pl.kinds.Spec]],
+        activate: Any,
+        freeze: bool,
+        filled: bool,
+        seed: int,
     ) -> None:
         firsts = self.reference.firsts()
         specs: dict[Any, pl.kinds.Spec] = {}
@@ -92,19 +101,25 @@ class Machine(BaseMachine):
         before = frozen_outputs(self.model, self.ids)
         generator = torch.Generator().manual_seed(seed)
         if self.attempt(
-            lambda: pl.attach(self.model, specs, name=name, freeze=freeze, generator=generator),
+            lambda: pl.attach(
+                self.model, specs, name=name, activate=activate, freeze=freeze, generator=generator
+            ),
             IS_TAKEN if name in self.reference.names() else None,
+            CANNOT_BE_ONLY if activate == "only" and self.reference.merged() else None,
         ):
             # With other active adapters, sums may be rounded in another order.
             others_active = any(adapter.active for _, _, adapter in self.reference.all_adapters())
-            (assert_near if others_active else assert_same)(
-                frozen_outputs(self.model, self.ids), before
-            )
-            self.record(name, specs, freeze)
+            if activate != "only" or not others_active:
+                (assert_near if others_active else assert_same)(
+                    frozen_outputs(self.model, self.ids), before
+                )
+            self.record(name, specs, activate, freeze)
             if filled:
                 self.fill(name, seed)
 
-    def record(self, name: str, specs: dict[Any, pl.kinds.Spec], freeze: bool) -> None:
+    def record(
+        self, name: str, specs: dict[Any, pl.kinds.Spec], activate: Any, freeze: bool
+    ) -> None:
         """Add an attached adapter to the reference, after a check of its factors."""
         factors = self.factors(name)
         for path, spec in specs.items():
@@ -121,12 +136,19 @@ class Machine(BaseMachine):
                     assert_same(site_factors["D"], torch.zeros_like(base).double())
                 self.reference.adapters[first][name] = AdapterState(spec, site_factors)
         assert not factors
-        if freeze:
-            self.reference.freeze_base(name)
+        self.reference.add(name, activate, freeze)
 
     @precondition(lambda self: self.reference.names() and not self.reference.merged())
-    @rule(name=a_name, alpha=st.sampled_from([2.0, None]), freeze=st.booleans(), seed=a_seed)
-    def attach_again(self, name: str, alpha: float | None, freeze: bool, seed: int) -> None:
+    @rule(
+        name=a_name,
+        alpha=st.sampled_from([2.0, None]),
+        activate=an_activate,
+        freeze=st.booleans(),
+        seed=a_seed,
+    )
+    def attach_again(
+        self, name: str, alpha: float | None, activate: Any, freeze: bool, seed: int
+    ) -> None:
         """Detach an adapter and attach it to the same tensors again, with another alpha."""
         by_path = {
             path: adapters[name]
@@ -142,8 +164,8 @@ class Machine(BaseMachine):
                     specs[path] = replace(spec, alpha=alpha)
             pl.detach(self.model, name)
             self.reference.detach([name])
-            pl.attach(self.model, specs, name=name, freeze=freeze)
-            self.record(name, specs, freeze)
+            pl.attach(self.model, specs, name=name, activate=activate, freeze=freeze)
+            self.record(name, specs, activate, freeze)
             self.fill(name, seed)
 
     @precondition(lambda self: self.reference.names())
@@ -178,8 +200,7 @@ class Machine(BaseMachine):
         if self.attempt(
             lambda: getattr(pl, verb)(self.submodule(scope), *names), self.bad_name(names, scope)
         ):
-            for _, adapter in self.reference.select(scope, names):
-                adapter.trainable = verb == "unfreeze"
+            self.reference.set_trainable(scope, names, verb == "unfreeze")
 
     def enter(
         self, block: AbstractContextManager[None], scope: str, *errors: ExpectedError | None
@@ -211,6 +232,16 @@ class Machine(BaseMachine):
         ):
             self.reference.toggle(verb, scope, names)
 
+    @precondition(lambda self: self.reference.names())
+    @rule(names=some_names, scales=st.dictionaries(a_name, a_strength, max_size=2), scope=a_scope)
+    def activate(self, names: list[str], scales: dict[str, float], scope: str) -> None:
+        if self.attempt(
+            lambda: pl.activate(self.submodule(scope), *names, scales),
+            self.bad_name([*names, *scales], scope),
+            IS_MERGED if self.reference.merged(scope) else None,
+        ):
+            self.reference.activate(scope, names, scales)
+
     @precondition(lambda self: self.reference.names() and len(self.checked.blocks) < 4)
     @rule(names=some_names, scales=st.dictionaries(a_name, a_strength, max_size=2), scope=a_scope)
     def enter_using(self, names: list[str], scales: dict[str, float], scope: str) -> None:
@@ -220,9 +251,7 @@ class Machine(BaseMachine):
             self.bad_name([*names, *scales], scope),
             IS_MERGED if self.reference.merged(scope) else None,
         ):
-            for name, adapter in self.reference.select(scope, ()):
-                adapter.active = name in names or name in scales
-                adapter.strength = scales.get(name, adapter.strength)
+            self.reference.activate(scope, names, scales)
 
     @precondition(lambda self: self.reference.names() and len(self.checked.blocks) < 4)
     @rule(names=some_names, scope=a_scope)
@@ -304,8 +333,7 @@ class Machine(BaseMachine):
         optimizer.zero_grad()
         loss = self.model(self.ids).tanh().mean()
         untrained = any(
-            adapter.merged and adapter.trainable
-            for _, _, adapter in self.reference.all_adapters()
+            adapter.merged and adapter.trainable for _, _, adapter in self.reference.all_adapters()
         )
         if not self.attempt(loss.backward, NO_BACKWARD if untrained else None):
             self.model.zero_grad()
@@ -370,8 +398,13 @@ class Machine(BaseMachine):
         self.files.append(File(path, name, copy.deepcopy(by_path)))
 
     @precondition(lambda self: self.files)
-    @rule(index=st.integers(0, 9), name=mostly(st.none(), any_name), strength=a_strength)
-    def load(self, index: int, name: str | None, strength: float) -> None:
+    @rule(
+        index=st.integers(0, 9),
+        name=mostly(st.none(), any_name),
+        activate=st.none() | an_activate,
+        strength=a_strength,
+    )
+    def load(self, index: int, name: str | None, activate: Any, strength: float) -> None:
         """Load a file as a new adapter, or into the one of that name."""
         file = self.files[index % len(self.files)]
         target_name = name or file.name
@@ -381,25 +414,34 @@ class Machine(BaseMachine):
             for site, by_name in self.reference.adapters.items()
             if target_name in by_name
         }
+        others_merged = any(
+            adapter.merged
+            for _, other, adapter in self.reference.all_adapters()
+            if other != target_name
+        )
         fits = attached.keys() == file.adapters.keys() and all(
             (type(adapter.spec), adapter.spec.rank)
             == (type(attached[site].spec), attached[site].spec.rank)
             for site, adapter in file.adapters.items()
         )
         if self.attempt(
-            lambda: pl.load(self.model, file.path, name=name),
+            lambda: pl.load(self.model, file.path, name=name, activate=activate),
+            CANNOT_BE_ONLY if activate == "only" and others_merged else None,
             IS_MERGED if self.reference.merged("", [target_name]) and attached else None,
             IS_TAKEN if attached and not fits else None,
         ):
-            self.load_into_reference(self.reference, file, target_name)
+            self.load_into_reference(self.reference, file, target_name, activate)
 
-    def load_into_reference(self, reference: ReferenceModel, file: File, name: str) -> None:
-        if name not in reference.names():
-            reference.freeze_base(name)
+    def load_into_reference(
+        self, reference: ReferenceModel, file: File, name: str, activate: Any = None
+    ) -> None:
+        new, before = name not in reference.names(), reference.names()
         for site, adapter in file.adapters.items():
             state = reference.adapters[site].setdefault(name, AdapterState(adapter.spec, {}))
             state.spec, state.factors = adapter.spec, dict(adapter.factors)
             state.strength = adapter.strength
+        if new or activate:
+            reference.add(name, activate or ("no" if before else "only"), freeze=new)
 
     @precondition(lambda self: self.files)
     @rule(index=st.integers(0, 9), switch=st.booleans())

@@ -34,9 +34,10 @@ def test_skipped_tensors() -> None:
     assert summary.skipped[-1].shape == (3, 4)
     again = pl.attach(model, LoRA(1), ["0"], name="again")
     assert skipped(again)["2.weight"] == ("matching no target", False)
-    assert str(again).splitlines()[-2:] == [
+    assert str(again).splitlines()[-3:] == [
+        "active: again; switched off by this call: default",
         "skipped, frozen: 5 matching no target (0.bias, 1.weight, 1.bias, 2.weight, 2.bias)",
-        "trainable 26 of the base's 29 (89.66%)",
+        "trainable 7 of the base's 29 (24.14%)",
     ]
     bare = ("0.bias", "1.weight", "1.bias")
     assert skipped(pl.summary(model)) == dict.fromkeys(bare, ("without an adapter", False))
@@ -77,11 +78,11 @@ def test_sites_without_gradients() -> None:
     }
     lines = str(pl.summary(model)).splitlines()
     assert [line.split()[0] for line in lines if line.endswith("no gradient")] == ["unused.weight"]
-    fresh = pl.attach(model, Delta(), "used", name="b")
+    fresh = pl.attach(model, Delta(), "used", name="b", activate="no")
     assert [(row.adapter, row.gradient) for row in fresh.sites[:2]] == [("a", True), ("b", None)]
-    pl.attach(model, LoRA(2), "used.weight[:2]", name="c")
+    pl.attach(model, LoRA(2), "used.weight[:2]", name="c", activate="no")
+    pl.enable(model, "c")
     pl.merge(model, "c")
-    pl.disable(model, "b")
     pl.freeze(model, "a")
     model.zero_grad()
     pl.parameters(model.used, "a")[0].grad = torch.ones(2, 4)
@@ -123,7 +124,12 @@ DRY: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "excluded": (plain, {"spec": LoRA(2), "exclude": "fc2"}),
     "not frozen": (plain, {"spec": LoRA(2), "freeze": False}),
     "beside others": (attached, {"spec": LoRA(2), "targets": ["fc2", "emb"]}),
-    "beside merged ones": (half_merged, {"spec": Delta(), "targets": "*", "freeze": False}),
+    "on top of others": (attached, {"spec": LoRA(2), "targets": "fc2", "activate": "also"}),
+    "switched off": (attached, {"spec": LoRA(2), "targets": "fc2", "activate": "no"}),
+    "beside merged ones": (
+        half_merged,
+        {"spec": Delta(), "targets": "*", "freeze": False, "activate": "also"},
+    ),
     "tied": (tied, {"spec": LoRA(2), "targets": ["head[2:]", "embed[:1]"]}),
     "weight_norm": (normed, {"spec": LoRA(2), "targets": ["0", "1"]}),
     "a batch": (lambda: nn.ParameterDict({"w": torch.ones(5, 4, 3)}), {"targets": "w"}),

@@ -180,7 +180,7 @@ def small() -> tuple[nn.Sequential, Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
     for name in "ab":
-        pl.attach(model, pl.LoRA(rank=1), name=name)
+        pl.attach(model, pl.LoRA(rank=1), name=name, activate="also")
     with torch.no_grad():
         for parameter in pl.parameters(model):
             parameter.normal_()

@@ -39,6 +39,14 @@ def test_empty_tensor(spec: pl.kinds.Spec) -> None:
     assert list(model.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
+def with_constants() -> nn.Module:
+    """Return a Linear with a number and a tensor that are no parameters."""
+    layer = nn.Linear(3, 2)
+    layer.scale_v = nn.Parameter(torch.ones(2, 3))
+    vars(layer).update(scale=2.0, table=torch.ones(2, 3))
+    return layer
+
+
 A_TARGET = "a target is a module type, a glob over paths, or a callable (path, module) -> bool, got"
 
 
@@ -164,6 +172,18 @@ TARGETS: dict[str, Row] = {
         lambda m: pl.attach(m, LoRA(2), ["fc1", None]),  # type: ignore[list-item]
         TypeError,
         f"{A_TARGET} None",
+    ),
+    "a constant, next to a parameter whose name would be that of a hook": (
+        with_constants,
+        lambda m: pl.attach(m, LoRA(2), "scale"),
+        pl.TargetError,
+        "no tensor matches 'scale'[...]",
+    ),
+    "a constant tensor that no hook computes": (
+        with_constants,
+        lambda m: pl.attach(m, LoRA(2), "table"),
+        pl.TargetError,
+        "no tensor matches 'table'[...]",
     ),
     "None as exclude": (
         plain,

@@ -19,8 +19,8 @@ def fisher(
         F_ij = mean over x of (∂ log p(ŷ|x) / ∂W_ij)², ŷ ~ p(·|x)
 
     The labels ŷ are drawn from the model's predictions, so only images are needed. With true labels
-    the mean would be the empirical Fisher, which differs. Gradients are per image, as the square of
-    a batch's mean gradient is not the mean of the squares.
+    the mean would be the empirical Fisher, which differs. Gradients are per image, because the
+    square of a batch's mean gradient is not the mean of the squares.
 
     Args:
         model: its adapters are switched off for the computation. The model does not change.

@@ -128,7 +128,7 @@ def objective_of(
 
 
 def penalty_of(context: StudyContext, images: Tensor) -> Penalty | None:
-    """Return the EWC penalty, with Fisher information of these images, or None if it is off."""
+    """Return the EWC penalty with the Fisher information of these images, or None if it is off."""
     weight = context.settings.remedies.ewc
     if not weight:
         return None

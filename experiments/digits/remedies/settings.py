@@ -81,7 +81,7 @@ class RemedySettings(SettingsGroup):
     )
     route: str = option(
         "none",
-        "remedy: images that the adapter predicts; base: those that the base predicts as tuned; "
+        "remedy: use of the adapter's logits; base: for images that the base predicts as tuned; "
         "soft: p(tuned) of the base times p(digit | tuned) of the adapter; gate: by a logistic "
         "regression on the base's logits, fitted to tuned and replayed images",
         choices=("none", "base", "soft", "gate"),

@@ -121,8 +121,7 @@ def columns_legend(run: RunDirectory) -> list[str]:
     if "wrapped" in methods:
         trained = rows_of(run, "wrapped")[0]["trainable"]
         lines.append(
-            f"wrapped: layers replaced by wrappers, whose biases are trained too ({trained:,} "
-            "parameters)"
+            f"wrapped: layers replaced by wrappers, with trained biases ({trained:,} parameters)"
         )
     if "scrambled" in methods:
         lines.append("scrambled: as on, with the blog's scrambled update")
@@ -134,8 +133,8 @@ def columns_legend(run: RunDirectory) -> list[str]:
     if published := published_for(run):
         same = list(published["base"].wrong_counts) == base_of(run)["wrong_counts"]
         lines.append(
-            "published: measured with one adapter seed of another random generator. Only the base "
-            "can agree exactly; a fine-tuned figure can at best lie within the range over our "
+            "published: measured with one adapter seed of another random generator, so only the "
+            "base can agree exactly. A fine-tuned figure can only lie within the range over our "
             f"seeds. The base's ten counts are {'all' if same else 'not'} the same here."
         )
     return lines

@@ -1,4 +1,4 @@
-"""What adapters changed: flips, strengths, attribution, geometry, on small models."""
+"""The effects of adapters on small models: flips, strengths, attribution and geometry."""
 
 import copy
 import itertools
@@ -37,7 +37,7 @@ def model() -> nn.Module:
         nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)
     )
     pl.attach(made, pl.LoRA(rank=2), name="a")
-    pl.attach(made, pl.LoRA(rank=1), ["0", "5"], name="b")
+    pl.attach(made, pl.LoRA(rank=1), ["0", "5"], name="b", activate="also")
     with torch.no_grad():
         for factor in pl.parameters(made):
             factor.normal_()
@@ -62,7 +62,7 @@ def accuracy_on(loader, label):
 
 
 def test_predictions_off_and_on_are_the_models(model, loader):
-    """Off is the base, on the named adapters, in evaluation mode; the model is left unchanged."""
+    """Off: the base; on: the named adapters. Both run in evaluation mode and change nothing."""
     model.train()
     model[2].eval()
     with unchanged(model):
@@ -91,7 +91,7 @@ def test_accuracies_are_those_of_the_two_groups_of_classes(model, loader):
 
 
 def test_flips_are_those_of_a_loop_over_examples(model, loader):
-    """Each example is in the list that its two predictions say, and in no other list."""
+    """Each example is in the one list that its two predictions determine."""
     off, on = predict_off_and_on(model, loader)
     flipped = flips(off, on)
     for row, label in enumerate(off.labels.tolist()):

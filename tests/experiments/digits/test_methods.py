@@ -131,7 +131,7 @@ def test_ranks_are_measured_beside_other_adapters():
     """The ranks of one adapter do not include another active one; the model does not change."""
     model = DigitNet([20, 15])
     pl.attach(model, pl.LoRA(3), name="other", generator=seeded(0))
-    pl.attach(model, pl.LoRA(1), name="digits", generator=seeded(1))
+    pl.attach(model, pl.LoRA(1), name="digits", generator=seeded(1), activate="also")
     fill_factors(model)
     x = torch.randn(3, 784)
     before = model(x)

@@ -104,7 +104,7 @@ def test_every_field_is_an_option(name):
     assert values(replace(DigitSettings(), **changes))[name] == value
 
 
-def test_every_option_has_its_unit_or_meaning_in_the_help(capsys, monkeypatch):
+def test_the_help_has_every_option(capsys, monkeypatch):
     """The help has every option with its help text and its default."""
     monkeypatch.setenv("COLUMNS", "500")  # do not break lines at hyphens
     with pytest.raises(SystemExit):
@@ -171,7 +171,7 @@ def test_presets_are_those_of_the_published_studies():
     assert (nine.finetuning.digits, nine.finetuning.steps) == ("9", 100)
 
 
-def test_an_option_outweighs_the_preset():
+def test_an_option_replaces_the_value_of_the_preset():
     """An option on the command line replaces only its own value of the preset."""
     given = parsed("--preset", "nine", "--rank", "3")
     del given["command"]
@@ -186,7 +186,7 @@ def test_an_option_outweighs_the_preset():
         (["--ranks", "2"], "unrecognized arguments: --ranks 2"),
     ],
 )
-def test_what_is_no_option_or_no_number_is_refused(words, message, capsys):
+def test_values_of_a_wrong_type_are_refused(words, message, capsys):
     """A value of the wrong type exits with status 2 and names the option and the value."""
     with pytest.raises(SystemExit) as ended:
         main(["digits", *words])
@@ -250,7 +250,7 @@ def test_the_folder_is_named_after_what_differs_from_the_preset():
     assert preset("blog", out="x").folder == "x"
 
 
-def test_what_decides_a_result_is_plain_json():
+def test_result_settings_are_plain_json():
     """result_settings survive JSON and leave out folders and logging."""
     kept = result_settings(preset("nine", out="somewhere"))
     assert json.loads(json.dumps(kept)) == kept

@@ -377,14 +377,14 @@ def test_checks_detect_a_changed_base(finished, tmp_path):
     context = prepare(settings, run, device, data, lambda line: None)
     model = context.model()
     logits = context.evaluate(model)
-    assert context.beside_base(model, logits) == {"same_fingerprint": True, "same_logits": True}
+    assert context.compare_to_base(model, logits) == {"same_fingerprint": True, "same_logits": True}
     other = logits.clone()
     other[5, 5] = other[5, 5].nextafter(torch.tensor(2.0))
-    assert not context.beside_base(model, other)["same_logits"]
+    assert not context.compare_to_base(model, other)["same_logits"]
     with torch.no_grad():
         weight = next(model.parameters())
         weight[0, 0] = weight[0, 0].nextafter(torch.tensor(2.0))
-    assert not context.beside_base(model, logits)["same_fingerprint"]
+    assert not context.compare_to_base(model, logits)["same_fingerprint"]
 
 
 def small(finished: Path, folder: Path, **more: Any) -> DigitSettings:

@@ -1,5 +1,8 @@
 """A study trained by two CPU processes has the factors and rows of one process."""
 
+import gc
+import os
+import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +16,7 @@ from torch.testing import assert_close
 import paramlora as pl
 from experiments.digits.model import DigitNet
 from experiments.harness.batches import Batches, seeded_order
-from experiments.harness.parallel import Group, shared, spread
+from experiments.harness.parallel import Group, group, shared, spread
 from experiments.harness.rundir import RunDirectory
 from experiments.harness.settings import StudyError, replace
 from experiments.harness.train import cross_entropy
@@ -25,7 +28,16 @@ from experiments.text.settings import TextSettings
 from experiments.text.training import fine_tune
 from paramlora.site.storage import whole
 from tests.support import tiny_text
-from tests.support.processes import WORLD, Results, draw, needs_sharding, run, shared_folder
+from tests.support.processes import (
+    WORLD,
+    Results,
+    draw,
+    forked,
+    needs_sharding,
+    run,
+    shared_folder,
+    start,
+)
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not dist.is_available() or not dist.is_gloo_available(),
@@ -162,6 +174,33 @@ def test_digit_study(how: str, results: Results) -> None:
         # The losses are kept in float32.
         assert_close(found["losses"], one_process["losses"], rtol=1e-6, atol=1e-6)
         assert_close(found["factors"], one_process["factors"], rtol=1e-8, atol=1e-10)
+
+
+def train_and_leave(rank: int, port: int, counts: Any) -> None:
+    """Train in a group as torchrun's processes do; store the numbers of threads."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    gc.disable()  # so that only `group` collects the wrapped model
+    counts[3 * rank] = len(os.listdir("/proc/self/task"))
+    with group(torch.device("cpu")) as (processes, _):
+        model = spread(torch.nn.Linear(3, 2), "ddp", processes, [])
+        model(torch.ones(1, 3)).sum().backward()
+        model.__dict__["itself"] = model  # a reference cycle, as hooks and tracebacks make
+        del model
+        counts[3 * rank + 1] = len(os.listdir("/proc/self/task"))
+    counts[3 * rank + 2] = len(os.listdir("/proc/self/task"))
+
+
+def test_leaving_the_group_ends_its_threads() -> None:
+    """No thread of gloo outlives the group: one that does can abort Python when it exits."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    counts = forked().Array("i", 3 * WORLD)
+    start(train_and_leave, (port, counts))
+    for before, inside, after in (counts[:3], counts[3:]):
+        assert inside > before
+        assert after == before
 
 
 def test_uneven_batch() -> None:

@@ -31,7 +31,7 @@ def made() -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]], torch.Te
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
     pl.attach(model, pl.LoRA(rank=2), name="one")
-    pl.attach(model, pl.LoRA(rank=1), name="two")
+    pl.attach(model, pl.LoRA(rank=1), name="two", activate="also")
     for factor in pl.parameters(model):
         nn.init.normal_(factor)
     inputs, labels = torch.randn(60, 6), torch.randint(4, (60,))

@@ -320,7 +320,12 @@ def test_a_sweep_over_ranks_is_drawn_by_rank(tmp_path):
     figure = rank_figure([run, run])
     drawn = [axes.get_xlabel() + axes.get_ylabel() for axes in figure.axes]
     png(figure)  # closes it
-    assert drawn == ["tuned digits, % right", "", "rank rother digits, % right", "rank r"]
+    assert drawn == [
+        "accuracy on tuned digits, %",
+        "",
+        "rank raccuracy on other digits, %",
+        "rank r",
+    ]
     folder = str(tmp_path / "run")
     assert (
         main(["report", folder, folder, "--figure", "ranks", "--out", str(tmp_path / "two.png")])

@@ -273,7 +273,7 @@ def test_globs_with_blocks() -> None:
         ({"scale": "alpha/2"}, "--scale must be alpha or alpha/r"),
         ({"validation": 0.0}, "--validation must be a share between 0 and 1"),
         ({"accumulate": 0}, "--accumulate must be a whole number of at least 1"),
-        ({"targets": ""}, "--targets must be a list of globs"),
+        ({"targets": ""}, "--targets must be comma-separated globs"),
         ({"device": "gpu"}, "--device must be auto or a device"),
         ({"lr": float("inf")}, "--lr must be a finite number above 0"),
     ],

@@ -26,6 +26,7 @@ from experiments.text.forgetting import Similarity, similarity
 from experiments.text.models import ADAPTER, load_classifier, load_tokenizer, prepare
 from experiments.text.settings import METHODS, TextSettings
 from experiments.text.training import TextBatches, cross_entropy, fine_tune, linear
+from tests.support.processes import forked
 from tests.support.tiny_text import checkpoint, texts, write_jsonl
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -171,7 +172,7 @@ def test_what_cannot_be_done_is_said(world: Path, capsys: pytest.CaptureFixture[
     """No checkpoint, and targets that match nothing, end with a message and status 2."""
     common = f"--data-dir {world} --device cpu --tokens {world / 'tokens'} --out {world / 'bad'}"
     assert main(f"text --model {world / 'none'} {common}".split()) == 2
-    assert "no checkpoint of a text model can be loaded there" in capsys.readouterr().err
+    assert "cannot load a text model from there" in capsys.readouterr().err
     arguments = f"text --model {world / 'bert'} --targets *.q_lin --methods lora {common}2"
     assert main(arguments.split()) == 2
     assert "--targets *.q_lin: no tensor matches '*.q_lin'" in capsys.readouterr().err
@@ -346,10 +347,13 @@ def test_sweep(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--vary takes SETTING=VALUES" in capsys.readouterr().err
 
 
-def test_benchmark_of_methods(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark_of_methods(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One rate given is taken as it is; of several the validation rows choose; then the seeds."""
     from benchmarks.__main__ import main as benchmark
 
+    monkeypatch.setattr(text_methods, "get_context", lambda method: forked())
     lora, out = "lora, query and value, r 8", world / "methods"
     arguments = ["text-methods", "--data-dir", str(world), "--model", str(world / "bert")]
     arguments += ["--tokens", str(world / "tokens"), "--out", str(out), "--batch", "10"]
