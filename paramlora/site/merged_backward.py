@@ -3,9 +3,10 @@
     W_stored = W + ΔW        a number: the graph from the factors to W_stored was not kept
 
 Training on after `merge` would leave the factors where they are. So while an adapter is merged and
-its factors require a gradient, a forward in grad mode reads a tensor with the values of W_stored
-and a hook that raises when a backward reaches it. `torch.autograd.grad(loss, inputs)` does not
-reach it unless the graph is needed for those inputs.
+its factors require a gradient, the forward of an adapted layer reads a tensor with the values of
+W_stored and a hook that raises when a backward reaches it. `torch.autograd.grad(loss, inputs)` does
+not reach it. Code that reads `layer.weight` itself gets the stored parameter, as always while an
+adapter is merged; there `audit` and `summary` tell.
 """
 
 from collections.abc import Iterable

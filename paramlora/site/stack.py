@@ -128,11 +128,11 @@ class Stack(nn.Module):
         state = self.state()
         if state.route is not None:
             return state.route.stand_in(self, weight)
-        if self._trains_merged(state):
+        built = None if torch.compiler.is_compiling() else BUILT.tensors
+        if built is not None and self._trains_merged(state):
             weight = refuse_backward(weight, self.merged)
         if not state.live:
             return weight
-        built = None if torch.compiler.is_compiling() else BUILT.tensors
         if built is None:
             return self.build(weight, state)
         key = self._key(state)

@@ -11,6 +11,7 @@ import copy
 import functools
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -335,7 +336,12 @@ class Machine(BaseMachine):
         untrained = any(
             adapter.merged and adapter.trainable for _, _, adapter in self.reference.all_adapters()
         )
-        if not self.attempt(loss.backward, NO_BACKWARD if untrained else None):
+        try:
+            loss.backward()
+        except pl.StateError as error:
+            # Not if an attention reads the weight of its `out_proj`, which has no forward of ours.
+            if not untrained or not re.search(NO_BACKWARD[1], str(error)):
+                raise
             self.model.zero_grad()
             return
         optimizer.step()
