@@ -50,6 +50,9 @@ def merge(model: nn.Module, *names: str) -> None:
     The outputs stay the same up to rounding. While adapters are merged, the model's
     own `state_dict` contains the merged weights, and `base_state_dict` contains the base's.
 
+    A backward through a merged adapter raises if its factors require a gradient, because they would
+    get none. In grad mode that takes some memory; `freeze` the adapter to avoid it.
+
     Args:
         model: a module with adapters.
         names: the adapters; by default all that are switched on.

@@ -42,7 +42,7 @@ def load_twice(model: nn.Module, folder: Path) -> None:
 
 def combine(model: nn.Module, folder: Path) -> None:
     load(model, folder)
-    pl.combine(model, {"digits": 0.5}, name="weaker")
+    pl.combine(model, {"digits": 0.5}, name="weaker", activate="only")
     pl.detach(model, "digits")
 
 
