@@ -20,12 +20,14 @@ from paramlora.native import load as native
 from .figure import draw
 from .harness import options as shared
 from .harness.cases import Case, Entry, check, infer, train_step
-from .harness.contestants import CONTESTANTS, Contestant, select
+from .harness.contestants import CONTESTANTS, CONTROLS, Contestant, select
 from .harness.models import SUITES, cells
 from .harness.results import Row, Table, append, machine, overhead_share, summarized
 from .harness.timing import interleaved, now, peak_bytes
 
 MODES = ["eager", "compiled", "graphs"]
+# Contestants are not ranked in a cell where a control differs more than this from the floor.
+MOST_BIAS = 0.02
 EXAMPLES = """\
 examples:
   python -m benchmarks layers --quick
@@ -58,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
         print(
             "the native extension is not built: python -m paramlora.native.build", file=sys.stderr
         )
-    contestants = select(options.only)
+    contestants = select(options.only, controls=True)
     missing = [contestant.name for contestant in CONTESTANTS if not contestant.installed]
     if missing:
         print(f"not installed, left out: {', '.join(missing)}", file=sys.stderr)
@@ -181,7 +183,10 @@ def describe(case: Case, contestant: Contestant, mode: str, work: str) -> Row:
 
 
 def table(rows: list[Row]) -> Table:
-    """Return a line per cell: times over the floor, and our overhead divided by PEFT's."""
+    """Return a line per cell: times over the floor, and our overhead divided by PEFT's.
+
+    A cell whose controls differ from the floor by more than `MOST_BIAS` has no share.
+    """
     names = list(dict.fromkeys(row["contestant"] for row in rows))
     cells: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
@@ -196,7 +201,9 @@ def table(rows: list[Row]) -> Table:
         ratios = {name: row["ratio"] for name, row in group.items()}
         line = [*cell, f"{group['floor']['median_s'] * 1e3:.3f}"]
         line += [f"{ratios[name]:.2f}" if name in ratios else "-" for name in names[1:]]
-        lines.append(line + [share(ratios, setting) for setting in ("", ", one dtype")])
+        fair = all(abs(ratios[name] - 1) <= MOST_BIAS for name in CONTROLS if name in ratios)
+        shares = [share(ratios, setting) for setting in ("", ", one dtype")]
+        lines.append(line + (shares if fair else ["unfair"] * 2))
     return Table(head, lines)
 
 

@@ -64,7 +64,9 @@ def measure(adapters: int, width: int, dtype: torch.dtype, rounds: int, clock: s
         "PEFT": peft_verbs(width, dtype, adapters),
     }
     runs = {(name, verb): act for name, acts in verbs.items() for verb, act in acts.items()}
-    seconds = interleaved(runs, rounds, warm_up=1, clock=clock)
+    seconds = interleaved(
+        runs, rounds, warm_up=1, clock=clock, shuffle=False
+    )  # merge, then unmerge
     return [
         {
             "suite": "verbs",

@@ -169,6 +169,7 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 CONTESTANTS = (
     Contestant("floor", floor),
+    Contestant("floor, again", floor),
     Contestant("paramlora", paramlora, "paramlora"),
     Contestant("paramlora, one dtype", paramlora_one_dtype, "paramlora"),
     Contestant("paramlora, merged", paramlora, "paramlora", pl.merge, trained=False),
@@ -189,7 +190,26 @@ def set_factors(factors: Factors, values: dict[str, tuple[Tensor, Tensor]]) -> N
         B.copy_(values[path][1])
 
 
-def select(names: list[str] | None) -> list[Contestant]:
-    """Return the floor and the installed contestants with these names; all if None."""
-    floor, *others = CONTESTANTS
-    return [floor, *(c for c in others if c.installed and (names is None or c.name in names))]
+# Both compute what the floor does. The difference of their times from the floor's is a bias or
+# noise, and no difference between contestants that is as small means anything.
+CONTROLS = ("floor, again", "paramlora, off")
+
+
+def select(names: list[str] | None, controls: bool = False) -> list[Contestant]:
+    """Return the floor and the installed contestants with these names; all if None.
+
+    Args:
+        names: names of contestants.
+        controls: add the controls, whatever the names are. Without it "floor, again" is left out.
+    """
+    always = ("floor", *CONTROLS) if controls else ("floor",)
+    return [
+        contestant
+        for contestant in CONTESTANTS
+        if contestant.name in always
+        or (
+            contestant.installed
+            and contestant.name != CONTROLS[0]
+            and (names is None or contestant.name in names)
+        )
+    ]

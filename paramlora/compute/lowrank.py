@@ -97,6 +97,18 @@ def add_product(
     return C.addmm_(P, Q, alpha=s) if inplace else torch.addmm(C, P, Q, alpha=s)
 
 
+def _thin_mm(P: Tensor, Q: Tensor, widest: int) -> Tensor:
+    """Return P Q for a Q of r columns. P has the size of dy. The result may be column-major.
+
+    MKL is slow for 2 to 15 columns and fast for as few rows. So in float32 and float64 on a CPU the
+    transpose is computed, if P is large and 2 ≤ r ≤ `widest`. native.cpp has the same rule.
+    """
+    r, slow = Q.shape[1], P.is_cpu and P.itemsize >= 4
+    if slow and 1 < r <= widest and 8 * r <= min(P.shape) and P.numel() >= 8192:
+        return torch.mm(Q.t(), P.t()).t()  # ((r, b) (b, a))ᵀ
+    return torch.mm(P, Q)  # (a, b) (b, r)
+
+
 def grads_of_h_and_B(dy: Tensor, B: Tensor, h: Tensor, s: float) -> tuple[Tensor, Tensor]:
     """Return the gradients of h = x Aᵀ and of B, for y = … + s · h Bᵀ.
 
@@ -110,8 +122,8 @@ def grads_of_h_and_B(dy: Tensor, B: Tensor, h: Tensor, s: float) -> tuple[Tensor
         from .triton_kernels import grads_of_h_and_B as kernel
 
         return kernel(dy, B, h, s)
-    dh = torch.mm(dy, B.to(dy.dtype))  # (n, r)
-    dB = torch.mm(dy.t(), h)  # (m, r)
+    dh = _thin_mm(dy, B.to(dy.dtype), 15)  # (n, r)
+    dB = _thin_mm(dy.t(), h, 32).contiguous()  # (m, r)
     return _scaled(dh, s), _scaled(dB, s).to(B.dtype)
 
 
@@ -163,12 +175,16 @@ class _Linear(torch.autograd.Function):
                 h = torch.mm(x2, A.to(x2.dtype).t())  # (n, r)
             dh, dB = grads_of_h_and_B(dy, B, h, ctx.s)  # (n, r), (m, r)
         elif needs_x or needs_A:
-            dh = _scaled(torch.mm(dy, B.to(dy.dtype)), ctx.s)  # (n, r)
+            dh = _scaled(_thin_mm(dy, B.to(dy.dtype), 15), ctx.s)  # (n, r)
         if needs_A:
             dA = torch.mm(dh.t(), x2).to(A.dtype)  # (r, k)
         if needs_x:
             if ctx.path == "dense":
                 dx = torch.mm(dy, add_product(W, B, A, ctx.s))  # (n, k) = (n, m) (m, k)
+            elif _fused_applies(dy, W, B.shape[1]):
+                from .fused_product import add_low_rank
+
+                dx = add_low_rank(dy, W, dh, A.t(), 1.0, transposed=True)  # (n, k)
             else:
                 dx = add_product(torch.mm(dy, W), dh, A, inplace=True)  # (n, k)
             dx = dx.view(x.shape)
@@ -187,6 +203,11 @@ def _forward(
         return F.linear(x, add_product(W, B, A, s), b), None
     x2 = x.reshape(-1, x.shape[-1])  # (n, k)
     h = torch.mm(x2, A.to(x.dtype).t())  # (n, r)
+    if _fused_applies(x, W, B.shape[1]):
+        from .fused_product import add_low_rank, same_bits
+
+        if same_bits(x, W, b):
+            return add_low_rank(x2, W, h, B, s, b).view(*x.shape[:-1], W.shape[0]), h
     # The base's part is computed from x and not from x2. For an x with other strides x2 is a copy,
     # and the product of the copy may round differently. With B = 0, y must be the base's output bit
     # for bit.
@@ -258,6 +279,21 @@ def _kernel_applies(C: Tensor, rank: int) -> bool:
         and C.is_contiguous()
         and _has_triton()
     )
+
+
+def _fused_applies(X: Tensor, W: Tensor, rank: int) -> bool:
+    """Return whether one kernel can and should compute X Wᵀ or X W together with its update."""
+    if not (
+        X.is_cuda
+        and X.numel() // X.shape[-1] * max(W.shape) >= plans.WORTH_A_KERNEL
+        and X.dtype in (torch.bfloat16, torch.float16)
+        and rank <= 128
+        and _has_triton()
+    ):
+        return False
+    from .fused_product import applies
+
+    return applies(X, W)
 
 
 @functools.cache

@@ -29,8 +29,8 @@ from torch import Tensor
 
 # In the kernels, `BN`, `BM` and `R` are the sizes of a tile: rows, columns, and the rank padded to
 # a power of two of at least 16, as tl.dot requires. Masks set the padding to zero. `p0, p1`
-# and the like are strides. Offsets into C and dy are 64-bit, because these may have more than 2³¹
-# elements.
+# and the like are strides. Numbers of rows that are multiplied by a stride are 64-bit, because C,
+# dy, the factors and the partial sums may have more than 2³¹ elements.
 
 
 @triton.jit
@@ -38,15 +38,15 @@ def _add_product(  # type: ignore[no-untyped-def]
     C, P, Q, out, n, m, r, p0, p1, q0, q1, s, R: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
     """Write one tile of C + s · P Q: BN rows, BM columns."""
-    rows = tl.program_id(1) * BN + tl.arange(0, BN)
-    columns = tl.program_id(0) * BM + tl.arange(0, BM)
+    rows = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+    columns = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     k = tl.arange(0, R)
     row, column = rows[:, None] < n, columns[None, :] < m
     p = tl.load(P + rows[:, None] * p0 + k[None, :] * p1, mask=row & (k[None, :] < r), other=0.0)
     q = tl.load(
         Q + k[:, None] * q0 + columns[None, :] * q1, mask=column & (k[:, None] < r), other=0.0
     )
-    offsets = rows[:, None].to(tl.int64) * m + columns[None, :]
+    offsets = rows[:, None] * m + columns[None, :]
     c = tl.load(C + offsets, mask=row & column)
     product = tl.dot(p.to(c.dtype), q.to(c.dtype))  # (BN, BM) = (BN, R) (R, BM)
     tl.store(out + offsets, (c.to(tl.float32) + s * product).to(c.dtype), mask=row & column)
@@ -81,7 +81,7 @@ def _grads_of_h_and_B(  # type: ignore[no-untyped-def]
     The block is read tile by tile. Each tile, (BN, BM), serves both products while it is on the
     chip: it adds to the block's part of dh, and it completes the block's part of dB for BM columns.
     """
-    block, chunk = tl.program_id(0), tl.program_id(1)
+    block, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     rows, k = block * BN + tl.arange(0, BN), tl.arange(0, R)
     row, rank = rows[:, None] < n, k[None, :] < r
     h = tl.load(H + rows[:, None] * h0 + k[None, :] * h1, mask=row & rank, other=0.0)
@@ -89,7 +89,7 @@ def _grads_of_h_and_B(  # type: ignore[no-untyped-def]
     for start in range(0, width, BM):
         columns = chunk * width + start + tl.arange(0, BM)
         column = columns < m
-        offsets = rows[:, None].to(tl.int64) * m + columns[None, :]
+        offsets = rows[:, None] * m + columns[None, :]
         dy = tl.load(dY + offsets, mask=row & column[None, :], other=0.0)
         within = column[:, None] & rank
         b = tl.load(B + columns[:, None] * b0 + k[None, :] * b1, mask=within, other=0.0)
@@ -102,10 +102,11 @@ def _grads_of_h_and_B(  # type: ignore[no-untyped-def]
 @triton.jit
 def _add_parts(parts, out, count, size, s, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Write s · Σ parts, of `count` parts with `size` elements each."""
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for i in range(count):
-        total += tl.load(parts + i * size + offsets, mask=offsets < size, other=0.0)
+    for _ in range(count):
+        total += tl.load(parts + offsets, mask=offsets < size, other=0.0)
+        parts += size  # a 64-bit pointer; `i * size` would be a 32-bit product
     tl.store(out + offsets, (total * s).to(out.dtype.element_ty), mask=offsets < size)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import functools
 import json
 import shlex
 from pathlib import Path
@@ -93,9 +94,12 @@ def test_all_start_from_the_same_base() -> None:
 
 
 def test_select() -> None:
-    """The floor comes first in every selection; None selects all that are installed."""
+    """The floor comes first in every selection; None selects all; controls are added if asked."""
     assert [contestant.name for contestant in select(["naive"])] == ["floor", "naive"]
-    assert select(None) == INSTALLED
+    assert select(None) == [c for c in INSTALLED if c.name != "floor, again"]
+    controlled = [contestant.name for contestant in select(["naive"], controls=True)]
+    assert controlled == ["floor", "floor, again", "paramlora, off", "naive"]
+    assert select(None, controls=True) == INSTALLED
 
 
 def test_every_suite_has_cells() -> None:
@@ -108,12 +112,31 @@ def test_every_suite_has_cells() -> None:
 
 
 def test_rounds_are_interleaved() -> None:
-    """Each round calls every run in turn; rounds to warm up are called and not counted."""
+    """Each round calls every run, in a new order; rounds to warm up are called and not counted."""
     calls: list[str] = []
-    runs = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    seconds = interleaved(runs, 3, repeats=2, warm_up=1)
-    assert calls == ["a", "a", "b", "b"] * 4
-    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    runs = {name: functools.partial(calls.append, name) for name in "abc"}
+    seconds = interleaved(runs, 9, repeats=2, warm_up=1)
+    rounds = [calls[i : i + 6] for i in range(0, 60, 6)]
+    assert all(sorted(part) == list("aabbcc") and part[::2] == part[1::2] for part in rounds)
+    assert len({tuple(part) for part in rounds}) > 2
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("abc", 9)
+    calls.clear()
+    interleaved(runs, 2, shuffle=False)
+    assert calls == list("abcabc")
+
+
+def test_biased_cells_are_not_ranked() -> None:
+    """A cell has no share if a control differs from the floor by more than 2 %."""
+    about = {"suite": "s", "shape": [1], "rank": 1, "mode": "eager", "work": "infer"}
+    ratios = {"floor": 1.0, "floor, again": 1.01, "paramlora": 1.1, "paramlora, off": 0.99}
+    rows = [
+        {**about, "contestant": name, "ratio": ratio, "median_s": 1.0}
+        for name, ratio in (ratios | {"PEFT": 1.2}).items()
+    ]
+    assert table(rows).rows[0][-2] == "0.50"
+    for biased in ("floor, again", "paramlora, off"):
+        other = [row | {"ratio": 1.03} if row["contestant"] == biased else row for row in rows]
+        assert table(other).rows[0][-2:] == ["unfair", "unfair"]
 
 
 def test_rows_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +145,9 @@ def test_rows_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main([*command.split(), "--out", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert {(row["contestant"], row["work"]) for row in rows} == {
-        (name, work) for name in ("floor", "paramlora", "naive") for work in ("train", "infer")
+        (name, work)
+        for name in ("floor", "floor, again", "paramlora", "paramlora, off", "naive")
+        for work in ("train", "infer")
     }
     assert all(row["torch"] == torch.__version__ and row["machine"] for row in rows)
     assert all(row["ratio"] == 1 for row in rows if row["contestant"] == "floor")

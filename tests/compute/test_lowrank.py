@@ -34,6 +34,20 @@ def force_plan(pair: tuple[str, str], implementation: str, monkeypatch: pytest.M
         monkeypatch.setattr(paths, "choose", lambda *given: plan)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 15, 16, 33])
+@pytest.mark.parametrize("shape", [(130, 264), (1000, 10)], ids=str)
+def test_products_with_dy(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> None:
+    """s·dyB and s·dyᵀh agree with float64, computed as transposes or not, and dB is row-major."""
+    n, m = shape
+    torch.manual_seed(0)
+    dy, B, h = (torch.randn(size, dtype=dtype) for size in ((n, m), (m, rank), (n, rank)))
+    dh, dB = lowrank.grads_of_h_and_B(dy, B, h, 0.3)
+    assert error(dh, 0.3 * dy.double() @ B.double()) < BOUNDS[dtype]
+    assert error(dB, 0.3 * dy.double().T @ h.double()) < BOUNDS[dtype]
+    assert dB.is_contiguous()
+
+
 class TestPaths:
     @pytest.mark.usefixtures("as_large")
     @pytest.mark.parametrize("pair", SHAPES, ids="-".join)

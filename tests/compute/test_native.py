@@ -32,8 +32,8 @@ PATHS = list(itertools.product([False, True], repeat=2))
 
 @pytest.mark.parametrize("paths", PATHS, ids=str)
 class TestNode:
-    @pytest.mark.parametrize("rank", [1, 4, 65])
-    @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 15, 17), (66, 130, 65)], ids=str)
+    @pytest.mark.parametrize("rank", [1, 4, 16, 65])
+    @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 15, 17), (130, 66, 130)], ids=str)
     def test_float32(
         self,
         shape: tuple[int, int, int],
@@ -130,12 +130,12 @@ class TestTransforms:
     """Tracers, dispatch modes and transforms get plain operations in place of the extension."""
 
     @staticmethod
-    def adapted() -> tuple[nn.Module, Tensor]:
+    def adapted(rows: int = 5) -> tuple[nn.Module, Tensor]:
         torch.manual_seed(0)
         layer = nn.Linear(64, 48)
         pl.attach(layer, pl.LoRA(2, alpha=3), "weight")
         shake(layer)
-        return layer, torch.randn(5, 64)
+        return layer, torch.randn(rows, 64)
 
     @pytest.mark.parametrize("grad", [False, True])
     def test_traced(self, grad: bool, native_module: ModuleType) -> None:
@@ -153,7 +153,7 @@ class TestTransforms:
         layer, x = self.adapted()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             layer(x)
-        assert counter.get_total_flops() == 2 * 5 * (64 * 48 + 2 * (64 + 48))
+        assert counter.get_total_flops() == 2 * len(x) * (64 * 48 + 2 * (64 + 48))
 
     def test_selective_checkpointing(self, native_module: ModuleType) -> None:
         """Gradients are the same if a checkpointing policy keeps the outputs of linear layers."""
@@ -167,13 +167,15 @@ class TestTransforms:
         y = checkpoint(model, x, use_reentrant=False, context_fn=context)
         assert_close(torch.autograd.grad(y.square().sum(), leaves), expected)
 
-    def test_batched_gradients(self, native_module: ModuleType) -> None:
+    @pytest.mark.parametrize("rows", [5, 200])
+    def test_batched_gradients(self, rows: int, native_module: ModuleType) -> None:
         """Gradients of several outputs, batched by vmap, are the same as one by one."""
-        layer, x = self.adapted()
+        layer, x = self.adapted(rows)
+        layer, x = layer.double(), x.double()
         x.requires_grad_()
         leaves = [x, *pl.parameters(layer)]
         y = layer(x)
-        dy = torch.randn(3, *y.shape)
+        dy = torch.randn(3, *y.shape, dtype=y.dtype)
         batched = torch.autograd.grad(y, leaves, dy, retain_graph=True, is_grads_batched=True)
         single = [torch.autograd.grad(y, leaves, one, retain_graph=True) for one in dy]
         assert_close(list(batched), [torch.stack(parts) for parts in zip(*single, strict=True)])
@@ -231,6 +233,12 @@ class TestWrong:
         with pytest.raises(RuntimeError, match=r"\[1, 3\] and \[5, 1\] do not fit .*\[4, 3\]"):
             native_module.linear(given[0], given[1], None, given[2], given[3], 1.0, False, False)
 
+    def test_a_weight_of_another_dtype(self, native_module: ModuleType) -> None:
+        """Without autocast a weight of another dtype than the input is torch's own error."""
+        x, W, A, B = (torch.ones(s) for s in ((2, 3), (4, 3), (1, 3), (4, 1)))
+        with pytest.raises(RuntimeError, match="same dtype"):
+            native_module.linear(x, W.double(), None, A, B, 1.0, False, False)
+
     def test_frozen_factors_keep_nothing(self, native_module: ModuleType) -> None:
         """If only dx is wanted, x is not saved and may be overwritten; W is saved only for dx."""
         layer = nn.Linear(64, 48)
@@ -262,12 +270,15 @@ class TestGraph:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
 
-    def test_its_output_can_be_written_to(self, native_module: ModuleType) -> None:
+    @pytest.mark.parametrize("shape", [(5, 8), (2, 5, 8)], ids=str)
+    def test_its_output_can_be_written_to(
+        self, shape: tuple[int, ...], native_module: ModuleType
+    ) -> None:
         """The gradients are the same with nn.ReLU(inplace=True) on the output."""
         torch.manual_seed(0)
         layer = nn.Linear(8, 6)
         pl.attach(layer, pl.LoRA(2, init="gaussian"), "weight")
-        x = torch.randn(5, 8)
+        x = torch.randn(shape)
         grads = []
         for inplace in (False, True):
             out = F.relu(layer(x), inplace=inplace)
