@@ -15,6 +15,8 @@ the behaviour that the library relies on, and fails if torch changes it.
     set_flat_weights(rnn, ws)   set that list
     is_fsdp_managed(module)     whether `fully_shard` manages the parameters of a module
     NormWithStatistics          the base class of all layers with running statistics
+    WRAPPED                     the keys under which torch.compile and activation checkpointing hold
+                                the module that they wrap
 
 Not here, because torch's documentation uses them: `Tensor._version`, and the dictionaries of
 `nn.Module` (`_parameters`, `_buffers`, `_modules`).
@@ -31,6 +33,7 @@ from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics
 
 __all__ = [
     "KNOWS_HOOKS",
+    "WRAPPED",
     "NormWithStatistics",
     "any_autocast_enabled",
     "dispatch_modes_active",
@@ -43,6 +46,8 @@ __all__ = [
     "set_flat_weights",
     "tracing_state",
 ]
+
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 # Names for torch's own functions, not wrappers: small layers call them in every forward.
 any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled

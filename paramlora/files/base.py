@@ -20,6 +20,7 @@ from ..site.find import dotted, stack_of
 from ..site.names import check_unmerged
 from ..site.stack import Stack
 from ..site.storage import check_real, check_settled, in_parts
+from ..site.wrappers import check_model, inner
 from .compare import compare
 from .digest import digest
 
@@ -42,6 +43,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Any]:
     >>> list(pl.base_state_dict(model))
     ['0.bias', '0.weight']
     """
+    model = inner(check_model(model))
     base, state = _Base(model), model.state_dict()
     found: OrderedDict[str, Any] = OrderedDict()
     for key, value in state.items():
@@ -74,6 +76,7 @@ def load_base_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     >>> pl.fingerprint(model) == pl.fingerprint(other)
     True
     """
+    model = inner(check_model(model))
     base, current = _Base(model), model.state_dict()
     check_unmerged([stack for _, stack in base.lists.values()], (), "load a base under")
     present = {name: key for key in current if (name := base.original_key(key)) is not None}
@@ -111,7 +114,7 @@ def fingerprint(model: nn.Module) -> str:
     >>> pl.fingerprint(model) == before
     True
     """
-    return digest(_Base(model).tensors())
+    return digest(_Base(inner(check_model(model))).tensors())
 
 
 class _Base:

@@ -129,6 +129,16 @@ def forget(survey: Survey) -> None:
             delattr(module, _BEFORE)
 
 
+def froze_base(survey: Survey) -> bool:
+    """Return whether an adapter that is attached has frozen parameters of the base."""
+    return any(_frozen(module) for module in _base_modules(survey))
+
+
+def has_traces(module: nn.Module) -> bool:
+    """Return whether an adapter, here or elsewhere in the model, has left something to restore."""
+    return _BEFORE in vars(module)
+
+
 class SiteList(parametrize.ParametrizationList):
     """The parametrizations of a tensor whose first one is a stack; more can be registered on it.
 

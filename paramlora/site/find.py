@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 
 from .factors import Factors
 from .stack import Stack
+from .wrappers import check_model, inner
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -74,12 +75,14 @@ def stack_of(plist: nn.Module | None) -> Stack | None:
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (path, module) for each module of the base, parents first, each module once.
 
-    Stacks are left out; other parametrizations are part of the base.
+    Stacks are left out; other parametrizations are part of the base. A wrapper, such as what
+    `torch.compile` returns, is left out too: its place is taken by the module inside.
     """
     seen: set[int] = set()
-    todo = [("", model)]
+    todo = [("", check_model(model))]
     while todo:
         path, module = todo.pop()
+        module = inner(module)
         if id(module) in seen or type(module) is Stack:
             continue
         seen.add(id(module))
@@ -97,7 +100,7 @@ def stacks_in(model: nn.Module) -> list[Stack]:
     """
     found: list[Stack] = []
     seen: set[int] = set()
-    todo: list[nn.Module | None] = [model]
+    todo: list[nn.Module | None] = [check_model(model)]
     while todo:
         module = todo.pop()
         if module is None or id(module) in seen:

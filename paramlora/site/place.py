@@ -136,6 +136,8 @@ def check(place: Place, spec: Spec) -> None:
 
 def is_packed(module: nn.Module) -> bool:
     """Return whether a module is a quantized module of torch, whose `weight` is a method."""
+    if "weight" in parametrization_lists(module):
+        return False  # reading it would advance the power iteration of spectral_norm
     weight = getattr(module, "weight", None)
     return callable(weight) and not isinstance(weight, nn.Module)
 

@@ -34,6 +34,7 @@ class Survey:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.modules: list[tuple[str, nn.Module]] = list(walk(model))
         if any(prepare(self.modules) for prepare in _FIRST):
             self.modules = list(walk(model))
@@ -45,7 +46,7 @@ class Survey:
         modules the base has, so no second traversal is needed.
         """
         survey = object.__new__(Survey)
-        survey.modules = self.modules
+        survey.model, survey.modules = self.model, self.modules
         return survey
 
     @cached_property

@@ -2,7 +2,8 @@
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -12,6 +13,7 @@ from ..kinds.arguments import check_attach_arguments
 from ..kinds.spec import Spec
 from ..layers.install import (
     PlannedSite,
+    check_attached,
     check_name,
     check_tied,
     check_ties,
@@ -23,7 +25,7 @@ from ..layers.install import (
 from ..layers.registered import claim as claim  # what torch registered, from now on
 from ..layers.statistics import hold
 from ..site.factors import Factors
-from ..site.names import check_names, check_unmerged
+from ..site.names import check_factors, check_names, check_unmerged
 from ..site.storage import settle
 from ..site.survey import Survey
 from .add import Activate, add, check_activate
@@ -121,10 +123,13 @@ def attach(
         expected = dataclasses.replace(expected, skipped=skipped, dry_run=True)
         print(expected)
         return expected
-    planned = [
-        PlannedSite(place, Factors(spec, spec.create(place.value.detach(), generator), place.block))
-        for place, spec in resolved.found
-    ]
+    with _random_state_kept_on_failure(generator):
+        planned = [
+            PlannedSite(
+                place, Factors(spec, spec.create(place.value.detach(), generator), place.block)
+            )
+            for place, spec in resolved.found
+        ]
     if hold_statistics:
         hold(survey.modules, name)
     return dataclasses.replace(add(survey, planned, name, activate, freeze), skipped=skipped)
@@ -143,7 +148,8 @@ def detach(model: nn.Module, *names: str) -> None:
 
     Raises:
         AdapterNameError: there is no adapter of that name.
-        StateError: an adapter is merged, tied to a tensor outside of `model`, or sharded.
+        StateError: there are no adapters; or one is merged, tied to a tensor outside of `model`,
+            or sharded.
 
     >>> import paramlora as pl
     >>> model = nn.Linear(4, 3)
@@ -153,7 +159,7 @@ def detach(model: nn.Module, *names: str) -> None:
     True
     """
     survey = Survey(model)
-    check_names(survey.stacks, names)
+    check_names(survey.stacks, names) if names else check_attached(survey)
     check_unmerged(survey.stacks, names, "detach")
     check_ties(survey.sites)
     check_whole(survey.sites)
@@ -168,6 +174,7 @@ def freeze(model: nn.Module, *names: str) -> None:
 
     Raises:
         AdapterNameError: there is no adapter of that name.
+        StateError: there are no adapters.
     """
     settle(model)
     survey = Survey(model)
@@ -181,8 +188,9 @@ def unfreeze(model: nn.Module, *names: str) -> None:
 
     Raises:
         AdapterNameError: there is no adapter of that name.
+        StateError: there are no adapters.
     """
-    for parameter in parameters(model, *names):
+    for parameter in _factors(model, names):
         parameter.requires_grad_(True)
 
 
@@ -191,6 +199,7 @@ def parameters(model: nn.Module, *names: str) -> list[nn.Parameter]:
 
     Raises:
         AdapterNameError: there is no adapter of that name.
+        StateError: there are no adapters, or the adapters have no factors to train.
 
     >>> import paramlora as pl
     >>> model = nn.Linear(4, 3)
@@ -198,6 +207,25 @@ def parameters(model: nn.Module, *names: str) -> list[nn.Parameter]:
     >>> [tuple(parameter.shape) for parameter in pl.parameters(model)]
     [(2, 4), (3, 2)]
     """
+    found = _factors(model, names)
+    check_factors(found)
+    return found
+
+
+@contextmanager
+def _random_state_kept_on_failure(generator: torch.Generator | None) -> Iterator[None]:
+    """Give torch's CPU generator and `generator` their states back if the block raises."""
+    generators = [torch.default_generator, *([] if generator is None else [generator])]
+    states = [one.get_state() for one in generators]
+    try:
+        yield
+    except BaseException:
+        for one, state in zip(generators, states, strict=True):
+            one.set_state(state)
+        raise
+
+
+def _factors(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
     settle(model)
     return [
         parameter

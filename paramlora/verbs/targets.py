@@ -164,6 +164,10 @@ def _pairs(
             raise TypeError("with a mapping from target to spec, leave targets out")
         pairs = list(spec.items())
     else:
+        if isinstance(targets, Spec):
+            raise TypeError(
+                f"the spec comes before the targets: attach(model, {targets!r}, {spec!r})"
+            )
         pairs = [(target, spec) for target in _listed(ALL_LINEAR if targets is None else targets)]
     for _, one in pairs:
         if not isinstance(one, Spec):

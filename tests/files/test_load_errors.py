@@ -291,7 +291,7 @@ def test_correct_call_after_errors(file: Path) -> None:
         lambda: pl.load(model, file.parent),
         lambda: pl.merge(model),
     ):
-        with pytest.raises(pl.ParamloraError, match=r"fc1|folder|nothing"):
+        with pytest.raises(pl.ParamloraError, match=r"fc1|folder|no adapter"):
             call()
     pl.load(model, file)
     pl.load(other, file)
