@@ -31,6 +31,8 @@ from .methods.lora_plus import parameter_groups
 from .peft.folder import load_peft, save_peft
 from .site.overlay import keep_blocks
 from .verbs.attach import attach, detach, freeze, parameters, unfreeze
+from .verbs.audit import AuditReport, audit
+from .verbs.audit_checks import Finding
 from .verbs.merge import bake, merge, merged, unmerge
 from .verbs.route import routed
 from .verbs.summary import SiteSummary, Skipped, Summary, summary
@@ -41,9 +43,11 @@ __version__ = "0.1.0"
 __all__ = [
     "IA3",
     "AdapterNameError",
+    "AuditReport",
     "CheckpointError",
     "Delta",
     "DoRA",
+    "Finding",
     "LoHa",
     "LoKr",
     "LoRA",
@@ -55,6 +59,7 @@ __all__ = [
     "TargetError",
     "activate",
     "attach",
+    "audit",
     "bake",
     "base_state_dict",
     "combine",

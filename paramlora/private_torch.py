@@ -18,6 +18,8 @@ the behaviour that the library relies on, and fails if torch changes it.
     READERS_OF_STORED           the modules whose code reads a parameter by name to handle it
     TRACED_BY_ATTRIBUTES        an attribute of a module's class: the compiler asks its properties
     NormWithStatistics          the base class of all layers with running statistics
+    WRAPPED                     the keys under which torch.compile and activation checkpointing hold
+                                the module that they wrap
 
 Not here, because torch's documentation uses them: `Tensor._version`, and the dictionaries of
 `nn.Module` (`_parameters`, `_buffers`, `_modules`).
@@ -37,6 +39,7 @@ __all__ = [
     "KNOWS_HOOKS",
     "READERS_OF_STORED",
     "TRACED_BY_ATTRIBUTES",
+    "WRAPPED",
     "NormWithStatistics",
     "any_autocast_enabled",
     "dispatch_modes_active",
@@ -50,6 +53,8 @@ __all__ = [
     "set_flat_weights",
     "tracing_state",
 ]
+
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 # Names for torch's own functions, not wrappers: small layers call them in every forward.
 any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled

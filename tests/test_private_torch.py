@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from paramlora import private_torch
@@ -143,6 +144,20 @@ def test_readers_of_stored_parameters_are_where_they_were() -> None:
 def test_layers_with_statistics_share_a_base_class(cls: Any) -> None:
     """Every layer of torch with running statistics derives from `NormWithStatistics`."""
     assert issubclass(cls, private_torch.NormWithStatistics)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "key"),
+    [
+        (lambda model: torch.compile(model, backend="eager"), "_orig_mod"),
+        (checkpoint_wrapper, "_checkpoint_wrapped_module"),
+    ],
+)
+def test_wrappers_hold_one_child_under_a_known_key(wrap: Any, key: str) -> None:
+    """What torch.compile and activation checkpointing return holds the module under its key."""
+    module = nn.Linear(1, 1)
+    assert key in private_torch.WRAPPED
+    assert dict(wrap(module)._modules) == {key: module}
 
 
 def test_no_other_file_uses_private_names() -> None:

@@ -26,7 +26,7 @@ import paramlora as pl
 
 from ..analysis.evaluate import logits_of
 from ..analysis.task_metrics import all_metrics, stability_gap, worst_case_accuracy
-from ..digits.data import describe, load_data
+from ..digits.data import announce, describe, load_data
 from ..digits.model import DigitNet
 from ..digits.remedies.losses import mask_or_shift_logits
 from ..digits.remedies.penalties import orthogonal
@@ -231,7 +231,8 @@ def run_tasks(settings: TaskSettings, say: Callable[[str], None] = print) -> Run
     run = RunDirectory.start(
         Path(settings.folder), result_settings(settings), environment, RESULT_KEYS
     )
-    say(f"run      {run.folder}, on {device}; data {data.name}: {data.why}")
+    say(f"run      {run.folder}, on {device}")
+    announce(data, say)
 
     def prepared() -> TaskContext:
         tasks = stream(settings, data.train.to(device), data.test.to(device))

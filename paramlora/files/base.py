@@ -24,6 +24,7 @@ from ..site.find import dotted, index_of, stack_of
 from ..site.names import check_unmerged
 from ..site.stack import Stack
 from ..site.storage import check_real, check_settled, in_parts
+from ..site.wrappers import check_model, inner
 from .compare import compare
 from .digest import digest
 
@@ -45,6 +46,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Any]:
     >>> list(pl.base_state_dict(model))
     ['0.weight', '0.bias']
     """
+    model = inner(check_model(model))
     base, state = Base(model), model.state_dict()
     found: OrderedDict[str, Any] = OrderedDict()
     for key, original in base.ordered(state):
@@ -75,6 +77,7 @@ def load_base_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     >>> pl.fingerprint(model) == pl.fingerprint(other)
     True
     """
+    model = inner(check_model(model))
     base, current = Base(model), model.state_dict()
     check_unmerged([stack for _, stack in base.lists.values()], (), "load a base under")
     present = {name: key for key in current if (name := base.original_key(key)) is not None}
@@ -112,7 +115,7 @@ def fingerprint(model: nn.Module) -> str:
     >>> pl.fingerprint(model) == before
     True
     """
-    return digest(Base(model).tensors())
+    return digest(Base(inner(check_model(model))).tensors())
 
 
 class Base:

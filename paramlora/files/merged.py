@@ -4,9 +4,10 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import StateError
 from ..layers.install import check_whole
+from ..site.names import check_names
 from ..site.survey import Survey
+from ..site.wrappers import inner
 from ..verbs.fold import effective
 from .base import Base, base_state_dict
 
@@ -42,14 +43,10 @@ def merged_state_dict(model: nn.Module) -> dict[str, Any]:
     True
     """
     survey = Survey(model)
-    if not survey.stacks:
-        raise StateError(
-            "no adapter is attached here; attach or load one first, or call this on the model that "
-            "has adapters"
-        )
+    check_names(survey.stacks, ())
     check_whole(survey.sites)
     tensors = {id(site.stack): effective(site) for site in survey.first_sites}
     found = base_state_dict(model)
-    for original, stack, number in Base(model).stored.values():
+    for original, stack, number in Base(inner(model)).stored.values():
         found[original] = tensors[id(stack)][number]
     return found

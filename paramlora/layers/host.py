@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..site.factors import Factors
-from ..site.find import Site, index_of, parametrization_lists, stack_of
+from ..site.find import Site, in_list, parametrization_lists, stack_of
 from ..site.stack import Stack
 from ..site.survey import Survey
 from ..site.tie import Tie
@@ -67,7 +67,7 @@ def unregister(site: Site) -> None:
     """Remove a stack, and with the module's last stack everything else that `register` added."""
     module, plist, before = site.module, site.plist, _before(site.module)
     if len(plist) > 1:
-        del plist[index_of(plist, site.stack)]
+        del plist[list(plist).index(in_list(plist, site.stack))]
         leave_to_torch(module, site.tensor)
     else:
         parametrize.remove_parametrizations(module, site.tensor, leave_parametrized=False)
@@ -115,6 +115,21 @@ def forget(survey: Survey) -> None:
             delattr(module, _BEFORE)
 
 
+def froze_base(survey: Survey) -> bool:
+    """Return whether an adapter that is attached has frozen parameters of the base."""
+    return any(_frozen(module) for module in _base_modules(survey))
+
+
+def has_traces(module: nn.Module) -> bool:
+    """Return whether an adapter, here or elsewhere in the model, has left something to restore."""
+    return _BEFORE in vars(module)
+
+
+def is_adopted(module: nn.Module) -> bool:
+    """Return whether a module has a class of its own with our forward and deepcopy."""
+    return _BEFORE in vars(module) and bool(vars(module)[_BEFORE].replaced)
+
+
 def _is_host(module: nn.Module) -> bool:
     return any(stack_of(plist) is not None for plist in parametrization_lists(module).values())
 
@@ -147,9 +162,9 @@ def _stored_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         if parameter is not None:
             yield name, parameter
     for name, plist in parametrization_lists(module).items():
-        for key, parameter in plist._parameters.items():
-            if parameter is not None:
-                yield (name if key == "original" else f"{name}.{key}"), parameter
+        # What a list stores can be parametrized in turn.
+        for key, parameter in _stored_parameters(plist):
+            yield (name if key == "original" else f"{name}.{key}"), parameter
 
 
 def _release(module: nn.Module, before: Before) -> None:

@@ -31,6 +31,7 @@ from ..site.find import parametrization_lists, stack_of, stored_tensors
 from ..site.marks import merged_twice
 from ..site.storage import Written, is_sharded
 from .dense import hold_stored
+from .describe import with_adapters
 from .forward import forward_for
 from .site_list import StoredTensor
 
@@ -186,6 +187,7 @@ _METHODS: dict[str, Callable[[Any], Any]] = {
     "__getstate__": _getstate,
     "_apply": _apply,
     "_load_from_state_dict": _load_from_state_dict,
+    "__repr__": with_adapters,
     "register_parameter": _register_parameter,
 }
 

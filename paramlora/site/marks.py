@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .find import Site, index_of, stored_tensors
+from .find import Site, in_list, stored_tensors
 from .stack import Stack
 
 _MARK = "merged_"
@@ -22,8 +22,7 @@ _MARK = "merged_"
 def mark(sites: Iterable[Site]) -> None:
     """Make the marks at sites say what is merged there; each of several tied ones gets them."""
     for site in sites:
-        index = index_of(site.plist, site.stack)
-        buffers = site.plist[index]._buffers
+        buffers = in_list(site.plist, site.stack)._buffers
         for key in [key for key in buffers if key.startswith(_MARK)]:
             del buffers[key]
         device = stored_tensors(site.plist)[0].device

@@ -137,11 +137,17 @@ def check(place: Place, spec: Spec) -> None:
 
 def is_packed(module: nn.Module) -> bool:
     """Return whether a module is a quantized module of torch, whose `weight` is a method."""
+    if "weight" in parametrization_lists(module):
+        return False  # reading it would advance the power iteration of spectral_norm
     weight = getattr(module, "weight", None)
     return callable(weight) and not isinstance(weight, nn.Module)
 
 
 def _refusal(place: Place, spec: Spec) -> str | None:
+    plist = parametrization_lists(place.module).get(place.tensor)
+    if plist is not None and parametrization_lists(plist):
+        # torch's list counts their ModuleDict as one of its steps, and would skip a new one.
+        return "a tensor that its parametrization stores is parametrized in turn"
     weight = place.value
     if weight.is_quantized or weight.dtype not in FLOATS:
         return (

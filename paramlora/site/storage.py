@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from ..private_torch import is_fsdp_managed
+from .wrappers import check_model
 
 
 def check_real(path: str, tensor: Any) -> None:
@@ -37,6 +38,7 @@ def is_sharded(module: nn.Module, tensor: Tensor) -> bool:
 
 def settle(model: nn.Module) -> None:
     """Make FSDP drop the copies that it has gathered in the modules of a model."""
+    check_model(model)
     # If the program has not imported FSDP, nothing is sharded, and no traversal is needed.
     kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     if kind is not None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
-from ..layers.install import check_tied, check_ties, check_whole, remove_all
+from ..layers.install import check_attached, check_tied, check_ties, check_whole, remove_all
+from ..site.factors import trainable
 from ..site.find import (
     Site,
     base_weight,
@@ -21,7 +22,7 @@ from ..site.find import (
     stored_tensors,
 )
 from ..site.marks import mark
-from ..site.names import check_no_other_block, check_unmerged
+from ..site.names import check_names, check_no_other_block, check_unmerged
 from ..site.overlay import is_routed, may_be_on
 from ..site.place import Place
 from ..site.stack import Stack
@@ -44,15 +45,19 @@ def merge(model: nn.Module, *names: str) -> None:
     The outputs stay the same up to rounding. While adapters are merged, the model's
     own `state_dict` contains the merged weights, and `base_state_dict` contains the base's.
 
+    A backward through a merged adapter raises if its factors require a gradient, because they would
+    get none. In grad mode that takes some memory; `freeze` the adapter to avoid it.
+
     Args:
         model: a module with adapters.
         names: the adapters; by default all that are switched on.
 
     Raises:
         AdapterNameError: there is no adapter of that name.
-        StateError: an adapter is merged already or switched off; or there is nothing to merge; or
-            another parametrization below the adapter cannot store the merged weight
-            (spectral_norm); or a tensor is sharded, or not tied any more. The model is unchanged.
+        StateError: there are no adapters, or none is left to merge. Or an adapter is merged
+            already or switched off; or another parametrization below the adapter cannot store the
+            merged weight (spectral_norm); or a tensor is sharded, or not tied any more. The model
+            is unchanged.
 
     >>> import paramlora as pl
     >>> model = nn.Linear(4, 3)
@@ -76,17 +81,23 @@ def _merge(survey: Survey, names: tuple[str, ...]) -> None:
     mark(survey.sites)
 
 
-@torch.no_grad()
 def unmerge(model: nn.Module) -> None:
     """Unmerge all merged adapters, and restore the original bits of the stored weights.
 
     The adapters are switched on, as before the merge. If nothing is merged, nothing happens.
 
     Raises:
-        StateError: a tensor is sharded, or was written to since the merge, by an optimizer or by
-            load_state_dict, and unmerging would lose that. The model is unchanged.
+        StateError: there are no adapters. Or a tensor is sharded, or was written to since the
+            merge, by an optimizer or by load_state_dict, and unmerging would lose that. The model
+            is unchanged.
     """
     survey = Survey(model)
+    check_names(survey.stacks, ())
+    _unmerge(survey)
+
+
+@torch.no_grad()
+def _unmerge(survey: Survey) -> None:
     sites = [site for site in survey.first_sites if site.stack.merged]
     check_no_other_block([site.stack for site in sites], "unmerge")
     check_whole(sites)
@@ -119,7 +130,8 @@ def merged(model: nn.Module, *names: str) -> Iterator[None]:
     try:
         yield
     finally:
-        unmerge(model)
+        # Not by `unmerge`: inside the block all adapters may have been baked or detached.
+        _unmerge(Survey(model))
 
 
 def bake(model: nn.Module) -> None:
@@ -130,6 +142,7 @@ def bake(model: nn.Module) -> None:
             is tied to a tensor outside of `model`.
     """
     survey = Survey(model)
+    check_attached(survey)
     check_ties(survey.sites)
     for stack in survey.stacks:
         for name in stack.factors:
@@ -168,8 +181,6 @@ def _plan(survey: Survey, names: tuple[str, ...]) -> list[_Fold]:
         raise StateError(
             f"nothing to merge: of the adapters here ({listed}) each is merged already or "
             "switched off; unmerge or enable first"
-            if listed
-            else "nothing to merge: no adapter is attached here"
         )
     return folds
 
@@ -237,7 +248,7 @@ def _write(
 ) -> None:
     """Replace the data of parameters; `original` are the tensors to keep for unmerging."""
     for parameter, tensor in zip(parameters, tensors, strict=True):
-        parameter.data = tensor
+        parameter.data = trainable(tensor)
         # A backward that still needs the old weight must raise an error. Assigning `.data` alone
         # would not cause it.
         torch.autograd.graph.increment_version(parameter)
