@@ -226,7 +226,7 @@ def normalised() -> nn.Module:
     [
         lambda m: pl.attach(m, LoRA(2), "*.nope"),
         lambda m: pl.attach(m, LoRA(2), nn.Conv2d),
-        lambda m: pl.attach(m, LoRA(2), "weight"),
+        lambda m: pl.attach(m, LoRA(2), "0.bias"),
         lambda m: pl.attach(m, LoRA(2), ["0", "1.bias"]),
         lambda m: pl.attach(m, LoRA(2, init=Failing())),
         lambda m: pl.attach(m, LoRA(2, init="pissa"), name=""),
