@@ -114,18 +114,23 @@ class Learner:
         """
         count = len(self.names) + 1
         if given is not None:
-            with pl.using(self.model, *([self.names[given - 1]] if 0 < given < count else [])):
-                return logits_of(self.model, inputs)
+            return self._logits(given if given < count else 0, inputs)
         stage_logits, confidences = [], []
         for number in range(count):
-            with pl.using(self.model, *([self.names[number - 1]] if number else [])):
-                logits = logits_of(self.model, inputs)
+            logits = self._logits(number, inputs)
             # A stage may only predict classes of its task.
             stage_logits.append(mask_or_shift_logits(logits, tasks[number].classes, torch.inf))
             p = logits.softmax(1)[:, list(tasks[number].classes)]
             confidences.append(p.max(1).values)  # (n,)
         best = torch.stack(confidences).argmax(0)  # (stages, n) → (n,)
         return torch.stack(stage_logits)[best, torch.arange(len(inputs), device=inputs.device)]
+
+    def _logits(self, stage: int, inputs: Tensor) -> Tensor:
+        """Return the logits, (n, 10), of the base (stage 0) or with the adapter of a stage."""
+        if not self.names:  # before the first adapter is attached
+            return logits_of(self.model, inputs)
+        with pl.using(self.model, *self.names[stage - 1 : stage] if stage else ()):
+            return logits_of(self.model, inputs)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from .find import Site, dotted, parametrization_lists, sites_in, walk
 from .names import check_names, ordered_names
 from .place import Place, places_in
 from .stack import Stack
+from .wrappers import inner
 
 # What is done to the modules of a model before it is surveyed; each returns whether it changed any.
 _FIRST: list[Callable[[Iterable[tuple[str, nn.Module]]], bool]] = []
@@ -56,6 +57,7 @@ class Survey:
         around: set[int] = set()  # a module may lead back to itself
 
         def visit(path: str, module: nn.Module) -> None:
+            module = inner(module)
             if id(module) in found and id(module) not in around:
                 found[id(module)].append(path)
                 around.add(id(module))
