@@ -9,14 +9,15 @@ from torch import nn
 from ..errors import AdapterNameError, StateError
 from ..site.factors import Factors
 from ..site.find import Site, stored_tensors
-from ..site.names import check_not_routed
+from ..site.names import check_names, check_not_routed
 from ..site.place import Place
 from ..site.stack import Stack
 from ..site.storage import is_sharded
 from ..site.survey import Survey
+from ..site.wrappers import check_not_synchronized
 from . import host
 from .host import keep_frozen as keep_frozen
-from .statistics import release
+from .statistics import is_held, release
 
 
 @dataclass
@@ -27,17 +28,23 @@ class PlannedSite:
     factors: Factors
 
 
+def check_valid_name(name: str) -> None:
+    """Raise an AdapterNameError if an adapter cannot have this name in any model."""
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise AdapterNameError(
+            f"{name!r} cannot be an adapter's name: it must be a string, not empty, without a "
+            "dot, and not an attribute of nn.ModuleDict"
+        )
+
+
 def check_name(survey: Survey, name: str) -> None:
     """Raise an AdapterNameError if a new adapter cannot have this name, or no adapter can be added.
 
     Raises:
         StateError: this is inside of `routed`, which would ignore the new adapter.
     """
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise AdapterNameError(
-            f"{name!r} cannot be an adapter's name: it must be a string, not empty, without a "
-            "dot, and not an attribute of nn.ModuleDict"
-        )
+    check_valid_name(name)
+    check_not_synchronized(survey.model)
     check_not_routed(survey.stacks, "attach an adapter")
     taken = survey.names
     if name in taken:
@@ -56,10 +63,14 @@ def install(
     """
     for plan in planned:
         tied = survey.holders[id(plan.place.stored)]
-        stack = next((place.stack for place in tied if place.stack is not None), None) or Stack()
+        stack = next((place.stack for place in tied if place.stack is not None), None)
         for place in tied:
-            if place.stack is None:
+            if stack is None:
+                stack = Stack()
                 host.register(place.module, place.tensor, stack)
+            elif place.stack is None:
+                host.register(place.module, place.tensor, stack, tied=True)
+        assert stack is not None
         stack.tied = tuple(place.path for place in tied) if len(tied) > 1 else ()
         stack.add(name, plan.factors)
     if freeze:
@@ -88,6 +99,15 @@ def remove_all(survey: Survey) -> None:
     host.unfreeze_rest(survey, None)
     release(survey.modules, None)
     host.forget(survey)
+
+
+def check_attached(survey: Survey) -> None:
+    """Raise a StateError if a model has no adapters, and none has left anything to restore.
+
+    After `detach(model.fc)` the rest of the model may still be frozen for that adapter.
+    """
+    if not any(host.has_traces(module) or is_held(module) for _, module in survey.modules):
+        check_names(survey.stacks, ())
 
 
 def check_tied(survey: Survey, chosen: Iterable[Place]) -> None:

@@ -62,10 +62,11 @@ class RoutedTensor(Tensor):
             return func(*(a.weight if isinstance(a, cls) else a for a in args), **kwargs)
         if func is F.multi_head_attention_forward:
             return _attention({**dict(zip(_ATTENTION, args, strict=False)), **kwargs})
-        first = next(a for a in (*args, *kwargs.values()) if isinstance(a, cls))
+        found = [a.path for a in (*args, *kwargs.values()) if isinstance(a, cls)]
         raise StateError(
-            f"{first.path!r} was used inside of routed(), where each row of a batch has a tensor "
-            "of its own; use it outside, or give this adapter no rows"
+            f"{found[0] if found else 'a tensor'!r} was read inside of routed(), where each row of "
+            "a batch has a tensor of its own: read it outside, or give this adapter no rows "
+            f"({func.__name__} was asked of it)"
         )
 
 
@@ -101,6 +102,7 @@ _METADATA: set[Any] = {
     Tensor.stride,
     Tensor.element_size,
     Tensor.is_floating_point,
+    torch.is_floating_point,
     Tensor.is_complex,
     Tensor.is_contiguous,
 }

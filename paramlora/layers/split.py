@@ -25,9 +25,12 @@ def split(
         outputs: the batch dimension of the output; a tuple if there are several.
         call: gets the index of an adapter, −1 for none, and the arguments for its rows.
     """
-    for name, dim in inputs.items():
-        for tensor in _tensors_in(given.get(name)):
-            route.check(tensor.shape[dim], path)
+    sizes = {
+        tensor.shape[dim] for name, dim in inputs.items() for tensor in _tensors_in(given.get(name))
+    }
+    # If one input has more rows than another, the larger number cannot be right.
+    for size in sorted(sizes):
+        route = route.repeated(size, path)
     found = []
     for index, rows in route.groups:
         taken, done = dict(given), {}

@@ -37,7 +37,8 @@ def routed(
     Args:
         model: a module with adapters.
         ids: for each row the index of its adapter in `names`, or −1 for none: a vector of integers
-            (n,), or a list, which may also contain names and None.
+            (n,), or a list, which may also contain names and None. An input may also have each row
+            k times side by side, n·k rows, as `generate` with beams.
         names: the adapters; by default all, in attaching order.
 
     Raises:
