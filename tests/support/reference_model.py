@@ -114,7 +114,7 @@ class AdapterState:
             self.merged = True
 
     def unmerge(self) -> None:
-        """Take the adapter out; if a block hides the difference, the own state is the earlier one."""
+        """Take the adapter out; the own state is the earlier one if a block hides it."""
         if self.merged:
             assert self.before_merge is not None
             merged = True, self.own_strength
