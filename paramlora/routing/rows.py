@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from ..compute.modes import plain_ops_only
 from ..kinds.spec import LowRank
 from ..site.find import parametrization_lists, stack_of
-from ..site.overlay import State
-from ..site.stack import Stack
+from ..stack.overlay import State
+from ..stack.stack import Stack
 from .routed_tensor import RoutedTensor
 
 # Sorting needs four launches of 10 µs for each adapter. In that time a CPU with 50 GFLOP/s and a
