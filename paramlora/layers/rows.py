@@ -200,9 +200,11 @@ def _batched(x: Tensor, y: Tensor, terms: Sequence[LowRank]) -> Tensor:
         y: (n, …, m), the output of the base.
         terms: the updates, in the order of their rows.
     """
-    scales = [term.scale for term in terms]
     # A scale that all share is a number of the product. Others are multiplied into B.
-    shared = all(type(s) is float and s == scales[0] for s in scales)
+    scale = terms[0].scale
+    shared = type(scale) is float and all(
+        type(term.scale) is float and term.scale == scale for term in terms
+    )
     rank = max(len(term.A) for term in terms)
     A = torch.stack([_padded(term.A, 0, rank) for term in terms]).to(x.dtype)  # (E, r, k)
     B = torch.stack([_padded(t.B if shared else _scaled(t), 1, rank) for t in terms]).to(x.dtype)
@@ -210,7 +212,8 @@ def _batched(x: Tensor, y: Tensor, terms: Sequence[LowRank]) -> Tensor:
     # eighth of the time that it takes for (k, r).
     h = torch.bmm(A, x.reshape(len(terms), -1, x.shape[-1]).mT)  # (E, r, n / E · …)
     parts = y.reshape(len(terms), -1, y.shape[-1])
-    return torch.baddbmm(parts, h.mT, B.mT, alpha=scales[0] if shared else 1.0).view_as(y)
+    alpha = float(scale) if shared else 1.0
+    return torch.baddbmm(parts, h.mT, B.mT, alpha=alpha).view_as(y)
 
 
 def _padded(factor: Tensor, dim: int, rank: int) -> Tensor:
