@@ -187,3 +187,35 @@ def test_compiled_even_batch() -> None:
 def test_which_batches_are_even(ids: list[int], even: bool) -> None:
     """One batched product needs equally many rows for each adapter, in ascending order."""
     assert rows.Route(torch.tensor(ids), ("a", "b"), {}).even is even
+
+
+def test_different_numbers_of_rows() -> None:
+    """With each row's loss over the number of rows of its adapter, gradients are those alone."""
+    model, x = with_values(model_with(SPECS)), torch.randn(6, 6, dtype=torch.float64)
+    counts = [1, 2, 3]
+    ids = torch.arange(3).repeat_interleave(torch.tensor(counts))
+    with pl.routed(model, ids):
+        losses = model(x).square().sum(1)
+        found = torch.autograd.grad(
+            (losses / torch.tensor(counts)[ids]).sum(), pl.parameters(model)
+        )
+    means = []
+    for name, part in zip(SPECS, x.split(counts), strict=True):
+        with pl.using(model, name):
+            means.append(model(part).square().sum(1).mean())
+    assert_close(found, torch.autograd.grad(torch.stack(means).sum(), pl.parameters(model)))
+
+
+@pytest.mark.parametrize("ids", [[0, 0, 2, 2], [0, 2, 2, -1]], ids=["even", "uneven"])
+def test_an_adapter_without_rows_stays(ids: list[int]) -> None:
+    """An adapter without rows gets no gradient, so Adam leaves it, even with momentum."""
+    model = with_values(model_with(SPECS))
+    optimizer = torch.optim.Adam(pl.parameters(model), RATE)
+    for chosen in ([0, 1, 2, 2], ids):
+        before = {name: values_of(model, name) for name in SPECS}
+        with pl.routed(model, chosen):
+            optimizer.zero_grad()
+            model(torch.randn(4, 6, dtype=torch.float64)).square().sum().backward()
+            optimizer.step()
+    assert_close(values_of(model, "wide"), before["wide"], rtol=0, atol=0)
+    assert not torch.equal(values_of(model, "small")["0.weight.B"], before["small"]["0.weight.B"])
