@@ -47,7 +47,7 @@ def paramlora_verbs(base: nn.Module, rank: int, ids: Tensor) -> list[Row]:
         path = Path(folder) / "adapter.safetensors"
         plain = logits()
         before = {name: p.clone() for name, p in model.named_parameters()}
-        timed("attach", lambda: pl.attach(model, pl.LoRA(rank)))
+        timed("attach", lambda: pl.attach(model, pl.LoRA(rank), nn.Linear))
         perturb(model)
         on = logits()
         timed("save", lambda: pl.save(model, path))
@@ -107,13 +107,13 @@ def attach_on_meta(
     """
     device = ids.device.type
     reference = copy.deepcopy(base)
-    pl.attach(reference, pl.LoRA(rank))
+    pl.attach(reference, pl.LoRA(rank), nn.Linear)
     with torch.no_grad():
         perturb(reference)
         expected = reference(input_ids=ids[:1]).logits
     start = now(device)
     model = build()
-    pl.attach(model, pl.LoRA(rank))
+    pl.attach(model, pl.LoRA(rank), nn.Linear)
     attached = now(device)
     buffers = dict(base.named_buffers())
     model.to_empty(device=ids.device)

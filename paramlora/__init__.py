@@ -20,6 +20,7 @@ from . import kinds
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
 from .files.base import base_state_dict, fingerprint, load_base_state_dict
 from .files.checkpoint import load, save
+from .files.merged import merged_state_dict
 from .files.state import load_state_dict, state_dict
 from .kinds import IA3, Delta, DoRA, LoHa, LoKr, LoRA
 from .layers.statistics import hold_statistics
@@ -30,6 +31,8 @@ from .methods.lora_plus import parameter_groups
 from .peft.folder import load_peft, save_peft
 from .site.overlay import keep_blocks
 from .verbs.attach import attach, detach, freeze, parameters, unfreeze
+from .verbs.audit import AuditReport, audit
+from .verbs.audit_checks import Finding
 from .verbs.merge import bake, merge, merged, unmerge
 from .verbs.route import routed
 from .verbs.summary import SiteSummary, Skipped, Summary, summary
@@ -40,9 +43,11 @@ __version__ = "0.1.0"
 __all__ = [
     "IA3",
     "AdapterNameError",
+    "AuditReport",
     "CheckpointError",
     "Delta",
     "DoRA",
+    "Finding",
     "LoHa",
     "LoKr",
     "LoRA",
@@ -54,6 +59,7 @@ __all__ = [
     "TargetError",
     "activate",
     "attach",
+    "audit",
     "bake",
     "base_state_dict",
     "combine",
@@ -75,6 +81,7 @@ __all__ = [
     "load_state_dict",
     "merge",
     "merged",
+    "merged_state_dict",
     "names",
     "parameter_groups",
     "parameters",

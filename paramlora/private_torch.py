@@ -14,7 +14,12 @@ the behaviour that the library relies on, and fails if torch changes it.
     flat_weight_names(rnn)      the names of an RNN's weights in the order of its list of weights
     set_flat_weights(rnn, ws)   set that list
     is_fsdp_managed(module)     whether `fully_shard` manages the parameters of a module
+    parametrization_cache()     what `parametrize.cached` has computed; None outside of it
+    READERS_OF_STORED           the modules whose code reads a parameter by name to handle it
+    TRACED_BY_ATTRIBUTES        an attribute of a module's class: the compiler asks its properties
     NormWithStatistics          the base class of all layers with running statistics
+    WRAPPED                     the keys under which torch.compile and activation checkpointing hold
+                                the module that they wrap
 
 Not here, because torch's documentation uses them: `Tensor._version`, and the dictionaries of
 `nn.Module` (`_parameters`, `_buffers`, `_modules`).
@@ -28,9 +33,13 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics
+from torch.nn.utils import parametrize
 
 __all__ = [
     "KNOWS_HOOKS",
+    "READERS_OF_STORED",
+    "TRACED_BY_ATTRIBUTES",
+    "WRAPPED",
     "NormWithStatistics",
     "any_autocast_enabled",
     "dispatch_modes_active",
@@ -39,10 +48,13 @@ __all__ = [
     "functorch_active",
     "in_backward",
     "is_fsdp_managed",
+    "parametrization_cache",
     "saved_tensors_hooks",
     "set_flat_weights",
     "tracing_state",
 ]
+
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 # Names for torch's own functions, not wrappers: small layers call them in every forward.
 any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
@@ -86,3 +98,17 @@ def set_flat_weights(module: nn.RNNBase, weights: list[Any]) -> None:
 def is_fsdp_managed(module: nn.Module) -> bool:
     """Return whether `torch.distributed.fsdp.fully_shard` manages the parameters of a module."""
     return bool(vars(module).get("_is_fsdp_managed_module", False))
+
+
+def parametrization_cache() -> dict[tuple[int, str], Any] | None:
+    """Return what `parametrize.cached` keeps, by module and name; None outside of it."""
+    return parametrize._cache if parametrize._cache_enabled else None
+
+
+# In `nn.Module` itself: get_parameter, register_parameter. In torch.distributed: FSDP's
+# reset_sharded_param, and the names of torch.distributed.checkpoint.
+READERS_OF_STORED = ("torch.nn.modules.module", "torch.distributed.")
+
+# Without it, a strict torch.export up to about 2.8 takes `layer.weight` from the parameters of the
+# module, past the property of its class. The adapters would silently be missing.
+TRACED_BY_ATTRIBUTES = "torchdynamo_force_dynamic"

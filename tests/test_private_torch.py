@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from paramlora import private_torch
@@ -108,12 +109,55 @@ def test_fsdp_marks_modules_by_name() -> None:
     assert any("_is_fsdp_managed_module" in path.read_text() for path in source.rglob("*.py"))
 
 
+def test_cache_of_parametrizations_is_found() -> None:
+    """`parametrization_cache` is what `parametrize.cached` keeps, and None outside of it."""
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    assert private_torch.parametrization_cache() is None
+    with nn.utils.parametrize.cached():
+        weight = layer.weight
+        assert private_torch.parametrization_cache() == {(id(layer), "weight"): weight}
+    assert private_torch.parametrization_cache() is None
+
+
+def test_the_compiler_asks_properties() -> None:
+    """Dynamo looks for the attribute TRACED_BY_ATTRIBUTES, on which test_export.py relies."""
+    guard = Path(torch.__file__).parent / "_dynamo" / "mutation_guard.py"
+    assert f'"{private_torch.TRACED_BY_ATTRIBUTES}"' in guard.read_text()
+
+
+def test_readers_of_stored_parameters_are_where_they_were() -> None:
+    """torch's code that reads parameters by name is in the modules of READERS_OF_STORED.
+
+    tests/layers/test_readers.py and tests/torch/test_distributed.py run it.
+    """
+    module, distributed = private_torch.READERS_OF_STORED
+    assert nn.Module.get_parameter.__module__ == nn.Module.register_parameter.__module__ == module
+    source = Path(torch.distributed.fsdp.__file__).parent
+    found = [path for path in source.rglob("*.py") if "def reset_sharded_param" in path.read_text()]
+    assert len(found) == 1
+    assert torch.distributed.fsdp.__name__.startswith(distributed)
+
+
 @pytest.mark.parametrize(
     "cls", [nn.BatchNorm1d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.LazyBatchNorm2d]
 )
 def test_layers_with_statistics_share_a_base_class(cls: Any) -> None:
     """Every layer of torch with running statistics derives from `NormWithStatistics`."""
     assert issubclass(cls, private_torch.NormWithStatistics)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "key"),
+    [
+        (lambda model: torch.compile(model, backend="eager"), "_orig_mod"),
+        (checkpoint_wrapper, "_checkpoint_wrapped_module"),
+    ],
+)
+def test_wrappers_hold_one_child_under_a_known_key(wrap: Any, key: str) -> None:
+    """What torch.compile and activation checkpointing return holds the module under its key."""
+    module = nn.Linear(1, 1)
+    assert key in private_torch.WRAPPED
+    assert dict(wrap(module)._modules) == {key: module}
 
 
 def test_no_other_file_uses_private_names() -> None:

@@ -85,6 +85,12 @@ def paramlora_one_dtype(model: nn.Module, rank: int, alpha: float) -> Built:
     return adapted, factors
 
 
+def merge_frozen(model: nn.Module) -> None:
+    """Merge the adapter. Its factors are frozen, as a backward through them would raise."""
+    pl.merge(model)
+    pl.freeze(model)
+
+
 def peft(model: nn.Module, rank: int, alpha: float, upcast: bool = True) -> Built:
     """Adapt by PEFT; `upcast` keeps its default of float32 factors beside half precision."""
     from peft import LoraConfig, get_peft_model
@@ -172,7 +178,7 @@ CONTESTANTS = (
     Contestant("floor, again", floor),
     Contestant("paramlora", paramlora, "paramlora"),
     Contestant("paramlora, one dtype", paramlora_one_dtype, "paramlora"),
-    Contestant("paramlora, merged", paramlora, "paramlora", pl.merge, trained=False),
+    Contestant("paramlora, merged", paramlora, "paramlora", merge_frozen, trained=False),
     Contestant("paramlora, off", paramlora, "paramlora", pl.disable, active=False, trained=False),
     Contestant("PEFT", peft, "peft"),
     Contestant("PEFT, one dtype", peft_one_dtype, "peft"),

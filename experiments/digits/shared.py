@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import paramlora as pl
 
@@ -20,8 +21,30 @@ from ..harness.train import cpu_threads
 from .bases import Base, base_path, find, keep, pretrain, restore
 from .context import StudyContext
 from .data import Data, Split, hold_out, load_data
-from .settings import DigitSettings, chosen_digits
+from .settings import DigitSettings, chosen_digits, preset, small_version
 from .strengths import Strengths
+
+
+def settings_and_data(name: str = "", **given: Any) -> tuple[DigitSettings, Data]:
+    """Return the settings of a study for the data set that is available, and the data set.
+
+    Without a preset, the settings are those of "blog", or of "small" with `data="digits"`. If
+    "auto" finds no MNIST, they are the small version of the preset.
+
+    Args:
+        name: the preset; "" if none is given.
+        given: the changed options by name.
+
+    Raises:
+        StudyError: a value is not allowed, or the device or the data set is not available.
+    """
+    usual = "small" if given.get("data") == "digits" else "blog"
+    settings = preset(name or usual, **given)
+    resolve_device(settings.place.device)  # fails at once, before a download
+    data = shared_data(settings.dataset.data, settings.dataset.data_dir)
+    if settings.dataset.data == "auto" and data.is_small:
+        settings = small_version(settings.preset, **{**given, "data": "digits"})
+    return settings, data
 
 
 def prepare(
@@ -49,6 +72,8 @@ def prepare(
     model = restore(settings, base, device)
     logits = logits_of(model, test_inputs)
     counts = wrong_counts(score(logits, splits.test.labels, [0])["confusion"])
+    held_inputs = held.inputs(*norm) if held else None
+    held_labels = held.labels if held else None
     context = StudyContext(
         settings=settings,
         run=run,
@@ -59,16 +84,36 @@ def prepare(
         test_labels=splits.test.labels,
         base_logits=logits,
         base_fingerprint=pl.fingerprint(model),
-        tuned=chosen_digits(settings.finetuning.digits, counts),
+        tuned=tuned_digits(settings, model, held_inputs, held_labels),
         commit=commit(),
-        held_inputs=held.inputs(*norm) if held else None,
-        held_labels=held.labels if held else None,
+        held_inputs=held_inputs,
+        held_labels=held_labels,
     )
     say(f"base     {pl.summary(model).total:,} parameters, {how}")
     say(f"         wrong answers by digit: {', '.join(map(str, counts))}")
     images = len(context.tuned_rows)
     say(f"tuned    digits {', '.join(map(str, context.tuned))}: {images:,} training images")
     return context
+
+
+def tuned_digits(
+    settings: DigitSettings, base: nn.Module, inputs: Tensor | None, labels: Tensor | None
+) -> list[int]:
+    """Return the digits to tune; worst:K counts the base's wrong answers to validation images.
+
+    The test images do not decide, so that no figure depends on a choice by the images it is
+    measured on.
+
+    Args:
+        settings: the settings of the run.
+        base: the base.
+        inputs: the validation images, float32 (n, 784), or None if there are none.
+        labels: their labels, int64 (n,).
+    """
+    digits, counts = settings.finetuning.digits, [0] * 10
+    if digits.startswith("worst:") and inputs is not None and labels is not None:
+        counts = wrong_counts(score(logits_of(base, inputs), labels)["confusion"])
+    return chosen_digits(digits, counts)
 
 
 @dataclass(frozen=True)
@@ -118,8 +163,7 @@ def obtain(
 def context_of(settings: DigitSettings) -> StudyContext:
     """Return the context of these settings, with data and base cached per process."""
     context = shared_context(shared_settings(settings))
-    confusion = score(context.base_logits, context.test_labels)["confusion"]
-    tuned = chosen_digits(settings.finetuning.digits, wrong_counts(confusion))
+    tuned = tuned_digits(settings, context.model(), context.held_inputs, context.held_labels)
     return dataclasses.replace(context, settings=settings, tuned=tuned)
 
 

@@ -25,7 +25,7 @@ from ..harness.settings import result_settings
 from ..harness.stages import Stage, run_stages
 from ..harness.train import Hook
 from .context import StudyContext
-from .data import describe, load_data
+from .data import Data, announce, describe, load_data
 from .methods import (
     ADAPTER,
     BlogScrambled,
@@ -49,7 +49,7 @@ def stages(settings: DigitSettings) -> Iterator[Stage[StudyContext]]:
     lora = lora_of(settings.adapter)
     scrambled = BlogScrambled(settings.adapter.rank, settings.adapter.numerator)
     yield Stage(_key("base", None), ("base",), count_base)
-    for seed in range(settings.seeds):
+    for seed in settings.adapter_seeds:
         yield Stage(_key("lora", seed), ATTACHED, partial(tune_attached, "lora", lora, seed))
         if settings.remedied:
             continue  # remedies apply to `lora` only, so the other methods are not comparable
@@ -63,24 +63,27 @@ def _key(method: str, seed: int | None) -> dict[str, Any]:
     return {"method": method, "seed": seed}
 
 
-def run_digits(settings: DigitSettings, say: Callable[[str], None] = print) -> RunDirectory:
+def run_digits(
+    settings: DigitSettings, say: Callable[[str], None] = print, data: Data | None = None
+) -> RunDirectory:
     """Run the study, or the incomplete stages of a run, and return the run's directory.
 
     Args:
         settings: the settings of the run, with its folder.
         say: called with each line of progress.
+        data: the data set; by default, the one that the settings name is loaded.
 
     Raises:
         StudyError: the data, the device or the folder cannot be used. The message says why.
     """
     device = resolve_device(settings.place.device)
-    data = load_data(settings.dataset.data, settings.dataset.data_dir)
+    data = data or load_data(settings.dataset.data, settings.dataset.data_dir)
     environment = {"study": settings.STUDY, **describe(device, data)}
     run = RunDirectory.start(
         Path(settings.folder), result_settings(settings), environment, RESULT_KEYS
     )
     say(f"run      {run.folder}, on {device}")
-    say(f"data     {data.name}: {data.why}")
+    announce(data, say)
 
     @lru_cache(maxsize=1)
     def prepared() -> StudyContext:
@@ -104,7 +107,7 @@ def explore_adapters(context: StudyContext, images: Tensor, folder: Path) -> Non
         update = chosen(updates(factors_of(model, name), scaling), sites)
         return at.logits(update, strengths).cpu()
 
-    for seed in range(min(context.settings.seeds, EXPLORED_SEEDS)):
+    for seed in context.settings.adapter_seeds[:EXPLORED_SEEDS]:
         names.append(f"seed {seed}")
         pl.load(model, folder / "adapters" / f"lora-{seed}.safetensors", name=names[-1])
     found = explore(

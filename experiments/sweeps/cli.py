@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..digits.settings import PRESETS, DigitSettings, preset
+from ..digits.settings import PRESETS, DigitSettings
 from ..harness.grid import parse_grid
 from ..harness.options import Commands, add_command, add_options
 from ..harness.rundir import RunDirectory
@@ -68,22 +68,24 @@ def _add_remedy_options(sweep: argparse.ArgumentParser) -> None:
 
 def run(vary: list[str], base_seeds: int, jobs: int, **given: object) -> int:
     """Run a sweep, or with a remedies preset the selection of remedies, and print its table."""
-    name = str(given.pop("preset", "blog"))
+    # Imported here because torch and paramlora load slowly and --help needs neither.
+    from ..digits.shared import settings_and_data
+
+    name = str(given.pop("preset", ""))
     remedy_options = {key: given.pop(key) for key in ("floor", "selection_bases") if key in given}
     if name == REMEDIES or name.startswith(f"{REMEDIES}-"):
         if vary:
             raise StudyError(f"--vary cannot be used with --preset {name}, which has its own grid")
-        settings = preset(name.removeprefix(REMEDIES).removeprefix("-") or "blog", **given)
+        settings, _ = settings_and_data(name.removeprefix(REMEDIES).removeprefix("-"), **given)
         return run_selection(settings, base_seeds=base_seeds, jobs=jobs, **remedy_options)
     for key in remedy_options:
         flag = "--" + key.replace("_", "-")
         raise StudyError(f"{flag} can only be used with a remedies preset, such as {REMEDIES}-relu")
-    return run_grid(preset(name, **given), vary, base_seeds, jobs)
+    return run_grid(settings_and_data(name, **given)[0], vary, base_seeds, jobs)
 
 
 def run_grid(settings: DigitSettings, vary: list[str], base_seeds: int, jobs: int) -> int:
     """Run a sweep over a grid, write its report, and print its table."""
-    # Imported here because torch and paramlora load slowly and --help needs neither.
     from .cells import cells
     from .sweep import run_sweep
 

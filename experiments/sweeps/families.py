@@ -33,8 +33,12 @@ class Family:
     strengths: tuple[float, ...] = (1.0,)
 
 
-def families() -> tuple[Family, ...]:
-    """Return the remedies to compare; the first is plain fine-tuning."""
+def families(validation: int = 500) -> tuple[Family, ...]:
+    """Return the remedies to compare; the first is plain fine-tuning.
+
+    Args:
+        validation: number of validation images per digit, which early stopping is named after.
+    """
     short: Row = {"init": "kaiming"}
     replay: Row = {"replay": 100}
     return (
@@ -103,8 +107,8 @@ def families() -> tuple[Family, ...]:
             ),
         ),
         Family(
-            "early stopping on 500 a digit",
-            "500 per digit, for stopping",
+            f"early stopping on {validation} a digit",
+            f"{validation} per digit, for stopping",
             tuple(short | {"patience": p} for p in (3,)),
         ),
     )

@@ -4,6 +4,7 @@ from pathlib import Path
 from statistics import mean
 
 from ..analysis.task_metrics import hypervolume, pareto_front
+from ..digits.data import small_note
 from ..harness.loggers import rows_to_csv
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..report.figures import Figure, plt, png
@@ -67,7 +68,8 @@ def write_sweep_report(run: RunDirectory) -> None:
     caption = "Accuracy on other against tuned digits, means over all adapters, one point per λ."
     parts = [
         f"# Sweep, preset {run.settings['preset']}",
-        f"{run.environment['data']}; mean ± sd over all adapters on all bases.",
+        f"{run.environment['data']}; mean ± sd over all adapters on all bases."
+        f"{small_note(run.environment['data'])}",
         table(run).markdown(),
         f"![{caption}](fronts.png)\n\n{caption} Area: the area that the front dominates, to the "
         "right of the base's accuracy on the tuned digits. The unit square has area 1.",

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 
+from ..digits.data import small_note
 from ..digits.settings import DigitSettings
+from ..digits.shared import shared_data
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..harness.settings import listed, replace, result_settings
 from ..report.figures import Figure, plt, png
@@ -30,17 +32,24 @@ SIDES = (
     ("tuned", GROUP_COLOUR["tuned"], 0.2),
     ("other", GROUP_COLOUR["other"], -0.2),
 )
-VALIDATION = 500  # validation images per digit
+VALIDATION = 500  # validation images per digit, at most a quarter of a digit's training images
+
+
+def validation_images(settings: DigitSettings) -> int:
+    """Return the number of validation images per digit; fewer than VALIDATION on small data."""
+    labels = shared_data(settings.dataset.data, settings.dataset.data_dir).train.labels
+    return min(VALIDATION, int(labels.bincount().min()) // 4)
 
 
 def candidates(
     settings: DigitSettings, chosen: Sequence[Family], bases: Sequence[int], seeds: int
 ) -> Iterator[Cell]:
     """Yield the cells of the selection: every candidate on every base, without the test images."""
+    held = validation_images(settings)
     for family in chosen:
         for number, changes in enumerate(family.candidates):
             for base in bases:
-                tried = {"validation": VALIDATION, "selection": True, "seed": base, "seeds": seeds}
+                tried = {"validation": held, "selection": True, "seed": base, "seeds": seeds}
                 cell_settings = replace(settings, **{**changes, **tried})
                 yield Cell(f"{family.name} #{number}", cell_settings, family.strengths)
 
@@ -80,11 +89,12 @@ def measured(
     floor: tuple[float, float],
 ) -> Iterator[Cell]:
     """Yield the cells of the measurement: each family's choice on every base."""
+    held = validation_images(settings)
     for family in chosen:
         number, strength = choose(selection, family, floor)
         changes = dict(family.candidates[number])
         # Early stopping monitors validation images, so its bases do not train on them.
-        changes |= {"validation": VALIDATION} if changes.get("patience") else {}
+        changes |= {"validation": held} if changes.get("patience") else {}
         for base in bases:
             cell_settings = replace(settings, **{**changes, "seed": base})
             yield Cell(family.name, cell_settings, (strength,))
@@ -107,7 +117,7 @@ def run_remedies(
     Args:
         settings: the preset, with the number of adapter seeds of the measurement.
         folder: the folder of both runs; existing rows are kept.
-        chosen: the remedies to compare; `families()` by default.
+        chosen: the remedies to compare; all `families` by default.
         base_seeds: number of bases, counted from the settings' seed.
         selection_seeds: number of adapter seeds per base in the selection.
         selection_bases: number of bases in the selection; 0: as many as `base_seeds`.
@@ -115,7 +125,7 @@ def run_remedies(
         jobs: parallel processes.
         say: called with each line of progress.
     """
-    chosen = families() if chosen is None else chosen
+    chosen = families(validation_images(settings)) if chosen is None else chosen
     bases = range(settings.seed, settings.seed + base_seeds)
     asked = result_settings(settings) | {
         "base_seeds": base_seeds,
@@ -146,13 +156,15 @@ def markdown(
     count = len(base.values)
     seeds = f"{settings.seeds} adapter seeds on each of {count} bases"
     points = f"{floor[0]} and {floor[1]} points"
+    held = selection.rows[0]["n"] // 10
     parts = [
         f"# Remedies, preset {settings.preset}",
         f"{test.environment['data']}; accuracy of the bases: {base.mean_sd(2)} % (n = {count}, "
         f"lowest to highest {base.min_max(2)}). Gains over each adapter's base in points, mean ± "
-        f"sd over {seeds}, test images. `needs`: the images of other digits that a remedy needs.",
+        f"sd over {seeds}, test images. `needs`: the images of other digits that a remedy needs."
+        f"{small_note(test.environment['data'])}",
         table(selection, test, chosen, floor).markdown(),
-        f"Chosen by {VALIDATION} validation images per digit, on bases pre-trained without them, "
+        f"Chosen by {held} validation images per digit, on bases pre-trained without them, "
         f"over {selection.settings['selection_seeds']} adapter seeds on each of "
         f"{selection.settings['selection_bases']} bases. "
         f"The choice has the highest gain among the candidates that gain at least {points} on "

@@ -17,7 +17,7 @@ import paramlora as pl
 
 from ..analysis.evaluate import score, scores
 from ..digits.context import StudyContext
-from ..digits.data import describe
+from ..digits.data import SMALL_VERSION, describe
 from ..digits.methods import ADAPTER, factors_of, lora_of
 from ..digits.remedies.recipe import Recipe, answers, recipe
 from ..digits.settings import DigitSettings
@@ -52,7 +52,7 @@ def run_job(cells: Sequence[Cell]) -> list[list[Row]]:
     has the code and the data.
     """
     contexts = [context_of(cell.settings) for cell in cells]
-    todo = [(context, seed) for context in contexts for seed in range(context.settings.seeds)]
+    todo = [(context, seed) for context in contexts for seed in context.settings.adapter_seeds]
     trained = iter((tune_together if is_stacked(cells[0]) else tune_one_by_one)(todo))
     at = shared_strengths(shared_settings(cells[0].settings))
     rows = []
@@ -70,7 +70,7 @@ def _rows(
     common |= {"base_seed": settings.seed, "tuned": context.tuned}
     base = score(context.base_logits, labels, context.tuned)
     yield {**common, "stage": "base", "seed": None, "strength": 0.0, **base}
-    for seed, (factors, loss) in enumerate(trained):
+    for seed, (factors, loss) in zip(settings.adapter_seeds, trained, strict=True):
         on = at.logits(updates(factors, lora_of(settings.adapter).scaling), cell.strengths)
         if settings.remedies.route != "none":
             on = torch.stack([answers(context, one, seed) for one in on])
@@ -157,6 +157,8 @@ def run_sweep(
     run.key = KEY
     left = [cell for cell in todo if not _done(run, cell)]
     say(f"run      {folder}: {len(todo)} cells, {len(todo) - len(left)} of them done")
+    if data.is_small:
+        say(f"small    {SMALL_VERSION}")
     # Group all cells, the finished ones too. A job trains its cells in one stack, and its size can
     # change the last bits, so a resumed sweep must form the same jobs to get the same rows.
     todo_jobs = [job for job in jobs_of(todo) if any(cell in left for cell in job)]
@@ -187,5 +189,5 @@ def _make_base(settings: DigitSettings) -> str:
 
 
 def _done(run: RunDirectory, cell: Cell) -> bool:
-    last = {"seed": cell.settings.seeds - 1, "strength": cell.strengths[-1]}
+    last = {"seed": cell.settings.adapter_seeds[-1], "strength": cell.strengths[-1]}
     return run.has(cell=cell.name, base_seed=cell.settings.seed, **last)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..analysis.task_metrics import Matrix
+from ..digits.data import small_note
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..report.figures import Axes, Figure, plt, png
 from ..report.table import Sample, Table, key_value_table
@@ -98,7 +99,8 @@ def write_task_report(folder: Path) -> RunDirectory:
     }
     parts = [
         f"# Tasks: {run.settings['stream']}, {run.settings['scenario']}-incremental",
-        f"{run.environment['data']}; points, mean ± sd over adapter seeds on one base.",
+        f"{run.environment['data']}; points, mean ± sd over adapter seeds on one base."
+        f"{small_note(run.environment['data'])}",
         table(run).markdown(),
         "`experiments/analysis/task_metrics.py` defines ACC, BWT, forgetting, LA and WC-ACC, with "
         "sources. The first stage is the pre-training of the base.",

@@ -26,7 +26,7 @@ import paramlora as pl
 
 from ..analysis.evaluate import logits_of
 from ..analysis.task_metrics import all_metrics, stability_gap, worst_case_accuracy
-from ..digits.data import describe, load_data
+from ..digits.data import announce, describe, load_data
 from ..digits.model import DigitNet
 from ..digits.remedies.losses import mask_or_shift_logits
 from ..digits.remedies.penalties import orthogonal
@@ -114,18 +114,23 @@ class Learner:
         """
         count = len(self.names) + 1
         if given is not None:
-            with pl.using(self.model, *([self.names[given - 1]] if 0 < given < count else [])):
-                return logits_of(self.model, inputs)
+            return self._logits(given if given < count else 0, inputs)
         stage_logits, confidences = [], []
         for number in range(count):
-            with pl.using(self.model, *([self.names[number - 1]] if number else [])):
-                logits = logits_of(self.model, inputs)
+            logits = self._logits(number, inputs)
             # A stage may only predict classes of its task.
             stage_logits.append(mask_or_shift_logits(logits, tasks[number].classes, torch.inf))
             p = logits.softmax(1)[:, list(tasks[number].classes)]
             confidences.append(p.max(1).values)  # (n,)
         best = torch.stack(confidences).argmax(0)  # (stages, n) → (n,)
         return torch.stack(stage_logits)[best, torch.arange(len(inputs), device=inputs.device)]
+
+    def _logits(self, stage: int, inputs: Tensor) -> Tensor:
+        """Return the logits, (n, 10), of the base (stage 0) or with the adapter of a stage."""
+        if not self.names:  # before the first adapter is attached
+            return logits_of(self.model, inputs)
+        with pl.using(self.model, *self.names[stage - 1 : stage] if stage else ()):
+            return logits_of(self.model, inputs)
 
 
 @dataclass(frozen=True)
@@ -231,7 +236,8 @@ def run_tasks(settings: TaskSettings, say: Callable[[str], None] = print) -> Run
     run = RunDirectory.start(
         Path(settings.folder), result_settings(settings), environment, RESULT_KEYS
     )
-    say(f"run      {run.folder}, on {device}; data {data.name}: {data.why}")
+    say(f"run      {run.folder}, on {device}")
+    announce(data, say)
 
     def prepared() -> TaskContext:
         tasks = stream(settings, data.train.to(device), data.test.to(device))

@@ -17,7 +17,7 @@ from ..harness.settings import (
 )
 
 METHODS = ("full", "last-layers", "lora", "lora+head")
-INITS = ("kaiming", "gaussian", "gaussian/sqrt_r", "orthogonal")
+INITS = ("kaiming", "gaussian", "gaussian/sqrt_r", "uniform/sqrt_r", "orthogonal")
 
 
 # all-MiniLM-L6-v2 has 22.7 M parameters, so a study takes minutes.
@@ -40,7 +40,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "targets": "*.q_lin,*.v_lin,*.ffn.lin1,*.ffn.lin2",
     },
     # Raschka, "LLMs-from-scratch", appendix E. The book pads all texts to the longest one; this
-    # study pads per batch, which does not change the results.
+    # study pads per batch, which does not change the results. It stores A as (in, r), fills it by
+    # Kaiming's rule, and scales by alpha itself (`tests/docs/test_sources.py`).
     "gpt2-spam": {
         "model": "gpt2",
         "data": "spam",
@@ -50,8 +51,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "*.c_attn.weight[:, 1536:],*.c_proj,*.c_fc,score",
         "rank": 16,
         "alpha": 16.0,
-        "scale": "alpha/r",
-        "init": "kaiming",
+        "init": "uniform/sqrt_r",
         "lr": 8e-4,
         "full_lr": 5e-5,
         "weight_decay": 0.1,
@@ -184,7 +184,7 @@ class TextSettings(Settings):
             condition.
 
     >>> TextSettings.of_preset("gpt2-spam").adapter.scaling
-    1.0
+    16.0
     """
 
     STUDY: ClassVar[str] = "text"

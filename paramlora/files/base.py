@@ -1,25 +1,30 @@
 """The base's tensors under their original keys, with adapters attached or merged.
 
-An adapter at `fc.weight` changes the keys that PyTorch reports, and `_Base` translates them back:
+The keys that PyTorch reports for the base are the original ones, for adapted tensors stay in their
+modules; the factors are beside them, and `Base` leaves them out:
 
     without adapters    with adapters
+    fc.weight           fc.weight
     fc.bias             fc.bias
-    fc.weight           fc.parametrizations.weight.original
                         fc.parametrizations.weight.0.factors.digits.A
+
+Only where an adapted tensor has other parametrizations as well, a few keys are translated.
 """
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..site.find import dotted, stack_of
+from ..layers.site_list import is_at_home
+from ..site.find import dotted, index_of, stack_of
 from ..site.names import check_unmerged
 from ..site.stack import Stack
 from ..site.storage import check_real, check_settled, in_parts
+from ..site.wrappers import check_model, inner
 from .compare import compare
 from .digest import digest
 
@@ -27,8 +32,7 @@ from .digest import digest
 def base_state_dict(model: nn.Module) -> dict[str, Any]:
     """Return the base's state dict under its original keys, with adapters attached or merged.
 
-    It loads into the same model without paramlora. Adapted tensors come after the other tensors of
-    their module.
+    It loads into the same model without paramlora, and has the order of that model's state dict.
 
     Args:
         model: any module.
@@ -40,14 +44,13 @@ def base_state_dict(model: nn.Module) -> dict[str, Any]:
     >>> model = nn.Sequential(nn.Linear(4, 3))
     >>> _ = pl.attach(model, pl.LoRA(rank=2))
     >>> list(pl.base_state_dict(model))
-    ['0.bias', '0.weight']
+    ['0.weight', '0.bias']
     """
-    base, state = _Base(model), model.state_dict()
+    model = inner(check_model(model))
+    base, state = Base(model), model.state_dict()
     found: OrderedDict[str, Any] = OrderedDict()
-    for key, value in state.items():
-        original = base.original_key(key)
-        if original is not None:
-            found[original] = base.original_value(key, value)
+    for key, original in base.ordered(state):
+        found[original] = base.original_value(key, state[key])
     # The versions of the modules, which `nn.Module.load_state_dict` reads.
     found._metadata = state._metadata  # type: ignore[attr-defined]
     return found
@@ -74,7 +77,8 @@ def load_base_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     >>> pl.fingerprint(model) == pl.fingerprint(other)
     True
     """
-    base, current = _Base(model), model.state_dict()
+    model = inner(check_model(model))
+    base, current = Base(model), model.state_dict()
     check_unmerged([stack for _, stack in base.lists.values()], (), "load a base under")
     present = {name: key for key in current if (name := base.original_key(key)) is not None}
     expected = {original: current[key] for original, key in present.items()}
@@ -111,22 +115,23 @@ def fingerprint(model: nn.Module) -> str:
     >>> pl.fingerprint(model) == before
     True
     """
-    return digest(_Base(model).tensors())
+    return digest(Base(inner(check_model(model))).tensors())
 
 
-class _Base:
+class Base:
     """The tensors of the base in a model, and their original keys.
 
-    A key is a key of `state_dict`, or the name of a parameter or buffer. Keys in a list of
-    parametrizations with a stack are translated. For the list L, `fc.parametrizations.weight`:
+    A key is a key of `state_dict`, or the name of a parameter or buffer. For the list of
+    parametrizations L, `fc.parametrizations.weight`:
 
-        L holds              key                     belongs to           original key
-        the stack alone      L.original              the base             fc.weight
-                             L.0.factors.digits.A    an adapter           none
-        P, the stack, Q      L.original, L.original1 the base             unchanged
-                             L.0.scale               P                    unchanged
-                             L.1.factors.digits.A    an adapter           none
-                             L.2.scale               Q                    L.1.scale
+        L holds              key                      belongs to           original key
+        the stack alone      fc.weight                the base             unchanged
+                             L.0.factors.digits.A     an adapter           none
+        P, the stack, Q      L.original, L.original1  the base             unchanged
+                             L.0.scale                P                    unchanged
+                             L.1.factors.digits.A     an adapter           none
+                             L.2.scale                Q                    L.1.scale
+        the stack, Q         fc.weight                the base             L.original
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -138,30 +143,46 @@ class _Base:
             if isinstance(module, parametrize.ParametrizationList)
             if (stack := stack_of(module)) is not None
         }
+        # The key of each stored tensor, with its original key, its stack, and its number there.
+        self.stored = {
+            now: (original, stack, i)
+            for path, (plist, stack) in self.lists.items()
+            for i, (now, original) in enumerate(_stored_keys(path, plist))
+        }
 
     def original_key(self, key: str) -> str | None:
         """Return the key of a tensor before attaching, or None if it belongs to an adapter."""
+        if key in self.stored:
+            return self.stored[key][0]
         path, rest = self._split(key)
         if path is None:
             return key
-        plist, stack = self.lists[path]
-        first, *others = rest
-        if first.startswith("original"):
-            host, tensor = path.rsplit("parametrizations.", 1)
-            return host + tensor if len(plist) == 1 else key
-        index, stack_index = int(first), list(plist).index(stack)
+        index, stack_index = int(rest[0]), index_of(*self.lists[path])
         if index == stack_index:
             return None
         # Without the stack, the parametrizations after it move up by one.
-        return ".".join([path, str(index - (index > stack_index)), *others])
+        return ".".join([path, str(index - (index > stack_index)), *rest[1:]])
+
+    def ordered(self, keys: Iterable[str]) -> Iterator[tuple[str, str]]:
+        """Yield each key of the base with its original key, in the order of the original ones."""
+        # The keys that are now a module's own and were in a list, by the path of the list.
+        moved: dict[str, tuple[str, str]] = {}
+        for key in keys:
+            path, original = self._split(key)[0], self.original_key(key)
+            if path in moved:
+                yield moved.pop(path)
+            if original is not None and path is None and original != key:
+                moved[original.rpartition(".")[0]] = key, original
+            elif original is not None:
+                yield key, original
+        yield from moved.values()
 
     def original_value(self, key: str, tensor: Tensor) -> Tensor:
         """Return the base's tensor for a key; while an adapter is merged, the original tensor."""
-        path, rest = self._split(key)
-        if path is None or not rest[0].startswith("original"):
+        if key not in self.stored:
             return tensor
-        _, stack = self.lists[path]
-        return stack.stored[int(rest[0][len("original") :] or 0)] if stack.stored else tensor
+        _, stack, number = self.stored[key]
+        return stack.stored[number] if stack.stored else tensor
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the parameters and buffers by original key, tied ones once per key."""
@@ -189,3 +210,14 @@ class _Base:
             if path in self.lists:
                 return path, parts[end:]
         return None, parts
+
+
+def _stored_keys(path: str, plist: parametrize.ParametrizationList) -> list[tuple[str, str]]:
+    """Return the keys of the tensors that a list stores, each with its original key."""
+    host, tensor = path.rsplit("parametrizations.", 1)
+    if not plist.is_tensor:
+        keys = [f"{path}.original{i}" for i in range(plist.ntensors)]
+        return [(key, key) for key in keys]
+    in_list, in_host = f"{path}.original", host + tensor
+    now = in_host if is_at_home(plist) else in_list
+    return [(now, in_host if len(plist) == 1 else in_list)]

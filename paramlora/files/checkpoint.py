@@ -16,7 +16,8 @@ from ..layers.install import check_tied
 from ..site.names import only_name
 from ..site.storage import check_real, settle, whole, writes_files
 from ..site.survey import Survey
-from ..verbs.attach import Activate
+from ..site.wrappers import check_model
+from ..verbs.add import Activate
 from ..verbs.summary import Summary
 from .metadata import ENTRY, describe, digest_of, read
 from .plan import plan_sites
@@ -121,6 +122,7 @@ def load(
     ...     pl.load(other, f"{folder}/digits.safetensors", name="numbers").sites[0].adapter
     'numbers'
     """
+    check_model(model)
     tensors, content = read(path)
     name = content["name"] if name is None else name
     survey = Survey(model)

@@ -12,7 +12,7 @@ from ..site.find import Site
 from ..site.names import check_unmerged
 from ..site.storage import fill, settle
 from ..site.survey import Survey
-from ..verbs.attach import Activate, add, check_activate, switch
+from ..verbs.add import Activate, add, check_activate, switch
 from ..verbs.summary import Summary, report
 from .state import check_writable, factors_of
 

@@ -36,6 +36,7 @@ class LoRA(Spec):
             - "kaiming": uniform with a = √5, as in the paper's code.
             - "gaussian": N(0, 1).
             - "gaussian/sqrt_r": N(0, 1/r).
+            - "uniform/sqrt_r": uniform in ±1/√r, which "kaiming" gives for an A stored as (in, r).
             - "orthogonal": orthonormal rows, or orthonormal columns if r exceeds in.
             - A callable that fills A, (r, in), in place, such as a function of `torch.nn.init`. It
               does not receive the generator of `attach`.

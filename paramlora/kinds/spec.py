@@ -13,16 +13,32 @@ merging and saving call the methods below. docs/kinds.md has a complete example 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .arguments import SignatureOfInit, check_fields
+
+_S = TypeVar("_S", bound="Spec")
 Factors = Mapping[str, Tensor]
 Strength = float | Tensor
+
+_Maker = Callable[["Spec", Tensor, str, torch.Generator | None], nn.Module]
+_MAKERS: list[_Maker] = []
+
+
+def makes_parametrizations(make: _Maker) -> _Maker:
+    """Register the function behind `Spec.parametrization`, which kinds cannot import.
+
+    A kind knows tensors only, and a parametrization is a module with names and states.
+    """
+    _MAKERS.append(make)
+    return make
+
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -92,6 +108,34 @@ class Spec(ABC):
     >>> Offset().apply(torch.ones(2), {"t": torch.tensor(3.0)}, strength=0.5)
     tensor([2.5000, 2.5000])
     """
+
+    __signature__ = SignatureOfInit()
+
+    def __new__(cls: type[_S], *args: Any, **kwargs: Any) -> _S:
+        check_fields(cls, kwargs)
+        return super().__new__(cls)
+
+    def parametrization(
+        self, weight: Tensor, name: str = "default", generator: torch.Generator | None = None
+    ) -> nn.Module:
+        """Return an adapter to register by torch's own function; all verbs work on it.
+
+        The base is not frozen, as `attach` does. `parametrizations.weight[0].enabled = False`
+        switches the adapter off.
+
+        Args:
+            weight: the tensor that the parametrization is for.
+            name: the adapter's name.
+            generator: the source of random numbers; None means torch's global one.
+
+        >>> from torch.nn.utils import parametrize
+        >>> import paramlora as pl
+        >>> layer = nn.Linear(4, 3)
+        >>> update = pl.LoRA(rank=2, alpha=1).parametrization(layer.weight)
+        >>> _ = parametrize.register_parametrization(layer, "weight", update)
+        >>> layer.parametrizations.weight[0].enabled = False
+        """
+        return _MAKERS[-1](self, weight, name, generator)
 
     @property
     def rank(self) -> int | None:

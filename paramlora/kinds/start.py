@@ -87,10 +87,18 @@ def kaiming(factor: Tensor, generator: torch.Generator | None) -> None:
     nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=generator)
 
 
+def _uniform_by_rank(A: Tensor, generator: torch.Generator | None) -> None:
+    """Fill A, (r, in), with U(-1/√r, 1/√r): the rule of `kaiming` on a matrix stored as (in, r)."""
+    stored = torch.empty_like(A.T, memory_format=torch.contiguous_format)
+    kaiming(stored, generator)
+    A.copy_(stored.T)
+
+
 _INITS: dict[str, Callable[[Tensor, torch.Generator | None], object]] = {
     "kaiming": kaiming,
     "gaussian": lambda A, g: A.normal_(generator=g),
     "gaussian/sqrt_r": lambda A, g: A.normal_(std=A.shape[0] ** -0.5, generator=g),
+    "uniform/sqrt_r": _uniform_by_rank,
     "orthogonal": lambda A, g: nn.init.orthogonal_(A, generator=g),
 }
 

@@ -145,9 +145,11 @@ def hold_stored(module: nn.RNNBase) -> None:
     torch's forward, and moving or casting the module, leave W' in that list. It would keep its
     graph alive there, and a tensor with a graph cannot be deep-copied.
     """
-    plists = parametrization_lists(module)
-    weights = [
-        stored_tensors(plists[name])[0] if name in plists else getattr(module, name, None)
-        for name in flat_weight_names(module)
-    ]
-    set_flat_weights(module, weights)
+    set_flat_weights(module, [_stored(module, name) for name in flat_weight_names(module)])
+
+
+def _stored(module: nn.RNNBase, name: str) -> Tensor | None:
+    if name in module._parameters:
+        return module._parameters[name]
+    plist = parametrization_lists(module).get(name)
+    return getattr(module, name, None) if plist is None else stored_tensors(plist)[0]

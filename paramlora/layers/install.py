@@ -9,13 +9,15 @@ from torch import nn
 from ..errors import AdapterNameError, StateError
 from ..site.factors import Factors
 from ..site.find import Site, stored_tensors
+from ..site.names import check_names
 from ..site.place import Place
 from ..site.stack import Stack
 from ..site.storage import is_sharded
 from ..site.survey import Survey
+from ..site.wrappers import check_not_synchronized
 from . import host
 from .host import keep_frozen as keep_frozen
-from .statistics import release
+from .statistics import is_held, release
 
 
 @dataclass
@@ -26,13 +28,19 @@ class PlannedSite:
     factors: Factors
 
 
-def check_name(survey: Survey, name: str) -> None:
-    """Raise an AdapterNameError if a new adapter cannot have this name."""
+def check_valid_name(name: str) -> None:
+    """Raise an AdapterNameError if an adapter cannot have this name in any model."""
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise AdapterNameError(
             f"{name!r} cannot be an adapter's name: it must be a string, not empty, without a "
             "dot, and not an attribute of nn.ModuleDict"
         )
+
+
+def check_name(survey: Survey, name: str) -> None:
+    """Raise an AdapterNameError if a new adapter cannot have this name."""
+    check_valid_name(name)
+    check_not_synchronized(survey.model)
     taken = survey.names
     if name in taken:
         raise AdapterNameError(
@@ -50,10 +58,14 @@ def install(
     """
     for plan in planned:
         tied = survey.holders[id(plan.place.stored)]
-        stack = next((place.stack for place in tied if place.stack is not None), None) or Stack()
+        stack = next((place.stack for place in tied if place.stack is not None), None)
         for place in tied:
-            if place.stack is None:
+            if stack is None:
+                stack = Stack()
                 host.register(place.module, place.tensor, stack)
+            elif place.stack is None:
+                host.register(place.module, place.tensor, stack, tied=True)
+        assert stack is not None
         stack.tied = tuple(place.path for place in tied) if len(tied) > 1 else ()
         stack.add(name, plan.factors)
     if freeze:
@@ -82,6 +94,15 @@ def remove_all(survey: Survey) -> None:
     host.unfreeze_rest(survey, None)
     release(survey.modules, None)
     host.forget(survey)
+
+
+def check_attached(survey: Survey) -> None:
+    """Raise a StateError if a model has no adapters, and none has left anything to restore.
+
+    After `detach(model.fc)` the rest of the model may still be frozen for that adapter.
+    """
+    if not any(host.has_traces(module) or is_held(module) for _, module in survey.modules):
+        check_names(survey.stacks, ())
 
 
 def check_tied(survey: Survey, chosen: Iterable[Place]) -> None:

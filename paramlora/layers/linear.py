@@ -10,6 +10,7 @@ from ..compute import lowrank
 from ..compute.rescaled import rescaled_linear
 from ..site.find import parametrization_lists
 from ..site.stack import Stack
+from ..site.tie import Tie
 from . import rows
 from .dense import dense
 
@@ -23,7 +24,12 @@ def alone(module: nn.Module) -> tuple[Tensor, Stack] | None:
     if plist is None or len(plist._modules) != 1:
         return None
     stack = plist._modules["0"]
-    return (plist._parameters["original"], stack) if type(stack) is Stack else None  # type: ignore[return-value]
+    if type(stack) is not Stack:
+        if type(stack) is not Tie:
+            return None
+        stack = stack.stack
+    weight = module._parameters.get("weight")
+    return (plist.original if weight is None else weight), stack  # type: ignore[return-value]
 
 
 @functools.wraps(nn.Linear.forward)

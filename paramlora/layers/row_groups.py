@@ -23,9 +23,14 @@ def by_group(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     route = stack.state().route
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
     inputs, outputs = _dimensions(module, bound.arguments, route.paths[stack.key])
-    for name, dim in inputs.items():
-        for tensor in _tensors_in(bound.arguments.get(name)):
-            route.check(tensor.shape[dim], stack)
+    sizes = {
+        tensor.shape[dim]
+        for name, dim in inputs.items()
+        for tensor in _tensors_in(bound.arguments.get(name))
+    }
+    # If one input has more rows than another, the larger number cannot be right.
+    for size in sorted(sizes):
+        route = route.repeated(size, stack)
     found = []
     for index, rows in route.groups:
         taken = dict(bound.arguments)

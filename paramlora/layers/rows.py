@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compute.modes import plain_ops_only
-from ..errors import StateError
 from ..kinds.spec import LowRank
 from ..site.find import parametrization_lists, stack_of
 from ..site.overlay import State
 from ..site.stack import Stack
+from .stand_in import StandIn
 
 # Sorting needs four launches of 10 µs for each adapter. In that time a CPU with 50 GFLOP/s and a
 # GPU with 400 TFLOP/s do this many floating-point operations.
@@ -74,6 +74,7 @@ class Route:
         self.order, self.back = order, order.argsort()
         self.even = len({*counts.tolist()}) == 1 and torch.equal(order, torch.arange(len(order)))
         self._moved: dict[Any, Tensor] = {}
+        self._repeated: dict[int, Route] = {}
 
     def on(self, name: str, device: torch.device) -> Tensor:
         """Return `ids`, `order` or `back` on a device."""
@@ -83,20 +84,36 @@ class Route:
             self._moved[key] = getattr(self, name).to(device)
         return self._moved[key]
 
-    def check(self, rows: int, stack: Stack) -> None:
-        """Raise a ValueError if an input has another number of rows than `ids`."""
-        if rows != len(self.ids):
+    def repeated(self, rows: int, stack: Stack) -> "Route":
+        """Return the route of an input that has each row once, or several times side by side.
+
+        `generate` repeats each row for beams: with 3 beams, the rows of ids [0, 1] become those of
+        [0, 0, 0, 1, 1, 1].
+
+        Raises:
+            ValueError: the input has another number of rows.
+        """
+        times = max(rows, 0) // max(len(self.ids), 1)
+        if rows != times * len(self.ids) or (times == 0 and rows != len(self.ids)):
             raise ValueError(
                 f"ids route {len(self.ids)} rows, and the input of {self.paths[stack.key]!r} has "
-                f"{rows} in its batch dimension; call the model on a batch of that many rows"
+                f"{rows} in its batch dimension; call the model on a batch of that many rows, or "
+                "with each of them several times side by side"
             )
+        if times <= 1:
+            return self
+        if times not in self._repeated:
+            ids = self.ids.repeat_interleave(times)
+            self._repeated[times] = Route(ids, self.names, self.paths)
+        return self._repeated[times]
 
     def terms(self, stack: Stack, state: State) -> list[tuple[int, LowRank]] | None:
         """Return (index, update) of the adapters that rows use; None if one is not factored."""
         found = []
         for index, _ in self.groups:
             if index >= 0 and self.names[index] in state.live:
-                terms = stack.low_rank(state._replace(live=(self.names[index],)))
+                alone = State(state.active, (self.names[index],), state.route, state.strengths)
+                terms = stack.low_rank(alone)
                 if terms is None:
                     return None
                 found.append((index, terms[0]))
@@ -104,10 +121,7 @@ class Route:
 
     def stand_in(self, stack: Stack, weight: Tensor) -> Tensor:
         """Return what code that reads an adapted tensor gets instead of it."""
-        raise StateError(
-            f"{self.paths[stack.key]!r} was read inside of routed(), where each row of a batch "
-            "has a tensor of its own; read it outside, or give this adapter no rows"
-        )
+        return StandIn.of(weight, self.paths[stack.key])
 
     def mask(self, terms: Sequence[tuple[int, LowRank]], like: Tensor) -> Tensor:
         """Return ¬M, bool (n, 1, …, R): True if the column belongs to another adapter.
@@ -158,7 +172,7 @@ def linear(
     terms = route.terms(stack, state)
     if terms is None:
         return None
-    route.check(len(x) if x.dim() > 1 else -1, stack)
+    route = route.repeated(len(x) if x.dim() > 1 else -1, stack)
     if not terms:
         return F.linear(x, W, b)
     if transposed:
@@ -230,7 +244,7 @@ def embedding(input: Tensor, stack: Stack, state: State, padding_idx: int | None
     terms = route.terms(stack, state)
     if not terms:
         return None
-    route.check(len(input) if input.dim() else -1, stack)
+    route = route.repeated(len(input) if input.dim() else -1, stack)
     rows = [F.embedding(input, _scaled(term), padding_idx) for _, term in terms]
     h = torch.cat(rows, dim=-1)  # (n, …, R)
     return h.masked_fill(route.mask(terms, h), 0.0) @ torch.cat([term.A for _, term in terms])

@@ -28,7 +28,7 @@ from ..site.find import dotted, is_swapped
 from ..site.names import check_names
 from ..site.place import Place, first_overlap
 from ..site.survey import Survey
-from ..verbs.attach import Activate, add, check_activate
+from ..verbs.add import Activate, add, check_activate
 from ..verbs.summary import Summary
 
 _METHODS = ("cat", "linear", "svd")

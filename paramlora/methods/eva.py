@@ -13,7 +13,7 @@ kept. The result is exact if the inputs have no more than q directions. Otherwis
 directions after the q-th are lost with each piece, so q is larger than r (`oversampling`).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..site.factors import Factors
 from ..site.find import Site
 from ..site.names import check_unmerged
 from ..site.survey import Survey
+from ..verbs.audit import call as call_on
 from ..verbs.toggle import disabled
 
 # Rows in a piece. The decomposition of a piece costs about (q + rows)² · in operations.
@@ -175,10 +176,4 @@ def _run(
             # train() and eval() as the mode that the user wants.
             module.training = False
         for batch in batches:
-            (call or _call)(model, batch)
-
-
-def _call(model: nn.Module, batch: Any) -> object:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+            (call or call_on)(model, batch)

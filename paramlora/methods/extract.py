@@ -18,7 +18,8 @@ from ..layers.install import PlannedSite, check_name, check_tied
 from ..site.factors import Factors
 from ..site.place import Place, check, check_shapes
 from ..site.survey import Survey
-from ..verbs.attach import add, check_activate
+from ..site.wrappers import inner
+from ..verbs.add import add, check_activate
 
 
 @torch.no_grad()
@@ -114,6 +115,7 @@ def _changes(tuned: Survey, base: Survey) -> list[tuple[Place, Tensor]]:
 
 
 def _changed_buffers(model: nn.Module, base: nn.Module) -> list[str]:
+    model, base = inner(model), inner(base)
     before = dict(base.named_buffers())
     return [
         path

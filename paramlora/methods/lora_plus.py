@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..kinds.spec import is_finite
+from ..site.names import check_factors
 from ..site.survey import Survey
 
 
@@ -38,6 +39,7 @@ def parameter_groups(
 
     Raises:
         AdapterNameError: an adapter does not exist.
+        StateError: there are no adapters, or the adapters have no factors to train.
         ValueError: a rate or the ratio is not a positive finite number.
 
     >>> import torch, paramlora as pl
@@ -67,4 +69,5 @@ def parameter_groups(
                     if embedding and embedding_lr is not None:
                         rate = embedding_lr
                     by_rate.setdefault(rate, []).append(parameter)
+    check_factors(by_rate)
     return [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]

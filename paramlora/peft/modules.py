@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..site.find import dotted, is_conv1d
+from ..site.wrappers import named_modules
 from .layout import Part, parts_of
 
 
@@ -35,7 +36,7 @@ def view(model: nn.Module) -> PeftView:
     seen: set[nn.Module] = set()
     holders: dict[int, list[str]] = {}
     # With duplicates: a module with two paths has tied parameters.
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in named_modules(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append(_plain(dotted(path, name)))

@@ -39,6 +39,7 @@ class Factors(nn.Module):
         self.strength: Strength = 1.0
         self.traced_strength: Strength = 1.0
         for key, tensor in tensors.items():
+            tensor = trainable(tensor)
             if key in spec.constants:
                 self.register_buffer(key, tensor)
             else:
@@ -81,6 +82,14 @@ class Factors(nn.Module):
         if self._buffers:
             return {**self._parameters, **self._buffers}  # type: ignore[dict-item]
         return self._parameters  # type: ignore[return-value]
+
+
+def trainable(tensor: Tensor) -> Tensor:
+    """Return a tensor, or its copy if it was made in inference mode: autograd refuses those."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.clone()
 
 
 class Blocks(nn.Module):

@@ -8,6 +8,8 @@ from torch.nn.utils import parametrize
 
 from .factors import Factors
 from .stack import Stack
+from .tie import Tie
+from .wrappers import check_model, inner
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -68,19 +70,23 @@ def stack_of(plist: nn.Module | None) -> Stack | None:
         for parametrization in plist._modules.values():
             if type(parametrization) is Stack:
                 return parametrization
+            if type(parametrization) is Tie:
+                return parametrization.stack
     return None
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (path, module) for each module of the base, parents first, each module once.
 
-    Stacks are left out; other parametrizations are part of the base.
+    Stacks are left out; other parametrizations are part of the base. A wrapper, such as what
+    `torch.compile` returns, is left out too: its place is taken by the module inside.
     """
     seen: set[int] = set()
-    todo = [("", model)]
+    todo = [("", check_model(model))]
     while todo:
         path, module = todo.pop()
-        if id(module) in seen or type(module) is Stack:
+        module = inner(module)
+        if id(module) in seen or type(module) in (Stack, Tie):
             continue
         seen.add(id(module))
         yield path, module
@@ -97,9 +103,11 @@ def stacks_in(model: nn.Module) -> list[Stack]:
     """
     found: list[Stack] = []
     seen: set[int] = set()
-    todo: list[nn.Module | None] = [model]
+    todo: list[nn.Module | None] = [check_model(model)]
     while todo:
         module = todo.pop()
+        if type(module) is Tie:
+            module = module.stack
         if module is None or id(module) in seen:
             continue
         seen.add(id(module))
@@ -140,8 +148,23 @@ def base_weight(plist: parametrize.ParametrizationList, stack: Stack | None) -> 
 
 def preceding(plist: parametrize.ParametrizationList, stack: Stack | None) -> list[nn.Module]:
     """Return the parametrizations that come before a stack; all if there is no stack."""
-    parametrizations: list[Any] = list(plist._modules.values())
-    return parametrizations if stack is None else parametrizations[: parametrizations.index(stack)]
+    steps = _steps(plist)
+    return steps if stack is None else steps[: index_of(plist, stack)]
+
+
+def index_of(plist: parametrize.ParametrizationList, stack: Stack) -> int:
+    """Return the place of a stack in a list of parametrizations, or that of its tie."""
+    return _steps(plist).index(in_list(plist, stack))
+
+
+def in_list(plist: parametrize.ParametrizationList, stack: Stack) -> nn.Module:
+    """Return the stack in a list of parametrizations, or its tie."""
+    return next(p for p in _steps(plist) if p is stack or getattr(p, "stack", None) is stack)
+
+
+def _steps(plist: parametrize.ParametrizationList) -> list[Any]:
+    # The stored tensors of a list can be parametrized in turn, which is no step after the others.
+    return [step for key, step in plist._modules.items() if key != "parametrizations"]
 
 
 def apply_parametrizations(

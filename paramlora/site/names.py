@@ -1,7 +1,7 @@
 """The order of adapters' names, and the checks of names before a verb changes anything."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 
 from ..errors import AdapterNameError, StateError
 from .overlay import foreign_block
@@ -22,7 +22,19 @@ def ordered_names(stacks: Iterable[Stack]) -> list[str]:
 
 
 def check_names(stacks: Sequence[Stack], names: Iterable[str]) -> None:
-    """Raise an AdapterNameError if no stack holds an adapter of one of these names."""
+    """Raise an error if there are no adapters at all, or none of one of these names.
+
+    Raises:
+        AdapterNameError: no stack holds an adapter of that name.
+        StateError: no name is given, and there are no stacks.
+        TypeError: a name is not a string.
+    """
+    names = list(names)
+    if not names and not stacks:
+        raise StateError(
+            "no adapter is attached here; attach or load one first, or call this on the model that "
+            "has adapters"
+        )
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"adapter names are separate arguments, each a string, got {name!r}")
@@ -70,3 +82,12 @@ def check_unmerged(stacks: Iterable[Stack], names: Sequence[str], verb: str) -> 
                 raise StateError(
                     f"cannot {verb} adapter {name!r} while it is merged; unmerge first"
                 )
+
+
+def check_factors(found: Sized) -> None:
+    """Raise a StateError if an optimizer would get no factors."""
+    if not found:
+        raise StateError(
+            "there are no factors to train: the adapters here have only constants; name other "
+            "adapters"
+        )

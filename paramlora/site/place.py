@@ -94,9 +94,10 @@ def places_in(modules: Iterable[tuple[str, nn.Module]]) -> list[Place]:
         if "parametrizations" in path.split("."):
             continue
         names = [name for name, parameter in module._parameters.items() if parameter is not None]
-        plists = parametrization_lists(module).items()
         names += [
-            name for name, plist in plists if isinstance(stored_tensors(plist)[0], nn.Parameter)
+            name
+            for name, plist in parametrization_lists(module).items()
+            if name not in names and isinstance(stored_tensors(plist)[0], nn.Parameter)
         ]
         found += [Place(dotted(path, name), path, module, name) for name in names]
     return found
@@ -136,11 +137,17 @@ def check(place: Place, spec: Spec) -> None:
 
 def is_packed(module: nn.Module) -> bool:
     """Return whether a module is a quantized module of torch, whose `weight` is a method."""
+    if "weight" in parametrization_lists(module):
+        return False  # reading it would advance the power iteration of spectral_norm
     weight = getattr(module, "weight", None)
     return callable(weight) and not isinstance(weight, nn.Module)
 
 
 def _refusal(place: Place, spec: Spec) -> str | None:
+    plist = parametrization_lists(place.module).get(place.tensor)
+    if plist is not None and parametrization_lists(plist):
+        # torch's list counts their ModuleDict as one of its steps, and would skip a new one.
+        return "a tensor that its parametrization stores is parametrized in turn"
     weight = place.value
     if weight.is_quantized or weight.dtype not in FLOATS:
         return (

@@ -7,7 +7,6 @@ the adapters at that tensor.
 """
 
 import itertools
-import weakref
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
@@ -18,7 +17,9 @@ from ..errors import StateError
 from ..kinds.spec import LowRank, Rescaled, Strength
 from .built import BUILT, no_autocast
 from .factors import TRACED, Blocks, Factors, apply_factors
+from .merged_backward import refuse_backward, trained
 from .overlay import ENTERED, Block, State, composed, state_within
+from .storage import Written
 
 CHANGED = (
     "a tensor needed for the gradient was changed in place (an optimizer's step, a merge) between "
@@ -46,10 +47,10 @@ class Stack(nn.Module):
         numbers: for each name the value of a counter over all stacks, which gives the order in
             which a model's adapters were attached.
         stored: while adapters are merged, the original stored tensors, in the list's order.
-        written: while adapters are merged, the parameters that hold the merged weight, each with
-            its version right after the merge.
+        written: while adapters are merged, what the merge has written to each stored tensor.
         before_merge: for adapters that were merged inside a block, whether they were active and
             their strengths before.
+        paused: the adapters that were active when `enabled` was set to False.
         tied: the paths of the sites that share this stack, if their tensors are tied.
         key: identifies the stack in blocks; a deep copy has another one.
         open: the blocks that are open here, of all threads.
@@ -66,8 +67,9 @@ class Stack(nn.Module):
         self.live: tuple[str, ...] = ()
         self.own = State()
         self.stored: tuple[Tensor, ...] = ()
-        self.written: tuple[tuple[weakref.ref[Tensor], int], ...] = ()
+        self.written: tuple[Written, ...] = ()
         self.before_merge: dict[str, tuple[bool, list[Strength]]] = {}
+        self.paused: tuple[str, ...] = ()
         self.tied: tuple[str, ...] = ()
         self.key = object()
         self.open: tuple[Block, ...] = ()
@@ -127,9 +129,11 @@ class Stack(nn.Module):
         state = self.state()
         if state.route is not None:
             return state.route.stand_in(self, weight)
+        built = None if torch.compiler.is_compiling() else BUILT.tensors
+        if built is not None and self._trains_merged(state):
+            weight = refuse_backward(weight, self.merged)
         if not state.live:
             return weight
-        built = None if torch.compiler.is_compiling() else BUILT.tensors
         if built is None:
             return self.build(weight, state)
         key = self._key(state)
@@ -216,7 +220,13 @@ class Stack(nn.Module):
         return build
 
     def low_rank(self, state: State) -> list[LowRank] | None:
-        """Return the live updates in factored form; None if one of them has no such form."""
+        """Return the live updates in factored form; None if one of them has no such form.
+
+        Also None if a backward has to raise, for which `forward` has to read the tensor.
+        """
+        # With live adapters only one attribute is read here: each small layer feels a call.
+        if (self.merged if state.live else True) and self._trains_merged(state):
+            return None
         terms = []
         for name in state.live:
             term = self[name].low_rank(self._strength(name, state))
@@ -227,11 +237,21 @@ class Stack(nn.Module):
 
     def rescaled(self, weight: Tensor, state: State) -> Rescaled | None:
         """Return W' as a rescaled `weight`; None if the live adapters have no such form."""
+        if self._trains_merged(state):
+            return None
         factors = self[state.live[0]] if len(state.live) == 1 else None
         if not isinstance(factors, Factors):
             return None
         with no_autocast(weight):
             return factors.rescaled(weight, self._strength(state.live[0], state))
+
+    def _trains_merged(self, state: State) -> bool:
+        """Return whether a backward has to raise: see merged_backward.py."""
+        # A compiled model has one graph for merged and for switched off. So the compiler must not
+        # read `merged` if no adapter is live.
+        if not state.live and torch.compiler.is_compiling():
+            return False
+        return bool(self.merged) and trained(self[name] for name in self.merged)
 
     def set(self, active: Container[str], merged: Container[str]) -> None:
         """Set the active and the merged adapters."""
@@ -250,6 +270,27 @@ class Stack(nn.Module):
             self.reflect()
         else:
             vars(self).update(traced_live=live, traced_route=None)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether an adapter is active here; assign to it to switch all off, and on again.
+
+        Raises:
+            StateError: an adapter is merged.
+        """
+        return bool(self.active)
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        if type(value) is not bool:
+            raise TypeError(f"enabled is True or False, got {value!r}")
+        if self.merged:
+            raise StateError(f"adapter {self.merged[0]!r} is merged; unmerge first")
+        if self.enabled and not value:
+            vars(self)["paused"] = self.active
+            self.switch(())
+        elif value and not self.enabled:
+            self.switch({*self.paused} & {*self.names} or self.names)
 
     def fold(self, names: Iterable[str]) -> None:
         """Record that adapters were merged, as they are now.

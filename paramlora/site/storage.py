@@ -5,6 +5,7 @@ tensors that FSDP gathers for a forward are copies, and writes to a copy are los
 the copies (`settle`) before parameters are returned or written to.
 """
 
+import copy
 import sys
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from ..private_torch import is_fsdp_managed
+from .wrappers import check_model
 
 
 def check_real(path: str, tensor: Any) -> None:
@@ -36,6 +38,7 @@ def is_sharded(module: nn.Module, tensor: Tensor) -> bool:
 
 def settle(model: nn.Module) -> None:
     """Make FSDP drop the copies that it has gathered in the modules of a model."""
+    check_model(model)
     # If the program has not imported FSDP, nothing is sharded, and no traversal is needed.
     kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     if kind is not None:
@@ -68,6 +71,37 @@ def in_parts(value: Tensor, like: Tensor) -> Tensor:
     assert isinstance(like, DTensor)
     whole = value.to(like.device, like.dtype)
     return distribute_tensor(whole, like.device_mesh, like.placements)
+
+
+class Written:
+    """What was written to a parameter, to tell later whether something else has written to it.
+
+    A deep copy belongs to the copied parameter.
+
+    Args:
+        parameter: a parameter just after the write.
+    """
+
+    # The parameter itself and no weak reference, with which torch refuses to swap tensors
+    # (torch.__future__.set_swap_module_params_on_conversion).
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
+        self.data = parameter.data
+        self.version: int | None = parameter._version
+
+    def is_in(self, parameter: Tensor) -> bool:
+        """Return whether a parameter is the one written to, and holds what was written."""
+        return (
+            parameter is self.parameter
+            and parameter._version == self.version
+            and parameter.data_ptr() == self.data.data_ptr()
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Written":
+        copied = Written(copy.deepcopy(self.parameter, memo))
+        if not self.is_in(self.parameter):
+            copied.version = None
+        return copied
 
 
 def writes_files(tensors: list[Tensor]) -> bool:

@@ -1,14 +1,26 @@
 """One pass over a model, and the lists that verbs derive from it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
 from torch import nn
 
-from .find import Site, parametrization_lists, sites_in, walk
+from .find import Site, dotted, parametrization_lists, sites_in, walk
 from .names import check_names, ordered_names
 from .place import Place, places_in
 from .stack import Stack
+from .wrappers import inner
+
+# What is done to the modules of a model before it is surveyed; each returns whether it changed any.
+_FIRST: list[Callable[[Iterable[tuple[str, nn.Module]]], bool]] = []
+
+
+def before_survey(
+    prepare: Callable[[Iterable[tuple[str, nn.Module]]], bool],
+) -> Callable[[Iterable[tuple[str, nn.Module]]], bool]:
+    """Register a function of `layers`, which this folder cannot import."""
+    _FIRST.append(prepare)
+    return prepare
 
 
 class Survey:
@@ -23,7 +35,10 @@ class Survey:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.modules: list[tuple[str, nn.Module]] = list(walk(model))
+        if any(prepare(self.modules) for prepare in _FIRST):
+            self.modules = list(walk(model))
 
     def again(self) -> "Survey":
         """Return a survey of the same modules that reads places and sites anew.
@@ -32,8 +47,27 @@ class Survey:
         modules the base has, so no second traversal is needed.
         """
         survey = object.__new__(Survey)
-        survey.modules = self.modules
+        survey.model, survey.modules = self.model, self.modules
         return survey
+
+    @cached_property
+    def paths(self) -> dict[int, list[str]]:
+        """Every path of each module, by its id; several if the module is shared."""
+        found: dict[int, list[str]] = {id(module): [] for _, module in self.modules}
+        around: set[int] = set()  # a module may lead back to itself
+
+        def visit(path: str, module: nn.Module) -> None:
+            module = inner(module)
+            if id(module) in found and id(module) not in around:
+                found[id(module)].append(path)
+                around.add(id(module))
+                for key, child in module._modules.items():
+                    if child is not None:
+                        visit(dotted(path, key), child)
+                around.remove(id(module))
+
+        visit(*self.modules[0])
+        return found
 
     @cached_property
     def places(self) -> list[Place]:

@@ -1,37 +1,37 @@
 """Attach adapters to a model, detach them, and freeze or unfreeze their factors."""
 
 import dataclasses
-import warnings
-from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from torch import nn
 
-from ..errors import StateError
+from ..kinds.arguments import check_attach_arguments
 from ..kinds.spec import Spec
 from ..layers.install import (
     PlannedSite,
+    check_attached,
     check_name,
     check_tied,
     check_ties,
     check_whole,
-    install,
     keep_frozen,
     remove,
     remove_all,
 )
+from ..layers.registered import claim as claim  # what torch registered, from now on
 from ..layers.statistics import hold
 from ..site.factors import Factors
-from ..site.names import check_names, check_unmerged
+from ..site.names import check_factors, check_names, check_unmerged
 from ..site.storage import settle
 from ..site.survey import Survey
+from .add import Activate, add, check_activate
 from .preview import left_out, preview
-from .summary import Summary, report
+from .summary import Summary
 from .targets import Target, Targets, resolve
-
-# Which adapters are active after one was attached: see `attach`.
-Activate = Literal["only", "also", "no"]
 
 
 def attach(
@@ -46,6 +46,7 @@ def attach(
     generator: torch.Generator | None = None,
     hold_statistics: bool = False,
     dry_run: bool = False,
+    **others: NoReturn,
 ) -> Summary:
     """Attach an adapter to every tensor that matches.
 
@@ -56,18 +57,28 @@ def attach(
         model: any module; it keeps its code, its module paths and its stored weights.
         spec: what to learn, such as `LoRA(rank=4)`, or a mapping from target to spec. In a
             mapping, the first target that matches a tensor, or a block of it, decides.
-        targets: a module type (its `weight`), a glob over dotted paths of modules (their `weight`)
-            or tensors, a callable `(path, module) -> bool`, or a list of those. The default is
-            `nn.Linear`. `*` crosses dots, and `*.fc1` also matches an `fc1` at the top. A glob may
-            end with an index, as in `*.c_attn.weight[:, :768]`: only that block is adapted, with
-            factors of its own. One adapter may have several blocks that do not overlap.
+        targets: what to adapt, in one of these forms, or a list of them.
+
+            - A name, `"q_proj"`: each module or tensor whose path is the name, or ends with a dot
+              and the name.
+            - A glob over dotted paths, `"encoder.*.bias"`. `*` crosses dots, and `*.fc1` also
+              matches an `fc1` at the top. With a low-rank spec, a glob skips vectors.
+            - A name or a glob with an index, `"*.c_attn.weight[:, :768]"`: that block alone, with
+              factors of its own. One adapter may have several blocks that do not overlap.
+            - A module type, or a callable `(path, module) -> bool`.
+            - `"all-linear"`, the default: all linear layers (transformers' Conv1D included), except
+              those that share their weight with an embedding and a model's output embeddings.
+
+            A module means its `weight`. For `Delta`, it means all parameters of it and of the
+            modules inside it.
         name: the adapter's name; the model must not have an adapter of that name yet.
         activate: which adapters are active afterwards.
 
             - "only": the new one alone. Others stay attached, switched off.
             - "also": the new one and those that are active now. It is trained on top of them.
-            - "no": those that are active now. The new one is attached switched off.
-        exclude: tensors to leave out, in the same forms.
+            - "no": those that are active now. The new one is attached switched off, and the others
+              stay trained, as several adapters that `routed` trains together must be.
+        exclude: what to leave out, in the same forms; a module means all parameters in it.
         freeze: stop the base's parameters from requiring a gradient, and unless `activate` is "no"
             also the factors of other adapters; `detach` restores the flags.
         generator: the source of the factors' random numbers; by default torch's global CPU
@@ -75,6 +86,7 @@ def attach(
         hold_statistics: keep BatchNorm and similar layers in evaluation mode until this adapter is
             detached, so that their running statistics do not move; see `hold_statistics`.
         dry_run: change nothing and draw nothing; print the summary that the model would have.
+        others: no other argument exists; one of another library raises TypeError with ours.
 
     Returns:
         The model's summary. Its `skipped` lists the tensors without this adapter, with the reason,
@@ -99,6 +111,7 @@ def attach(
     >>> pl.attach(model, pl.LoRA(rank=2), targets="0", name="digits").trainable
     14
     """
+    check_attach_arguments(inspect.signature(attach).parameters, others)
     survey = Survey(model)
     check_name(survey, name)
     check_activate(survey, name, activate)
@@ -110,87 +123,16 @@ def attach(
         expected = dataclasses.replace(expected, skipped=skipped, dry_run=True)
         print(expected)
         return expected
-    planned = [
-        PlannedSite(place, Factors(spec, spec.create(place.value.detach(), generator), place.block))
-        for place, spec in resolved.found
-    ]
+    with _random_state_kept_on_failure(generator):
+        planned = [
+            PlannedSite(
+                place, Factors(spec, spec.create(place.value.detach(), generator), place.block)
+            )
+            for place, spec in resolved.found
+        ]
     if hold_statistics:
         hold(survey.modules, name)
     return dataclasses.replace(add(survey, planned, name, activate, freeze), skipped=skipped)
-
-
-def check_activate(survey: Survey, name: str, activate: str) -> None:
-    """Raise if an adapter cannot be activated in this way."""
-    if activate not in get_args(Activate):
-        raise ValueError(f'activate must be "only", "also" or "no", got {activate!r}')
-    merged = [other for stack in survey.stacks for other in stack.merged if other != name]
-    if activate == "only" and merged:
-        raise StateError(
-            f"cannot make {name!r} the only active adapter while {merged[0]!r} is merged; unmerge "
-            'first, or pass activate="also" or "no"'
-        )
-
-
-def add(
-    survey: Survey,
-    planned: list[PlannedSite],
-    name: str,
-    activate: Activate,
-    freeze: bool = True,
-) -> Summary:
-    """Put new factors at their places, switch adapters as `activate` says, and report.
-
-    An adapter that is attached switched off leaves the others as they are, trained or not.
-
-    Raises:
-        ValueError, StateError: as `check_activate`; the model is unchanged.
-    """
-    check_activate(survey, name, activate)
-    before = _active(survey)
-    install(survey, planned, name, freeze, others=activate != "no")
-    return switch(survey, name, activate, before)
-
-
-def switch(
-    survey: Survey, name: str, activate: Activate, before: Sequence[str] | None = None
-) -> Summary:
-    """Switch adapters as `activate` says, and report, with a warning if one may be missed.
-
-    Args:
-        survey: a survey of the model; tensors may have got adapters since.
-        name: the adapter to activate or not.
-        activate: which adapters are active afterwards, as in `attach`.
-        before: the adapters that were active before the call; by default those that are.
-    """
-    before = _active(survey) if before is None else before
-    survey = survey.again()
-    for stack in survey.stacks:
-        kept = {*stack.active} - {name} if activate != "only" else set()
-        stack.switch(kept if activate == "no" else kept | {name})
-    now = report(survey, fresh=name)
-    off = tuple(other for other in before if other not in now.active)
-    _warn_of_apart(survey, name, off)
-    return dataclasses.replace(now, switched_off=off)
-
-
-def _active(survey: Survey) -> list[str]:
-    """Return the adapters that are active somewhere, in attaching order."""
-    active = {name for stack in survey.stacks for name in stack.active}
-    return [name for name in survey.names if name in active]
-
-
-def _warn_of_apart(survey: Survey, name: str, off: Sequence[str]) -> None:
-    """Warn if an adapter that was switched off shares no tensor with the one that is on."""
-    shared = {other for stack in survey.stacks if name in stack.named for other in stack.named}
-    apart = [repr(other) for other in off if other not in shared]
-    if apart:
-        warnings.warn(
-            f"{name!r} is now the only active adapter; {' and '.join(apart)}, which adapts other "
-            f'tensors, was switched off. To use both, pass activate="also", or call '
-            f"activate(model, {', '.join([*apart, repr(name)])})",
-            UserWarning,
-            stacklevel=5,
-        )
 
 
 def detach(model: nn.Module, *names: str) -> None:
@@ -206,7 +148,8 @@ def detach(model: nn.Module, *names: str) -> None:
 
     Raises:
         AdapterNameError: there is no adapter of that name.
-        StateError: an adapter is merged, tied to a tensor outside of `model`, or sharded.
+        StateError: there are no adapters; or one is merged, tied to a tensor outside of `model`,
+            or sharded.
 
     >>> import paramlora as pl
     >>> model = nn.Linear(4, 3)
@@ -216,7 +159,7 @@ def detach(model: nn.Module, *names: str) -> None:
     True
     """
     survey = Survey(model)
-    check_names(survey.stacks, names)
+    check_names(survey.stacks, names) if names else check_attached(survey)
     check_unmerged(survey.stacks, names, "detach")
     check_ties(survey.sites)
     check_whole(survey.sites)
@@ -231,6 +174,7 @@ def freeze(model: nn.Module, *names: str) -> None:
 
     Raises:
         AdapterNameError: there is no adapter of that name.
+        StateError: there are no adapters.
     """
     settle(model)
     survey = Survey(model)
@@ -244,8 +188,9 @@ def unfreeze(model: nn.Module, *names: str) -> None:
 
     Raises:
         AdapterNameError: there is no adapter of that name.
+        StateError: there are no adapters.
     """
-    for parameter in parameters(model, *names):
+    for parameter in _factors(model, names):
         parameter.requires_grad_(True)
 
 
@@ -254,6 +199,7 @@ def parameters(model: nn.Module, *names: str) -> list[nn.Parameter]:
 
     Raises:
         AdapterNameError: there is no adapter of that name.
+        StateError: there are no adapters, or the adapters have no factors to train.
 
     >>> import paramlora as pl
     >>> model = nn.Linear(4, 3)
@@ -261,6 +207,25 @@ def parameters(model: nn.Module, *names: str) -> list[nn.Parameter]:
     >>> [tuple(parameter.shape) for parameter in pl.parameters(model)]
     [(2, 4), (3, 2)]
     """
+    found = _factors(model, names)
+    check_factors(found)
+    return found
+
+
+@contextmanager
+def _random_state_kept_on_failure(generator: torch.Generator | None) -> Iterator[None]:
+    """Give torch's CPU generator and `generator` their states back if the block raises."""
+    generators = [torch.default_generator, *([] if generator is None else [generator])]
+    states = [one.get_state() for one in generators]
+    try:
+        yield
+    except BaseException:
+        for one, state in zip(generators, states, strict=True):
+            one.set_state(state)
+        raise
+
+
+def _factors(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
     settle(model)
     return [
         parameter

@@ -5,8 +5,6 @@ Subtracting a merged update is inexact: in bfloat16 every sixth weight changes a
 adapter is merged, and unmerging swaps them back.
 """
 
-import copy
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -15,25 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
-from ..kinds.spec import Strength
-from ..layers.install import check_tied, check_ties, check_whole, remove_all
-from ..site.factors import Blocks, Factors
+from ..layers.install import check_attached, check_tied, check_ties, check_whole, remove_all
+from ..site.factors import trainable
 from ..site.find import (
     Site,
-    apply_parametrizations,
     base_weight,
-    preceding,
     stacks_in,
     stored_tensors,
 )
-from ..site.names import check_no_other_block, check_unmerged
+from ..site.marks import mark
+from ..site.names import check_names, check_no_other_block, check_unmerged
 from ..site.overlay import is_routed, may_be_on
 from ..site.place import Place
 from ..site.stack import Stack
+from ..site.storage import Written
 from ..site.survey import Survey
-
-# The number of elements of a weight that are computed at a time: 2 MiB of float32.
-_BLOCK = 2**19
+from .fold import folded
 
 
 class _Fold(NamedTuple):
@@ -50,15 +45,19 @@ def merge(model: nn.Module, *names: str) -> None:
     The outputs stay the same up to rounding. While adapters are merged, the model's
     own `state_dict` contains the merged weights, and `base_state_dict` contains the base's.
 
+    A backward through a merged adapter raises if its factors require a gradient, because they would
+    get none. In grad mode that takes some memory; `freeze` the adapter to avoid it.
+
     Args:
         model: a module with adapters.
         names: the adapters; by default all that are switched on.
 
     Raises:
         AdapterNameError: there is no adapter of that name.
-        StateError: an adapter is merged already or switched off; or there is nothing to merge; or
-            another parametrization below the adapter cannot store the merged weight
-            (spectral_norm); or a tensor is sharded, or not tied any more. The model is unchanged.
+        StateError: there are no adapters, or none is left to merge. Or an adapter is merged
+            already or switched off; or another parametrization below the adapter cannot store the
+            merged weight (spectral_norm); or a tensor is sharded, or not tied any more. The model
+            is unchanged.
 
     >>> import paramlora as pl
     >>> model = nn.Linear(4, 3)
@@ -79,30 +78,34 @@ def _merge(survey: Survey, names: tuple[str, ...]) -> None:
         original = stack.stored or tuple(tensor.data for tensor in parameters)
         _write(parameters, tensors, stack, original)
         stack.fold(chosen)
+    mark(survey.sites)
 
 
-@torch.no_grad()
 def unmerge(model: nn.Module) -> None:
     """Unmerge all merged adapters, and restore the original bits of the stored weights.
 
     The adapters are switched on, as before the merge. If nothing is merged, nothing happens.
 
     Raises:
-        StateError: a tensor is sharded, or was written to since the merge, by an optimizer or by
-            load_state_dict, and unmerging would lose that. The model is unchanged.
+        StateError: there are no adapters. Or a tensor is sharded, or was written to since the
+            merge, by an optimizer or by load_state_dict, and unmerging would lose that. The model
+            is unchanged.
     """
-    sites = [site for site in Survey(model).first_sites if site.stack.merged]
+    survey = Survey(model)
+    check_names(survey.stacks, ())
+    _unmerge(survey)
+
+
+@torch.no_grad()
+def _unmerge(survey: Survey) -> None:
+    sites = [site for site in survey.first_sites if site.stack.merged]
     check_no_other_block([site.stack for site in sites], "unmerge")
     check_whole(sites)
     for site in sites:
         if getattr(site.module, "max_norm", None) is not None:
             continue  # such an embedding writes to its weight whenever it is read
-        # A deep copy has other parameters, whose versions at the merge are not known.
-        if any(
-            written() is parameter and parameter._version != version
-            for parameter in stored_tensors(site.plist)
-            for written, version in site.stack.written
-        ):
+        pairs = zip(site.stack.written, stored_tensors(site.plist), strict=True)
+        if not all(written.is_in(parameter) for written, parameter in pairs):
             raise StateError(
                 f"{site.path!r} was written to since the merge, and unmerging would lose that; "
                 "bake keeps it"
@@ -110,6 +113,7 @@ def unmerge(model: nn.Module) -> None:
     for site in sites:
         _write(stored_tensors(site.plist), site.stack.stored, site.stack, ())
         site.stack.unfold()
+    mark(survey.sites)
 
 
 @contextmanager
@@ -126,7 +130,8 @@ def merged(model: nn.Module, *names: str) -> Iterator[None]:
     try:
         yield
     finally:
-        unmerge(model)
+        # Not by `unmerge`: inside the block all adapters may have been baked or detached.
+        _unmerge(Survey(model))
 
 
 def bake(model: nn.Module) -> None:
@@ -137,6 +142,7 @@ def bake(model: nn.Module) -> None:
             is tied to a tensor outside of `model`.
     """
     survey = Survey(model)
+    check_attached(survey)
     check_ties(survey.sites)
     for stack in survey.stacks:
         for name in stack.factors:
@@ -175,8 +181,6 @@ def _plan(survey: Survey, names: tuple[str, ...]) -> list[_Fold]:
         raise StateError(
             f"nothing to merge: of the adapters here ({listed}) each is merged already or "
             "switched off; unmerge or enable first"
-            if listed
-            else "nothing to merge: no adapter is attached here"
         )
     return folds
 
@@ -231,58 +235,9 @@ def _check_order(site: Site, names: list[str]) -> None:
 
 def _folded(site: Site, names: list[str]) -> list[Tensor]:
     """Return the tensors to store so that the base computes W' of the named adapters."""
-    stack, plist = site.stack, site.plist
-    W = value = base_weight(plist, stack)
-    strengths = stack.seen().strengths or {}
-    for name in stack.named:
-        if name in names or name in stack.merged:
-            value = _applied(stack[name], value, strengths.get(name))
-    # A kind may return a view of W, or other strides than W has (channels_last).
-    shares_storage = value.untyped_storage().data_ptr() == W.untyped_storage().data_ptr()
-    if shares_storage or value.stride() != W.stride():
-        value = torch.empty_like(W).copy_(value)
-    parametrizations = preceding(plist, stack)
-    return _inverted(site, value, parametrizations) if parametrizations else [value]
-
-
-def _applied(factors: Factors | Blocks, W: Tensor, strength: Strength | None) -> Tensor:
-    """Return W' of one adapter; in half precision on a CPU, by blocks of rows.
-
-    There W' is computed in float32, and a block of rows fits into the cache: 4096 × 4096 takes a
-    quarter of the time.
-    """
-    term = None
-    if W.is_cpu and W.dim() == 2 and isinstance(factors, Factors) and factors.block is None:
-        term = factors.low_rank(strength)
-    if term is None or term.A.dtype == W.dtype or isinstance(term.scale, Tensor):
-        return factors(W, strength)
-    value = torch.empty_like(W)
-    rows = max(1, _BLOCK // max(1, W.shape[1]))
-    for w, b, out in zip(W.split(rows), term.B.split(rows), value.split(rows), strict=True):
-        out.copy_(w.to(b.dtype).addmm_(b, term.A, alpha=term.scale))
-    return value
-
-
-def _inverted(site: Site, value: Tensor, before: list[nn.Module]) -> list[Tensor]:
-    """Return the tensors from which the parametrizations before the stack compute `value`."""
-    parts: Tensor | list[Tensor] = value
-    try:
-        # On copies, because a right_inverse may change its module; that of `orthogonal` does.
-        for parametrization in reversed(copy.deepcopy(before)):
-            parts = parametrization.right_inverse(parts)  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        parts = []
-    tensors = [parts] if isinstance(parts, Tensor) else list(parts)
-    if len(tensors) == len(stored_tensors(site.plist)):
-        again = apply_parametrizations(before, tensors)
-        bound = 16 * torch.finfo(value.dtype).eps
-        if torch.allclose(again, value, rtol=bound, atol=bound * float(value.abs().max())):
-            return tensors
-    kinds = ", ".join(type(p).__name__ for p in before)
-    raise StateError(
-        f"cannot merge at {site.path!r}: {kinds} below the adapter cannot store the merged weight; "
-        "remove it first, or leave the adapter unmerged"
-    )
+    stack = site.stack
+    order = [name for name in stack.named if name in names or name in stack.merged]
+    return folded(site, base_weight(site.plist, stack), order, stack.seen().strengths or {})
 
 
 def _write(
@@ -293,9 +248,9 @@ def _write(
 ) -> None:
     """Replace the data of parameters; `original` are the tensors to keep for unmerging."""
     for parameter, tensor in zip(parameters, tensors, strict=True):
-        parameter.data = tensor
+        parameter.data = trainable(tensor)
         # A backward that still needs the old weight must raise an error. Assigning `.data` alone
         # would not cause it.
         torch.autograd.graph.increment_version(parameter)
-    written = tuple((weakref.ref(p), p._version) for p in parameters) if original else ()
+    written = tuple(map(Written, parameters)) if original else ()
     vars(stack).update(stored=original, written=written)

@@ -32,7 +32,8 @@ def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterat
 
     Args:
         model: a module with adapters.
-        ids: integers (n,): for each row the index of its adapter in `names`, or −1 for none.
+        ids: integers (n,): for each row the index of its adapter in `names`, or −1 for none. An
+            input may also have each row k times side by side, n·k rows, as `generate` with beams.
         names: the adapters; by default all, in attaching order.
 
     Raises:
@@ -54,7 +55,8 @@ def routed(model: nn.Module, ids: Tensor | Sequence[int], *names: str) -> Iterat
         then handle it. The forward of a Linear, Conv1D or Embedding asks its stack for the route
         and computes all rows at once (layers/rows.py). Every other layer with an adapted forward
         runs once for each adapter, on the rows of that adapter. And code that reads `layer.weight`
-        itself gets a StateError from the stack, because one tensor cannot serve all rows.
+        itself gets a stand-in, which raises a StateError when it is used for more than its dtype,
+        shape or device, because one tensor cannot serve all rows (layers/stand_in.py).
 
         Attention needs two special cases. A MultiheadAttention whose `out_proj` alone is adapted is
         not a host itself, so its own forward would read `out_proj.weight`; it gets another

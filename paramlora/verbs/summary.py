@@ -14,6 +14,7 @@ from ..site.find import base_weight
 from ..site.place import Place
 from ..site.stack import Stack
 from ..site.survey import Survey
+from .table import HEAD, as_html, as_text, cells, grouped
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ class Summary:
         skipped: a `Skipped` for each tensor of the base without an adapter; in the summary that
             `attach` returns, for each tensor without the new adapter, with the reason.
         held: the paths of the layers whose running statistics are held.
+        moving: the paths of the layers whose running statistics move in training mode.
         active: the adapters that are switched on somewhere, in attaching order.
         switched_off: the adapters that the call that returns this summary switched off.
-        moving: the paths of the layers whose running statistics move in training mode.
         dry_run: whether this is the summary of an `attach` that did not take place.
     """
 
@@ -77,31 +78,29 @@ class Summary:
     dry_run: bool = False
 
     def __str__(self) -> str:
+        return as_text(self._table(), self._notes(), self._start())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._table(), self._notes(), self._start())
+
+    def _table(self) -> list[tuple[str, ...]]:
+        """Return the rows of the table, alike sites in one; empty if there are no adapters."""
+        groups = grouped(self.sites)
+        return [HEAD, *map(cells, groups)] if groups else []
+
+    def _start(self) -> list[str]:
+        return ["dry run: nothing is changed; after attach it would be"] if self.dry_run else []
+
+    def _notes(self) -> list[str]:
+        """Return the lines below the table."""
         share = f" ({self.trainable / self.total:.2%})" if self.total else ""
         end = f"trainable {self.trainable:,} of the base's {self.total:,}{share}"
         if not self.sites:
-            return f"no adapters; {end}"
-        head = (
-            "site",
-            "adapter",
-            "shape",
-            "kind",
-            "rank",
-            "scale",
-            "active",
-            "trainable",
-            "merged",
-            "parameters",
-            "share",
-            "",
-        )
-        rows = [head, *(_cells(row) for row in self.sites)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        start = ["dry run: nothing is changed; after attach it would be"] if self.dry_run else []
+            return [f"no adapters; {end}"]
+        moving = []
         for verb, paths in (("held still", self.held), ("that move in training", self.moving)):
-            lines += [f"running statistics {verb}: {len(paths)} ({some(paths)})"] if paths else []
-        return "\n".join([*start, *lines, *self._switched(), *_reasons(self.skipped), end])
+            moving += [f"running statistics {verb}: {len(paths)} ({some(paths)})"] if paths else []
+        return [*moving, *self._switched(), *_reasons(self.skipped), end]
 
     def _switched(self) -> list[str]:
         """Return the line that names the active adapters; a single one is in the table."""
@@ -110,7 +109,7 @@ class Summary:
         off = f"; switched off by this call: {', '.join(self.switched_off)}"
         return [f"active: {', '.join(self.active) or 'none'}{off if self.switched_off else ''}"]
 
-    __repr__ = __str__  # a notebook's last line shows the table too
+    __repr__ = __str__
 
 
 def summary(model: nn.Module) -> Summary:
@@ -241,21 +240,3 @@ def _reasons(skipped: Iterable[Skipped]) -> list[str]:
         f"skipped, {'trained' if trainable else 'frozen'}: {len(names)} {reason} ({some(names)})"
         for (trainable, reason), names in groups.items()
     ]
-
-
-def _cells(row: SiteSummary) -> tuple[str, ...]:
-    yes = {True: "yes", False: "no"}
-    return (
-        row.site,
-        row.adapter,
-        "×".join(map(str, row.shape)),
-        row.kind,
-        "-" if row.rank is None else str(row.rank),
-        f"{row.scale:g}",
-        yes[row.active],
-        yes[row.trainable],
-        yes[row.merged],
-        f"{row.parameters:,}",
-        f"{row.share:.2%}",
-        row.note,
-    )

@@ -1,26 +1,22 @@
-"""Find the tensors that targets match.
+"""From targets, as the user writes them, to the tensors that get an adapter.
 
-A target is a module type, a glob over dotted paths, or a callable `(path, module) -> bool`. A glob
-matches tensors by their paths. A target that matches a module stands for its `weight`. A glob with
-a trailing index, such as `*.c_attn.weight[:, :768]`, stands for that block of each matching tensor.
+What a single target matches is in `matching.py`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import parametrize
 
-from ..errors import TargetError, nearest, some
+from ..errors import TargetError
+from ..kinds.delta import Delta
 from ..kinds.spec import Spec
-from ..site.block import Part, split
 from ..site.find import dotted
-from ..site.place import Place, check, check_shapes, is_packed
+from ..site.place import Place, check, check_shapes
 from ..site.survey import Survey
-
-Target = type[nn.Module] | str | Callable[[str, nn.Module], bool]
-Targets = Target | Sequence[Target]
+from .matching import ALL_LINEAR, Matcher, Target, Targets, is_glob
+from .nearest import nothing_matches
 
 
 def _computed(survey: Survey) -> list[Place]:
@@ -56,18 +52,28 @@ def resolve(
         TypeError: a spec is not an instance of `Spec`, or a target has none of the known forms.
     """
     check_shapes(survey.places)
+    if isinstance(survey.modules[0][1], parametrize.ParametrizationList):
+        raise TargetError(
+            "cannot attach to a list of parametrizations: attach to the layer that has it, on top "
+            "of them"
+        )
     computed = _computed(survey)
-    candidates = [*survey.places, *computed]
-    excluded = _excluded(survey, exclude, candidates)
+    matcher = Matcher(survey, [*survey.places, *computed])
+    excluded = _excluded(matcher, exclude)
     # By the id of the tensor, because a tied tensor has several paths.
     claims: dict[int, list[tuple[Place, Spec]]] = {}
     left_out: dict[str, tuple[Place, str]] = {}
+    skipped: dict[str, tuple[Place, str]] = {}
     for asked, wanted in _pairs(spec, targets):
-        target, index = _split(asked, candidates)
-        _refuse_computed(_match(target, computed), excluded)
-        matches = _match(target, survey.places)
+        target, index = matcher.split(asked)
+        whole = isinstance(wanted, Delta) and index is None
+        _refuse_computed(matcher.match(target, computed, whole=whole), excluded)
+        matches = matcher.match(target, survey.places, whole=whole)
         if not matches:
-            raise TargetError(f"no tensor matches {_nothing(asked, survey)}")
+            raise TargetError(f"no tensor matches {nothing_matches(asked, matcher)}")
+        if is_glob(target):
+            matches, few = _enough_dimensions(matches, wanted, excluded)
+            skipped |= few
         for place in matches:
             if index is not None and place.path not in excluded:
                 place = place.at(index)
@@ -78,9 +84,12 @@ def resolve(
                 earlier.append((place, wanted))
             elif all(place.block != other.block for other, _ in earlier):
                 left_out[place.path] = place, "decided by an earlier target"
+        if target == ALL_LINEAR:
+            skipped |= matcher.not_linear()
     found = [pair for pairs in claims.values() for pair in pairs]
     if not found:
         raise TargetError(f"every tensor that matches is excluded by exclude={exclude!r}")
+    left_out |= {path: pair for path, pair in skipped.items() if not claims.get(id(pair[0].stored))}
     order = {(id(place.module), place.tensor): i for i, place in enumerate(survey.places)}
     found.sort(key=lambda pair: (order[id(pair[0].module), pair[0].tensor], pair[0].ranges))
     for place, wanted in found:
@@ -88,14 +97,34 @@ def resolve(
     return Resolved(found, left_out)
 
 
-def _excluded(survey: Survey, exclude: Targets, candidates: list[Place]) -> dict[str, Place]:
-    """Return the places that `exclude` matches, by path."""
+def _enough_dimensions(
+    matches: list[Place], spec: Spec, excluded: Mapping[str, Place]
+) -> tuple[list[Place], dict[str, tuple[Place, str]]]:
+    """Return the places that have enough dimensions for a spec, and the others with the reason.
+
+    A glob such as `*.mlp.*` matches biases as well, which a low-rank update cannot have. If it
+    matches nothing else, they all stay, and the check of the places raises.
+    """
+    candidates = [place for place in matches if place.path not in excluded]
+    few = {
+        place.path: (place, f"with too few dimensions for {type(spec).__name__}")
+        for place in candidates
+        if place.stored.dim() < 2 and spec.refusal(place.value) is not None
+    }
+    if len(few) == len(candidates):
+        return matches, {}
+    return [place for place in matches if place.path not in few], few
+
+
+def _excluded(matcher: Matcher, exclude: Targets) -> dict[str, Place]:
+    """Return the places that `exclude` matches, by path; a module means all its parameters."""
     excluded: dict[str, Place] = {}
     for asked in _listed(exclude):
-        target, index = _split(asked, candidates)
-        matches = [p if index is None else p.at(index) for p in _match(target, candidates)]
+        target, index = matcher.split(asked)
+        found = matcher.match(target, matcher.places, whole=index is None)
+        matches = found if index is None else [place.at(index) for place in found]
         if isinstance(target, str) and not matches:
-            raise TargetError(f"exclude= matches nothing: no {_nothing(asked, survey)}")
+            raise TargetError(f"exclude= matches nothing: no {nothing_matches(asked, matcher)}")
         excluded |= {place.path: place for place in matches}
     return excluded
 
@@ -135,12 +164,16 @@ def _pairs(
             raise TypeError("with a mapping from target to spec, leave targets out")
         pairs = list(spec.items())
     else:
-        pairs = [(target, spec) for target in _listed(nn.Linear if targets is None else targets)]
+        if isinstance(targets, Spec):
+            raise TypeError(
+                f"the spec comes before the targets: attach(model, {targets!r}, {spec!r})"
+            )
+        pairs = [(target, spec) for target in _listed(ALL_LINEAR if targets is None else targets)]
     for _, one in pairs:
         if not isinstance(one, Spec):
             raise TypeError(f"a spec is an instance such as LoRA(rank=8), got {one!r}")
     if not pairs:
-        raise TargetError("no targets given; name at least one, such as nn.Linear or '*.fc1'")
+        raise TargetError("no targets given; name at least one, such as nn.Linear or 'fc1'")
     return pairs
 
 
@@ -148,86 +181,3 @@ def _listed(targets: Targets) -> list[Target]:
     if isinstance(targets, str) or callable(targets) or not isinstance(targets, Iterable):
         return [targets]
     return list(targets)
-
-
-def _split(target: Target, everywhere: list[Place]) -> tuple[Target, tuple[Part, ...] | None]:
-    """Split a target into a glob and a trailing index, or None if it has none or is a path."""
-    if not isinstance(target, str) or any(target in (p.path, p.module_path) for p in everywhere):
-        return target, None
-    try:
-        return split(target)
-    except ValueError as error:
-        raise TargetError(f"target {target!r}: {error}") from error
-
-
-def _match(target: Target, everywhere: list[Place]) -> list[Place]:
-    if isinstance(target, type):
-        if not issubclass(target, nn.Module):
-            raise TypeError(f"a target type is a module type such as nn.Linear, got {target!r}")
-        return [
-            place
-            for place in everywhere
-            if place.tensor == "weight"
-            and issubclass(parametrize.type_before_parametrizations(place.module), target)
-        ]
-    if isinstance(target, str):
-        return [
-            place
-            for place in everywhere
-            if _glob(place.path, target)
-            or (place.tensor == "weight" and _glob(place.module_path, target))
-        ]
-    # Modules are callable, too, but not with a path.
-    if callable(target) and not isinstance(target, nn.Module):
-        return [
-            place
-            for place in everywhere
-            if place.tensor == "weight" and target(place.module_path, place.module)
-        ]
-    raise TypeError(
-        "a target is a module type, a glob over paths, or a callable (path, module) -> bool, got "
-        f"{target!r}"
-    )
-
-
-def _glob(path: str, pattern: str) -> bool:
-    # "*.fc1" also matches an fc1 at the top. A path always matches itself, even with "[" in it.
-    return (
-        fnmatchcase(path, pattern)
-        or path == pattern
-        or (pattern[:2] == "*." and fnmatchcase("." + path, pattern))
-    )
-
-
-def _nothing(asked: Target, survey: Survey) -> str:
-    """Describe a target that matches nothing, and name the closest matches."""
-    everywhere = survey.places
-    name = repr(asked) if isinstance(asked, str) else getattr(asked, "__name__", repr(asked))
-    target, index = _split(asked, everywhere)
-    if isinstance(asked, str) and index is not None and (like := _match(asked, everywhere)):
-        return (
-            f"{target!r}, of which {name} would be a block; for characters of a glob, name the "
-            f"tensor as well: {asked + '.' + like[0].tensor!r}"
-        )
-    meant = {path: module for path, module in survey.modules if _means(target, path, module)}
-    packed = [path for path, module in meant.items() or survey.modules if is_packed(module)]
-    if packed:
-        return f"{name}; packed (quantized) weights cannot be adapted, as those of {some(packed)}"
-    if meant:
-        own = [place.path for place in everywhere if place.module in meant.values()]
-        only = f", only {some(own)}: name those with a glob" if own else ""
-        return f"{name}; there is no parameter 'weight' in {some(meant)}{only}"
-    if isinstance(target, str):
-        modules = [place.module_path for place in everywhere if place.module_path]
-        paths = dict.fromkeys([*modules, *(place.path for place in everywhere)])
-        return name + (nearest(target, paths) or f"; there are {some(paths) or 'no parameters'}")
-    with_weight = [place.module for place in everywhere if place.tensor == "weight"]
-    types = {parametrize.type_before_parametrizations(module).__name__ for module in with_weight}
-    return f"{name}; modules with a weight here are {some(sorted(types)) or 'none'}"
-
-
-def _means(target: Target, path: str, module: nn.Module) -> bool:
-    """Return whether a type or a glob matches a module, with or without a weight."""
-    if isinstance(target, type):
-        return issubclass(parametrize.type_before_parametrizations(module), target)
-    return isinstance(target, str) and _glob(path, target)

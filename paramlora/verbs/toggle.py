@@ -22,7 +22,7 @@ def enable(model: nn.Module, *names: str) -> None:
 
     Raises:
         AdapterNameError: there is no adapter of that name.
-        StateError: an adapter is merged.
+        StateError: there are no adapters, or one is merged.
     """
     _enable(stacks_in(model), names)
 
@@ -36,7 +36,7 @@ def disable(model: nn.Module, *names: str) -> None:
 
     Raises:
         AdapterNameError: there is no adapter of that name.
-        StateError: an adapter is merged.
+        StateError: there are no adapters, or one is merged.
     """
     _disable(stacks_in(model), names)
 
@@ -54,7 +54,7 @@ def scale(model: nn.Module, factor: Strength, *names: str) -> None:
     Raises:
         ValueError: the factor is not a finite number.
         AdapterNameError: there is no adapter of that name.
-        StateError: an adapter is merged.
+        StateError: there are no adapters, or one is merged.
 
     >>> import paramlora as pl
     >>> model = nn.Linear(4, 3)
@@ -63,8 +63,8 @@ def scale(model: nn.Module, factor: Strength, *names: str) -> None:
     >>> pl.summary(model).sites[0].scale
     0.5
     """
-    _check_strength(factor)
     stacks = stacks_in(model)
+    _check_strength(factor)
     _check(stacks, names, "scale")
     for stack in stacks:
         for name in names or stack.names:
@@ -192,7 +192,7 @@ def using(
     Raises:
         ValueError: a strength is not a finite number.
         AdapterNameError: there is no adapter of that name.
-        StateError: an adapter is merged.
+        StateError: there are no adapters, or one is merged.
 
     >>> import paramlora as pl
     >>> model = nn.Linear(4, 3)

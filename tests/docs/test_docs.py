@@ -1,4 +1,4 @@
-"""The examples of docs/transformers.md and docs/distributed.md run unchanged.
+"""The examples of docs/transformers.md, distributed.md and export.md run unchanged.
 
 A Python block runs after those before it in its section; a block that begins with a file name in a
 comment is written to that file instead. The commands of a `sh` block run unchanged, except for the
@@ -23,7 +23,7 @@ SECTION = re.compile(r"^## (.+?)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CASES = [
     pytest.param(name, match[1], id=f"{name} {match[1]}")
-    for name in ("transformers.md", "distributed.md")
+    for name in ("transformers.md", "distributed.md", "export.md")
     for match in SECTION.finditer((ROOT / "docs" / name).read_text(encoding="utf-8"))
 ]
 # Options that make a study short.

@@ -11,7 +11,7 @@ from torch import nn
 import paramlora as pl
 from tests.support.helpers import Row, refuses
 from tests.support.mixed import assert_bits, attach_two, mixed, small
-from tests.support.models import Tied, attached, half_merged
+from tests.support.models import Tied, attached, half_merged, plain
 from tests.support.reference import shake
 
 
@@ -112,10 +112,11 @@ STATES: dict[str, Row] = {
     "a base under other keys": (
         attached,
         lambda m: pl.load_base_state_dict(
-            m, {key: value for key, value in m.state_dict().items() if "fc" not in key}
+            m, {key.replace("fc", "0.fc"): value for key, value in plain().state_dict().items()}
         ),
         pl.CheckpointError,
-        "the state for the base does not fit: missing fc1.bias, fc1.weight, fc2.bias, fc2.weight",
+        "the state for the base does not fit: missing fc1.weight, fc1.bias, fc2.weight, fc2.bias; "
+        "unexpected 0.fc1.weight, 0.fc1.bias, 0.fc2.weight, 0.fc2.bias",
     ),
 }
 

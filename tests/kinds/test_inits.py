@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import paramlora as pl
 from tests.support.reference import HOSTS
 
-INITS = ["kaiming", "gaussian", "gaussian/sqrt_r", "orthogonal"]
+INITS = ["kaiming", "gaussian", "gaussian/sqrt_r", "uniform/sqrt_r", "orthogonal"]
 RANK, IN, OUT = 25, 400, 300
 COUNT = RANK * IN
 
@@ -31,9 +31,10 @@ def test_shapes(init: str) -> None:
     assert found["A"].all()
 
 
-def test_kaiming() -> None:
-    """Kaiming with a = √5 is uniform on ±1/√in."""
-    A, bound = factors(pl.LoRA(rank=RANK))["A"], IN**-0.5
+@pytest.mark.parametrize(("init", "bound"), [("kaiming", IN**-0.5), ("uniform/sqrt_r", RANK**-0.5)])
+def test_uniform(init: str, bound: float) -> None:
+    """Kaiming with a = √5 is uniform on ±1/√in, and the other uniform init on ±1/√r."""
+    A = factors(pl.LoRA(rank=RANK, init=init))["A"]
     assert float(A.abs().max()) <= bound
     # The largest of n values exceeds (1 − 20/n)·bound with probability 1 − e⁻²⁰.
     assert float(A.abs().max()) >= bound * (1 - 20 / COUNT)

@@ -25,8 +25,8 @@ INVALID: dict[str, tuple[Callable[[], pl.kinds.Spec], str]] = {
     "alpha a string": (lambda: LoRA(alpha="8"), ALPHA + "'8'"),  # type: ignore[arg-type]
     "unknown init": (
         lambda: LoRA(init="xavier"),
-        "init must be one of 'kaiming', 'gaussian', 'gaussian/sqrt_r', 'orthogonal'[...] or a "
-        "callable, got 'xavier'",
+        "init must be one of 'kaiming', 'gaussian', 'gaussian/sqrt_r', 'uniform/sqrt_r', "
+        "'orthogonal'[...] or a callable, got 'xavier'",
     ),
     "negative alpha for pissa": (
         lambda: LoRA(rank=3, alpha=-1, init="pissa"),
@@ -100,7 +100,7 @@ def test_dropout_is_not_a_setting() -> None:
     """Specs have no dropout: dropout of a layer's input is not a function of its weight."""
     for spec in (pl.LoRA, pl.Delta):
         make: Callable[..., pl.kinds.Spec] = spec
-        with pytest.raises(TypeError, match="unexpected keyword argument 'dropout'"):
+        with pytest.raises(TypeError, match="no argument 'dropout': adapters have no dropout"):
             make(dropout=0.1)
 
 

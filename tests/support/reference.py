@@ -6,7 +6,6 @@ kind of adapter is one line in `KINDS`, a new host one entry in `HOSTS`.
 """
 
 import copy
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -433,8 +432,7 @@ class Case:
                 leaves[f"{name} strength"] = strength
         # The parameters of the base, by their names from before attaching.
         base = dict(self.plain.named_parameters())
-        for key, parameter in self.model.named_parameters():
-            path = re.sub(r"parametrizations\.(\w+)\.original$", r"\1", key)
+        for path, parameter in self.model.named_parameters():
             if path in base:
                 leaves[path] = parameter
         return leaves

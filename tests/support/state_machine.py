@@ -21,9 +21,11 @@ BAD_NAME = (pl.AdapterNameError, r"^no adapter '.' here; attached are: ")
 IS_MERGED = (pl.StateError, r"^cannot .* adapter '.' while it is merged; unmerge first$")
 ALREADY_MERGED = (pl.StateError, r"^adapter '.' is merged already; unmerge first$")
 IS_OFF = (pl.StateError, r"^adapter '.' is switched off")
+NO_BACKWARD = (pl.StateError, r"^cannot train adapter '.'.* while it is merged: ")
+NO_ADAPTER = (pl.StateError, r"^no adapter is attached here; ")
 NOTHING = (pl.StateError, r"^nothing to merge")
+IS_TAKEN = (pl.AdapterNameError, r"^(an )?adapter '.' is attached already")
 CANNOT_BE_ONLY = (pl.StateError, r"^cannot make '.' the only active adapter while '.' is merged")
-IS_TAKEN = (pl.AdapterNameError, r"^an adapter '.' is attached already")
 ExpectedError = tuple[type[Exception], str]
 
 
@@ -134,7 +136,10 @@ class BaseMachine(RuleBasedStateMachine):
         return self.model.get_submodule(scope.rstrip("."))
 
     def bad_name(self, names: Any, scope: str = "") -> ExpectedError | None:
-        return BAD_NAME if set(names) - set(self.reference.names(scope)) else None
+        attached = self.reference.names(scope)
+        if not names and not attached:
+            return NO_ADAPTER
+        return BAD_NAME if set(names) - set(attached) else None
 
     def attempt(self, call: Callable[[], Any], *errors: ExpectedError | None) -> bool:
         """Call a function, and expect the first of `errors` that is not None, if there is one.

@@ -265,9 +265,79 @@ def kinds(folder: Path) -> dict[str, Any]:
     return found
 
 
-SCENARIOS = [data_parallel]
+def wrapped(kind: str, seed: int) -> tuple[Any, torch.optim.Optimizer]:
+    """Return an adapted model with other values for each seed, wrapped, and its optimizer."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = adapted()
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.add_(draw(seed + i, *parameter.shape))
+    if kind == "sharded":
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=init_device_mesh("cpu", (WORLD,)))
+    else:
+        model = DistributedDataParallel(model, find_unused_parameters=True)
+    return model, torch.optim.Adam(pl.parameters(model), lr=0.1)
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Train one step; return the outputs after it."""
+    x, _ = batch(0)
+    model(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        return model(x)
+
+
+def checkpoint(kind: str, folder: Path) -> dict[str, Any]:
+    """Save a model and its optimizer by torch.distributed.checkpoint, and load them in another."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as states
+
+    model, optimizer = wrapped(kind, 1)
+    step(model, optimizer)
+    dcp.save(
+        dict(zip("mo", states.get_state_dict(model, optimizer), strict=True)),
+        checkpoint_id=folder / kind,
+    )
+    other, its = wrapped(kind, 100)
+    loaded = dict(zip("mo", states.get_state_dict(other, its), strict=True))
+    dcp.load(loaded, checkpoint_id=folder / kind)
+    states.set_state_dict(other, its, model_state_dict=loaded["m"], optim_state_dict=loaded["o"])
+    found: dict[str, Any] = {
+        "steps": [(step(model, optimizer), step(other, its)) for _ in range(2)]
+    }
+    full = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found["state"] = states.get_model_state_dict(model, options=full)
+    third, _ = wrapped(kind, 200)
+    third.load_state_dict(model.state_dict(), assign=True)
+    with torch.no_grad():
+        found["assigned"] = third(batch(0)[0])
+    return found
+
+
+def checkpoints(folder: Path) -> dict[str, Any]:
+    return {kind: checkpoint(kind, folder) for kind in KINDS_OF_PARALLEL}
+
+
+def old_sharding(folder: Path) -> dict[str, Any]:
+    """Wrap an adapted model by FSDP1, which is refused."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    try:
+        FullyShardedDataParallel(adapted(), use_orig_params=True, device_id=torch.device("cpu"))
+    except pl.ParamloraError as error:
+        return {"refused": str(error)}
+    return {}
+
+
+SCENARIOS, KINDS_OF_PARALLEL = [data_parallel, checkpoints], ["replicated"]
 if not needs_sharding.args[0]:
-    SCENARIOS += [sharded, gathered, kinds]
+    SCENARIOS += [sharded, gathered, kinds, old_sharding]
+    KINDS_OF_PARALLEL += ["sharded"]
 
 
 @pytest.fixture(scope="module")
@@ -373,3 +443,30 @@ def test_every_kind_sharded(folder: Path, results: Results) -> None:
             grads = [p.grad for p in pl.parameters(model)]
             expected = y.detach()
             assert_close(found[repr(spec)], (expected, grads, expected), **EXACT)
+
+
+@pytest.mark.slow
+def test_distributed_checkpoints(results: Results) -> None:
+    """With DDP or fully_shard, torch.distributed.checkpoint restores base, factors and optimizer.
+
+    The whole state dict has the keys of one process and loads into a model of one process.
+    """
+    for found in results["checkpoints"]:
+        for kind in KINDS_OF_PARALLEL:
+            for first, second in found[kind]["steps"]:
+                assert_close(second, first, rtol=0, atol=0)
+            assert_close(found[kind]["assigned"], first, rtol=0, atol=0)
+    for kind in KINDS_OF_PARALLEL:
+        found, model = results["checkpoints"][0][kind], adapted()
+        state = {key.removeprefix("module."): value for key, value in found["state"].items()}
+        model.load_state_dict(state)
+        with torch.no_grad():
+            assert_close(model(batch(0)[0]), found["assigned"], **EXACT)
+
+
+@pytest.mark.slow
+@needs_sharding
+def test_old_sharding(results: Results) -> None:
+    """FSDP1 takes parameters out of their modules; on an adapted model it is refused by name."""
+    for found in results["old_sharding"]:
+        assert "shard an adapted model by torch.distributed.fsdp.fully_shard" in found["refused"]

@@ -22,6 +22,9 @@ pytestmark = [
 
 # Inside a module: torch 2.6 cannot export an LSTM by itself.
 LSTM = Host(lambda: nn.Sequential(nn.LSTM(5, 4)), lambda: (torch.randn(3, 2, 5),))
+# Nor can older versions strictly export a module by itself that is adapted and not a Linear: they
+# raise an error.
+INSIDE = not hasattr(torch._dynamo.config, "install_free_tensors")
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +48,8 @@ def test_export(host: str | Host, on: bool, strict: bool) -> None:
     (pl.enable if on else pl.disable)(case.model)
     expected = case.expected("one") if on else case.expected()
     with torch.no_grad():
-        program = torch.export.export(case.model, case.inputs, strict=strict)
+        model = nn.Sequential(case.model) if strict and INSIDE else case.model
+        program = torch.export.export(model, case.inputs, strict=strict)
         # The program keeps the state in which it was exported.
         (pl.disable if on else pl.enable)(case.model)
         found = program.module()(*case.inputs)

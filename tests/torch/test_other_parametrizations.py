@@ -19,6 +19,8 @@ import paramlora as pl
 from paramlora import LoRA
 from tests.support.helpers import (
     EXACT,
+    LEAVE_OUT,
+    refuses,
     unchanged,
 )
 from tests.support.mixed import assert_bits, train
@@ -251,10 +253,10 @@ def test_norm_of_a_hook(old: Callable[..., nn.Module]) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 def test_norm_of_a_hook_after_attach() -> None:
-    """torch's old weight_norm refuses a parametrized weight and changes nothing."""
+    """torch's old weight_norm is refused on an adapted weight, and nothing changes."""
     model, _ = normed(lambda layer: layer)
     pl.attach(model, pl.LoRA(rank=2))
-    with unchanged(model), pytest.raises(KeyError, match="weight"):
+    with unchanged(model), pytest.raises(pl.StateError, match="because it has adapters: detach"):
         nn.utils.weight_norm(model[0])
 
 
@@ -278,3 +280,62 @@ def test_modules_of_a_parametrization() -> None:
     assert pl.fingerprint(model) == digest
     pl.disable(model)
     assert torch.equal(model(x), expected)
+
+
+class Through(nn.Module):
+    """A parametrization with a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.inner(weight)
+
+
+@pytest.mark.parametrize(
+    ("target", "part"),
+    [
+        ("inner", "0.parametrizations.weight.0.inner"),
+        ("0.parametrizations.weight.0.inner.bias", "0.parametrizations.weight.0.inner"),
+        ("*.original", "0.parametrizations.weight"),
+        ("0.parametrizations.weight.0", "0.parametrizations.weight.0"),
+        (Through, "0.parametrizations.weight.0"),
+    ],
+)
+def test_a_target_inside_another_parametrization(target: Any, part: str) -> None:
+    """A target inside another parametrization raises, and the message names the adapted tensor."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    parametrize.register_parametrization(model[0], "weight", Through())
+    name = repr(target) if isinstance(target, str) else "Through"
+    refuses(
+        model,
+        lambda m: pl.attach(m, pl.LoRA(1), target),
+        pl.TargetError,
+        f"no tensor matches {name}; {part!r} is a part of the parametrization of '0.weight'; "
+        "adapters go on top of that: name '0.weight'",
+    )
+
+
+def test_a_parametrized_part_of_a_parametrization() -> None:
+    """A tensor is refused if what its parametrization stores is parametrized in turn."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    weight_norm(model[0])
+    stored: Any = model[0].parametrizations.weight
+    parametrize.register_parametrization(stored, "original1", Through())
+    refuses(
+        model,
+        lambda m: pl.attach(m, pl.LoRA(2)),
+        pl.TargetError,
+        "cannot adapt '0.weight' with LoRA: a tensor that its parametrization stores is "
+        f"parametrized in turn {LEAVE_OUT}",
+    )
+    pl.attach(model, pl.Delta(), "0.bias")
+    assert pl.summary(model).trainable == 3
+    refuses(
+        stored,
+        lambda m: pl.attach(m, pl.LoRA(1), "original1"),
+        pl.TargetError,
+        "cannot attach to a list of parametrizations: attach to the layer that has it, on top of "
+        "them",
+    )

@@ -5,15 +5,18 @@ come from paramlora. Errors of targets are in `test_targets.py`, those of settin
 `tests/kinds/test_specs.py`.
 """
 
+import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import paramlora as pl
 from paramlora import LoRA
-from tests.support.helpers import A_NAME, LEAVE_OUT, Row, refuses
+from tests.support.helpers import A_NAME, LEAVE_OUT, Row, refuses, unchanged
 from tests.support.models import attached, plain, tied_on_one_side
 
 
@@ -111,7 +114,7 @@ ATTACHING: dict[str, Row] = {
     ),
     "LoRA on a bias": (
         plain,
-        lambda m: pl.attach(m, LoRA(2), "fc*"),
+        lambda m: pl.attach(m, LoRA(2), ["fc1", "fc1.bias"]),
         pl.TargetError,
         "cannot adapt 'fc1.bias' with LoRA: a low-rank update needs two dimensions, it has 1; use "
         f"Delta() {LEAVE_OUT}",
@@ -139,7 +142,8 @@ ATTACHING: dict[str, Row] = {
         packed,
         lambda m: pl.attach(m, LoRA(2)),
         pl.TargetError,
-        "no tensor matches Linear; packed (quantized) weights cannot be adapted, as those of 0",
+        "no tensor matches 'all-linear'; packed (quantized) weights cannot be adapted, as those "
+        "of 0",
     ),
     "packed, by path": (
         packed,
@@ -206,3 +210,42 @@ def test_attach_errors(row: Row) -> None:
     """An attach that is impossible raises, says what to do, and changes nothing."""
     make, call, error, message = row
     refuses(make(), call, error, message)
+
+
+def normalised() -> nn.Module:
+    """Return a model whose spectral_norm takes a step whenever a weight is read in training."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        parametrizations.spectral_norm(nn.Linear(5, 4)),
+        parametrizations.spectral_norm(nn.Linear(4, 3)),
+    )
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m: pl.attach(m, LoRA(2), "*.nope"),
+        lambda m: pl.attach(m, LoRA(2), nn.Conv2d),
+        lambda m: pl.attach(m, LoRA(2), "0.bias"),
+        lambda m: pl.attach(m, LoRA(2), ["0", "1.bias"]),
+        lambda m: pl.attach(m, LoRA(2, init=Failing())),
+        lambda m: pl.attach(m, LoRA(2, init="pissa"), name=""),
+    ],
+)
+def test_refused_attach_on_spectral_norm(call: Any) -> None:
+    """A refused call takes no step of the power iteration of spectral_norm."""
+    model = normalised()
+    with unchanged(model), pytest.raises((pl.ParamloraError, ValueError, FloatingPointError)):
+        call(model)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_random_state_after_a_refused_attach(own: bool) -> None:
+    """A call that fails after drawing numbers gives the generators their states back."""
+    generator = torch.Generator().manual_seed(3) if own else None
+    source = generator or torch.default_generator
+    model, before = plain(), source.get_state()
+    specs: Any = {"fc1": LoRA(2), "fc2": LoRA(2, init=lambda A: A.fill_(math.inf))}
+    with unchanged(model), pytest.raises(ValueError, match="did not fill a factor"):
+        pl.attach(model, specs, generator=generator)
+    assert torch.equal(source.get_state(), before)

@@ -22,7 +22,7 @@ def overwritten() -> nn.Module:
     model = half_merged()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if key == "fc1.parametrizations.weight.original":
+            if key == "fc1.weight":
                 parameter.add_(1)
     return model
 
@@ -49,7 +49,8 @@ MERGING: dict[str, Row] = {
         plain,
         lambda m: pl.merge(m),
         pl.StateError,
-        "nothing to merge: no adapter is attached here",
+        "no adapter is attached here; attach or load one first, or call this on the model that "
+        "has adapters",
     ),
     "merging all when all are off or merged": (
         half_merged,

@@ -12,9 +12,9 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from paramlora import LoRA
-from tests.support.helpers import EXACT, snapshot
+from tests.support.helpers import EXACT, case_of, snapshot
 from tests.support.mixed import assert_bits
-from tests.support.reference import shake
+from tests.support.reference import floats, shake
 
 
 @pytest.mark.parametrize("groups", [2, 4])
@@ -88,7 +88,7 @@ def test_merging_by_blocks_of_rows(
     dtype: torch.dtype, init: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A weight merged in several blocks of rows has the bits of W' as read, and unmerges."""
-    monkeypatch.setattr(sys.modules["paramlora.verbs.merge"], "_BLOCK", 20)
+    monkeypatch.setattr(sys.modules["paramlora.verbs.fold"], "_BLOCK", 20)
     layer: Any = nn.Linear(6, 10).to(dtype)
     pl.attach(layer, pl.LoRA(rank=2, alpha=3, init=init), name="one")
     pl.attach(layer, pl.LoRA(rank=1), "weight[2:, :]", name="two", activate="also")
@@ -132,3 +132,49 @@ def test_memory_format() -> None:
     assert_close(layer.weight, dense)
     pl.bake(layer)
     assert layer.weight.stride() == strides
+
+
+@pytest.mark.parametrize("host", ["linear", "conv2d", "lstm", "bilinear", "bare_2d"])
+def test_backward_through_a_merged_adapter(host: str) -> None:
+    """A backward that would leave merged factors without a gradient raises."""
+    case = case_of(host)
+    model = case.model
+    pl.merge(model)
+    match = r"cannot train adapter 'one' while it is merged: its factors would get no gradient"
+    with pytest.raises(pl.StateError, match=match):
+        torch.cat([y.flatten() for y in floats(model(*case.inputs))]).sum().backward()
+    assert all(factor.grad is None for factor in pl.parameters(model))
+    with torch.no_grad():
+        model(*case.inputs)
+    pl.freeze(model)
+    inputs = [x.requires_grad_() for x in case.inputs if x.is_floating_point()]
+    if inputs:
+        torch.cat([y.flatten() for y in floats(model(*case.inputs))]).sum().backward()
+        assert all(x.grad is not None for x in inputs)
+
+
+def test_merged_below_a_trained_adapter() -> None:
+    """A merged adapter that is frozen does not keep the one on top of it from training."""
+    model, x = nn.Linear(4, 3), torch.randn(2, 4)
+    pl.attach(model, pl.LoRA(rank=2), name="below")
+    pl.merge(model)
+    pl.attach(model, pl.LoRA(rank=1), name="top", activate="also")
+    model(x).sum().backward()
+    assert all(factor.grad is not None for factor in pl.parameters(model, "top"))
+    pl.unfreeze(model, "below")
+    with pytest.raises(pl.StateError, match="cannot train adapter 'below' while it is merged"):
+        model(x).sum().backward()
+    (gradient,) = torch.autograd.grad(model(x.requires_grad_()).sum(), x)
+    assert gradient.shape == x.shape
+    pl.unmerge(model)
+    model(x).sum().backward()
+    assert all(factor.grad is not None for factor in pl.parameters(model, "below"))
+
+
+def test_reading_a_merged_weight() -> None:
+    """`layer.weight` of a merged layer is the stored parameter itself, also in grad mode."""
+    model = nn.Linear(4, 3)
+    pl.attach(model, pl.LoRA(rank=2))
+    pl.merge(model)
+    assert model.weight is model.weight
+    assert isinstance(model.weight, nn.Parameter)

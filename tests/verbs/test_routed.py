@@ -1,10 +1,12 @@
 """`routed`: rows of one batch with an adapter each, and calls that raise."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -12,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import paramlora as pl
 from tests.support.helpers import BOUNDS, error
 from tests.support.models import IDS, one_by_one, with_three_adapters
+from tests.support.reference import shake
 
 
 def linear() -> nn.Sequential:
@@ -182,6 +185,7 @@ def test_state_after_the_block(fails: bool) -> None:
 
 def test_compiled() -> None:
     """A routed model compiles to one graph, with the values and gradients of the eager one."""
+    torch.compiler.reset()  # other tests in this process may have reached the limit of graphs
     model, x = linear().float(), torch.randn(len(IDS), 6)
     parameters = pl.parameters(model)
     with pl.routed(model, IDS):
@@ -245,10 +249,47 @@ def test_module_with_its_own_forward() -> None:
 
 
 def test_reading_a_weight() -> None:
-    """Reading an adapted weight inside raises, as there is no single W'."""
+    """Using an adapted weight inside raises, as there is no single W'; its dtype can be asked."""
     model = linear()
-    with pl.routed(model, [0]), pytest.raises(pl.StateError, match=r"'0.weight' was read insi"):
-        _ = model[0].weight
+    expected = model[0].weight
+    uses: list[Callable[[Any], object]] = [
+        lambda W: W + 0,
+        lambda W: torch.eye(6) @ W.T,
+        lambda W: F.linear(torch.ones(6), W),
+        lambda W: W.data,
+        lambda W: W.detach(),
+        lambda W: W.tolist(),
+        lambda W: W.sum(),
+        lambda W: W.copy_(expected),
+        repr,
+    ]
+    with pl.routed(model, [0]):
+        W = model[0].weight
+        assert isinstance(W, Tensor)
+        assert (W.dtype, W.shape, W.device) == (expected.dtype, expected.shape, expected.device)
+        for use in uses:
+            with pytest.raises(pl.StateError, match=r"'0.weight' was read insi"):
+                use(W)
+
+
+@pytest.mark.parametrize("name", ["Linear", "GRU"])
+def test_repeated_rows(name: str) -> None:
+    """A batch with each row several times side by side, as beams are, is routed row by row."""
+    model: Any = nn.Linear(4, 3) if name == "Linear" else nn.GRU(4, 3, batch_first=True)
+    for adapter in ("a", "b"):
+        target = "weight" if name == "Linear" else "weight_ih_l0"
+        pl.attach(model, pl.LoRA(rank=2, init="gaussian"), target, name=adapter)
+    shake(model)
+    run: Callable[[Tensor], Tensor] = model if name == "Linear" else lambda x: model(x)[0]
+    x = torch.randn(6, 2, 4)
+    with pl.routed(model, [1, -1], "a", "b"):
+        repeated = run(x)
+        run(x[:2])
+        for rows in (0, 1, 3, 5):
+            with pytest.raises(ValueError, match="ids route 2 rows"):
+                run(x[:rows])
+    with pl.routed(model, [1, 1, 1, -1, -1, -1], "a", "b"):
+        torch.testing.assert_close(repeated, run(x))
 
 
 def test_merging_inside() -> None:

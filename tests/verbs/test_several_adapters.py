@@ -16,12 +16,12 @@ from tests.support.reference import shake
 Task = tuple[str, Tensor, Tensor]
 
 
-def base() -> nn.Module:
+def base() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
-def with_two(**options: Any) -> nn.Module:
+def with_two(**options: Any) -> Any:
     """Return a model with "a", then "b" added with these options, their factors random."""
     model = base()
     pl.attach(model, pl.LoRA(2), name="a")
@@ -85,15 +85,15 @@ def test_two_adapters_apart_and_together() -> None:
     alone = train(model, pl.parameters(model, "worst"), first)
     pl.attach(model, pl.LoRA(rank=4), name="rest")
     other = train(model, pl.parameters(model, "rest"), second)
-    weights = {}
+    weights = []
     for names in (["worst"], ["rest"], ["worst", "rest"], []):
         with pl.using(model, *names):
-            weights[len(weights)] = model[0].weight.detach().double()
+            weights.append(model[0].weight.detach().double())
             if names == ["worst"]:
                 assert loss_on(model, first).item() == pytest.approx(alone, rel=1e-5)
             if names == ["rest"]:
                 assert loss_on(model, second).item() == pytest.approx(other, rel=1e-5)
-    one, two, both, off = weights.values()
+    one, two, both, off = weights
     torch.testing.assert_close(both - off, (one - off) + (two - off), rtol=1e-5, atol=1e-6)
 
 
@@ -180,8 +180,10 @@ def test_warning_for_an_adapter_of_other_tensors() -> None:
     """Switching off one that shares no tensor with the new adapter warns and says what to do."""
     model = base()
     pl.attach(model, pl.LoRA(2), name="weights")
-    with pytest.warns(UserWarning, match="'biases' is now the only active.*'weights'.*\"also\""):
+    said = "'biases' is now the only active.*'weights'.*\"also\""
+    with pytest.warns(UserWarning, match=said) as caught:
         pl.attach(model, pl.Delta(), "*.bias", name="biases")
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pl.attach(model, pl.Delta(), ["*.bias", "0.weight"], name="both")  # nothing apart was on

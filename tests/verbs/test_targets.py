@@ -47,7 +47,10 @@ def with_constants() -> nn.Module:
     return layer
 
 
-A_TARGET = "a target is a module type, a glob over paths, or a callable (path, module) -> bool, got"
+A_TARGET = (
+    "a target is a module type, a name or a glob over paths, or a callable (path, module) -> bool, "
+    "got"
+)
 
 
 TARGETS: dict[str, Row] = {
@@ -123,7 +126,7 @@ TARGETS: dict[str, Row] = {
         nn.ReLU,
         lambda m: pl.attach(m, LoRA(2)),
         pl.TargetError,
-        "no tensor matches Linear; modules with a weight here are none",
+        "no tensor matches 'all-linear'; modules with a weight here are none",
     ),
     "everything excluded": (
         plain,
@@ -141,13 +144,13 @@ TARGETS: dict[str, Row] = {
         plain,
         lambda m: pl.attach(m, LoRA(2), []),
         pl.TargetError,
-        "no targets given; name at least one, such as nn.Linear or '*.fc1'",
+        "no targets given; name at least one, such as nn.Linear or 'fc1'",
     ),
     "an empty mapping": (
         plain,
         lambda m: pl.attach(m, {}),
         pl.TargetError,
-        "no targets given; name at least one, such as nn.Linear or '*.fc1'",
+        "no targets given; name at least one, such as nn.Linear or 'fc1'",
     ),
     "mapping plus targets": (
         plain,

@@ -54,17 +54,7 @@ def base_weights(model: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]:
 
 def with_weights(model: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
     """Return the model's outputs with the base weights at these paths replaced."""
-    named = dict(model.named_parameters())
-    stored = {
-        path if path in named else _original(path): weight for path, weight in weights.items()
-    }
-    return torch.func.functional_call(model, stored, (inputs,))
-
-
-def _original(path: str) -> str:
-    """Return the path at which parametrize stores the original tensor."""
-    module, _, tensor = path.rpartition(".")
-    return f"{module}.parametrizations.{tensor}.original".lstrip(".")
+    return torch.func.functional_call(model, dict(weights), (inputs,))
 
 
 def elastic(weights: Mapping[str, Tensor], fishers: Mapping[str, Tensor]) -> Penalty:

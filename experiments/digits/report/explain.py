@@ -49,14 +49,15 @@ def settings_of(run: RunDirectory, **places: Any) -> DigitSettings:
     return replace(DigitSettings(), **kept, **places)
 
 
-def explain(folder: Path, seed: int = 0, **places: Any) -> Path:
-    """Write explain.html, on a run's adapter of one seed, into the run's folder.
+def explain(folder: Path, seed: int | None = None, **places: Any) -> Path:
+    """Write explain.html, on a run's adapter of one seed (default: the first), into its folder.
 
     Returns:
         The path of the page.
     """
     run = RunDirectory.read(folder)
     context = context_of(settings_of(run, **places))
+    seed = context.settings.seed_from if seed is None else seed
     model, test = context.model(), [(context.test_inputs, context.test_labels)]
     pl.load(model, folder / "adapters" / f"lora-{seed}.safetensors", name="lora")
     images = counted_images(context.settings)

@@ -16,6 +16,8 @@ from ...report.document import Block, Picture, Sections
 from ...report.document import markdown as as_markdown
 from ...report.page import page
 from ...report.table import Sample, Table, key_value_table, percent
+from ..data import small_note
+from .findings import findings
 from .plots import draw
 from .tables import (
     base_of,
@@ -56,7 +58,8 @@ def write_report(folder: Path) -> RunDirectory:
 
 def terminal(run: RunDirectory) -> str:
     """Return the text that the terminal shows at the end of a run."""
-    return "\n".join(["", title(run), "", digit_table(run).text(), "", *check_lines(checks(run))])
+    lines = [title(run), "", digit_table(run).text(), "", *check_lines(checks(run)), ""]
+    return "\n".join(["", *lines, *findings(run, failed(run)), ""])
 
 
 def markdown(run: RunDirectory, pictures: Sequence[Picture]) -> str:
@@ -75,6 +78,7 @@ def sections(run: RunDirectory, pictures: Sequence[Picture]) -> Sections:
     """Return the report's tables, texts and figures, by heading."""
     explained = "scrambled" in methods_in(run)
     return {
+        "Findings": findings(run, failed(run)),
         "Wrong answers by digit, and accuracy": [digit_table(run), columns_legend(run)],
         "Over the adapter seeds": [seed_table(run), seeds_legend(run)],
         **({"Why the blog's two methods differ": methods_compared(run)} if explained else {}),
@@ -96,9 +100,15 @@ def lead(run: RunDirectory) -> str:
     share = tuned["trainable"] / base["parameters"]
     return (
         f"{title(run)}. Data: {env['data']} ({env['data_why']}), {env['train_images']:,} training "
-        f"and {env['test_images']:,} test images. The network has {base['parameters']:,} "
-        f"parameters. The adapter adds {tuned['trainable']:,} trainable ones ({share:.2%})."
+        f"and {env['test_images']:,} test images{credit_of(env)}. The network has "
+        f"{base['parameters']:,} parameters. The adapter adds {tuned['trainable']:,} trainable "
+        f"ones ({share:.2%}).{small_note(env['data'])}"
     )
+
+
+def credit_of(environment: Row) -> str:
+    """Return the authors and the licence of a run's data set in brackets, if it recorded them."""
+    return f" ({environment['data_credit']})" if environment.get("data_credit") else ""
 
 
 def title(run: RunDirectory) -> str:

@@ -70,7 +70,7 @@ def published_for(run: RunDirectory) -> dict[str, Published]:
     The result is empty if the data are not MNIST or a setting differs from the preset's.
     """
     usual = flattened(result_settings(preset(run.settings["preset"])))
-    free = ("seeds", "compat", "data", "device", "threads")
+    free = ("seeds", "seed_from", "compat", "data", "device", "threads")
     changed = any(run.settings[key] != usual[key] for key in usual if key not in free)
     if changed or run.environment["data"] != "MNIST":
         return {}

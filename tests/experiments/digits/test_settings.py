@@ -10,7 +10,6 @@ import pytest
 
 from experiments.__main__ import main, parser
 from experiments.digits.settings import (
-    PRESETS,
     AdapterSettings,
     DigitSettings,
     NetworkSettings,
@@ -36,6 +35,7 @@ OTHER = {
     "preset": "relu",
     "seed": 3,
     "seeds": 2,
+    "seed_from": 4,
     "hidden": (20, 30),
     "activation": "relu",
     "relu_logits": False,
@@ -99,7 +99,7 @@ def test_every_field_is_an_option(name):
     assert given == {name: value}
     # Options that some remedies require.
     needed = {"patience": {"validation": 1}, "selection": {"validation": 1}}
-    needed |= {"route": {"replay": 1}, "null_space_of": {"replay": 1}}
+    needed |= {"route": {"replay": 1}, "null_space_of": {"replay": 1}, "digits": {"validation": 1}}
     changes = {**needed.get(name, {}), **given}
     assert values(replace(DigitSettings(), **changes))[name] == value
 
@@ -161,7 +161,7 @@ def test_lists_are_typed_with_commas_or_spaces(words):
 def test_presets_are_those_of_the_published_studies():
     """The presets have the networks, digits, ranks and steps of the published studies."""
     assert DigitSettings() == preset("blog")
-    blog, relu, nine = map(preset, PRESETS)
+    blog, relu, nine = map(preset, ("blog", "relu", "nine"))
     assert blog.network == NetworkSettings((256, 128), "none", relu_logits=True, mean=0.1301)
     assert (blog.adapter.rank, blog.adapter.alpha) == (2, 1.0)
     assert (blog.finetuning.steps, blog.pretraining.batch) == (200, 10)
@@ -206,10 +206,14 @@ def test_values_of_a_wrong_type_are_refused(words, message, capsys):
         (["--digits", "2,3,3"], "--digits must be 1 to 9 different digits or worst:K, got '2,3,3'"),
         (["--digits", "12"], "--digits must be 1 to 9 different digits or worst:K, got '12'"),
         (["--digits", "worst:10"], "--digits must be 1 to 9 different digits or worst:K"),
+        (["--digits", "worst:2"], "--digits must be a list, or worst:K with --validation above 0"),
         (["--digits", "0,1,2,3,4,5,6,7,8,9"], "--digits must be 1 to 9 different digits"),
-        (["--preset", "red"], "--preset must be blog or relu or nine, got 'red'"),
+        (["--preset", "red"], "--preset must be blog or relu or nine or small, got 'red'"),
         (["--data", "cifar"], "--data must be auto or mnist or digits, got 'cifar'"),
-        (["--init", "zero"], "--init must be kaiming or gaussian or gaussian/sqrt_r or orthogonal"),
+        (
+            ["--init", "zero"],
+            "kaiming or gaussian or gaussian/sqrt_r or uniform/sqrt_r or orthogonal",
+        ),
         (["--device", "abacus"], "--device must be auto or a device that torch knows"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used here: "),
     ],

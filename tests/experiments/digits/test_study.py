@@ -15,17 +15,18 @@ from experiments.digits import context as context_module
 from experiments.digits.bases import find, restore
 from experiments.digits.data import load_data
 from experiments.digits.report import report as report_module
+from experiments.digits.report.explain import explain
 from experiments.digits.report.report import markdown, methods_compared
 from experiments.digits.report.tables import PUBLISHED, digit_table, published_for, seed_table
 from experiments.digits.settings import DigitSettings, preset
-from experiments.digits.shared import prepare
+from experiments.digits.shared import context_of, prepare
 from experiments.digits.study import run_digits
 from experiments.harness.rundir import RunDirectory
 from experiments.harness.settings import StudyError, flattened
 
 OPTIONS = (
-    "--data digits --device cpu --hidden 24,16 --no-relu-logits --base-steps 300 --steps 30 "
-    "--seeds 2"
+    "--preset blog --data digits --device cpu --hidden 24,16 --no-relu-logits --base-steps 300 "
+    "--steps 30 --seeds 2"
 )
 ATTACHED = ["off", "on", "merged", "unmerged"]
 STAGES = ["base", *([*ATTACHED, "wrapped", *ATTACHED] * 2)]
@@ -146,6 +147,7 @@ def test_a_run_says_what_it_does(finished, tmp_path, capsys):
     shown = capsys.readouterr().out
     for words in (
         "data     scikit-learn digits: as asked",
+        "small    This is the small version of the study",
         "base     19,410 parameters, trained for 300 steps",
         "tuned    digits 2, 3, 5, 8, 9: 716 training images",
         "19,410 parameters before, 1,748 now: 9.01%",
@@ -153,6 +155,11 @@ def test_a_run_says_what_it_does(finished, tmp_path, capsys):
         "4/4 passed: adapter off, logits bit-for-bit the base's",
     ):
         assert words in shown
+    learned, forgotten, off, _, report = shown.splitlines()[-5:]
+    assert "of the tuned digits (2, 3, 5, 8, 9) are right" in learned
+    assert "of the other digits are right" in forgotten
+    assert off.startswith("With the adapter off, weights and answers are bit-for-bit the base's")
+    assert report == f"report   {tmp_path / 'run' / 'report.html'}"
     assert rows_in(tmp_path) == rows_in(finished)
 
 
@@ -395,13 +402,32 @@ def small(finished: Path, folder: Path, **more: Any) -> DigitSettings:
 
 
 def test_the_worst_digits_are_tuned_when_asked(finished, tmp_path):
-    """worst:2 tunes the two digits that this base gets wrong most often."""
+    """worst:2 tunes the digits that the base gets wrong most often among the validation images."""
     said: list[str] = []
-    run = run_digits(small(finished, tmp_path, digits="worst:2", compat="none"), said.append)
-    counts = run.rows[0]["wrong_counts"]
+    settings = small(finished, tmp_path, digits="worst:2", compat="none", validation=60)
+    run = run_digits(settings, said.append)
+    context = context_of(settings)
+    wrong = logits_of(context.model(), context.held_inputs).argmax(1) != context.held_labels
+    counts = torch.bincount(context.held_labels[wrong], minlength=10).tolist()
+    assert len(context.held_labels) == 600
     worst = sorted(sorted(range(10), key=lambda digit: -counts[digit])[:2])
     assert all(row["tuned"] == worst for row in run.rows)
     assert any(f"digits {worst[0]}, {worst[1]}:" in line for line in said)
+
+
+def test_seeds_are_counted_from_the_first(finished, tmp_path):
+    """`seed_from=1` runs seed 1 with the rows and the adapter that it has among seeds 0 and 1."""
+    one = run_digits(small(finished, tmp_path, seed_from=1), say=lambda line: None)
+    both = rows_in(finished)
+    assert {row["seed"] for row in one.rows} == {None, 1}
+    for row in one.rows:
+        assert [row] == [
+            r for r in both if all(r[k] == row[k] for k in ("method", "stage", "seed"))
+        ]
+    assert [path.name for path in (tmp_path / "run" / "adapters").glob("lora-*")] == [
+        "lora-1.safetensors"
+    ]
+    assert explain(tmp_path / "run").exists()
 
 
 def test_seeds_are_told_apart_by_order_and_factors(finished, tmp_path):

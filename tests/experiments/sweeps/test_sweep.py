@@ -10,11 +10,13 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytest
+import torch
 from torch.testing import assert_close
 
 import paramlora as pl
 from experiments.__main__ import main
 from experiments.analysis.evaluate import score
+from experiments.digits.data import SKLEARN, Data, Split
 from experiments.digits.methods import ADAPTER, lora_of
 from experiments.digits.settings import AdapterSettings, DigitSettings, preset
 from experiments.digits.shared import context_of
@@ -41,7 +43,17 @@ SMALL: dict[str, Any] = {
     "seeds": 2,
     "compat": "none",
 }
-WORDS = ["--data", "digits", "--device", "cpu", "--hidden", "24,16", "--no-relu-logits"]
+WORDS = [
+    "--preset",
+    "blog",
+    "--data",
+    "digits",
+    "--device",
+    "cpu",
+    "--hidden",
+    "24,16",
+    "--no-relu-logits",
+]
 WORDS += ["--base-steps", "200", "--steps", "10", "--seeds", "2", "--compat", "none"]
 
 
@@ -404,8 +416,17 @@ def test_choices_are_made_without_the_test_images(tmp_path, monkeypatch):
     assert "over 2 adapter seeds on each of 2 bases" in text
 
 
+def named(data: str) -> Data:
+    """Return a data set with a name and without images."""
+    empty = Split(torch.zeros(0, 28, 28, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
+    return Data(data, "made up", empty, empty)
+
+
 def test_remedies_are_a_preset_of_the_sweep(tmp_path, monkeypatch, capsys):
-    """`--preset remedies-NAME` accepts the preset's settings and the options of the selection."""
+    """`--preset remedies-NAME` accepts the preset's settings and the options of the selection.
+
+    Without MNIST, the settings are those of the small version.
+    """
     asked: dict[str, Any] = {}
     told = "| remedy | all |\n"
 
@@ -415,6 +436,7 @@ def test_remedies_are_a_preset_of_the_sweep(tmp_path, monkeypatch, capsys):
         (folder / "remedies.md").write_text(told)
 
     monkeypatch.setattr(select_module, "run_remedies", run)
+    monkeypatch.setattr("experiments.digits.shared.shared_data", lambda *_: named("MNIST"))
     monkeypatch.chdir(tmp_path)
     words = ["sweep", "--preset", "remedies-relu", "--seeds", "3", "--base-seeds", "4"]
     assert main([*words, "--floor", "3", "-99", "--selection-bases", "2", "--jobs", "2"]) == 0
@@ -424,6 +446,9 @@ def test_remedies_are_a_preset_of_the_sweep(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "remedies-relu" / "remedies.md").exists()
     assert main(["sweep", "--preset", "remedies", "--out", str(tmp_path / "blog")]) == 0
     assert asked.pop("settings") == preset("blog", out=str(tmp_path / "blog"))
+    monkeypatch.setattr("experiments.digits.shared.shared_data", lambda *_: named(SKLEARN))
+    assert main(["sweep", "--preset", "remedies-relu", "--seeds", "3"]) == 0
+    assert asked.pop("settings") == preset("small", seeds=3)
 
 
 @pytest.mark.parametrize(
@@ -435,7 +460,7 @@ def test_remedies_are_a_preset_of_the_sweep(tmp_path, monkeypatch, capsys):
             "--floor can only be used with a remedies preset, such as remedies-relu",
         ),
         (["--selection-bases", "2"], "--selection-bases can only be used with a remedies preset"),
-        (["--preset", "remedies-red"], "--preset must be blog or relu or nine, got 'red'"),
+        (["--preset", "remedies-red"], "--preset must be blog or relu or nine or small, got 'red'"),
     ],
 )
 def test_options_of_grid_and_remedies_are_told_apart(words, message, capsys):
@@ -461,7 +486,12 @@ def test_gains_are_over_each_adapters_own_base():
 
 
 def test_every_family_can_be(tmp_path):
-    """All compared remedies have valid settings and distinct names."""
+    """All compared remedies have valid settings and distinct names, and few validation images do.
+
+    scikit-learn's digits have 139 to 146 training images a digit, of which a quarter is held out.
+    """
+    assert select_module.validation_images(small(tmp_path)) == 34
+    assert any(family.name == "early stopping on 34 a digit" for family in families(34))
     every = families()
     assert len({family.name for family in every}) == len(every)
     for family in every:

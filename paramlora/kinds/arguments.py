@@ -1,0 +1,84 @@
+"""Errors for arguments that other libraries have under other names, or that there are none of."""
+
+import difflib
+import inspect
+from collections.abc import Collection, Iterable
+from typing import Any
+
+# The names of other libraries, with ours.
+_OURS = {
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "use_rslora": "rank_stabilized",
+    "init_lora_weights": "init",
+    "target_modules": "targets",
+    "exclude_modules": "exclude",
+    "adapter_name": "name",
+    "rank": "rank",
+    "alpha": "alpha",
+    "targets": "targets",
+    "exclude": "exclude",
+    "name": "name",
+}
+_OF_ATTACH = ("targets", "exclude", "name")
+_MAP = "a mapping from target to spec, as in {'q_proj': LoRA(rank=8), 'fc': LoRA(rank=4)}"
+_OTHERWISE = {
+    "lora_dropout": "adapters have no dropout",
+    "dropout": "adapters have no dropout",
+    "use_dora": "use DoRA() as the spec",
+    "modules_to_save": "map the module to a Delta(), as in {'q_proj': LoRA(), 'head': Delta()}",
+    "bias": "map the biases to a Delta(), as in {'q_proj': LoRA(), '*.bias': Delta()}",
+    "rank_pattern": f"give attach {_MAP}",
+    "alpha_pattern": f"give attach {_MAP}",
+    "layers_to_transform": "name the layers in the targets, as in 'layers.[0-3].*.q_proj'",
+    "layers_pattern": "name the layers in the targets, as in 'layers.[0-3].*.q_proj'",
+    "fan_in_fan_out": "layouts are found out; leave it out",
+    "task_type": "models keep their class; leave it out",
+    "inference_mode": "freeze(model) stops training; leave it out",
+}
+
+
+def check_fields(cls: type, given: Collection[str]) -> None:
+    """Raise a TypeError if a kind is given an argument of another library."""
+    foreign = [key for key in given if key in _OURS or key in _OTHERWISE]
+    if not foreign:
+        return
+    known = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    for key in foreign:
+        if key not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            ours = _OURS.get(key)
+            if ours is None:
+                hint = _OTHERWISE[key]
+            elif ours in known:
+                hint = f"write {ours}="
+            elif ours in _OF_ATTACH:
+                hint = f"pass the {ours} to attach: attach(model, {cls.__name__}(...), {ours}=...)"
+            else:
+                hint = f"this kind has no {ours}"
+            raise TypeError(f"{cls.__name__}() has no argument {key!r}: {hint}")
+
+
+def check_attach_arguments(known: Iterable[str], given: Collection[str]) -> None:
+    """Raise a TypeError if `attach` is given an argument that it does not have."""
+    for key in given:
+        ours = _OURS.get(key)
+        if ours is None and key not in _OTHERWISE:
+            close = difflib.get_close_matches(key, list(known), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise TypeError(f"attach() has no argument {key!r}{hint}")
+        if ours in _OF_ATTACH:
+            hint = f"write {ours}="
+        elif ours is not None:
+            hint = f"write LoRA({ours}=...) as the spec"
+        else:
+            hint = _OTHERWISE[key]
+        raise TypeError(f"attach() has no argument {key!r}: {hint}")
+
+
+class SignatureOfInit:
+    """The signature of a class that has a `__new__` for all arguments: that of its `__init__`."""
+
+    def __get__(self, instance: Any, cls: type) -> inspect.Signature:
+        full = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return full.replace(parameters=list(full.parameters.values())[1:])

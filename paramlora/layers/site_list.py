@@ -1,0 +1,172 @@
+"""The list of parametrizations of an adapted tensor, whose stored tensor stays in its module.
+
+Note [the stored tensor stays in its module]
+    torch moves the tensor that it parametrizes into a list, which gives it another name and another
+    place among the parameters:
+
+        Linear            parametrized by torch                 adapted
+        weight            bias                                  weight
+        bias              parametrizations.weight.original      bias
+                                                                parametrizations.weight.0.factors.…
+
+    With adapters, W stays in the module's `_parameters` under its own name. So the state dict and
+    `named_parameters` have the base's keys in the base's order, and what other libraries save from
+    an adapted model loads into the plain one. The property of the module's class, `StoredTensor`,
+    hides W from whoever reads `layer.weight`, and the list's `original` reads it there.
+
+    Renaming the keys of a state dict by hooks would not do: torch.distributed matches them to the
+    names of `named_parameters`.
+
+    If another parametrization was there first, or one that stores several tensors (weight_norm) is
+    registered later, the list has torch's layout, with `original` or `original0`, … in the list.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..errors import StateError
+from ..private_torch import parametrization_cache
+from ..site.find import parametrization_lists, stack_of
+from .readers import for_reader
+
+_HOME = "_paramlora_home"
+
+
+class SiteList(parametrize.ParametrizationList):
+    """The parametrizations of a tensor whose first one is a stack; more can be registered on it.
+
+    torch calls a parametrization that is registered on top of another one with a single tensor.
+    One that needs several (weight_norm needs g and v) would fail at the next read. It goes below
+    the stack instead: the stored weight is split, and the adapters stay on top.
+    """
+
+    @property
+    def original(self) -> Tensor:  # type: ignore[override]
+        """The stored tensor, which is in the module: see Note [the stored tensor stays …]."""
+        parameters, tensor = vars(self)[_HOME]
+        return parameters[tensor]
+
+    def forward(self, stored: Tensor | None = None) -> Tensor:
+        if not self.is_tensor:
+            return super().forward()
+        value: Any = self.original if stored is None else stored
+        for parametrization in self._modules.values():
+            value = parametrization(value)
+        return value
+
+    def append(self, module: nn.Module) -> "SiteList":
+        parts = _several(module, self)
+        if parts is None:
+            return super().append(module)
+        stack = stack_of(self)
+        if stack is not None and stack.merged:
+            raise StateError(
+                f"{type(module).__name__} cannot take over a tensor into which adapter "
+                f"{stack.merged[0]!r} is merged; unmerge first"
+            )
+        parameters, tensor = vars(self).pop(_HOME)
+        requires_grad = parameters.pop(tensor).requires_grad
+        for i, part in enumerate(parts):
+            self.register_parameter(f"original{i}", nn.Parameter(part, requires_grad))
+        self.is_tensor, self.ntensors = False, len(parts)
+        self.insert(0, module)
+        return self
+
+
+class StoredTensor(property):
+    """The property of an adapted tensor: it gives W', or W to those in Note [who reads the tensor].
+
+    Args:
+        tensor: the tensor's name.
+        torchs: torch's property, to restore when the list gets torch's layout again.
+    """
+
+    def __init__(self, tensor: str, torchs: property) -> None:
+        self.torchs = torchs
+
+        def read(module: nn.Module) -> Tensor:
+            if torch.compiler.is_compiling():
+                return _list(module, tensor)(module._parameters.get(tensor))
+            stored = for_reader(module, tensor, depth=2)
+            if stored is not None:
+                return stored
+            try:
+                return _cached(module, tensor)
+            except AttributeError as error:
+                # Python would ask nn.Module.__getattr__ next, which finds the stored tensor.
+                raise RuntimeError(f"cannot compute {tensor!r} of an adapted module") from error
+
+        def write(module: nn.Module, value: Tensor) -> None:
+            _list(module, tensor).right_inverse(value)
+
+        super().__init__(read, write)
+
+
+def hold_at_home(module: nn.Module, tensor: str, order: Sequence[str]) -> None:
+    """Give a tensor that torch has just parametrized back to its module, in the former order."""
+    plist: Any = parametrization_lists(module)[tensor]
+    parameters = module._parameters
+    parameters[tensor] = plist._parameters.pop("original")
+    items = [(name, parameters[name]) for name in order]
+    parameters.clear()
+    parameters.update(items)
+    plist.__class__ = SiteList
+    # The dictionary and not the module, which would be a cycle and outlive its last user.
+    vars(plist)[_HOME] = parameters, tensor
+    cls = type(module)
+    setattr(cls, tensor, StoredTensor(tensor, vars(cls)[tensor]))
+
+
+def leave_to_torch(module: nn.Module, tensor: str) -> None:
+    """Give a list without a stack torch's layout: the stored tensor in the list."""
+    plist: Any = parametrization_lists(module)[tensor]
+    if not isinstance(plist, SiteList):
+        return
+    at_home = vars(plist).pop(_HOME, None) is not None
+    plist.__class__ = parametrize.ParametrizationList  # type: ignore[assignment]
+    if at_home:
+        plist.register_parameter("original", module._parameters.pop(tensor))
+    setattr(type(module), tensor, vars(type(module))[tensor].torchs)
+
+
+def is_at_home(plist: nn.Module) -> bool:
+    """Return whether the stored tensor of a list of parametrizations is in its module."""
+    return _HOME in vars(plist)
+
+
+def _list(module: nn.Module, tensor: str) -> Any:
+    return module._modules["parametrizations"]._modules[tensor]  # type: ignore[union-attr]
+
+
+def _cached(module: nn.Module, tensor: str) -> Tensor:
+    """Return W', inside of `parametrize.cached` computed once for each module."""
+    plist = _list(module, tensor)
+    stored = module._parameters.get(tensor)
+    if stored is None and plist.is_tensor:
+        raise StateError(
+            f"{tensor!r} was taken out of its module, which an adapted one needs; detach the "
+            "adapters before you prune the module or give its tensors to another library"
+        )
+    cache = parametrization_cache()
+    if cache is None:
+        return plist(stored)
+    key = id(module), tensor
+    if key not in cache:
+        cache[key] = plist(stored)
+    return cache[key]
+
+
+def _several(module: nn.Module, plist: SiteList) -> Sequence[Tensor] | None:
+    """Return the tensors into which `module` splits the list's tensor; None if it does not."""
+    if not plist.is_tensor or not hasattr(module, "right_inverse"):
+        return None
+    with torch.no_grad():
+        try:
+            parts = module.right_inverse(plist.original)  # type: ignore[operator]
+        except NotImplementedError:
+            return None
+    return None if isinstance(parts, Tensor) else parts
