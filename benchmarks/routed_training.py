@@ -9,7 +9,7 @@ the rounds, and how far apart the factors ended, relative to the way that traini
 import argparse
 import copy
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -131,10 +131,12 @@ class AtOnce:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    def first_gradients(self) -> tuple[Tensor, ...]:
-        """Return the gradients of the first step."""
+    def first_gradients(self) -> list[Tensor]:
+        """Return the gradients of the first step, one vector for each adapter."""
         with pl.routed(self.model, self.ids, *self.names):
-            return torch.autograd.grad(self._loss(*self.job.batches[0]), self.parameters)
+            grads = torch.autograd.grad(self._loss(*self.job.batches[0]), self.parameters)
+        size = len(grads) // len(self.names)
+        return [vector(grads[i : i + size]) for i in range(0, len(grads), size)]
 
     def moved(self) -> Tensor:
         """Train, and return the change of all factors as one vector."""
@@ -167,14 +169,15 @@ class Separate:
         for _ in self._trainings():
             pass
 
-    def first_gradients(self) -> tuple[Tensor, ...]:
-        """Return the gradients of the first steps of all trainings."""
-        found: list[Tensor] = []
+    def first_gradients(self) -> list[Tensor]:
+        """Return the gradients of the first step of each training, as a vector."""
+        found = []
         inputs, targets = self.job.batches[0]
         for i, start in enumerate(self.starts):
             put(self.parameters, start)
-            found += torch.autograd.grad(self._loss(inputs[i], targets[i]), self.parameters)
-        return tuple(found)
+            loss = self._loss(inputs[i], targets[i])
+            found.append(vector(torch.autograd.grad(loss, self.parameters)))
+        return found
 
     def moved(self) -> Tensor:
         """Train, and return the changes of all factors as one vector."""
@@ -216,4 +219,9 @@ def put(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
 def changes(parameters: list[nn.Parameter], start: list[Tensor]) -> Tensor:
     """Return parameters less their values at the start, as one vector."""
     pairs = zip(parameters, start, strict=True)
-    return torch.cat([(p.detach() - value).flatten() for p, value in pairs])
+    return vector([p.detach() - value for p, value in pairs])
+
+
+def vector(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the elements of tensors as one vector."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
