@@ -33,6 +33,15 @@ def test_dispatch_modes_are_noticed() -> None:
         assert private_torch.dispatch_modes_active() == 1
 
 
+def test_backwards_are_noticed() -> None:
+    """`in_backward` is true in the hooks of a backward only."""
+    seen: list[bool] = [private_torch.in_backward()]
+    x = torch.zeros(1, requires_grad=True)
+    x.register_hook(lambda grad: seen.append(private_torch.in_backward()))
+    x.sum().backward()
+    assert seen == [False, True]
+
+
 def test_tracing_is_noticed() -> None:
     """`tracing_state` is None except inside of torch.jit.trace."""
     seen: list[Any] = []

@@ -37,7 +37,13 @@ from .modes import ORDINARY_TYPES, autocast_dtype, plain_ops_only
 from .plan import Path, Plan
 
 
-def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tensor:
+def linear(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    terms: list[LowRank],
+    compiling: bool | None = None,
+) -> Tensor:
     """Return x W'ᵀ + b, where W' = W + Σ s · B A over the terms.
 
     Args:
@@ -47,6 +53,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tens
         terms: low-rank updates. Their factors may have another floating dtype, such as float32
             beside a bfloat16 W. They are cast to the dtype of x. x is not cast to theirs, so that
             all layers that read x keep the same tensor for the backward.
+        compiling: whether torch.compile traces, if the caller has asked already.
     """
     if not terms:
         return F.linear(x, W, b)
@@ -59,7 +66,9 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, terms: list[LowRank]) -> Tens
     # tensor subclass may have no values, as those of torch.export's fake tensors. Both cases use
     # plain operations, and so do small layers. `choose` comes before the slowest check,
     # `plain_ops_only`, so that small layers skip that check.
-    if type(x) is Tensor and not torch.compiler.is_compiling():
+    if type(x) is Tensor and not (
+        torch.compiler.is_compiling() if compiling is None else compiling
+    ):
         m, k = W.shape
         n, device = x.numel() // max(k, 1), "cpu" if x.is_cpu else "cuda"
         built = load.module() if {type(W), type(A), type(B)} <= ORDINARY_TYPES else None

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import AdapterNameError, StateError
-from ..site.factors import Factors
 from ..site.find import Site, stored_tensors
-from ..site.names import check_names
+from ..site.names import check_names, check_not_routed
 from ..site.place import Place
-from ..site.stack import Stack
-from ..site.storage import is_sharded
 from ..site.survey import Survey
-from ..site.wrappers import check_not_synchronized
+from ..stack.factors import Factors
+from ..stack.stack import Stack
+from ..stack.storage import is_sharded
+from ..wrappers import check_not_synchronized
 from . import host
 from .host import keep_frozen as keep_frozen
 from .statistics import is_held, release
@@ -38,9 +38,14 @@ def check_valid_name(name: str) -> None:
 
 
 def check_name(survey: Survey, name: str) -> None:
-    """Raise an AdapterNameError if a new adapter cannot have this name."""
+    """Raise an AdapterNameError if a new adapter cannot have this name, or no adapter can be added.
+
+    Raises:
+        StateError: this is inside of `routed`, which would ignore the new adapter.
+    """
     check_valid_name(name)
     check_not_synchronized(survey.model)
+    check_not_routed(survey.stacks, "attach an adapter")
     taken = survey.names
     if name in taken:
         raise AdapterNameError(

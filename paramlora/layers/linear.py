@@ -5,13 +5,15 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..compute import lowrank
 from ..compute.rescaled import rescaled_linear
+from ..routing import rows
 from ..site.find import parametrization_lists
-from ..site.stack import Stack
 from ..site.tie import Tie
-from . import rows
+from ..stack.overlay import ENTERED, state_within
+from ..stack.stack import Stack
 from .dense import dense
 
 
@@ -38,16 +40,27 @@ def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
     site = alone(self)
     if site is not None:
         weight, stack = site
-        state = stack.state()
-        if state.route is None:
+        # As stack.state(), in line and asking the compiler once: a small layer feels every call.
+        compiling = is_compiling()
+        if compiling:
+            state = stack.traced()
+        elif ENTERED.get() is None and not stack.open:
+            state = stack.own
+        else:
+            state = state_within(stack)
+        single = len(self._modules["parametrizations"]._modules) == 1  # type: ignore[union-attr]
+        own = self._parameters
+        # nn.Module.__getattr__ takes as long as all of the above.
+        bias = own["bias"] if single and "bias" in own else self.bias
+        if state.route is None and (single or rows.route_of(self) is None):
             terms = stack.low_rank(state)
             if terms is not None:
-                return lowrank.linear(input, weight, self.bias, terms)
+                return lowrank.linear(input, weight, bias, terms, compiling)
             rescaled = stack.rescaled(weight, state)
             if rescaled is not None:
-                return rescaled_linear(input, weight, self.bias, rescaled)
-        elif len(parametrization_lists(self)) == 1:
-            output = rows.linear(input, weight, self.bias, stack, state)
+                return rescaled_linear(input, weight, bias, rescaled)
+        elif single:
+            output = rows.linear(input, weight, bias, stack, state)
             if output is not None:
                 return output
     return dense_linear(self, input)
@@ -64,12 +77,13 @@ def conv1d_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
         if site is not None:
             W, stack = site[0].t(), site[1]
             state = stack.state()
-            if state.route is None:
+            single = len(parametrization_lists(self)) == 1
+            if state.route is None and (single or rows.route_of(self) is None):
                 terms = stack.low_rank(state)
                 if terms is not None:
                     terms = [term.transposed() for term in terms]
                     output = lowrank.linear(x, W, self.bias, terms)  # type: ignore[arg-type]
-            elif len(parametrization_lists(self)) == 1:
+            elif single:
                 output = rows.linear(x, W, self.bias, stack, state, transposed=True)  # type: ignore[arg-type]
         return run_dense(self, x) if output is None else output
 

@@ -1,11 +1,11 @@
 """The order of adapters' names, and the checks of names before a verb changes anything."""
 
 import difflib
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Container, Iterable, Sequence, Sized
 
 from ..errors import AdapterNameError, StateError
-from .overlay import foreign_block
-from .stack import Stack
+from ..stack.overlay import foreign_block, is_routed
+from ..stack.stack import Stack
 
 
 def ordered_names(stacks: Iterable[Stack]) -> list[str]:
@@ -72,6 +72,33 @@ def check_no_other_block(stacks: Iterable[Stack], verb: str) -> None:
                 f"cannot {verb} while another thread or task is inside of {block.verb}() on this "
                 "model, which would compute with the changed weights; wait until it has left"
             )
+
+
+def check_not_routed(stacks: Iterable[Stack], what: str) -> None:
+    """Raise a StateError inside of `routed`, where each row has an adapter of its own."""
+    if any(is_routed(stack) for stack in stacks):
+        raise StateError(
+            f"cannot {what} inside of routed(): every row would get it; leave the block first"
+        )
+
+
+def check_order(stacks: Iterable[Stack], names: Container[str]) -> None:
+    """Raise a StateError if switching adapters on would change the order in which they act.
+
+    A merged adapter acts first, for it is in the stored weight. With IA3 `a` attached before
+    Delta `b`, W' = l ⊙ W + D; with `b` merged, switching `a` on would give l ⊙ (W + D).
+    """
+    for stack in stacks:
+        for earlier in [name for name in stack.names if name in names]:
+            after = stack.names[stack.names.index(earlier) + 1 :]
+            for later in [name for name in after if name in stack.merged]:
+                specs = [part.spec for name in (earlier, later) for part in stack.parts(name)]
+                if earlier not in stack.seen().active and not all(s.additive for s in specs):
+                    raise StateError(
+                        f"cannot switch on {earlier!r} while {later!r}, which was attached after "
+                        "it, is merged: one of them depends on the tensor that it is applied to, "
+                        f"so their order counts; unmerge first, and merge {earlier!r} as well"
+                    )
 
 
 def check_unmerged(stacks: Iterable[Stack], names: Sequence[str], verb: str) -> None:

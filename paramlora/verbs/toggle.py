@@ -5,12 +5,11 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from ..errors import StateError
 from ..kinds.spec import Strength, is_finite
 from ..site.find import stacks_in
-from ..site.names import check_names, check_unmerged, ordered_names
-from ..site.overlay import KEEP, Change, is_routed, opened
-from ..site.stack import Stack
+from ..site.names import check_names, check_not_routed, check_order, check_unmerged, ordered_names
+from ..stack.overlay import KEEP, Change, opened
+from ..stack.stack import Stack
 
 
 def enable(model: nn.Module, *names: str) -> None:
@@ -22,7 +21,8 @@ def enable(model: nn.Module, *names: str) -> None:
 
     Raises:
         AdapterNameError: there is no adapter of that name.
-        StateError: there are no adapters, or one is merged.
+        StateError: there are no adapters, or one is merged; or one that was attached later is
+            merged, and their order counts (IA3, DoRA).
     """
     _enable(stacks_in(model), names)
 
@@ -126,11 +126,12 @@ def enabled(model: nn.Module, *names: str) -> Iterator[None]:
 
     Raises:
         AdapterNameError: there is no adapter of that name.
-        StateError: an adapter is merged, or this is inside of `routed`.
+        StateError: as in `enable`; or this is inside of `routed`.
     """
     stacks = stacks_in(model)
     _check(stacks, names, "enable")
-    _check_not_routed(stacks)
+    check_order(stacks, names)
+    check_not_routed(stacks, "switch adapters on")
     with opened("enabled", _switched(stacks, names, True)):
         yield
 
@@ -250,6 +251,7 @@ def _activate(stacks: Sequence[Stack], wanted: Mapping[str, Strength | None]) ->
 
 def _enable(stacks: Sequence[Stack], names: Sequence[str]) -> None:
     _check(stacks, names, "enable")
+    check_order(stacks, names)
     for stack in stacks:
         stack.switch({*stack.active, *(names or stack.names)})
 
@@ -264,14 +266,6 @@ def _check(stacks: Sequence[Stack], names: Sequence[str], verb: str) -> None:
     """Raise an error if an adapter is missing or merged; check all adapters if none is named."""
     check_names(stacks, names)
     check_unmerged(stacks, names, verb)
-
-
-def _check_not_routed(stacks: Sequence[Stack]) -> None:
-    if any(is_routed(stack) for stack in stacks):
-        raise StateError(
-            "cannot enter enabled() inside of routed(), where each row has an adapter of its own: "
-            "every row would get these adapters too; route to other adapters, or use using()"
-        )
 
 
 def _check_strength(factor: Strength) -> None:

@@ -70,15 +70,58 @@ class Net(nn.Module):
 
 @dataclass(eq=False)
 class AdapterState:
-    """The expected state of an adapter at one tensor."""
+    """The expected state of an adapter at one tensor.
+
+    Assigning to `active` or `strength` sets the own state; reading gives that with the open blocks,
+    `blocks`, each of which may set either. A merged adapter has its own state.
+    """
 
     spec: pl.kinds.Spec
     factors: dict[str, Tensor]
-    strength: float = 1.0
-    active: bool = True
+    own_strength: float = 1.0
+    own_active: bool = True
     trainable: bool = True
     merged: bool = False
     frozen_by: set[str] = field(default_factory=set)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    before_merge: tuple[bool, float] | None = None
+
+    def _read(self, key: str, own: Any) -> Any:
+        set_by_blocks = [block[key] for block in self.blocks if key in block]
+        return own if self.merged or not set_by_blocks else set_by_blocks[-1]
+
+    @property
+    def active(self) -> bool:
+        return self._read("active", self.own_active)
+
+    @active.setter
+    def active(self, value: bool) -> None:
+        self.own_active = value
+
+    @property
+    def strength(self) -> float:
+        return self._read("strength", self.own_strength)
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self.own_strength = value
+
+    def merge(self) -> None:
+        """Merge as it is now; this becomes the own state."""
+        if self.active and not self.merged:
+            self.before_merge = self.own_active, self.own_strength
+            self.own_active, self.own_strength = True, self.strength
+            self.merged = True
+
+    def unmerge(self) -> None:
+        """Take the adapter out; the own state is the earlier one if a block hides it."""
+        if self.merged:
+            assert self.before_merge is not None
+            merged = True, self.own_strength
+            self.merged = False
+            self.own_active, self.own_strength = self.before_merge
+            if (self.active, self.strength) != merged:
+                self.own_active, self.own_strength = merged
 
     @property
     def scale(self) -> float:
@@ -195,9 +238,9 @@ class ReferenceModel:
         """Switch and freeze adapters and the base as attaching `name` does; it may be there yet."""
         others = [adapter for _, other, adapter in self.all_adapters() if other != name]
         for _, other, adapter in self.all_adapters():
-            adapter.active = activate != "no" if other == name else adapter.active
+            adapter.active = activate != "no" if other == name else adapter.own_active
         for adapter in others:
-            adapter.active = adapter.active and activate != "only"
+            adapter.active = adapter.own_active and activate != "only"
             if freeze and activate != "no":
                 if adapter.trainable:
                     adapter.trainable, adapter.frozen_by = False, {name}
@@ -222,15 +265,15 @@ class ReferenceModel:
     def activate(self, scope: str, names: Any, strengths: dict[str, float]) -> None:
         for name, adapter in self.select(scope, ()):
             adapter.active = name in names or name in strengths
-            adapter.strength = strengths.get(name, adapter.strength)
+            adapter.strength = strengths.get(name, adapter.own_strength)
 
     def merge(self, scope: str, names: Any) -> None:
         for _, adapter in self.select(scope, names):
-            adapter.merged = adapter.merged or adapter.active
+            adapter.merge()
 
     def unmerge(self, scope: str) -> None:
         for _, adapter in self.select(scope, ()):
-            adapter.merged = False
+            adapter.unmerge()
 
     def detach(self, names: Any) -> None:
         for by_name in self.adapters.values():
@@ -300,9 +343,9 @@ class CheckedModel:
     def __post_init__(self) -> None:
         self.stored = {path: stored(self.model, path) for path in self.reference.adapters}
 
-    def exit_block(self, error: Exception | None = None) -> None:
-        """Exit the innermost block, with an exception if one is given."""
-        block, end = self.blocks.pop()
+    def exit_block(self, error: Exception | None = None, index: int = -1) -> None:
+        """Exit a block, by default the innermost one, with an exception if one is given."""
+        block, end = self.blocks.pop(index)
         if error is None:
             block.__exit__(None, None, None)
         else:
@@ -310,8 +353,11 @@ class CheckedModel:
         end()
 
     def copied(self) -> "CheckedModel":
-        """Return a deep copy, outside all blocks but in the state that they have set."""
-        return CheckedModel(copy.deepcopy(self.model), copy.deepcopy(self.reference))
+        """Return a deep copy, which is outside of all blocks."""
+        reference = copy.deepcopy(self.reference)
+        for _, _, adapter in reference.all_adapters():
+            adapter.blocks.clear()
+        return CheckedModel(copy.deepcopy(self.model), reference)
 
     @torch.no_grad()
     def check(self, ids: Tensor) -> None:

@@ -204,34 +204,32 @@ class Machine(BaseMachine):
             self.reference.set_trainable(scope, names, verb == "unfreeze")
 
     def enter(
-        self, block: AbstractContextManager[None], scope: str, *errors: ExpectedError | None
-    ) -> bool:
-        """Enter a block, which restores the active adapters and strengths at its end."""
-        if not self.attempt(block.__enter__, *errors):
-            return False
-        before = [
-            (adapter, adapter.active, adapter.strength)
-            for _, adapter in self.reference.select(scope, ())
-        ]
+        self,
+        block: AbstractContextManager[None],
+        changes: list[tuple[AdapterState, dict[str, Any]]],
+        *errors: ExpectedError | None,
+    ) -> None:
+        """Enter a block, which makes these changes for as long as it is open."""
+        if self.attempt(block.__enter__, *errors):
+            for adapter, change in changes:
+                adapter.blocks.append(change)
 
-        def end() -> None:
-            for adapter, active, strength in before:
-                if not adapter.merged:
-                    adapter.active, adapter.strength = active, strength
+            def end() -> None:
+                for adapter, change in changes:
+                    adapter.blocks = [other for other in adapter.blocks if other is not change]
 
-        self.checked.blocks.append((block, end))
-        return True
+            self.checked.blocks.append((block, end))
 
     @precondition(lambda self: self.reference.names() and len(self.checked.blocks) < 4)
     @rule(verb=st.sampled_from(["enabled", "disabled"]), names=some_names, scope=a_scope)
     def enter_toggled(self, verb: str, names: list[str], scope: str) -> None:
-        if self.enter(
+        chosen = self.reference.select(scope, names)
+        self.enter(
             getattr(pl, verb)(self.submodule(scope), *names),
-            scope,
+            [(adapter, {"active": verb == "enabled"}) for _, adapter in chosen],
             self.bad_name(names, scope),
             IS_MERGED if self.reference.merged(scope, names) else None,
-        ):
-            self.reference.toggle(verb, scope, names)
+        )
 
     @precondition(lambda self: self.reference.names())
     @rule(names=some_names, scales=st.dictionaries(a_name, a_strength, max_size=2), scope=a_scope)
@@ -246,13 +244,20 @@ class Machine(BaseMachine):
     @precondition(lambda self: self.reference.names() and len(self.checked.blocks) < 4)
     @rule(names=some_names, scales=st.dictionaries(a_name, a_strength, max_size=2), scope=a_scope)
     def enter_using(self, names: list[str], scales: dict[str, float], scope: str) -> None:
-        if self.enter(
+        changes = [
+            (
+                adapter,
+                {"active": name in names or name in scales}
+                | ({"strength": scales[name]} if name in scales else {}),
+            )
+            for name, adapter in self.reference.select(scope, ())
+        ]
+        self.enter(
             pl.using(self.submodule(scope), *names, **scales),
-            scope,
+            changes,
             self.bad_name([*names, *scales], scope),
             IS_MERGED if self.reference.merged(scope) else None,
-        ):
-            self.reference.activate(scope, names, scales)
+        )
 
     @precondition(lambda self: self.reference.names() and len(self.checked.blocks) < 4)
     @rule(names=some_names, scope=a_scope)
@@ -264,12 +269,12 @@ class Machine(BaseMachine):
             self.checked.blocks.append((block, functools.partial(self.reference.unmerge, scope)))
 
     @precondition(lambda self: self.checked.blocks)
-    @rule(fails=st.booleans(), merges=st.booleans())
-    def exit_block(self, fails: bool, merges: bool) -> None:
-        """Exit the innermost block, after a merge or not; merged adapters stay merged."""
+    @rule(fails=st.booleans(), merges=st.booleans(), index=st.sampled_from([-1, -1, 0]))
+    def exit_block(self, fails: bool, merges: bool, index: int) -> None:
+        """Exit a block, mostly the innermost one, after a merge or not; merged ones stay merged."""
         if merges:
             self.merge([], "")
-        self.checked.exit_block(ZeroDivisionError() if fails else None)
+        self.checked.exit_block(ZeroDivisionError() if fails else None, index)
 
     def cannot_merge(self, names: list[str], scope: str) -> list[ExpectedError | None]:
         chosen = [adapter for _, adapter in self.reference.select(scope, names)]
@@ -397,7 +402,7 @@ class Machine(BaseMachine):
             keys = {f"{site}.{key}" for site, adapter in by_path.items() for key in adapter.factors}
             assert set(file.keys()) == keys
             for site, adapter in by_path.items():
-                assert content["sites"][site]["strength"] == adapter.strength
+                assert content["sites"][site]["strength"] == adapter.own_strength
                 assert content["sites"][site]["kind"] == type(adapter.spec).__name__
                 for key, factor in adapter.factors.items():
                     assert_same(file.get_tensor(f"{site}.{key}").double(), factor)
@@ -445,7 +450,7 @@ class Machine(BaseMachine):
         for site, adapter in file.adapters.items():
             state = reference.adapters[site].setdefault(name, AdapterState(adapter.spec, {}))
             state.spec, state.factors = adapter.spec, dict(adapter.factors)
-            state.strength = adapter.strength
+            state.strength = adapter.own_strength
         if new or activate:
             reference.add(name, activate or ("no" if before else "only"), freeze=new)
 

@@ -57,7 +57,8 @@ class Factors(nn.Module):
         return apply_factors(self.spec, self.block, weight, self.tensors, self.at(strength))
 
     def low_rank(self, strength: Strength | None = None) -> LowRank | None:
-        term = self.spec.low_rank(self.tensors, self.at(strength))
+        strength = self.strength if strength is None else self.at(strength)
+        term = self.spec.low_rank(self.tensors, strength)
         return term if term is None or self.block is None else self.block.widen(term)
 
     def at(self, strength: Strength | None) -> Strength:

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from ..compute.modes import plain_ops_only
 from ..kinds.spec import LowRank
 from ..site.find import parametrization_lists, stack_of
-from ..site.overlay import State
-from ..site.stack import Stack
-from .stand_in import StandIn
+from ..stack.overlay import State
+from ..stack.stack import Stack
+from .routed_tensor import RoutedTensor
 
 # Sorting needs four launches of 10 µs for each adapter. In that time a CPU with 50 GFLOP/s and a
 # GPU with 400 TFLOP/s do this many floating-point operations.
@@ -70,7 +70,9 @@ class Route:
         self.ids, self.names, self.paths = ids, tuple(names), paths
         order = ids.cpu().argsort(stable=True)
         present, counts = ids.cpu().unique(return_counts=True)
-        self.groups = list(zip(present.tolist(), order.split(counts.tolist()), strict=True))
+        groups = zip(present.tolist(), order.split(counts.tolist()), strict=True)
+        # An empty batch is one group without an adapter, so that outputs have their shape.
+        self.groups = list(groups) or [(-1, order)]
         self.order, self.back = order, order.argsort()
         self.even = len({*counts.tolist()}) == 1 and torch.equal(order, torch.arange(len(order)))
         self._moved: dict[Any, Tensor] = {}
@@ -84,11 +86,15 @@ class Route:
             self._moved[key] = getattr(self, name).to(device)
         return self._moved[key]
 
-    def repeated(self, rows: int, stack: Stack) -> "Route":
+    def repeated(self, rows: int, path: str) -> "Route":
         """Return the route of an input that has each row once, or several times side by side.
 
         `generate` repeats each row for beams: with 3 beams, the rows of ids [0, 1] become those of
         [0, 0, 0, 1, 1, 1].
+
+        Args:
+            rows: the number of rows of the input.
+            path: the path of the adapted tensor.
 
         Raises:
             ValueError: the input has another number of rows.
@@ -96,7 +102,7 @@ class Route:
         times = max(rows, 0) // max(len(self.ids), 1)
         if rows != times * len(self.ids) or (times == 0 and rows != len(self.ids)):
             raise ValueError(
-                f"ids route {len(self.ids)} rows, and the input of {self.paths[stack.key]!r} has "
+                f"ids route {len(self.ids)} rows, and the input of {path!r} has "
                 f"{rows} in its batch dimension; call the model on a batch of that many rows, or "
                 "with each of them several times side by side"
             )
@@ -121,7 +127,13 @@ class Route:
 
     def stand_in(self, stack: Stack, weight: Tensor) -> Tensor:
         """Return what code that reads an adapted tensor gets instead of it."""
-        return StandIn.of(weight, self.paths[stack.key])
+        state = stack.state()
+
+        def build(index: int) -> Tensor:
+            name = self.names[index]
+            return stack.build(weight, state, [name] if index >= 0 and name in state.live else [])
+
+        return RoutedTensor.of(self, self.paths[stack.key], weight, build)
 
     def mask(self, terms: Sequence[tuple[int, LowRank]], like: Tensor) -> Tensor:
         """Return ¬M, bool (n, 1, …, R): True if the column belongs to another adapter.
@@ -172,7 +184,7 @@ def linear(
     terms = route.terms(stack, state)
     if terms is None:
         return None
-    route = route.repeated(len(x) if x.dim() > 1 else -1, stack)
+    route = route.repeated(len(x) if x.dim() > 1 else -1, route.paths[stack.key])
     if not terms:
         return F.linear(x, W, b)
     if transposed:
@@ -244,7 +256,7 @@ def embedding(input: Tensor, stack: Stack, state: State, padding_idx: int | None
     terms = route.terms(stack, state)
     if not terms:
         return None
-    route = route.repeated(len(input) if input.dim() else -1, stack)
+    route = route.repeated(len(input) if input.dim() else -1, route.paths[stack.key])
     rows = [F.embedding(input, _scaled(term), padding_idx) for _, term in terms]
     h = torch.cat(rows, dim=-1)  # (n, …, R)
     return h.masked_fill(route.mask(terms, h), 0.0) @ torch.cat([term.A for _, term in terms])

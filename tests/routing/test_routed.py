@@ -318,3 +318,90 @@ def test_calls_without_a_batch(host: nn.Module, call: Any) -> None:
     pl.attach(host, pl.LoRA(rank=1), target.get(type(host).__name__, "weight"))
     with pl.routed(host, [0, 0]), pytest.raises(ValueError, match="cannot route the rows"):
         call(host)
+
+
+def test_verbs_inside() -> None:
+    """Persistent verbs inside change the model for later; what would reach all rows raises."""
+    model, x = linear(), torch.randn(2, 6, dtype=torch.float64)
+    alone = []
+    for names in (["first"], ["second"], []):
+        with pl.using(model, *names):
+            alone.append(model(x))
+    with pl.routed(model, ["first", "second"]):
+        rows = torch.stack([alone[0][0], alone[1][1]])
+        pl.disable(model)
+        assert_close(model(x), rows)
+        with pl.using(model, "second"):
+            assert_close(model(x), alone[1])
+        with pl.disabled(model, "first"):
+            assert_close(model(x), torch.stack([alone[2][0], alone[1][1]]))
+        with pl.disabled(model):
+            assert_close(model(x), alone[2])
+        with pytest.raises(pl.StateError, match=r"cannot switch adapters on inside of routed"):
+            pl.enabled(model, "third").__enter__()
+        with pytest.raises(pl.StateError, match=r"cannot attach an adapter inside of routed"):
+            pl.attach(model, pl.LoRA(rank=1), "0", name="fourth")
+        pl.detach(model, "first")
+        assert_close(model(x), torch.stack([alone[2][0], alone[1][1]]))
+    assert_close(model(x), alone[2])
+    pl.enable(model, "second")
+    assert_close(model(x), alone[1])
+
+
+def test_adapter_merged_elsewhere() -> None:
+    """An adapter merged anywhere in the model raises, since all rows would get it."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    pl.attach(model, pl.LoRA(rank=2), "0", name="first")
+    pl.merge(model)
+    pl.attach(model, pl.LoRA(rank=2), "1", name="second", activate="also")
+    with pytest.raises(pl.StateError, match=r"route to adapter 'first' while it is merged"):
+        pl.routed(model, [0], "second").__enter__()
+
+
+def test_adapter_on_a_bias_only() -> None:
+    """Rows of an adapter on the bias and of one on the weight of the same layer."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 5)).double(), torch.randn(3, 6, dtype=torch.float64)
+    pl.attach(model, pl.LoRA(rank=2), "*.weight", name="first")
+    pl.attach(model, pl.Delta(), "*.bias", name="second", activate="also")
+    with torch.no_grad():
+        for parameter in pl.parameters(model):
+            parameter.normal_()
+    rows = []
+    for row, names in zip(x.split(1), (["first"], ["second"], []), strict=True):
+        with pl.using(model, *names):
+            rows.append(model(row))
+    with pl.routed(model, ["first", "second", None]):
+        assert_close(model(x), torch.cat(rows))
+    with pl.routed(model, [-1, 0, -1], "second"):
+        assert_close(model(x)[1:], torch.cat(rows[1:]))
+
+
+@pytest.mark.parametrize("host", [nn.Linear(6, 5), nn.Conv1d(6, 5, 1), nn.Embedding(6, 5)])
+def test_empty_batch(host: nn.Module) -> None:
+    """A batch without rows gives outputs without rows."""
+    x = torch.zeros(0, 3, dtype=torch.int64) if isinstance(host, nn.Embedding) else None
+    x = torch.zeros(0, 6, 1)[..., : None if isinstance(host, nn.Conv1d) else 1] if x is None else x
+    x = x.squeeze(-1) if isinstance(host, nn.Linear) else x
+    pl.attach(host, pl.LoRA(rank=1), "weight")
+    with pl.routed(host, []):
+        assert host(x).shape[0] == 0
+    pl.detach(host)
+
+
+def test_unknown_name_in_ids() -> None:
+    """An id that names an adapter to which no row is routed raises, with the names."""
+    with pytest.raises(pl.AdapterNameError, match=r"'second', and rows are routed to 'first'"):
+        pl.routed(linear(), ["second"], "first").__enter__()
+
+
+def test_order_of_merge_and_enable() -> None:
+    """An adapter that acts before a merged one cannot be switched on if their order counts."""
+    model = nn.Linear(4, 3)
+    pl.attach(model, pl.IA3(), "weight", name="a")
+    pl.attach(model, pl.Delta(), "weight", name="b")
+    pl.merge(model, "b")
+    with pytest.raises(pl.StateError, match=r"cannot switch on 'a' while 'b', which was attached"):
+        pl.enable(model, "a")
+    with pytest.raises(pl.StateError, match=r"cannot switch on 'a' while 'b'"):
+        pl.enabled(model, "a").__enter__()

@@ -57,6 +57,9 @@ BACKWARD = (
 )
 
 
+UNSET: Mapping[str, Strength] = {}
+
+
 class State(NamedTuple):
     """What a stack computes with.
 
@@ -71,7 +74,7 @@ class State(NamedTuple):
     active: tuple[str, ...] = ()
     live: tuple[str, ...] = ()
     route: Any = None
-    strengths: Mapping[str, Strength] | None = {}
+    strengths: Mapping[str, Strength] | None = UNSET
 
 
 class Change(NamedTuple):
@@ -185,12 +188,13 @@ def _leave(*blocks: Block) -> None:
         ENTERED.set(Entered(rest, kept, entered.outer) if rest or kept else None)
 
 
-def state_within(stack: "Stack", entered: Entered | None) -> State:
+def state_within(stack: "Stack") -> State:
     """Return the state of a stack at which a block is open, in this thread or another.
 
     Raises:
         StateError: it is not known which blocks count: see Note [blocks belong to threads].
     """
+    entered = ENTERED.get()
     if entered is not None:
         cached = entered.states.get(stack.key)
         if cached is not None and cached[0] is stack.own and cached[1] is stack.open:
@@ -266,7 +270,7 @@ def composed(stack: "Stack", blocks: Sequence[Block]) -> State:
             strengths[name] = set_to[number]
     live = tuple([name for name in active if name not in merged])
     # Without a live adapter all rows get the same tensor.
-    return State(tuple(active), live, route if live else None, strengths)
+    return State(tuple(active), live, route if live else None, strengths or UNSET)
 
 
 def foreign_block(stack: "Stack") -> Block | None:

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..errors import StateError
 from ..kinds.spec import LowRank, Rescaled, Strength
 from .built import BUILT, no_autocast
 from .factors import TRACED, Blocks, Factors, apply_factors
 from .merged_backward import refuse_backward, trained
-from .overlay import ENTERED, Block, State, composed, state_within
+from .overlay import ENTERED, UNSET, Block, State, composed, state_within
 from .storage import Written
 
 CHANGED = (
@@ -95,11 +96,19 @@ class Stack(nn.Module):
         Raises:
             StateError: see Note [blocks belong to threads] in overlay.py.
         """
-        # A small layer feels every step here: it has to stay a few attributes and one variable.
-        if torch.compiler.is_compiling() and not self.shared:
-            return State((), self.traced_live, self.traced_route, None)
-        entered = ENTERED.get()
-        return self.own if entered is None and not self.open else state_within(self, entered)
+        return self.traced() if is_compiling() else self.current()
+
+    def traced(self) -> State:
+        """Return the state while torch.compile traces."""
+        if self.shared:
+            return self.current()
+        return State((), self.traced_live, self.traced_route, None)
+
+    def current(self) -> State:
+        """Return the state while torch.compile does not trace."""
+        if ENTERED.get() is None and not self.open:
+            return self.own
+        return state_within(self)
 
     def seen(self) -> State:
         """Return the state in this thread or task; the own one if none of its blocks is open."""
@@ -224,12 +233,16 @@ class Stack(nn.Module):
 
         Also None if a backward has to raise, for which `forward` has to read the tensor.
         """
-        # With live adapters only one attribute is read here: each small layer feels a call.
+        # Written for small layers, which feel every call.
         if (self.merged if state.live else True) and self._trains_merged(state):
             return None
-        terms = []
+        terms, named = [], self._modules["factors"]._modules  # type: ignore[union-attr]
         for name in state.live:
-            term = self[name].low_rank(self._strength(name, state))
+            factors: Any = named[name]
+            if state.strengths is UNSET:
+                term = factors.low_rank()
+            else:
+                term = factors.low_rank(self._strength(name, state))
             if term is None:
                 return None
             terms.append(term)

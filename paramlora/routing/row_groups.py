@@ -1,16 +1,17 @@
 """Run a layer that is not factored once for each adapter, on the rows of that adapter."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..site.overlay import Change, changed
-from ..site.stack import Stack
-from .rows import Route, read_by
+from ..stack.overlay import Change, changed
+from ..stack.stack import Stack
+from .rows import read_by
+from .split import refusal, split
 
 
 def by_group(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -22,24 +23,14 @@ def by_group(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     stack = next(stack for stack in read_by(module) if stack.state().route is not None)
     route = stack.state().route
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
-    inputs, outputs = _dimensions(module, bound.arguments, route.paths[stack.key])
-    sizes = {
-        tensor.shape[dim]
-        for name, dim in inputs.items()
-        for tensor in _tensors_in(bound.arguments.get(name))
-    }
-    # If one input has more rows than another, the larger number cannot be right.
-    for size in sorted(sizes):
-        route = route.repeated(size, stack)
-    found = []
-    for index, rows in route.groups:
-        taken = dict(bound.arguments)
-        for name, dim in inputs.items():
-            if taken.get(name) is not None:
-                taken[name] = _mapped(taken[name], _select(dim, rows))
+    path = route.paths[stack.key]
+    inputs, outputs = _dimensions(module, bound.arguments, path)
+
+    def call(index: int, taken: dict[str, Any]) -> Any:
         with _only(module, None if index < 0 else route.names[index]):
-            found.append(type(module).forward(**taken))
-    return _joined(found, outputs, route)
+            return type(module).forward(**taken)
+
+    return split(route, path, bound.arguments, inputs, outputs, call)
 
 
 def _only(module: nn.Module, name: str | None) -> AbstractContextManager[None]:
@@ -97,36 +88,8 @@ def _dimensions(module: nn.Module, given: dict[str, Any], path: str) -> tuple[An
         spatial = getattr(module, "kernel_size", None)
         if spatial is None or given["input"].dim() == len(spatial) + 2:
             return {"x" if "x" in given else "input": 0}, 0
-    raise ValueError(
-        f"cannot route the rows of this call of {path!r}: give it a batch "
-        "as one dense tensor with a batch dimension, without a mask or offsets for each row"
-    )
+    raise ValueError(refusal(path))
 
 
 def _is_shared(given: dict[str, Any]) -> bool:
     return given["attn_mask"].dim() == 2
-
-
-def _select(dim: int, rows: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor.index_select(dim, rows.to(tensor.device))
-
-
-def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_mapped(part, function) for part in value)
-    return function(value)
-
-
-def _tensors_in(value: Any) -> list[Tensor]:
-    if isinstance(value, tuple):
-        return [tensor for part in value for tensor in _tensors_in(part)]
-    return [] if value is None else [value]
-
-
-def _joined(parts: list[Any], dims: Any, route: Route) -> Any:
-    """Join the outputs of the groups, in the order of the rows."""
-    if isinstance(dims, tuple):
-        return tuple(_joined([part[i] for part in parts], dim, route) for i, dim in enumerate(dims))
-    if parts[0] is None:
-        return None
-    return torch.cat(parts, dims).index_select(dims, route.on("back", parts[0].device))
