@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import paramlora as pl
-from paramlora.layers import rows
+from paramlora.routing import rows
 
 ALPHA, RANKS = 2.0, {"small": 1, "wide": 4, "plain": 2}
 SPECS = {name: pl.LoRA(rank, ALPHA) for name, rank in RANKS.items()}
