@@ -1,1 +1,1 @@
-"""Tests of the code that every study uses."""
+"""Tests of the examples to copy."""
