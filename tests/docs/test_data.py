@@ -65,3 +65,20 @@ def test_the_digit_study_of_the_documents_is_made_of_its_rows():
     for method, quantity, mean, interval, n, published, inside in seed_table(run).rows:
         if quantity.endswith("digits, %"):
             assert [method, quantity, mean, interval, n, published, inside] in shown
+
+
+def test_trainings_at_once_are_those_of_the_csv_file() -> None:
+    """The table of train-many.md and the README's line have the figures of the CSV file."""
+    rows = rows_of("training-at-once.csv")
+    assert rows
+    shown = table_rows("train-many.md")
+    for row in rows:
+        cells = [row[key] for key in ("model", "rank", "rows", "adapters")]
+        cells += [row["separate_ms"], row["at_once_ms"], f"{row['ratio']} ± {row['sd']}"]
+        assert [*cells, row["rounds"]] in shown
+    few, many = (
+        row["ratio"] for row in rows if row["model"] == "digit MLP" and row["adapters"] == "16"
+    )
+    readme = " ".join((DOCS.parent / "README.md").read_text(encoding="utf-8").split())
+    assert f"take {few} of the processor time" in readme
+    assert f"10 rows a step, and {many} with 100" in readme
