@@ -44,7 +44,9 @@ def studies() -> dict[str, ModuleType]:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    top = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    top = argparse.ArgumentParser(
+        prog="python -m experiments", description="Run a study, or write the report of a run again."
+    )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     known = studies().values()
     for study in known:

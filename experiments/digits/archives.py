@@ -107,8 +107,8 @@ def archive_folder(folder: Path, source: Source) -> Path | None:
     """Return the folder of the data set's four archives, or None if they are not found.
 
     This is `folder` itself or the subfolder that torchvision writes to. All data sets in this
-    format use the same file names. The MD5 sum of one archive therefore decides whether a folder
-    has another data set. Damaged archives have an unknown sum; `read_archive` reports them.
+    format use the same file names. So the MD5 sum of one archive tells whether the folder holds
+    another data set. Damaged archives have an unknown sum; `read_archive` reports them.
     """
     for place in (folder / source.name / "raw", folder):
         if all((place / name).is_file() for name in source.archives):
@@ -140,8 +140,8 @@ def read_archive(path: Path, md5: str) -> Tensor:
 def _unpacked(beside: Path, packed: bytes) -> bytes:
     """Return the content of a gzip archive.
 
-    If the file `beside`, which torchvision unpacks, has the same content, it is read instead. The
-    archive ends with the CRC-32 and the length of its content (RFC 1952). Comparing these takes a
+    If torchvision's unpacked file `beside` has the same length and CRC-32, its content is returned
+    instead. The archive ends with the CRC-32 and the length of its content (RFC 1952). Comparing these takes a
     tenth of the time of unpacking.
     """
     check, length = struct.unpack("<II", packed[-8:])

@@ -77,8 +77,8 @@ def order_after_base(settings: DigitSettings, images: int, rows: int, count: int
 
     The blog's script sets the seed once. Its fine-tuning continues the random numbers of everything
     before it, so the order depends on the base's seed. This function replays these draws in order:
-    the initial weights, the DataLoader of pre-training, the DataLoader of the test pass. Leaving
-    out any of them gives other images to fine-tune on. The state of torch's global generator is
+    the initial weights, the DataLoader of pre-training, the DataLoader of the test pass. Skipping
+    any of these draws would select other images. The state of torch's global generator is
     restored.
 
     Args:

@@ -101,8 +101,7 @@ def tuned_digits(
 ) -> list[int]:
     """Return the digits to tune; worst:K counts the base's wrong answers to validation images.
 
-    The test images do not decide, so that no figure depends on a choice by the images it is
-    measured on.
+    The test images are not used for this choice, because the results are measured on them.
 
     Args:
         settings: the settings of the run.

@@ -3,9 +3,9 @@
     python -m experiments.examples.own_model --out runs/resnet
 
 The network is pre-trained on ten classes, then an adapter on its convolutions is trained on two of
-them. The page shows which images the adapter won and lost.
+them. The page shows which answers became correct or wrong.
 
-The data are random images of CIFAR's shape, so that nothing has to be downloaded: each class is a
+The data are random images of CIFAR's shape, so that nothing has to be downloaded. Each class is a
 fixed colour pattern under noise. Replace `patterns` with your own data, and `resnet` with your own
 network. `--weights` loads a state dict (safetensors) into the network and skips pre-training.
 """

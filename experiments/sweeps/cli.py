@@ -76,7 +76,11 @@ def run(vary: list[str], base_seeds: int, jobs: int, **given: object) -> int:
     if name == REMEDIES or name.startswith(f"{REMEDIES}-"):
         if vary:
             raise StudyError(f"--vary cannot be used with --preset {name}, which has its own grid")
-        settings, _ = settings_and_data(name.removeprefix(REMEDIES).removeprefix("-"), **given)
+        preset = name.removeprefix(REMEDIES).removeprefix("-")
+        if preset not in ("", *PRESETS):
+            known = ", ".join(f"{REMEDIES}-{known}" for known in PRESETS)
+            raise StudyError(f"--preset must be one of {known}, got {name!r}")
+        settings, _ = settings_and_data(preset, **given)
         return run_selection(settings, base_seeds=base_seeds, jobs=jobs, **remedy_options)
     for key in remedy_options:
         flag = "--" + key.replace("_", "-")

@@ -44,14 +44,14 @@ def choose(
 
     The code: the native extension if it is built, except at sizes where the Triton kernels are
     faster. Without it, plain operations if so few elements pass through the layer, n (k + m), that
-    a Function in Python costs more than it saves.
+    a Function in Python costs more than it saves. Otherwise that Function (lowrank.py).
 
     The path: the update is added to the product x Wᵀ, which has n rows, or to the weight, which
     has k rows in the forward (transposed) and m in the backward. Both have the same number of
     columns, so the smaller number of rows decides. Four exceptions:
 
     - On a CPU with gradients, W' costs more than the product: it is a new tensor and built twice,
-      while the product is still in the cache. So its rows count twice, and four times without the
+      while the product is still in the cache. So the rows of W' count twice, and four times without the
       extension.
     - On a CPU without gradients, W' is built if n (k + m) > k m: it saves x Aᵀ as well.
     - Without gradients and without the extension, a small layer on a GPU builds W': two launches

@@ -1,7 +1,7 @@
-"""Forwards that run torch's own code on the dense W', built once per forward and not kept.
+"""Forwards that run torch's own code on the dense W', built once per forward.
 
 The backward of such a layer needs x and W'. Keeping W' would cost as much memory as the weights of
-the layer, so the backward builds it again: see `_rebuilt`.
+the layer, so `dense` builds it again in the backward: see `_rebuilt`.
 """
 
 import functools

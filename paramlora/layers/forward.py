@@ -5,15 +5,17 @@ Note [the choice of forward]
     because the computation of any other forward is unknown. An adapted forward looks at the stack
     and takes the first of these paths that the active adapters allow:
 
+    routed      a route is set: routing/rows.py computes each row with its adapter.
     factored    y = x Wᵀ + b + s·(x Aᵀ) Bᵀ      Linear, Conv1D, Embedding with low-rank updates.
                 W' is built only for many rows (`compute.plan.choose`).
     rescaled    W' = (1 + c) ⊙ (W + s·B A)      the same layers with IA3 or DoRA.
-    routed      a route is set: rows.py computes each row with its adapter.
     dense       torch's own code on W'          other layers, kinds without such a form, and
-                tensors with other parametrizations. W' is built once per forward, and again in
-                the backward (dense.py).
+                tensors with other parametrizations. W' is built once per forward.
 
-    For the backward, a factored layer keeps x and x Aᵀ, and a dense layer keeps x. None keeps W'.
+    For the backward, a factored layer keeps x and x Aᵀ, and not W'. A dense layer keeps x, and
+    builds W' again (dense.py). Exceptions, which keep W': recurrent layers, modules with a forward
+    of their own, tensors with further parametrizations, and torch 2.6. Under autocast torch keeps
+    its cast of W'.
 
     A subclass with its own forward keeps it, because it may compute anything:
 

@@ -20,7 +20,7 @@ def no_autocast(weight: Tensor) -> AbstractContextManager[Any]:
 class _Built(threading.local):
     """The tensors that stacks have built inside the innermost `build_once` of this thread."""
 
-    tensors: dict[object, Tensor] | None = None
+    tensors: dict[object, tuple[Tensor, object]] | None = None
 
 
 BUILT = _Built()

@@ -147,8 +147,9 @@ class Stack(nn.Module):
             return self.build(weight, state)
         key = self._key(state)
         if key not in built:
-            built[key] = self.build(weight, state)
-        return built[key]
+            # The entry holds strengths that are tensors, so that no other tensor gets their ids.
+            built[key] = self.build(weight, state), self._steps(state)
+        return built[key][0]
 
     def build(self, weight: Tensor, state: State, names: Iterable[str] | None = None) -> Tensor:
         """Return W' with these adapters; by default with all that are live."""
@@ -172,8 +173,9 @@ class Stack(nn.Module):
                 return half + x @ self.weight.T     # needs W + ΔW
 
         Without `is_grad_enabled`, a first read under no_grad would serve a later read that needs a
-        gradient, and the factors would silently get none. Strengths that are tensors are compared
-        by identity, because comparing values would wait for the GPU. Writing to them, or to the
+        gradient, and the factors would silently get none. `id(self)` is there because the cache
+        serves all stacks that a module's forward reads. Strengths that are tensors are compared by
+        identity, because comparing values would wait for the GPU. Writing to them, or to the
         factors, during a forward is not supported.
         """
         strengths = [strength for *_, strength in self._steps(state)]

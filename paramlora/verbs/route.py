@@ -23,16 +23,16 @@ def routed(
     """Compute each row of a batch with its own adapter inside the block.
 
     Only the adapter of a row contributes to it, with its strength, even if it is switched off.
-    Inside, `using` and `disabled` may be entered: the one gives all rows the same adapters again,
-    the other takes adapters away from their rows. Activation checkpointing runs a forward again in
+    Inside, `using` gives all rows the same adapters again, and `disabled` removes adapters from
+    their rows. Activation checkpointing runs a forward again in
     the backward, so the backward then belongs inside the block as well; or pass `keep_blocks` to
     the checkpoint. Like all blocks, it belongs to the thread or asyncio task that enters it: see
     `using`.
 
-    It works in inference, and in training, where each adapter learns
-    from its rows. It supports Linear, Embedding, convolutions, attention and recurrent layers. The
-    rows must lie along dimension 0 of their inputs, or along dimension 1 in attention and recurrent
-    layers without `batch_first`.
+    It works in inference, and in training, where each adapter learns from its rows. It supports
+    Linear, Embedding, convolutions, attention and recurrent layers. The rows must lie along
+    dimension 0 of their inputs, or along dimension 1 in attention and recurrent layers without
+    `batch_first`.
 
     Args:
         model: a module with adapters.
@@ -43,9 +43,8 @@ def routed(
 
     Raises:
         AdapterNameError: there is no adapter of that name.
-        StateError: an adapter of the model is merged, named or not, since all rows would get it; or
-            a module's own forward reads the adapted tensor, so
-            that all rows would get the same adapter.
+        StateError: an adapter of the model is merged, named or not, so all rows would get it; or a
+            module's own forward reads the adapted tensor, so all rows would get the same one.
         ValueError: ids is not a vector of integers from −1 to the number of adapters less 1; or,
             in the forward, an input has another number of rows.
 

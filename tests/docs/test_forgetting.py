@@ -44,9 +44,9 @@ def test_commands_and_options() -> None:
 
 @pytest.mark.parametrize("study", ["digits", "sweeps", "tasks", "text"])
 def test_the_readme_of_a_study_has_its_parts_and_commands_that_exist(study: str) -> None:
-    """Each study's README answers the same questions in 40 lines, and its commands parse."""
+    """Each study's README answers the same questions in 50 lines, and its commands parse."""
     text = (GUIDE.parents[1] / "experiments" / study / "README.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 40
+    assert len(text.splitlines()) <= 50
     parts = re.findall(r"^\*\*(.*?)\.\*\*", text, re.MULTILINE)
     assert parts == ["Question", "Data", "Command", "Time", "Result", "Next"]
     commands = re.findall(r"^    python -m experiments (.*)$", text, re.MULTILINE)

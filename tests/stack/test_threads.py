@@ -376,3 +376,28 @@ def test_replicas_of_data_parallel() -> None:
     with unchanged(model), pytest.raises(pl.StateError, match=r"nn.DataParallel cannot replicate"):
         stack._replicate_for_data_parallel()
     assert_close(nn.DataParallel(model)(x), dense(model, x, a=1))
+
+
+class Toggling(nn.Module):
+    """A module whose forward reads its weight at several strengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 4))
+
+    def forward(self, x: Tensor) -> list[float]:
+        outputs = []
+        for strength in range(1, 9):
+            with pl.using(self, a=torch.tensor(float(strength))):
+                outputs.append((x @ self.weight.T).sum().item())
+        return outputs
+
+
+def test_strengths_as_tensors_in_one_forward() -> None:
+    """Each strength of a forward has a weight of its own, though a freed tensor's id is reused."""
+    model = Toggling()
+    pl.attach(model, pl.Delta(), "weight", name="a")
+    with torch.no_grad():
+        for parameter in pl.parameters(model):
+            parameter.fill_(1.0)
+        assert model(torch.ones(1, 4)) == [12.0 * strength for strength in range(1, 9)]

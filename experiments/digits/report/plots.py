@@ -128,7 +128,7 @@ def _loss_curve(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return steps, and mean and standard deviation over the rows of their smoothed loss curves.
 
     A point of `train_curve` is the mean of `train_curve_every` steps. Each smoothed point is the
-    mean of `window` such points, and stands at the last of their steps.
+    mean of `window` such points, drawn at the last step of the last one.
     """
     curves = np.array([row["train_curve"] for row in rows])  # (seeds, points)
     window = max(1, curves.shape[1] // 20)
