@@ -141,8 +141,8 @@ def _unpacked(beside: Path, packed: bytes) -> bytes:
     """Return the content of a gzip archive.
 
     If torchvision's unpacked file `beside` has the same length and CRC-32, its content is returned
-    instead. The archive ends with the CRC-32 and the length of its content (RFC 1952). Comparing these takes a
-    tenth of the time of unpacking.
+    instead. The archive ends with the CRC-32 and the length of its content (RFC 1952). Comparing
+    these takes a tenth of the time of unpacking.
     """
     check, length = struct.unpack("<II", packed[-8:])
     with contextlib.suppress(OSError):

@@ -51,8 +51,8 @@ def choose(
     columns, so the smaller number of rows decides. Four exceptions:
 
     - On a CPU with gradients, W' costs more than the product: it is a new tensor and built twice,
-      while the product is still in the cache. So the rows of W' count twice, and four times without the
-      extension.
+      while the product is still in the cache. So the rows of W' count twice, and four times
+      without the extension.
     - On a CPU without gradients, W' is built if n (k + m) > k m: it saves x Aᵀ as well.
     - Without gradients and without the extension, a small layer on a GPU builds W': two launches
       instead of three.

@@ -19,8 +19,8 @@ Note [blocks belong to threads]
     A new thread starts with an empty context. One that was started inside a block would silently
     compute something else than its parent. So each stack also knows the blocks that are open at it
     in any thread, and a thread that has entered none raises. A new asyncio task copies the context
-    of its parent, and with it the blocks. If it outlives one of them, it raises as well. A thread of
-    autograd, which recomputes checkpointed forwards on a GPU, takes the open blocks if all of them
+    of its parent, and with it the blocks. If it outlives one of them, it raises as well. A thread
+    of autograd, which recomputes checkpointed forwards on a GPU, takes the open blocks if all of them
     belong to one thread, and raises otherwise.
 
     torch.compile cannot guard on a context variable in every version. While it traces, a stack

@@ -29,8 +29,8 @@ def grouped(on: Tensor, off: Tensor, tuned: Collection[int]) -> Tensor:
         p(c) = p⁰(C) · p(c | C) for c ∈ C, p⁰(c) for all others
 
     This is a soft form of `routed`. The logits of the other classes are the base's. The tuned
-    logits keep the base's log-sum-exp over C. Only a rise of p(c | C) can move an image from another
-    class to a tuned one. Arguments are those of `routed`.
+    logits keep the base's log-sum-exp over C. Only a rise of p(c | C) can move an image from
+    another class to a tuned one. Arguments are those of `routed`.
     """
     out, columns = off.clone(), list(tuned)
     mass = off[:, columns].logsumexp(1, keepdim=True)

@@ -460,7 +460,10 @@ def test_remedies_are_a_preset_of_the_sweep(tmp_path, monkeypatch, capsys):
             "--floor can only be used with a remedies preset, such as remedies-relu",
         ),
         (["--selection-bases", "2"], "--selection-bases can only be used with a remedies preset"),
-        (["--preset", "remedies-red"], "--preset must be blog or relu or nine or small, got 'red'"),
+        (
+            ["--preset", "remedies-red"],
+            "--preset must be one of remedies-blog, remedies-relu, remedies-nine, remedies-small",
+        ),
     ],
 )
 def test_options_of_grid_and_remedies_are_told_apart(words, message, capsys):
