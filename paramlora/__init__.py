@@ -22,7 +22,7 @@ from .files.base import base_state_dict, fingerprint, load_base_state_dict
 from .files.checkpoint import load, save
 from .files.merged import merged_state_dict
 from .files.state import load_state_dict, state_dict
-from .kinds import IA3, Delta, DoRA, LoHa, LoKr, LoRA
+from .kinds import IA3, OFT, Delta, DoRA, HiRA, LoHa, LoKr, LoRA, LoRAXS, MiSS
 from .layers.statistics import hold_statistics
 from .methods.combine import combine
 from .methods.eva import eva
@@ -42,15 +42,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "IA3",
+    "OFT",
     "AdapterNameError",
     "AuditReport",
     "CheckpointError",
     "Delta",
     "DoRA",
     "Finding",
+    "HiRA",
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoRAXS",
+    "MiSS",
     "ParamloraError",
     "SiteSummary",
     "Skipped",
