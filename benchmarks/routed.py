@@ -3,6 +3,9 @@
 The figures are times over the same model without adapters, in inference with rank 16. Before they
 are timed in interleaved rounds, the outputs of both are checked against each row by itself in
 float64. On a GPU the model is in bfloat16, on a CPU smaller and in float32.
+
+With --train, adapters that are trained at once are compared with as many separate trainings
+(routed_training.py).
 """
 
 import argparse
@@ -17,6 +20,7 @@ from tqdm import tqdm
 
 import paramlora as pl
 
+from . import routed_training
 from .harness import options as shared
 from .harness.cases import BOUNDS, relative_error
 from .harness.contestants import linears
@@ -32,26 +36,39 @@ EXAMPLES = """\
 examples:
   python -m benchmarks routed
   python -m benchmarks routed --device cpu --adapters 8 --batches 8 --rounds 3
+  python -m benchmarks routed --train --device cpu --clock processor --threads 1
+  python -m benchmarks routed --train --models minilm --checkpoint DIR --data-dir DIR
 """
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this subcommand."""
     what = parser.add_argument_group("what to measure").add_argument
-    what("--adapters", type=int, nargs="+", default=[8, 32], help="numbers of adapters")
-    what("--batches", type=int, nargs="+", default=[8, 64, 512], help="numbers of rows in a batch")
+    text = "numbers of adapters (default: 8 32; 16 64 with --train)"
+    what("--adapters", type=int, nargs="+", help=text)
+    text = "rows in a batch (default: 8 64 512); with --train, of each adapter"
+    what("--batches", type=int, nargs="+", help=text)
+    routed_training.add_options(parser.add_argument_group("training at once").add_argument)
     how = parser.add_argument_group("how to measure").add_argument
     shared.add_device(how)
-    shared.add_rounds(how, 15, f"interleaved rounds of {REPEATS} forwards per cell")
+    shared.add_rounds(how, 15, f"interleaved rounds per cell, of {REPEATS} forwards each")
+    shared.add_clock(how)
+    how("--threads", type=int, metavar="N", help="threads on the CPU (default: torch's)")
     shared.add_folder(parser.add_argument_group("results").add_argument)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure all cells, write their rows and print a table."""
-    cells = [(adapters, n) for adapters in options.adapters for n in options.batches]
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.train:
+        routed_training.run(options)
+        return
+    counts, batches = options.adapters or [8, 32], options.batches or [8, 64, 512]
+    cells = [(adapters, n) for adapters in counts for n in batches]
     lines = []
     for adapters, n in tqdm(cells, unit="cell", disable=None):
-        rows = measure(adapters, n, options.rounds, options.device)
+        rows = measure(adapters, n, options.rounds, options.device, options.clock)
         append(options.out / "results.jsonl", rows)
         floor, own, peer = rows
         lines.append(
@@ -69,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def measure(adapters: int, n: int, rounds: int, device: str) -> list[Row]:
+def measure(adapters: int, n: int, rounds: int, device: str, clock: str = "wall") -> list[Row]:
     """Return the rows of the floor, paramlora and PEFT."""
     width, hidden = (256, 1024) if device == "cpu" else (4096, 14336)
     runs, x = prepare(adapters, n, width, hidden, device)
@@ -79,6 +96,7 @@ def measure(adapters: int, n: int, rounds: int, device: str) -> list[Row]:
         repeats=REPEATS,
         warm_up=2,
         device=device,
+        clock=clock,
     )
     floor = summarized(seconds["floor"])["median_s"]
     rows = []

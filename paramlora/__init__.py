@@ -29,7 +29,7 @@ from .methods.eva import eva
 from .methods.extract import extract
 from .methods.lora_plus import parameter_groups
 from .peft.folder import load_peft, save_peft
-from .site.overlay import keep_blocks
+from .stack.overlay import keep_blocks
 from .verbs.attach import attach, detach, freeze, parameters, unfreeze
 from .verbs.audit import AuditReport, audit
 from .verbs.audit_checks import Finding

@@ -24,16 +24,30 @@ EXPERIMENTS: Layers = {
     "tasks": {*SHARED, "digits"},
     "__main__": {"harness"},  # it finds the studies by their folders, and names none
 }
-BELOW_VERBS = {"layers", "site", "kinds", "errors"}
+BELOW_LAYERS = {"site", "stack", "kinds", "errors", "wrappers"}
+BELOW_VERBS = {"layers", *BELOW_LAYERS}
 PARAMLORA: Layers = {
     "errors": set(),
     "native": set(),
     "kinds": {"errors"},
     "private_torch": set(),
     "compute": {"kinds", "native", "private_torch"},
-    "site": {"kinds", "errors", "private_torch"},
-    "layers": {"site", "compute", "kinds", "errors", "private_torch"},
-    "verbs": BELOW_VERBS,
+    "wrappers": {"errors", "private_torch"},
+    "stack": {"kinds", "errors", "private_torch", "wrappers"},
+    "site": {"stack", "kinds", "errors", "wrappers"},
+    "routing": {"site", "stack", "compute", "kinds", "errors"},
+    "layers": {
+        "routing",
+        "site",
+        "stack",
+        "compute",
+        "kinds",
+        "errors",
+        "private_torch",
+        "wrappers",
+    },
+    "targets": {"site", "stack", "kinds", "errors"},
+    "verbs": {"targets", "routing", *BELOW_VERBS},
     "methods": {"verbs", *BELOW_VERBS},
     "files": {"verbs", *BELOW_VERBS},
     "peft": {"files", "verbs", *BELOW_VERBS},

@@ -43,15 +43,19 @@ class Encoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """One block of Llama-8B's shape: seven linear layers without bias, grouped queries."""
+    """One block of a Llama: seven linear layers without bias, grouped queries.
 
-    def __init__(self) -> None:
+    By default it has Llama-8B's shape. `head` is the width of a head.
+    """
+
+    def __init__(self, width: int = 4096, head: int = 128) -> None:
         super().__init__()
-        self.attention = Attention(4096, 32, 1024, bias=False)
-        self.norm1, self.norm2 = nn.RMSNorm(4096), nn.RMSNorm(4096)
-        self.gate = nn.Linear(4096, 14336, bias=False)
-        self.up = nn.Linear(4096, 14336, bias=False)
-        self.down = nn.Linear(14336, 4096, bias=False)
+        hidden = width * 7 // 2
+        self.attention = Attention(width, width // head, width // 4, bias=False)
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))

@@ -10,6 +10,7 @@ An interrupted run resumes from its rows; see Note [Stages and resuming] in stag
 last line of results.jsonl is dropped.
 """
 
+import gzip
 import json
 import os
 from collections.abc import Iterable
@@ -74,9 +75,7 @@ class RunDirectory:
         try:
             settings = json.loads((folder / "settings.json").read_text())
             environment = json.loads((folder / "environment.json").read_text())
-            path = folder / "results.jsonl"
-            lines = path.read_text().split("\n")[:-1] if path.exists() else []
-            rows = [json.loads(line) for line in lines]
+            rows = [json.loads(line) for line in _text_of_rows(folder).split("\n")[:-1]]
             return cls(folder, flattened(settings), environment, rows)
         except FileNotFoundError as error:
             missing = Path(error.filename).name
@@ -141,6 +140,14 @@ def replace_file(path: Path, content: bytes) -> None:
         os.replace(half, path)
     finally:
         half.unlink(missing_ok=True)
+
+
+def _text_of_rows(folder: Path) -> str:
+    """Return the text of results.jsonl, or of results.jsonl.gz in a run that is kept compressed."""
+    path, compressed = folder / "results.jsonl", folder / "results.jsonl.gz"
+    if not path.exists() and compressed.exists():
+        return gzip.decompress(compressed.read_bytes()).decode()
+    return path.read_text() if path.exists() else ""
 
 
 def _write(path: Path, values: Row) -> None:

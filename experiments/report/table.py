@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from statistics import mean, stdev
 from typing import Any
+
+from scipy.stats import t
 
 from ..harness.settings import listed
 
@@ -36,6 +39,31 @@ class Sample:
         """
         equal = len(set(self.values)) == 1
         return f"{self.mean:.{digits}f}" + ("" if equal else f" ± {self.sd:.{digits}f}")
+
+    def interval(self, digits: int, *, of_one: bool = False) -> str:
+        """Return a 95 % interval, "4.1 to 6.8", by Student's t with n - 1 degrees of freedom.
+
+        Args:
+            digits: decimal digits.
+            of_one: return the predictive interval, in which one further value lies with a
+                probability of 95 %, instead of the confidence interval of the mean.
+
+        >>> Sample((1.0, 2.0, 3.0)).interval(1), Sample((1.0, 2.0, 3.0)).interval(1, of_one=True)
+        ('-0.5 to 4.5', '-3.0 to 7.0')
+        >>> Sample((1.0,)).interval(1)
+        '-'
+        """
+        if self.sd is None:
+            return "-"
+        low, high = self.bounds(of_one=of_one)
+        return f"{low:.{digits}f} to {high:.{digits}f}"
+
+    def bounds(self, *, of_one: bool = False) -> tuple[float, float]:
+        """Return the ends of `interval`; n must be at least 2."""
+        n = len(self.values)
+        assert self.sd is not None
+        half = t.ppf(0.975, n - 1) * self.sd * sqrt((1 if of_one else 0) + 1 / n)
+        return self.mean - half, self.mean + half
 
     def min_max(self, digits: int) -> str:
         """Return "lowest to highest" with so many decimal digits."""

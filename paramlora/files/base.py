@@ -22,9 +22,9 @@ from torch.nn.utils import parametrize
 from ..layers.site_list import is_at_home
 from ..site.find import dotted, index_of, stack_of
 from ..site.names import check_unmerged
-from ..site.stack import Stack
-from ..site.storage import check_real, check_settled, in_parts
-from ..site.wrappers import check_model, inner
+from ..stack.stack import Stack
+from ..stack.storage import check_real, check_settled, in_parts
+from ..wrappers import check_model, inner
 from .compare import compare
 from .digest import digest
 

@@ -14,11 +14,11 @@ from torch import nn
 from ..errors import CheckpointError
 from ..layers.install import check_tied
 from ..site.names import only_name
-from ..site.storage import check_real, settle, whole, writes_files
 from ..site.survey import Survey
-from ..site.wrappers import check_model
+from ..stack.storage import check_real, settle, whole, writes_files
 from ..verbs.add import Activate
 from ..verbs.summary import Summary
+from ..wrappers import check_model
 from .metadata import ENTRY, describe, digest_of, read
 from .plan import plan_sites
 from .refresh import attach_or_refresh

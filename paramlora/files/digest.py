@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..site.storage import whole
+from ..stack.storage import whole
 
 
 def digest(named: Iterable[tuple[str, Tensor]], preface: str = "") -> str:

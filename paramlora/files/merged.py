@@ -7,8 +7,8 @@ from torch import nn
 from ..layers.install import check_whole
 from ..site.names import check_names
 from ..site.survey import Survey
-from ..site.wrappers import inner
 from ..verbs.fold import effective
+from ..wrappers import inner
 from .base import Base, base_state_dict
 
 

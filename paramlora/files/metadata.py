@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..kinds.spec import Spec, is_finite
-from ..site.factors import Factors
 from ..site.find import Site, base_weight
+from ..stack.factors import Factors
 from .digest import digest
 from .safetensors_file import read_tensors
 

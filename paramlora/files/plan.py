@@ -13,10 +13,10 @@ from torch import Tensor
 from ..errors import CheckpointError, TargetError, nearest
 from ..kinds.spec import Spec, factor_dtype
 from ..layers.install import PlannedSite
-from ..site.block import Part, split
-from ..site.factors import Factors
 from ..site.place import Place, check, check_shapes, first_overlap
-from ..site.storage import is_sharded
+from ..stack.block import Part, split
+from ..stack.factors import Factors
+from ..stack.storage import is_sharded
 from .compare import compare
 from .metadata import spec_of
 

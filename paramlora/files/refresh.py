@@ -7,11 +7,11 @@ from torch import nn
 
 from ..errors import AdapterNameError
 from ..layers.install import PlannedSite, check_name
-from ..site.factors import Factors
 from ..site.find import Site
 from ..site.names import check_unmerged
-from ..site.storage import fill, settle
 from ..site.survey import Survey
+from ..stack.factors import Factors
+from ..stack.storage import fill, settle
 from ..verbs.add import Activate, add, check_activate, switch
 from ..verbs.summary import Summary, report
 from .state import check_writable, factors_of

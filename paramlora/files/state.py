@@ -18,11 +18,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..site.factors import Factors
 from ..site.find import Site
 from ..site.names import check_unmerged, only_name
-from ..site.storage import check_real, check_settled, fill, settle
 from ..site.survey import Survey
+from ..stack.factors import Factors
+from ..stack.storage import check_real, check_settled, fill, settle
 from .compare import compare
 
 

@@ -19,11 +19,11 @@ from ..private_torch import (
     saved_tensors_hooks,
     set_flat_weights,
 )
-from ..site.built import build_once
+from ..routing import rows
+from ..routing.row_groups import by_group
 from ..site.find import parametrization_lists, stack_of, stored_tensors
-from ..site.stack import CHANGED
-from . import rows
-from .row_groups import by_group
+from ..stack.built import build_once
+from ..stack.stack import CHANGED
 
 
 def dense(plain: Callable[..., Any]) -> Callable[..., Any]:

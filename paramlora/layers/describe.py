@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from ..site.factors import Factors
 from ..site.find import parametrization_lists
-from ..site.stack import Stack
+from ..stack.factors import Factors
+from ..stack.stack import Stack
 
 
 def with_adapters(plain: Callable[[nn.Module], str]) -> Callable[[nn.Module], str]:

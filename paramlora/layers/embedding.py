@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from ..compute.rescaled import rescaled_rows
 from ..kinds.spec import LowRank, add_update
-from ..site.built import no_autocast
-from . import rows
+from ..routing import rows
+from ..routing.row_groups import by_group
+from ..stack.built import no_autocast
 from .linear import alone
-from .row_groups import by_group
 
 
 @functools.wraps(nn.Embedding.forward)

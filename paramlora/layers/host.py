@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..site.factors import Factors
 from ..site.find import Site, in_list, parametrization_lists, stack_of
-from ..site.stack import Stack
 from ..site.survey import Survey
 from ..site.tie import Tie
+from ..stack.factors import Factors
+from ..stack.stack import Stack
 from .host_class import adopt, copied_class, parametrized_tensors
 from .site_list import hold_at_home, leave_to_torch
 

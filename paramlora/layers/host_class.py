@@ -29,7 +29,7 @@ from ..errors import StateError
 from ..private_torch import TRACED_BY_ATTRIBUTES
 from ..site.find import parametrization_lists, stack_of, stored_tensors
 from ..site.marks import merged_twice
-from ..site.storage import Written, is_sharded
+from ..stack.storage import Written, is_sharded
 from .dense import hold_stored
 from .describe import with_adapters
 from .forward import forward_for

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import AdapterNameError, StateError
-from ..site.factors import Factors
 from ..site.find import Site, stored_tensors
 from ..site.names import check_names, check_not_routed
 from ..site.place import Place
-from ..site.stack import Stack
-from ..site.storage import is_sharded
 from ..site.survey import Survey
-from ..site.wrappers import check_not_synchronized
+from ..stack.factors import Factors
+from ..stack.stack import Stack
+from ..stack.storage import is_sharded
+from ..wrappers import check_not_synchronized
 from . import host
 from .host import keep_frozen as keep_frozen
 from .statistics import is_held, release

@@ -9,11 +9,11 @@ from torch.compiler import is_compiling
 
 from ..compute import lowrank
 from ..compute.rescaled import rescaled_linear
+from ..routing import rows
 from ..site.find import parametrization_lists
-from ..site.overlay import ENTERED, state_within
-from ..site.stack import Stack
 from ..site.tie import Tie
-from . import rows
+from ..stack.overlay import ENTERED, state_within
+from ..stack.stack import Stack
 from .dense import dense
 
 

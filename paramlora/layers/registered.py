@@ -18,11 +18,11 @@ from torch.nn.utils import parametrize
 
 from ..errors import AdapterNameError, TargetError
 from ..kinds.spec import Spec, makes_parametrizations
-from ..site.factors import Factors
 from ..site.find import parametrization_lists, stored_tensors
-from ..site.stack import Stack
-from ..site.storage import is_sharded
 from ..site.survey import before_survey
+from ..stack.factors import Factors
+from ..stack.stack import Stack
+from ..stack.storage import is_sharded
 from . import host
 from .install import check_valid_name
 

@@ -23,11 +23,11 @@ from ..kinds.lora import LoRA
 from ..kinds.spec import LowRank, is_finite
 from ..kinds.start import truncated_svd
 from ..layers.install import PlannedSite, check_name, check_tied
-from ..site.factors import Factors
 from ..site.find import dotted, is_swapped
 from ..site.names import check_names
 from ..site.place import Place, first_overlap
 from ..site.survey import Survey
+from ..stack.factors import Factors
 from ..verbs.add import Activate, add, check_activate
 from ..verbs.summary import Summary
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from ..errors import StateError, TargetError
 from ..kinds.dora import DoRA
 from ..kinds.lora import LoRA
-from ..site.factors import Factors
 from ..site.find import Site
 from ..site.names import check_unmerged
 from ..site.survey import Survey
+from ..stack.factors import Factors
 from ..verbs.audit import call as call_on
 from ..verbs.toggle import disabled
 

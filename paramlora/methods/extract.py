@@ -15,11 +15,11 @@ from ..kinds.lora import LoRA
 from ..kinds.spec import Spec, factor_dtype
 from ..kinds.start import truncated_svd
 from ..layers.install import PlannedSite, check_name, check_tied
-from ..site.factors import Factors
 from ..site.place import Place, check, check_shapes
 from ..site.survey import Survey
-from ..site.wrappers import inner
+from ..stack.factors import Factors
 from ..verbs.add import add, check_activate
+from ..wrappers import inner
 
 
 @torch.no_grad()

@@ -22,11 +22,11 @@ from ..files.safetensors_file import read_tensors
 from ..layers.install import check_whole
 from ..site.names import only_name
 from ..site.place import check_shapes
-from ..site.storage import check_real
 from ..site.survey import Survey
-from ..site.wrappers import check_model, inner
+from ..stack.storage import check_real
 from ..verbs.add import Activate
 from ..verbs.summary import Summary
+from ..wrappers import check_model, inner
 from .config_file import parse_config, read_config
 from .disk import CONFIG, TENSORS, check_destination, check_files, write_folder
 from .modules import view

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..site.find import dotted, is_conv1d
-from ..site.wrappers import named_modules
+from ..wrappers import named_modules
 from .layout import Part, parts_of
 
 

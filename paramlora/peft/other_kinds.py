@@ -27,9 +27,9 @@ from ..kinds.miss import MiSS
 from ..kinds.oft import OFT
 from ..kinds.spec import Spec
 from ..layers.install import PlannedSite
-from ..site.factors import Factors
 from ..site.find import Site
 from ..site.place import Place
+from ..stack.factors import Factors
 from .config import Config
 from .config_file import check_settings, refuse_settings
 from .layout import Part, cannot_store

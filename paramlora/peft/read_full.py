@@ -20,7 +20,7 @@ from ..kinds.delta import Delta
 from ..kinds.spec import factor_dtype
 from ..layers.install import PlannedSite
 from ..site.place import Place
-from ..site.storage import check_real
+from ..stack.storage import check_real
 from .config import Config
 from .layout import is_factor
 from .modules import PeftView

@@ -11,8 +11,8 @@ from ..kinds.delta import Delta
 from ..kinds.dora import DoRA
 from ..kinds.lora import LoRA
 from ..kinds.spec import LowRank
-from ..site.factors import Blocks, Factors
 from ..site.find import Site, base_weight, is_conv1d
+from ..stack.factors import Blocks, Factors
 from .config_file import Targets, config_content
 from .layout import Part, cannot_store, norms
 from .modules import PeftView, view

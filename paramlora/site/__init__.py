@@ -1,1 +1,1 @@
-"""One adapted tensor: its stack, its factors, and where to find it in a model."""
+"""Adapted tensors in a model: where they are, what they are called, and which are tied."""

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .factors import Factors
-from .stack import Stack
+from ..stack.factors import Factors
+from ..stack.stack import Stack
+from ..wrappers import check_model, inner
 from .tie import Tie
-from .wrappers import check_model, inner
 
 
 def is_swapped(module: nn.Module) -> bool:

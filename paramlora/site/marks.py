@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from ..stack.stack import Stack
 from .find import Site, in_list, stored_tensors
-from .stack import Stack
 
 _MARK = "merged_"
 

@@ -4,8 +4,8 @@ import difflib
 from collections.abc import Container, Iterable, Sequence, Sized
 
 from ..errors import AdapterNameError, StateError
-from .overlay import foreign_block, is_routed
-from .stack import Stack
+from ..stack.overlay import foreign_block, is_routed
+from ..stack.stack import Stack
 
 
 def ordered_names(stacks: Iterable[Stack]) -> list[str]:

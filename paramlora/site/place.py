@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from ..errors import TargetError
 from ..kinds.spec import FLOATS, Spec
-from .block import Block, Part
+from ..stack.block import Block, Part
+from ..stack.stack import Stack
+from ..stack.storage import is_sharded
 from .find import base_weight, dotted, parametrization_lists, stack_of, stored_tensors
-from .stack import Stack
-from .storage import is_sharded
 
 
 class Place(NamedTuple):

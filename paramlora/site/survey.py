@@ -5,11 +5,11 @@ from functools import cached_property
 
 from torch import nn
 
+from ..stack.stack import Stack
+from ..wrappers import inner
 from .find import Site, dotted, parametrization_lists, sites_in, walk
 from .names import check_names, ordered_names
 from .place import Place, places_in
-from .stack import Stack
-from .wrappers import inner
 
 # What is done to the modules of a model before it is surveyed; each returns whether it changed any.
 _FIRST: list[Callable[[Iterable[tuple[str, nn.Module]]], bool]] = []

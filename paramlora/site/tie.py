@@ -11,7 +11,7 @@ others have a `Tie` in its place, which calls the stack without being its parent
 
 from torch import Tensor, nn
 
-from .stack import Stack
+from ..stack.stack import Stack
 
 
 class Tie(nn.Module):

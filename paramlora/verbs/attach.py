@@ -24,14 +24,14 @@ from ..layers.install import (
 )
 from ..layers.registered import claim as claim  # what torch registered, from now on
 from ..layers.statistics import hold
-from ..site.factors import Factors
 from ..site.names import check_factors, check_names, check_unmerged
-from ..site.storage import settle
 from ..site.survey import Survey
+from ..stack.factors import Factors
+from ..stack.storage import settle
+from ..targets.targets import Target, Targets, resolve
 from .add import Activate, add, check_activate
 from .preview import left_out, preview
 from .summary import Summary
-from .targets import Target, Targets, resolve
 
 
 def attach(

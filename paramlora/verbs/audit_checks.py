@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..kinds.spec import factor_dtype
 from ..layers.host import froze_base
-from ..site.factors import Factors
 from ..site.find import Site, base_weight, dotted
 from ..site.survey import Survey
+from ..stack.factors import Factors
 
 # The share of the elements of an update that merging has to round away to be reported.
 _MOST = 0.5

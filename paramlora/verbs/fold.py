@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from ..kinds.spec import Strength
-from ..site.built import no_autocast
-from ..site.factors import Blocks, Factors
 from ..site.find import Site, apply_parametrizations, preceding, stored_tensors
-from ..site.overlay import is_routed
+from ..stack.built import no_autocast
+from ..stack.factors import Blocks, Factors
+from ..stack.overlay import is_routed
 
 # The number of elements of a weight that are computed at a time: 2 MiB of float32.
 _BLOCK = 2**19

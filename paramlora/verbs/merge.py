@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from ..layers.install import check_attached, check_tied, check_ties, check_whole, remove_all
-from ..site.factors import trainable
 from ..site.find import (
     Site,
     base_weight,
@@ -23,11 +22,12 @@ from ..site.find import (
 )
 from ..site.marks import mark
 from ..site.names import check_names, check_no_other_block, check_unmerged
-from ..site.overlay import is_routed, may_be_on
 from ..site.place import Place
-from ..site.stack import Stack
-from ..site.storage import Written
 from ..site.survey import Survey
+from ..stack.factors import trainable
+from ..stack.overlay import is_routed, may_be_on
+from ..stack.stack import Stack
+from ..stack.storage import Written
 from .fold import folded
 
 

@@ -7,14 +7,14 @@ import torch
 
 from ..kinds.spec import Spec
 from ..layers.statistics import is_held, with_statistics
-from ..site.block import split
-from ..site.factors import Factors
 from ..site.find import parametrization_lists
 from ..site.place import Place
-from ..site.stack import Stack
 from ..site.survey import Survey
+from ..stack.block import split
+from ..stack.factors import Factors
+from ..stack.stack import Stack
+from ..targets.targets import Resolved
 from .summary import SiteSummary, Skipped, Summary, report, row, skip
-from .targets import Resolved
 
 
 def left_out(survey: Survey, resolved: Resolved, freeze: bool) -> Iterator[Skipped]:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ..errors import AdapterNameError, StateError, nearest
 from ..layers.forward import forward_for
-from ..layers.rows import Route
+from ..routing.rows import Route
 from ..site.find import Site
 from ..site.names import check_unmerged
-from ..site.overlay import Change, opened
 from ..site.survey import Survey
+from ..stack.overlay import Change, opened
 
 
 @contextmanager
@@ -59,10 +59,10 @@ def routed(
     Note [how rows are routed]
         The block gives every stack of a named adapter the same `Route`. Three kinds of code
         then handle it. The forward of a Linear, Conv1D or Embedding asks its stack for the route
-        and computes all rows at once (layers/rows.py). Every other layer with an adapted forward
+        and computes all rows at once (routing/rows.py). Every other layer with an adapted forward
         runs once for each adapter, on the rows of that adapter. And code that reads `layer.weight`
         itself gets a `RoutedTensor`, which knows dtype and shape and raises a StateError if it is
-        used for more (layers/routed_tensor.py).
+        used for more (routing/routed_tensor.py).
 
         Attention needs two special cases, both of which a `RoutedTensor` covers. A
         MultiheadAttention whose `out_proj` alone is adapted is not a host itself, so its own

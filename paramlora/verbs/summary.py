@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from ..errors import some
 from ..kinds.spec import Spec
 from ..layers.statistics import is_held, with_statistics
-from ..site.factors import Factors
 from ..site.find import base_weight
 from ..site.place import Place
-from ..site.stack import Stack
 from ..site.survey import Survey
+from ..stack.factors import Factors
+from ..stack.stack import Stack
 from .table import HEAD, as_html, as_text, cells, grouped
 
 

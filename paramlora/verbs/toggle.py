@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from ..kinds.spec import Strength, is_finite
 from ..site.find import stacks_in
 from ..site.names import check_names, check_not_routed, check_order, check_unmerged, ordered_names
-from ..site.overlay import KEEP, Change, opened
-from ..site.stack import Stack
+from ..stack.overlay import KEEP, Change, opened
+from ..stack.stack import Stack
 
 
 def enable(model: nn.Module, *names: str) -> None:

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.digits.report.report import methods_compared
+from experiments.digits.report.tables import seed_table
+from experiments.harness.rundir import RunDirectory
+
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -49,3 +53,32 @@ def test_the_gains_of_remedies_are_those_of_the_csv_file():
     table = {name: values for name, _, *values in rows if name in gains}
     shown = {name: [cell.replace("−", "-") for cell in cells] for name, cells in table.items()}
     assert shown == {name: [gain["relu"], gain["blog"]] for name, gain in gains.items()}
+
+
+def test_the_digit_study_of_the_documents_is_made_of_its_rows():
+    """The tables of the study's README are those that its rows in docs/data give."""
+    run = RunDirectory.read(DOCS / "data" / "digits-blog")
+    _, differences, _, _ = methods_compared(run)
+    shown = table_rows("../experiments/digits/README.md")
+    for row in differences.rows:
+        assert row in shown
+    for method, quantity, mean, interval, n, published, inside in seed_table(run).rows:
+        if quantity.endswith("digits, %"):
+            assert [method, quantity, mean, interval, n, published, inside] in shown
+
+
+def test_trainings_at_once_are_those_of_the_csv_file() -> None:
+    """The table of train-many.md and the README's line have the figures of the CSV file."""
+    rows = rows_of("training-at-once.csv")
+    assert rows
+    shown = table_rows("train-many.md")
+    for row in rows:
+        cells = [row[key] for key in ("model", "rank", "rows", "adapters")]
+        cells += [row["separate_ms"], row["at_once_ms"], f"{row['ratio']} ± {row['sd']}"]
+        assert [*cells, row["rounds"]] in shown
+    few, many = (
+        row["ratio"] for row in rows if row["model"] == "digit MLP" and row["adapters"] == "16"
+    )
+    readme = " ".join((DOCS.parent / "README.md").read_text(encoding="utf-8").split())
+    assert f"take {few} of the processor time" in readme
+    assert f"10 rows a step, and {many} with 100" in readme

@@ -1,4 +1,4 @@
-"""The Python blocks of the README and of docs/kinds.md run unchanged."""
+"""The Python blocks of the README and of some documents run unchanged."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/kinds.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/kinds.md", "docs/train-many.md"])
 def test_python_blocks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All Python blocks of a document run, from top to bottom, as one program."""
     document = ROOT / name

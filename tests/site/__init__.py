@@ -1,1 +1,1 @@
-"""Tests of one adapted tensor: its blocks, and tensors without data."""
+"""Tests of adapted tensors in a model: files of blocks, and tensors without data."""

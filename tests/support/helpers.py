@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import paramlora as pl
-from paramlora.site.stack import Stack
+from paramlora.stack.stack import Stack
 from tests.support.models import attached, plain
 from tests.support.reference import HOSTS, KINDS, Case, Host, Result, floats
 

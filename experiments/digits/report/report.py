@@ -164,6 +164,8 @@ def seeds_legend(run: RunDirectory) -> list[str]:
         "learned: accuracy on the tuned digits − the base's",
         "forgotten: the base's accuracy on the other digits − this accuracy",
         "sd: sample standard deviation",
+        "95 % interval of one run: one further adapter seed lies there with a probability of 95 % "
+        "(mean ± t · sd · √(1 + 1/n))",
         "An adapter seed draws A. All seeds see the same images in the same order, as in the blog."
         if same_order
         else "An adapter seed draws A and the order of the images.",
@@ -186,13 +188,31 @@ def methods_compared(run: RunDirectory) -> list[Block]:
         )
     ]
     text = [_published_gap(run)] if published_for(run) else []
+    head = [
+        "accuracy, points",
+        "digits",
+        "mean ± sd",
+        "95 % interval",
+        "95 % interval\nof one pair",
+        "n",
+    ]
+    differences = Table(
+        head,
+        [
+            _difference(name, group, upper, lower)
+            for name, upper, lower in (
+                ("wrapped − scrambled", wrapped, scrambled),
+                ("corrected − scrambled", on, scrambled),
+                ("wrapped − corrected", wrapped, on),
+            )
+            for group in ("all", "tuned", "other")
+        ],
+    )
     text += [
-        f"Here wrapped layers are {_paired(wrapped, scrambled)} points above the blog's "
-        f"parametrization. The gap has two parts. A bug in the blog's update costs "
-        f"{_paired(on, scrambled)} points (corrected − blog's). Wrapping the layers and training "
-        f"their biases adds {_paired(wrapped, on)} points (wrapped − corrected). Each difference "
-        "is between fine-tunings with the same A and the same images; mean ± sd over "
-        f"{len(on)} of them.",
+        "The gap has two parts. A bug in the blog's update costs corrected − scrambled. Wrapping "
+        "the layers and training their biases adds wrapped − corrected. Each difference is between "
+        "two fine-tunings with the same A and the same images. The first interval is that of the "
+        "mean over seeds, the second that of a single pair.",
     ]
     bug = (
         "The bug: the blog's A has shape (r, out) and its B (in, r). Their product B A has shape "
@@ -200,14 +220,14 @@ def methods_compared(run: RunDirectory) -> list[Block]:
         "not a transpose. The number of parameters is the same, but the update is no longer of "
         "rank r, as the ranks in the table show."
     )
-    head = [
+    columns = [
         "method",
         "ranks of ΔW, by layer",
         "all digits, %",
         "tuned digits, %",
         "other digits, %",
     ]
-    return [" ".join(text), Table(head, rows), bug]
+    return [" ".join(text), differences, Table(columns, rows), bug]
 
 
 def _published_gap(run: RunDirectory) -> str:
@@ -254,11 +274,15 @@ def _accuracy(rows: list[Row], key: str) -> str:
     return percent(tuple(row[key] for row in rows))
 
 
-def _paired(upper: list[Row], lower: list[Row]) -> str:
-    """Return the difference of two methods' accuracies in points, paired by seed, as mean ± sd."""
-    below = {row["seed"]: row["accuracy"] for row in lower}
-    differences = (row["accuracy"] - below[row["seed"]] for row in upper if row["seed"] in below)
-    return Sample(tuple(100 * difference for difference in differences)).mean_sd(1)
+def _difference(name: str, group: str, upper: list[Row], lower: list[Row]) -> list[str]:
+    """Return a line on the difference of two methods' accuracies in points, paired by seed."""
+    key = "accuracy" if group == "all" else f"{group}_accuracy"
+    below = {row["seed"]: row[key] for row in lower}
+    pairs = Sample(
+        tuple(100 * (row[key] - below[row["seed"]]) for row in upper if row["seed"] in below)
+    )
+    cells = [pairs.mean_sd(1), pairs.interval(1), pairs.interval(1, of_one=True)]
+    return [name, group, *cells, str(len(pairs.values))]
 
 
 def _ranks(rows: list[Row]) -> str:

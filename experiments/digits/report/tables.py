@@ -158,15 +158,15 @@ def quantities(run: RunDirectory) -> list[Quantity]:
 def seed_table(run: RunDirectory) -> Table:
     """Return each method's quantities over the adapter seeds, next to the published ones."""
     published = published_for(run)
-    head = ["method", "quantity", "mean ± sd", "lowest to highest", "n"]
-    head += ["published", "in range"] if published else []
+    head = ["method", "quantity", "mean ± sd", "95 % interval\nof one run", "n"]
+    head += ["published", "inside"] if published else []
     table = []
     for method in methods_in(run):
         rows = rows_of(run, method)
         for quantity in quantities(run):
             sample, digits = Sample(tuple(map(quantity.of_row, rows))), quantity.digits
-            cells = [LABEL[method], quantity.name, sample.mean_sd(digits), sample.min_max(digits)]
-            cells.append(str(len(rows)))
+            cells = [LABEL[method], quantity.name, sample.mean_sd(digits)]
+            cells += [sample.interval(digits, of_one=True), str(len(rows))]
             if published:
                 value = quantity.of_published(published[method]) if method in published else None
                 cells += _published_cells(sample, value, digits)
@@ -175,8 +175,10 @@ def seed_table(run: RunDirectory) -> Table:
 
 
 def _published_cells(sample: Sample, published: float | None, digits: int) -> list[str]:
-    """Return a published value, and whether it lies within the range over our seeds."""
+    """Return a published value, and whether it lies within the interval of one run."""
     if published is None:
         return ["", ""]
-    inside = min(sample.values) <= published <= max(sample.values)
-    return [f"{published:.{digits}f}", "yes" if inside else "no"]
+    if sample.sd is None:
+        return [f"{published:.{digits}f}", "-"]
+    low, high = sample.bounds(of_one=True)
+    return [f"{published:.{digits}f}", "yes" if low <= published <= high else "no"]

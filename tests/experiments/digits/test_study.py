@@ -510,11 +510,12 @@ def test_the_comparison_of_the_two_methods_is_made_of_rows(finished):
             wrapped, scrambled = row["method"] == "wrapped", row["method"] == "scrambled"
             row["accuracy"] = 0.5 + 0.25 * wrapped - 0.125 * scrambled
             row["ranks"] = {"a": 7 + 90 * scrambled + row["seed"], "b": 5}
-    text, table, _ = methods_compared(run)
+    text, differences, table, _ = methods_compared(run)
     assert "68.3 % for its parametrization (method 1) and 78.0 %" in text
-    assert "37.5 points above the blog's parametrization" in text
-    assert "costs 12.5 points" in text
-    assert "adds 25.0 points" in text
+    means = {(row[0], row[1]): row[2:] for row in differences.rows}
+    assert means["wrapped − scrambled", "all"] == ["37.5", "37.5 to 37.5", "37.5 to 37.5", "2"]
+    assert means["corrected − scrambled", "all"][0] == "12.5"
+    assert means["wrapped − corrected", "all"][0] == "25.0"
     assert [row[1:3] for row in table.rows] == [
         ["97 to 98, 5", "37.50"],
         ["7 to 8, 5", "50.00"],

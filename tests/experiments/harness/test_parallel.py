@@ -26,7 +26,7 @@ from experiments.text.data import load_corpus
 from experiments.text.models import prepare as prepare_model
 from experiments.text.settings import TextSettings
 from experiments.text.training import fine_tune
-from paramlora.site.storage import whole
+from paramlora.stack.storage import whole
 from tests.support import tiny_text
 from tests.support.processes import (
     WORLD,

@@ -1,6 +1,7 @@
 """Tables, statistics over seeds, checks, and reports as Markdown."""
 
 import pytest
+import torch
 
 from experiments.report.checks import any_failed, check_lines
 from experiments.report.document import Picture, markdown
@@ -14,6 +15,21 @@ def test_a_sample_is_mean_and_sample_deviation():
     assert sample.min_max(1) == "1.0 to 4.0"
     assert Sample((3.0,)).sd is None
     assert Sample((3.0,)).mean_sd(0) == "3"
+
+
+def test_intervals_cover_as_often_as_they_say():
+    """Of 2,000 samples of 8 normal values, 95 % of intervals have the mean, or a further value."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(2000, 9, generator=generator, dtype=torch.float64).tolist()
+    samples = [(Sample(tuple(values)), further) for *values, further in draws]
+    for of_one in (False, True):
+        ends = [sample.bounds(of_one=of_one) for sample, _ in samples]
+        hit = [
+            low <= (further if of_one else 0.0) <= high
+            for (low, high), (_, further) in zip(ends, samples, strict=True)
+        ]
+        assert 0.935 < sum(hit) / len(hit) < 0.965
+    assert Sample((3.0,)).interval(1) == "-"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from ..private_torch import is_fsdp_managed
-from .wrappers import check_model
+from ..wrappers import check_model
 
 
 def check_real(path: str, tensor: Any) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ..errors import StateError
-from ..private_torch import WRAPPED
+from .errors import StateError
+from .private_torch import WRAPPED
 
 
 def check_model(model: Any) -> nn.Module:

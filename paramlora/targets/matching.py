@@ -20,10 +20,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import TargetError
-from ..site.block import Part, split
 from ..site.find import is_conv1d
 from ..site.place import Place
 from ..site.survey import Survey
+from ..stack.block import Part, split
 
 Target = type[nn.Module] | str | Callable[[str, nn.Module], bool]
 Targets = Target | Sequence[Target]

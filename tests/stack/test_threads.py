@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import paramlora as pl
+from paramlora.site.find import stacks_in
 from tests.support.helpers import unchanged
 from tests.support.reference import shake
 
@@ -371,7 +372,7 @@ def test_checkpointing_on_a_gpu(reentrant: bool) -> None:
 def test_replicas_of_data_parallel() -> None:
     """DataParallel's replicas are refused in words; on a single device none is made."""
     model, x = two_adapters()
-    stack = model[0].parametrizations.weight[0]
+    stack: Any = stacks_in(model)[0]
     with unchanged(model), pytest.raises(pl.StateError, match=r"nn.DataParallel cannot replicate"):
         stack._replicate_for_data_parallel()
     assert_close(nn.DataParallel(model)(x), dense(model, x, a=1))

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..site.overlay import Change, changed
-from ..site.stack import Stack
+from ..stack.overlay import Change, changed
+from ..stack.stack import Stack
 from .rows import read_by
 from .split import refusal, split
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import paramlora as pl
 from paramlora import LoRA
-from paramlora.site.block import Block, split
+from paramlora.stack.block import Block, split
 from tests.support.helpers import LEAVE_OUT, refuses
 from tests.support.mixed import assert_bits
 from tests.support.models import QKV, fused

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 import paramlora as pl
-from paramlora.layers import rows as route
+from paramlora.routing import rows as route
 from tests.support.helpers import BOUNDS, error
 from tests.support.models import IDS, one_by_one, with_three_adapters
 from tests.support.reference import shake

@@ -1,0 +1,1 @@
+"""What a target matches, and hints if it matches nothing."""

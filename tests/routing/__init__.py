@@ -1,0 +1,1 @@
+"""Tests of one adapter for each row of a batch."""
