@@ -27,6 +27,7 @@ from .layers.statistics import hold_statistics
 from .methods.combine import combine
 from .methods.eva import eva
 from .methods.extract import extract
+from .methods.from_data import corda, lora_null
 from .methods.lora_plus import parameter_groups
 from .peft.folder import load_peft, save_peft
 from .stack.overlay import keep_blocks
@@ -67,6 +68,7 @@ __all__ = [
     "bake",
     "base_state_dict",
     "combine",
+    "corda",
     "detach",
     "disable",
     "disabled",
@@ -83,6 +85,7 @@ __all__ = [
     "load_base_state_dict",
     "load_peft",
     "load_state_dict",
+    "lora_null",
     "merge",
     "merged",
     "merged_state_dict",

@@ -24,7 +24,7 @@ class HiRA(Spec):
 
     Args:
         rank: r, at least 1.
-        init: the initialisation of A, as in `LoRA` without "pissa" and "olora". B starts at zero.
+        init: the initialisation of A, as in `LoRA`, without those that start B from W. B starts at zero.
 
     Raises:
         ValueError: a field has an invalid value.
