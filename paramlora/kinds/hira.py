@@ -24,7 +24,8 @@ class HiRA(Spec):
 
     Args:
         rank: r, at least 1.
-        init: the initialisation of A, as in `LoRA`, without those that start B from W. B starts at zero.
+        init: the initialisation of A, as in `LoRA`, without those that start B from W. B starts at
+            zero.
 
     Raises:
         ValueError: a field has an invalid value.
