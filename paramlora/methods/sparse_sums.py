@@ -92,7 +92,7 @@ def _full_update(place: Place, factors: Factors) -> Tensor:
     """Return ΔW of an adapter at a place, which must be independent of W."""
     if not factors.spec.additive:
         raise TargetError(
-            f"cannot combine at {place.path!r}: the update of a {type(factors.spec).__name__} "
+            f"cannot combine at {place.path!r}: the update of kind {type(factors.spec).__name__} "
             "depends on the weight, so it cannot be summed with others"
         )
     zero = torch.zeros_like(place.value, dtype=factor_dtype(place.value), requires_grad=False)

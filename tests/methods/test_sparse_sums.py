@@ -141,7 +141,7 @@ def test_kinds_that_depend_on_the_weight() -> None:
         model_of(LoRA(2), pl.OFT(2)),
         lambda m: pl.combine(m, {"a": 1.0, "b": 1.0}, name="ab", method="ties", density=0.5),
         TargetError,
-        "cannot combine at 'weight': the update of a OFT depends on the weight, so it cannot be "
+        "cannot combine at 'weight': the update of kind OFT depends on the weight, so it cannot be "
         "summed with others",
     )
 
