@@ -22,11 +22,12 @@ from .files.base import base_state_dict, fingerprint, load_base_state_dict
 from .files.checkpoint import load, save
 from .files.merged import merged_state_dict
 from .files.state import load_state_dict, state_dict
-from .kinds import IA3, Delta, DoRA, LoHa, LoKr, LoRA
+from .kinds import IA3, OFT, Delta, DoRA, HiRA, LoHa, LoKr, LoRA, LoRAXS, MiSS
 from .layers.statistics import hold_statistics
 from .methods.combine import combine
 from .methods.eva import eva
 from .methods.extract import extract
+from .methods.from_data import corda, lora_null
 from .methods.lora_plus import parameter_groups
 from .peft.folder import load_peft, save_peft
 from .stack.overlay import keep_blocks
@@ -42,15 +43,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "IA3",
+    "OFT",
     "AdapterNameError",
     "AuditReport",
     "CheckpointError",
     "Delta",
     "DoRA",
     "Finding",
+    "HiRA",
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoRAXS",
+    "MiSS",
     "ParamloraError",
     "SiteSummary",
     "Skipped",
@@ -63,6 +68,7 @@ __all__ = [
     "bake",
     "base_state_dict",
     "combine",
+    "corda",
     "detach",
     "disable",
     "disabled",
@@ -79,6 +85,7 @@ __all__ = [
     "load_base_state_dict",
     "load_peft",
     "load_state_dict",
+    "lora_null",
     "merge",
     "merged",
     "merged_state_dict",

@@ -3,9 +3,9 @@
     g on the outputs    y = y₁ + g ⊙ (y₁ − b)                       y₁ = x (W + s · B A)ᵀ + b
     g on the inputs     y = (x + g ⊙ x) (W + s · B A)ᵀ + b
 
-g is `Rescaled.change`: (m,) on the outputs, (k,) on the inputs. It is never added to the 1. If g is
-zero, y is therefore bitwise y₁, which is the base's output if the update is zero as well. And half
-precision rounds the small g, not 1 + g.
+g is `Rescaled.change`: (m,) on the outputs, (k,) on the inputs. If it is None, y is y₁. It is never
+added to the 1. If g is zero, y is therefore bitwise y₁, which is the base's output if the update is
+zero as well. And half precision rounds the small g, not 1 + g.
 """
 
 import torch
@@ -25,10 +25,10 @@ def rescaled_linear(x: Tensor, W: Tensor, b: Tensor | None, term: Rescaled) -> T
         b: (m,) or None.
         term: the rescaling, with m changes along dimension 0 or k changes along dimension 1.
     """
-    if term.dim == 1:
+    if term.change is not None and term.dim == 1:
         x = _add_scaled(x, x, term.change)
     y = lowrank.linear(x, W, b, [] if term.update is None else [term.update])
-    if term.dim == 0:
+    if term.change is not None and term.dim == 0:
         # The bias is not rescaled: (1 + g) ⊙ (y − b) + b = y + g ⊙ (y − b).
         y = _add_scaled(y, y if b is None else y - b.to(y.dtype), term.change)
     return y
@@ -37,6 +37,8 @@ def rescaled_linear(x: Tensor, W: Tensor, b: Tensor | None, term: Rescaled) -> T
 def rescaled_rows(y: Tensor, ids: Tensor, term: Rescaled, padding_idx: int | None) -> Tensor:
     """Return the embeddings of `ids` from W', given y, (…, k), those from W + s · B A."""
     g = term.change
+    if g is None:
+        return y
     if term.dim == 0:
         g = F.embedding(ids, g.unsqueeze(-1))  # (…, 1), one change per row of W
     rows = _add_scaled(y, y, g)

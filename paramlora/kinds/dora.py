@@ -27,7 +27,7 @@ class DoRA(Spec):
     at zero, as B does. W' is then bitwise W at the start and at strength 0.
 
     Args:
-        rank, alpha, init, rank_stabilized: as in `LoRA`, without the inits "pissa" and "olora".
+        rank, alpha, init, rank_stabilized: as in `LoRA`, without the inits that start B from W.
         dim: the dimension of the tensor along which the magnitudes lie. With 0, a Linear or a
             convolution has one magnitude per output, and an Embedding one per row. Use 1 for
             transformers' Conv1D, whose outputs lie along dimension 1, and for an Embedding with

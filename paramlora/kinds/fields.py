@@ -11,16 +11,22 @@ from .spec import is_finite
 
 def check_rank(spec: Any) -> None:
     """Check rank, alpha and rank_stabilized; convert NumPy scalars to Python numbers."""
-    rank, alpha = spec.rank, spec.alpha
+    alpha = spec.alpha
     check_flag(spec, "rank_stabilized")
-    if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
+    check_whole_number(spec, "rank", 1)
     if alpha is not None and not is_finite(alpha):
         raise ValueError(f"alpha must be a finite number or None, got {alpha!r}")
-    # A file stores fields as JSON, which has no NumPy numbers.
-    object.__setattr__(spec, "rank", int(rank))
     if not isinstance(alpha, int | float | None):
         object.__setattr__(spec, "alpha", float(alpha))
+
+
+def check_whole_number(spec: Any, name: str, least: int) -> None:
+    """Check that the field `name` is a whole number of at least `least`; convert it to an int."""
+    value = getattr(spec, name)
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    # A file stores fields as JSON, which has no NumPy numbers.
+    object.__setattr__(spec, name, int(value))
 
 
 def check_flag(spec: Any, name: str) -> None:

@@ -47,7 +47,7 @@ class IA3(Spec):
         return {"l": torch.ones(weight.shape[self.dim], dtype=dtype, device=weight.device)}
 
     def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:
-        change = self.rescaled(weight, factors, strength).change
+        change = strength * (factors["l"] - 1)
         return (weight * along(1 + change, self.dim, weight)).to(weight.dtype)
 
     def rescaled(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Rescaled:

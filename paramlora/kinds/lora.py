@@ -1,7 +1,7 @@
 """LoRA: a low-rank update.
 
     W' = W + λ · s · B A                    s = alpha / r
-    W' = W + λ · s · (B A − B₀ A₀)          with init="pissa" and "olora"
+    W' = W + λ · s · (B A − B₀ A₀)          with init="pissa", "milora", "olora", "corda", "null"
 
 A: (r, in), B: (out, r). A₀ and B₀ are A and B at the start. λ is the strength (`pl.scale`).
 """
@@ -16,7 +16,8 @@ from .fields import check_flag, check_rank, low_rank_refusal, scaling_of
 from .spec import Factors, LowRank, Spec, Strength, add_update, factor_dtype
 from .start import check_init, init_factors, truncated_svd
 
-_FROM_WEIGHT = ("pissa", "olora")
+_FROM_WEIGHT = ("pissa", "milora", "olora")
+_FROM_DATA = ("corda", "null")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ class LoRA(Spec):
               does not receive the generator of `attach`.
             - "pissa": A and B start as the principal part of W, s·BA = Σ σᵢuᵢvᵢᵀ over the r largest
               singular values.
+            - "milora": the minor part of W instead, with the r smallest singular values.
             - "olora": A and B start as the first r rows of R and columns of Q, where W = QR.
+            - "corda", "null": for `paramlora.corda` and `paramlora.lora_null`, which start A and B
+              from data. Until then A is that of "kaiming", and B is zero.
         rank_stabilized: scale by alpha/√r instead of alpha/r.
         batch_dims: the number of leading dimensions that index separate matrices, each with its
             own update. With 1, experts of shape (E, out, in) get A: (E, r, in) and B: (E, out, r).
@@ -61,6 +65,7 @@ class LoRA(Spec):
 
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models",
     arXiv 2106.09685, section 4.1. "pissa": Meng et al. 2024, arXiv 2404.02948, equations 2 and 3.
+    "milora": Wang et al. 2024, arXiv 2406.09044.
     "olora": Büyükakyüz 2024, arXiv 2406.01775. rank_stabilized: Kalajdzievski 2023,
     arXiv 2312.03732.
     """
@@ -74,14 +79,14 @@ class LoRA(Spec):
 
     def __post_init__(self) -> None:
         check_rank(self)
-        check_init(self.init, _FROM_WEIGHT)
+        check_init(self.init, (*_FROM_WEIGHT, *_FROM_DATA))
         if type(self.batch_dims) is not int or self.batch_dims < 0:
             raise ValueError(
                 f"batch_dims must be a whole number of at least 0, got {self.batch_dims!r}"
             )
         check_flag(self, "transposed")
-        if self.init == "pissa" and self.scaling <= 0:
-            raise ValueError(f"init='pissa' needs an alpha above 0, got {self.alpha!r}")
+        if self.init in ("pissa", "milora", *_FROM_DATA) and self.scaling <= 0:
+            raise ValueError(f"init={self.init!r} needs an alpha above 0, got {self.alpha!r}")
 
     @property
     def scaling(self) -> float:
@@ -90,7 +95,7 @@ class LoRA(Spec):
 
     @property
     def constants(self) -> tuple[str, ...]:
-        return ("A0", "B0") if self.init in _FROM_WEIGHT else ()
+        return ("A0", "B0") if self.init in (*_FROM_WEIGHT, *_FROM_DATA) else ()
 
     @property
     def fast(self) -> tuple[str, ...]:
@@ -102,14 +107,17 @@ class LoRA(Spec):
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         W = self._matrices(weight)
+        if self.init in _FROM_DATA:
+            A, B = init_factors(W, self.rank, "kaiming", generator).values()
+            return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
         if self.init not in _FROM_WEIGHT:
             return init_factors(W, self.rank, self.init, generator)
         # The papers subtract s·BA from the stored weight, and train BA on what is left. Here the
         # stored weight keeps its bits: the starting values stay beside it as constants A0 and B0,
         # and `_update` subtracts B0 A0 from BA. Gradients and training are those of the papers.
         W = W.to(factor_dtype(weight))
-        if self.init == "pissa":
-            A, B, _ = truncated_svd(W / self.scaling, self.rank)
+        if self.init in ("pissa", "milora"):
+            A, B, _ = truncated_svd(W / self.scaling, self.rank, smallest=self.init == "milora")
         else:
             Q, R = torch.linalg.qr(W)
             A, B = R[..., : self.rank, :].contiguous(), Q[..., : self.rank].contiguous()

@@ -73,7 +73,8 @@ class Rescaled(NamedTuple):
     1 + 0.001 is 1, while 0.001 by itself has eight significant bits.
 
     Args:
-        change: (W.shape[dim],), the relative change of each slice of W along `dim`.
+        change: (W.shape[dim],), the relative change of each slice of W along `dim`; None if W is
+            only updated. A kind returns that form if the factors of `update` depend on W's shape.
         dim: 0 or 1.
         update: a low-rank update that is added before W is rescaled, or None.
 
@@ -83,7 +84,7 @@ class Rescaled(NamedTuple):
             [2., 2., 2.]])
     """
 
-    change: Tensor
+    change: Tensor | None
     dim: int
     update: LowRank | None
 

@@ -103,15 +103,18 @@ _INITS: dict[str, Callable[[Tensor, torch.Generator | None], object]] = {
 }
 
 
-def truncated_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def truncated_svd(W: Tensor, rank: int, smallest: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Return A, B and all singular values of W; B A is the best approximation of W of rank r.
+
+    With `smallest`, B A is the part of W with the r smallest singular values instead.
 
     r is `rank`, or the smaller side of W if that is less. Both factors contain the roots of the
     singular values. W: (…, out, in), A: (…, r, in), B: (…, out, r), values: (…, min(out, in)).
     """
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    roots = S[..., :rank].sqrt()
-    A = roots.unsqueeze(-1) * Vh[..., :rank, :]
-    B = U[..., :rank] * roots.unsqueeze(-2)
+    kept = slice(max(S.shape[-1] - rank, 0), None) if smallest else slice(rank)
+    roots = S[..., kept].sqrt()
+    A = roots.unsqueeze(-1) * Vh[..., kept, :]
+    B = U[..., kept] * roots.unsqueeze(-2)
     # FSDP refuses parameters that are not contiguous.
     return A.contiguous(), B.contiguous(), S

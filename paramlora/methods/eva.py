@@ -13,7 +13,7 @@ kept. The result is exact if the inputs have no more than q directions. Otherwis
 directions after the q-th are lost with each piece, so q is larger than r (`oversampling`).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -116,7 +116,7 @@ def eva(
         q = factors.tensors["A"].shape[0] + oversampling
         shared = directions.setdefault(site.module, _Directions(q))
         shared.q = max(shared.q, q)
-    _run(model, batches, call, directions)
+    run_on(model, batches, call, directions)
     starts = []
     for site, path, factors in parts:
         A, inputs = factors.tensors["A"], directions[site.module]
@@ -153,13 +153,13 @@ def _check(site: Site, path: str, factors: Factors) -> None:
         )
 
 
-def _run(
+def run_on(
     model: nn.Module,
     batches: Iterable[Any],
     call: Callable[[nn.Module, Any], object] | None,
-    directions: dict[nn.Module, _Directions],
+    directions: Mapping[nn.Module, Any],
 ) -> None:
-    """Run the model on the batches, and pass the inputs of each module to its directions."""
+    """Run the model on the batches, and call `add` with the inputs of each module."""
     modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
         stack.enter_context(disabled(model))

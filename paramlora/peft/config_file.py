@@ -8,7 +8,7 @@ must be off: null, false or empty. Ignoring one would silently load another mode
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,30 +50,47 @@ _FROM_BASE = ("pissa", "olora")
 _NEED_LIST = {"layers_to_transform", "layers_pattern"}
 
 
-def read_config(path: Path) -> Config:
-    """Return the settings in an `adapter_config.json`.
+def read_config(path: Path, content: dict[str, Any]) -> Config:
+    """Return the settings in the content of an `adapter_config.json` of LoRA.
 
     Raises:
         CheckpointError: the file is damaged, is for another method than LoRA, or has a setting
             that paramlora does not support.
     """
-    content = _parse(path)
     _refuse_unsupported(path, content)
-    settings = {key: content[key] for key in _CHECKS if content.get(key) is not None}
+    settings = check_settings(path, content, _CHECKS.keys())
+    init = content.get("init_lora_weights")
+    return Config(**settings, init=init if init in _FROM_BASE else "kaiming")
+
+
+def check_settings(path: Path, content: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Return those of the settings `keys` that are set, or raise if one has an invalid value."""
+    settings = {
+        key: content[key] for key in _CHECKS if key in keys and content.get(key) is not None
+    }
     for key, value in settings.items():
         wanted, is_valid = _CHECKS[key]
         if not is_valid(value):
             raise CheckpointError(f"{path} is damaged: {key!r} must be {wanted}, found {value!r}")
-    if "target_modules" not in settings:
+    if "target_modules" in keys and "target_modules" not in settings:
         raise CheckpointError(f"{path} has no target_modules; add them")
     need_list = sorted(settings.keys() & _NEED_LIST)
-    if isinstance(settings["target_modules"], str) and need_list:
+    if isinstance(settings.get("target_modules"), str) and need_list:
         raise CheckpointError(
             f"{path} is damaged: with {' and '.join(need_list)}, target_modules must be a list, "
             "found a string"
         )
-    init = content.get("init_lora_weights")
-    return Config(**settings, init=init if init in _FROM_BASE else "kaiming")
+    return settings
+
+
+def refuse_settings(path: Path, content: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise a CheckpointError if a setting that is on is not one of `known`."""
+    others = [key for key, value in content.items() if key not in known and value]
+    if others:
+        raise CheckpointError(
+            f"{path} has settings that paramlora does not support: "
+            f"{', '.join(f'{key}={content[key]!r}' for key in sorted(others))}"
+        )
 
 
 def config_content(targets: Targets, **settings: Any) -> dict[str, Any]:
@@ -103,7 +120,8 @@ def config_content(targets: Targets, **settings: Any) -> dict[str, Any]:
     return content | {key: value for key, value in optional.items() if value}
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def parse_config(path: Path) -> dict[str, Any]:
+    """Return the content of an `adapter_config.json`, or raise a CheckpointError if damaged."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -116,7 +134,8 @@ def _parse(path: Path) -> dict[str, Any]:
 def _refuse_unsupported(path: Path, content: dict[str, Any]) -> None:
     if content.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"{path} has peft_type {content.get('peft_type')!r}; only 'LORA' can be loaded"
+            f"{path} has peft_type {content.get('peft_type')!r}; only 'LORA', 'OFT', 'HIRA' and "
+            "'MISS' can be loaded"
         )
     init = content.get("init_lora_weights")
     if not (init is None or isinstance(init, bool) or init in (*_PLAIN, *_FROM_BASE)):
@@ -125,13 +144,7 @@ def _refuse_unsupported(path: Path, content: dict[str, Any]) -> None:
             "loads; save it from PEFT as a plain LoRA, with "
             "path_initial_model_for_weight_conversion="
         )
-    known = {*_NO_EFFECT, *_CHECKS, "init_lora_weights"}
-    others = [key for key, value in content.items() if key not in known and value]
-    if others:
-        raise CheckpointError(
-            f"{path} has settings that paramlora does not support: "
-            f"{', '.join(f'{key}={content[key]!r}' for key in sorted(others))}"
-        )
+    refuse_settings(path, content, {*_NO_EFFECT, *_CHECKS, "init_lora_weights"})
 
 
 def _is_integer(value: Any) -> bool:

@@ -27,9 +27,10 @@ from ..stack.storage import check_real
 from ..verbs.add import Activate
 from ..verbs.summary import Summary
 from ..wrappers import check_model, inner
-from .config_file import read_config
+from .config_file import parse_config, read_config
 from .disk import CONFIG, TENSORS, check_destination, check_files, write_folder
 from .modules import view
+from .other_kinds import OTHER_TYPES, plan_other
 from .read import plan_folder
 from .write import folder_content
 
@@ -45,6 +46,8 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str | None =
     - low-rank updates (`LoRA`, `DoRA`) of the weight of a Linear, Conv1d, Conv2d, Conv3d, Embedding
       or transformers' Conv1D, and of the `in_proj_weight` and `out_proj.weight` of a
       MultiheadAttention; the strength is multiplied into alpha;
+    - one of the kinds `OFT`, `HiRA` and `MiSS` at the weights of Linears, the first two also at
+      those of Embeddings, if it is the adapter's only kind; a `LoRAXS` becomes a LoRA;
     - a `Delta` of a bias, as PEFT's `bias`;
     - a `Delta` of any other tensor: its module becomes one of `modules_to_save`, saved whole.
 
@@ -144,10 +147,15 @@ def load_peft(
     survey = Survey(model)
     check_shapes(survey.places)
     check_files(path)
-    config = read_config(path / CONFIG)
+    content = parse_config(path / CONFIG)
+    if content.get("peft_type") not in OTHER_TYPES:
+        config = read_config(path / CONFIG, content)
     tensors, _ = read_tensors(path / TENSORS)
     state = _without_prefix(tensors, path / TENSORS)
-    planned = plan_folder(model, view(model), survey.places, config, state, path)
+    if content.get("peft_type") in OTHER_TYPES:
+        planned = plan_other(model, view(model), survey.places, content, state, path)
+    else:
+        planned = plan_folder(model, view(model), survey.places, config, state, path)
     for plan in planned:
         check_real(plan.place.path, plan.place.stored)
     _warn_if_added_twice(state)

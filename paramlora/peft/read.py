@@ -61,7 +61,7 @@ def plan_folder(
         raise CheckpointError(
             f"{path} has a setting that is not a valid regular expression: {error}"
         ) from error
-    _check_untied([plan.place for plan in planned], seen, path)
+    check_untied([plan.place for plan in planned], seen, path)
     order = {place_path: i for i, place_path in enumerate(here)}
     return sorted(planned, key=lambda plan: order[plan.place.path])
 
@@ -85,7 +85,7 @@ def resolve_all_linear(model: nn.Module, seen: PeftView, config: Config) -> Conf
 def _plan_low_rank(
     seen: PeftView, here: Places, config: Config, state: State, path: Path
 ) -> list[PlannedSite]:
-    targets = _targets(seen, config, path)
+    targets = targets_of(seen, config, path)
     expected: dict[str, Tensor] = {}
     for part in targets:
         _check_part(part, here, config, path)
@@ -102,7 +102,7 @@ def _plan_low_rank(
     ]
 
 
-def _targets(seen: PeftView, config: Config, path: Path) -> list[Part]:
+def targets_of(seen: PeftView, config: Config, path: Path) -> list[Part]:
     """Return the tensors that a folder adapts, in the model's order."""
     targets = [name for name in seen.paths if config.targets(name)]
     if not targets:
@@ -179,7 +179,7 @@ def _spec(part: Part, rank: int, config: Config, path: Path) -> LoRA | DoRA:
         raise CheckpointError(f"{path} adapts {part.module_path!r}, but {error}") from error
 
 
-def _check_untied(chosen: Iterable[Place], seen: PeftView, path: Path) -> None:
+def check_untied(chosen: Iterable[Place], seen: PeftView, path: Path) -> None:
     """Raise a CheckpointError if a folder adapts one of several tied tensors."""
     for place in chosen:
         if place.path in seen.tied:

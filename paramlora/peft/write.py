@@ -16,6 +16,7 @@ from ..stack.factors import Blocks, Factors
 from .config_file import Targets, config_content
 from .layout import Part, cannot_store, norms
 from .modules import PeftView, view
+from .other_kinds import other_content, other_kind
 from .write_full import peft_key, saved_tensors, split
 
 
@@ -48,6 +49,9 @@ def folder_content(
     """
     seen = view(model)
     _check_sites(here, name, seen)
+    peft_type = other_kind(here, name)
+    if peft_type is not None:
+        return other_content(here, name, seen, peft_type)
     full = {site.path: site for site in here if _is_full(site, name)}
     updates = _updates([site for site in here if site.path not in full], name, seen)
     settings = {"use_rslora": _uses_rslora(updates), "use_dora": _uses_dora(updates)}
@@ -115,11 +119,17 @@ def _update(site: Site, name: str, part: Part | None) -> _Update:
     term = _term(factors)
     if term is None:
         kind = type(factors.spec).__name__
-        raise cannot_store(site.path, f"{kind} is not a low-rank update of it")
+        raise cannot_store(site.path, _not_low_rank(kind))
     reason = _refusal(part, factors)
     if reason is not None:
         raise cannot_store(site.path, reason)
     return _Update(part, factors, base_weight(site.plist, site.stack), term)
+
+
+def _not_low_rank(kind: str) -> str:
+    if kind in ("OFT", "HiRA", "MiSS"):
+        return f"a folder with {kind} has that kind at all sites and no others"
+    return f"{kind} is not a low-rank update of it"
 
 
 def _term(factors: Factors) -> LowRank | None:

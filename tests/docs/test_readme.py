@@ -9,7 +9,9 @@ ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/kinds.md", "docs/train-many.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/kinds.md", "docs/train-many.md", "docs/combining.md"]
+)
 def test_python_blocks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All Python blocks of a document run, from top to bottom, as one program."""
     document = ROOT / name

@@ -130,7 +130,11 @@ def test_base_at_the_start_and_at_strength_zero(dim: int, dtype: torch.dtype, ex
             for found, strength in ((factors, 1.0), (moved, 0.0), (moved, torch.tensor(0.0))):
                 assert torch.equal(spec.apply(W, found, strength), W)
                 rescaled = spec.rescaled(W, found, strength)
-                assert exact if rescaled is None else not rescaled.change.any()
+                if rescaled is None:
+                    assert exact
+                else:
+                    assert rescaled.change is not None
+                    assert not rescaled.change.any()
 
 
 @pytest.mark.parametrize("exact", [False, True])

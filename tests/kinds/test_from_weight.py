@@ -1,4 +1,4 @@
-"""PiSSA and OLoRA: the start is that of PEFT, and the stored weight keeps its bits."""
+"""PiSSA, OLoRA and MiLoRA: the start is PEFT's or the paper's; the stored weight keeps its bits."""
 
 import copy
 import re
@@ -68,7 +68,20 @@ def test_trains_as_peft_does(init: str) -> None:
     assert float((ours(x) - base(x)).detach().abs().mean()) > 0.05
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("shape", [(9, 12), (12, 9)])
+def test_milora_starts_from_the_minor_part(shape: tuple[int, int]) -> None:
+    """The starting update of "milora", which PEFT lacks, has the r smallest singular values."""
+    torch.manual_seed(0)
+    W = torch.randn(shape, dtype=torch.float64)
+    factors = pl.LoRA(rank=3, alpha=2, init="milora").create(W)
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    minor = U[:, -3:] @ S[-3:].diag() @ Vh[-3:]
+    assert_close(2 / 3 * factors["B"] @ factors["A"], minor, rtol=0, atol=1e-12)
+    # Both factors have the roots of the singular values, as in the paper's code.
+    assert_close(factors["A"].norm(dim=1), factors["B"].norm(dim=0))
+
+
+@pytest.mark.parametrize("init", [*INITS, "milora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_stored_weight_keeps_its_bits(init: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """The stored weight keeps the bits of the base: at the start, trained, off and saved."""

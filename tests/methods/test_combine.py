@@ -186,9 +186,25 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "the weight of 'a' must be a finite number, got nan",
     ),
     "an unknown method": (
+        {"weights": {"a": 1}, "name": "ab", "method": "mean"},
+        ValueError,
+        "method must be one of cat, linear, svd, ties, dare, got 'mean'",
+    ),
+    "no density": (
         {"weights": {"a": 1}, "name": "ab", "method": "ties"},
         ValueError,
-        "method must be one of cat, linear, svd, got 'ties'",
+        "method='ties' needs density=, the share of elements to keep, above 0 and at most 1; got "
+        "None",
+    ),
+    "density 0": (
+        {"weights": {"a": 1}, "name": "ab", "method": "dare", "density": 0},
+        ValueError,
+        "method='dare' needs density=, the share of elements to keep, above 0 and at most 1; got 0",
+    ),
+    "a density for 'cat'": (
+        {"weights": {"a": 1}, "name": "ab", "density": 0.5},
+        ValueError,
+        "density= is for 'ties' and 'dare' only; 'cat' keeps all",
     ),
     "an unknown adapter": (
         {"weights": {"a": 1, "d": 1}, "name": "ab"},
@@ -204,7 +220,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a rank for 'cat'": (
         {"weights": {"a": 1, "b": 1}, "name": "ab", "rank": 3},
         ValueError,
-        "rank= is for method='svd' only; 'cat' determines its own rank",
+        "rank= is for 'svd', 'ties' and 'dare' only; 'cat' determines its own rank",
     ),
     "rank 0": (
         {"weights": {"a": 1, "b": 1}, "name": "ab", "method": "svd", "rank": 0},
@@ -234,6 +250,7 @@ class Experts(nn.Module):
         self.separate = nn.ParameterList(list(self.stack.detach().clone()))
 
 
+@pytest.mark.filterwarnings("ignore:method='linear'")
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("method", ["cat", "linear", "svd"])
 def test_stacks_of_matrices(method: str, transposed: bool) -> None:

@@ -43,7 +43,8 @@ DAMAGED = "{path}/adapter_config.json is damaged: "
 CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]] = {
     "another method": (
         set_config(peft_type="LOHA"),
-        "{path}/adapter_config.json has peft_type 'LOHA'; only 'LORA' can be loaded",
+        "{path}/adapter_config.json has peft_type 'LOHA'; only 'LORA', 'OFT', 'HIRA' "
+        "and 'MISS' can be loaded",
     ),
     "repeated layers": (
         set_config(layer_replication=[[0, 2]]),

@@ -32,6 +32,8 @@ class Kind:
     rank: int | None = None
     # Whether two blocks of each tensor are adapted, not the whole; they leave some of it.
     blocks: bool = False
+    # Whether the settings fit a tensor of enough dimensions.
+    fits: Callable[[Tensor], bool] = lambda tensor: True
 
     def sites(self, path: str, tensor: Tensor) -> list[str]:
         """Return the sites at which a kind is tested in a tensor."""
@@ -43,7 +45,7 @@ class Kind:
         return [f"{path}[:{rows // 2}]", lower] if rows > 1 else [lower]
 
     def takes(self, tensor: Tensor) -> bool:
-        return tensor.dim() >= self.dimensions
+        return tensor.dim() >= self.dimensions and self.fits(tensor)
 
 
 def dora(s: float, dim: int = 0, *, constant: bool = True) -> Formula:
@@ -79,6 +81,38 @@ def moved(f: dict[str, Tensor]) -> Tensor:
     return torch.cat(left, dim=1) @ torch.cat(right)
 
 
+def rotated(turn: Callable[[Tensor, Tensor], Tensor], largest: float | None = None) -> Formula:
+    """Return W' = W Rᵀ with R of blocks turn(I, k·Q), and Q of two rows, as one dense matrix."""
+
+    def formula(W: Tensor, f: dict[str, Tensor], k: Strength) -> Tensor:
+        blocks = []
+        for (q,) in f["Q"]:
+            if largest is not None:
+                bound = largest / len(f["Q"]) ** 0.5
+                size = (2 * q * q).sqrt()
+                q = q * bound / size if size > bound else q
+            Q = q * torch.tensor([[0, 1], [-1, 0]], dtype=W.dtype)
+            blocks.append(turn(torch.eye(2, dtype=W.dtype), k * Q))
+        return (W.flatten(1) @ torch.block_diag(*blocks).T).reshape(W.shape)
+
+    return formula
+
+
+def cayley(eye: Tensor, Q: Tensor) -> Tensor:
+    return (eye - Q) @ torch.linalg.inv(eye + Q)
+
+
+def pairs_of_inputs(tensor: Tensor) -> bool:
+    return tensor[0].numel() % 2 == 0
+
+
+def shared(W: Tensor, f: dict[str, Tensor], k: Strength) -> Tensor:
+    """Return W with column i of its matrix moved by k times row i mod r of D."""
+    D, inputs = f["D"], W[0].numel()
+    columns = [W.flatten(1)[:, i] + k * D[i % len(D)] for i in range(inputs)]
+    return torch.stack(columns, dim=1).reshape(W.shape)
+
+
 KINDS = {
     "lora": Kind(
         pl.LoRA(rank=2, alpha=3),
@@ -104,6 +138,15 @@ KINDS = {
         lambda W, f, k: W * (1 + k * (f["l"] - 1)).view(-1, *[1] * (W.dim() - 1)),
         dimensions=1,
     ),
+    "oft": Kind(pl.OFT(2), rotated(cayley), fits=pairs_of_inputs),
+    "hira": Kind(pl.HiRA(rank=2), lambda W, f, k: W * (1 + k * (f["B"] @ f["A"]).reshape(W.shape))),
+    "miss": Kind(pl.MiSS(rank=2), shared, rank=2, fits=lambda tensor: tensor[0].numel() > 1),
+    "loraxs": Kind(
+        pl.LoRAXS(rank=2, alpha=3),
+        lambda W, f, k: W + k * 3 / 2 * (f["B"] @ f["R"] @ f["A"]).reshape(W.shape),
+        rank=2,
+        fits=lambda tensor: min(len(tensor), tensor[0].numel()) > 1,
+    ),
     "delta": Kind(pl.Delta(), lambda W, f, k: W + k * f["D"], dimensions=1),
 }
 TRANSPOSED = Kind(
@@ -121,6 +164,12 @@ VARIANTS = {
     "lokr_both": Kind(pl.LoKr(rank=1, decompose_both=True, factor=3), kronecker(1)),
     "lokr_full": Kind(pl.LoKr(rank=None), kronecker(1)),
     "dora_exact": Kind(pl.DoRA(rank=3, dim=1, exact_gradient=True), dora(1, dim=1, constant=False)),
+    "oft_constrained": Kind(pl.OFT(2, eps=0.3), rotated(cayley, 0.3), fits=pairs_of_inputs),
+    "oft_series": Kind(
+        pl.OFT(2, terms=5),
+        rotated(lambda eye, Q: eye + 2 * Q + 2 * Q @ Q + 2 * Q @ Q @ Q + Q @ Q @ Q @ Q),
+        fits=pairs_of_inputs,
+    ),
     "pissa": Kind(
         pl.LoRA(rank=1, alpha=2, init="pissa"),
         lambda W, f, k: W + k * 2 * moved(f).reshape(W.shape),

@@ -1,0 +1,247 @@
+"""PEFT's folders of OFT, HiRA and MiSS: their settings, keys and factors, read and written.
+
+    PEFT                     key of the factor             ours
+    OFT, Linear              oft_R.weight                  Q
+    OFT, Embedding           oft_embedding_R.weight        −Q, because PEFT has W R, and R(−Q) = Rᵀ
+    HIRA, Linear             hira_A, hira_B                A, B
+    HIRA, Embedding          hira_embedding_A, …_B         Bᵀ, Aᵀ, because PEFT has (B A)ᵀ
+    MISS, Linear             miss_block                    D
+
+Such a folder has one kind. paramlora reads and writes no trained biases and no `modules_to_save`
+beside these kinds. LoRA's folders are in the other files.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..files.compare import compare
+from ..files.plan import check_site, plan_site
+from ..kinds.hira import HiRA
+from ..kinds.miss import MiSS
+from ..kinds.oft import OFT
+from ..kinds.spec import Spec
+from ..layers.install import PlannedSite
+from ..site.find import Site
+from ..site.place import Place
+from ..stack.factors import Factors
+from .config import Config
+from .config_file import check_settings, refuse_settings
+from .layout import Part, cannot_store
+from .modules import PeftView
+from .read import check_untied, resolve_all_linear, targets_of
+
+OTHER_TYPES: dict[str, type[Spec]] = {"OFT": OFT, "HIRA": HiRA, "MISS": MiSS}
+
+_SELECT = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+_NO_EFFECT = {
+    *("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_type"),
+    *("peft_version", "revision", "runtime_config", "task_type"),
+}
+# The other settings that paramlora reads, or that do not affect a trained adapter.
+_OWN = {
+    "OFT": {"r", "oft_block_size", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"}
+    | {"init_weights", "module_dropout"},
+    "HIRA": {"r", "rank_pattern", "init_weights", "hira_dropout"},
+    "MISS": {"r", "mini_r", "miss_dropout"},
+}
+
+
+def other_kind(here: list[Site], name: str) -> str | None:
+    """Return PEFT's type of an adapter of a kind in this file at all its sites, or None."""
+    kinds = {type(part.spec) for site in here for part in site.stack.parts(name)}
+    found = [key for key, kind in OTHER_TYPES.items() if kinds == {kind}]
+    return found[0] if found else None
+
+
+def other_content(
+    here: list[Site], name: str, seen: PeftView, peft_type: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return an adapter's settings and tensors, or raise a TargetError, as `folder_content`."""
+    by_site = {part.site: part for parts in seen.parts.values() for part in parts}
+    tensors: dict[str, Tensor] = {}
+    specs: dict[str, Spec] = {}
+    for site in here:
+        part = by_site.get(site.path)
+        reason = _refusal(part, peft_type)
+        if part is None or reason is not None:
+            raise cannot_store(site.path, reason or "")
+        (factors,) = site.stack.parts(name)
+        specs[part.module_path] = factors.spec
+        if _settings(factors.spec) != _settings(next(iter(specs.values()))):
+            # PEFT to 0.21.2 ignores HiRA's setting rank_pattern.
+            raise cannot_store(site.path, f"PEFT needs the same settings of {peft_type} everywhere")
+        tensors |= _to_peft(part, factors, site.path)
+    return {
+        "peft_type": peft_type,
+        "target_modules": "|".join(re.escape(path) for path in specs),
+        "inference_mode": True,
+        **_settings(next(iter(specs.values()))),
+    }, tensors
+
+
+def plan_other(
+    model: nn.Module,
+    seen: PeftView,
+    everywhere: list[Place],
+    content: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    path: Path,
+) -> list[PlannedSite]:
+    """Return the factors of a folder in the model's order, or raise a CheckpointError."""
+    peft_type, here = content["peft_type"], {place.path: place for place in everywhere}
+    try:
+        config = resolve_all_linear(model, seen, _config(content, path))
+        parts = targets_of(seen, config, path)
+    except re.error as error:
+        raise CheckpointError(
+            f"{path} has a setting that is not a valid regular expression: {error}"
+        ) from error
+    planned: dict[Part, tuple[Place, Spec]] = {}
+    expected: dict[str, Tensor] = {}
+    for part in parts:
+        reason = _refusal(part, peft_type)
+        if reason is not None or part.site not in here:
+            raise CheckpointError(
+                f"{path} adapts {part.module_path!r}, but {reason or 'no weight'}"
+            )
+        place = here[part.site]
+        spec = _spec(part, place.value, content, config, state, path)
+        check_site(place, spec, path)
+        blank = spec.create(torch.empty(place.value.shape, device="meta"))
+        expected |= _renamed(part, blank)
+        planned[part] = (place, spec)
+    compare(state, expected, str(path))
+    check_untied([place for place, _ in planned.values()], seen, path)
+    order = {site: i for i, site in enumerate(here)}
+    sites = [
+        plan_site(place, spec, _from_peft(part, state)) for part, (place, spec) in planned.items()
+    ]
+    return sorted(sites, key=lambda plan: order[plan.place.path])
+
+
+def _config(content: Mapping[str, Any], path: Path) -> Config:
+    """Return the settings that select modules, after checking all others."""
+    peft_type = content["peft_type"]
+    off = {"bias": "none"} | ({"init_weights": True} if peft_type == "MISS" else {})
+    rest = {key: value for key, value in content.items() if off.get(key) != value}
+    refuse_settings(path, rest, _SELECT | _NO_EFFECT | _OWN[peft_type])
+    return Config(**check_settings(path, content, _SELECT | ({"r"} if content.get("r") else set())))
+
+
+def _spec(
+    part: Part,
+    weight: Tensor,
+    content: Mapping[str, Any],
+    config: Config,
+    state: Mapping[str, Tensor],
+    path: Path,
+) -> Spec:
+    try:
+        if content["peft_type"] == "HIRA":
+            # PEFT to 0.21.2 ignores `rank_pattern`, so the factor tells the rank.
+            return HiRA(_length(state, _keys(part, HiRA)[0]) or config.r)
+        if content["peft_type"] == "MISS":
+            return MiSS(content.get("r", 64))
+        # PEFT changes a block size that does not divide the inputs. The factor has the final one.
+        blocks = _length(state, _keys(part, OFT)[0])
+        inputs = weight.shape[1:].numel()
+        block = inputs // blocks if blocks else content.get("oft_block_size")
+        series = content.get("use_cayley_neumann", True)
+        terms = content.get("num_cayley_neumann_terms", 5) if series else None
+        eps = content.get("eps", 6e-5) if content.get("coft") else None
+        if series and not _is_current(content.get("peft_version")):
+            raise ValueError(
+                "its series (use_cayley_neumann) is of a PEFT before 0.18, which computed another "
+                "one; train it again"
+            )
+        return OFT(block, eps=eps, terms=terms)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} adapts {part.module_path!r}, but {error}") from error
+
+
+def _length(state: Mapping[str, Tensor], key: str) -> int:
+    """Return the first dimension of a tensor, or 0 if there is no such tensor."""
+    return len(state[key]) if key in state and state[key].dim() else 0
+
+
+def _is_current(version: object) -> bool:
+    found = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    return found is not None and (int(found[1]), int(found[2])) >= (0, 18)
+
+
+def _settings(spec: Spec) -> dict[str, Any]:
+    """Return PEFT's settings for a spec."""
+    if not isinstance(spec, OFT):
+        return {"r": spec.rank}
+    return {
+        "r": 0,
+        "oft_block_size": spec.block_size,
+        "coft": spec.eps is not None,
+        **({} if spec.eps is None else {"eps": spec.eps}),
+        "use_cayley_neumann": spec.terms is not None,
+        "num_cayley_neumann_terms": spec.terms or 5,
+        # By the version PEFT tells which series it is; 0.18 has had today's form.
+        "peft_version": "0.18.0",
+    }
+
+
+def _refusal(part: Part | None, peft_type: str) -> str | None:
+    """Return why PEFT's folder of a kind cannot have a tensor, or None if it can."""
+    types = (nn.Linear,) if peft_type == "MISS" else (nn.Linear, nn.Embedding)
+    if part is None or not isinstance(part.module, types):
+        names = " and ".join(kind.__name__ for kind in types)
+        return f"folders of {peft_type} are supported for the weights of {names} submodules"
+    return part.refusal()
+
+
+def _keys(part: Part, kind: type[Spec]) -> tuple[str, ...]:
+    infix = "embedding_" if isinstance(part.module, nn.Embedding) else ""
+    suffixes = {
+        OFT: (f"oft_{infix}R.weight",),
+        HiRA: (f"hira_{infix}A", f"hira_{infix}B"),
+        MiSS: ("miss_block",),
+    }
+    return tuple(f"{part.module_path}.{suffix}" for suffix in suffixes[kind])
+
+
+def _renamed(part: Part, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return PEFT's tensors, by key, for our factors."""
+    swapped = isinstance(part.module, nn.Embedding)
+    if "Q" in factors:
+        (key,) = _keys(part, OFT)
+        return {key: -factors["Q"] if swapped else factors["Q"]}
+    if "D" in factors:
+        (key,) = _keys(part, MiSS)
+        return {key: factors["D"]}
+    A, B = factors["A"], factors["B"]
+    return dict(zip(_keys(part, HiRA), (B.T, A.T) if swapped else (A, B), strict=True))
+
+
+def _to_peft(part: Part, factors: Factors, site: str) -> dict[str, Tensor]:
+    """Return PEFT's tensors with the strength multiplied into one factor."""
+    strength, spec = float(factors.strength), factors.spec
+    if isinstance(spec, OFT) and spec.eps is not None and strength != 1:
+        raise cannot_store(site, f"PEFT has no strength, {strength:g}, beside eps")
+    scaled = dict(factors.tensors)
+    first = {OFT: "Q", HiRA: "B", MiSS: "D"}[type(spec)]
+    scaled[first] = scaled[first] * strength
+    return _renamed(part, scaled)
+
+
+def _from_peft(part: Part, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return our factors for PEFT's tensors of a module."""
+    swapped = isinstance(part.module, nn.Embedding)
+    for kind, names in ((OFT, "Q"), (MiSS, "D"), (HiRA, "AB")):
+        keys = _keys(part, kind)
+        if keys[0] in state:
+            found = [state[key] for key in keys]
+            if swapped:
+                found = [-found[0]] if kind is OFT else [found[1].T, found[0].T]
+            return dict(zip(names, found, strict=True))
+    raise KeyError(part.module_path)
