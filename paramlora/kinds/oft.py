@@ -23,8 +23,8 @@ class OFT(Spec):
 
     Args:
         block_size: b, at least 2; it must divide the number of inputs.
-        eps: the constrained form, COFT. Blocks with ‖Qᵢ‖ > eps/√n are scaled back to that norm. PEFT
-            also overwrites its factors with the scaled ones. Here they stay, and the gradient
+        eps: the constrained form, COFT. Blocks with ‖Qᵢ‖ > eps/√n are scaled back to that norm.
+            PEFT also overwrites its factors with the scaled ones. Here they stay, and the gradient
             passes through the scaling.
         terms: None, or at least 4 to replace the transform by a series that needs no inverse and is
             orthogonal up to rounding only for small Q. As in PEFT, whose default is 5, it turns the

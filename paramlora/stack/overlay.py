@@ -20,7 +20,7 @@ Note [blocks belong to threads]
     compute something else than its parent. So each stack also knows the blocks that are open at it
     in any thread, and a thread that has entered none raises. A new asyncio task copies the context
     of its parent, and with it the blocks. If it outlives one of them, it raises as well. A thread
-    of autograd, which recomputes checkpointed forwards on a GPU, takes the open blocks if all of them
+    of autograd, which recomputes checkpointed forwards on a GPU, takes the open blocks if all
     belong to one thread, and raises otherwise.
 
     torch.compile cannot guard on a context variable in every version. While it traces, a stack
