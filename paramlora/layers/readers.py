@@ -57,8 +57,8 @@ def _check(frame: FrameType, name: str, cls: str, tensor: str) -> None:
     function = frame.f_code.co_name
     if name == _TRANSFORMERS and function in _RESIZING:
         raise StateError(
-            f"cannot resize the embeddings: {tensor!r} of a {cls} has adapters of the old size. "
-            "Detach them, or bake them into the weights, then resize and attach anew"
+            f"cannot resize the embeddings: the {tensor} of one, {cls}, has adapters of the old "
+            "size. Detach them, or bake them into the weights, then resize and attach anew"
         )
     if name.startswith(_TAKING) and function == "apply":
         raise StateError(

@@ -103,8 +103,8 @@ class Route:
         if rows != times * len(self.ids) or (times == 0 and rows != len(self.ids)):
             raise ValueError(
                 f"ids route {len(self.ids)} rows, and the input of {path!r} has "
-                f"{rows} in its batch dimension; call the model on a batch of that many rows, or "
-                "with each of them several times side by side"
+                f"{rows} in its batch dimension; call the model on a batch of that many rows, "
+                "or on one that repeats each row consecutively"
             )
         if times <= 1:
             return self

@@ -41,7 +41,8 @@ def refuse_backward(weight: Tensor, names: Iterable[str]) -> Tensor:
     def refuse(gradient: Tensor) -> NoReturn:
         raise StateError(
             f"cannot train adapter {listed} while it is merged: its factors would get no gradient; "
-            "unmerge it before the forward, or freeze it if the gradient is for something else"
+            "unmerge it before the forward. To differentiate with respect to other tensors, such "
+            "as the input, freeze its factors first: freeze(model)"
         )
 
     # A new tensor, because the hook must not stay at the parameter.

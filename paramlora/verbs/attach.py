@@ -195,7 +195,7 @@ def unfreeze(model: nn.Module, *names: str) -> None:
 
 
 def parameters(model: nn.Module, *names: str) -> list[nn.Parameter]:
-    """Return the factors of adapters, by default all, for an optimizer.
+    """Return the factors of adapters, by default all and frozen ones too, for an optimizer.
 
     Raises:
         AdapterNameError: there is no adapter of that name.

@@ -149,8 +149,8 @@ def check_base(step: Step, optimizer: torch.optim.Optimizer | None) -> Iterator[
         for place in step.survey.places:
             if place.stored.requires_grad and id(place.stored) in step.gradients:
                 message = (
-                    "it is trained although attach froze the base, and no file of an adapter "
-                    "contains it; freeze it, or attach a Delta to it"
+                    "it is trained, although attach froze the base. No adapter's file contains "
+                    "it. Freeze it, or attach a Delta to it"
                 )
                 yield Finding("base", place.path, "", message)
     held = _held(optimizer)

@@ -53,6 +53,7 @@ def scale(model: nn.Module, factor: Strength, *names: str) -> None:
 
     Raises:
         ValueError: the factor is not a finite number.
+        TypeError: the factor is a name.
         AdapterNameError: there is no adapter of that name.
         StateError: there are no adapters, or one is merged.
 
@@ -64,6 +65,8 @@ def scale(model: nn.Module, factor: Strength, *names: str) -> None:
     0.5
     """
     stacks = stacks_in(model)
+    if isinstance(factor, str):
+        raise TypeError(f"the strength comes before the names: scale(model, 0.5, {factor!r})")
     _check_strength(factor)
     _check(stacks, names, "scale")
     for stack in stacks:

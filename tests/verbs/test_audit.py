@@ -281,8 +281,8 @@ def test_report() -> None:
         "kind      adapter  finding\n"
         "gradient  default  it is merged, so its factors get no gradient; unmerge it, or freeze "
         "it: 2 (0.weight, 2.weight)\n"
-        "base      -        it is trained although attach froze the base, and no file of an "
-        "adapter contains it; freeze it, or attach a Delta to it: 1 (0.bias)"
+        "base      -        it is trained, although attach froze the base. No adapter's file "
+        "contains it. Freeze it, or attach a Delta to it: 1 (0.bias)"
     )
 
 

@@ -52,8 +52,8 @@ SWITCHING: dict[str, Row] = {
     "strength a name": (
         attached,
         lambda m: pl.scale(m, "digits"),  # type: ignore[arg-type]
-        ValueError,
-        "a strength must be a finite number, got 'digits'",
+        TypeError,
+        "the strength comes before the names: scale(model, 0.5, 'digits')",
     ),
     "strength a boolean": (
         attached,
