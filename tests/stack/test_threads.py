@@ -401,3 +401,22 @@ def test_strengths_as_tensors_in_one_forward() -> None:
         for parameter in pl.parameters(model):
             parameter.fill_(1.0)
         assert model(torch.ones(1, 4)) == [12.0 * strength for strength in range(1, 9)]
+
+
+def test_two_threads_with_blocks_on_a_compiled_model() -> None:
+    """Each of two threads computes with its own block, also through one compiled model."""
+    torch.compiler.reset()
+    model, x = two_adapters()
+    compiled = torch.compile(model, backend="eager")
+    both_inside = threading.Barrier(2, timeout=30)
+
+    def computed(name: str) -> Tensor:
+        with pl.using(model, name):
+            both_inside.wait()
+            found = compiled(x)
+            both_inside.wait()
+            return found
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(computed, "ab"))
+    assert_close(found, [dense(model, x, a=1), dense(model, x, b=1)])
