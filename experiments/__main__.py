@@ -12,8 +12,8 @@ from .harness.options import add_command
 from .harness.rundir import RunDirectory
 from .harness.settings import StudyError
 
-# Runs of older versions did not record their study. These settings identify it. Runs without them
-# are digit runs.
+# Runs of older versions did not record their study. In such runs, one of these settings identifies
+# the study. Runs without them are digit runs.
 OLD_RUNS = {"base_seeds": "sweeps", "stream": "tasks"}
 
 

@@ -199,7 +199,9 @@ class DigitSettings(Settings):
     STUDY: ClassVar[str] = "digits"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = _PRESETS
 
-    preset: str = option("blog", "preset that the options given change", choices=tuple(_PRESETS))
+    preset: str = option(
+        "blog", "preset to start from; other options override it", choices=tuple(_PRESETS)
+    )
     seed: int = option(0, "seed of the base: its initial weights and the order of its images", SEED)
     seeds: int = option(8, "number of adapter seeds; one fine-tuning per seed and method", COUNT)
     seed_from: int = option(0, "first adapter seed; the others follow it", SEED)

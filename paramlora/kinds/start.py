@@ -106,10 +106,11 @@ _INITS: dict[str, Callable[[Tensor, torch.Generator | None], object]] = {
 def truncated_svd(W: Tensor, rank: int, smallest: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Return A, B and all singular values of W; B A is the best approximation of W of rank r.
 
-    With `smallest`, B A is the part of W with the r smallest singular values instead.
+    With `smallest`, B A is instead the part of W that belongs to its r smallest singular values.
 
-    r is `rank`, or the smaller side of W if that is less. Both factors contain the roots of the
-    singular values. W: (…, out, in), A: (…, r, in), B: (…, out, r), values: (…, min(out, in)).
+    r is `rank`, or the smaller side of W if that is less. Each factor is scaled by the square
+    roots of the singular values. W: (…, out, in), A: (…, r, in), B: (…, out, r), values:
+    (…, min(out, in)).
     """
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     kept = slice(max(S.shape[-1] - rank, 0), None) if smallest else slice(rank)

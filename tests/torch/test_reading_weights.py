@@ -1,4 +1,4 @@
-"""Code that reads or writes an adapted weight itself, and reads that must not be stale.
+"""Direct reads and writes of an adapted weight; reads are never stale.
 
 Notes on PEFT were checked with version 0.21.
 """
@@ -50,9 +50,9 @@ def test_functional_call_of_a_weight() -> None:
 
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_output_projection_of_attention(batch_first: bool) -> None:
-    """An adapter on `out_proj` of MultiheadAttention, which reads its weight itself, is trained.
+    """An adapter on `out_proj` is trained, though MultiheadAttention reads its weight directly.
 
-    In PEFT an adapter on `out_proj` only gets no gradient: the forward of that layer never runs.
+    In PEFT an adapter on `out_proj` alone gets no gradient: that layer's forward never runs.
     """
     torch.default_generator.manual_seed(0)
     model = nn.MultiheadAttention(8, 2, batch_first=batch_first).double()

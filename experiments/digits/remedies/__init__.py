@@ -6,7 +6,7 @@
 
 Each remedy is one function. The terms of the loss are added in one objective for the training loop.
 The teacher z⁰ is the model with its adapter off, evaluated on the tuned images. Only replay, and
-remedies documented as using old images, use examples of other classes.
+remedies that are documented to use old images, use examples of other classes.
 
 The strength needs no training: `pl.scale` sets W' = W + λ·ΔW. Weights between the base's and the
 fine-tuned ones can serve both tasks (Wortsman et al. 2022, "Robust fine-tuning of zero-shot

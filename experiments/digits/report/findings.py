@@ -17,7 +17,7 @@ def findings(run: RunDirectory, failed: bool) -> list[str]:
     return [
         _effect(run, "tuned", ("learns", "unlearns"), f"the tuned digits ({tuned})") + ".",
         _effect(run, "other", ("gains", "forgets"), "the other digits") + _where(run) + ".",
-        "A check failed, see the checks: these figures are not reliable." if failed else off,
+        "A check failed, so these figures are not reliable. See the checks." if failed else off,
     ]
 
 
@@ -39,7 +39,7 @@ def _effect(run: RunDirectory, group: str, verbs: tuple[str, str], digits: str) 
 
 
 def _where(run: RunDirectory) -> str:
-    """Return the other digit that loses most, and the digit that it is taken for."""
+    """Name the untuned digit that loses most and its most frequent wrong answer."""
     base, rows = base_of(run), rows_of(run, "lora")
     others = [digit for digit in range(10) if digit not in base["tuned"]]
     lost = {digit: _mean_wrong(rows, digit) - base["wrong_counts"][digit] for digit in others}

@@ -128,4 +128,4 @@ def test_findings_claim_no_direction_within_the_noise():
     learned, forgotten, off = findings(made_up([0.8, 0.99], [0.95, 0.97]), failed=True)
     assert learned.startswith("The adapter changes little: 90.00 → ")
     assert forgotten.startswith("The adapter gains: 90.00 → 96.0 ")
-    assert off == "A check failed, see the checks: these figures are not reliable."
+    assert off == "A check failed, so these figures are not reliable. See the checks."
