@@ -40,13 +40,23 @@ def inner(module: nn.Module) -> nn.Module:
     return module
 
 
-def named_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, module) for each module, also under its further paths, without wrappers."""
+def named_modules(
+    model: nn.Module, path: str = "", above: tuple[nn.Module, ...] = ()
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (path, module) for each module, also under its further paths, without wrappers.
+
+    Args:
+        model: the module to begin with.
+        path: its path.
+        above: the modules that lead to it. A module that leads back to one of them ends there.
+    """
     model = inner(model)
+    if any(model is module for module in above):
+        return
     yield path, model
     for key, child in model._modules.items():
         if child is not None:
-            yield from named_modules(child, f"{path}.{key}" if path else key)
+            yield from named_modules(child, f"{path}.{key}" if path else key, (*above, model))
 
 
 def check_not_synchronized(model: nn.Module) -> None:

@@ -280,29 +280,24 @@ def _scaled(tensor: Tensor, s: float) -> Tensor:
 
 def _kernel_applies(C: Tensor, rank: int) -> bool:
     """Return whether a Triton kernel can and should process a matrix C at this rank."""
-    return (
-        C.is_cuda
-        and C.numel() >= plans.WORTH_A_KERNEL
-        and C.dtype in (torch.bfloat16, torch.float16)
-        and rank <= 128
-        and C.is_contiguous()
-        and _has_triton()
-    )
+    return _suits_triton(C, rank) and C.numel() >= plans.WORTH_A_KERNEL and C.is_contiguous()
 
 
 def _fused_applies(X: Tensor, W: Tensor, rank: int) -> bool:
     """Return whether one kernel can and should compute X Wᵀ or X W together with its update."""
-    if not (
-        X.is_cuda
-        and X.numel() // X.shape[-1] * max(W.shape) >= plans.WORTH_A_KERNEL
-        and X.dtype in (torch.bfloat16, torch.float16)
-        and rank <= 128
-        and _has_triton()
-    ):
+    if not _suits_triton(X, rank):
+        return False
+    if X.numel() // X.shape[-1] * max(W.shape) < plans.WORTH_A_KERNEL:
         return False
     from .fused_product import applies
 
     return applies(X, W)
+
+
+def _suits_triton(X: Tensor, rank: int) -> bool:
+    """Return whether the Triton kernels support a matrix of this kind and this rank."""
+    half = X.dtype in (torch.bfloat16, torch.float16)
+    return X.is_cuda and half and rank <= 128 and _has_triton()
 
 
 @functools.cache

@@ -23,10 +23,8 @@ from torch import Tensor, nn
 from ..errors import StateError, TargetError
 from ..kinds.dora import DoRA
 from ..kinds.lora import LoRA
-from ..site.find import Site
 from ..site.names import check_unmerged
-from ..site.survey import Survey
-from ..stack.factors import Factors
+from ..site.survey import Part, Survey
 from ..verbs.audit import call as call_on
 from ..verbs.toggle import disabled
 
@@ -100,25 +98,20 @@ def eva(
     Variance Adaptation", arXiv 2410.07170, section 3.
     """
     survey = Survey(model)
-    parts = [
-        (site, path, factors)
-        for site, chosen in survey.select(names)
-        for name in chosen
-        for path, factors in site.parts(name).items()
-    ]
+    parts = survey.parts(names)
     check_unmerged(survey.stacks, names, "start")
-    for site, path, factors in parts:
-        _check(site, path, factors)
+    for part in parts:
+        _check(part)
     if type(oversampling) is not int or oversampling < 0:
         raise ValueError(f"oversampling must be a whole number of at least 0, got {oversampling!r}")
     directions: dict[nn.Module, _Directions] = {}
-    for site, _, factors in parts:
+    for _, _, site, factors in parts:
         q = factors.tensors["A"].shape[0] + oversampling
         shared = directions.setdefault(site.module, _Directions(q))
         shared.q = max(shared.q, q)
     run_on(model, batches, call, directions)
     starts = []
-    for site, path, factors in parts:
+    for path, _, site, factors in parts:
         A, inputs = factors.tensors["A"], directions[site.module]
         if inputs.rows < len(A):
             raise StateError(
@@ -132,8 +125,9 @@ def eva(
     return {path: share for path, _, _, share in starts}
 
 
-def _check(site: Site, path: str, factors: Factors) -> None:
+def _check(part: Part) -> None:
     """Raise an error if an adapter cannot start from the inputs of its layer."""
+    path, _, site, factors = part
     spec, linear = factors.spec, isinstance(site.module, nn.Linear) and site.tensor == "weight"
     if not linear:
         raise TargetError(

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from ..errors import StateError, TargetError
 from ..kinds.lora import LoRA
 from ..kinds.start import truncated_svd
-from ..site.find import Site, base_weight
+from ..site.find import base_weight
 from ..site.names import check_unmerged
-from ..site.survey import Survey
-from ..stack.factors import Factors
+from ..site.survey import Part, Survey
 from .eva import run_on
 
 Call = Callable[[nn.Module, Any], object] | None
@@ -124,24 +123,19 @@ def _start(
     batches: Iterable[Any],
     names: tuple[str, ...],
     init: str,
-    part: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+    choose: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
     call: Call,
 ) -> None:
     """Set A = A₀ and B = B₀ from the part that is chosen by W and the inputs' covariance."""
     survey = Survey(model)
-    found = [
-        (site, path, factors)
-        for site, chosen in survey.select(names)
-        for name in chosen
-        for path, factors in site.parts(name).items()
-    ]
+    parts = survey.parts(names)
     check_unmerged(survey.stacks, names, "start")
-    for site, path, factors in found:
-        _check(site, path, factors, init)
-    seen = {site.module: _Covariance() for site, _, _ in found}
+    for part in parts:
+        _check(part, init)
+    seen = {part.site.module: _Covariance() for part in parts}
     run_on(model, batches, call, seen)
     starts = []
-    for site, path, factors in found:
+    for path, _, site, factors in parts:
         inputs = seen[site.module]
         if inputs.total is None or not inputs.total.any():
             raise StateError(
@@ -150,14 +144,15 @@ def _start(
             )
         W = base_weight(site.plist, site.stack).double() / factors.spec.scaling
         rank = len(factors.tensors["A"])
-        starts.append((factors.tensors, *part(W, inputs.total / inputs.rows, rank)))
+        starts.append((factors.tensors, *choose(W, inputs.total / inputs.rows, rank)))
     for tensors, A, B in starts:
         for key, value in (("A", A), ("A0", A), ("B", B), ("B0", B)):
             tensors[key].copy_(value)
 
 
-def _check(site: Site, path: str, factors: Factors, init: str) -> None:
+def _check(part: Part, init: str) -> None:
     """Raise an error if an adapter cannot start from the inputs of its layer."""
+    path, _, site, factors = part
     spec, linear = factors.spec, isinstance(site.module, nn.Linear) and site.tensor == "weight"
     fits = isinstance(spec, LoRA) and spec.init == init and not spec.transposed
     if not (linear and fits) or factors.block is not None:

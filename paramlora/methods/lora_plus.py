@@ -59,15 +59,13 @@ def parameter_groups(
         if not is_finite(number) or number <= 0:
             raise ValueError(f"{argument} must be a positive number, got {number!r}")
     by_rate: dict[float, list[nn.Parameter]] = {}
-    for site, chosen in Survey(model).select(names):
+    for _, _, site, factors in Survey(model).parts(names):
         kind = parametrize.type_before_parametrizations(site.module)
         embedding = issubclass(kind, nn.Embedding | nn.EmbeddingBag)
-        for name in chosen:
-            for factors in site.stack.parts(name):
-                for key, parameter in factors.named_parameters():
-                    rate = lr * ratio if key in factors.spec.fast else lr
-                    if embedding and embedding_lr is not None:
-                        rate = embedding_lr
-                    by_rate.setdefault(rate, []).append(parameter)
+        for key, parameter in factors.named_parameters():
+            rate = lr * ratio if key in factors.spec.fast else lr
+            if embedding and embedding_lr is not None:
+                rate = embedding_lr
+            by_rate.setdefault(rate, []).append(parameter)
     check_factors(by_rate)
     return [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]

@@ -92,8 +92,7 @@ def check_order(stacks: Iterable[Stack], names: Container[str]) -> None:
         for earlier in [name for name in stack.names if name in names]:
             after = stack.names[stack.names.index(earlier) + 1 :]
             for later in [name for name in after if name in stack.merged]:
-                specs = [part.spec for name in (earlier, later) for part in stack.parts(name)]
-                if earlier not in stack.seen().active and not all(s.additive for s in specs):
+                if earlier not in stack.seen().active and not stack.commute(earlier, later):
                     raise StateError(
                         f"cannot switch on {earlier!r} while {later!r}, which was attached after "
                         "it, is merged: one of them depends on the tensor that it is applied to, "

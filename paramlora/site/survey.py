@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import nn
 
+from ..stack.factors import Factors
 from ..stack.stack import Stack
-from ..wrappers import inner
-from .find import Site, dotted, parametrization_lists, sites_in, walk
+from ..wrappers import named_modules
+from .find import Site, parametrization_lists, sites_in, walk
 from .names import check_names, ordered_names
 from .place import Place, places_in
 
@@ -21,6 +23,15 @@ def before_survey(
     """Register a function of `layers`, which this folder cannot import."""
     _FIRST.append(prepare)
     return prepare
+
+
+class Part(NamedTuple):
+    """The factors of one adapter at one tensor, or at one block of it."""
+
+    path: str
+    name: str
+    site: Site
+    factors: Factors
 
 
 class Survey:
@@ -54,19 +65,9 @@ class Survey:
     def paths(self) -> dict[int, list[str]]:
         """Every path of each module, by its id; several if the module is shared."""
         found: dict[int, list[str]] = {id(module): [] for _, module in self.modules}
-        around: set[int] = set()  # a module may lead back to itself
-
-        def visit(path: str, module: nn.Module) -> None:
-            module = inner(module)
-            if id(module) in found and id(module) not in around:
+        for path, module in named_modules(self.modules[0][1]):
+            if id(module) in found:  # which a stack is not
                 found[id(module)].append(path)
-                around.add(id(module))
-                for key, child in module._modules.items():
-                    if child is not None:
-                        visit(dotted(path, key), child)
-                around.remove(id(module))
-
-        visit(*self.modules[0])
         return found
 
     @cached_property
@@ -129,6 +130,19 @@ class Survey:
             for site in self.first_sites
         ]
         return [(site, chosen) for site, chosen in held if chosen]
+
+    def parts(self, names: Sequence[str] = ()) -> list[Part]:
+        """Return the factors of adapters, by default all, in the order of `select`.
+
+        Raises:
+            AdapterNameError: there is no adapter of that name.
+        """
+        return [
+            Part(path, name, site, factors)
+            for site, chosen in self.select(names)
+            for name in chosen
+            for path, factors in site.parts(name).items()
+        ]
 
     def sites_of(self, name: str) -> list[Site]:
         """Return the sites of one adapter in module order; only the first of several tied tensors.

@@ -7,7 +7,7 @@ the adapters at that tensor.
 """
 
 import itertools
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -145,10 +145,11 @@ class Stack(nn.Module):
             return weight
         if built is None:
             return self.build(weight, state)
-        key = self._key(state)
+        strengths = [strength for _, strength in self._steps(state)]
+        key = self._key(state, strengths)
         if key not in built:
             # The entry holds strengths that are tensors, so that no other tensor gets their ids.
-            built[key] = self.build(weight, state), self._steps(state)
+            built[key] = self.build(weight, state), strengths
         return built[key][0]
 
     def build(self, weight: Tensor, state: State, names: Iterable[str] | None = None) -> Tensor:
@@ -162,7 +163,7 @@ class Stack(nn.Module):
     def _strength(name: str, state: State) -> Strength | None:
         return TRACED if state.strengths is None else state.strengths.get(name)
 
-    def _key(self, state: State) -> object:
+    def _key(self, state: State, strengths: Sequence[Strength]) -> object:
         """Return a key that is equal for two reads that may get the same W'.
 
         Without `live` and the strengths, a module whose forward toggles would read a stale W':
@@ -178,17 +179,15 @@ class Stack(nn.Module):
         identity, because comparing values would wait for the GPU. Writing to them, or to the
         factors, during a forward is not supported.
         """
-        strengths = [strength for *_, strength in self._steps(state)]
-        strengths = [id(s) if isinstance(s, Tensor) else s for s in strengths]
-        return id(self), state.live, torch.is_grad_enabled(), *strengths
+        compared = [id(s) if isinstance(s, Tensor) else s for s in strengths]
+        return id(self), state.live, torch.is_grad_enabled(), *compared
 
     def _steps(self, state: State) -> list[tuple[Factors, Strength]]:
         """Return the live factors in order, each with its strength."""
-        names = [name for name in state.live for _ in self.parts(name)]
-        parts = [part for name in state.live for part in self.parts(name)]
         return [
             (part, part.at(self._strength(name, state)))
-            for name, part in zip(names, parts, strict=True)
+            for name in state.live
+            for part in self.parts(name)
         ]
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -286,6 +285,13 @@ class Stack(nn.Module):
         else:
             vars(self).update(traced_live=live, traced_route=None)
 
+    def set_strengths(self, strengths: Mapping[str, Strength]) -> None:
+        """Set the own strengths of adapters here, which open blocks may override."""
+        for name, strength in strengths.items():
+            self[name].set_strength(strength)
+        if self.open:
+            self.reflect()
+
     @property
     def enabled(self) -> bool:
         """Whether an adapter is active here; assign to it to switch all off, and on again.
@@ -360,6 +366,10 @@ class Stack(nn.Module):
         """Return an adapter's factors: one for the whole tensor, or one for each block."""
         factors = self[name]
         return factors.parts if isinstance(factors, Blocks) else [factors]
+
+    def commute(self, first: str, second: str) -> bool:
+        """Return whether W' is independent of the order in which two adapters act."""
+        return all(part.spec.additive for name in (first, second) for part in self.parts(name))
 
     def add(self, name: str, factors: Factors) -> None:
         """Add an adapter and make it active. Call it once per block if it has several blocks."""

@@ -177,10 +177,8 @@ def freeze(model: nn.Module, *names: str) -> None:
         StateError: there are no adapters.
     """
     settle(model)
-    survey = Survey(model)
-    for site, chosen in survey.select(names):
-        for factors in (part for name in chosen for part in site.stack.parts(name)):
-            keep_frozen(factors)
+    for part in Survey(model).parts(names):
+        keep_frozen(part.factors)
 
 
 def unfreeze(model: nn.Module, *names: str) -> None:
@@ -227,9 +225,4 @@ def _random_state_kept_on_failure(generator: torch.Generator | None) -> Iterator
 
 def _factors(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
     settle(model)
-    return [
-        parameter
-        for site, chosen in Survey(model).select(names)
-        for name in chosen
-        for parameter in site.stack[name].parameters()
-    ]
+    return [p for part in Survey(model).parts(names) for p in part.factors.parameters()]

@@ -3,16 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..kinds.spec import factor_dtype
 from ..layers.host import froze_base
-from ..site.find import Site, base_weight, dotted
-from ..site.survey import Survey
-from ..stack.factors import Factors
+from ..site.find import base_weight, dotted
+from ..site.survey import Part, Survey
 
 # The share of the elements of an update that merging has to round away to be reported.
 _MOST = 0.5
@@ -35,13 +33,8 @@ class Finding:
     message: str
 
 
-class Part(NamedTuple):
-    """The factors of one adapter at one tensor, or at one block of it."""
-
-    path: str
-    name: str
-    site: Site
-    factors: Factors
+class AuditedPart(Part):
+    """The factors of one adapter at one tensor or block, with the states that the checks read."""
 
     @property
     def active(self) -> bool:
@@ -71,15 +64,10 @@ class Step:
     written: list[tuple[str, nn.Module, str]]
 
     @cached_property
-    def parts(self) -> list[Part]:
-        return [
-            Part(path, name, site, factors)
-            for site in self.survey.first_sites
-            for name in site.stack.named
-            for path, factors in site.parts(name).items()
-        ]
+    def parts(self) -> list[AuditedPart]:
+        return [AuditedPart(*part) for part in self.survey.parts()]
 
-    def zero(self, part: Part) -> bool:
+    def zero(self, part: AuditedPart) -> bool:
         """Return whether every trained factor has a gradient, and all are zero."""
         found = [self.gradients.get(id(p)) for p in part.trained.values()]
         return all(gradient is not None and not gradient.any() for gradient in found)
@@ -98,7 +86,7 @@ def check_adapters(step: Step) -> Iterator[Finding]:
             yield Finding("gradient", part.path, part.name, message)
 
 
-def _check_update(step: Step, part: Part) -> Iterator[Finding]:
+def _check_update(step: Step, part: AuditedPart) -> Iterator[Finding]:
     weight = base_weight(part.site.plist, part.site.stack).detach()
     strength = part.factors.at(part.site.stack.seen().strengths.get(part.name))  # type: ignore[union-attr]
     with torch.no_grad():
@@ -123,7 +111,7 @@ def _check_update(step: Step, part: Part) -> Iterator[Finding]:
             yield Finding("rounding", part.path, part.name, message)
 
 
-def _check_gradient(step: Step, part: Part, known: list[str]) -> Iterator[Finding]:
+def _check_gradient(step: Step, part: AuditedPart, known: list[str]) -> Iterator[Finding]:
     trained = part.trained
     found = {key: step.gradients.get(id(p)) for key, p in trained.items()}
     without = [key for key, gradient in found.items() if gradient is None]

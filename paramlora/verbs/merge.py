@@ -14,12 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from ..layers.install import check_attached, check_tied, check_ties, check_whole, remove_all
-from ..site.find import (
-    Site,
-    base_weight,
-    stacks_in,
-    stored_tensors,
-)
+from ..site.find import Site, base_weight, stacks_in, stored_tensors
 from ..site.marks import mark
 from ..site.names import check_names, check_no_other_block, check_unmerged
 from ..site.place import Place
@@ -222,15 +217,13 @@ def _check_order(site: Site, names: list[str]) -> None:
         for earlier in stack.named:
             if earlier == later:
                 break
-            if earlier in on and earlier not in names:
-                specs = [part.spec for name in (earlier, later) for part in stack.parts(name)]
-                if not all(spec.additive for spec in specs):
-                    raise StateError(
-                        f"cannot merge {later!r} at {site.path!r} while {earlier!r}, which was "
-                        "attached before it, is not: one of them depends on the tensor that it is "
-                        f"applied to, so their order counts; merge {earlier!r} as well, or switch "
-                        "it off"
-                    )
+            if earlier in on and earlier not in names and not stack.commute(earlier, later):
+                raise StateError(
+                    f"cannot merge {later!r} at {site.path!r} while {earlier!r}, which was "
+                    "attached before it, is not: one of them depends on the tensor that it is "
+                    f"applied to, so their order counts; merge {earlier!r} as well, or switch it "
+                    "off"
+                )
 
 
 def _folded(site: Site, names: list[str]) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Switch adapters on and off, and set their strength; requires_grad does not change."""
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -24,7 +24,11 @@ def enable(model: nn.Module, *names: str) -> None:
         StateError: there are no adapters, or one is merged; or one that was attached later is
             merged, and their order counts (IA3, DoRA).
     """
-    _enable(stacks_in(model), names)
+    stacks = stacks_in(model)
+    _check(stacks, names, "enable")
+    check_order(stacks, names)
+    for stack in stacks:
+        stack.switch({*stack.active, *(names or stack.names)})
 
 
 def disable(model: nn.Module, *names: str) -> None:
@@ -38,7 +42,10 @@ def disable(model: nn.Module, *names: str) -> None:
         AdapterNameError: there is no adapter of that name.
         StateError: there are no adapters, or one is merged.
     """
-    _disable(stacks_in(model), names)
+    stacks = stacks_in(model)
+    _check(stacks, names, "disable")
+    for stack in stacks:
+        stack.switch({*stack.active} - {*(names or stack.names)})
 
 
 def scale(model: nn.Module, factor: Strength, *names: str) -> None:
@@ -70,11 +77,8 @@ def scale(model: nn.Module, factor: Strength, *names: str) -> None:
     _check_strength(factor)
     _check(stacks, names, "scale")
     for stack in stacks:
-        for name in names or stack.names:
-            if name in stack.names:
-                stack[name].set_strength(factor)
-        if stack.open:
-            stack.reflect()
+        here = [name for name in stack.names if not names or name in names]
+        stack.set_strengths(dict.fromkeys(here, factor))
 
 
 def names(model: nn.Module) -> list[str]:
@@ -114,7 +118,13 @@ def activate(
     >>> pl.summary(model).active
     ('digits',)
     """
-    _activate(stacks_in(model), _wanted(names, strengths))
+    wanted = _wanted(names, strengths)
+    stacks = stacks_in(model)
+    _check_exactly(stacks, wanted)
+    for stack in stacks:
+        stack.switch(wanted)
+        new = {name: s for name, s in wanted.items() if s is not None and name in stack.named}
+        stack.set_strengths(new)
 
 
 @contextmanager
@@ -208,8 +218,7 @@ def using(
     """
     wanted = _wanted(names, strengths)
     stacks = stacks_in(model)
-    check_names(stacks, wanted)
-    _check(stacks, (), "toggle")
+    _check_exactly(stacks, wanted)
     changes = {}
     for stack in stacks:
         numbers = stack.numbers
@@ -240,29 +249,10 @@ def _wanted(
     return wanted
 
 
-def _activate(stacks: Sequence[Stack], wanted: Mapping[str, Strength | None]) -> None:
+def _check_exactly(stacks: Sequence[Stack], wanted: Iterable[str]) -> None:
+    """Raise an error if an adapter is missing, or if any is merged: all others are switched off."""
     check_names(stacks, wanted)
-    _check(stacks, (), "toggle")
-    for stack in stacks:
-        stack.switch(wanted)
-        for name in wanted.keys() & stack.named.keys():
-            if (strength := wanted[name]) is not None:
-                stack[name].set_strength(strength)
-        if stack.open:
-            stack.reflect()
-
-
-def _enable(stacks: Sequence[Stack], names: Sequence[str]) -> None:
-    _check(stacks, names, "enable")
-    check_order(stacks, names)
-    for stack in stacks:
-        stack.switch({*stack.active, *(names or stack.names)})
-
-
-def _disable(stacks: Sequence[Stack], names: Sequence[str]) -> None:
-    _check(stacks, names, "disable")
-    for stack in stacks:
-        stack.switch({*stack.active} - {*(names or stack.names)})
+    check_unmerged(stacks, (), "toggle")
 
 
 def _check(stacks: Sequence[Stack], names: Sequence[str], verb: str) -> None:
@@ -284,14 +274,11 @@ def _check_strength(factor: Strength) -> None:
         raise ValueError(f"a strength must be a finite number, got {factor!r}")
 
 
-def _known(stacks: Sequence[Stack], names: Container[str]) -> list[tuple[Stack, list[str]]]:
-    """Return each stack with those of its adapters that have one of these names."""
-    return [(stack, [name for name in stack.names if name in names]) for stack in stacks]
-
-
 def _switched(stacks: Sequence[Stack], names: Sequence[str], on: bool) -> dict[Stack, Change]:
     """Return the changes of a block that switches adapters, by default all, on or off."""
     return {
-        stack: Change(dict.fromkeys([stack.numbers[name] for name in known], on), {}, KEEP)
-        for stack, known in _known(stacks, names or ordered_names(stacks))
+        stack: Change(
+            {n: on for name, n in stack.numbers.items() if not names or name in names}, {}, KEEP
+        )
+        for stack in stacks
     }
