@@ -115,7 +115,7 @@ def archive_folder(folder: Path, source: Source) -> Path | None:
             smallest = place / "t10k-labels-idx1-ubyte.gz"
             others = {s.archives[smallest.name] for s in (MNIST_SOURCE, FASHION_SOURCE)}
             others.discard(source.archives[smallest.name])
-            if _md5(smallest.read_bytes()) not in others:
+            if md5_of(smallest.read_bytes()) not in others:
                 return place
     return None
 
@@ -130,7 +130,7 @@ def read_archive(path: Path, md5: str) -> Tensor:
         StudyError: the file has another MD5 sum.
     """
     packed = path.read_bytes()
-    if (found := _md5(packed)) != md5:
+    if (found := md5_of(packed)) != md5:
         raise StudyError(f"{path} is damaged: its MD5 is {found}, not {md5}; delete it")
     raw = _unpacked(path.with_suffix(""), packed)
     shape = [int.from_bytes(raw[4 * i : 4 * i + 4], "big") for i in range(1, raw[3] + 1)]
@@ -153,7 +153,8 @@ def _unpacked(beside: Path, packed: bytes) -> bytes:
     return gzip.decompress(packed)
 
 
-def _md5(content: bytes) -> str:
+def md5_of(content: bytes) -> str:
+    """Return the MD5 sum of an archive as hexadecimal digits."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
@@ -196,7 +197,7 @@ def _fetch(torchvisions: Any, source: Source, mirror: str, folder: Path) -> None
         for name, md5 in source.archives.items():
             with urllib.request.urlopen(mirror + name) as file:
                 (raw / name).write_bytes(content := file.read())
-            if _md5(content) != md5:
+            if md5_of(content) != md5:
                 raise RuntimeError(f"{name} fails its MD5")
     # torchvision names its folder after the class. The subclass, which has a single mirror, must
     # therefore have the name of the original class.
@@ -206,7 +207,7 @@ def _fetch(torchvisions: Any, source: Source, mirror: str, folder: Path) -> None
 def _delete_damaged(raw: Path, source: Source) -> None:
     """Delete incomplete archives of a failed download. The next run would find them otherwise."""
     for path in (raw / name for name in source.archives):
-        if path.is_file() and _md5(path.read_bytes()) != source.archives[path.name]:
+        if path.is_file() and md5_of(path.read_bytes()) != source.archives[path.name]:
             path.unlink()
 
 

