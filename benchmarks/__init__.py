@@ -1,4 +1,4 @@
 """Benchmarks of speed and memory beside PEFT and other libraries; run from a checkout.
 
-One file per subcommand; `harness/` holds what they share.
+One file per subcommand; `harness/` has their common code.
 """

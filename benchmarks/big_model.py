@@ -3,7 +3,7 @@
 The model has random weights in bfloat16 and an adapter on every linear layer, lm_head included. All
 contestants get the same factors and are checked against a dense float32 model. They are then timed
 in interleaved rounds. A training step is forward, backward and AdamW on the factors. The floor is
-the frozen model with the gradient of its embedded input. Memory is what a step adds at its peak.
+the frozen model with the gradient of its embedded input. Memory is the peak increase during a step.
 Verbs are timed once each, on one model per library.
 """
 

@@ -1,4 +1,4 @@
-"""The part of `big-model` that times each verb once, and checks what the verb promises."""
+"""The part of `big-model` that times each verb once and checks its result."""
 
 import copy
 import tempfile

@@ -163,7 +163,7 @@ def timed(
 
 
 def describe(case: Case, contestant: Contestant, mode: str, work: str) -> Row:
-    """Return the part of a row that says what was measured and on what."""
+    """Return the fields of a row that identify the measurement and the machine."""
     on_gpu = case.x.is_cuda
     return {
         "suite": case.cell.suite,

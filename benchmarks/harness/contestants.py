@@ -196,8 +196,8 @@ def set_factors(factors: Factors, values: dict[str, tuple[Tensor, Tensor]]) -> N
         B.copy_(values[path][1])
 
 
-# Both compute what the floor does. The difference of their times from the floor's is a bias or
-# noise, and no difference between contestants that is as small means anything.
+# Both compute the same as the floor. If their times differ from the floor's, the cause is a bias or
+# noise, and equally small differences between contestants mean nothing.
 CONTROLS = ("floor, again", "paramlora, off")
 
 
@@ -206,7 +206,7 @@ def select(names: list[str] | None, controls: bool = False) -> list[Contestant]:
 
     Args:
         names: names of contestants.
-        controls: add the controls, whatever the names are. Without it "floor, again" is left out.
+        controls: add all controls. Otherwise "floor, again" is left out.
     """
     always = ("floor", *CONTROLS) if controls else ("floor",)
     return [

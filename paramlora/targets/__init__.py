@@ -1,1 +1,1 @@
-"""What a target matches, and hints if it matches nothing."""
+"""Matching of targets to tensors, and hints for targets without a match."""
