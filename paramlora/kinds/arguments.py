@@ -13,6 +13,7 @@ _OURS = {
     "use_rslora": "rank_stabilized",
     "init_lora_weights": "init",
     "target_modules": "targets",
+    "target_parameters": "targets",
     "exclude_modules": "exclude",
     "adapter_name": "name",
     "rank": "rank",
