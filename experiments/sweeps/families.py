@@ -1,36 +1,66 @@
-"""The remedies that are compared, and the candidate settings of each."""
+"""The remedies that are compared: crossed with what is trained and with two schedules.
+
+Everything but the remedy is the same within a comparison: the rank, the initial A, the number of
+steps and images, and the number of candidates among which the validation images choose. A remedy
+without an option of its own chooses among `CANDIDATES` learning rates. A remedy with one chooses
+among three values of it at two learning rates.
+"""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from ..digits.settings import DigitSettings
 from ..harness.rundir import Row
 
 INF = math.inf
-# A longer training with larger batches, a cosine schedule, and PEFT's initial A.
-LONG: Row = {
-    "init": "kaiming",
-    "schedule": "cosine",
-    "tune_batch": 64,
-    "steps": 600,
-    "lr": 3e-3,
-}
-# Experience replay with asymmetric cross-entropy.
-ACE: Row = {"margin": INF, "replay": 100, "replay_of": "all"}
-WIDE: Row = {**LONG, "rank": 8, "alpha": 8.0}
+CANDIDATES = 6
+# What is trained, its settings, and its learning rates. A has PEFT's initialisation.
+ARMS: Mapping[str, Row] = {"LoRA": {"init": "kaiming"}}
+RATES: Mapping[str, tuple[float, ...]] = {"LoRA": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
+NO_REMEDY = "no remedy"
 
 
 @dataclass(frozen=True)
 class Family:
-    """A remedy, its candidate settings, and the strengths λ to try with each.
+    """A remedy, and its candidates.
 
-    `old` says which images of the other digits the remedy needs: nothing, a number per digit for
-    training, or labelled validation images for early stopping.
+    Attributes:
+        name: the remedy.
+        old: the images of the other digits that it needs.
+        changes: the settings that all of its candidates change.
+        option: the option of the remedy whose value is chosen; "" if only the rate is.
+        values: the values of the option, each at the two middle rates.
+        arms: what it can be applied to.
     """
 
     name: str
-    old: str
-    candidates: tuple[Row, ...]
-    strengths: tuple[float, ...] = (1.0,)
+    old: str = "none"
+    changes: Row = field(default_factory=dict)
+    option: str = ""
+    values: tuple[float, ...] = ()
+    arms: tuple[str, ...] = tuple(ARMS)
+
+    def candidates(self, arm: str) -> list[Row]:
+        """Return the settings to choose from, by option name."""
+        rates = RATES[arm]
+        if not self.option:
+            return [{"lr": rate} for rate in rates]
+        return [{self.option: value, "lr": rate} for value in self.values for rate in rates[2:4]]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A remedy applied to one arm with one schedule; `changes` are the settings of all three."""
+
+    family: Family
+    arm: str
+    schedule: str
+    changes: Row
+
+    @property
+    def name(self) -> str:
+        return f"{self.family.name}, {self.arm}, {self.schedule}"
 
 
 def families(validation: int = 500) -> tuple[Family, ...]:
@@ -39,76 +69,61 @@ def families(validation: int = 500) -> tuple[Family, ...]:
     Args:
         validation: number of validation images per digit, which early stopping is named after.
     """
-    short: Row = {"init": "kaiming"}
-    replay: Row = {"replay": 100}
+    hundred = "100 per digit"
     return (
-        Family("no remedy", "nothing", ({},)),
-        Family("strength λ", "nothing", (short,), (0.125, 0.25, 0.5, 0.75)),
-        Family("routed by the base", "nothing", (short | {"route": "base"}, {"route": "base"})),
-        Family("base says whether, adapter which", "nothing", (short | {"route": "soft"},)),
+        Family(NO_REMEDY),
+        Family(f"{NO_REMEDY}, A ~ N(0, 1)", changes={"init": "gaussian"}, arms=("LoRA",)),
+        Family("strength λ", option="strength", values=(0.25, 0.5, 0.75)),
+        Family("distillation", option="distill", values=(0.3, 1.0, 3.0)),
+        Family("kept mass", option="mass", values=(0.3, 1.0, 3.0)),
+        Family("masked cross-entropy", changes={"margin": INF}),
+        Family("margin", option="margin", values=(4.0, 8.0, 12.0)),
+        Family("EWC", option="ewc", values=(10.0, 100.0, 1000.0)),
         Family(
-            "distillation from the switched-off model",
-            "nothing",
-            tuple(
-                short | {"distill": β, "temperature": T}
-                for β in (0.3, 1.0, 3.0)
-                for T in (1.0, 2.0)
-            ),
+            "null space of the weights",
+            option="null_space",
+            values=(0.5, 0.8, 0.95),
+            arms=("LoRA",),
         ),
-        Family("masked cross-entropy", "nothing", (short | {"margin": INF}, {"margin": INF})),
+        Family("routed by the base", changes={"route": "base"}),
+        Family("base says whether, adapter which", changes={"route": "soft"}),
+        Family("replay of 10", "10 per digit", {"replay": 10}),
+        Family("replay of 100", hundred, {"replay": 100}),
+        Family("replay of 100 with a margin", hundred, {"replay": 100}, "margin", (1.0, 2.0, 4.0)),
         Family(
-            "margin", "nothing", tuple(short | {"margin": m} for m in (3.0, 4.0, 5.0, 6.0, 8.0))
+            "masked, balanced replay of 100 (ER-ACE)",
+            hundred,
+            {"margin": INF, "replay": 100, "replay_of": "all"},
         ),
+        Family("replay of 100, learned gate", hundred, {"replay": 100, "route": "gate"}),
         Family(
-            "margin and kept mass",
-            "nothing",
-            tuple(short | {"margin": m, "mass": 1.0} for m in (2.0, 4.0, INF)),
+            "replay of 100, null space of their activations",
+            hundred,
+            {"replay": 100, "null_space_of": "old"},
+            "null_space",
+            (0.8, 0.9, 0.99),
+            arms=("LoRA",),
         ),
-        Family(
-            "EWC on ΔW, information of the tuned images",
-            "nothing",
-            tuple(short | {"ewc": w} for w in (10.0, 100.0, 1000.0)),
-        ),
-        Family(
-            "null space of the base's weights",
-            "nothing",
-            tuple(short | {"null_space": e} for e in (0.5, 0.8, 0.95)),
-        ),
-        Family("masked, longer", "nothing", (LONG | {"margin": INF}, WIDE | {"margin": INF})),
-        Family(
-            "margin, longer",
-            "nothing",
-            (*(LONG | {"margin": m} for m in (8.0, 10.0, 12.0)), WIDE | {"margin": 10.0}),
-        ),
-        Family("replay of 100", "100 per digit", (replay, short | replay)),
-        Family(
-            "null space of 100 old images' activations",
-            "100 per digit",
-            tuple(short | replay | {"null_space": e, "null_space_of": "old"} for e in (0.9, 0.99)),
-        ),
-        Family("gate learned from 100", "100 per digit", (short | replay | {"route": "gate"},)),
-        Family(
-            "masked, and a balanced replay of 100 (ER-ACE), longer",
-            "100 per digit",
-            (
-                LONG | ACE | {"tune_batch": 32, "steps": 400, "lr": 2e-3},
-                LONG | ACE | {"steps": 400, "lr": 2e-3},
-                LONG | ACE,
-                WIDE | ACE | {"lr": 2e-3},
-            ),
-        ),
-        Family(
-            "replay of 100 with a margin, longer",
-            "100 per digit",
-            tuple(
-                LONG | replay | {"margin": m, "tune_batch": b, "steps": s, "lr": 2e-3}
-                for m in (0.0, 1.0, 2.0)
-                for b, s in ((32, 400), (32, 600))
-            ),
-        ),
-        Family(
-            f"early stopping on {validation} a digit",
-            f"{validation} per digit, for stopping",
-            tuple(short | {"patience": p} for p in (3,)),
-        ),
+        Family("early stopping", f"{validation} per digit, to stop", {"patience": 3}),
     )
+
+
+def schedules(settings: DigitSettings) -> dict[str, Row]:
+    """Return the schedules by name: the preset's, and ten times as many images.
+
+    >>> schedules(DigitSettings())["longer"]
+    {'steps': 500, 'tune_batch': 40}
+    """
+    batch = settings.remedies.tune_batch or settings.pretraining.batch
+    longer = {"steps": settings.finetuning.steps * 5 // 2, "tune_batch": 4 * batch}
+    return {"short": {}, "longer": longer}
+
+
+def contenders(settings: DigitSettings, chosen: Sequence[Family]) -> Iterator[Contender]:
+    """Yield each remedy in each arm with each schedule, in the order of the tables."""
+    for arm, changes in ARMS.items():
+        for family in chosen:
+            for schedule, timing in schedules(settings).items():
+                if arm in family.arms:
+                    merged = {**changes, **timing, **family.changes}
+                    yield Contender(family, arm, schedule, merged)
