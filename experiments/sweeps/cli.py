@@ -54,7 +54,7 @@ def _add_remedy_options(sweep: argparse.ArgumentParser) -> None:
         type=int,
         default=argparse.SUPPRESS,
         metavar="N",
-        help="number of further bases, on which the settings are chosen [3]",
+        help="number of further bases, on which the settings are chosen [2]",
     )
 
 

@@ -2,8 +2,8 @@
 
 Everything but the remedy is the same within a comparison: the rank, the initial A, the number of
 steps and images, and the number of candidates among which the validation images choose. A remedy
-without an option of its own chooses among `CANDIDATES` learning rates. A remedy with one chooses
-among three values of it at two learning rates.
+without an option of its own chooses among eight learning rates. A remedy with one chooses among two
+values of it at four of these rates.
 """
 
 import math
@@ -14,10 +14,12 @@ from ..digits.settings import DigitSettings
 from ..harness.rundir import Row
 
 INF = math.inf
-CANDIDATES = 6
-# What is trained, its settings, and its learning rates. A has PEFT's initialisation.
+# What is trained, its settings, and its usual learning rate. A has PEFT's initialisation.
 ARMS: Mapping[str, Row] = {"LoRA": {"init": "kaiming"}}
-RATES: Mapping[str, tuple[float, ...]] = {"LoRA": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
+USUAL: Mapping[str, float] = {"LoRA": 1e-3}
+EIGHT = (0.03, 0.1, 0.2, 0.3, 0.6, 1.0, 3.0, 10.0)  # learning rates to choose from / the usual one
+FOUR = (0.1, 0.3, 1.0, 3.0)  # the same for a remedy with an option
+CANDIDATES = len(EIGHT)
 NO_REMEDY = "no remedy"
 
 
@@ -30,7 +32,7 @@ class Family:
         old: the images of the other digits that it needs.
         changes: the settings that all of its candidates change.
         option: the option of the remedy whose value is chosen; "" if only the rate is.
-        values: the values of the option, each at the two middle rates.
+        values: the two values of the option, each at four rates.
         arms: what it can be applied to.
     """
 
@@ -43,10 +45,9 @@ class Family:
 
     def candidates(self, arm: str) -> list[Row]:
         """Return the settings to choose from, by option name."""
-        rates = RATES[arm]
-        if not self.option:
-            return [{"lr": rate} for rate in rates]
-        return [{self.option: value, "lr": rate} for value in self.values for rate in rates[2:4]]
+        of_option = [{self.option: value} for value in self.values] if self.option else [{}]
+        rates = [float(f"{times * USUAL[arm]:g}") for times in (FOUR if self.option else EIGHT)]
+        return [{**changes, "lr": rate} for changes in of_option for rate in rates]
 
 
 @dataclass(frozen=True)
@@ -73,23 +74,23 @@ def families(validation: int = 500) -> tuple[Family, ...]:
     return (
         Family(NO_REMEDY),
         Family(f"{NO_REMEDY}, A ~ N(0, 1)", changes={"init": "gaussian"}, arms=("LoRA",)),
-        Family("strength λ", option="strength", values=(0.25, 0.5, 0.75)),
-        Family("distillation", option="distill", values=(0.3, 1.0, 3.0)),
-        Family("kept mass", option="mass", values=(0.3, 1.0, 3.0)),
+        Family("strength λ", option="strength", values=(0.25, 0.5)),
+        Family("distillation", option="distill", values=(0.3, 1.0)),
+        Family("kept mass", option="mass", values=(1.0, 3.0)),
         Family("masked cross-entropy", changes={"margin": INF}),
-        Family("margin", option="margin", values=(4.0, 8.0, 12.0)),
-        Family("EWC", option="ewc", values=(10.0, 100.0, 1000.0)),
+        Family("margin", option="margin", values=(5.0, 10.0)),
+        Family("EWC", option="ewc", values=(1e3, 1e4)),
         Family(
             "null space of the weights",
             option="null_space",
-            values=(0.5, 0.8, 0.95),
+            values=(0.9, 0.99),
             arms=("LoRA",),
         ),
         Family("routed by the base", changes={"route": "base"}),
         Family("base says whether, adapter which", changes={"route": "soft"}),
         Family("replay of 10", "10 per digit", {"replay": 10}),
         Family("replay of 100", hundred, {"replay": 100}),
-        Family("replay of 100 with a margin", hundred, {"replay": 100}, "margin", (1.0, 2.0, 4.0)),
+        Family("replay of 100 with a margin", hundred, {"replay": 100}, "margin", (1.0, 2.0)),
         Family(
             "masked, balanced replay of 100 (ER-ACE)",
             hundred,
@@ -101,10 +102,15 @@ def families(validation: int = 500) -> tuple[Family, ...]:
             hundred,
             {"replay": 100, "null_space_of": "old"},
             "null_space",
-            (0.8, 0.9, 0.99),
+            (0.6, 0.8),
             arms=("LoRA",),
         ),
-        Family("early stopping", f"{validation} per digit, to stop", {"patience": 3}),
+        Family(
+            "early stopping",
+            f"{validation} per digit, to stop",
+            {"patience": 3},
+            arms=("LoRA",),
+        ),
     )
 
 

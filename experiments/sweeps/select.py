@@ -7,8 +7,8 @@ It is therefore measured on other images, other bases and other adapter seeds:
     selection   training images − validation     validation images    every candidate × base
     test        all training images              test images          each contender's choice × base
 
-For example, a contender with 6 candidates has 6 cells per base in the selection. `choose` returns
-one of the 6. Only this one is trained in the test part, where no setting changes.
+For example, a contender with 8 candidates has 8 cells per base in the selection. `choose` returns
+one of the 8. Only this one is trained in the test part, where no setting changes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -109,8 +109,8 @@ def run_remedies(
     *,
     chosen: Sequence[Family] | None = None,
     base_seeds: int = 5,
-    selection_seeds: int = 2,
-    selection_bases: int = 3,
+    selection_seeds: int = 3,
+    selection_bases: int = 2,
     jobs: int = 1,
     say: Callable[[str], None] = print,
 ) -> RunDirectory:

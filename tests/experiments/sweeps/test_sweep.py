@@ -394,7 +394,7 @@ def test_a_grid_that_cannot_be_is_refused(word, message):
 
 FEW = (
     Family(NO_REMEDY),
-    Family("strength λ", option="strength", values=(0.0, 0.5, 1.0)),
+    Family("strength λ", option="strength", values=(0.0, 0.5)),
     Family("masked", changes={"margin": math.inf}),
 )
 
@@ -406,6 +406,8 @@ def test_choices_are_made_without_the_test_images(tmp_path, monkeypatch):
     and adapter seed, and the spread is that over bases.
     """
     monkeypatch.setattr(select_module, "VALIDATION", 20)
+    monkeypatch.setattr(families_module, "EIGHT", (1.0, 10.0))
+    monkeypatch.setattr(families_module, "FOUR", (10.0,))
     said: list[str] = []
     run = run_remedies(
         small(tmp_path, steps=20, order="seeded"),
@@ -432,9 +434,9 @@ def test_choices_are_made_without_the_test_images(tmp_path, monkeypatch):
         tried = rows_of(run, SELECTION, name)
         merit = [
             mean(gains([r for r in tried if r["varied"]["number"] == n], "accuracy").values())
-            for n in range(CANDIDATES)
+            for n in (0, 1)
         ]
-        assert len({row["varied"]["number"] for row in tried}) == CANDIDATES
+        assert {row["varied"]["number"] for row in tried} == {0, 1}
         assert {row["varied"]["number"] for row in rows_of(run, TEST, name)} == {choose(run, name)}
         assert merit[choose(run, name)] == max(merit)
     table = compared.arm_table("LoRA")
