@@ -20,7 +20,7 @@ from ..digits.shared import shared_data
 from ..harness.rundir import Row, RunDirectory
 from ..harness.settings import replace, result_settings
 from .cells import Cell
-from .families import Contender, Family, contenders, families
+from .families import FULL, Contender, Family, contenders, families
 from .sweep import run_sweep
 
 VALIDATION = 500  # validation images per digit, at most a quarter of a digit's training images
@@ -70,7 +70,7 @@ def _cell(
     batch = changed.remedies.tune_batch or changed.pretraining.batch
     about |= {"old": one.family.old, "steps": changed.finetuning.steps, "batch": batch}
     name = f"{one.name} #{number}, {part}"
-    return Cell(name, changed, (changed.remedies.strength,), varied=about)
+    return Cell(name, changed, (changed.remedies.strength,), varied=about, full=one.arm == FULL)
 
 
 def choose(run: RunDirectory, contender: str) -> int:

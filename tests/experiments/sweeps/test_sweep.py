@@ -41,7 +41,13 @@ from experiments.sweeps.ranks import rank_figure, rank_table, series
 from experiments.sweeps.remedies import Compared, apart, difference, half_width
 from experiments.sweeps.report import points, table
 from experiments.sweeps.select import SELECTION, TEST, choose, gains, rows_of, run_remedies
-from experiments.sweeps.sweep import run_cell, run_sweep, tune_one_by_one, tune_together
+from experiments.sweeps.sweep import (
+    full_logits,
+    run_cell,
+    run_sweep,
+    tune_one_by_one,
+    tune_together,
+)
 
 SMALL: dict[str, Any] = {
     "data": "digits",
@@ -243,6 +249,26 @@ def test_ranks_together_are_ranks_one_by_one(tmp_path, order):
         )
         assert_close(two[0], one[0], rtol=1e-3, atol=1e-4)
         assert two[1] == pytest.approx(one[1], rel=1e-5)
+
+
+def test_full_fine_tuning_is_that_of_the_plain_network(tmp_path):
+    """A full cell trains all weights and biases as Adam on the plain network does, on its images.
+
+    Seeds that train together agree with it, and λ interpolates between the base and the result.
+    """
+    context = context_of(small(tmp_path, order="seeded", activation="relu"))
+    for seed, (deltas, loss) in enumerate(tune_together([(context, 0), (context, 1)], full=True)):
+        plain, base = context.model(), dict(context.model().named_parameters())
+        batches = context.batches(torch.Generator().manual_seed(seed))
+        losses = context.fine_tune(plain, batches, list(plain.parameters()), "plain")
+        assert loss == pytest.approx(float(losses.mean()), rel=1e-4)
+        half = context.model()
+        half.load_state_dict({k: (p + base[k]) / 2 for k, p in plain.named_parameters()})
+        found = full_logits(context, deltas, (0.0, 0.5, 1.0))
+        assert torch.equal(found[0], context.base_logits)
+        for got, model in zip(found[1:], (half, plain), strict=True):
+            assert_close(got, context.evaluate(model), rtol=1e-3, atol=1e-3)
+        assert not torch.equal(found[2].argmax(1), found[0].argmax(1))
 
 
 def test_an_update_of_no_scale_is_a_cell_like_any_other(tmp_path):
