@@ -85,23 +85,17 @@ class Compared:
     def cross_table(self) -> Table:
         """Return each remedy's differences between schedules and between arms, all digits."""
         short, longer = self.schedules
-        head = ["remedy", *(f"{arm}: {longer} − {short}" for arm in self.arms)]
-        pairs = [(one, two) for two in self.arms for one in self.arms[self.arms.index(two) + 1 :]]
-        head += [f"{s}: {one} − {two}" for one, two in pairs for s in self.schedules]
-        lines = []
-        for remedy in self.remedies:
-            cells = [remedy]
-            for arm in self.arms:
-                both = [(remedy, arm, longer), (remedy, arm, short)]
-                cells.append(self._apart(*both))
-            for one, two in pairs:
-                cells += [self._apart((remedy, one, s), (remedy, two, s)) for s in self.schedules]
-            lines.append(cells)
-        return Table(head, lines)
+        pairs = {f"{arm}: {longer} − {short}": ((arm, longer), (arm, short)) for arm in self.arms}
+        for one, two in zip(self.arms[1:], self.arms, strict=False):
+            pairs |= {f"{s}: {one} − {two}": ((one, s), (two, s)) for s in self.schedules}
+        lines = [
+            [remedy, *(self._apart(remedy, *p) for p in pairs.values())] for remedy in self.remedies
+        ]
+        return Table(["remedy", *pairs], lines)
 
-    def _apart(self, one: tuple[str, str, str], two: tuple[str, str, str]) -> str:
-        there = one in self._rows and two in self._rows
-        return apart(self.gains(*one), self.gains(*two)) if there else "-"
+    def _apart(self, remedy: str, one: tuple[str, str], two: tuple[str, str]) -> str:
+        there = all((remedy, *place) in self._rows for place in (one, two))
+        return apart(self.gains(remedy, *one), self.gains(remedy, *two)) if there else "-"
 
     def side_table(self) -> Table:
         """Return the gains on tuned and on other digits, and what was chosen."""
@@ -120,14 +114,15 @@ class Compared:
 
     def figure(self) -> Figure:
         """Draw the gains on all, tuned and other digits, with 95 % intervals over bases."""
-        size = (4.2 * len(self.schedules) + 2.5, (0.3 * len(self.remedies) + 0.5) * len(self.arms))
+        shape = len(self.arms), len(self.schedules)
+        lines = [sum(self.has(remedy, arm) for remedy in self.remedies) for arm in self.arms]
         made, grid = plt.subplots(
-            len(self.arms),
-            len(self.schedules),
-            figsize=(size[0], size[1] + 0.6),
+            *shape,
+            figsize=(3.7 * shape[1] + 2.5, 0.28 * sum(lines) + 0.7 * shape[0] + 0.5),
             sharex=True,
-            sharey=True,
+            sharey="row",
             squeeze=False,
+            height_ratios=lines,
             layout="constrained",
         )
         for line, arm in zip(grid, self.arms, strict=True):
@@ -141,13 +136,12 @@ class Compared:
         return made
 
     def _draw(self, axes: Axes, arm: str, schedule: str) -> None:
-        lines = list(reversed(self.remedies))
+        lines = [remedy for remedy in reversed(self.remedies) if self.has(remedy, arm)]
         for side, up in OFFSET.items():
-            shown = [(y, remedy) for y, remedy in enumerate(lines) if self.has(remedy, arm)]
-            samples = [by_base(self.gains(remedy, arm, schedule, side)) for _, remedy in shown]
+            samples = [by_base(self.gains(remedy, arm, schedule, side)) for remedy in lines]
             axes.errorbar(
                 [sample.mean for sample in samples],
-                [y + up for y, _ in shown],
+                [y + up for y in range(len(lines))],
                 xerr=[half_width(sample) for sample in samples],
                 fmt="o",
                 ms=3.5,
@@ -156,13 +150,9 @@ class Compared:
                 label=f"{side} digits",
             )
         axes.axvline(0, color="#333333", lw=0.8)
-        axes.set_yticks(range(len(lines)), [self._label(remedy) for remedy in lines], fontsize=8)
+        axes.set_yticks(range(len(lines)), lines, fontsize=8)
         axes.grid(axis="x", color="#eeeeee")
         axes.spines[["top", "right"]].set_visible(False)
-
-    def _label(self, remedy: str) -> str:
-        old = self.old[remedy]
-        return remedy if old == "none" or remedy.startswith("replay") else f"{remedy} [{old}]"
 
 
 def half_width(sample: Sample) -> float:
