@@ -91,6 +91,13 @@ def linear(
     return _plain(x, W, b, A, B, s)
 
 
+def add_update(y: Tensor, x: Tensor, term: LowRank) -> Tensor:
+    """Return y + s · (x Aᵀ) Bᵀ with plain operations; x: (…, k), y: (…, m)."""
+    A, B, s = term
+    h = F.linear(x, A.to(x.dtype))  # (…, r)
+    return y + F.linear(h * s, B.to(x.dtype))
+
+
 def add_product(
     C: Tensor, P: Tensor, Q: Tensor, s: float = 1.0, *, inplace: bool = False
 ) -> Tensor:
