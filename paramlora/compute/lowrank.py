@@ -93,6 +93,13 @@ def linear(
     return _plain(x, W, b, A, B, s)
 
 
+def add_update(y: Tensor, x: Tensor, term: LowRank) -> Tensor:
+    """Return y + s · (x Aᵀ) Bᵀ with plain operations; x: (…, k), y: (…, m)."""
+    A, B, s = term
+    h = F.linear(x, A.to(x.dtype))  # (…, r)
+    return y + F.linear(h * s, B.to(x.dtype))
+
+
 class _Linear(torch.autograd.Function):
     """One layer as one node of the autograd graph, by the formulas that open this file.
 
