@@ -91,6 +91,15 @@ def linear(
     return _plain(x, W, b, A, B, s)
 
 
+def add_updates(x: Tensor, y: Tensor, terms: list[LowRank]) -> Tensor:
+    """Return y + Σ s · (x Aᵀ) Bᵀ over the terms; x: (…, k), y: (…, m), the output of the base."""
+    A, B, s = terms[0] if len(terms) == 1 else _concatenate(terms)
+    if isinstance(s, Tensor):
+        B, s = B * s, 1.0
+    h = F.linear(x, A.to(x.dtype))  # (…, r)
+    return y + F.linear(_scaled(h, s), B.to(x.dtype)).to(y.dtype)
+
+
 def add_product(
     C: Tensor, P: Tensor, Q: Tensor, s: float = 1.0, *, inplace: bool = False
 ) -> Tensor:

@@ -8,12 +8,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..site.find import Site, in_list, parametrization_lists, stack_of
+from ..site.quantized import BELOW_HOOK, packed_tensor
 from ..site.survey import Survey
 from ..site.tie import Tie
 from ..stack.factors import Factors
 from ..stack.stack import Stack
 from .host_class import adopt, copied_class, parametrized_tensors
-from .site_list import hold_at_home, leave_to_torch
+from .quantized import put_below_hook
+from .site_list import leave_to_torch, register_at_home, unregister_from_home
 
 _BEFORE = "_paramlora_before"
 
@@ -26,12 +28,14 @@ class Before:
         cls: the class that another parametrization had given to the module, if any.
         owner: the id of the module that `cls` belongs to; a deep copy has another one.
         replaced: the attributes of the host's class that ours replace, None for a missing one.
+        below_hook: what a hook of accelerate called at a quantized layer, if it has one.
         frozen: the names of the frozen parameters, each with the adapters that froze it.
     """
 
     cls: type | None = None
     owner: int = 0
     replaced: dict[str, Any] = field(default_factory=dict)
+    below_hook: Any = None
     frozen: dict[str, set[str]] = field(default_factory=dict)
 
 
@@ -51,16 +55,15 @@ def register(module: nn.Module, tensor: str, stack: Stack, *, tied: bool = False
     parametrization = Tie(stack) if tied else stack
     plist = parametrization_lists(module).get(tensor)
     if plist is None:
-        order = list(module._parameters)
-        parametrize.register_parametrization(module, tensor, parametrization, unsafe=True)
-        hold_at_home(module, tensor, order)
+        register_at_home(module, tensor, parametrization)
     else:
         # register_parametrization would run the existing parametrizations to check the result.
         plist.append(parametrization.train(module.training))
     if first:
         children = (child for key, child in module.named_children() if key != "parametrizations")
         alone = not any(True for child in children for _ in child.parameters())
-        before.replaced = adopt(type(module), alone)
+        before.replaced = adopt(type(module), alone, packed_tensor(module) is not None)
+        before.below_hook = put_below_hook(module) if packed_tensor(module) is not None else None
 
 
 def unregister(site: Site) -> None:
@@ -70,9 +73,11 @@ def unregister(site: Site) -> None:
         del plist[list(plist).index(in_list(plist, site.stack))]
         leave_to_torch(module, site.tensor)
     else:
-        parametrize.remove_parametrizations(module, site.tensor, leave_parametrized=False)
+        unregister_from_home(module, site.tensor)
     if parametrize.is_parametrized(module) and not _is_host(module):
         _release(module, before)
+    if before.below_hook is not None and not _is_host(module):
+        vars(module)[BELOW_HOOK], before.below_hook = before.below_hook, None
 
 
 def freeze_rest(survey: Survey, adapter: str, others: bool) -> None:

@@ -1,0 +1,51 @@
+"""The forward of a quantized linear layer: its own one, plus the updates in factored form.
+
+    y = module(x) + s · B (A x)
+
+The gradient of x through the quantized product is that of the layer's library. Off, the layer
+runs its own code alone.
+"""
+
+import functools
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..compute import lowrank
+from ..routing import rows
+from ..routing.row_groups import by_group
+from ..site.find import parametrization_lists, stack_of
+from ..site.quantized import BELOW_HOOK
+
+
+def quantized_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward of an adapted layer; `plain` is the one of its class."""
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        plists = parametrization_lists(self)
+        stack: Any = stack_of(plists.get("weight"))
+        state = None if stack is None else stack.state()
+        alone = state is not None and len(plists) == 1
+        if not alone and rows.route_of(self) is not None:
+            return by_group(self, args, kwargs)
+        y = plain(self, *args, **kwargs)
+        if state is None or not (state.live or state.route):
+            return y
+        x = args[0] if args else next(iter(kwargs.values()))
+        if state.route is not None:
+            terms = state.route.terms(stack, state)
+            return rows.add_updates(x.to(y.dtype), y, state.route, stack, terms)
+        return lowrank.add_updates(x, y, stack.low_rank(state))
+
+    return forward
+
+
+def put_below_hook(module: nn.Module) -> Any:
+    """Make the hooks of accelerate call the forward of the class; return what they called."""
+    called = vars(module).get(BELOW_HOOK)
+    if called is not None:
+        vars(module)[BELOW_HOOK] = MethodType(type(module).forward, module)
+    return called
