@@ -13,11 +13,9 @@ from ..site.survey import Survey
 from ..site.tie import Tie
 from ..stack.factors import Factors
 from ..stack.stack import Stack
-from .host_class import adopt, copied_class, parametrized_tensors
+from .host_class import BEFORE, adopt, copied_class, parametrized_tensors
 from .quantized import put_below_hook
 from .site_list import leave_to_torch, register_at_home, unregister_from_home
-
-_BEFORE = "_paramlora_before"
 
 
 @dataclass
@@ -116,8 +114,8 @@ def unfreeze_rest(survey: Survey, adapters: set[str] | None) -> None:
 def forget(survey: Survey) -> None:
     """Drop the saved state of modules that host no adapter and have nothing frozen."""
     for _, module in (*survey.modules, *_factors(survey)):
-        if _BEFORE in vars(module) and not _frozen(module) and not _is_host(module):
-            delattr(module, _BEFORE)
+        if BEFORE in vars(module) and not _frozen(module) and not _is_host(module):
+            delattr(module, BEFORE)
 
 
 def froze_base(survey: Survey) -> bool:
@@ -127,12 +125,12 @@ def froze_base(survey: Survey) -> bool:
 
 def has_traces(module: nn.Module) -> bool:
     """Return whether an adapter, here or elsewhere in the model, has left something to restore."""
-    return _BEFORE in vars(module)
+    return BEFORE in vars(module)
 
 
 def is_adopted(module: nn.Module) -> bool:
     """Return whether a module has a class of its own with our forward and deepcopy."""
-    return _BEFORE in vars(module) and bool(vars(module)[_BEFORE].replaced)
+    return BEFORE in vars(module) and bool(vars(module)[BEFORE].replaced)
 
 
 def _is_host(module: nn.Module) -> bool:
@@ -140,11 +138,11 @@ def _is_host(module: nn.Module) -> bool:
 
 
 def _before(module: nn.Module) -> Before:
-    return vars(module).setdefault(_BEFORE, Before())
+    return vars(module).setdefault(BEFORE, Before())
 
 
 def _frozen(module: nn.Module) -> dict[str, set[str]]:
-    return vars(module)[_BEFORE].frozen if _BEFORE in vars(module) else {}
+    return vars(module)[BEFORE].frozen if BEFORE in vars(module) else {}
 
 
 def _base_modules(survey: Survey) -> Iterator[nn.Module]:

@@ -38,6 +38,8 @@ from .quantized import quantized_forward
 from .site_list import StoredTensor, pack
 
 _LOADING = "_paramlora_loading"
+# Where a module keeps the state that detach restores: see host.py.
+BEFORE = "_paramlora_before"
 
 # The descriptors that every class gets anew.
 _NOT_COPIED = ("__dict__", "__weakref__")
@@ -138,6 +140,7 @@ def _register_parameter(plain: Any) -> Callable[..., None]:
         plain(self, name, param)
         if replaces and param is not None and is_wrapper(param):
             pack(self, param)
+            vars(self)[BEFORE].frozen.pop(name, None)  # its flag is the library's from now on
             type(self).forward = quantized_forward(_plain(self).forward)
 
     return register_parameter
@@ -148,12 +151,9 @@ def _check_packed(module: Any, name: str, packed: nn.Parameter) -> None:
     plist: Any = parametrization_lists(module)[name]
     stack: Any = stack_of(plist)
     parts = [part for adapter in stack.named for part in stack.parts(adapter)]
-    fits = name == "weight" and packed.shape == plist.original.shape
-    if (
-        not (fits and isinstance(module, nn.Linear))
-        or stack.merged
-        or any(part.low_rank() is None for part in parts)
-    ):
+    fits = isinstance(module, nn.Linear) and packed.shape == plist.original.shape
+    fits = fits and name == "weight" and not stack.merged
+    if not fits or any(part.low_rank() is None for part in parts):
         raise StateError(
             f"cannot quantize {name!r} of this {_name(module)} below its adapters, which takes "
             "LoRA on the weight of a Linear, not merged: detach, quantize, and attach then"
