@@ -82,10 +82,16 @@ def read_packed(module: nn.Module, tensor: str, depth: int) -> Tensor:
         raise AttributeError(f"{_name(module)!r} stores its weight under another name")
     if is_compiling():
         return stored
+    frame = sys._getframe(depth)
+    reader = frame.f_globals.get("__name__") or ""
+    if reader.startswith(_QUANTIZERS) and "dequantize" in frame.f_code.co_name:
+        raise StateError(
+            f"dequantizing would put another module in the place of this {_name(module)}, and its "
+            "adapters would be lost: save and detach them, dequantize, and load them then"
+        )
     state = stack_of(parametrization_lists(module)[tensor]).state()  # type: ignore[union-attr]
     if not state.live and state.route is None:
         return stored
-    reader = sys._getframe(depth).f_globals.get("__name__") or ""
     homes = {cls.__module__ for cls in (*type(module).__mro__, type(stored))}
     packages = {home.partition(".")[0] for home in homes} - {"torch", "__main__"}
     if reader.startswith((*_HANDLING, *_QUANTIZERS)) or reader in homes:
