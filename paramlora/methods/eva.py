@@ -155,7 +155,9 @@ def run_on(
     directions: Mapping[nn.Module, Any],
 ) -> None:
     """Run the model on the batches, and call `add` with the inputs of each module."""
-    modes = [(module, module.training) for module in model.modules()]
+    # bitsandbytes packs a layer in evaluation mode, and unpacks it in its own `train`.
+    modules = [module for module in model.modules() if packed_tensor(module) is None]
+    modes = [(module, module.training) for module in modules]
     with ExitStack() as stack:
         stack.enter_context(disabled(model))
         for module, training in modes:
