@@ -84,6 +84,8 @@ def read_packed(module: nn.Module, tensor: str, depth: int) -> Tensor:
         return stored
     frame = sys._getframe(depth)
     reader = frame.f_globals.get("__name__") or ""
+    if reader == type(module).__bases__[0].__module__ != "__main__":
+        return stored  # the layer's own forward, mostly
     if reader.startswith(_QUANTIZERS) and "dequantize" in frame.f_code.co_name:
         raise StateError(
             f"dequantizing would put another module in the place of this {_name(module)}, and its "

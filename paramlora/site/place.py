@@ -177,7 +177,7 @@ def _refusal(place: Place, spec: Spec) -> str | None:
     if isinstance(weight, UnreadWeight):
         return quantized_refusal(spec, weight, place.module)
     if is_wrapper(weight):
-        return f"it is packed, a {type(weight).__name__}, and not the weight of a linear layer"
+        return f"it is packed ({type(weight).__name__}), and not the weight of a linear layer"
     if weight.layout is not torch.strided:
         return f"its layout is {weight.layout}; adapters need a strided (dense) tensor"
     if weight.numel() == 0:

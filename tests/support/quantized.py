@@ -5,6 +5,7 @@ and need none of them.
 """
 
 import copy
+import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +51,14 @@ class Bytes(nn.Linear):
         return F.linear(input, (codes - 128) * STEP, self.bias)
 
 
+def imported(name: str) -> Any:
+    """Return a module of an optional library; skip if it is missing or not for this torch."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, AttributeError) as error:
+        return pytest.skip(f"{name.partition('.')[0]} is not installed for this torch: {error}")
+
+
 def layers() -> nn.Sequential:
     """Return two float layers."""
     torch.manual_seed(0)
@@ -62,21 +71,25 @@ def _each(convert: Callable[[nn.Linear], nn.Module]) -> nn.Sequential:
 
 
 def _torchao(config: Callable[[Any], Any]) -> nn.Sequential:
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    quantization = imported("torchao.quantization")
     model = layers()
-    quantization.quantize_(model, config(quantization))
+    try:
+        made = config(quantization)
+    except AttributeError as error:
+        pytest.skip(f"this torchao lacks it: {error}")
+    quantization.quantize_(model, made)
     return model
 
 
 def _nf4(_: Any) -> Any:
-    api = pytest.importorskip("torchao.prototype._nf4tensor_api", reason="this torchao has no NF4")
+    api = imported("torchao.prototype._nf4tensor_api")
     config = api.NF4WeightOnlyConfig()
     config.block_size, config.scaler_block_size = 64, 32
     return config
 
 
 def _bitsandbytes(make: Callable[[Any], nn.Module]) -> nn.Sequential:
-    nn_ = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").nn
+    nn_ = imported("bitsandbytes").nn
 
     def convert(layer: nn.Linear) -> nn.Module:
         made = make(nn_)
@@ -87,14 +100,14 @@ def _bitsandbytes(make: Callable[[Any], nn.Module]) -> nn.Sequential:
 
 
 def _hqq() -> nn.Sequential:
-    hqq = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed")
+    hqq = imported("hqq.core.quantize")
     config = hqq.BaseQuantizeConfig(nbits=4, group_size=64)
     options = {"compute_dtype": torch.float32, "device": "cpu"}
     return _each(lambda layer: hqq.HQQLinear(copy.deepcopy(layer), config, **options))
 
 
 def _quanto(bits: str) -> nn.Sequential:
-    quanto = pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+    quanto = imported("optimum.quanto")
     model = layers()
     quanto.quantize(model, weights=bits)
     quanto.freeze(model)
@@ -106,7 +119,10 @@ FORMS: dict[str, Callable[[], nn.Sequential]] = {
     "bytes": lambda: _each(Bytes),
     "torchao int8": lambda: _torchao(lambda q: q.Int8WeightOnlyConfig()),
     "torchao int4": lambda: _torchao(
-        lambda q: q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=q.PerGroup(32))
+        lambda q: q.IntxWeightOnlyConfig(
+            weight_dtype=torch.int4,  # type: ignore[attr-defined]
+            granularity=q.PerGroup(32),
+        )
     ),
     "torchao float8": lambda: _torchao(lambda q: q.Float8WeightOnlyConfig()),
     "torchao nf4": lambda: _torchao(_nf4),
@@ -140,7 +156,7 @@ def randomize(model: nn.Module, *names: str, seed: int = 2) -> None:
 
 
 @torch.no_grad()
-def dense(model: nn.Module) -> nn.Sequential:
+def dense(model: nn.Sequential) -> nn.Sequential:
     """Return the float64 model of two quantized layers, read off their outputs."""
     plain = layers().double()
     for ours, layer in zip(model, plain, strict=True):
