@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ..kinds.spec import LowRank
 from ..native import load
+from ..private_torch import any_autocast_enabled
 from . import plan as plans
 from .modes import ORDINARY_TYPES, autocast_dtype, plain_ops_only
 from .plan import Path, Plan
@@ -96,8 +97,12 @@ def add_updates(x: Tensor, y: Tensor, terms: list[LowRank]) -> Tensor:
     A, B, s = terms[0] if len(terms) == 1 else _concatenate(terms)
     if isinstance(s, Tensor):
         B, s = B * s, 1.0
-    h = F.linear(x, A.to(x.dtype))  # (…, r)
-    return y + F.linear(_scaled(h, s), B.to(x.dtype)).to(y.dtype)
+    if A.dtype is not x.dtype:
+        A, B = A.to(x.dtype), B.to(x.dtype)
+    if torch.compiler.is_compiling() or y.dtype is not x.dtype or any_autocast_enabled():
+        return y + F.linear(_scaled(F.linear(x, A), s), B).to(y.dtype)
+    h = torch.mm(x.reshape(-1, A.shape[1]), A.t())  # (n, r)
+    return torch.addmm(y.reshape(-1, B.shape[0]), h, B.t(), alpha=s).view(y.shape)
 
 
 def add_product(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..compute import lowrank
 from ..routing import rows
 from ..routing.row_groups import by_group
-from ..site.find import parametrization_lists, stack_of
+from ..site.find import stack_of
 from ..site.quantized import BELOW_HOOK
 
 
@@ -25,7 +25,7 @@ def quantized_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        plists = parametrization_lists(self)
+        plists: Any = self._modules["parametrizations"]._modules  # type: ignore[union-attr]
         stack: Any = stack_of(plists.get("weight"))
         state = None if stack is None else stack.state()
         alone = state is not None and len(plists) == 1

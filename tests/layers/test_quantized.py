@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 BOUND = {"bitsandbytes 8": 1e-3}
 SPECS = (
     *(pl.DoRA(2), pl.LoRA(2, init="pissa"), pl.LoRA(2, init="olora"), pl.IA3(), pl.Delta()),
-    *(pl.HiRA(2), pl.OFT(), pl.LoHa(2), pl.LoKr(2), pl.LoRAXS(2)),
+    *(pl.HiRA(2), pl.OFT(), pl.MiSS(2), pl.LoHa(2), pl.LoKr(2), pl.LoRAXS(2)),
 )
 
 
