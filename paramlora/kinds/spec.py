@@ -205,7 +205,8 @@ class Spec(ABC):
     def low_rank(self, factors: Factors, strength: Strength = 1.0) -> LowRank | None:
         """Return the update of a matrix as a `LowRank`, or None if the kind has no such form.
 
-        A Linear or an Embedding then computes its output without building W'.
+        A Linear or an Embedding then computes its output without building W'. A quantized layer can
+        have only kinds with this form, whose `create` does not read the weight's values.
         """
         return None
 

@@ -21,6 +21,8 @@ from .find import (
     stack_of,
     stored_tensors,
 )
+from .quantized import UnreadWeight, is_wrapper, packed_tensor
+from .quantized import refusal as quantized_refusal
 
 
 class Place(NamedTuple):
@@ -34,9 +36,17 @@ class Place(NamedTuple):
 
     @property
     def whole(self) -> Tensor:
-        """The base's W: the stored tensor, or the result of the parametrizations below a stack."""
+        """The base's W: the stored tensor, or the result of the parametrizations below a stack.
+
+        Of a quantized layer, an `UnreadWeight`.
+        """
         plist = parametrization_lists(self.module).get(self.tensor)
-        return self.stored if plist is None else base_weight(plist, stack_of(plist))
+        if plist is not None:
+            return base_weight(plist, stack_of(plist))
+        packed = packed_tensor(self.module) if self.tensor == "weight" else None
+        if packed is None:
+            return self.stored
+        return UnreadWeight.of(packed, (self.module.out_features, self.module.in_features))  # type: ignore[arg-type]
 
     @property
     def value(self) -> Tensor:
@@ -87,7 +97,11 @@ class Place(NamedTuple):
     def stored(self) -> Tensor:
         """The stored tensor: the parameter itself, or the first one below parametrizations."""
         plist = parametrization_lists(self.module).get(self.tensor)
-        return getattr(self.module, self.tensor) if plist is None else stored_tensors(plist)[0]
+        if plist is not None:
+            return stored_tensors(plist)[0]
+        stored = self.module._parameters.get(self.tensor)
+        packed = packed_tensor(self.module) if stored is None else None
+        return getattr(self.module, self.tensor) if packed is None else packed
 
     @property
     def stack(self) -> Stack | None:
@@ -102,7 +116,11 @@ def places_in(modules: Iterable[tuple[str, nn.Module]]) -> list[Place]:
         # The parameters of other parametrizations cannot be adapted.
         if "parametrizations" in path.split("."):
             continue
-        names = [name for name, parameter in module._parameters.items() if parameter is not None]
+        packed = packed_tensor(module)
+        own = {name: p for name, p in module._parameters.items() if p is not None}
+        names = list(own)
+        if packed is not None and "weight" not in own:  # it is under another name
+            names = ["weight", *(name for name in own if own[name] is not packed)]
         names += [
             name
             for name, plist in parametrization_lists(module).items()
@@ -165,6 +183,10 @@ def _refusal(place: Place, spec: Spec) -> str | None:
         )
     if is_sharded(place.module, weight):
         return "it is sharded over processes; attach first, and call fully_shard after that"
+    if isinstance(weight, UnreadWeight):
+        return quantized_refusal(spec, weight, place.module)
+    if is_wrapper(weight):
+        return f"it is packed ({type(weight).__name__}), and not the weight of a linear layer"
     if weight.layout is not torch.strided:
         return f"its layout is {weight.layout}; adapters need a strided (dense) tensor"
     if weight.numel() == 0:
