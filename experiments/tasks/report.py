@@ -159,8 +159,8 @@ def write_task_report(folder: Path) -> RunDirectory:
         "`experiments/tasks/learner.py` defines the methods, and "
         "`experiments/analysis/task_metrics.py` the metrics, with sources. WC-ACC and the "
         "stability gap count the evaluations during the later stages, on the first 1,000 test "
-        "images of each earlier task; the gap is the mean over these tasks. The first stage is the pre-training "
-        "of the base.",
+        "images of each earlier task; the gap is the mean over these tasks. The first stage is "
+        "the pre-training of the base.",
     ]
     if REFERENCE in methods_in(run):
         parts += [
