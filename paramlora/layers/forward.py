@@ -11,6 +11,8 @@ Note [the choice of forward]
     rescaled    W' = (1 + c) ⊙ (W + s·B A)      the same layers with IA3 or DoRA.
     quantized   y = module(x) + s·(x Aᵀ) Bᵀ    quantized linear layers, whatever their class:
                 quantized.py. W is never read, and only low-rank updates can be there.
+    dropout     in training, y of the adapters without dropout, and s·(D(x) Aᵀ) Bᵀ for each of the
+                others: Linear, Conv1D and quantized layers, with plain operations.
     dense       torch's own code on W'          other layers, kinds without such a form, and
                 tensors with other parametrizations. W' is built once per forward.
 

@@ -37,6 +37,11 @@ def parametrization(
     reason = "it is quantized; use attach" if is_wrapper(weight) else spec.refusal(weight)
     if reason is not None:
         raise TargetError(f"cannot adapt a tensor of shape {tuple(weight.shape)}: {reason}")
+    if spec.dropout:
+        raise TargetError(
+            "dropout acts on the input of a layer, which a parametrization does not see; attach "
+            "the adapter by attach(), or use dropout=0"
+        )
     stack = Stack()
     stack.add(name, Factors(spec, spec.create(weight.detach(), generator)))
     return stack

@@ -1,17 +1,26 @@
 """Places: the tensors of a model that can become sites, and blocks of them."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
 
 from ..errors import TargetError
 from ..kinds.spec import FLOATS, Spec
 from ..stack.block import Block, Part
 from ..stack.stack import Stack
 from ..stack.storage import is_sharded
-from .find import base_weight, dotted, parametrization_lists, stack_of, stored_tensors
+from .find import (
+    base_weight,
+    dotted,
+    is_transformers_conv1d,
+    parametrization_lists,
+    stack_of,
+    stored_tensors,
+)
 from .quantized import UnreadWeight, is_wrapper, packed_tensor
 from .quantized import refusal as quantized_refusal
 
@@ -182,4 +191,27 @@ def _refusal(place: Place, spec: Spec) -> str | None:
         return f"its layout is {weight.layout}; adapters need a strided (dense) tensor"
     if weight.numel() == 0:
         return f"it has no elements, its shape is {tuple(weight.shape)}"
-    return spec.refusal(weight)
+    return spec.refusal(weight) or (dropout_refusal(place) if spec.dropout else None)
+
+
+def dropout_refusal(place: Place) -> str | None:
+    """Return why an adapter at a place cannot have dropout, or None if it can.
+
+    Dropout is no change of a weight. Layers that build W' compute without it, and so does an
+    attention, which reads the weight of its `out_proj` and never calls it.
+    """
+    if isinstance(place.whole, UnreadWeight):
+        return None
+    cls: Any = parametrize.type_before_parametrizations(place.module)
+    own = issubclass(cls, nn.Linear) and cls.forward is not nn.Linear.forward
+    known = issubclass(cls, nn.Linear | nn.Embedding) or is_transformers_conv1d(cls)
+    if own or not known or cls is NonDynamicallyQuantizableLinear:
+        return (
+            "dropout needs a layer that computes the update from its input, which are Linear, "
+            f"Embedding and transformers' Conv1D, and not {cls.__name__}"
+            f"{' with a forward of its own' if own else ''}; use dropout=0 here"
+        )
+    steps = parametrization_lists(place.module).get(place.tensor, ())
+    if len(steps) > (place.stack is not None):
+        return "dropout needs a tensor without other parametrizations; use dropout=0 here"
+    return None
