@@ -19,10 +19,11 @@ from ..kinds.dora import DoRA
 from ..kinds.lora import LoRA
 from ..kinds.spec import factor_dtype
 from ..layers.install import PlannedSite
+from ..site.find import is_linear
 from ..site.place import Place, dropout_refusal
 from .config import Config
 from .layout import Part, is_factor, norms
-from .modules import PeftView, is_linear
+from .modules import PeftView
 from .read_full import plan_full
 
 Places = Mapping[str, Place]
