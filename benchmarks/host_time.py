@@ -24,7 +24,7 @@ from tqdm import tqdm
 from paramlora.compute import plan as plans
 
 from .harness import options as shared
-from .harness.cases import Case, Entry, check, infer, train_step
+from .harness.cases import Case, check, infer, train_step
 from .harness.contestants import select
 from .harness.models import SUITES, cells
 from .harness.results import Row, Table, append, machine
@@ -107,9 +107,10 @@ def launched_natively(least: float) -> Iterator[None]:
     """Choose the native extension for products of fewer multiplications than `least`."""
     chosen = plans.choose
 
-    def choose(n: int, k: int, m: int, *rest: Any) -> plans.Plan:
-        plan = chosen(n, k, m, *rest)
-        *_, native = rest
+    def choose(
+        n: int, k: int, m: int, dtype: torch.dtype, device: str, grad: bool, native: bool = False
+    ) -> plans.Plan:
+        plan = chosen(n, k, m, dtype, device, grad, native)
         # The half-precision plan of the native extension: factored in both directions.
         small = native and plan.forward == "factored" and n * k * m < least
         return plans.Plan(plan.forward, plan.backward, True) if small else plan
@@ -166,9 +167,7 @@ def table(rows: list[Row]) -> Table:
         runs, typical = row["runs_s"], median(row["runs_s"])
         floor = typical if row["contestant"] == "floor" else floor
         times = [f"{s * 1e3:.3f}" for s in (typical, min(runs), max(runs))]
-        lines.append(
-            [row["suite"], "×".join(map(str, row["shape"])), row["work"], row["contestant"]]
-            + [*times, f"{typical / floor:.2f}"]
-            + [f"{row['host_s'] * 1e3:.3f}", f"{row['gpu_s'] * 1e3:.3f}", f"{row['kernels']:.0f}"]
-        )
+        about = [row["suite"], "×".join(map(str, row["shape"])), row["work"], row["contestant"]]
+        spent = [f"{row['host_s'] * 1e3:.3f}", f"{row['gpu_s'] * 1e3:.3f}", f"{row['kernels']:.0f}"]
+        lines.append([*about, *times, f"{typical / floor:.2f}", *spent])
     return Table(head, lines)
