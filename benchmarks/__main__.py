@@ -19,9 +19,11 @@ COMMANDS = {
     "host-time": "clock, host and GPU time of a step, by operation",
     "verbs": "switching, scaling and merging on 224 layers",
     "big-model": "training steps and verbs at a billion parameters",
+    "quantized": "training steps on a quantized base",
     "scaling": "training on several GPUs, compared with one",
     "study-speed": "the digit study, compared with a plain script",
     "text-methods": "fine-tuning methods on text: accuracy, time, memory",
+    "tables": "make the tables of the documents from the rows in docs/data",
     "figure": "draw the overheads that `layers` measured",
 }
 
