@@ -20,6 +20,7 @@ COMMANDS = {
     "scaling": "training on several GPUs, compared with one",
     "study-speed": "the digit study, compared with a plain script",
     "text-methods": "fine-tuning methods on text: accuracy, time, memory",
+    "tables": "make the tables of the documents from the rows in docs/data",
     "figure": "draw the overheads that `layers` measured",
 }
 

@@ -72,7 +72,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Table:
-    """A header and rows of cells. The first column is aligned left, all others right.
+    """A header and rows of cells. The columns in `left` are aligned left, all others right.
 
     A line break in the header stays one in `text` and becomes a space in `markdown`.
 
@@ -85,6 +85,7 @@ class Table:
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    left: tuple[int, ...] = (0,)
 
     def text(self) -> str:
         """Return the table for a terminal, its columns two spaces apart."""
@@ -94,15 +95,20 @@ class Table:
         cells = [[""] * (height - len(lines)) + lines for lines in cells]
         rows: list[Sequence[str]] = [*zip(*cells, strict=True), *self.rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-            for row in rows
-        )
+        lines = []
+        for row in rows:
+            padded = [
+                cell.ljust(width) if i in self.left else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(padded))
+        return "\n".join(lines)
 
     def markdown(self) -> str:
         """Return the table as GitHub-flavoured Markdown."""
         head = [cell.replace("\n", " ") for cell in self.head]
-        rows = [head, ["---", *["---:"] * (len(head) - 1)], *self.rows]
+        line = ["---" if i in self.left else "---:" for i in range(len(head))]
+        rows = [head, line, *self.rows]
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

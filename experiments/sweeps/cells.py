@@ -30,6 +30,7 @@ class Cell:
         strengths: the strengths λ to evaluate.
         together: whether the seeds may train at once.
         varied: the settings that the grid set, by name.
+        full: whether all weights and biases are trained, instead of an adapter.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Cell:
     strengths: tuple[float, ...]
     together: bool = True
     varied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    full: bool = False
 
 
 def cells(
@@ -74,7 +76,7 @@ def jobs_of(todo: Sequence[Cell]) -> list[list[Cell]]:
         # `Together` scales B by the ratio of two scales, which does not exist if one of them is 0.
         has_scale = lora_of(cell.settings.adapter).scaling != 0
         shared = dataclasses.replace(cell.settings, adapter=AdapterSettings())
-        key = cell.together, has_scale, shared
+        key = cell.together, cell.full, has_scale, shared
         job = open_jobs.get(key, [])
         if not job or not is_stacked(cell) or _images_per_step([*job, cell]) > TOGETHER:
             job = open_jobs[key] = []

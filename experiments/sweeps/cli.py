@@ -50,19 +50,11 @@ def add_commands(commands: Commands) -> None:
 def _add_remedy_options(sweep: argparse.ArgumentParser) -> None:
     remedies = sweep.add_argument_group(f"Selection of remedies, with --preset {REMEDIES}-...")
     remedies.add_argument(
-        "--floor",
-        type=float,
-        nargs=2,
-        default=argparse.SUPPRESS,
-        metavar=("TUNED", "OTHER"),
-        help="least gains on tuned and on other digits of a chosen candidate, points [0 0]",
-    )
-    remedies.add_argument(
         "--selection-bases",
         type=int,
         default=argparse.SUPPRESS,
         metavar="N",
-        help="number of bases in the selection; 0: as many as --base-seeds [0]",
+        help="number of further bases, on which the settings are chosen [2]",
     )
 
 
@@ -72,7 +64,7 @@ def run(vary: list[str], base_seeds: int, jobs: int, **given: object) -> int:
     from ..digits.shared import settings_and_data
 
     name = str(given.pop("preset", ""))
-    remedy_options = {key: given.pop(key) for key in ("floor", "selection_bases") if key in given}
+    remedy_options = {key: given.pop(key) for key in ("selection_bases",) if key in given}
     if name == REMEDIES or name.startswith(f"{REMEDIES}-"):
         if vary:
             raise StudyError(f"--vary cannot be used with --preset {name}, which has its own grid")
@@ -102,13 +94,12 @@ def run_grid(settings: DigitSettings, vary: list[str], base_seeds: int, jobs: in
 
 
 def run_selection(settings: DigitSettings, **options: object) -> int:
-    """Select and measure the remedies, and print the table."""
+    """Select and measure the remedies, and print their report."""
     from .select import run_remedies
 
     folder = Path(settings.place.out or f"runs/{REMEDIES}-{settings.preset}")
     run_remedies(settings, folder, **options)  # type: ignore[arg-type]
-    print((folder / "remedies.md").read_text())
-    return 0
+    return report([folder])
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
@@ -151,11 +142,16 @@ def report(folders: list[Path], figure: str = "", out: Path | None = None) -> in
 
 def report_one(folder: Path) -> None:
     """Write a sweep's report and figures, and print its table."""
+    from .remedies import write_remedies_report
     from .report import table, write_sweep_report
 
     run = RunDirectory.read(folder)
     if not run.rows:
         raise StudyError(f"the sweep in {folder} has no rows yet: continue it first")
+    if "selection_bases" in run.settings:
+        write_remedies_report(run)
+        print((folder / "remedies.md").read_text(encoding="utf-8"))
+        return
     write_sweep_report(run)
     print(table(run).text())
     print(f"report   {folder / 'sweep.md'}")

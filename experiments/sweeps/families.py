@@ -1,36 +1,69 @@
-"""The remedies that are compared, and the candidate settings of each."""
+"""The remedies that are compared: crossed with what is trained and with two schedules.
+
+Everything but the remedy is the same within a comparison: the rank, the initial A, the number of
+steps and images, and the number of candidates among which the validation images choose. A remedy
+without an option of its own chooses among eight learning rates. A remedy with one chooses among two
+values of it at four of these rates.
+"""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from ..digits.settings import DigitSettings
 from ..harness.rundir import Row
 
 INF = math.inf
-# A longer training with larger batches, a cosine schedule, and PEFT's initial A.
-LONG: Row = {
-    "init": "kaiming",
-    "schedule": "cosine",
-    "tune_batch": 64,
-    "steps": 600,
-    "lr": 3e-3,
-}
-# Experience replay with asymmetric cross-entropy.
-ACE: Row = {"margin": INF, "replay": 100, "replay_of": "all"}
-WIDE: Row = {**LONG, "rank": 8, "alpha": 8.0}
+FULL = "full"
+# What is trained, its settings, and its usual learning rate. A has PEFT's initialisation.
+ARMS: Mapping[str, Row] = {"LoRA": {"init": "kaiming"}, FULL: {}}
+USUAL: Mapping[str, float] = {"LoRA": 1e-3, FULL: 1e-4}
+LORA_ONLY = ("LoRA",)
+EIGHT = (0.03, 0.1, 0.2, 0.3, 0.6, 1.0, 3.0, 10.0)  # learning rates to choose from / the usual one
+FOUR = (0.1, 0.3, 1.0, 3.0)  # the same for a remedy with an option
+CANDIDATES = len(EIGHT)
+NO_REMEDY = "no remedy"
 
 
 @dataclass(frozen=True)
 class Family:
-    """A remedy, its candidate settings, and the strengths λ to try with each.
+    """A remedy, and its candidates.
 
-    `old` says which images of the other digits the remedy needs: nothing, a number per digit for
-    training, or labelled validation images for early stopping.
+    Attributes:
+        name: the remedy.
+        old: the images of the other digits that it needs.
+        changes: the settings that all of its candidates change.
+        option: the option of the remedy whose value is chosen; "" if only the rate is.
+        values: the two values of the option, each at four rates.
+        arms: what it can be applied to.
     """
 
     name: str
-    old: str
-    candidates: tuple[Row, ...]
-    strengths: tuple[float, ...] = (1.0,)
+    old: str = "none"
+    changes: Row = field(default_factory=dict)
+    option: str = ""
+    values: tuple[float, ...] = ()
+    arms: tuple[str, ...] = tuple(ARMS)
+
+    def candidates(self, arm: str) -> list[Row]:
+        """Return the settings to choose from, by option name."""
+        of_option = [{self.option: value} for value in self.values] if self.option else [{}]
+        rates = [float(f"{times * USUAL[arm]:g}") for times in (FOUR if self.option else EIGHT)]
+        return [{**changes, "lr": rate} for changes in of_option for rate in rates]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A remedy applied to one arm with one schedule; `changes` are the settings of all three."""
+
+    family: Family
+    arm: str
+    schedule: str
+    changes: Row
+
+    @property
+    def name(self) -> str:
+        return f"{self.family.name}, {self.arm}, {self.schedule}"
 
 
 def families(validation: int = 500) -> tuple[Family, ...]:
@@ -39,76 +72,69 @@ def families(validation: int = 500) -> tuple[Family, ...]:
     Args:
         validation: number of validation images per digit, which early stopping is named after.
     """
-    short: Row = {"init": "kaiming"}
-    replay: Row = {"replay": 100}
+    hundred = "100 per digit"
     return (
-        Family("no remedy", "nothing", ({},)),
-        Family("strength λ", "nothing", (short,), (0.125, 0.25, 0.5, 0.75)),
-        Family("routed by the base", "nothing", (short | {"route": "base"}, {"route": "base"})),
-        Family("base says whether, adapter which", "nothing", (short | {"route": "soft"},)),
+        Family(NO_REMEDY),
+        Family(f"{NO_REMEDY}, A ~ N(0, 1)", changes={"init": "gaussian"}, arms=LORA_ONLY),
+        Family("strength λ", option="strength", values=(0.25, 0.5)),
+        Family("distillation", option="distill", values=(0.3, 1.0)),
+        Family("kept mass", option="mass", values=(1.0, 3.0), arms=LORA_ONLY),
+        Family("masked cross-entropy", changes={"margin": INF}),
+        Family("margin", option="margin", values=(5.0, 10.0)),
+        Family("EWC", option="ewc", values=(1e3, 1e4), arms=LORA_ONLY),
         Family(
-            "distillation from the switched-off model",
-            "nothing",
-            tuple(
-                short | {"distill": β, "temperature": T}
-                for β in (0.3, 1.0, 3.0)
-                for T in (1.0, 2.0)
-            ),
+            "null space of the weights",
+            option="null_space",
+            values=(0.9, 0.99),
+            arms=LORA_ONLY,
         ),
-        Family("masked cross-entropy", "nothing", (short | {"margin": INF}, {"margin": INF})),
+        Family("routed by the base", changes={"route": "base"}),
+        Family("base says whether, adapter which", changes={"route": "soft"}, arms=LORA_ONLY),
+        Family("replay of 10", "10 per digit", {"replay": 10}, arms=LORA_ONLY),
+        Family("replay of 100", hundred, {"replay": 100}),
+        Family("replay of 100 with a margin", hundred, {"replay": 100}, "margin", (1.0, 2.0)),
         Family(
-            "margin", "nothing", tuple(short | {"margin": m} for m in (3.0, 4.0, 5.0, 6.0, 8.0))
-        ),
-        Family(
-            "margin and kept mass",
-            "nothing",
-            tuple(short | {"margin": m, "mass": 1.0} for m in (2.0, 4.0, INF)),
-        ),
-        Family(
-            "EWC on ΔW, information of the tuned images",
-            "nothing",
-            tuple(short | {"ewc": w} for w in (10.0, 100.0, 1000.0)),
+            "masked, balanced replay of 100 (ER-ACE)",
+            hundred,
+            {"margin": INF, "replay": 100, "replay_of": "all"},
+            arms=LORA_ONLY,
         ),
         Family(
-            "null space of the base's weights",
-            "nothing",
-            tuple(short | {"null_space": e} for e in (0.5, 0.8, 0.95)),
-        ),
-        Family("masked, longer", "nothing", (LONG | {"margin": INF}, WIDE | {"margin": INF})),
-        Family(
-            "margin, longer",
-            "nothing",
-            (*(LONG | {"margin": m} for m in (8.0, 10.0, 12.0)), WIDE | {"margin": 10.0}),
-        ),
-        Family("replay of 100", "100 per digit", (replay, short | replay)),
-        Family(
-            "null space of 100 old images' activations",
-            "100 per digit",
-            tuple(short | replay | {"null_space": e, "null_space_of": "old"} for e in (0.9, 0.99)),
-        ),
-        Family("gate learned from 100", "100 per digit", (short | replay | {"route": "gate"},)),
-        Family(
-            "masked, and a balanced replay of 100 (ER-ACE), longer",
-            "100 per digit",
-            (
-                LONG | ACE | {"tune_batch": 32, "steps": 400, "lr": 2e-3},
-                LONG | ACE | {"steps": 400, "lr": 2e-3},
-                LONG | ACE,
-                WIDE | ACE | {"lr": 2e-3},
-            ),
+            "replay of 100, learned gate", hundred, {"replay": 100, "route": "gate"}, arms=LORA_ONLY
         ),
         Family(
-            "replay of 100 with a margin, longer",
-            "100 per digit",
-            tuple(
-                LONG | replay | {"margin": m, "tune_batch": b, "steps": s, "lr": 2e-3}
-                for m in (0.0, 1.0, 2.0)
-                for b, s in ((32, 400), (32, 600))
-            ),
+            "replay of 100, null space of their activations",
+            hundred,
+            {"replay": 100, "null_space_of": "old"},
+            "null_space",
+            (0.6, 0.8),
+            arms=LORA_ONLY,
         ),
         Family(
-            f"early stopping on {validation} a digit",
-            f"{validation} per digit, for stopping",
-            tuple(short | {"patience": p} for p in (3,)),
+            "early stopping",
+            f"{validation} per digit, to stop",
+            {"patience": 3},
+            arms=LORA_ONLY,
         ),
     )
+
+
+def schedules(settings: DigitSettings) -> dict[str, Row]:
+    """Return the schedules by name: the preset's, and ten times as many images.
+
+    >>> schedules(DigitSettings())["longer"]
+    {'steps': 500, 'tune_batch': 40}
+    """
+    batch = settings.remedies.tune_batch or settings.pretraining.batch
+    longer = {"steps": settings.finetuning.steps * 5 // 2, "tune_batch": 4 * batch}
+    return {"short": {}, "longer": longer}
+
+
+def contenders(settings: DigitSettings, chosen: Sequence[Family]) -> Iterator[Contender]:
+    """Yield each remedy in each arm with each schedule, in the order of the tables."""
+    for arm, changes in ARMS.items():
+        for family in chosen:
+            for schedule, timing in schedules(settings).items():
+                if arm in family.arms:
+                    merged = {**changes, **timing, **family.changes}
+                    yield Contender(family, arm, schedule, merged)

@@ -6,12 +6,14 @@ Cells that differ only in their adapter settings train together as one job. jobl
 `--jobs N` processes, or on the back end set by `joblib.parallel_config`, such as a Dask cluster.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
 import paramlora as pl
 
@@ -53,7 +55,8 @@ def run_job(cells: Sequence[Cell]) -> list[list[Row]]:
     """
     contexts = [context_of(cell.settings) for cell in cells]
     todo = [(context, seed) for context in contexts for seed in context.settings.adapter_seeds]
-    trained = iter((tune_together if is_stacked(cells[0]) else tune_one_by_one)(todo))
+    tune = tune_together if is_stacked(cells[0]) else tune_one_by_one
+    trained = iter(tune(todo, full=cells[0].full))
     at = shared_strengths(shared_settings(cells[0].settings))
     rows = []
     for cell, context in zip(cells, contexts, strict=True):
@@ -71,7 +74,10 @@ def _rows(
     base = score(context.base_logits, labels, context.tuned)
     yield {**common, "stage": "base", "seed": None, "strength": 0.0, **base}
     for seed, (factors, loss) in zip(settings.adapter_seeds, trained, strict=True):
-        on = at.logits(updates(factors, lora_of(settings.adapter).scaling), cell.strengths)
+        if cell.full:
+            on = full_logits(context, factors, cell.strengths)
+        else:
+            on = at.logits(updates(factors, lora_of(settings.adapter).scaling), cell.strengths)
         if settings.remedies.route != "none":
             on = torch.stack([answers(context, one, seed) for one in on])
         for strength, row in zip(cell.strengths, scores(on, labels, context.tuned), strict=True):
@@ -79,13 +85,36 @@ def _rows(
             yield {**common, **labelled, **row}
 
 
-def tune_one_by_one(todo: Sequence[Training]) -> list[tuple[Row, float]]:
+@torch.no_grad()
+def full_logits(
+    context: StudyContext, deltas: Mapping[str, Tensor], strengths: Sequence[float]
+) -> Tensor:
+    """Return the logits of the test images with W + λ·ΔW for each λ, (strengths, n, classes).
+
+    Args:
+        context: the base and the images.
+        deltas: the updates of weights and biases, by the names of their factors.
+        strengths: the values of λ.
+    """
+    model = context.model()
+    base = dict(model.named_parameters())
+    paths = {name: re.sub(r"\.parametrizations\.(\w+)\..*", r".\1", name) for name in deltas}
+    found = []
+    for λ in strengths:
+        tuned = {path: base[path] + λ * deltas[name] for name, path in paths.items()}
+        found.append(
+            functional_call(model, tuned, context.test_inputs) if λ else context.base_logits
+        )
+    return torch.stack(found)
+
+
+def tune_one_by_one(todo: Sequence[Training], full: bool = False) -> list[tuple[Row, float]]:
     """Return each adapter's trained factors, by name, and its mean training loss."""
-    return [_tuned(context, seed) for context, seed in todo]
+    return [_tuned(context, seed, full) for context, seed in todo]
 
 
-def _tuned(context: StudyContext, seed: int) -> tuple[Row, float]:
-    model, plain = _attached(context, seed)
+def _tuned(context: StudyContext, seed: int, full: bool) -> tuple[Row, float]:
+    model, plain = _attached(context, seed, full)
     made = recipe(context, model, factors_of(model), plain, seed)
     losses = _train(context, made, model, made.objective, made.batches)
     made.finish()
@@ -93,13 +122,13 @@ def _tuned(context: StudyContext, seed: int) -> tuple[Row, float]:
     return factors, float(losses.mean())
 
 
-def tune_together(todo: Sequence[Training]) -> list[tuple[Row, float]]:
+def tune_together(todo: Sequence[Training], full: bool = False) -> list[tuple[Row, float]]:
     """Train all adapters at once; return the results of `tune_one_by_one`, up to rounding.
 
     The contexts may differ only in the settings of the adapter.
     """
-    parts = [_attached(context, seed) for context, seed in todo]
-    scalings = [lora_of(context.settings.adapter).scaling for context, _ in todo]
+    parts = [_attached(context, seed, full) for context, seed in todo]
+    scalings = [1.0 if full else lora_of(context.settings.adapter).scaling for context, _ in todo]
     scales = [1.0 if s == scalings[0] else s / scalings[0] for s in scalings]
     model = Together(parts[0][0], [factors_of(model) for model, _ in parts], scales)
     made = [
@@ -120,13 +149,16 @@ def _train(
     return context.train(model, batches, objective, made.optimizer, "fine-tuning", made.hooks)
 
 
-def _attached(context: StudyContext, seed: int) -> tuple[nn.Module, Batches]:
-    """Return the base with a new adapter and its batches, drawn in the digit study's order."""
+def _attached(context: StudyContext, seed: int, full: bool) -> tuple[nn.Module, Batches]:
+    """Return the base with a new adapter and its batches, drawn in the digit study's order.
+
+    Full fine-tuning is an adapter, too: `pl.Delta` trains ΔW of the size of W, and Δb. So losses,
+    penalties and routes that compare the model with its base work for both.
+    """
     model, generator = context.model(), torch.Generator().manual_seed(seed)
     batches = context.batches(generator)
-    pl.attach(
-        model, lora_of(context.settings.adapter), nn.Linear, name=ADAPTER, generator=generator
-    )
+    spec = pl.Delta() if full else lora_of(context.settings.adapter)
+    pl.attach(model, spec, nn.Linear, name=ADAPTER, generator=generator)
     return model, batches
 
 

@@ -1,7 +1,9 @@
 """The command of the text study, `text`; with `--vary` it runs a sweep."""
 
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 from ..harness.grid import parse_grid
 from ..harness.options import Commands, add_command, add_options, presets_help
@@ -34,6 +36,37 @@ def add_commands(commands: Commands) -> None:
         "--jobs", type=int, default=1, metavar="N", help="number of runs of a sweep in parallel [1]"
     )
     text.set_defaults(command=run_text_study)
+    front = add_command(
+        commands,
+        "text-front",
+        help="what LoRA at several ranks and full fine-tuning learn of a text data set, and keep",
+        description="Fine-tune at several learning rates and ranks, in full and jointly, and "
+        "measure the accuracy on the data set and what is kept of --retention. Brackets show the "
+        "values of preset distilbert-imdb.",
+        examples=(
+            "--preset minilm-imdb --retention spam --pooling mean --data-dir data",
+            "--preset minilm-imdb --retention spam --ranks 1,8 --rates 1e-3 --full-rates 1e-4",
+        ),
+    )
+    add_options(front, TextSettings)
+    for flag, default in (
+        ("--ranks", "1,8,64"),
+        ("--rates", "1e-4,3e-4,1e-3,2e-3,4e-3"),
+        ("--full-rates", "1e-5,3e-5,1e-4,2e-4,4e-4"),
+        ("--joint-rates", "1e-3,2e-3"),
+        ("--joint-full-rates", "1e-4,2e-4"),
+    ):
+        what = "ranks of LoRA" if flag == "--ranks" else "learning rates"
+        front.add_argument(flag, default=default, metavar="V,V", help=f"{what} [{default}]")
+    front.add_argument("--jobs", type=int, default=1, metavar="N", help="parallel trainings [1]")
+    front.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        metavar="M",
+        help="begin no training after so many minutes",
+    )
+    front.set_defaults(command=run_text_front)
 
 
 def run_text_study(vary: list[str], jobs: int, **given: object) -> int:
@@ -57,6 +90,19 @@ def run_text_study(vary: list[str], jobs: int, **given: object) -> int:
     return report([run.folder]) if int(os.environ.get("RANK", "0")) == 0 else 0
 
 
+def run_text_front(jobs: int, minutes: float, **given: object) -> int:
+    """Train the arms of the front at their learning rates, and print the tables."""
+    from .front import FrontGrid, run_front
+
+    grid: dict[str, Any] = {
+        name: tuple(map(type(default[0]), str(given.pop(name)).split(",")))
+        for name, default in vars(FrontGrid()).items()
+    }
+    settings = TextSettings.of_preset(str(given.pop("preset", "distilbert-imdb")), **given)
+    folder = Path(settings.place.out or f"runs/text-front-{settings.preset}")
+    return report([run_front(settings, FrontGrid(**grid), folder, jobs, minutes).folder])
+
+
 def report(folders: list[Path]) -> int:
     """Write the report of each run and print its table. Return 1 if a check failed, else 0.
 
@@ -64,9 +110,16 @@ def report(folders: list[Path]) -> int:
         StudyError: a folder has no run, or a run has no fine-tuned model yet.
     """
     from ..report.checks import any_failed
+    from .front import chosen_table, difference_table, front_table, is_front, write_front
     from .report import checks, terminal, write_text_report
 
-    runs = [write_text_report(folder) for folder in folders]
+    fronts = [folder for folder in folders if is_front(folder)]
+    for folder in fronts:
+        run = write_front(folder)
+        for table in (front_table(run), chosen_table(run), difference_table(run)):
+            print(f"\n{table.text()}")
+        print(f"report   {run.folder / 'front.md'}")
+    runs = [write_text_report(folder) for folder in folders if folder not in fronts]
     for run in runs:
         print(terminal(run))
         print(f"report   {run.folder / 'report.md'}")

@@ -43,7 +43,9 @@ class TextContext:
         """Return a new classifier on the device. The seed determines its head."""
         pad = self.tokenizer.pad_token_id
         labels = len(self.corpus.labels)
-        return load_classifier(self.settings.model, labels, pad, seed).to(self.device)
+        settings = self.settings
+        model = load_classifier(settings.model, labels, pad, seed, settings.pooling)
+        return model.to(self.device)
 
     def logits(self, model: nn.Module, split: str) -> Tensor:
         """Return the logits of a split, float32 (n, labels), in evaluation mode.

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .context import EVALUATION_FACTOR, TextContext
-from .models import backbone_of
+from .models import backbone_of, mean_pooled
 
 COUNT = 1000
 WORDS = 8  # texts with fewer words are left out
@@ -52,20 +52,20 @@ class Similarity:
         return float(torch.corrcoef(torch.stack([_ranks(self), _ranks(other)]))[0, 1])
 
 
-def similarity(context: TextContext, model: nn.Module) -> Similarity:
-    """Return the similarities of the halves of the test texts, without autocast.
+def similarity(
+    context: TextContext, model: nn.Module, texts: list[str] | None = None
+) -> Similarity:
+    """Return the similarities of the halves of texts (default: the test texts), without autocast.
 
     With several processes, each process computes all of them.
     """
-    ids, mask = _halves(context)
+    ids, mask = _halves(context, texts or [text for text, _ in context.corpus.splits["test"]])
     backbone, training = backbone_of(model), model.training
     model.eval()
     size, found = EVALUATION_FACTOR * context.settings.finetuning.batch, []
     with torch.no_grad():
         for i, m in zip(ids.split(size), mask.split(size), strict=True):
-            hidden = backbone(input_ids=i, attention_mask=m).last_hidden_state  # (batch, t, width)
-            # The mean over the tokens, without padding.
-            found.append((hidden * m[..., None]).sum(1) / m.sum(1, keepdim=True))  # (batch, width)
+            found.append(mean_pooled(backbone, i, m))  # (batch, width)
     model.train(training)
     # (2n, width) → (2, n, width): the first halves come before the second halves.
     return Similarity(F.normalize(torch.cat(found).float(), dim=-1).unflatten(0, (2, -1)))
@@ -82,8 +82,8 @@ def halves(texts: list[str]) -> tuple[list[str], list[str]]:
     return first, [" ".join(w[len(w) // 2 :]) for w in words]
 
 
-def _halves(context: TextContext) -> tuple[Tensor, Tensor]:
-    first, second = halves([text for text, _ in context.corpus.splits["test"]])
+def _halves(context: TextContext, texts: list[str]) -> tuple[Tensor, Tensor]:
+    first, second = halves(texts)
     encoded: Any = context.tokenizer(
         first + second,
         truncation=True,

@@ -5,13 +5,15 @@ last-layers   the last two nn.Linear modules, in the order of `model.modules()`
 lora          low-rank updates of the targets; the head stays frozen at its random initialisation
 lora+head     as lora, and full-size updates (`pl.Delta`) of the head, so that disabling the
               adapter restores the checkpoint
+joint         as full, on two data sets at once; see retention.py
+joint-lora    as lora, on two data sets at once
 """
 
 import re
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import paramlora as pl
 
@@ -53,7 +55,43 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def load_classifier(model: str, labels: int, pad: int, seed: int) -> nn.Module:
+class MeanPooled(nn.Module):
+    """A backbone with a linear head on the mean of its last hidden states.
+
+    The classifier of transformers for BERT reads the first token through a pooler. A checkpoint for
+    sentence embeddings, such as all-MiniLM-L6-v2, was trained with the mean over the tokens, and
+    its pooler is left over from before.
+    """
+
+    base_model_prefix = "backbone"
+
+    def __init__(self, backbone: nn.Module, labels: int) -> None:
+        super().__init__()
+        body: Any = backbone
+        if hasattr(body, "pooler"):
+            body.pooler = None
+        config = body.config
+        self.backbone = backbone
+        self.dropout = nn.Dropout(getattr(config, "hidden_dropout_prob", 0.1))
+        self.classifier = nn.Linear(config.hidden_size, labels)
+        nn.init.normal_(self.classifier.weight, std=getattr(config, "initializer_range", 0.02))
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        pooled = mean_pooled(self.backbone, input_ids, attention_mask)
+        logits = self.classifier(self.dropout(pooled))
+        return transformers().modeling_outputs.SequenceClassifierOutput(logits=logits)
+
+
+def mean_pooled(backbone: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of the last hidden states over the tokens of each text, (n, width)."""
+    hidden = backbone(input_ids=ids, attention_mask=mask).last_hidden_state  # (n, tokens, width)
+    return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def load_classifier(
+    model: str, labels: int, pad: int, seed: int, pooling: str = "checkpoint"
+) -> nn.Module:
     """Return a checkpoint as a text classifier, in float32 on the CPU, in evaluation mode.
 
     Args:
@@ -61,14 +99,21 @@ def load_classifier(model: str, labels: int, pad: int, seed: int) -> nn.Module:
         labels: the number of labels.
         pad: the id of the padding token.
         seed: the seed of the new head. The state of torch's global generator does not change.
+        pooling: "checkpoint" or "mean"; see `TextSettings.pooling`.
 
     Raises:
         StudyError: the checkpoint cannot be loaded as a classifier.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        auto = transformers()
         try:
-            found = transformers().AutoModelForSequenceClassification.from_pretrained(
+            if pooling == "mean":
+                backbone = auto.AutoModel.from_pretrained(
+                    model, pad_token_id=pad, dtype=torch.float32
+                )
+                return MeanPooled(backbone, labels).eval()
+            found = auto.AutoModelForSequenceClassification.from_pretrained(
                 model, num_labels=labels, pad_token_id=pad, dtype=torch.float32
             )
         except (OSError, ValueError) as error:
@@ -131,7 +176,7 @@ def prepare(
     Raises:
         StudyError: a target matches nothing in the model, or cannot be adapted.
     """
-    if method == "full":
+    if method in ("full", "joint"):
         return list(model.parameters())
     if method == "last-layers":
         model.requires_grad_(False)
@@ -156,4 +201,5 @@ def prepare(
 def rate_of(settings: TextSettings, method: str) -> float:
     """Return the learning rate of a method."""
     training = settings.finetuning
-    return {"full": training.full_lr, "last-layers": training.last_lr}.get(method, training.lr)
+    own = {"full": training.full_lr, "joint": training.full_lr, "last-layers": training.last_lr}
+    return own.get(method, training.lr)

@@ -16,7 +16,7 @@ from ..harness.settings import (
     option,
 )
 
-METHODS = ("full", "last-layers", "lora", "lora+head")
+METHODS = ("full", "last-layers", "lora", "lora+head", "joint", "joint-lora")
 INITS = ("kaiming", "gaussian", "gaussian/sqrt_r", "uniform/sqrt_r", "orthogonal")
 
 
@@ -199,19 +199,38 @@ class TextSettings(Settings):
         "distilbert-base-uncased",
         "a transformers checkpoint: a name on the Hugging Face Hub, or a folder",
     )
+    pooling: str = option(
+        "checkpoint",
+        "input of the head; checkpoint: what transformers' classifier of this checkpoint reads, "
+        "such as the pooled first token; mean: the mean over all tokens",
+        choices=("checkpoint", "mean"),
+    )
     dataset: DatasetSettings = DatasetSettings()
     methods: str = option(
         "full,last-layers,lora", f"comma-separated list of {', '.join(METHODS)}", KNOWN_METHODS
     )
     adapter: AdapterSettings = AdapterSettings()
     finetuning: FinetuningSettings = FinetuningSettings()
-    seeds: int = option(
-        3, "number of seeds, from 0; each method is fine-tuned once per seed", COUNT
-    )
+    seeds: int = option(3, "number of seeds; each method is fine-tuned once per seed", COUNT)
+    seed_from: int = option(0, "the first seed", NATURAL)
     forgetting: bool = option(
         True, "measure the checkpoint's remaining ability at several strengths of the adapter"
     )
+    retention: str = option(
+        "",
+        "another data set, as for --data, to measure what a model keeps of it, and for the joint "
+        "methods to train on as well",
+    )
     place: TextPlaceSettings = TextPlaceSettings()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        joint = [method for method in self.chosen_methods if method.startswith("joint")]
+        self.require(
+            "retention",
+            self.retention or not joint,
+            f"a second data set for {' and '.join(joint)}, such as spam",
+        )
 
     @property
     def chosen_methods(self) -> list[str]:

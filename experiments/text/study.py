@@ -24,6 +24,7 @@ from .context import TextContext, autocast_dtype, prepare_context
 from .data import Corpus, load_corpus
 from .forgetting import similarity
 from .models import ADAPTER, globs, lora_of, prepare
+from .retention import kept
 from .settings import TextSettings
 from .training import fine_tune
 
@@ -33,10 +34,10 @@ ATTACHED = ("off", "on", "merged")
 
 def stages(settings: TextSettings) -> Iterator[Stage[TextContext]]:
     """Yield the stages of a run, in order."""
-    for seed in range(settings.seeds):
+    for seed in range(settings.seed_from, settings.seed_from + settings.seeds):
         for method in settings.chosen_methods:
             key = {"method": method, "seed": seed}
-            if not method.startswith("lora"):
+            if "lora" not in method:
                 yield Stage(key, ("tuned",), partial(tune, method, seed))
                 continue
             yield Stage(key, ATTACHED, partial(tune_attached, method, seed))
@@ -105,9 +106,8 @@ def tune(method: str, seed: int, context: TextContext) -> None:
     model = context.model(seed)
     prepare(model, method, context.settings, torch.Generator())
     learned = fine_tune(context, model, method, seed)
-    context.record(
-        "tuned", method, seed, **learned, **_of_base(model), **context.scored(model, "test")
-    )
+    scored = {**context.scored(model, "test"), **kept(context, model)}
+    context.record("tuned", method, seed, **learned, **_of_base(model), **scored)
 
 
 def tune_attached(method: str, seed: int, context: TextContext) -> None:
@@ -124,7 +124,7 @@ def tune_attached(method: str, seed: int, context: TextContext) -> None:
     learned = fine_tune(context, model, method, seed)
     path = adapter_path(context, method, seed)
     pl.save(model, path, ADAPTER)
-    scored = context.scored(model, "test")
+    scored = {**context.scored(model, "test"), **kept(context, model)}
 
     # The others must not read the file before the first process has written it.
     context.group.wait()

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ..harness.loggers import Curve, EarlyStopping, curve
 from ..harness.parallel import blocks_of, spread
 from ..harness.rundir import Row
-from ..harness.train import Hook, every, learning_rate, train
+from ..harness.train import Hook, Objective, every, learning_rate, train
 from .context import TextContext
 from .models import rate_of
+from .retention import retention_of
 from .tokens import by_length
 
 WARMUP = 0.06  # share of the steps in which the learning rate rises
@@ -91,7 +92,7 @@ def _train(
         losses = train(
             model,
             batches,
-            cross_entropy,
+            objective_of(context, method, seed),
             optimizer,
             label=f"{method} {seed}",
             hooks=hooks,
@@ -157,6 +158,18 @@ def cross_entropy(
     """Return the mean cross-entropy of a classifier's logits times `weight`, in nats."""
     logits = model(input_ids=ids, attention_mask=mask).logits
     return F.cross_entropy(logits.float(), labels) * weight
+
+
+def objective_of(context: TextContext, method: str, seed: int) -> Objective:
+    """Return the loss of a method; the joint methods add that of the second data set."""
+    if not method.startswith("joint"):
+        return cross_entropy
+    second = retention_of(context).loss(context.settings.finetuning.batch, seed)
+
+    def both(model: nn.Module, *batch: Tensor) -> Tensor:
+        return cross_entropy(model, *batch) + second(model)
+
+    return both
 
 
 def linear(peak: float, steps: int) -> Callable[[int], float]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from paramlora.compute import lowrank
+from paramlora.compute import lowrank, products
 from paramlora.compute import plan as paths
 from paramlora.kinds.spec import LowRank
 from tests.support.helpers import BOUNDS, error, leaves
@@ -29,10 +29,10 @@ class TestKernel:
         n, m = shape
         C = torch.randn(n, m, device="cuda", dtype=dtype)
         P, Q = torch.randn(n, rank, device="cuda"), torch.randn(m, rank, device="cuda").T
-        assert lowrank._kernel_applies(C, rank)
+        assert products.kernel_applies(C, rank)
         expected = C.double() + 0.3 * P.to(dtype).double() @ Q.to(dtype).double()
-        assert error(lowrank.add_product(C, P, Q, 0.3), expected) < BOUNDS[dtype]
-        assert lowrank.add_product(C, P, Q, 0.3, inplace=True) is C
+        assert error(products.add_product(C, P, Q, 0.3), expected) < BOUNDS[dtype]
+        assert products.add_product(C, P, Q, 0.3, inplace=True) is C
         assert error(C, expected) < BOUNDS[dtype]
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -43,13 +43,13 @@ class TestKernel:
         n, m = shape
         dy = torch.randn(n, m, device="cuda", dtype=dtype)
         B, h = torch.randn(rank, m, device="cuda").T, torch.randn(n, rank, device="cuda").to(dtype)
-        assert lowrank._kernel_applies(dy, rank)
-        found = lowrank.grads_of_h_and_B(dy, B, h, 0.3)
+        assert products.kernel_applies(dy, rank)
+        found = products.grads_of_h_and_B(dy, B, h, 0.3)
         assert [t.dtype for t in found] == [dtype, torch.float32]
         exact = 0.3 * dy.double() @ B.to(dtype).double(), 0.3 * dy.double().T @ h.double()
         for a, e in zip(found, exact, strict=True):
             assert error(a, e) < BOUNDS[dtype]
-        assert_close(found, lowrank.grads_of_h_and_B(dy, B, h, 0.3), rtol=0, atol=0)
+        assert_close(found, products.grads_of_h_and_B(dy, B, h, 0.3), rtol=0, atol=0)
 
     def test_training_step(self) -> None:
         """A large bfloat16 layer has the values and gradients of the dense layer."""
@@ -132,10 +132,10 @@ class TestFusedPath:
     def test_other_bits(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """If the product has other bits than F.linear, a layer adds the update afterwards."""
         fused = pytest.importorskip("paramlora.compute.fused_product")
-        monkeypatch.setattr(lowrank, "_fused_applies", lambda X, W, rank: True)
+        monkeypatch.setattr(products, "fused_applies", lambda X, W, rank: True)
         monkeypatch.setattr(fused, "same_bits", lambda x, W, b: False)
         x, W, b, A, B = leaves(5, 8, 16, torch.float32, rank=2)
-        y, _ = lowrank._forward(x, W, b, A, B, 0.3, "factored")
+        y, _ = products.forward(x, W, b, A, B, 0.3, "factored")
         assert_close(y, F.linear(x, W, b) + 0.3 * x @ A.T @ B.T)
 
     def test_zeros_show_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:

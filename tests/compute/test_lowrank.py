@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import paramlora as pl
-from paramlora.compute import lowrank
+from paramlora.compute import lowrank, products
 from paramlora.compute import plan as paths
 from paramlora.kinds.spec import LowRank
 from tests.support.helpers import BOUNDS, error, keeping, leaves
@@ -42,7 +42,7 @@ def test_products_with_dy(shape: tuple[int, int], rank: int, dtype: torch.dtype)
     n, m = shape
     torch.manual_seed(0)
     dy, B, h = (torch.randn(size, dtype=dtype) for size in ((n, m), (m, rank), (n, rank)))
-    dh, dB = lowrank.grads_of_h_and_B(dy, B, h, 0.3)
+    dh, dB = products.grads_of_h_and_B(dy, B, h, 0.3)
     assert error(dh, 0.3 * dy.double() @ B.double()) < BOUNDS[dtype]
     assert error(dB, 0.3 * dy.double().T @ h.double()) < BOUNDS[dtype]
     assert dB.is_contiguous()
@@ -57,18 +57,18 @@ class TestPaths:
         """The update is added to the product on the factored path, to the weight on the dense."""
         n, k, m = SHAPES[pair]
         x, W, b, A, B = leaves(n, k, m, torch.float32)
-        shapes, plain = [], lowrank.add_product
+        shapes, plain = [], products.add_product
 
         def add_product(C: Tensor, *given: Any, **options: Any) -> Tensor:
             shapes.append(tuple(C.shape))
             return plain(C, *given, **options)
 
-        monkeypatch.setattr(lowrank, "add_product", add_product)
+        monkeypatch.setattr(products, "add_product", add_product)
         lowrank.linear(x, W, b, [LowRank(A, B, 0.7)]).sum().backward()
-        products = (n, m), (n, k)
+        sizes = (n, m), (n, k)
         assert shapes == [
             (m, k) if path == "dense" else product
-            for path, product in zip(pair, products, strict=True)
+            for path, product in zip(pair, sizes, strict=True)
         ]
 
     @pytest.mark.usefixtures("as_large")
@@ -288,6 +288,6 @@ def test_add_product() -> None:
     C = torch.randn(6, 5, dtype=torch.float64)
     P, Q = torch.randn(6, 2), torch.randn(2, 5)
     expected = C + 0.5 * P.double() @ Q.double()
-    assert_close(lowrank.add_product(C, P, Q, 0.5), expected)
-    assert lowrank.add_product(C, P, Q, 0.5, inplace=True) is C
+    assert_close(products.add_product(C, P, Q, 0.5), expected)
+    assert products.add_product(C, P, Q, 0.5, inplace=True) is C
     assert_close(C, expected)

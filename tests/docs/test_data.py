@@ -9,6 +9,7 @@ import pytest
 from experiments.digits.report.report import methods_compared
 from experiments.digits.report.tables import seed_table
 from experiments.harness.rundir import RunDirectory
+from experiments.sweeps.remedies import Compared, markdown
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -42,17 +43,16 @@ def test_the_text_study_uses_the_best_rate_of_each_method(data):
         assert float(line[1]) == -max(entries)[1], method
 
 
-def test_the_gains_of_remedies_are_those_of_the_csv_file():
-    """Each remedy of the guide has the CSV file's gain on all digits, for both presets."""
-    gains: dict[str, dict[str, str]] = {}
-    for row in rows_of("remedies.csv"):
-        if row["digits"] == "all":
-            gain = f"{float(row['gain, points']):+.2f} ± {row['sd']}"
-            gains.setdefault(row["remedy"], {})[row["preset"]] = gain
-    rows = [cells for cells in table_rows("forgetting.md") if len(cells) == 4]
-    table = {name: values for name, _, *values in rows if name in gains}
-    shown = {name: [cell.replace("−", "-") for cell in cells] for name, cells in table.items()}
-    assert shown == {name: [gain["relu"], gain["blog"]] for name, gain in gains.items()}
+@pytest.mark.parametrize("preset", ["relu", "blog"])
+def test_the_tables_of_remedies_are_made_of_their_rows(preset: str) -> None:
+    """The kept report is that of the rows beside it, and the guide has its tables."""
+    folder = DOCS / "data" / f"remedies-{preset}"
+    compared = Compared(RunDirectory.read(folder))
+    assert (folder / "remedies.md").read_text(encoding="utf-8") == markdown(compared)
+    shown = table_rows("forgetting.md")
+    for arm in compared.arms:
+        for row in compared.arm_table(arm).rows:
+            assert preset != "relu" or list(row) in shown
 
 
 def test_the_digit_study_of_the_documents_is_made_of_its_rows():

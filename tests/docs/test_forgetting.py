@@ -46,7 +46,7 @@ def test_commands_and_options() -> None:
 def test_the_readme_of_a_study_has_its_parts_and_commands_that_exist(study: str) -> None:
     """Each study's README answers the same questions in 50 lines, and its commands parse."""
     text = (GUIDE.parents[1] / "experiments" / study / "README.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 50
+    assert len([line for line in text.splitlines() if not line.startswith("<!--")]) <= 50
     parts = re.findall(r"^\*\*(.*?)\.\*\*", text, re.MULTILINE)
     assert parts == ["Question", "Data", "Command", "Time", "Result", "Next"]
     commands = re.findall(r"^    python -m experiments (.*)$", text, re.MULTILINE)

@@ -7,11 +7,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-@pytest.mark.parametrize(
-    "name", ["README.md", "docs/kinds.md", "docs/train-many.md", "docs/combining.md"]
+DOCUMENTS = (
+    "README.md",
+    "docs/kinds.md",
+    "docs/train-many.md",
+    "docs/combining.md",
+    "docs/beyond-linear.md",
 )
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_python_blocks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All Python blocks of a document run, from top to bottom, as one program."""
     document = ROOT / name

@@ -25,13 +25,29 @@ from experiments.harness.grid import parse_grid
 from experiments.harness.rundir import Row, RunDirectory
 from experiments.harness.settings import StudyError, replace
 from experiments.report.figures import png
+from experiments.sweeps import families as families_module
+from experiments.sweeps import remedies as remedies_module
 from experiments.sweeps import select as select_module
 from experiments.sweeps.cells import cells, jobs_of, trains_together
-from experiments.sweeps.families import Family, families
+from experiments.sweeps.families import (
+    CANDIDATES,
+    NO_REMEDY,
+    Family,
+    contenders,
+    families,
+    schedules,
+)
 from experiments.sweeps.ranks import rank_figure, rank_table, series
+from experiments.sweeps.remedies import Compared, apart, difference, half_width
 from experiments.sweeps.report import points, table
-from experiments.sweeps.select import choose, gains, run_remedies
-from experiments.sweeps.sweep import run_cell, run_sweep, tune_one_by_one, tune_together
+from experiments.sweeps.select import SELECTION, TEST, choose, gains, rows_of, run_remedies
+from experiments.sweeps.sweep import (
+    full_logits,
+    run_cell,
+    run_sweep,
+    tune_one_by_one,
+    tune_together,
+)
 
 SMALL: dict[str, Any] = {
     "data": "digits",
@@ -85,9 +101,10 @@ def rows_in(folder: Path) -> list[Row]:
 
 def test_examples_in_docstrings_run():
     """The examples in the docstrings pass."""
-    result = doctest.testmod(grid)
-    assert result.attempted
-    assert not result.failed
+    for module in (grid, families_module, remedies_module):
+        result = doctest.testmod(module)
+        assert result.attempted
+        assert not result.failed
 
 
 def test_a_sweep_has_every_combination(finished):
@@ -232,6 +249,26 @@ def test_ranks_together_are_ranks_one_by_one(tmp_path, order):
         )
         assert_close(two[0], one[0], rtol=1e-3, atol=1e-4)
         assert two[1] == pytest.approx(one[1], rel=1e-5)
+
+
+def test_full_fine_tuning_is_that_of_the_plain_network(tmp_path):
+    """A full cell trains all weights and biases as Adam on the plain network does, on its images.
+
+    Seeds that train together agree with it, and λ interpolates between the base and the result.
+    """
+    context = context_of(small(tmp_path, order="seeded", activation="relu"))
+    for seed, (deltas, loss) in enumerate(tune_together([(context, 0), (context, 1)], full=True)):
+        plain, base = context.model(), dict(context.model().named_parameters())
+        batches = context.batches(torch.Generator().manual_seed(seed))
+        losses = context.fine_tune(plain, batches, list(plain.parameters()), "plain")
+        assert loss == pytest.approx(float(losses.mean()), rel=1e-4)
+        half = context.model()
+        half.load_state_dict({k: (p + base[k]) / 2 for k, p in plain.named_parameters()})
+        found = full_logits(context, deltas, (0.0, 0.5, 1.0))
+        assert torch.equal(found[0], context.base_logits)
+        for got, model in zip(found[1:], (half, plain), strict=True):
+            assert_close(got, context.evaluate(model), rtol=1e-3, atol=1e-3)
+        assert not torch.equal(found[2].argmax(1), found[0].argmax(1))
 
 
 def test_an_update_of_no_scale_is_a_cell_like_any_other(tmp_path):
@@ -382,38 +419,60 @@ def test_a_grid_that_cannot_be_is_refused(word, message):
 
 
 FEW = (
-    Family("no remedy", "nothing", ({},)),
-    Family("strength λ", "nothing", ({},), (0.0, 0.5)),
-    Family("masked", "nothing", ({"margin": math.inf}, {"margin": math.inf, "steps": 20})),
+    Family(NO_REMEDY),
+    Family("strength λ", option="strength", values=(0.0, 0.5)),
+    Family("masked", changes={"margin": math.inf}),
 )
 
 
 def test_choices_are_made_without_the_test_images(tmp_path, monkeypatch):
-    """Selection uses validation images and separate bases; only the choice is measured."""
+    """Selection uses validation images, other bases and other seeds; only the choice is measured.
+
+    All contenders have the same number of candidates. A difference from no remedy is paired by base
+    and adapter seed, and the spread is that over bases.
+    """
     monkeypatch.setattr(select_module, "VALIDATION", 20)
+    monkeypatch.setattr(families_module, "EIGHT", (1.0, 10.0))
+    monkeypatch.setattr(families_module, "FOUR", (10.0,))
     said: list[str] = []
-    selection, test = run_remedies(
-        small(tmp_path), tmp_path / "run", chosen=FEW, base_seeds=2, say=said.append
+    run = run_remedies(
+        small(tmp_path, steps=20, order="seeded"),
+        tmp_path / "run",
+        chosen=FEW,
+        base_seeds=2,
+        selection_bases=1,
+        say=said.append,
     )
-    assert {row["n"] for row in selection.rows} == {200}
-    assert {row["n"] for row in test.rows} == {360}
-    assert len(list((tmp_path / "bases").iterdir())) == 4
-    for family in FEW:
-        number, strength = choose(selection, family, (0.0, 0.0))
-        its = [r for r in test.rows if r["cell"] == family.name and r["stage"] == "on"]
-        assert {r["strength"] for r in its} == {strength}
-        assert len(its) == 4
-        tried = {
-            (n, s): [sum(side) for side in gains(selection, f"{family.name} #{n}", s)]
-            for n in range(len(family.candidates))
-            for s in family.strengths
-        }
-        kept = {key: v for key, v in tried.items() if v[1] >= 0 and v[2] >= 0} or tried
-        assert kept[number, strength][0] == max(every for every, _, _ in kept.values())
+    by_part = {
+        part: [row for row in run.rows if row["varied"]["part"] == part]
+        for part in (SELECTION, TEST)
+    }
+    assert {row["n"] for row in by_part[SELECTION]} == {200}
+    assert {row["n"] for row in by_part[TEST]} == {360}
+    for key in ("base_seed", "seed"):
+        seen = [{row[key] for row in rows if row["stage"] == "on"} for rows in by_part.values()]
+        assert seen[0].isdisjoint(seen[1])
+    assert len(list((tmp_path / "bases").iterdir())) == 3
+    compared = Compared(run)
+    names = {row["varied"]["contender"] for row in by_part[TEST]}
+    assert len(names) == len(FEW) * len(compared.arms) * 2
+    for name in names:
+        tried = rows_of(run, SELECTION, name)
+        merit = [
+            mean(gains([r for r in tried if r["varied"]["number"] == n], "accuracy").values())
+            for n in (0, 1)
+        ]
+        assert {row["varied"]["number"] for row in tried} == {0, 1}
+        assert {row["varied"]["number"] for row in rows_of(run, TEST, name)} == {choose(run, name)}
+        assert merit[choose(run, name)] == max(merit)
+    table = compared.arm_table("LoRA")
+    masked, plain = (compared.gains(name, "LoRA", "longer") for name in ("masked", NO_REMEDY))
+    means = [mean(masked[base, seed] - plain[base, seed] for seed in (0, 1)) for base in (0, 1)]
+    assert table.rows[2][5].startswith(f"{mean(means):+.2f} (")
+    assert table.rows[0][5] == "0"
+    assert main(["report", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "remedies.png").stat().st_size > 10_000
-    text = (tmp_path / "run" / "remedies.md").read_text()
-    assert "| masked | nothing |" in text
-    assert "over 2 adapter seeds on each of 2 bases" in text
+    assert table.markdown() in (tmp_path / "run" / "remedies.md").read_text(encoding="utf-8")
 
 
 def named(data: str) -> Data:
@@ -422,28 +481,25 @@ def named(data: str) -> Data:
     return Data(data, "made up", empty, empty)
 
 
-def test_remedies_are_a_preset_of_the_sweep(tmp_path, monkeypatch, capsys):
+def test_remedies_are_a_preset_of_the_sweep(tmp_path, monkeypatch):
     """`--preset remedies-NAME` accepts the preset's settings and the options of the selection.
 
     Without MNIST, the settings are those of the small version.
     """
     asked: dict[str, Any] = {}
-    told = "| remedy | all |\n"
 
     def run(settings: DigitSettings, folder: Path, **options: Any) -> None:
-        asked.update(options, settings=settings)
-        folder.mkdir(parents=True)
-        (folder / "remedies.md").write_text(told)
+        asked.update(options, settings=settings, folder=folder)
 
     monkeypatch.setattr(select_module, "run_remedies", run)
+    monkeypatch.setattr("experiments.sweeps.cli.report", lambda folders: 0)
     monkeypatch.setattr("experiments.digits.shared.shared_data", lambda *_: named("MNIST"))
     monkeypatch.chdir(tmp_path)
     words = ["sweep", "--preset", "remedies-relu", "--seeds", "3", "--base-seeds", "4"]
-    assert main([*words, "--floor", "3", "-99", "--selection-bases", "2", "--jobs", "2"]) == 0
+    assert main([*words, "--selection-bases", "2", "--jobs", "2"]) == 0
     assert asked.pop("settings") == preset("relu", seeds=3)
-    assert asked == {"base_seeds": 4, "floor": [3.0, -99.0], "selection_bases": 2, "jobs": 2}
-    assert told in capsys.readouterr().out
-    assert (tmp_path / "runs" / "remedies-relu" / "remedies.md").exists()
+    assert asked.pop("folder") == Path("runs/remedies-relu")
+    assert asked == {"base_seeds": 4, "selection_bases": 2, "jobs": 2}
     assert main(["sweep", "--preset", "remedies", "--out", str(tmp_path / "blog")]) == 0
     assert asked.pop("settings") == preset("blog", out=str(tmp_path / "blog"))
     monkeypatch.setattr("experiments.digits.shared.shared_data", lambda *_: named(SKLEARN))
@@ -456,10 +512,9 @@ def test_remedies_are_a_preset_of_the_sweep(tmp_path, monkeypatch, capsys):
     [
         (["--preset", "remedies-relu", "--vary", "rank=1,2"], "--vary cannot be used with"),
         (
-            ["--floor", "1", "2"],
-            "--floor can only be used with a remedies preset, such as remedies-relu",
+            ["--selection-bases", "2"],
+            "--selection-bases can only be used with a remedies preset, such as remedies-relu",
         ),
-        (["--selection-bases", "2"], "--selection-bases can only be used with a remedies preset"),
         (
             ["--preset", "remedies-red"],
             "--preset must be one of remedies-blog, remedies-relu, remedies-nine, remedies-small",
@@ -474,30 +529,43 @@ def test_options_of_grid_and_remedies_are_told_apart(words, message, capsys):
 
 def test_gains_are_over_each_adapters_own_base():
     """Gains are differences from the accuracy of the adapter's own base."""
-    keys = ("accuracy", "tuned_accuracy", "other_accuracy")
 
-    def row(stage: str, base: int, values: tuple[float, ...], strength: float = 1.0) -> Row:
-        about = {"stage": stage, "cell": "c", "base_seed": base, "strength": strength}
-        return {**about, **dict(zip(keys, values, strict=True))}
+    def row(stage: str, base: int, accuracy: float, seed: int | None = None) -> Row:
+        return {"stage": stage, "base_seed": base, "seed": seed, "accuracy": accuracy}
 
-    rows = [row("base", 0, (0.5, 0.4, 0.6)), row("base", 1, (0.7, 0.6, 0.8))]
-    rows += [row("on", 0, (0.6, 0.7, 0.5)), row("on", 1, (0.75, 0.65, 0.85))]
-    rows += [row("on", 0, (0.0, 0.0, 0.0), strength=0.5)]
-    run = RunDirectory(Path(), {}, {}, rows)
-    found = gains(run, "c", 1.0)
-    assert [[round(v, 9) for v in side] for side in found] == [[10, 5], [30, 5], [-10, 5]]
+    rows = [row("base", 0, 0.5), row("base", 1, 0.7), row("on", 0, 0.6, 3), row("on", 1, 0.75, 3)]
+    found = gains(rows, "accuracy")
+    assert {key: round(value, 9) for key, value in found.items()} == {(0, 3): 10, (1, 3): 5}
 
 
-def test_every_family_can_be(tmp_path):
-    """All compared remedies have valid settings and distinct names, and few validation images do.
+def test_an_interval_is_over_bases_and_differences_are_paired():
+    """Ten seeds of one base are one value: the interval of 2 bases has 1 degree of freedom."""
+    one = {(base, seed): base + 0.1 * seed for base in (0, 1) for seed in range(10)}
+    two = {key: value - 0.5 - key[0] for key, value in one.items()}
+    assert difference(one, two).values == pytest.approx((0.5, 1.5))
+    half = 12.7062 * stdev((0.5, 1.5)) / math.sqrt(2)
+    assert half_width(difference(one, two)) == pytest.approx(half, rel=1e-4)
+    assert apart(one, two) == f"+1.00 ({1 - half:+.2f} to {1 + half:+.2f})"
 
+
+def test_every_remedy_can_be(tmp_path):
+    """All remedies have valid settings, distinct names and equally many candidates.
+
+    In every arm and schedule, "no remedy" comes first with the same rank and schedule.
     scikit-learn's digits have 139 to 146 training images a digit, of which a quarter is held out.
     """
     assert select_module.validation_images(small(tmp_path)) == 34
-    assert any(family.name == "early stopping on 34 a digit" for family in families(34))
-    every = families()
-    assert len({family.name for family in every}) == len(every)
-    for family in every:
-        for changes in family.candidates:
+    assert families(34)[-1].old == "34 per digit, to stop"
+    settings = DigitSettings()
+    every = list(contenders(settings, families()))
+    assert len({one.name for one in every}) == len(every)
+    assert every[0].family.name == NO_REMEDY
+    for one in every:
+        timing = schedules(settings)[one.schedule]
+        tried = [{**one.changes, **candidate} for candidate in one.family.candidates(one.arm)]
+        assert len({json.dumps(candidate) for candidate in tried}) == CANDIDATES
+        for changes in tried:
             extra = {"validation": 1} if "patience" in changes else {}
-            assert replace(DigitSettings(), **{**changes, **extra})
+            made = replace(settings, **{**changes, **extra})
+            assert made.adapter.rank == settings.adapter.rank
+            assert timing.items() <= changes.items()

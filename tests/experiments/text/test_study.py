@@ -39,6 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint(folder / "bert")
     write_jsonl(folder / "train.jsonl", texts(100, 0))
     write_jsonl(folder / "test.jsonl", texts(40, 1))
+    write_jsonl(folder / "other.jsonl", texts(120, 2))
     return folder
 
 
@@ -60,6 +61,7 @@ def settings_in(world: Path, **changes: Any) -> TextSettings:
         "last_lr": 3e-3,
         "alpha": 4.0,
         "device": "cpu",
+        "retention": str(world / "other.jsonl"),
         "out": str(world / "run"),
     }
     return replace(TextSettings(), **{**given, **changes})
