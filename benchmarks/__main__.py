@@ -17,6 +17,7 @@ COMMANDS = {
     "routed": "a batch whose rows use different adapters",
     "verbs": "switching, scaling and merging on 224 layers",
     "big-model": "training steps and verbs at a billion parameters",
+    "quantized": "training steps on a quantized base",
     "scaling": "training on several GPUs, compared with one",
     "study-speed": "the digit study, compared with a plain script",
     "text-methods": "fine-tuning methods on text: accuracy, time, memory",

@@ -70,7 +70,7 @@ def _refresh(
         for key, tensor in factors.tensors.items():
             fill(tensor, new[site].tensors[key])
     for held in here:
-        held.stack.reflect()
+        held.stack.set(held.stack.active, held.stack.merged)
 
 
 def _signatures(by_path: dict[str, Factors]) -> dict[str, object]:

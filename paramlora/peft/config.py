@@ -27,6 +27,7 @@ class Config:
     target_modules: str | list[str]
     r: int = 8
     lora_alpha: float = 8
+    lora_dropout: float = 0.0
     exclude_modules: str | list[str] = field(default_factory=list)
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] = field(default_factory=list)

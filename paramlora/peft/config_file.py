@@ -18,9 +18,8 @@ from .config import Config
 # The rank and the alpha of each adapted module, by path.
 Targets = dict[str, tuple[int, float]]
 
-# `lora_dropout` acts in training only, and an adapter here has no dropout. `fan_in_fan_out` says
-# that weights are stored as (in, out). PEFT corrects it by the type of each module, so the type
-# alone decides here.
+# `fan_in_fan_out` says that weights are stored as (in, out). PEFT corrects it by the type of each
+# module, so the type alone decides here.
 _NO_EFFECT = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -29,7 +28,6 @@ _NO_EFFECT = {
     "fan_in_fan_out",
     "inference_mode",
     "loftq_config",
-    "lora_dropout",
     "lora_ga_config",
     "megatron_core",
     "peft_type",
@@ -173,6 +171,7 @@ _TEXTS = ("a string or a list of strings", lambda v: isinstance(v, str) or _is_n
 _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "r": ("an integer of at least 1", _is_rank),
     "lora_alpha": ("a finite number", _is_number),
+    "lora_dropout": ("at least 0 and below 1", lambda v: _is_number(v) and 0 <= v < 1),
     "target_modules": _TEXTS,
     "exclude_modules": _TEXTS,
     "layers_to_transform": (

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..site.find import dotted, is_conv1d
+from ..site.quantized import packed_tensor
 from ..wrappers import named_modules
 from .layout import Part, parts_of
 
@@ -48,7 +49,8 @@ def view(model: nn.Module) -> PeftView:
 
 def is_linear(module: nn.Module) -> bool:
     """Return whether PEFT's "all-linear" includes a module."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    packed = packed_tensor(module) is not None
+    return packed or isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _parts(modules: dict[str, nn.Module]) -> dict[str, list[Part]]:

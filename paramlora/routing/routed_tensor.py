@@ -15,38 +15,35 @@ Every other function raises.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import StateError
+from ..stack.stand_in import StandIn
 from .split import refusal, split
 
 
-class RoutedTensor(Tensor):
+class RoutedTensor(StandIn):
     """A stand-in for an adapted tensor inside `routed`.
 
     Attributes:
         route: the `Route`.
         path: the path of the site.
-        weight: W, for its metadata.
         build: returns W' for the index of an adapter, −1 for none.
     """
 
     route: Any
     path: str
-    weight: Tensor
     build: Callable[[int], Tensor]
 
     @classmethod
     def of(
         cls, route: Any, path: str, weight: Tensor, build: Callable[[int], Tensor]
     ) -> "RoutedTensor":
-        # On the meta device, so that code which does not ask __torch_function__ finds no values.
-        made = torch.empty_like(weight, device="meta").as_subclass(cls)
-        made.route, made.path, made.weight, made.build = route, path, weight, build
+        made = cls.like(weight)
+        made.route, made.path, made.build = route, path, build
         return made
 
     @classmethod
@@ -57,16 +54,16 @@ class RoutedTensor(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
-        if func in _METADATA:
-            return func(*(a.weight if isinstance(a, cls) else a for a in args), **kwargs)
         if func is F.multi_head_attention_forward:
-            return _attention({**dict(zip(_ATTENTION, args, strict=False)), **kwargs})
-        found = [a.path for a in (*args, *kwargs.values()) if isinstance(a, cls)]
+            return _attention({**dict(zip(_ATTENTION, args, strict=False)), **(kwargs or {})})
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @staticmethod
+    def refuse(read: Any, asked: str) -> NoReturn:
         raise StateError(
-            f"{found[0] if found else 'a tensor'!r} was read inside of routed(), where each row of "
-            "a batch has a tensor of its own: read it outside, or give this adapter no rows "
-            f"({func.__name__} was asked of it)"
+            f"{'a tensor' if read is None else repr(read.path)} was read inside of routed(), where "
+            "each row of a batch has a tensor of its own: read it outside, or give this adapter no "
+            f"rows ({asked} was asked of it)"
         )
 
 
@@ -88,21 +85,3 @@ def _attention(given: dict[str, Any]) -> Any:
 
 # The names of the arguments of F.multi_head_attention_forward.
 _ATTENTION = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
-
-_METADATA: set[Any] = {
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("dtype", "device", "shape", "ndim", "layout", "requires_grad", "itemsize")
-    ),
-    *(getattr(Tensor, f"is_{name}").__get__ for name in ("cuda", "cpu", "meta", "sparse", "leaf")),
-    *(getattr(Tensor, f"is_{name}").__get__ for name in ("nested", "quantized")),
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.stride,
-    Tensor.element_size,
-    Tensor.is_floating_point,
-    torch.is_floating_point,
-    Tensor.is_complex,
-    Tensor.is_contiguous,
-}

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 from ..stack.factors import Factors
 from ..stack.stack import Stack
 from ..wrappers import check_model, inner
+from .quantized import UnreadWeight, packed_shape
 from .tie import Tie
 
 
@@ -141,7 +142,13 @@ def stored_tensors(plist: parametrize.ParametrizationList) -> list[Tensor]:
 
 
 def base_weight(plist: parametrize.ParametrizationList, stack: Stack | None) -> Tensor:
-    """Return the base's W: the result of the parametrizations before the stack in the list."""
+    """Return the base's W: the result of the parametrizations before the stack in the list.
+
+    Of a quantized layer, an `UnreadWeight`.
+    """
+    shape = packed_shape(plist)
+    if shape is not None:
+        return UnreadWeight.of(stored_tensors(plist)[0], shape)
     values = (stack and stack.stored) or stored_tensors(plist)
     return apply_parametrizations(preceding(plist, stack), values)
 

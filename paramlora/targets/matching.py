@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 from ..errors import TargetError
 from ..site.find import is_conv1d
 from ..site.place import Place
+from ..site.quantized import packed_tensor
 from ..site.survey import Survey
 from ..stack.block import Part, split
 
@@ -166,7 +167,8 @@ def _means(target: Target, path: str, module: nn.Module) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    packed = packed_tensor(module) is not None
+    return packed or isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _output_embeddings(survey: Survey) -> set[int]:

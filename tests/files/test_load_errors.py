@@ -119,8 +119,8 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], Any], str
         "{path} has settings for 'fc1.weight' that cannot create factors, LoRA(rank=1[...]): [...]",
     ),
     "an unknown setting": (
-        lambda tensors, content: content["sites"]["fc1.weight"]["fields"].update(dropout=0.1),
-        "{path} has settings for 'fc1.weight' that LoRA does not accept: [...]'dropout'[...]",
+        lambda tensors, content: content["sites"]["fc1.weight"]["fields"].update(noise=0.1),
+        "{path} has settings for 'fc1.weight' that LoRA does not accept: [...]'noise'[...]",
     ),
     "a newer format": (
         lambda tensors, content: content.update(version=2),
