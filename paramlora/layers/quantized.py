@@ -1,6 +1,6 @@
 """The forward of a quantized linear layer: its own one, plus the updates in factored form.
 
-    y = module(x) + s · B (A x)
+    y = module(x) + s · B (A x)        in training with dropout: s · B (A D(x))
 
 The gradient of x through the quantized product is that of the layer's library. Off, the layer
 runs its own code alone.

@@ -73,6 +73,27 @@ class TestForms:
         assert [(type(m), dict(vars(m)).keys(), list(m._parameters)) for m in model] == types
         assert [id(p) for p in model.parameters()] == stored
 
+    def test_dropout(self, form: str) -> None:
+        """In training the update has the dropped-out input, also in routed rows."""
+        model, x = quantized(form)[:1], inputs()
+        pl.attach(model, pl.LoRA(3, alpha=2, dropout=0.5))
+        randomize(model)
+        A, B = pl.parameters(model)
+        torch.manual_seed(3)
+        mask = nn.functional.dropout(torch.ones_like(x), 0.5)
+        with pl.disabled(model):
+            base = model(x)
+        model.train()
+        expected = base + 2 / 3 * (mask * x) @ A.t() @ B.t()
+        torch.manual_seed(3)
+        assert error(model(x), expected.double()) < BOUND.get(form, 1e-5)
+        torch.manual_seed(3)
+        with pl.routed(model, [0] * len(x), "default"):
+            assert error(model(x), expected.double()) < BOUND.get(form, 1e-5)
+        with pl.disabled(model.eval()):
+            base = model(x)
+        assert error(model(x), (base + 2 / 3 * x @ A.t() @ B.t()).double()) < 1e-5
+
     def test_default_target(self, form: str) -> None:
         """The default target is the weight of each quantized layer, of shape (out, in)."""
         for targets in (None, "all-linear", ["0", "2"]):
