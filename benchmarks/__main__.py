@@ -15,8 +15,11 @@ from types import ModuleType
 COMMANDS = {
     "layers": "training step and inference of adapted layers",
     "routed": "a batch whose rows use different adapters",
+    "equivalence": "the same training with paramlora and PEFT: losses, time",
+    "host-time": "clock, host and GPU time of a step, by operation",
     "verbs": "switching, scaling and merging on 224 layers",
     "big-model": "training steps and verbs at a billion parameters",
+    "quantized": "training steps on a quantized base",
     "scaling": "training on several GPUs, compared with one",
     "study-speed": "the digit study, compared with a plain script",
     "text-methods": "fine-tuning methods on text: accuracy, time, memory",

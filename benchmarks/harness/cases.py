@@ -112,7 +112,8 @@ def infer(entry: Entry, x: Tensor) -> Tensor:
 def check(case: Case, entry: Entry) -> float:
     """Return the largest relative error of outputs and gradients.
 
-    The reference is the base in float64 with dense weights W + s · BA.
+    The reference is the base in float64 with dense weights V = W + s · BA, or for DoRA c ⊙ V with
+    c = ‖W‖ / ‖V‖, a constant of the backward.
 
     Raises:
         AssertionError: if the error exceeds the bound of the cell's dtype.
@@ -121,10 +122,14 @@ def check(case: Case, entry: Entry) -> float:
     y = train_step(entry, x)
     reference = copy.deepcopy(case.base).double()
     s = case.alpha / case.cell.rank
+    c: dict[str, Tensor | float] = dict.fromkeys(case.values, 1.0)
     if entry.factors and entry.contestant.active:
         for path, layer in linears(reference).items():
             A, B = (value.double() for value in case.values[path])
-            layer.weight = nn.Parameter(layer.weight + s * B @ A)
+            V = layer.weight + s * B @ A
+            if entry.contestant.dora:
+                c[path] = (layer.weight.norm(dim=1) / V.norm(dim=1)).unsqueeze(1)  # (m, 1)
+            layer.weight = nn.Parameter(c[path] * V)
     x64 = case.x.double().requires_grad_()
     y64 = reference(x64)
     y64.backward(torch.ones_like(y64))
@@ -132,6 +137,7 @@ def check(case: Case, entry: Entry) -> float:
     for path, (A, B) in entry.factors.items() if entry.contestant.trained else ():
         dW = reference.get_parameter(f"{path}.weight").grad
         assert dW is not None
+        dW = c[path] * dW
         A64, B64 = (value.double() for value in case.values[path])
         pairs += [(A.grad, s * B64.T @ dW), (B.grad, s * dW @ A64.T)]
     worst = max(relative_error(found, expected) for found, expected in pairs)

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class Contestant:
         finish: called with the model after the factors have been set, for example to merge them.
         active: whether the factors contribute to the outputs after `finish`.
         trained: whether the factors get gradients after `finish`.
+        dora: whether it computes DoRA, in which the rows of W + s · B A get the norms of W's rows.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Contestant:
     finish: Callable[[nn.Module], None] | None = None
     active: bool = True
     trained: bool = True
+    dora: bool = False
 
     @property
     def installed(self) -> bool:
@@ -66,10 +69,12 @@ def floor(model: nn.Module, rank: int, alpha: float) -> Built:
     return model, {}
 
 
-def paramlora(model: nn.Module, rank: int, alpha: float) -> Built:
+def paramlora(
+    model: nn.Module, rank: int, alpha: float, kind: type[pl.LoRA] | type[pl.DoRA] = pl.LoRA
+) -> Built:
     """Adapt by `paramlora.attach`, with factors in float32."""
     paths = list(linears(model))
-    pl.attach(model, pl.LoRA(rank, alpha), nn.Linear)
+    pl.attach(model, kind(rank, alpha), nn.Linear)
     state = dict(model.named_parameters())
     prefix = "parametrizations.weight.0.factors.default"
     return model, {p: (state[f"{p}.{prefix}.A"], state[f"{p}.{prefix}.B"]) for p in paths}
@@ -91,12 +96,14 @@ def merge_frozen(model: nn.Module) -> None:
     pl.freeze(model)
 
 
-def peft(model: nn.Module, rank: int, alpha: float, upcast: bool = True) -> Built:
+def peft(
+    model: nn.Module, rank: int, alpha: float, upcast: bool = True, dora: bool = False
+) -> Built:
     """Adapt by PEFT; `upcast` keeps its default of float32 factors beside half precision."""
     from peft import LoraConfig, get_peft_model
 
     paths = list(linears(model))
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=paths)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=paths, use_dora=dora)
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=upcast)
     layers = {path: wrapped.base_model.model.get_submodule(path) for path in paths}
     return wrapped, {
@@ -185,6 +192,8 @@ CONTESTANTS = (
     Contestant("loralib", loralib, "loralib"),
     Contestant("LyCORIS", lycoris, "lycoris"),
     Contestant("naive", naive),
+    Contestant("paramlora, DoRA", partial(paramlora, kind=pl.DoRA), "paramlora", dora=True),
+    Contestant("PEFT, DoRA", partial(peft, dora=True), "peft", dora=True),
 )
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ..kinds.spec import LowRank
 from ..native import load
+from ..private_torch import any_autocast_enabled
 from . import compiled_node, products
 from . import plan as plans
 from .modes import ORDINARY_TYPES, autocast_dtype, plain_ops_only
@@ -91,6 +92,19 @@ def linear(
                 return _Linear.apply(x, W, b, A, B, s, plan)
             return products.forward(x, W, b, A, B, s, plan.forward)[0]
     return _plain(x, W, b, A, B, s)
+
+
+def add_update(y: Tensor, x: Tensor, *terms: LowRank) -> Tensor:
+    """Return y + Σ s · (x Aᵀ) Bᵀ over the terms with plain operations; x: (…, k), y: (…, m)."""
+    A, B, s = terms[0] if len(terms) == 1 else _concatenate(list(terms))
+    if isinstance(s, Tensor):
+        B, s = B * s, 1.0
+    if A.dtype is not x.dtype:
+        A, B = A.to(x.dtype), B.to(x.dtype)
+    if torch.compiler.is_compiling() or y.dtype is not x.dtype or any_autocast_enabled():
+        return y + F.linear(scaled(F.linear(x, A), s), B).to(y.dtype)
+    h = torch.mm(x.reshape(-1, A.shape[1]), A.t())  # (n, r)
+    return torch.addmm(y.reshape(-1, B.shape[0]), h, B.t(), alpha=s).view(y.shape)
 
 
 class _Linear(torch.autograd.Function):

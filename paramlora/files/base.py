@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 from ..layers.site_list import is_at_home
 from ..site.find import dotted, index_of, stack_of
 from ..site.names import check_unmerged
+from ..site.quantized import packed_tensor
 from ..stack.stack import Stack
 from ..stack.storage import check_real, check_settled, in_parts
 from ..wrappers import check_model, inner
@@ -194,6 +195,8 @@ class Base:
                 original = self.original_key(key)
                 if tensor is not None and original is not None:
                     yield original, self.original_value(key, tensor)
+            if packed_tensor(module) is not None:
+                yield from _beside(path, module)
 
     def check_settled(self) -> None:
         """Raise a StateError if FSDP has gathered a parameter: writes to the copy are lost."""
@@ -210,6 +213,14 @@ class Base:
             if path in self.lists:
                 return path, parts[end:]
         return None, parts
+
+
+def _beside(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a quantized layer saves and keeps elsewhere, such as the scales of its blocks."""
+    for key, value in module.state_dict().items():
+        own = key in module._parameters or key in module._buffers
+        if isinstance(value, Tensor) and not own and not key.startswith("parametrizations."):
+            yield dotted(path, key), value
 
 
 def _stored_keys(path: str, plist: parametrize.ParametrizationList) -> list[tuple[str, str]]:

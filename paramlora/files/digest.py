@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..site.quantized import is_wrapper
 from ..stack.storage import whole
 
 
@@ -36,6 +37,10 @@ def digest(named: Iterable[tuple[str, Tensor]], preface: str = "") -> str:
 def _update(total: "hashlib._Hash", tensor: Tensor) -> None:
     """Add the bytes of a tensor in row-major order, without a copy if it is dense on the CPU."""
     tensor = whole(tensor.detach())
+    if is_wrapper(tensor):  # its own memory is empty
+        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+            _update(total, getattr(tensor, name))
+        return
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
     tensor = tensor.contiguous().cpu()

@@ -30,6 +30,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Any]:
     Raises:
         StateError: the model has no adapters; or it is inside of `routed`; or a tensor is sharded;
             or another parametrization below an adapter cannot store the result (spectral_norm); or
+            a layer with a live adapter is quantized; or
             another thread has a block open.
 
     >>> import torch
@@ -48,5 +49,6 @@ def merged_state_dict(model: nn.Module) -> dict[str, Any]:
     tensors = {id(site.stack): effective(site) for site in survey.first_sites}
     found = base_state_dict(model)
     for original, stack, number in Base(inner(model)).stored.values():
-        found[original] = tensors[id(stack)][number]
+        if original in found:  # the weight of a quantized layer may be under another name
+            found[original] = tensors[id(stack)][number]
     return found

@@ -12,11 +12,14 @@ _OURS = {
     "lora_alpha": "alpha",
     "use_rslora": "rank_stabilized",
     "init_lora_weights": "init",
+    "lora_dropout": "dropout",
     "target_modules": "targets",
+    "target_parameters": "targets",
     "exclude_modules": "exclude",
     "adapter_name": "name",
     "rank": "rank",
     "alpha": "alpha",
+    "dropout": "dropout",
     "targets": "targets",
     "exclude": "exclude",
     "name": "name",
@@ -24,8 +27,6 @@ _OURS = {
 _OF_ATTACH = ("targets", "exclude", "name")
 _MAP = "a mapping from target to spec, as in {'q_proj': LoRA(rank=8), 'fc': LoRA(rank=4)}"
 _OTHERWISE = {
-    "lora_dropout": "adapters have no dropout",
-    "dropout": "adapters have no dropout",
     "use_dora": "use DoRA() as the spec",
     "modules_to_save": "map the module to a Delta(), as in {'q_proj': LoRA(), 'head': Delta()}",
     "bias": "map the biases to a Delta(), as in {'q_proj': LoRA(), '*.bias': Delta()}",

@@ -103,8 +103,11 @@ class DoRA(Spec):
         if self.exact_gradient:
             return None
         update = LowRank(factors["A"], factors["B"], self.scaling * strength)
-        c = _ratio(*self._norms_without_V(weight, *update), strength * factors["d"])
-        return Rescaled(c - 1, self.dim, update)
+        norm_V, growth = self._norms_without_V(weight, *update)
+        # c − 1 = (‖W‖ + λ·d − ‖V‖) / ‖V‖, or 0 for a zero V.
+        d = factors["d"] if type(strength) is float and strength == 1 else strength * factors["d"]
+        change = (d - growth) / torch.where(norm_V > 0, norm_V, torch.inf)
+        return Rescaled(change, self.dim, update)
 
     def refusal(self, weight: Tensor) -> str | None:
         return low_rank_refusal(weight)
@@ -121,7 +124,7 @@ class DoRA(Spec):
     def _norms_without_V(
         self, W: Tensor, A: Tensor, B: Tensor, s: Strength
     ) -> tuple[Tensor, Tensor]:
-        """Return ‖W‖ and ‖V‖ as constants, without building V.
+        """Return ‖V‖ and ‖V‖ − ‖W‖ as constants, without building V.
 
         For each row of V = W + s B A, with sums Σ over r:
 
@@ -137,18 +140,21 @@ class DoRA(Spec):
         cancels it is ‖W‖/‖V‖ times as large.
         """
         W, A, B = W.detach(), A.detach(), B.detach()
-        s = s.detach() if isinstance(s, Tensor) else s
         norm_W = torch.linalg.vector_norm(W, dim=self._other_dims(W), dtype=A.dtype)
         matrix = W.reshape(W.shape[0], -1)
         if self.dim == 1:  # the rows of Vᵀ = Wᵀ + s Aᵀ Bᵀ
             matrix, A, B = matrix.mT, B.mT, A.mT
         WA = (matrix @ A.mT.to(W.dtype)).to(B.dtype)  # (rows, r)
-        BAA = B @ (A @ A.mT)  # (rows, r)
-        u = (B * (2 * s * WA + s * s * BAA)).sum(1)  # (rows,)
-        # With dim=1 a convolution's kernel gives each index of `dim` several rows.
-        u = u.view(len(norm_W), -1).sum(1)
-        total = norm_W + (norm_W * norm_W + u).clamp_min(0).sqrt()
-        return norm_W, norm_W + u / torch.where(total > 0, total, 1)
+        # A small layer takes as long for each of these operations as for a product.
+        if isinstance(s, Tensor):
+            B, s = B * s.detach(), 1.0
+        inner = torch.addmm(WA, B, A @ A.mT, beta=2 * s, alpha=s * s)  # (rows, r)
+        u = (B * inner).sum(1)  # (rows,)
+        if len(u) != len(norm_W):  # with dim=1 each index of a convolution has several rows
+            u = u.view(len(norm_W), -1).sum(1)
+        total = norm_W + torch.addcmul(u, norm_W, norm_W).clamp_min(0).sqrt()
+        growth = u / torch.where(total > 0, total, 1)
+        return norm_W + growth, growth
 
     def _other_dims(self, W: Tensor) -> list[int]:
         return [i for i in range(W.dim()) if i != self.dim]

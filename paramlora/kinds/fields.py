@@ -36,6 +36,13 @@ def check_flag(spec: Any, name: str) -> None:
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
+def check_dropout(spec: Any) -> None:
+    """Check that the field `dropout` is a probability below 1; convert it to a float."""
+    if not is_finite(spec.dropout) or not 0 <= spec.dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {spec.dropout!r}")
+    object.__setattr__(spec, "dropout", float(spec.dropout))
+
+
 def check_dim(dim: object) -> None:
     """Check that a dimension is 0 or 1."""
     if type(dim) is not int or dim not in (0, 1):

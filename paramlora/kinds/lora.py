@@ -2,6 +2,7 @@
 
     W' = W + λ · s · B A                    s = alpha / r
     W' = W + λ · s · (B A − B₀ A₀)          with init="pissa", "milora", "olora", "corda", "null"
+    y  = x Wᵀ + λ · s · D(x) Aᵀ Bᵀ          in training with dropout: D zeroes elements of x
 
 A: (r, in), B: (out, r). A₀ and B₀ are A and B at the start. λ is the strength (`pl.scale`).
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .fields import check_flag, check_rank, low_rank_refusal, scaling_of
+from .fields import check_dropout, check_flag, check_rank, low_rank_refusal, scaling_of
 from .spec import Factors, LowRank, Spec, Strength, add_update, factor_dtype
 from .start import check_init, init_factors, truncated_svd
 
@@ -52,6 +53,11 @@ class LoRA(Spec):
             own update. With 1, experts of shape (E, out, in) get A: (E, r, in) and B: (E, out, r).
         transposed: whether a matrix is stored as (in, out), so that W' = W + λ·s·(BA)ᵀ. This is how
             transformers' Conv1D and some experts store it.
+        dropout: in training mode, the probability with which each element of the update's input is
+            zeroed; the others are divided by 1 − dropout, as `nn.Dropout` does. It is supported at
+            the weights of Linear and transformers' Conv1D. At an Embedding, whose input are
+            indices, it has no effect, as in PEFT. The base's part of the output is without
+            dropout, and so is W' (`layer.weight`, `merge`).
 
     Raises:
         ValueError: a field has an invalid value. If `init` is a callable that leaves A unfilled,
@@ -76,6 +82,7 @@ class LoRA(Spec):
     rank_stabilized: bool = field(default=False, kw_only=True)
     batch_dims: int = field(default=0, kw_only=True)
     transposed: bool = field(default=False, kw_only=True)
+    dropout: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         check_rank(self)
@@ -85,6 +92,7 @@ class LoRA(Spec):
                 f"batch_dims must be a whole number of at least 0, got {self.batch_dims!r}"
             )
         check_flag(self, "transposed")
+        check_dropout(self)
         if self.init in ("pissa", "milora", *_FROM_DATA) and self.scaling <= 0:
             raise ValueError(f"init={self.init!r} needs an alpha above 0, got {self.alpha!r}")
 

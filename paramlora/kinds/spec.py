@@ -163,6 +163,14 @@ class Spec(ABC):
         """The names of factors with the higher rate in `parameter_groups`, such as LoRA's B."""
         return ()
 
+    @property
+    def dropout(self) -> float:
+        """The probability with which elements of the update's input are zeroed in training.
+
+        It needs the form `low_rank`, and acts in the forward of a Linear or transformers' Conv1D.
+        """
+        return 0.0
+
     @abstractmethod
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return new factors for `weight`, by name.
@@ -197,7 +205,8 @@ class Spec(ABC):
     def low_rank(self, factors: Factors, strength: Strength = 1.0) -> LowRank | None:
         """Return the update of a matrix as a `LowRank`, or None if the kind has no such form.
 
-        A Linear or an Embedding then computes its output without building W'.
+        A Linear or an Embedding then computes its output without building W'. A quantized layer can
+        have only kinds with this form, whose `create` does not read the weight's values.
         """
         return None
 
@@ -253,4 +262,7 @@ def along(values: Tensor, dim: int, weight: Tensor) -> Tensor:
 
 def is_finite(value: object) -> bool:
     """Return whether a value is a finite real number; a bool does not count as a number."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that is too large for a float
+        return False

@@ -8,14 +8,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..site.find import Site, in_list, parametrization_lists, stack_of
+from ..site.quantized import BELOW_HOOK, packed_tensor
 from ..site.survey import Survey
 from ..site.tie import Tie
 from ..stack.factors import Factors
 from ..stack.stack import Stack
-from .host_class import adopt, copied_class, parametrized_tensors
-from .site_list import hold_at_home, leave_to_torch
-
-_BEFORE = "_paramlora_before"
+from .host_class import BEFORE, adopt, copied_class, parametrized_tensors
+from .quantized import put_below_hook
+from .site_list import leave_to_torch, register_at_home, unregister_from_home
 
 
 @dataclass
@@ -26,12 +26,14 @@ class Before:
         cls: the class that another parametrization had given to the module, if any.
         owner: the id of the module that `cls` belongs to; a deep copy has another one.
         replaced: the attributes of the host's class that ours replace, None for a missing one.
+        below_hook: what a hook of accelerate called at a quantized layer, if it has one.
         frozen: the names of the frozen parameters, each with the adapters that froze it.
     """
 
     cls: type | None = None
     owner: int = 0
     replaced: dict[str, Any] = field(default_factory=dict)
+    below_hook: Any = None
     frozen: dict[str, set[str]] = field(default_factory=dict)
 
 
@@ -51,16 +53,15 @@ def register(module: nn.Module, tensor: str, stack: Stack, *, tied: bool = False
     parametrization = Tie(stack) if tied else stack
     plist = parametrization_lists(module).get(tensor)
     if plist is None:
-        order = list(module._parameters)
-        parametrize.register_parametrization(module, tensor, parametrization, unsafe=True)
-        hold_at_home(module, tensor, order)
+        register_at_home(module, tensor, parametrization)
     else:
         # register_parametrization would run the existing parametrizations to check the result.
         plist.append(parametrization.train(module.training))
     if first:
         children = (child for key, child in module.named_children() if key != "parametrizations")
         alone = not any(True for child in children for _ in child.parameters())
-        before.replaced = adopt(type(module), alone)
+        before.replaced = adopt(type(module), alone, packed_tensor(module) is not None)
+        before.below_hook = put_below_hook(module) if packed_tensor(module) is not None else None
 
 
 def unregister(site: Site) -> None:
@@ -70,9 +71,11 @@ def unregister(site: Site) -> None:
         del plist[list(plist).index(in_list(plist, site.stack))]
         leave_to_torch(module, site.tensor)
     else:
-        parametrize.remove_parametrizations(module, site.tensor, leave_parametrized=False)
+        unregister_from_home(module, site.tensor)
     if parametrize.is_parametrized(module) and not _is_host(module):
         _release(module, before)
+    if before.below_hook is not None and not _is_host(module):
+        vars(module)[BELOW_HOOK], before.below_hook = before.below_hook, None
 
 
 def freeze_rest(survey: Survey, adapter: str, others: bool) -> None:
@@ -111,8 +114,8 @@ def unfreeze_rest(survey: Survey, adapters: set[str] | None) -> None:
 def forget(survey: Survey) -> None:
     """Drop the saved state of modules that host no adapter and have nothing frozen."""
     for _, module in (*survey.modules, *_factors(survey)):
-        if _BEFORE in vars(module) and not _frozen(module) and not _is_host(module):
-            delattr(module, _BEFORE)
+        if BEFORE in vars(module) and not _frozen(module) and not _is_host(module):
+            delattr(module, BEFORE)
 
 
 def froze_base(survey: Survey) -> bool:
@@ -122,12 +125,12 @@ def froze_base(survey: Survey) -> bool:
 
 def has_traces(module: nn.Module) -> bool:
     """Return whether an adapter, here or elsewhere in the model, has left something to restore."""
-    return _BEFORE in vars(module)
+    return BEFORE in vars(module)
 
 
 def is_adopted(module: nn.Module) -> bool:
     """Return whether a module has a class of its own with our forward and deepcopy."""
-    return _BEFORE in vars(module) and bool(vars(module)[_BEFORE].replaced)
+    return BEFORE in vars(module) and bool(vars(module)[BEFORE].replaced)
 
 
 def _is_host(module: nn.Module) -> bool:
@@ -135,11 +138,11 @@ def _is_host(module: nn.Module) -> bool:
 
 
 def _before(module: nn.Module) -> Before:
-    return vars(module).setdefault(_BEFORE, Before())
+    return vars(module).setdefault(BEFORE, Before())
 
 
 def _frozen(module: nn.Module) -> dict[str, set[str]]:
-    return vars(module)[_BEFORE].frozen if _BEFORE in vars(module) else {}
+    return vars(module)[BEFORE].frozen if BEFORE in vars(module) else {}
 
 
 def _base_modules(survey: Survey) -> Iterator[nn.Module]:

@@ -29,13 +29,17 @@ from ..errors import StateError
 from ..private_torch import TRACED_BY_ATTRIBUTES
 from ..site.find import parametrization_lists, stack_of, stored_tensors
 from ..site.marks import merged_twice
+from ..site.quantized import is_wrapper
 from ..stack.storage import Written, is_sharded
 from .dense import hold_stored
 from .describe import with_adapters
 from .forward import forward_for
-from .site_list import StoredTensor
+from .quantized import quantized_forward
+from .site_list import StoredTensor, pack
 
 _LOADING = "_paramlora_loading"
+# Where a module keeps the state that detach restores: see host.py.
+BEFORE = "_paramlora_before"
 
 # The descriptors that every class gets anew.
 _NOT_COPIED = ("__dict__", "__weakref__")
@@ -52,18 +56,20 @@ def parametrized_tensors(cls: type) -> set[str]:
     return {key for key, value in vars(cls).items() if isinstance(value, property)}
 
 
-def adopt(cls: type, alone: bool) -> dict[str, Any]:
+def adopt(cls: type, alone: bool, quantized: bool = False) -> dict[str, Any]:
     """Give a host's own class its methods; return what they replace, None for what was not there.
 
     Args:
         cls: the class that `parametrize` has made for the module.
         alone: whether all parameters are the module's own, so that no module inside has any.
+        quantized: whether the module is a quantized linear layer.
     """
     added = {key: made(getattr(cls, key, None)) for key, made in _METHODS.items()}
     # The compiler handles recurrent modules in a way of its own.
     if not issubclass(cls, nn.RNNBase):
         added[TRACED_BY_ATTRIBUTES] = True
-    forward = forward_for(cls.__bases__[0], alone=alone)
+    plain: Any = cls.__bases__[0]
+    forward = quantized_forward(plain.forward) if quantized else forward_for(plain, alone=alone)
     if forward is not None:
         added["forward"] = forward
     replaced = {key: vars(cls).get(key) for key in added}
@@ -123,15 +129,35 @@ def _register_parameter(plain: Any) -> Callable[..., None]:
         replaces = _is_held(self, name) and param is not self._parameters[name]
         # FSDP replaces the parameter by its shard, and by the whole tensor for each forward.
         allowed = _LOADING in vars(self) or (param is not None and is_sharded(self, param))
-        if replaces and not allowed:
+        if replaces and param is not None and is_wrapper(param):
+            _check_packed(self, name, param)
+        elif replaces and not allowed:
             raise StateError(
                 f"{name!r} of this {_name(self)} has adapters, and assigning another parameter "
                 "would replace the base's tensor below them: write to the base with "
                 "load_base_state_dict, or detach first"
             )
         plain(self, name, param)
+        if replaces and param is not None and is_wrapper(param):
+            pack(self, param)
+            vars(self)[BEFORE].frozen.pop(name, None)  # its flag is the library's from now on
+            type(self).forward = quantized_forward(_plain(self).forward)
 
     return register_parameter
+
+
+def _check_packed(module: Any, name: str, packed: nn.Parameter) -> None:
+    """Raise a StateError if a library cannot quantize a tensor below its adapters."""
+    plist: Any = parametrization_lists(module)[name]
+    stack: Any = stack_of(plist)
+    parts = [part for adapter in stack.named for part in stack.parts(adapter)]
+    fits = isinstance(module, nn.Linear) and packed.shape == plist.original.shape
+    fits = fits and name == "weight" and not stack.merged
+    if not fits or any(part.low_rank() is None for part in parts):
+        raise StateError(
+            f"cannot quantize {name!r} of this {_name(module)} below its adapters, which takes "
+            "LoRA on the weight of a Linear, not merged: detach, quantize, and attach then"
+        )
 
 
 def _delattr(plain: Any) -> Callable[..., None]:
@@ -215,4 +241,8 @@ def _is_unchanged(plist: Any) -> bool:
 
 
 def _name(module: nn.Module) -> str:
-    return type(module).__bases__[0].__name__
+    return _plain(module).__name__
+
+
+def _plain(module: nn.Module) -> Any:
+    return type(module).__bases__[0]

@@ -5,13 +5,15 @@ Note [who reads the tensor]
     But some code reads a parameter as an attribute in order to move, shard or replace it:
 
     torch.nn.Module           get_parameter("0.weight") promises what named_parameters has there
+    torchao.quantization      quantizes getattr(module, "weight"), and stores the result
     torch.distributed         FSDP manages getattr(module, "weight"); checkpoints look names up
     accelerate                moves getattr(module, "weight") and stores the result as the parameter
     transformers' tying       head.weight = embed.weight
     transformers' resizing    puts a weight of another size below adapters of the old size
+    hqq, quanto, torchao.qat  put another module in the place of the adapted one
     torch.nn.utils            the old weight_norm and prune take the parameter out of the module
 
-    The first four get the stored tensor, and the others an error before they change anything. None
+    The first five get the stored tensor, and the others an error before they change anything. None
     of them asks in a way that a module could answer by itself (`getattr` is all there is), so the
     property looks at the name of the code that reads it. tests/layers/test_readers.py runs each.
 """
@@ -20,16 +22,21 @@ import sys
 from types import FrameType
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..errors import StateError
 from ..private_torch import READERS_OF_STORED
+from ..site.find import parametrization_lists, stack_of
+from ..site.quantized import UnreadWeight
 
-_HANDLING = (*READERS_OF_STORED, "accelerate.")
+_HANDLING = (*READERS_OF_STORED, "accelerate.", "torchao.quantization.")
 _TRANSFORMERS = "transformers.modeling_utils"
+_QUANTIZERS = ("transformers.integrations.", "transformers.quantizers.", _TRANSFORMERS)
 _TYING = {"_tie_or_clone_weights", "_tie_embedding_weights"}
 _RESIZING = {"_get_resized_embeddings", "_get_resized_lm_head", "_resize_token_embeddings"}
 _TAKING = ("torch.nn.utils.weight_norm", "torch.nn.utils.prune")
-_KNOWN = (*_HANDLING, _TRANSFORMERS, *_TAKING)
+_REPLACING = ("hqq.", "optimum.quanto.", "torchao.quantization.qat.")
+_KNOWN = (*_HANDLING, _TRANSFORMERS, *_TAKING, *_REPLACING)
 
 
 def for_reader(module: nn.Module, tensor: str, depth: int) -> Tensor | None:
@@ -47,10 +54,55 @@ def for_reader(module: nn.Module, tensor: str, depth: int) -> Tensor | None:
     name = frame.f_globals.get("__name__") or ""
     if not name.startswith(_KNOWN):
         return None
+    if name.startswith(_REPLACING):
+        raise StateError(
+            f"{name} would put a quantized module in the place of an adapted {_name(module)}, and "
+            "the adapters would be lost: quantize the model first, and attach then"
+        )
     if name.startswith(_HANDLING) or (name == _TRANSFORMERS and frame.f_code.co_name in _TYING):
         return module._parameters.get(tensor)
-    _check(frame, name, type(module).__bases__[0].__name__, tensor)
+    _check(frame, name, _name(module), tensor)
     return None
+
+
+def read_packed(module: nn.Module, tensor: str, depth: int) -> Tensor:
+    """Return the stored tensor of a quantized layer, or a stand-in for W', which does not exist.
+
+    The layer's own code, its library and code that handles parameters get the stored tensor.
+    Everybody gets it while no adapter is live.
+
+    Args:
+        module: the layer.
+        tensor: the name of its weight.
+        depth: how many calls above this one the reader is.
+    """
+    stored = module._parameters.get(tensor)
+    if stored is None:
+        # Python asks nn.Module.__getattr__ next, which finds a buffer, or raises for the layer.
+        raise AttributeError(f"{_name(module)!r} stores its weight under another name")
+    if is_compiling():
+        return stored
+    frame = sys._getframe(depth)
+    reader = frame.f_globals.get("__name__") or ""
+    if reader == type(module).__bases__[0].__module__ != "__main__":
+        return stored  # the layer's own forward, mostly
+    if reader.startswith(_QUANTIZERS) and "dequantize" in frame.f_code.co_name:
+        raise StateError(
+            f"dequantizing would put another module in the place of this {_name(module)}, and its "
+            "adapters would be lost: save and detach them, dequantize, and load them then"
+        )
+    state = stack_of(parametrization_lists(module)[tensor]).state()  # type: ignore[union-attr]
+    if not state.live and state.route is None:
+        return stored
+    homes = {cls.__module__ for cls in (*type(module).__mro__, type(stored))}
+    packages = {home.partition(".")[0] for home in homes} - {"torch", "__main__"}
+    if reader.startswith((*_HANDLING, *_QUANTIZERS)) or reader in homes:
+        return stored
+    return stored if reader.partition(".")[0] in packages else UnreadWeight.like(stored)
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__bases__[0].__name__
 
 
 def _check(frame: FrameType, name: str, cls: str, tensor: str) -> None:

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from ..errors import AdapterNameError, TargetError
 from ..kinds.spec import Spec, makes_parametrizations
 from ..site.find import parametrization_lists, stored_tensors
+from ..site.quantized import is_wrapper
 from ..site.survey import before_survey
 from ..stack.factors import Factors
 from ..stack.stack import Stack
@@ -33,9 +34,14 @@ def parametrization(
 ) -> Stack:
     """Return a new stack with one adapter: see `Spec.parametrization`."""
     check_valid_name(name)
-    reason = spec.refusal(weight)
+    reason = "it is quantized; use attach" if is_wrapper(weight) else spec.refusal(weight)
     if reason is not None:
         raise TargetError(f"cannot adapt a tensor of shape {tuple(weight.shape)}: {reason}")
+    if spec.dropout:
+        raise TargetError(
+            "dropout acts on the input of a layer, which a parametrization does not see; attach "
+            "the adapter by attach(), or use dropout=0"
+        )
     stack = Stack()
     stack.add(name, Factors(spec, spec.create(weight.detach(), generator)))
     return stack

@@ -31,9 +31,11 @@ from torch.nn.utils import parametrize
 from ..errors import StateError
 from ..private_torch import parametrization_cache
 from ..site.find import parametrization_lists, stack_of
-from .readers import for_reader
+from ..site.quantized import UnreadWeight, packed_shape, packed_tensor
+from .readers import for_reader, read_packed
 
 _HOME = "_paramlora_home"
+_NO_WEIGHT = nn.Parameter(torch.empty(0, device="meta"))
 
 
 class SiteList(parametrize.ParametrizationList):
@@ -44,6 +46,9 @@ class SiteList(parametrize.ParametrizationList):
     the stack instead: the stored weight is split, and the adapters stay on top.
     """
 
+    # (out, in) for the weight of a quantized layer: see site/quantized.py.
+    packed_shape: tuple[int, int] | None = None
+
     @property
     def original(self) -> Tensor:  # type: ignore[override]
         """The stored tensor, which is in the module: see Note [the stored tensor stays …]."""
@@ -53,6 +58,8 @@ class SiteList(parametrize.ParametrizationList):
     def forward(self, stored: Tensor | None = None) -> Tensor:
         if not self.is_tensor:
             return super().forward()
+        if self.packed_shape is not None:
+            raise StateError(UnreadWeight.refusal(None, "its value"))
         value: Any = self.original if stored is None else stored
         for parametrization in self._modules.values():
             value = parametrization(value)
@@ -89,6 +96,8 @@ class StoredTensor(property):
         self.torchs = torchs
 
         def read(module: nn.Module) -> Tensor:
+            if _list(module, tensor).packed_shape is not None:
+                return read_packed(module, tensor, depth=2)
             if torch.compiler.is_compiling():
                 return _list(module, tensor)(module._parameters.get(tensor))
             stored = for_reader(module, tensor, depth=2)
@@ -106,19 +115,45 @@ class StoredTensor(property):
         super().__init__(read, write)
 
 
-def hold_at_home(module: nn.Module, tensor: str, order: Sequence[str]) -> None:
-    """Give a tensor that torch has just parametrized back to its module, in the former order."""
+def register_at_home(module: nn.Module, tensor: str, parametrization: nn.Module) -> None:
+    """Parametrize a tensor, which stays in its module at its place among the parameters."""
+    parameters, before = module._parameters, dict(module._parameters)
+    packed = packed_tensor(module) if tensor == "weight" else None
+    if packed is not None:
+        # torch would write to the tensor, and the layer may have no parameter of that name.
+        parameters[tensor] = _NO_WEIGHT
+    parametrize.register_parametrization(module, tensor, parametrization, unsafe=True)
     plist: Any = parametrization_lists(module)[tensor]
-    parameters = module._parameters
-    parameters[tensor] = plist._parameters.pop("original")
-    items = [(name, parameters[name]) for name in order]
+    plist._parameters.pop("original")
     parameters.clear()
-    parameters.update(items)
+    parameters.update(before)
     plist.__class__ = SiteList
     # The dictionary and not the module, which would be a cycle and outlive its last user.
     vars(plist)[_HOME] = parameters, tensor
+    if packed is not None:
+        pack(module, packed)
     cls = type(module)
     setattr(cls, tensor, StoredTensor(tensor, vars(cls)[tensor]))
+
+
+def pack(module: Any, packed: Tensor) -> None:
+    """Record that the weight of a host is that of a quantized layer."""
+    plist: Any = parametrization_lists(module)["weight"]
+    where = ((own, key) for own in (module._parameters, module._buffers) for key in own)
+    vars(plist)[_HOME] = next((own, key) for own, key in where if own[key] is packed)
+    vars(plist)["packed_shape"] = module.out_features, module.in_features
+
+
+def unregister_from_home(module: Any, tensor: str) -> None:
+    """Undo `register_at_home`."""
+    plist: Any = parametrization_lists(module)[tensor]
+    before = [(own, dict(own)) for own in (module._parameters, module._buffers)]
+    parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
+    if packed_shape(plist) is not None:
+        # The layer may store its weight under another name, or as a buffer.
+        for own, items in before:
+            own.clear()
+            own.update(items)
 
 
 def leave_to_torch(module: nn.Module, tensor: str) -> None:

@@ -24,6 +24,7 @@ from ..errors import StateError, TargetError
 from ..kinds.dora import DoRA
 from ..kinds.lora import LoRA
 from ..site.names import check_unmerged
+from ..site.quantized import packed_tensor
 from ..site.survey import Part, Survey
 from ..verbs.audit import call as call_on
 from ..verbs.toggle import disabled
@@ -128,8 +129,8 @@ def eva(
 def _check(part: Part) -> None:
     """Raise an error if an adapter cannot start from the inputs of its layer."""
     path, _, site, factors = part
-    spec, linear = factors.spec, isinstance(site.module, nn.Linear) and site.tensor == "weight"
-    if not linear:
+    spec, packed = factors.spec, packed_tensor(site.module) is not None
+    if not (packed or isinstance(site.module, nn.Linear)) or site.tensor != "weight":
         raise TargetError(
             f"cannot start {path!r} from inputs: it is not the weight of an nn.Linear; name other "
             "adapters"
@@ -154,7 +155,9 @@ def run_on(
     directions: Mapping[nn.Module, Any],
 ) -> None:
     """Run the model on the batches, and call `add` with the inputs of each module."""
-    modes = [(module, module.training) for module in model.modules()]
+    # bitsandbytes packs a layer in evaluation mode, and unpacks it in its own `train`.
+    modules = [module for module in model.modules() if packed_tensor(module) is None]
+    modes = [(module, module.training) for module in modules]
     with ExitStack() as stack:
         stack.enter_context(disabled(model))
         for module, training in modes:

@@ -18,9 +18,8 @@ from .config import Config
 # The rank and the alpha of each adapted module, by path.
 Targets = dict[str, tuple[int, float]]
 
-# `lora_dropout` acts in training only, and an adapter here has no dropout. `fan_in_fan_out` says
-# that weights are stored as (in, out). PEFT corrects it by the type of each module, so the type
-# alone decides here.
+# `fan_in_fan_out` says that weights are stored as (in, out). PEFT corrects it by the type of each
+# module, so the type alone decides here.
 _NO_EFFECT = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -29,7 +28,6 @@ _NO_EFFECT = {
     "fan_in_fan_out",
     "inference_mode",
     "loftq_config",
-    "lora_dropout",
     "lora_ga_config",
     "megatron_core",
     "peft_type",
@@ -71,7 +69,9 @@ def check_settings(path: Path, content: Mapping[str, Any], keys: Iterable[str]) 
     for key, value in settings.items():
         wanted, is_valid = _CHECKS[key]
         if not is_valid(value):
-            raise CheckpointError(f"{path} is damaged: {key!r} must be {wanted}, found {value!r}")
+            raise CheckpointError(
+                f"{path} is damaged: {key!r} must be {wanted}, found {value!r:.100}"
+            )
     if "target_modules" in keys and "target_modules" not in settings:
         raise CheckpointError(f"{path} has no target_modules; add them")
     need_list = sorted(settings.keys() & _NEED_LIST)
@@ -122,9 +122,10 @@ def config_content(targets: Targets, **settings: Any) -> dict[str, Any]:
 
 def parse_config(path: Path) -> dict[str, Any]:
     """Return the content of an `adapter_config.json`, or raise a CheckpointError if damaged."""
+    text = path.read_bytes()
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: it is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged: it must hold an object, found {content!s:.50}")
@@ -173,6 +174,7 @@ _TEXTS = ("a string or a list of strings", lambda v: isinstance(v, str) or _is_n
 _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "r": ("an integer of at least 1", _is_rank),
     "lora_alpha": ("a finite number", _is_number),
+    "lora_dropout": ("at least 0 and below 1", lambda v: _is_number(v) and 0 <= v < 1),
     "target_modules": _TEXTS,
     "exclude_modules": _TEXTS,
     "layers_to_transform": (

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..errors import TargetError
 from ..kinds.spec import factor_dtype
-from ..site.find import dotted, is_conv1d, is_swapped
+from ..site.find import dotted, is_linear, is_swapped
 from ..site.place import Place
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -150,7 +150,7 @@ def parts_of(path: str, module: nn.Module) -> list[Part]:
             Part(path, module, "in_proj_weight"),
             Part(path, module, "out_proj.weight", infix="base_layer.out_proj"),
         ]
-    if isinstance(module, (nn.Linear, nn.Embedding, *_CONVS)) or is_conv1d(module):
+    if isinstance(module, (nn.Embedding, *_CONVS)) or is_linear(module):
         return [Part(path, module, "weight")]
     return []
 

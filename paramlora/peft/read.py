@@ -5,23 +5,25 @@ Nothing here changes the model. `files/refresh.py` changes it after the whole pl
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, nearest
+from ..errors import CheckpointError, nearest, some
 from ..files.compare import compare
-from ..files.plan import check_site, plan_site
+from ..files.plan import check_dtypes, check_site, plan_site
 from ..kinds.dora import DoRA
 from ..kinds.lora import LoRA
 from ..kinds.spec import factor_dtype
 from ..layers.install import PlannedSite
-from ..site.place import Place
+from ..site.find import is_linear
+from ..site.place import Place, dropout_refusal
 from .config import Config
 from .layout import Part, is_factor, norms
-from .modules import PeftView, is_linear
+from .modules import PeftView
 from .read_full import plan_full
 
 Places = Mapping[str, Place]
@@ -49,9 +51,7 @@ def plan_folder(
     Raises:
         CheckpointError: the folder does not fit the model, or PEFT would compute something else.
     """
-    for key, tensor in state.items():
-        if not tensor.is_floating_point() and is_factor(key):
-            raise CheckpointError(f"{path} is damaged: {key} has dtype {tensor.dtype}")
+    check_dtypes({key: tensor for key, tensor in state.items() if is_factor(key)}, path)
     here = {place.path: place for place in everywhere}
     try:
         config = resolve_all_linear(model, seen, config)
@@ -62,6 +62,7 @@ def plan_folder(
             f"{path} has a setting that is not a valid regular expression: {error}"
         ) from error
     check_untied([plan.place for plan in planned], seen, path)
+    _warn_of_dropout(planned, config)
     order = {place_path: i for i, place_path in enumerate(here)}
     return sorted(planned, key=lambda plan: order[plan.place.path])
 
@@ -153,7 +154,7 @@ def _plan_part(part: Part, place: Place, config: Config, state: State, path: Pat
         )
     A, B = factors  # (r, in), (out, r)
     tensors, weight = {"A": A, "B": B}, place.value.detach()
-    spec = _spec(part, A.shape[0], config, path)
+    spec = _spec(part, A.shape[0], config, path, dropout_refusal(place) is None)
     check_site(place, spec, path)
     if isinstance(spec, DoRA):
         magnitude = state[part.magnitude_key].flatten().to(weight.device, factor_dtype(weight))
@@ -164,7 +165,21 @@ def _plan_part(part: Part, place: Place, config: Config, state: State, path: Pat
     return plan_site(place, spec, tensors)
 
 
-def _spec(part: Part, rank: int, config: Config, path: Path) -> LoRA | DoRA:
+def _warn_of_dropout(planned: Iterable[PlannedSite], config: Config) -> None:
+    """Warn of low-rank updates to whose input PEFT applies dropout, and paramlora does not."""
+    specs = {plan.place.path: plan.factors.spec for plan in planned}
+    without = [path for path, spec in specs.items() if spec.dropout != config.lora_dropout]
+    found = [path for path in without if isinstance(specs[path], LoRA | DoRA)]
+    if found:
+        warnings.warn(
+            f"in training PEFT applies lora_dropout={config.lora_dropout} at {some(found)}, where "
+            "paramlora has no dropout: there the adapter trains without it",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _spec(part: Part, rank: int, config: Config, path: Path, drops: bool) -> LoRA | DoRA:
     """Return the spec for an update of this rank, with the scale of PEFT's settings."""
     # PEFT may count a higher rank: see Note [grouped convolutions].
     ratio = rank / config.rank(part.module_path)
@@ -174,7 +189,13 @@ def _spec(part: Part, rank: int, config: Config, path: Path) -> LoRA | DoRA:
     if config.use_dora:
         return DoRA(rank, alpha, rank_stabilized=config.use_rslora, dim=part.output_dim)
     try:
-        return LoRA(rank, alpha, init=config.init, rank_stabilized=config.use_rslora)
+        return LoRA(
+            rank,
+            alpha,
+            init=config.init,
+            rank_stabilized=config.use_rslora,
+            dropout=config.lora_dropout if drops else 0.0,
+        )
     except ValueError as error:
         raise CheckpointError(f"{path} adapts {part.module_path!r}, but {error}") from error
 

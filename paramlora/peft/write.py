@@ -1,5 +1,6 @@
 """Make the content of a PEFT folder from an adapter, or raise an error with the reason."""
 
+import warnings
 from collections.abc import Iterable
 from math import sqrt
 from typing import Any, NamedTuple
@@ -54,7 +55,11 @@ def folder_content(
         return other_content(here, name, seen, peft_type)
     full = {site.path: site for site in here if _is_full(site, name)}
     updates = _updates([site for site in here if site.path not in full], name, seen)
-    settings = {"use_rslora": _uses_rslora(updates), "use_dora": _uses_dora(updates)}
+    settings: dict[str, Any] = {
+        "use_rslora": _uses_rslora(updates),
+        "use_dora": _uses_dora(updates),
+    }
+    settings["lora_dropout"] = _dropout(updates)
     targets = _targets(updates, settings["use_rslora"])
     adapted = [part for path in targets for part in seen.parts[path]]
     # It does not affect PEFT's results, but PEFT warns if it does not fit the modules.
@@ -163,6 +168,21 @@ def _uses_rslora(updates: list[_Update]) -> bool:
     """Return whether all updates have the scale alpha/√r. Otherwise PEFT's alpha/r is used."""
     specs = [update.factors.spec for update in updates]
     return all(isinstance(spec, LoRA | DoRA) and spec.rank_stabilized for spec in specs)
+
+
+def _dropout(updates: list[_Update]) -> float:
+    """Return the dropout of all updates. PEFT has one for all modules, without effect in some."""
+    acts = [update for update in updates if not isinstance(update.part.module, nn.Embedding)]
+    found = {update.factors.spec.dropout for update in acts or updates}
+    if len(found) == 1:
+        return found.pop()
+    warnings.warn(
+        f"PEFT has one lora_dropout for all modules, and these have {sorted(found)}; it is left "
+        "out of the folder, which matters only if PEFT trains the adapter further",
+        UserWarning,
+        stacklevel=4,
+    )
+    return 0.0
 
 
 def _targets(updates: list[_Update], rslora: bool) -> Targets:

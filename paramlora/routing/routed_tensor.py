@@ -14,64 +14,49 @@ Every other function raises.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import StateError
+from ..stack.stand_in import StandIn
 from .split import refusal, split
 
 
-class RoutedTensor(Tensor):
+class RoutedTensor(StandIn):
     """A stand-in for an adapted tensor inside `routed`.
 
     Attributes:
         route: the `Route`.
         path: the path of the site.
-        weight: W, for its metadata.
         build: returns W' for the index of an adapter, −1 for none.
     """
 
     route: Any
     path: str
-    weight: Tensor
     build: Callable[[int], Tensor]
 
     @classmethod
     def of(
         cls, route: Any, path: str, weight: Tensor, build: Callable[[int], Tensor]
     ) -> "RoutedTensor":
-        # On the meta device, so that code which does not ask __torch_function__ finds no values.
-        made = torch.empty_like(weight, device="meta").as_subclass(cls)
-        made.route, made.path, made.weight, made.build = route, path, weight, build
+        made = cls.like(weight)
+        made.route, made.path, made.build = route, path, build
         return made
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _METADATA:
-            return func(*(a.weight if isinstance(a, cls) else a for a in args), **kwargs)
-        if func is F.multi_head_attention_forward:
-            return _attention({**dict(zip(_ATTENTION, args, strict=False)), **kwargs})
-        found = [a.path for a in (*args, *kwargs.values()) if isinstance(a, cls)]
-        raise StateError(
-            f"{found[0] if found else 'a tensor'!r} was read inside of routed(), where each row of "
-            "a batch has a tensor of its own: read it outside, or give this adapter no rows "
-            f"({func.__name__} was asked of it)"
+    @staticmethod
+    def refusal(read: Any, asked: str) -> str:
+        return (
+            f"{'a tensor' if read is None else repr(read.path)} was read inside of routed(), where "
+            "each row of a batch has a tensor of its own: read it outside, or give this adapter no "
+            f"rows ({asked} was asked of it)"
         )
 
 
-def _attention(given: dict[str, Any]) -> Any:
-    """Return what `F.multi_head_attention_forward` returns, given its arguments by name."""
+def _attention(*args: Any, **kwargs: Any) -> Any:
+    """Return what `F.multi_head_attention_forward` returns."""
+    given = {**dict(zip(_ATTENTION, args, strict=False)), **kwargs}
     routed = [name for name in given if isinstance(given[name], RoutedTensor)]
     first, mask = given[routed[0]], given.get("attn_mask")
     if given["query"].dim() != 3 or (mask is not None and mask.dim() != 2):
@@ -89,20 +74,4 @@ def _attention(given: dict[str, Any]) -> Any:
 # The names of the arguments of F.multi_head_attention_forward.
 _ATTENTION = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
 
-_METADATA: set[Any] = {
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("dtype", "device", "shape", "ndim", "layout", "requires_grad", "itemsize")
-    ),
-    *(getattr(Tensor, f"is_{name}").__get__ for name in ("cuda", "cpu", "meta", "sparse", "leaf")),
-    *(getattr(Tensor, f"is_{name}").__get__ for name in ("nested", "quantized")),
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.stride,
-    Tensor.element_size,
-    Tensor.is_floating_point,
-    torch.is_floating_point,
-    Tensor.is_complex,
-    Tensor.is_contiguous,
-}
+RoutedTensor.answers = {F.multi_head_attention_forward: _attention}

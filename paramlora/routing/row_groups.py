@@ -1,7 +1,7 @@
 """Run a layer that is not factored once for each adapter, on the rows of that adapter."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -27,17 +27,17 @@ def by_group(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     inputs, outputs = _dimensions(module, bound.arguments, path)
 
     def call(index: int, taken: dict[str, Any]) -> Any:
-        with _only(module, None if index < 0 else route.names[index]):
+        with only(module, route.names[index : index + 1] if index >= 0 else ()):
             return type(module).forward(**taken)
 
     return split(route, path, bound.arguments, inputs, outputs, call)
 
 
-def _only(module: nn.Module, name: str | None) -> AbstractContextManager[None]:
-    """Let one adapter, or none, contribute to a module inside the block, without a route."""
+def only(module: nn.Module, names: Sequence[str]) -> AbstractContextManager[None]:
+    """Let these adapters alone contribute to a module inside the block, without a route."""
     states = {stack: stack.state() for stack in read_by(module)}
     live: dict[Stack, tuple[str, ...]] = {
-        stack: (name,) if name is not None and name in state.live else ()
+        stack: tuple([name for name in state.live if name in names])
         for stack, state in states.items()
     }
     if torch.compiler.is_compiling():

@@ -180,19 +180,32 @@ def linear(
         state: its state.
         transposed: the stored weight is Wᵀ, (k, m), as in transformers' Conv1D.
     """
-    route = state.route
-    terms = route.terms(stack, state)
+    terms = state.route.terms(stack, state)
     if terms is None:
         return None
-    route = route.repeated(len(x) if x.dim() > 1 else -1, route.paths[stack.key])
-    if not terms:
-        return F.linear(x, W, b)
     if transposed:
         terms = [(index, term.transposed()) for index, term in terms]
-    y = F.linear(x, W, b)
+    return add_updates(x, F.linear(x, W, b), state.route, stack, terms)
+
+
+def add_updates(
+    x: Tensor, y: Tensor, route: Route, stack: Stack, terms: list[tuple[int, LowRank]]
+) -> Tensor:
+    """Return y, (n, …, m), with each row's update; it may be written to.
+
+    Args:
+        x: (n, …, k).
+        y: the output of the base for x.
+        route: the route.
+        stack: the stack whose updates these are.
+        terms: the updates by index, as `Route.terms` returns them.
+    """
+    route = route.repeated(len(x) if x.dim() > 1 else -1, route.paths[stack.key])
+    if not terms:
+        return y
     if route.even and len(terms) == len(route.groups) > 1:
         return _batched(x, y, [term for _, term in terms])
-    m, k = W.shape
+    k, m = x.shape[-1], y.shape[-1]
     ranks = [len(term.A) for _, term in terms]
     if stacks_well(x.numel() // max(k, 1), k, m, ranks, "cpu" if x.is_cpu else "cuda"):
         A = torch.cat([term.A for _, term in terms]).to(x.dtype)  # (R, k)

@@ -1,17 +1,28 @@
 """Places: the tensors of a model that can become sites, and blocks of them."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
 
 from ..errors import TargetError
 from ..kinds.spec import FLOATS, Spec
 from ..stack.block import Block, Part
 from ..stack.stack import Stack
 from ..stack.storage import is_sharded
-from .find import base_weight, dotted, parametrization_lists, stack_of, stored_tensors
+from .find import (
+    base_weight,
+    dotted,
+    is_transformers_conv1d,
+    parametrization_lists,
+    stack_of,
+    stored_tensors,
+)
+from .quantized import UnreadWeight, is_wrapper, packed_tensor
+from .quantized import refusal as quantized_refusal
 
 
 class Place(NamedTuple):
@@ -25,9 +36,17 @@ class Place(NamedTuple):
 
     @property
     def whole(self) -> Tensor:
-        """The base's W: the stored tensor, or the result of the parametrizations below a stack."""
+        """The base's W: the stored tensor, or the result of the parametrizations below a stack.
+
+        Of a quantized layer, an `UnreadWeight`.
+        """
         plist = parametrization_lists(self.module).get(self.tensor)
-        return self.stored if plist is None else base_weight(plist, stack_of(plist))
+        if plist is not None:
+            return base_weight(plist, stack_of(plist))
+        packed = packed_tensor(self.module) if self.tensor == "weight" else None
+        if packed is None:
+            return self.stored
+        return UnreadWeight.of(packed, (self.module.out_features, self.module.in_features))  # type: ignore[arg-type]
 
     @property
     def value(self) -> Tensor:
@@ -78,7 +97,11 @@ class Place(NamedTuple):
     def stored(self) -> Tensor:
         """The stored tensor: the parameter itself, or the first one below parametrizations."""
         plist = parametrization_lists(self.module).get(self.tensor)
-        return getattr(self.module, self.tensor) if plist is None else stored_tensors(plist)[0]
+        if plist is not None:
+            return stored_tensors(plist)[0]
+        stored = self.module._parameters.get(self.tensor)
+        packed = packed_tensor(self.module) if stored is None else None
+        return getattr(self.module, self.tensor) if packed is None else packed
 
     @property
     def stack(self) -> Stack | None:
@@ -93,7 +116,11 @@ def places_in(modules: Iterable[tuple[str, nn.Module]]) -> list[Place]:
         # The parameters of other parametrizations cannot be adapted.
         if "parametrizations" in path.split("."):
             continue
-        names = [name for name, parameter in module._parameters.items() if parameter is not None]
+        packed = packed_tensor(module)
+        own = {name: p for name, p in module._parameters.items() if p is not None}
+        names = list(own)
+        if packed is not None and "weight" not in own:  # it is under another name
+            names = ["weight", *(name for name in own if own[name] is not packed)]
         names += [
             name
             for name, plist in parametrization_lists(module).items()
@@ -156,8 +183,35 @@ def _refusal(place: Place, spec: Spec) -> str | None:
         )
     if is_sharded(place.module, weight):
         return "it is sharded over processes; attach first, and call fully_shard after that"
+    if isinstance(weight, UnreadWeight):
+        return quantized_refusal(spec, weight, place.module)
+    if is_wrapper(weight):
+        return f"it is packed ({type(weight).__name__}), and not the weight of a linear layer"
     if weight.layout is not torch.strided:
         return f"its layout is {weight.layout}; adapters need a strided (dense) tensor"
     if weight.numel() == 0:
         return f"it has no elements, its shape is {tuple(weight.shape)}"
-    return spec.refusal(weight)
+    return spec.refusal(weight) or (dropout_refusal(place) if spec.dropout else None)
+
+
+def dropout_refusal(place: Place) -> str | None:
+    """Return why an adapter at a place cannot have dropout, or None if it can.
+
+    Dropout is no change of a weight. Layers that build W' compute without it, and so does an
+    attention, which reads the weight of its `out_proj` and never calls it.
+    """
+    if isinstance(place.whole, UnreadWeight):
+        return None
+    cls: Any = parametrize.type_before_parametrizations(place.module)
+    own = issubclass(cls, nn.Linear) and cls.forward is not nn.Linear.forward
+    known = issubclass(cls, nn.Linear | nn.Embedding) or is_transformers_conv1d(cls)
+    if own or not known or cls is NonDynamicallyQuantizableLinear:
+        return (
+            "dropout needs a layer that computes the update from its input, which are Linear, "
+            f"Embedding and transformers' Conv1D, and not {cls.__name__}"
+            f"{' with a forward of its own' if own else ''}; use dropout=0 here"
+        )
+    steps = parametrization_lists(place.module).get(place.tensor, ())
+    if len(steps) > (place.stack is not None):
+        return "dropout needs a tensor without other parametrizations; use dropout=0 here"
+    return None

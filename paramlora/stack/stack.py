@@ -53,6 +53,7 @@ class Stack(nn.Module):
             their strengths before.
         paused: the adapters that were active when `enabled` was set to False.
         tied: the paths of the sites that share this stack, if their tensors are tied.
+        drops: whether an adapter here has dropout.
         key: identifies the stack in blocks; a deep copy has another one.
         open: the blocks that are open here, of all threads.
         traced_live, traced_route, shared: for torch.compile, see `reflect`.
@@ -72,6 +73,7 @@ class Stack(nn.Module):
         self.before_merge: dict[str, tuple[bool, list[Strength]]] = {}
         self.paused: tuple[str, ...] = ()
         self.tied: tuple[str, ...] = ()
+        self.drops = False
         self.key = object()
         self.open: tuple[Block, ...] = ()
         self.traced_live: tuple[str, ...] = ()
@@ -249,6 +251,30 @@ class Stack(nn.Module):
             terms.append(term)
         return terms
 
+    def dropped(self, state: State) -> tuple[State, list[tuple[LowRank, float]]]:
+        """Return the state without the adapters that have dropout, and their updates with it.
+
+        Raises:
+            StateError: a live adapter rescales the weight after one with dropout was added to it.
+        """
+        rest, terms, first = [], [], None
+        # Plain loops, because torch 2.6 does not compile generators here.
+        for name in state.live:
+            parts = self.parts(name)
+            drops = [part.spec.dropout for part in parts]
+            if not any(drops):
+                rest.append(name)
+                if first is not None and not self.commute(first, name):
+                    raise StateError(
+                        f"adapter {name!r} acts on the update of {first!r}, whose dropout is on "
+                        f"the input of the layer: attach {name!r} first, or train one of them only"
+                    )
+                continue
+            first = first or name
+            strength = self._strength(name, state)
+            terms += [(part.low_rank(strength), p) for part, p in zip(parts, drops, strict=True)]
+        return State(state.active, tuple(rest), state.route, state.strengths), terms  # type: ignore[return-value]
+
     def rescaled(self, weight: Tensor, state: State) -> Rescaled | None:
         """Return W' as a rescaled `weight`; None if the live adapters have no such form."""
         if self._trains_merged(state):
@@ -272,8 +298,11 @@ class Stack(nn.Module):
         names = tuple(self.named)
         merged = tuple(name for name in names if name in merged)
         # Not through nn.Module.__setattr__, which is slow: a model may have hundreds of stacks.
-        vars(self).update(names=names, merged=merged)
+        vars(self).update(names=names, merged=merged, drops=self._drops())
         self.switch(active)
+
+    def _drops(self) -> bool:
+        return any(part.spec.dropout for name in self.named for part in self.parts(name))
 
     def switch(self, active: Container[str]) -> None:
         """Set the active adapters. The others stay attached, and merged adapters stay merged."""

@@ -93,7 +93,9 @@ def resolve(
     order = {(id(place.module), place.tensor): i for i, place in enumerate(survey.places)}
     found.sort(key=lambda pair: (order[id(pair[0].module), pair[0].tensor], pair[0].ranges))
     for place, wanted in found:
-        check(place, wanted)
+        for tied in survey.holders[id(place.stored)]:
+            path = f"{tied.path}{place.block or ''}"
+            check(tied._replace(path=path, block=place.block), wanted)
     return Resolved(found, left_out)
 
 

@@ -66,8 +66,9 @@ def attach(
             - A name or a glob with an index, `"*.c_attn.weight[:, :768]"`: that block alone, with
               factors of its own. One adapter may have several blocks that do not overlap.
             - A module type, or a callable `(path, module) -> bool`.
-            - `"all-linear"`, the default: all linear layers (transformers' Conv1D included), except
-              those that share their weight with an embedding and a model's output embeddings.
+            - `"all-linear"`, the default: all linear layers (transformers' Conv1D and quantized
+              ones included), except those that share their weight with an embedding and a model's
+              output embeddings.
 
             A module means its `weight`. For `Delta`, it means all parameters of it and of the
             modules inside it.
@@ -97,9 +98,9 @@ def attach(
             that adapts the biases. "also" keeps it on.
 
     Raises:
-        TargetError: a target matches no tensor; a tensor cannot be adapted (integer or packed,
-            lazy, too few dimensions) or does not have the block; or blocks overlap. The model is
-            unchanged.
+        TargetError: a target matches no tensor; a tensor cannot be adapted (integer, lazy, too
+            few dimensions, quantized and the kind needs its values) or does not have the block; or
+            blocks overlap. The model is unchanged.
         AdapterNameError: the name is taken, or is not a valid name.
         StateError: a tensor is tied, and only one side of the tie has adapters; or `activate` is
             "only" and another adapter is merged.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..kinds.spec import factor_dtype
 from ..layers.host import froze_base
 from ..site.find import base_weight, dotted
+from ..site.quantized import UnreadWeight
 from ..site.survey import Part, Survey
 
 # The share of the elements of an update that merging has to round away to be reported.
@@ -88,6 +89,8 @@ def check_adapters(step: Step) -> Iterator[Finding]:
 
 def _check_update(step: Step, part: AuditedPart) -> Iterator[Finding]:
     weight = base_weight(part.site.plist, part.site.stack).detach()
+    if isinstance(weight, UnreadWeight):
+        weight = torch.zeros(weight.shape, device=weight.device)
     strength = part.factors.at(part.site.stack.seen().strengths.get(part.name))  # type: ignore[union-attr]
     with torch.no_grad():
         wide = weight.to(factor_dtype(weight))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..errors import StateError
 from ..kinds.spec import Strength
 from ..site.find import Site, apply_parametrizations, preceding, stored_tensors
+from ..site.quantized import packed_shape
 from ..stack.built import no_autocast
 from ..stack.factors import Blocks, Factors
 from ..stack.overlay import is_routed
@@ -29,8 +30,16 @@ def folded(
         strengths: the strengths that open blocks have set, by adapter.
 
     Raises:
-        StateError: a parametrization below the adapters cannot store the result.
+        StateError: a parametrization below the adapters cannot store the result, or the layer is
+            quantized.
     """
+    if packed_shape(site.plist) is not None:
+        raise StateError(
+            f"cannot merge at {site.path!r}: its layer is quantized, and rounding W' to a few bits "
+            "would lose most of the update. Leave the adapter unmerged; or save it, load it into "
+            "the model before it was quantized, or dequantized, and merge it there: see "
+            "docs/quantized.md"
+        )
     value = W
     with no_autocast(W):
         for name in names:

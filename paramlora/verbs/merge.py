@@ -51,8 +51,8 @@ def merge(model: nn.Module, *names: str) -> None:
         AdapterNameError: there is no adapter of that name.
         StateError: there are no adapters, or none is left to merge. Or an adapter is merged
             already or switched off; or another parametrization below the adapter cannot store the
-            merged weight (spectral_norm); or a tensor is sharded, or not tied any more. The model
-            is unchanged.
+            merged weight (spectral_norm); or a layer is quantized; or a tensor is sharded, or not
+            tied any more. The model is unchanged.
 
     >>> import paramlora as pl
     >>> model = nn.Linear(4, 3)

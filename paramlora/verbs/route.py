@@ -12,6 +12,7 @@ from ..layers.forward import forward_for
 from ..routing.rows import Route
 from ..site.find import Site
 from ..site.names import check_unmerged
+from ..site.quantized import packed_tensor
 from ..site.survey import Survey
 from ..stack.overlay import Change, opened
 
@@ -125,7 +126,7 @@ def _check_hosts(sites: Sequence[Site]) -> None:
     """Raise a StateError if a module reads its tensor in a forward that cannot be split."""
     for site in sites:
         cls = type(site.module).__bases__[0]
-        if forward_for(cls, alone=False) is None:
+        if packed_tensor(site.module) is None and forward_for(cls, alone=False) is None:
             raise StateError(
                 f"cannot route {site.path!r}: {cls.__name__} reads it in its own forward, where "
                 "all rows get the same tensor; detach that adapter, or name= another for that site"

@@ -171,6 +171,31 @@ def test_routed_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "share of" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+def test_equivalence(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trained by paramlora and by PEFT, the same adapter has the same losses."""
+    pytest.importorskip("peft", reason="PEFT is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    command = f"equivalence --kind {kind} --dtype float64 --steps 6 --batch 2 8 --device cpu"
+    assert main([*command.split(), "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    assert rows[1]["losses"] == pytest.approx(rows[0]["losses"], abs=1e-6)
+    assert rows[0]["losses"][5] < rows[0]["losses"][0]
+    assert "largest difference" in capsys.readouterr().out
+
+
+def test_host_time_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`host-time` writes the clock's and the host's time and the operations of each contestant."""
+    command = "host-time --suites cpu-mlp --quick --runs 2 --steps 1 --only paramlora"
+    assert main([*command.split(), "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["contestant"] for row in rows[:3]] == ["floor", "paramlora", "paramlora, native"]
+    assert all(len(row["runs_s"]) == 2 and row["host_s"] > 0 for row in rows)
+    assert all("aten::addmm" in {name for name, *_ in row["operations"]} for row in rows)
+    assert "over floor" in capsys.readouterr().out
+
+
 def test_verb_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`verbs` writes a row for each verb and library."""
     pytest.importorskip("peft", reason="PEFT is not installed")

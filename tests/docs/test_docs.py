@@ -1,4 +1,4 @@
-"""The examples of docs/transformers.md, distributed.md and export.md run unchanged.
+"""The examples of docs/transformers.md, distributed.md, export.md and quantized.md run unchanged.
 
 A Python block runs after those before it in its section; a block that begins with a file name in a
 comment is written to that file instead. The commands of a `sh` block run unchanged, except for the
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.support import tiny_text
+from tests.support import quantized, tiny_text
 from tests.support.processes import run_python, torchrun
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -23,8 +23,9 @@ SECTION = re.compile(r"^## (.+?)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CASES = [
     pytest.param(name, match[1], id=f"{name} {match[1]}")
-    for name in ("transformers.md", "distributed.md", "export.md")
+    for name in ("transformers.md", "distributed.md", "export.md", "quantized.md")
     for match in SECTION.finditer((ROOT / "docs" / name).read_text(encoding="utf-8"))
+    if BLOCK.search(match[2]) or name != "quantized.md"
 ]
 # Options that make a study short.
 SHORT = "--epochs 1 --seeds 1 --batch 8 --device cpu --no-forgetting --max-length 16"
@@ -75,6 +76,8 @@ def test_examples(
     text, section, start = section_of(name, title)
     if "torchrun" in section and not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("needs torch.distributed with gloo")
+    if "torchao" in section or "BitsAndBytesConfig" in section:
+        quantized.imported("torchao" if "torchao" in section else "bitsandbytes")
     blocks = list(BLOCK.finditer(section))
     assert blocks, f"no block in {title}"
     monkeypatch.chdir(tmp_path)

@@ -170,6 +170,7 @@ print(json.dumps({
             "rank_stabilized": False,
             "batch_dims": 0,
             "transposed": False,
+            "dropout": 0.0,
         },
         "strength": 0.5,
         "shape": [3, 4],

@@ -12,6 +12,7 @@ from tests.support.helpers import pattern
 
 RANK = "rank must be a whole number of at least 1, got "
 ALPHA = "alpha must be a finite number or None, got "
+DROPOUT = "dropout must be at least 0 and below 1, got "
 BATCH_DIMS = "batch_dims must be a whole number of at least 0, got "
 # A function that makes an invalid spec, and the message of its ValueError.
 INVALID: dict[str, tuple[Callable[[], pl.kinds.Spec], str]] = {
@@ -51,6 +52,10 @@ INVALID: dict[str, tuple[Callable[[], pl.kinds.Spec], str]] = {
         lambda: LoRA(2, batch_dims=1.0),  # type: ignore[arg-type]
         BATCH_DIMS + "1.0",
     ),
+    "dropout of all": (lambda: LoRA(dropout=1), DROPOUT + "1"),
+    "negative dropout": (lambda: LoRA(dropout=-0.1), DROPOUT + "-0.1"),
+    "dropout NaN": (lambda: LoRA(dropout=math.nan), DROPOUT + "nan"),
+    "boolean dropout": (lambda: LoRA(dropout=True), DROPOUT + "True"),
     "DoRA, rank 0": (lambda: DoRA(rank=0), RANK + "0"),
     "DoRA, alpha NaN": (lambda: DoRA(alpha=math.nan), ALPHA + "nan"),
     "DoRA, unknown init": (
@@ -96,11 +101,12 @@ def test_defaults() -> None:
     assert spec.scaling == 1
 
 
-def test_dropout_is_not_a_setting() -> None:
-    """Specs have no dropout: dropout of a layer's input is not a function of its weight."""
-    for spec in (pl.LoRA, pl.Delta):
+def test_only_lora_has_dropout() -> None:
+    """LoRA takes a dropout; a kind whose update has no input to drop says that it has none."""
+    assert (LoRA(dropout=0).dropout, LoRA(dropout=0.5).dropout) == (0.0, 0.5)
+    for spec in (DoRA, pl.Delta):
         make: Callable[..., pl.kinds.Spec] = spec
-        with pytest.raises(TypeError, match="no argument 'dropout': adapters have no dropout"):
+        with pytest.raises(TypeError, match="no argument 'dropout': this kind has no dropout"):
             make(dropout=0.1)
 
 

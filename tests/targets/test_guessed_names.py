@@ -250,7 +250,7 @@ ARGUMENTS: list[tuple[Any, dict[str, Any], str]] = [
     (
         LoRA,
         {"lora_dropout": 0.1},
-        "has no argument 'lora_dropout': adapters have no dropout",
+        "LoRA() has no argument 'lora_dropout': write dropout=",
     ),
     (LoRA, {"target_modules": []}, "LoRA() has no argument 'target_modules': pass the targets to"),
     (LoRA, {"use_dora": True}, "LoRA() has no argument 'use_dora': use DoRA()"),
