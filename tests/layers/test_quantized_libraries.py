@@ -141,6 +141,17 @@ class TestQuantizing:
             assert torch.equal(model(x), quantized("quanto int8")(x))
 
 
+@pytest.mark.parametrize("form", ["bitsandbytes 4", "bitsandbytes 8", "hqq", "torchao int8"])
+def test_loading_a_base(form: str) -> None:
+    """A base is loaded whole below adapters, or not at all."""
+    model, state = adapted(quantized(form)), quantized(form).state_dict()
+    if form == "torchao int8":
+        pl.load_base_state_dict(model, state)
+    else:
+        with pytest.raises(pl.StateError, match="stores outside of its parameters: make the quan"):
+            pl.load_base_state_dict(model, state)
+
+
 class TestWeight:
     """`layer.weight` of a quantized layer, whose W' does not exist."""
 
