@@ -266,6 +266,11 @@ def test_transformers(library: str, checkpoint: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(other(ids).logits, y, rtol=0, atol=1e-2)
         pl.disable(other)
         assert torch.equal(other(ids).logits, off)
+    model.save_pretrained(tmp_path / "whole")
+    saved = type(model).from_pretrained(tmp_path / "whole", device_map={"": "cpu"}).train()
+    with torch.no_grad(), pl.disabled(model):
+        assert torch.equal(saved(ids).logits, model.train()(ids).logits)
+    model.eval()
     assert model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (2, 11)
 
 
