@@ -18,7 +18,6 @@ DOCUMENTS = {str(path.relative_to(ROOT)): path for path in documents.paths()}
 UNMARKED: set[str] = {
     "docs/forgetting.md",
     "docs/performance.md",
-    "experiments/tasks/README.md",
 }
 
 
