@@ -18,7 +18,6 @@ DOCUMENTS = {str(path.relative_to(ROOT)): path for path in documents.paths()}
 UNMARKED: set[str] = {
     "docs/distributed.md",
     "docs/forgetting.md",
-    "docs/performance.md",
     "docs/text-study.md",
     "docs/train-many.md",
     "docs/transformers.md",
