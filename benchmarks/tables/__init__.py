@@ -7,8 +7,10 @@ A table of measurements in a document has a comment with its name on the line ab
 
 The command replaces the table below each such comment. A name is either that of a function with
 `@table("text-imdb")` in a file of benchmarks/tables/, or that of a file docs/data/NAME.csv, whose
-cells are then the table. To add a table, write the comment, add the function or the file, and run
-the command. `tests/docs/test_tables.py` fails if a document differs from what the command writes.
+cells are then the table. docs/data/means/NAME.csv is the same for a table whose raw rows were not
+kept, so that only the figures shown have survived. To add a table, write the comment, add the
+function or the file, and run the command. `tests/docs/test_tables.py` fails if a document differs
+from what the command writes.
 
 `--keep NAME=RUN` copies the run in the folder RUN to docs/data/NAME. It compresses the rows, and
 leaves out the paths of this machine.

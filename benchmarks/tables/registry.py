@@ -38,24 +38,31 @@ def makers() -> dict[str, Maker]:
 
 
 def found_table(name: str) -> Table:
-    """Return the table that the function `name` makes, or that the file docs/data/NAME.csv has.
+    """Return the table that the function `name` makes, or that the file NAME.csv has.
 
     Raises:
         KeyError: there is neither a function nor a file of this name.
     """
     if name in makers():
         return makers()[name]()
-    if (DATA / f"{name}.csv").exists():
+    try:
         return table_of_csv(name)
-    raise KeyError(
-        f"no table {name!r}: register a function by @table({name!r}) in benchmarks/tables/, "
-        f"or write docs/data/{name}.csv"
-    )
+    except FileNotFoundError:
+        raise KeyError(
+            f"no table {name!r}: register a function by @table({name!r}) in benchmarks/tables/, "
+            f"or write docs/data/{name}.csv"
+        ) from None
+
+
+def csv_path(name: str) -> Path:
+    """Return the path of NAME.csv in docs/data, or in docs/data/means, which has no raw rows."""
+    path = DATA / f"{name}.csv"
+    return path if path.exists() else DATA / "means" / path.name
 
 
 def csv_rows(name: str) -> list[dict[str, str]]:
-    """Return the rows of docs/data/NAME.csv by the names of its columns."""
-    with open(DATA / f"{name}.csv", encoding="utf-8", newline="") as file:
+    """Return the rows of NAME.csv by the names of its columns."""
+    with open(csv_path(name), encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -71,8 +78,8 @@ def kept_run(name: str) -> RunDirectory:
 
 
 def table_of_csv(name: str) -> Table:
-    """Return the cells of docs/data/NAME.csv as a table; columns of numbers are aligned right."""
-    with open(DATA / f"{name}.csv", encoding="utf-8", newline="") as file:
+    """Return the cells of NAME.csv as a table; columns of numbers are aligned right."""
+    with open(csv_path(name), encoding="utf-8", newline="") as file:
         head, *rows = csv.reader(file)
     return aligned(head, [[minus(cell) for cell in row] for row in rows])
 

@@ -56,22 +56,21 @@ def contact_sheet(
     """
     by_class = {label: rows for label, rows in getattr(flips, side).items() if rows}
     before, after = (p.predicted.tolist() for p in predictions)
-    figure, panels = plt.subplots(
-        max(1, len(by_class)),
-        per_class,
-        figsize=(0.75 * per_class + 1, 0.95 * max(1, len(by_class)) + 0.5),
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes in panels.flat:
-        axes.set_axis_off()
-    for line, (label, rows) in zip(panels, by_class.items(), strict=False):
-        for axes, row in zip(line, rows, strict=False):
+    widest = min(per_class, max(map(len, by_class.values()), default=0))
+    lines, columns = max(1, len(by_class)), max(6, widest)  # the title is six images wide
+    figure = plt.figure(figsize=(0.75 * columns + 1, 0.95 * lines + 0.5), layout="constrained")
+    grid = figure.add_gridspec(lines, columns)
+    for line, (label, rows) in enumerate(by_class.items()):
+        for column, row in enumerate(rows[:per_class]):
+            axes = figure.add_subplot(grid[line, column])
+            axes.set_axis_off()
             axes.imshow(images[row].numpy(), cmap="gray_r")
             axes.set_title(f"{classes[before[row]]} → {classes[after[row]]}", fontsize=7, pad=2)
-        name = f"{classes[label]}\nn = {len(rows)}"
-        place = {"transform": line[0].transAxes, "ha": "right", "va": "center"}
-        line[0].text(-0.15, 0.5, name, fontsize=9, **place)
+            if column == 0:
+                name = f"{classes[label]}\nn = {len(rows)}"
+                axes.text(
+                    -0.15, 0.5, name, fontsize=9, transform=axes.transAxes, ha="right", va="center"
+                )
     title = {"negative": "correct before, wrong after", "positive": "wrong before, correct after"}
     figure.suptitle(f"{title[side]}; above each image: prediction before → after", fontsize=9)
     return figure
@@ -157,24 +156,33 @@ def confusion_panels(
         classes: their names, by label.
         tuned: the labels whose names are set in bold.
     """
-    wrong_off, wrong_on = (np.array(m) * (1.0 - np.eye(len(classes))) for m in (off, on))
-    highest = max(wrong_off.max(), wrong_on.max(), 1)
-    change = wrong_on - wrong_off
-    reach = max(abs(change).max(), 1)
+    wrong = [_wrong(matrix) for matrix in (off, on)]
+    highest = max(*(matrix.max() for matrix in wrong), 1)
     figure, panels = plt.subplots(1, 3, figsize=(11, 4.1), layout="constrained")
-    _matrix(panels[0], wrong_off, "Oranges", (0, highest), "adapter off: wrong answers")
-    _matrix(panels[1], wrong_on, "Oranges", (0, highest), "adapter on: wrong answers")
-    _matrix(panels[2], change, "RdBu_r", (-reach, reach), "on − off")
-    bold = {classes[label] for label in tuned}
-    for axes in panels:
-        for set_ticks in (axes.set_xticks, axes.set_yticks):
-            set_ticks(range(len(classes)), classes, fontsize=8)
-        axes.tick_params(axis="x", rotation=90 if max(map(len, classes)) > 2 else 0)
-        for label in [*axes.get_xticklabels(), *axes.get_yticklabels()]:
-            if label.get_text() in bold:
-                label.set_fontweight("bold")
+    for axes, matrix, state in zip(panels, wrong, ("off", "on"), strict=False):
+        title = f"adapter {state}: wrong answers"
+        _matrix(axes, matrix, "Oranges", (0, highest), title, classes, tuned)
+    confusion_change(panels[2], off, on, classes, tuned)
     panels[0].set_ylabel("true class (bold: tuned)" if tuned else "true class")
     return figure
+
+
+def confusion_change(
+    axes: Axes,
+    off: Sequence[Sequence[float]] | np.ndarray,
+    on: Sequence[Sequence[float]] | np.ndarray,
+    classes: Sequence[str],
+    tuned: Sequence[int] = (),
+) -> None:
+    """Draw the difference of the wrong answers, the third panel of `confusion_panels`."""
+    change = _wrong(on) - _wrong(off)
+    reach = max(abs(change).max(), 1)
+    _matrix(axes, change, "RdBu_r", (-reach, reach), "on − off", classes, tuned)
+
+
+def _wrong(confusion: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
+    """Return a confusion matrix without its diagonal, the correct answers."""
+    return np.array(confusion) * (1.0 - np.eye(len(confusion)))
 
 
 def _legend_above(axes: Axes) -> None:
@@ -183,7 +191,13 @@ def _legend_above(axes: Axes) -> None:
 
 
 def _matrix(
-    axes: Axes, values: np.ndarray, colours: str, limits: tuple[float, float], title: str
+    axes: Axes,
+    values: np.ndarray,
+    colours: str,
+    limits: tuple[float, float],
+    title: str,
+    classes: Sequence[str],
+    tuned: Sequence[int],
 ) -> None:
     """Draw a matrix with its numbers, its colours spread over `limits`."""
     # Colours follow the square root of the count. On a linear scale a few counts in the hundreds
@@ -195,9 +209,15 @@ def _matrix(
             dark = _signed_root(abs(value)) > 0.75 * _signed_root(limits[1])
             text, colour = f"{value:.0f}".replace("-", "−"), "white" if dark else "black"
             axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
+    for set_ticks in (axes.set_xticks, axes.set_yticks):
+        set_ticks(range(len(classes)), classes, fontsize=8)
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        for label in tuned:
+            labels[label].set_fontweight("bold")
     axes.set(title=title, xlabel="predicted class")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
+    axes.tick_params(axis="x", rotation=90 if max(map(len, classes)) > 2 else 0)
 
 
 def _signed_root(values: np.ndarray | float) -> np.ndarray:

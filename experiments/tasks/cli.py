@@ -13,12 +13,13 @@ def add_commands(commands: Commands) -> None:
     tasks = add_command(
         commands,
         "tasks",
-        help="learn a sequence of tasks, one adapter per stage, and draw the accuracy matrix",
+        help="learn a sequence of tasks by adapters, in full and jointly; the accuracy matrix",
         description="Learn a sequence of tasks. Brackets show the values of the preset split.",
         epilog=presets_help(TaskSettings.PRESETS, "split"),
         examples=(
             "--preset rotated",
             "--scenario task --rank 4 --seeds 5",
+            "--methods one,full,joint --full-lr 1e-3",
             "--data digits --steps 50 --orthogonal 0.1 --out runs/tasks-small",
         ),
     )
@@ -41,12 +42,14 @@ def report(folders: list[Path]) -> int:
     Raises:
         StudyError: If a folder has no run, or its run has no rows yet.
     """
-    from .report import table, write_task_report
+    from .report import REFERENCE, differences, methods_in, table, write_task_report
 
     for folder in folders:
         if not RunDirectory.read(folder).rows:
             raise StudyError(f"the run in {folder} has no rows yet: continue it first")
         run = write_task_report(folder)
         print(table(run).text())
+        if REFERENCE in methods_in(run):
+            print(f"\n{differences(run).text()}")
         print(f"report   {run.folder / 'tasks.md'}")
     return 0

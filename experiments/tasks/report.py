@@ -10,24 +10,78 @@ from ..digits.data import small_note
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..report.figures import Axes, Figure, plt, png
 from ..report.table import Sample, Table, key_value_table
-from .tasks import COMBINE
+from .settings import METHODS
 
-METRICS = ("ACC", "BWT", "forgetting", "LA", "WC-ACC of the first", "stability gap of the first")
+METRICS = ("ACC", "BWT", "forgetting", "LA", "WC-ACC", "stability gap")
+COMPARED = ("ACC", "LA", "forgetting")
+REFERENCE = "full"
 
 
 def table(run: RunDirectory) -> Table:
-    """Return the metrics of each method, mean ± sd over the adapter seeds, in points."""
+    """Return the metrics of each method, mean ± sd over the bases, in points."""
     rows = []
-    for combine in methods_in(run):
-        learned = rows_of(run, combine)
-        bands = [Sample(tuple(100 * row[name] for row in learned)) for name in METRICS]
-        rows.append([combine, *(band.mean_sd(1) for band in bands), str(len(learned))])
-    return Table(["adapters", *METRICS, "n"], rows)
+    for method in methods_in(run):
+        units = units_of(run, method)
+        bands = [Sample(tuple(_mean(rows, name) for rows in units.values())) for name in METRICS]
+        rows.append([method, *(band.mean_sd(1) for band in bands), str(len(units))])
+    return Table(["method", *METRICS, "n"], rows)
+
+
+def differences(run: RunDirectory, reference: str = REFERENCE) -> Table:
+    """Return the differences of each method from another one, paired by base, in points.
+
+    A cell has the mean difference and its 95 % interval over the bases.
+    """
+    theirs = units_of(run, reference)
+    head = [f"difference from {reference}", *COMPARED, "n"]
+    rows = []
+    for method in (name for name in methods_in(run) if name != reference):
+        ours = units_of(run, method)
+        pairs = [(ours[unit], theirs[unit]) for unit in ours if unit in theirs]
+        if not pairs:
+            continue
+        cells = []
+        for name in COMPARED:
+            found = Sample(tuple(_mean(a, name) - _mean(b, name) for a, b in pairs))
+            cells.append(f"{found.mean:+.1f} ({found.interval(1)})")
+        rows.append([method, *cells, str(len(pairs))])
+    return Table(head, rows)
+
+
+def units_of(run: RunDirectory, method: str) -> dict[int, list[Row]]:
+    """Return the rows of a method by base, or by adapter seed in a run with a single base.
+
+    Adapters on the same base resemble each other, so a base counts as one observation.
+    """
+    key = "base_seed" if run.settings.get("bases", 1) > 1 else "seed"
+    found: dict[int, list[Row]] = {}
+    for row in rows_of(run, method):
+        found.setdefault(row[key], []).append(row)
+    return found
+
+
+def _mean(rows: list[Row], name: str) -> float:
+    return 100 * sum(row[name] for row in rows) / len(rows)
 
 
 def methods_in(run: RunDirectory) -> list[str]:
-    """Return the methods that have rows in the run, in the order of `COMBINE`."""
-    return [combine for combine in COMBINE if rows_of(run, combine)]
+    """Return the methods that have rows in the run, in the order of `METHODS`."""
+    return [method for method in METHODS if rows_of(run, method)]
+
+
+def scenario_of(run: RunDirectory) -> str:
+    """Return the scenario of a run: "task", "class" or "domain".
+
+    Older runs of rotated and permuted tasks recorded "class", although all their tasks have the
+    same classes.
+    """
+    scenario, stream = run.settings["scenario"], run.settings["stream"]
+    return "domain" if scenario == "class" and stream != "split" else scenario
+
+
+def units_name(run: RunDirectory) -> str:
+    """Return the name of the observations that n counts."""
+    return "bases" if run.settings.get("bases", 1) > 1 else "adapter seeds on one base"
 
 
 def rows_of(run: RunDirectory, combine: str) -> list[Row]:
@@ -36,7 +90,7 @@ def rows_of(run: RunDirectory, combine: str) -> list[Row]:
 
 
 def matrices(run: RunDirectory) -> Figure:
-    """Draw the mean accuracy matrix of each method over the adapter seeds."""
+    """Draw the mean accuracy matrix of each method over all bases and adapter seeds."""
     found = methods_in(run)
     figure, panels = plt.subplots(
         1, len(found), figsize=(3.1 * len(found), 4.0), layout="constrained", squeeze=False
@@ -83,7 +137,7 @@ def first_task_curve(run: RunDirectory) -> Figure:
         ylabel="accuracy on the first task, %",
         ylim=(0, 102),
     )
-    axes.legend(frameon=False, ncols=4)
+    axes.legend(frameon=False, ncols=4, fontsize=8)
     return figure
 
 
@@ -98,13 +152,22 @@ def write_task_report(folder: Path) -> RunDirectory:
         ),
     }
     parts = [
-        f"# Tasks: {run.settings['stream']}, {run.settings['scenario']}-incremental",
-        f"{run.environment['data']}; points, mean ± sd over adapter seeds on one base."
+        f"# Tasks: {run.settings['stream']}, {scenario_of(run)}-incremental",
+        f"{run.environment['data']}; points, mean ± sample sd over n {units_name(run)}."
         f"{small_note(run.environment['data'])}",
         table(run).markdown(),
-        "`experiments/analysis/task_metrics.py` defines ACC, BWT, forgetting, LA and WC-ACC, with "
-        "sources. The first stage is the pre-training of the base.",
+        "`experiments/tasks/learner.py` defines the methods, and "
+        "`experiments/analysis/task_metrics.py` the metrics, with sources. WC-ACC and the "
+        "stability gap count the evaluations during the later stages, on the first 1,000 test "
+        "images of each earlier task; the gap is the mean over these tasks. The first stage is "
+        "the pre-training of the base.",
     ]
+    if REFERENCE in methods_in(run):
+        parts += [
+            differences(run).markdown(),
+            f"Mean and 95 % interval over n {units_name(run)}, paired: the methods have the same "
+            "base and, except for the joint methods, the same images in the same order.",
+        ]
     for name, (make, caption) in captions.items():
         replace_file(folder / name, png(make(run)))
         parts.append(f"![{caption}]({name})\n\n{caption}")

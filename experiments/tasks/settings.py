@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from ..harness.settings import (
     COUNT,
     NOT_NEGATIVE,
+    Check,
     PlaceSettings,
     Settings,
     SettingsGroup,
@@ -13,6 +14,16 @@ from ..harness.settings import (
 )
 
 STREAMS = ("split", "rotated", "permuted")
+METHODS = ("one", "stacked", "merged", "routed", "full", "joint-lora", "joint")
+FULL = ("full", "joint")  # they train all weights, without an adapter
+
+
+def _known_methods(text: str) -> bool:
+    names = text.split(",")
+    return set(names) <= set(METHODS) and len(set(names)) == len(names)
+
+
+KNOWN_METHODS = Check(f"a list of {', '.join(METHODS)}, each at most once", _known_methods)
 
 
 @dataclass(frozen=True)
@@ -23,13 +34,17 @@ class SequenceSettings(SettingsGroup):
     tasks: int = option(5, "number of tasks; the base is pre-trained on the first")
     scenario: str = option(
         "class",
-        "task: the task of each test image is given; class: it is not",
-        choices=("class", "task"),
+        "task: the task of each test image is given; else it is not: class for split tasks, "
+        "domain for rotated and permuted ones",
+        choices=("class", "domain", "task"),
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         most = 5 if self.stream == "split" else 20
+        untold = "class" if self.stream == "split" else "domain"
+        known = f"task or {untold} for {self.stream} tasks"
+        self.require("scenario", self.scenario in ("task", untold), known)
         self.require("tasks", 2 <= self.tasks <= most, f"a whole number from 2 to {most}")
 
 
@@ -53,7 +68,8 @@ class FinetuningSettings(SettingsGroup):
     """Fine-tuning, one stage for each later task."""
 
     steps: int = option(200, "length of each stage, optimizer steps", COUNT)
-    lr: float = option(3e-3, "learning rate of the stages, Adam's step size")
+    lr: float = option(3e-3, "learning rate of the adapters, Adam's step size")
+    full_lr: float = option(3e-4, "learning rate of full and joint, which train all weights")
     batch: int = option(32, "batch size, images", COUNT)
 
 
@@ -102,13 +118,17 @@ class TaskSettings(Settings):
 
     STUDY: ClassVar[str] = "tasks"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        name: {"stream": name} if name != "split" else {} for name in STREAMS
+        name: {"stream": name, "scenario": "domain"} if name != "split" else {} for name in STREAMS
     }
 
     preset: str = option("split", "the settings to start from", choices=STREAMS)
     sequence: SequenceSettings = SequenceSettings()
-    seed: int = option(0, "seed of the base and of the pixel permutations")
-    seeds: int = option(3, "number of adapter seeds, counted from 0", COUNT)
+    methods: str = option(
+        ",".join(METHODS), f"comma-separated list of {', '.join(METHODS)}", KNOWN_METHODS
+    )
+    seed: int = option(0, "seed of the first base and of its pixel permutations")
+    bases: int = option(5, "number of bases; their seeds count on from --seed", COUNT)
+    seeds: int = option(1, "number of adapter seeds on each base, counted from 0", COUNT)
     network: NetworkSettings = NetworkSettings()
     pretraining: PretrainingSettings = PretrainingSettings()
     finetuning: FinetuningSettings = FinetuningSettings()
@@ -116,3 +136,8 @@ class TaskSettings(Settings):
     remedies: RemedySettings = RemedySettings()
     dataset: DatasetSettings = DatasetSettings()
     place: TaskPlaceSettings = TaskPlaceSettings()
+
+    @property
+    def chosen_methods(self) -> list[str]:
+        """The methods to run, in the order given."""
+        return self.methods.split(",")

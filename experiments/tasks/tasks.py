@@ -1,152 +1,54 @@
-"""Sequences of tasks: one adapter per stage on one base, and the matrix of accuracies.
+"""Sequences of tasks: several methods learn them on the same bases; the matrix of accuracies.
 
-The methods, by how they combine the adapters of the stages:
-
-    one        a single adapter trains in all stages; the baseline for forgetting
-    stacked    each stage adds an adapter; the earlier adapters stay on, frozen
-    merged     each stage trains an adapter alone on the base; at the end all k adapters are on,
-               each at strength 1/k
-               (Ilharco et al. 2023, "Editing models with task arithmetic", arXiv 2212.04089)
-    routed     trained as merged; the adapter of the given task answers, or the most confident one
-
-Scenarios (van de Ven et al. 2022, "Three types of incremental learning"): in `task`, the task of
-each test image is given and only its classes count. In `class`, the task is not given. Rotated and
-permuted tasks have the same classes, so there the scenarios differ only for `routed`.
+learner.py has the methods, streams.py the tasks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import Tensor, nn
 
-import paramlora as pl
-
-from ..analysis.evaluate import logits_of
 from ..analysis.task_metrics import all_metrics, stability_gap, worst_case_accuracy
-from ..digits.data import announce, describe, load_data
+from ..digits.data import Split, announce, describe, load_data
 from ..digits.model import DigitNet
-from ..digits.remedies.losses import mask_or_shift_logits
-from ..digits.remedies.penalties import orthogonal
 from ..harness.batches import Batches, seeded_order
 from ..harness.environment import RESULT_KEYS, resolve_device
-from ..harness.loggers import Curve
 from ..harness.rundir import RunDirectory
-from ..harness.settings import result_settings
+from ..harness.settings import replace, result_settings
 from ..harness.stages import Stage, run_stages
-from ..harness.train import Objective, cpu_threads, cross_entropy, every, train
+from ..harness.train import cpu_threads, cross_entropy, every, train
+from .learner import Learner
 from .settings import TaskSettings
 from .streams import Task, stream
 
-COMBINE = ("one", "stacked", "merged", "routed")
+WATCHED = 1000  # test images of each earlier task that are evaluated during a stage
 
 
-class Learner:
-    """A base with the adapters of its stages, and a method of combining them."""
-
-    def __init__(self, settings: TaskSettings, model: nn.Module, combine: str) -> None:
-        self.settings, self.model, self.combine = settings, model, combine
-        self.names: list[str] = []
-
-    def begin(self, generator: torch.Generator) -> list[nn.Parameter]:
-        """Start a stage; return its trainable parameters."""
-        if self.combine != "one" or not self.names:
-            self.names.append(f"stage{len(self.names) + 1}")
-            spec = pl.LoRA(self.settings.adapter.rank, self.settings.adapter.alpha)
-            pl.attach(
-                self.model,
-                spec,
-                nn.Linear,
-                name=self.names[-1],
-                activate="also" if self.combine == "stacked" else "only",
-                generator=generator,
-            )
-        return pl.parameters(self.model, self.names[-1])
-
-    def objective(self, task: Task) -> Objective:
-        """Return the loss of a stage, with the remedies in the settings."""
-        settings, earlier = self.settings, self.names[:-1]
-        penalties = (
-            [self._overlap(name) for name in earlier] if settings.remedies.orthogonal else []
-        )
-
-        def objective(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-            logits = mask_or_shift_logits(model(inputs), task.classes, settings.remedies.margin)
-            loss = nn.functional.cross_entropy(logits, labels)
-            for penalty in penalties:
-                loss = loss + settings.remedies.orthogonal * penalty(model)
-            return loss
-
-        return objective
-
-    def _overlap(self, name: str) -> Callable[[nn.Module], Tensor]:
-        state = pl.state_dict(self.model, name)
-        earlier = {key: A.detach() for key, A in state.items() if key.endswith(".A")}
-        paths = {}
-        for key in earlier:
-            module, tensor = key.removesuffix(".A").rsplit(".", 1)
-            paths[key] = f"{module}.parametrizations.{tensor}.0.factors.{self.names[-1]}.A"
-        return orthogonal(earlier, paths)
-
-    @torch.no_grad()
-    def answer(self, inputs: Tensor, tasks: Sequence[Task], number: int) -> Tensor:
-        """Return predicted classes, int64 (n,), for images of task `number`."""
-        task_given = self.settings.sequence.scenario == "task"
-        if self.combine == "routed":
-            logits = self._routed(inputs, tasks, number if task_given else None)
-        elif self.combine == "merged" and self.names:
-            share = dict.fromkeys(self.names, 1 / len(self.names))
-            with pl.using(self.model, **share):
-                logits = logits_of(self.model, inputs)
-        else:
-            logits = logits_of(self.model, inputs)
-        if task_given:
-            logits = mask_or_shift_logits(logits, tasks[number].classes, torch.inf)
-        return logits.argmax(1)
-
-    def _routed(self, inputs: Tensor, tasks: Sequence[Task], given: int | None) -> Tensor:
-        """Return logits, (n, 10), by the given task's adapter or by each image's most confident.
-
-        The confidence of a stage is its largest softmax probability among the classes of its task.
-        Stage 0 is the base.
-        """
-        count = len(self.names) + 1
-        if given is not None:
-            return self._logits(given if given < count else 0, inputs)
-        stage_logits, confidences = [], []
-        for number in range(count):
-            logits = self._logits(number, inputs)
-            # A stage may only predict classes of its task.
-            stage_logits.append(mask_or_shift_logits(logits, tasks[number].classes, torch.inf))
-            p = logits.softmax(1)[:, list(tasks[number].classes)]
-            confidences.append(p.max(1).values)  # (n,)
-        best = torch.stack(confidences).argmax(0)  # (stages, n) → (n,)
-        return torch.stack(stage_logits)[best, torch.arange(len(inputs), device=inputs.device)]
-
-    def _logits(self, stage: int, inputs: Tensor) -> Tensor:
-        """Return the logits, (n, 10), of the base (stage 0) or with the adapter of a stage."""
-        if not self.names:  # before the first adapter is attached
-            return logits_of(self.model, inputs)
-        with pl.using(self.model, *self.names[stage - 1 : stage] if stage else ()):
-            return logits_of(self.model, inputs)
-
-
-@dataclass(frozen=True)
+@dataclass
 class TaskContext:
-    """The settings, run, tasks and base weights that all stages of a run share."""
+    """The settings, run and data that all stages share, and the tasks and base of one seed."""
 
     settings: TaskSettings
     run: RunDirectory
-    tasks: list[Task]
-    base: dict[str, Tensor]
+    splits: tuple[Split, Split]
+    made: dict[int, tuple[list[Task], dict[str, Tensor]]] = field(default_factory=dict)
 
-    def model(self) -> nn.Module:
+    def world(self, seed: int) -> tuple[list[Task], nn.Module]:
+        """Return the tasks of a base seed, and a new model with the weights of its base."""
+        if seed not in self.made:
+            self.made.clear()  # the tasks of one seed take gigabytes
+            settings = replace(self.settings, seed=seed)
+            tasks = stream(settings, *self.splits)
+            self.made[seed] = tasks, _pretrained(settings, tasks[0])
+        tasks, weights = self.made[seed]
         with torch.random.fork_rng(devices=[]):
             model = DigitNet(self.settings.network.hidden, "relu")
-        model.load_state_dict(self.base)
-        return model.to(self.tasks[0].test[0].device).eval()
+        model.load_state_dict(weights)
+        return tasks, model.to(tasks[0].test[0].device).eval()
 
 
 def accuracies(learner: Learner, tasks: Sequence[Task], count: int | None = None) -> list[float]:
@@ -157,7 +59,7 @@ def accuracies(learner: Learner, tasks: Sequence[Task], count: int | None = None
     ]
 
 
-def learn(combine: str, seed: int, context: TaskContext) -> None:
+def learn(combine: str, base_seed: int, seed: int, context: TaskContext) -> None:
     """Learn all tasks in order. Row: "learned", with the matrix and the first task's curve.
 
     The matrix a has one row per stage and one column per task, (T, T): a(i, j) is the accuracy on
@@ -170,62 +72,76 @@ def learn(combine: str, seed: int, context: TaskContext) -> None:
 
     The diagonal is the accuracy on a task just learned. Below it, a(i, j) - a(j, j) shows how much
     of task j was lost (negative) by stage i. Above it are tasks that were not learned yet.
+
+    The curves have the accuracy on the first WATCHED test images of each earlier task, from the end
+    of its own stage on.
     """
-    settings, tasks = context.settings, context.tasks
-    learner = Learner(settings, context.model(), combine)
+    tasks, model = context.world(base_seed)
+    learner, watched = Learner(context.settings, model, combine), [_watched(t) for t in tasks]
     generator = torch.Generator().manual_seed(seed)
-    matrix, curve = [accuracies(learner, tasks)], Curve()  # row 0: the base
+    matrix, curves = [accuracies(learner, tasks)], [accuracies(learner, watched, 1)]
+    steps = [0]
     for number in range(1, len(tasks)):
-        learn_stage(learner, tasks, number, generator, curve, f"{combine} {seed}")
+        label = f"{combine} {base_seed}.{seed}"
+        steps += learn_stage(learner, tasks, watched, number, generator, curves, label)
         matrix.append(accuracies(learner, tasks))  # row `number`, (T,)
-    firsts = [matrix[0][0], *curve.values["first"]]
+        curves.append(accuracies(learner, watched, number + 1)[-1:])
     context.run.record(
         {
             "stage": "learned",
             "method": combine,
-            "base_seed": settings.seed,
+            "base_seed": base_seed,
             "seed": seed,
             "tasks": [task.name for task in tasks],
             "matrix": matrix,
             **all_metrics(matrix),
-            "WC-ACC of the first": worst_case_accuracy(matrix[-1][-1], [firsts]),
-            "stability gap of the first": stability_gap(firsts),
-            "way": {"steps": [0, *curve.steps], "first": firsts},
+            "WC-ACC": worst_case_accuracy(matrix[-1][-1], curves[:-1]),
+            "stability gap": mean(map(stability_gap, curves[:-1])),
+            "way": {"steps": steps, "first": curves[0]},
         }
     )
+
+
+def _watched(task: Task) -> Task:
+    """Return the task with its first WATCHED test images only."""
+    images, labels = task.test
+    return Task(task.name, task.classes, task.train, (images[:WATCHED], labels[:WATCHED]))
 
 
 def learn_stage(
     learner: Learner,
     tasks: Sequence[Task],
+    watched: Sequence[Task],
     number: int,
     generator: torch.Generator,
-    curve: Curve,
+    curves: Sequence[list[float]],
     label: str,
-) -> None:
-    """Learn the task of a stage, and add the accuracies on the first task during it to `curve`."""
-    task, training = tasks[number], learner.settings.finetuning
-    parameters = learner.begin(generator)
-    order = seeded_order(len(task.train[1]), training.steps * training.batch, generator)
-    batches = Batches(task.train, order, training.batch)
-    before = (number - 1) * training.steps
+) -> list[int]:
+    """Learn the task of a stage, and extend the curves of the earlier tasks; return their steps."""
+    training, parameters = learner.settings.finetuning, learner.begin(generator)
+    task, order = learner.task_of_stage(tasks, number, generator)
+    batches, steps = Batches(task.train, order, training.batch), []
 
     def look(step: int, model: nn.Module, loss: Tensor) -> None:
-        curve(before + step, {"first": accuracies(learner, tasks, 1)[0]})
+        steps.append((number - 1) * training.steps + step)
+        for curve, value in zip(curves, accuracies(learner, watched, number), strict=True):
+            curve.append(value)
 
-    optimizer = torch.optim.Adam(parameters, training.lr, fused=True)
+    optimizer = torch.optim.Adam(parameters, learner.rate, fused=True)
     hooks, objective = [every(max(1, training.steps // 20), look)], learner.objective(task)
     with cpu_threads(learner.settings.place.threads):
         label = f"{label}, {task.name}"
         train(learner.model, batches, objective, optimizer, label=label, hooks=hooks)
+    return steps
 
 
 def task_stages(settings: TaskSettings) -> Iterator[Stage[TaskContext]]:
-    """Yield the stages of a run: one per method and adapter seed."""
-    for combine in COMBINE:
-        for seed in range(settings.seeds):
-            key = {"method": combine, "seed": seed}
-            yield Stage(key, ("learned",), partial(learn, combine, seed))
+    """Yield the stages of a run: one per base, method and adapter seed."""
+    for base_seed in range(settings.seed, settings.seed + settings.bases):
+        for method in settings.chosen_methods:
+            for seed in range(settings.seeds):
+                key = {"method": method, "base_seed": base_seed, "seed": seed}
+                yield Stage(key, ("learned",), partial(learn, method, base_seed, seed))
 
 
 def run_tasks(settings: TaskSettings, say: Callable[[str], None] = print) -> RunDirectory:
@@ -240,8 +156,7 @@ def run_tasks(settings: TaskSettings, say: Callable[[str], None] = print) -> Run
     announce(data, say)
 
     def prepared() -> TaskContext:
-        tasks = stream(settings, data.train.to(device), data.test.to(device))
-        return TaskContext(settings, run, tasks, _pretrained(settings, tasks[0]))
+        return TaskContext(settings, run, (data.train.to(device), data.test.to(device)))
 
     run_stages(run, task_stages(settings), prepared, say)
     return run

@@ -94,11 +94,9 @@ def linear(
     return _plain(x, W, b, A, B, s)
 
 
-def add_updates(x: Tensor, y: Tensor, terms: list[LowRank]) -> Tensor:
-    """Return y + Σ s · (x Aᵀ) Bᵀ over the terms; x: (…, k), y: (…, m), the output of the base."""
-    if not terms:
-        return y
-    A, B, s = terms[0] if len(terms) == 1 else _concatenate(terms)
+def add_update(y: Tensor, x: Tensor, *terms: LowRank) -> Tensor:
+    """Return y + Σ s · (x Aᵀ) Bᵀ over the terms with plain operations; x: (…, k), y: (…, m)."""
+    A, B, s = terms[0] if len(terms) == 1 else _concatenate(list(terms))
     if isinstance(s, Tensor):
         B, s = B * s, 1.0
     if A.dtype is not x.dtype:

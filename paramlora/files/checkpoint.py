@@ -83,6 +83,7 @@ def load(
     *,
     name: str | None = None,
     activate: Activate | None = None,
+    finite: bool = True,
 ) -> Summary:
     """Attach the adapter in a file, or copy its values into the attached adapter of that name.
 
@@ -98,15 +99,17 @@ def load(
         name: the adapter's name in the model; by default its name in the file.
         activate: "only", "also" or "no", as in `attach`. None means "only" if the model has no
             adapter yet and "no" otherwise; for an adapter that is attached, it changes nothing.
+        finite: whether to refuse NaN and infinite values. With False they load with a warning.
 
     Returns:
         The model's summary.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        CheckpointError: the file is damaged, was not written by paramlora, or belongs to another
-            model. The message names the file, the site, and what was expected and found. The model
-            does not change.
+        OSError: it cannot be read.
+        CheckpointError: the file is damaged, was not written by paramlora, belongs to another
+            model, or has values that are not finite. The message names the file, the site, and what
+            was expected and found. The model does not change.
         AdapterNameError: the name is not valid, or belongs to an adapter with other sites, kinds
             or shapes.
         StateError: the adapter of that name is merged, or another one is and `activate` is "only";
@@ -137,4 +140,4 @@ def load(
         raise CheckpointError(
             f"{path} is damaged: its content does not match its digest; save the adapter again"
         )
-    return attach_or_refresh(model, survey, planned, name, path, activate)
+    return attach_or_refresh(model, survey, planned, name, path, activate, finite)

@@ -109,18 +109,23 @@ def _parse(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     # The version is checked first, because a later version may have other parts.
     version = content.get("version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version > VERSION:
+    if type(version) is int and version > VERSION:
         raise CheckpointError(
-            f"{path} has format version {version}, and this paramlora reads versions up to "
+            f"{path} has format version {version!s:.20}, and this paramlora reads versions up to "
             f"{VERSION}; update paramlora"
         )
     _check_parts(content, _FILE, f"its metadata {ENTRY!r}", path)
+    if type(version) is bool or content["version"] < 1:
+        raise CheckpointError(
+            f"{path} is damaged: its format version must be at least 1, found {version!s:.20}; "
+            "save the adapter again"
+        )
     for site, entry in content["sites"].items():
         _check_parts(entry, _SITE, f"its metadata for {site!r}", path)
         if not is_finite(entry["strength"]):
             raise CheckpointError(
                 f"{path} is damaged: the strength for {site!r} must be a finite number, found "
-                f"{entry['strength']!r}; save the adapter again"
+                f"{entry['strength']!s:.50}; save the adapter again"
             )
     return content
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, TargetError, nearest
-from ..kinds.spec import Spec, factor_dtype
+from ..errors import CheckpointError, TargetError, nearest, some
+from ..kinds.spec import FLOATS, Spec, factor_dtype
 from ..layers.install import PlannedSite
 from ..site.place import Place, check, check_shapes, first_overlap
 from ..stack.block import Part, split
@@ -56,6 +56,7 @@ def plan_sites(
         blanks[site] = _blank(spec, place, path)
     expected = {f"{site}.{key}": blank for site in blanks for key, blank in blanks[site].items()}
     compare(tensors, expected, str(path))
+    check_dtypes(tensors, path)
     planned = []
     for site, spec in specs.items():
         dtypes = {key: blank.dtype for key, blank in blanks[site].items()}
@@ -82,6 +83,15 @@ def plan_site(
         for key, tensor in tensors.items()
     }
     return PlannedSite(place, Factors(spec, copies, place.block))
+
+
+def check_dtypes(tensors: Mapping[str, Tensor], path: FilePath) -> None:
+    """Raise a CheckpointError if a tensor in a file has a dtype that no factor has."""
+    wrong = [f"{key} has dtype {t.dtype}" for key, t in tensors.items() if t.dtype not in FLOATS]
+    if wrong:
+        raise CheckpointError(
+            f"{path} is damaged: {some(wrong)}; factors are floating tensors of 16 to 64 bits"
+        )
 
 
 def check_site(place: Place, spec: Spec, path: FilePath) -> None:
@@ -161,5 +171,6 @@ def _blank(spec: Spec, place: Place, path: FilePath) -> dict[str, Tensor]:
         return spec.create(torch.empty(value.shape, dtype=value.dtype, device="meta"))
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} has settings for {place.path!r} that cannot create factors, {spec!r}: {error}"
+            f"{path} has settings for {place.path!r} that cannot create factors, {spec!r:.200}: "
+            f"{error}"
         ) from error

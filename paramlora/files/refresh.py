@@ -1,11 +1,12 @@
 """Attach the adapter of a file, or copy its values into the attached adapter."""
 
 import os
+import warnings
 
 import torch
 from torch import nn
 
-from ..errors import AdapterNameError
+from ..errors import AdapterNameError, CheckpointError, some
 from ..layers.install import PlannedSite, check_name
 from ..site.find import Site
 from ..site.names import check_unmerged
@@ -24,6 +25,7 @@ def attach_or_refresh(
     name: str,
     path: str | os.PathLike[str],
     activate: Activate | None,
+    finite: bool,
 ) -> Summary:
     """Attach the planned factors, or copy their values into an attached adapter of that name.
 
@@ -35,7 +37,9 @@ def attach_or_refresh(
         path: the file or folder, for messages.
         activate: as in `attach`. None means "only" for the first adapter, "no" for another one, and
             no change for an attached one.
+        finite: whether to refuse values that are not finite, instead of a warning.
     """
+    _check_finite(planned, path, finite)
     if name not in survey.names:
         check_name(survey, name)
         return add(survey, planned, name, activate or ("no" if survey.names else "only"))
@@ -43,6 +47,22 @@ def attach_or_refresh(
         check_activate(survey, name, activate)
     _refresh(model, survey.sites_of(name), planned, name, path)
     return report(survey.again()) if activate is None else switch(survey, name, activate)
+
+
+def _check_finite(planned: list[PlannedSite], path: str | os.PathLike[str], refuse: bool) -> None:
+    """Raise a CheckpointError if factors have NaN or infinite values, or warn of them."""
+    wrong = [
+        f"{plan.place.path}.{key}"
+        for plan in planned
+        for key, tensor in plan.factors.tensors.items()
+        if not tensor.isfinite().all()
+    ]
+    if not wrong:
+        return
+    said = f"{path} has NaN or infinite values in {some(wrong)}"
+    if refuse:
+        raise CheckpointError(f"{said}; pass finite=False to load them nevertheless")
+    warnings.warn(said, UserWarning, stacklevel=4)
 
 
 @torch.no_grad()

@@ -1,7 +1,12 @@
 """Read `.safetensors` files, and write any file atomically."""
 
+import contextlib
 import os
+import platform
+import re
+import shutil
 import uuid
+import zlib
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,7 +23,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     in one step.
 
     - The temporary file is in the same folder, because a rename to another file system copies.
-    - Its name is random, so that two processes that save to one path do not share it.
+    - Its name is random, so that two processes that save to one path do not share it, and has the
+      process. The next save to `path` removes what a process that was killed has left.
     - `fsync` comes before the rename. Otherwise the file system may record the rename first, and a
       power failure leaves an empty file.
 
@@ -31,7 +37,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_path(path)
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -40,6 +46,44 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    remove_leftovers(path)
+
+
+def temporary_path(path: Path) -> Path:
+    """Return a new hidden path beside `path`, with the machine and the process that write it."""
+    return path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes have left beside `path`, once it is written."""
+    with contextlib.suppress(OSError):  # they are left for the next save then
+        for left in leftovers(path):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def leftovers(path: Path) -> list[Path]:
+    """Return what processes of this machine that do not run any more have left beside `path`."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.{_machine()}-(\d+)-[0-9a-f]{{8}}\.(tmp|old)")
+    found = [(name.fullmatch(entry.name), entry) for entry in path.parent.iterdir()]
+    return sorted(entry for match, entry in found if match and not _runs(int(match[1])))
+
+
+def _machine() -> str:
+    # Another machine that shares the folder numbers its processes in its own way.
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _runs(process: int) -> bool:
+    """Return whether a process of this machine runs; True where that cannot be asked."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it belongs to another user
+        return True
+    return True
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -48,17 +92,17 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     The tensors are views of the file, which stays mapped into memory. Copy a tensor to keep it.
 
     Raises:
-        FileNotFoundError: the file does not exist.
+        OSError: the file does not exist or cannot be read.
         CheckpointError: the file is damaged or has another format.
     """
     if os.path.isdir(path):
         raise CheckpointError(f"{path} is a folder; name the .safetensors file in it")
+    # safetensors reports a file that may not be read as missing.
+    open(path, "rb").close()
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
-    except FileNotFoundError:
-        raise
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged or not a .safetensors file ({error}); save the adapter again"

@@ -14,6 +14,7 @@ _OURS = {
     "init_lora_weights": "init",
     "lora_dropout": "dropout",
     "target_modules": "targets",
+    "target_parameters": "targets",
     "exclude_modules": "exclude",
     "adapter_name": "name",
     "rank": "rank",

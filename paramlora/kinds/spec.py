@@ -262,4 +262,7 @@ def along(values: Tensor, dim: int, weight: Tensor) -> Tensor:
 
 def is_finite(value: object) -> bool:
     """Return whether a value is a finite real number; a bool does not count as a number."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that is too large for a float
+        return False

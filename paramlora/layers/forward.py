@@ -9,10 +9,10 @@ Note [the choice of forward]
     factored    y = x Wᵀ + b + s·(x Aᵀ) Bᵀ      Linear, Conv1D, Embedding with low-rank updates.
                 W' is built only for many rows (`compute.plan.choose`).
     rescaled    W' = (1 + c) ⊙ (W + s·B A)      the same layers with IA3 or DoRA.
-    dropout     in training, y of the adapters without dropout, and s·(D(x) Aᵀ) Bᵀ for each of the
-                others: Linear and Conv1D, with plain operations.
     quantized   y = module(x) + s·(x Aᵀ) Bᵀ    quantized linear layers, whatever their class:
                 quantized.py. W is never read, and only low-rank updates can be there.
+    dropout     in training, y of the adapters without dropout, and s·(D(x) Aᵀ) Bᵀ for each of the
+                others: Linear, Conv1D and quantized layers, with plain operations.
     dense       torch's own code on W'          other layers, kinds without such a form, and
                 tensors with other parametrizations. W' is built once per forward.
 

@@ -131,8 +131,7 @@ def _with_dropout(
         others = [term.transposed() for term in others] if transposed else others
         y = lowrank.linear(x, W, b, others)
     for term, p in dropped:
-        term = term.transposed() if transposed else term
-        y = lowrank.add_updates(F.dropout(x, p), y, [term])
+        y = lowrank.add_update(y, F.dropout(x, p), term.transposed() if transposed else term)
     return y
 
 

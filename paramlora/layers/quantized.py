@@ -29,7 +29,7 @@ def quantized_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
         plists: Any = self._modules["parametrizations"]._modules  # type: ignore[union-attr]
         stack: Any = stack_of(plists.get("weight"))
         state = None if stack is None else stack.state()
-        drops = stack is not None and stack.drops and self.training
+        drops = state is not None and stack.drops and self.training
         alone = state is not None and len(plists) == 1 and not drops
         if not alone and rows.route_of(self) is not None:
             return by_group(self, args, kwargs)
@@ -40,10 +40,11 @@ def quantized_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
         if state.route is not None:
             terms = state.route.terms(stack, state)
             return rows.add_updates(x.to(y.dtype), y, state.route, stack, terms)
-        state, dropped = stack.dropped(state) if drops else (state, [])
-        y = lowrank.add_updates(x, y, stack.low_rank(state))
+        rest, dropped = stack.dropped(state) if drops else (state, ())
+        if rest.live:
+            y = lowrank.add_update(y, x, *stack.low_rank(rest))
         for term, p in dropped:
-            y = lowrank.add_updates(F.dropout(x, p), y, [term])
+            y = lowrank.add_update(y, F.dropout(x, p), term)
         return y
 
     return forward

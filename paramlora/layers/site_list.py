@@ -59,7 +59,7 @@ class SiteList(parametrize.ParametrizationList):
         if not self.is_tensor:
             return super().forward()
         if self.packed_shape is not None:
-            UnreadWeight.refuse(None, "its value")
+            raise StateError(UnreadWeight.refusal(None, "its value"))
         value: Any = self.original if stored is None else stored
         for parametrization in self._modules.values():
             value = parametrization(value)
@@ -117,10 +117,8 @@ class StoredTensor(property):
 
 def register_at_home(module: nn.Module, tensor: str, parametrization: nn.Module) -> None:
     """Parametrize a tensor, which stays in its module at its place among the parameters."""
-    parameters, packed = module._parameters, None
-    before = dict(parameters)
-    if tensor == "weight":
-        packed = packed_tensor(module)
+    parameters, before = module._parameters, dict(module._parameters)
+    packed = packed_tensor(module) if tensor == "weight" else None
     if packed is not None:
         # torch would write to the tensor, and the layer may have no parameter of that name.
         parameters[tensor] = _NO_WEIGHT
@@ -141,19 +139,15 @@ def register_at_home(module: nn.Module, tensor: str, parametrization: nn.Module)
 def pack(module: Any, packed: Tensor) -> None:
     """Record that the weight of a host is that of a quantized layer."""
     plist: Any = parametrization_lists(module)["weight"]
-    where = ((own, key) for own in _tensors(module) for key in own)
+    where = ((own, key) for own in (module._parameters, module._buffers) for key in own)
     vars(plist)[_HOME] = next((own, key) for own, key in where if own[key] is packed)
     vars(plist)["packed_shape"] = module.out_features, module.in_features
 
 
-def _tensors(module: nn.Module) -> list[dict[str, Any]]:
-    return [module._parameters, module._buffers]
-
-
-def unregister_from_home(module: nn.Module, tensor: str) -> None:
+def unregister_from_home(module: Any, tensor: str) -> None:
     """Undo `register_at_home`."""
     plist: Any = parametrization_lists(module)[tensor]
-    before = [(own, dict(own)) for own in _tensors(module)]
+    before = [(own, dict(own)) for own in (module._parameters, module._buffers)]
     parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
     if packed_shape(plist) is not None:
         # The layer may store its weight under another name, or as a buffer.

@@ -11,10 +11,11 @@ The rules differ from setting to setting:
     modules_to_save                see `is_saved` and `is_in_saved`
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from .patterns import match
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Config:
         Here PEFT treats the name as a regular expression and matches it between dots: "head" rules
         out `head` and `sub.head.dense`, but not `pre_head`.
         """
-        return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save)
+        names = self.modules_to_save
+        return any(match(rf"(^|.*\.){name}($|\..*)", path) is not None for name in names)
 
     def rank(self, path: str) -> int:
         return _first_match(self.rank_pattern, path, self.r)
@@ -80,21 +82,21 @@ class Config:
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else []
         expressions = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in patterns or self.layers_pattern]
         for expression in expressions or [r".*?\.[^.]*\.(\d+)\."]:
-            match = re.match(expression, path)
-            if match:
-                return int(match[1]) in (layers if isinstance(layers, list) else [layers])
+            found = match(expression, path)
+            if found:
+                return int(str(found[0])) in (layers if isinstance(layers, list) else [layers])
         return False
 
 
 def _selects(names: str | list[str], path: str) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
+        return match(names, path, whole=True) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def _first_match(numbers: Mapping[str, Any], path: str, default: Any) -> Any:
     """Return the number of the first pattern that matches the end of a path: `get_pattern_key`."""
     for pattern, number in numbers.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if match(rf"(.*\.)?({pattern})$", path) is not None:
             return number
     return default

@@ -69,7 +69,9 @@ def check_settings(path: Path, content: Mapping[str, Any], keys: Iterable[str]) 
     for key, value in settings.items():
         wanted, is_valid = _CHECKS[key]
         if not is_valid(value):
-            raise CheckpointError(f"{path} is damaged: {key!r} must be {wanted}, found {value!r}")
+            raise CheckpointError(
+                f"{path} is damaged: {key!r} must be {wanted}, found {value!r:.100}"
+            )
     if "target_modules" in keys and "target_modules" not in settings:
         raise CheckpointError(f"{path} has no target_modules; add them")
     need_list = sorted(settings.keys() & _NEED_LIST)
@@ -120,9 +122,10 @@ def config_content(targets: Targets, **settings: Any) -> dict[str, Any]:
 
 def parse_config(path: Path) -> dict[str, Any]:
     """Return the content of an `adapter_config.json`, or raise a CheckpointError if damaged."""
+    text = path.read_bytes()
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: it is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged: it must hold an object, found {content!s:.50}")

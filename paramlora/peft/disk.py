@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 from safetensors.torch import save as serialized
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..files.safetensors_file import write_atomically
+from ..errors import CheckpointError, some
+from ..files.safetensors_file import leftovers, remove_leftovers, temporary_path, write_atomically
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -33,6 +32,12 @@ def check_destination(path: Path) -> None:
                 f"cannot write {path}: the folder exists and also has {', '.join(others[:3])}, "
                 "which would be lost; choose another path"
             )
+        for file in (CONFIG, TENSORS):
+            if (path / file).is_dir():
+                raise FileExistsError(
+                    f"cannot write {path}: {file} in it is a folder, which would be lost; choose "
+                    "another path"
+                )
     elif path.exists() or path.is_symlink():
         raise FileExistsError(f"cannot write {path}: a file of that name exists")
 
@@ -43,7 +48,7 @@ def write_folder(path: Path, config: Mapping[str, Any], tensors: dict[str, Tenso
     The two files belong together: new tensors beside an old config would load as another adapter.
     So neither appears in `path` before both are complete.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_path(path)
     temporary.mkdir()
     try:
         write_atomically(temporary / TENSORS, serialized(tensors, {"format": "pt"}))
@@ -51,6 +56,7 @@ def write_folder(path: Path, config: Mapping[str, Any], tensors: dict[str, Tenso
         _replace(path, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    remove_leftovers(path)
 
 
 def check_files(path: Path) -> None:
@@ -61,8 +67,10 @@ def check_files(path: Path) -> None:
         FileNotFoundError: the folder or one of the files does not exist.
     """
     if not path.is_dir():
+        left = leftovers(path.absolute()) if path.absolute().parent.is_dir() else []
+        hint = f"; a save that was killed has left {some(p.name for p in left)}" if left else ""
         raise FileNotFoundError(
-            f"{path} is not a folder; pass one that PEFT's save_pretrained wrote"
+            f"{path} is not a folder; pass one that PEFT's save_pretrained wrote{hint}"
         )
     if not (path / TENSORS).is_file() and (path / "adapter_model.bin").is_file():
         raise CheckpointError(

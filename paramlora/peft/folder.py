@@ -31,6 +31,7 @@ from .config_file import parse_config, read_config
 from .disk import CONFIG, TENSORS, check_destination, check_files, write_folder
 from .modules import view
 from .other_kinds import OTHER_TYPES, plan_other
+from .patterns import cut_off
 from .read import plan_folder
 from .write import folder_content
 
@@ -105,6 +106,7 @@ def load_peft(
     *,
     name: str = "default",
     activate: Activate | None = None,
+    finite: bool = True,
 ) -> Summary:
     """Attach the adapter of a PEFT folder, or copy its values into the attached adapter.
 
@@ -119,7 +121,7 @@ def load_peft(
         model: the base that PEFT was given, its modules under the same paths.
         path: a folder with `adapter_config.json` and `adapter_model.safetensors`.
         name: the adapter's name in the model.
-        activate: "only", "also" or "no", as in `load`.
+        activate, finite: as in `load`.
 
     Returns:
         The model's summary.
@@ -152,14 +154,15 @@ def load_peft(
         config = read_config(path / CONFIG, content)
     tensors, _ = read_tensors(path / TENSORS)
     state = _without_prefix(tensors, path / TENSORS)
-    if content.get("peft_type") in OTHER_TYPES:
-        planned = plan_other(model, view(model), survey.places, content, state, path)
-    else:
-        planned = plan_folder(model, view(model), survey.places, config, state, path)
+    with cut_off(path / CONFIG):
+        if content.get("peft_type") in OTHER_TYPES:
+            planned = plan_other(model, view(model), survey.places, content, state, path)
+        else:
+            planned = plan_folder(model, view(model), survey.places, config, state, path)
     for plan in planned:
         check_real(plan.place.path, plan.place.stored)
     _warn_if_added_twice(state)
-    return attach_or_refresh(model, survey, planned, name, path, activate)
+    return attach_or_refresh(model, survey, planned, name, path, activate, finite)
 
 
 def _without_prefix(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:

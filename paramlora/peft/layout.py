@@ -30,9 +30,8 @@ from torch import Tensor, nn
 
 from ..errors import TargetError
 from ..kinds.spec import factor_dtype
-from ..site.find import dotted, is_conv1d, is_swapped
+from ..site.find import dotted, is_linear, is_swapped
 from ..site.place import Place
-from ..site.quantized import packed_tensor
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FACTOR = re.compile(r"(^|.*\.)lora_(A\.weight|B\.weight|B\.bias|embedding_[AB]|magnitude_vector)")
@@ -151,8 +150,7 @@ def parts_of(path: str, module: nn.Module) -> list[Part]:
             Part(path, module, "in_proj_weight"),
             Part(path, module, "out_proj.weight", infix="base_layer.out_proj"),
         ]
-    known = isinstance(module, (nn.Linear, nn.Embedding, *_CONVS)) or is_conv1d(module)
-    if known or packed_tensor(module) is not None:
+    if isinstance(module, (nn.Embedding, *_CONVS)) or is_linear(module):
         return [Part(path, module, "weight")]
     return []
 

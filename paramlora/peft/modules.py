@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..site.find import dotted, is_conv1d
-from ..site.quantized import packed_tensor
+from ..site.find import dotted
 from ..wrappers import named_modules
 from .layout import Part, parts_of
 
@@ -45,12 +44,6 @@ def view(model: nn.Module) -> PeftView:
             modules[path] = module
         seen.add(module)
     return PeftView(modules, _parts(modules), _others(holders))
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Return whether PEFT's "all-linear" includes a module."""
-    packed = packed_tensor(module) is not None
-    return packed or isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _parts(modules: dict[str, nn.Module]) -> dict[str, list[Part]]:

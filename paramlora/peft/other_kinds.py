@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..files.compare import compare
-from ..files.plan import check_site, plan_site
+from ..files.plan import check_dtypes, check_site, plan_site
 from ..kinds.hira import HiRA
 from ..kinds.miss import MiSS
 from ..kinds.oft import OFT
@@ -117,6 +117,7 @@ def plan_other(
         expected |= _renamed(part, blank)
         planned[part] = (place, spec)
     compare(state, expected, str(path))
+    check_dtypes(state, path)
     check_untied([place for place, _ in planned.values()], seen, path)
     order = {site: i for i, site in enumerate(here)}
     sites = [

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, nearest, some
 from ..files.compare import compare
-from ..files.plan import check_site, plan_site
+from ..files.plan import check_dtypes, check_site, plan_site
 from ..kinds.dora import DoRA
 from ..kinds.lora import LoRA
 from ..kinds.spec import factor_dtype
 from ..layers.install import PlannedSite
+from ..site.find import is_linear
 from ..site.place import Place, dropout_refusal
 from .config import Config
 from .layout import Part, is_factor, norms
-from .modules import PeftView, is_linear
+from .modules import PeftView
 from .read_full import plan_full
 
 Places = Mapping[str, Place]
@@ -50,9 +51,7 @@ def plan_folder(
     Raises:
         CheckpointError: the folder does not fit the model, or PEFT would compute something else.
     """
-    for key, tensor in state.items():
-        if not tensor.is_floating_point() and is_factor(key):
-            raise CheckpointError(f"{path} is damaged: {key} has dtype {tensor.dtype}")
+    check_dtypes({key: tensor for key, tensor in state.items() if is_factor(key)}, path)
     here = {place.path: place for place in everywhere}
     try:
         config = resolve_all_linear(model, seen, config)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..files.base import base_state_dict
 from ..files.compare import compare
-from ..files.plan import check_site, plan_site
+from ..files.plan import check_dtypes, check_site, plan_site
 from ..kinds.delta import Delta
 from ..kinds.spec import factor_dtype
 from ..layers.install import PlannedSite
@@ -64,6 +64,7 @@ def plan_full(
             trained[of] = whole[key]
         else:
             _check_equal(base[of], whole[key], key, path)
+    check_dtypes({of: tensor for of, tensor in trained.items() if of in here}, path)
     return [_plan_delta(here[of], tensor, path) for of, tensor in trained.items()]
 
 

@@ -14,13 +14,12 @@ Every other function raises.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import StateError
 from ..stack.stand_in import StandIn
 from .split import refusal, split
 
@@ -46,29 +45,18 @@ class RoutedTensor(StandIn):
         made.route, made.path, made.build = route, path, build
         return made
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is F.multi_head_attention_forward:
-            return _attention({**dict(zip(_ATTENTION, args, strict=False)), **(kwargs or {})})
-        return super().__torch_function__(func, types, args, kwargs)
-
     @staticmethod
-    def refuse(read: Any, asked: str) -> NoReturn:
-        raise StateError(
+    def refusal(read: Any, asked: str) -> str:
+        return (
             f"{'a tensor' if read is None else repr(read.path)} was read inside of routed(), where "
             "each row of a batch has a tensor of its own: read it outside, or give this adapter no "
             f"rows ({asked} was asked of it)"
         )
 
 
-def _attention(given: dict[str, Any]) -> Any:
-    """Return what `F.multi_head_attention_forward` returns, given its arguments by name."""
+def _attention(*args: Any, **kwargs: Any) -> Any:
+    """Return what `F.multi_head_attention_forward` returns."""
+    given = {**dict(zip(_ATTENTION, args, strict=False)), **kwargs}
     routed = [name for name in given if isinstance(given[name], RoutedTensor)]
     first, mask = given[routed[0]], given.get("attn_mask")
     if given["query"].dim() != 3 or (mask is not None and mask.dim() != 2):
@@ -85,3 +73,5 @@ def _attention(given: dict[str, Any]) -> Any:
 
 # The names of the arguments of F.multi_head_attention_forward.
 _ATTENTION = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
+
+RoutedTensor.answers = {F.multi_head_attention_forward: _attention}

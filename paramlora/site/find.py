@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from ..stack.factors import Factors
 from ..stack.stack import Stack
 from ..wrappers import check_model, inner
-from .quantized import UnreadWeight, packed_shape
+from .quantized import UnreadWeight, packed_shape, packed_tensor
 from .tie import Tie
 
 
@@ -26,6 +26,11 @@ def is_conv1d(module: nn.Module) -> bool:
     """
     cls = parametrize.type_before_parametrizations(module)
     return any(base.__name__ == "Conv1D" for base in cls.__mro__) and hasattr(module, "nf")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer; transformers' Conv1D and quantized ones are."""
+    return isinstance(module, nn.Linear) or is_conv1d(module) or packed_tensor(module) is not None
 
 
 def is_transformers_conv1d(cls: type[nn.Module]) -> bool:

@@ -200,6 +200,8 @@ def dropout_refusal(place: Place) -> str | None:
     Dropout is no change of a weight. Layers that build W' compute without it, and so does an
     attention, which reads the weight of its `out_proj` and never calls it.
     """
+    if isinstance(place.whole, UnreadWeight):
+        return None
     cls: Any = parametrize.type_before_parametrizations(place.module)
     own = issubclass(cls, nn.Linear) and cls.forward is not nn.Linear.forward
     known = issubclass(cls, nn.Linear | nn.Embedding) or is_transformers_conv1d(cls)

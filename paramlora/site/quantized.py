@@ -15,7 +15,7 @@ model and the model that it was made from. A kind gets an `UnreadWeight` in plac
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,31 +42,24 @@ class UnreadWeight(StandIn):
         # All elements share the memory of one.
         return cls.like(torch.zeros((), dtype=dtype, device=stored.device).expand(*shape))
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func in _VIEWS:
-            return cls.like(func(args[0].weight, *args[1:], **(kwargs or {})))
-        return super().__torch_function__(func, types, args, kwargs)
-
     @staticmethod
-    def refuse(read: Any, asked: str) -> NoReturn:
-        raise StateError(
+    def refusal(read: Any, asked: str) -> str:
+        return (
             f"the weight of a quantized layer is never read, and {asked} was asked of it. To merge "
             "or to compute with it, dequantize the model, load the adapter's file there, and do it "
             "there; docs/quantized.md has the steps"
         )
 
 
-_VIEWS: set[Any] = {
+def _view(function: Callable[..., Tensor]) -> Callable[..., UnreadWeight]:
+    return lambda of, *args, **kwargs: UnreadWeight.like(function(of.weight, *args, **kwargs))
+
+
+_VIEWS: tuple[Any, ...] = (
     *(Tensor.view, Tensor.reshape, Tensor.detach, Tensor.t, Tensor.to, Tensor.__getitem__),
     *(Tensor.mT.__get__, Tensor.T.__get__),  # type: ignore[attr-defined]
-}
+)
+UnreadWeight.answers = {function: _view(function) for function in _VIEWS}
 
 
 def packed_tensor(module: nn.Module) -> Tensor | None:

@@ -1,10 +1,12 @@
 """Tensors without values, which code gets that reads a tensor whose W' does not exist."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+
+from ..errors import StateError
 
 _T = TypeVar("_T", bound="StandIn")
 
@@ -13,13 +15,15 @@ class StandIn(Tensor):
     """A tensor that has the dtype, shape and device of another one, and no values.
 
     Code that asks for metadata gets an answer. T5, for example, casts its input to
-    `self.wo.weight.dtype`. Every other function calls `refuse`.
+    `self.wo.weight.dtype`. Every other function raises, except those in `answers`.
 
     Attributes:
         weight: the tensor whose metadata it has.
+        answers: other functions that it knows; each is given the arguments of the call.
     """
 
     weight: Tensor
+    answers: ClassVar[dict[Any, Callable[..., Any]]] = {}
 
     @classmethod
     def like(cls: type[_T], weight: Tensor) -> _T:
@@ -39,12 +43,14 @@ class StandIn(Tensor):
         kwargs = kwargs or {}
         if func in _METADATA:
             return func(*(a.weight if isinstance(a, cls) else a for a in args), **kwargs)
+        if func in cls.answers:
+            return cls.answers[func](*args, **kwargs)
         found = [a for a in (*args, *kwargs.values()) if isinstance(a, cls)]
-        return cls.refuse(found[0] if found else None, func.__name__)
+        raise StateError(cls.refusal(found[0] if found else None, func.__name__))
 
     @staticmethod
-    def refuse(read: Any, asked: str) -> NoReturn:
-        """Raise a StateError: a function asked for the values of `read`; None if it is nested."""
+    def refusal(read: Any, asked: str) -> str:
+        """Return the error for a function that asks for the values of `read`; None if nested."""
         raise NotImplementedError
 
 

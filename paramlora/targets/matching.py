@@ -20,9 +20,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import TargetError
-from ..site.find import is_conv1d
+from ..site.find import is_linear
 from ..site.place import Place
-from ..site.quantized import packed_tensor
 from ..site.survey import Survey
 from ..stack.block import Part, split
 
@@ -104,7 +103,7 @@ class Matcher:
     def linear(self) -> list[nn.Module]:
         """The linear layers, without those that `not_linear` lists."""
         left_out = {id(place.module) for place, _ in self.not_linear().values()}
-        return [m for _, m in self.survey.modules if _is_linear(m) and id(m) not in left_out]
+        return [m for _, m in self.survey.modules if is_linear(m) and id(m) not in left_out]
 
     def not_linear(self) -> dict[str, tuple[Place, str]]:
         """Return the matrices that "all-linear" leaves out, each with the reason, by path."""
@@ -114,7 +113,7 @@ class Matcher:
             reason = None
             if place.tensor == "in_proj_weight" and isinstance(place.module, nn.MultiheadAttention):
                 reason = "in no linear layer; name it to adapt it"
-            elif place.tensor == "weight" and _is_linear(place.module):
+            elif place.tensor == "weight" and is_linear(place.module):
                 holders = self.survey.holders[id(place.stored)]
                 if any(isinstance(holder.module, nn.Embedding) for holder in holders):
                     reason = "shared with an embedding; name it to adapt it"
@@ -164,11 +163,6 @@ def _means(target: Target, path: str, module: nn.Module) -> bool:
         "a target is a module type, a name or a glob over paths, or a callable (path, module) -> "
         f"bool, got {target!r}"
     )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    packed = packed_tensor(module) is not None
-    return packed or isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _output_embeddings(survey: Survey) -> set[int]:

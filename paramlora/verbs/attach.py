@@ -66,9 +66,9 @@ def attach(
             - A name or a glob with an index, `"*.c_attn.weight[:, :768]"`: that block alone, with
               factors of its own. One adapter may have several blocks that do not overlap.
             - A module type, or a callable `(path, module) -> bool`.
-            - `"all-linear"`, the default: all linear layers (transformers' Conv1D and quantized ones
-              included), except those that share their weight with an embedding and a model's output
-              embeddings.
+            - `"all-linear"`, the default: all linear layers (transformers' Conv1D and quantized
+              ones included), except those that share their weight with an embedding and a model's
+              output embeddings.
 
             A module means its `weight`. For `Delta`, it means all parameters of it and of the
             modules inside it.

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 import paramlora as pl
@@ -107,7 +107,7 @@ def test_lines_of_peers_exist(peer: str) -> None:
 def graphs(call: Any, switch: Callable[..., object], settings: Iterable[Any]) -> list[int]:
     """Return how many graphs a compiled model has after each setting; its outputs are right."""
     torch._dynamo.reset()
-    counter, x = CompileCounterWithBackend("aot_eager"), torch.randn(3, 4)
+    counter, x = CompileCounter(), torch.randn(3, 4)
     compiled, counts = torch.compile(call, backend=counter), []
     for setting in settings:
         switch(setting)
@@ -117,7 +117,7 @@ def graphs(call: Any, switch: Callable[..., object], settings: Iterable[Any]) ->
     return counts
 
 
-SETS, STRENGTHS = ["a", "b", ""] * 3, [1.0, 0.5, 0.25, 2.0]
+SETS, STRENGTHS = ["a", "b", ""] * 2, [1.0, 0.5, 0.25, 2.0]
 
 
 def small() -> nn.Module:
@@ -136,7 +136,7 @@ def test_graphs_of_ours() -> None:
     for name in "ab":
         pl.attach(model, pl.LoRA(2), name=name)
     shaken(model)
-    assert graphs(model, lambda names: pl.activate(model, *names), SETS) == [1, 2, *[3] * 7]
+    assert graphs(model, lambda names: pl.activate(model, *names), SETS) == [1, 2, *[3] * 4]
     pl.activate(model, "a")
     assert graphs(model, lambda value: pl.scale(model, value), STRENGTHS) == [1, 2, 2, 2]
 
@@ -160,7 +160,7 @@ def test_graphs_of_peft() -> None:
         for layer in layers:
             layer.set_scale("one", value)
 
-    assert graphs(model, activate, SETS) == [1, 2, *[3] * 7]
+    assert graphs(model, activate, SETS) == [1, 2, *[3] * 4]
     activate("a")
     assert graphs(model, scale, STRENGTHS) == [1, 2, 2, 2]
 

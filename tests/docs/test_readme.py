@@ -13,6 +13,7 @@ DOCUMENTS = (
     "docs/train-many.md",
     "docs/combining.md",
     "docs/beyond-linear.md",
+    "docs/coming-from-peft.md",
 )
 
 
@@ -23,6 +24,8 @@ def test_python_blocks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     text = document.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
     assert blocks, f"no Python block in {document}"
+    if "\nimport peft\n" in text:
+        pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks:

@@ -130,6 +130,40 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], Any], str
         lambda tensors, content: content.update(version=7, sites=None, digest=None),
         "{path} has format version 7, and this paramlora reads versions up to 1; update paramlora",
     ),
+    "a version below 1": (
+        lambda tensors, content: content.update(version=0),
+        "{path} is damaged: its format version must be at least 1, found 0; save the adapter again",
+    ),
+    "a version that is no number": (
+        lambda tensors, content: content.update(version=True),
+        "{path} is damaged: its format version must be at least 1, found True; save the adapter "
+        "again",
+    ),
+    "a version too large for a float": (
+        lambda tensors, content: content.update(version=10**400),
+        "{path} has format version 10000000000000000000, and this paramlora reads versions up to "
+        "1; update paramlora",
+    ),
+    "an alpha too large for a float": (
+        lambda tensors, content: content["sites"]["fc1.weight"]["fields"].update(alpha=10**400),
+        "{path} has settings for 'fc1.weight' that LoRA does not accept: alpha must be a finite "
+        "number or None, got 1000[...]",
+    ),
+    "a strength too large for a float": (
+        lambda tensors, content: content["sites"]["fc1.weight"].update(strength=10**400),
+        "{path} is damaged: the strength for 'fc1.weight' must be a finite number, found "
+        f"1{'0' * 49}; save the adapter again",
+    ),
+    "a rank too large for a float": (
+        lambda tensors, content: content["sites"]["fc1.weight"]["fields"].update(rank=10**400),
+        "{path} has settings for 'fc1.weight' that cannot create factors, LoRA(rank=1000[...]: "
+        "[...]",
+    ),
+    "a shape too large for a float": (
+        lambda tensors, content: content["sites"]["fc1.weight"].update(shape=[10**400, 5]),
+        "{path} belongs to another model: 'fc1.weight' has shape [1000[...], 5] in the file and "
+        "[4, 5] in this model",
+    ),
     "a strength of NaN": (
         lambda tensors, content: content["sites"]["fc1.weight"].update(strength=math.nan),
         "{path} is damaged: the strength for 'fc1.weight' must be a finite number, found nan; save "
@@ -173,7 +207,13 @@ def test_metadata_of_wrong_types(file: Path, part: str, missing: bool) -> None:
     )
 
 
-INVALID_JSON = {"empty": "", "cut off": "{", "code": "pl.LoRA(2)", "too deep": "[" * 100_000}
+INVALID_JSON = {
+    "empty": "",
+    "cut off": "{",
+    "code": "pl.LoRA(2)",
+    "too deep": "[" * 100_000,
+    "too many digits": '{"version": ' + "9" * 5000 + "}",
+}
 
 
 @pytest.mark.parametrize("text", INVALID_JSON.values(), ids=INVALID_JSON.keys())

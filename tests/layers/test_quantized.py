@@ -74,7 +74,7 @@ class TestForms:
         assert [id(p) for p in model.parameters()] == stored
 
     def test_dropout(self, form: str) -> None:
-        """In training the update has the dropped-out input, also in routed rows; in evaluation x."""
+        """In training the update has the dropped-out input, also in routed rows."""
         model, x = quantized(form)[:1], inputs()
         pl.attach(model, pl.LoRA(3, alpha=2, dropout=0.5))
         randomize(model)

@@ -181,7 +181,8 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
     ),
     "factors that are whole numbers": (
         set_tensor("fc.lora_A.weight", torch.ones(2, 4, dtype=torch.int32)),
-        "{path} is damaged: fc.lora_A.weight has dtype torch.int32",
+        "{path} is damaged: fc.lora_A.weight has dtype torch.int32; factors are floating tensors "
+        "of 16 to 64 bits",
     ),
     "a tensor that the model does not have": (
         set_tensor("other.weight", torch.ones(3)),
@@ -265,6 +266,11 @@ FILES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     ),
     "a deep config": (
         lambda path: (path / "adapter_config.json").write_text("[" * 10**6),
+        CheckpointError,
+        "{path}/adapter_config.json is damaged: it is not JSON ([...])",
+    ),
+    "a config of too many digits": (
+        lambda path: (path / "adapter_config.json").write_text('{"r": ' + "9" * 5000 + "}"),
         CheckpointError,
         "{path}/adapter_config.json is damaged: it is not JSON ([...])",
     ),

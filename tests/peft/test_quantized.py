@@ -18,24 +18,30 @@ FORMS = (
 )
 
 
-def peft_model(form: str) -> Any:
+def peft_model(form: str, dropout: float = 0.0) -> Any:
     """Return PEFT's model of quantized layers, with an adapter that computes something."""
-    config = peft.LoraConfig(r=3, lora_alpha=2, target_modules=["0", "2"], init_lora_weights=False)
+    options = {"target_modules": ["0", "2"], "init_lora_weights": False, "lora_dropout": dropout}
+    config = peft.LoraConfig(r=3, lora_alpha=2, **options)
     torch.manual_seed(3)
     return peft.get_peft_model(quantized(form), config)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("form", FORMS)
-def test_equal_to_peft(form: str, tmp_path: Path) -> None:
-    """Outputs and the gradients of x, A and B are those of PEFT's model of the same folder."""
-    theirs, ours = peft_model(form), quantized(form)
+def test_equal_to_peft(form: str, dropout: float, tmp_path: Path) -> None:
+    """Outputs and the gradients of x, A and B are those of PEFT's model of the same folder.
+
+    The same seed gives the same elements that dropout zeroes.
+    """
+    theirs, ours = peft_model(form, dropout), quantized(form)
     theirs.save_pretrained(tmp_path)
     pl.load_peft(ours, tmp_path)
     results = []
     factors = [p for name, p in theirs.named_parameters() if "lora_" in name]
     for model, trained in ((ours, pl.parameters(ours)), (theirs, factors)):
         x = inputs().requires_grad_()
-        y = model(x)
+        torch.manual_seed(4)
+        y = model.train()(x)
         results.append((y, *torch.autograd.grad(y.square().mean(), [x, *trained])))
     assert len(results[0]) == 6
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)

@@ -1,6 +1,11 @@
 """Adapters that a PEFT folder cannot hold: each error word by word, with nothing written."""
 
+import itertools
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 import paramlora as pl
 from paramlora import Delta, DoRA, LoHa, LoRA, TargetError
+from paramlora.files.safetensors_file import temporary_path
 from tests.support.helpers import pattern, refuses
 from tests.support.peft_layers import attached, net
 
@@ -160,6 +166,86 @@ def test_existing_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pl.save_peft(model, folder.parent / "nowhere" / "digits")
     with pytest.raises(pl.AdapterNameError, match="no adapter 'letters' here"):
         pl.save_peft(model, folder.parent / "other", "letters")
+
+
+def test_a_folder_in_place_of_a_file(folder: Path) -> None:
+    """A folder of the name of one of the two files is not replaced, and keeps its content."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        (folder / name / "notes.txt").write_text("mine")
+        message = f"cannot write {folder}: {name} in it is a folder, which would be lost; choose "
+        with pytest.raises(FileExistsError, match=pattern(message + "another path")):
+            pl.save_peft(attached(), folder)
+        assert (folder / name / "notes.txt").read_text() == "mine"
+        with pytest.raises(FileNotFoundError, match=f"{folder} has no {name}"):
+            pl.load_peft(net(), folder)
+        (folder / name / "notes.txt").unlink()
+        (folder / name).rmdir()
+        (folder / name).touch()
+
+
+class Killed(BaseException):
+    """Ends a save as a kill does, without cleaning up."""
+
+
+def kill(monkeypatch: pytest.MonkeyPatch, step: str, number: int) -> None:
+    """Let the given call of a function of `os` end this process, which is then another one."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    calls, function = itertools.count(1), getattr(os, step)
+
+    def call(*given: Any) -> Any:
+        if next(calls) == number:
+            raise Killed("killed")
+        return function(*given)
+
+    monkeypatch.setattr(os, step, call)
+    monkeypatch.setattr(os, "getpid", lambda: ended.pid)
+    for removing in ("shutil.rmtree", "pathlib.Path.unlink"):
+        monkeypatch.setattr(removing, lambda *given, **options: None)
+
+
+STEPS = [("fsync", 1), ("replace", 1), ("replace", 2), ("rename", 1), ("rename", 2)]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems keep what a killed save leaves")
+@pytest.mark.parametrize(("step", "number"), STEPS)
+def test_a_killed_save(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int
+) -> None:
+    """What a killed save leaves is named if the folder is missing; the next save removes it."""
+    with monkeypatch.context() as patch:
+        kill(patch, step, number)
+        with pytest.raises(Killed, match="killed"):
+            pl.save_peft(attached(), folder)
+    left = sorted(path.name for path in folder.parent.iterdir() if path != folder)
+    if (step, number) == ("rename", 2):  # the old folder was moved away
+        assert [Path(name).suffix for name in left] == [".old", ".tmp"]
+        with pytest.raises(FileNotFoundError, match=re.escape(f"has left {', '.join(left)}")):
+            pl.load_peft(net(), folder)
+    else:
+        assert [Path(name).suffix for name in left] == [".tmp"]
+        pl.load_peft(net(), folder)
+    pl.save_peft(attached(), folder)
+    assert list(folder.parent.iterdir()) == [folder]
+    pl.load_peft(net(), folder)
+
+
+def test_files_that_are_not_left(folder: Path) -> None:
+    """A save removes nothing of a process that runs, of another machine or of another name."""
+    mine = temporary_path(folder)
+    machine = mine.name.split(".")[2].partition("-")[0]
+    others = [
+        mine,
+        mine.with_name(mine.name.replace(machine, "00000000")),
+        mine.with_name(f".other{mine.name}"),
+        mine.with_name(f".digits.{machine}-99999999-notes.tmp"),
+    ]
+    for path in others:
+        path.write_text("kept")
+    pl.save_peft(attached(), folder)
+    assert all(path.read_text() == "kept" for path in others)
 
 
 def test_meta_device(folder: Path, tmp_path: Path) -> None:

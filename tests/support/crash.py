@@ -96,7 +96,8 @@ def main() -> None:
         run_and_kill(functools.partial(at_step, step, 99), None)
         assert read() == 1, step
         assert len(leftovers()) == 1, step
-        leftovers()[0].unlink()
+        write(1)
+        assert leftovers() == [], "the next save removes what the killed one has left"
     damaged = interrupted = 0
     last = 1
     for number in range(10 * ROUNDS):

@@ -1,16 +1,11 @@
-"""Figures show the values that they are given; the example on a ResNet-18 runs."""
-
-from pathlib import Path
+"""Figures show the values that they are given."""
 
 import pytest
 import torch
 from matplotlib import pyplot as plt
-from torch import nn
 
-import paramlora as pl
 from experiments.analysis.geometry import Geometry
 from experiments.analysis.insight import Flips, Predictions, TradeOff, flips, shapley
-from experiments.examples import own_model
 from experiments.harness.loggers import Curve
 from experiments.report.figures import (
     confusion_panels,
@@ -98,49 +93,3 @@ def test_the_geometry_table_has_one_row_per_site():
     """The cells are rank, relative norm, angles and amplification."""
     table = geometry_table({"fc.weight": Geometry(2, 0.1234, (10.2, 80.0), 3.04)})
     assert table.rows == [["fc.weight", "2", "0.123", "10, 80°", "3.0"]]
-
-
-@pytest.fixture
-def small_resnet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the example's network by a small one of the same kind, so that it takes seconds."""
-    from torchvision.models import resnet
-
-    def small(weights: Path | None = None) -> nn.Module:
-        made = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
-        return made.eval()
-
-    monkeypatch.setattr(own_model, "resnet", small)
-
-
-@pytest.mark.usefixtures("small_resnet")
-def test_the_example_writes_a_page_on_a_convolutional_network(tmp_path, monkeypatch):
-    """The page on adapters of convolutions has figures, updates and explorer."""
-    seen = []
-    plain = own_model.report
-
-    def report(path, model, *rest):
-        seen.append(model)
-        return plain(path, model, *rest)
-
-    monkeypatch.setattr(own_model, "report", report)
-    path = own_model.run(tmp_path, base_steps=2, steps=3, images=64)
-    text = path.read_text()
-    assert 'id="explorer"' in text
-    assert "layer3.0.conv2.weight" in text
-    assert text.count("<figure>") >= 1
-    sites = {row.site for row in pl.summary(seen[0]).sites}
-    assert sites == {f"layer{n}.0.conv{c}.weight" for n in (2, 3) for c in (1, 2)}
-
-
-def test_the_examples_network_is_torchvisions_resnet18(tmp_path):
-    """The network is ResNet-18 with ten outputs; given weights are loaded bit for bit."""
-    from safetensors.torch import save_file
-
-    torch.manual_seed(3)
-    model = own_model.resnet()
-    assert sum(p.numel() for p in model.parameters()) == 11_181_642
-    path = tmp_path / "w.safetensors"
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
-    again = own_model.resnet(path)
-    for one, two in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(one, two)

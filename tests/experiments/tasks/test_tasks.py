@@ -16,10 +16,13 @@ from experiments.analysis.task_metrics import all_metrics
 from experiments.digits.data import load_data
 from experiments.digits.model import DigitNet
 from experiments.harness.rundir import RunDirectory
+from experiments.harness.settings import StudyError
 from experiments.tasks import streams
-from experiments.tasks.settings import TaskSettings
+from experiments.tasks.learner import Learner, drawn_jointly
+from experiments.tasks.report import METRICS, differences, scenario_of, table
+from experiments.tasks.settings import FULL, METHODS, TaskSettings
 from experiments.tasks.streams import Task, rotated, stream
-from experiments.tasks.tasks import COMBINE, Learner, accuracies
+from experiments.tasks.tasks import accuracies
 
 SMALL: dict[str, Any] = {
     "data": "digits",
@@ -28,7 +31,7 @@ SMALL: dict[str, Any] = {
     "tasks": 3,
     "base_steps": 60,
     "steps": 20,
-    "seeds": 1,
+    "bases": 1,
     "rank": 4,
 }
 
@@ -83,17 +86,17 @@ def learner(combine: str, **more: Any) -> tuple[Learner, list[Task]]:
     settings = TaskSettings.of_preset("split", **{**SMALL, **more})
     torch.manual_seed(0)
     made = Learner(settings, DigitNet(settings.network.hidden, "relu"), combine)
-    for seed in range(2):
+    for seed in range(2 if combine not in FULL else 0):
         for factor in made.begin(torch.Generator().manual_seed(seed)):
             nn.init.normal_(factor, std=0.2)
     return made, tasks_of("split")
 
 
-@pytest.mark.parametrize("combine", COMBINE)
+@pytest.mark.parametrize("combine", [name for name in METHODS if name not in FULL])
 def test_a_stage_trains_its_own_adapter_alone(combine):
-    """Only the last stage's factors require gradients; `one` has one adapter for all stages."""
+    """Only the last stage's factors train; `one` and `joint-lora` have one adapter in all."""
     made, _ = learner(combine)
-    assert len(made.names) == (1 if combine == "one" else 2)
+    assert len(made.names) == (1 if combine in ("one", "joint-lora") else 2)
     trainable = {id(p) for p in made.model.parameters() if p.requires_grad}
     assert trainable == {id(p) for p in pl.parameters(made.model, made.names[-1])}
 
@@ -142,12 +145,23 @@ def test_orthogonality_penalises_the_overlap_with_earlier_stages():
 def test_a_run_records_the_matrix_and_resumes(tmp_path: Path, capsys):
     """The command runs every method, records matrix, metrics and curve, and resumes."""
     words = ["tasks", "--preset", "rotated", "--data", "digits", "--device", "cpu", "--tasks", "3"]
-    words += ["--hidden", "24,16", "--base-steps", "100", "--steps", "20", "--seeds", "2"]
+    words += [
+        "--hidden",
+        "24,16",
+        "--base-steps",
+        "100",
+        "--steps",
+        "20",
+        "--seeds",
+        "2",
+        "--bases",
+        "1",
+    ]
     words += ["--out", str(tmp_path / "run")]
     assert main(words) == 0
     run = RunDirectory.read(tmp_path / "run")
     assert [(row["method"], row["seed"]) for row in run.rows] == [
-        (combine, seed) for combine in COMBINE for seed in range(2)
+        (method, seed) for method in METHODS for seed in range(2)
     ]
     for row in run.rows:
         matrix = row["matrix"]
@@ -155,7 +169,10 @@ def test_a_run_records_the_matrix_and_resumes(tmp_path: Path, capsys):
         assert {key: row[key] for key in ("ACC", "BWT", "forgetting", "LA")} == all_metrics(matrix)
         assert row["way"]["first"][0] == matrix[0][0]
         assert row["way"]["steps"][-1] == 40
+        # The digits have fewer test images than are watched, so the curve ends at the matrix.
         assert row["way"]["first"][-1] == matrix[-1][0]
+        lowest = row["WC-ACC"] * 3 - matrix[-1][-1]  # of the two earlier tasks together
+        assert lowest <= sum(min(m[j] for m in matrix[j:]) for j in range(2)) + 1e-9
     assert (tmp_path / "run" / "accuracy-matrix.png").stat().st_size > 10_000
     shown = capsys.readouterr().out
     assert "BWT" in shown
@@ -169,7 +186,10 @@ def test_a_run_records_the_matrix_and_resumes(tmp_path: Path, capsys):
     # The report can be written again from the rows; a run without rows is refused.
     (tmp_path / "run" / "tasks.md").unlink()
     assert main(["report", str(tmp_path / "run")]) == 0
-    assert (tmp_path / "run" / "tasks.md").exists()
+    text = (tmp_path / "run" / "tasks.md").read_text()
+    assert text.startswith("# Tasks: rotated, domain-incremental\n")
+    assert "n adapter seeds on one base" in text
+    assert "| difference from full | ACC | LA | forgetting | n |" in text
     path.unlink()
     capsys.readouterr()
     assert main(["report", str(tmp_path / "run")]) == 2
@@ -188,3 +208,57 @@ def test_the_single_adapter_forgets_what_routing_keeps(tmp_path: Path):
                 factor.add_(1.0)
         kept[combine] = accuracies(its, tasks, 1) == before
     assert kept == {"one": False, "routed": True}
+
+
+def test_full_fine_tuning_trains_every_weight_and_forgets():
+    """`full` has no adapter, trains all parameters at a rate of its own, and answers by them."""
+    made, tasks = learner("full", full_lr=1e-4)
+    parameters = made.begin(torch.Generator())
+    assert made.names == []
+    assert [id(p) for p in parameters] == [id(p) for p in made.model.parameters()]
+    assert made.rate == 1e-4
+    with torch.no_grad():
+        expected = made.model(tasks[1].test[0]).argmax(1)
+    assert torch.equal(made.answer(tasks[1].test[0], tasks, 1), expected)
+
+
+def test_joint_stages_draw_from_all_tasks_so_far():
+    """The images of a joint stage are those of the tasks so far, each at most once an epoch."""
+    tasks = tasks_of("split")
+    count = sum(len(task.train[1]) for task in tasks[:2])
+    joint = drawn_jointly(tasks[:2], count, torch.Generator().manual_seed(0))
+    assert joint.classes == (0, 1, 2, 3)
+    images = torch.cat([task.train[0] for task in tasks[:2]])
+    labels = torch.cat([task.train[1] for task in tasks[:2]])
+    drawn = {(tuple(x.tolist()), int(y)) for x, y in zip(*joint.train, strict=True)}
+    assert drawn == {(tuple(x.tolist()), int(y)) for x, y in zip(images, labels, strict=True)}
+    for combine, others in (("joint", True), ("joint-lora", True), ("one", False)):
+        made, _ = learner(combine)
+        task, order = made.task_of_stage(tasks, 2, torch.Generator().manual_seed(0))
+        assert ({0, 1, 2, 3} <= set(task.train[1][order].tolist())) == others
+
+
+def test_intervals_are_over_bases(tmp_path: Path):
+    """With several bases n counts them: two adapters of a base count as one, their mean."""
+    rows = [
+        {"method": method, "base_seed": base, "seed": seed, **dict.fromkeys(METRICS, value)}
+        for base in range(3)
+        for seed in range(2)
+        for method, value in (("one", 0.5 + 0.1 * base), ("full", 0.4 + 0.1 * base + 0.02 * seed))
+    ]
+    run = RunDirectory(tmp_path, {"bases": 3}, {}, rows)
+    assert table(run).rows[0] == ["one", *["60.0 ± 10.0"] * 6, "3"]
+    assert differences(run).rows == [["one", *["+9.0 (9.0 to 9.0)"] * 3, "3"]]
+
+
+@pytest.mark.parametrize(
+    ("stream_name", "given", "expected"),
+    [("split", "class", "class"), ("rotated", "class", "domain"), ("permuted", "task", "task")],
+)
+def test_the_scenario_of_tasks_with_the_same_classes_is_domain(stream_name, given, expected):
+    """Older runs called it class; new settings refuse that, and name what is allowed."""
+    run = RunDirectory(Path(), {"stream": stream_name, "scenario": given}, {}, [])
+    assert scenario_of(run) == expected
+    if given != expected:
+        with pytest.raises(StudyError, match="--scenario must be task or domain for rotated"):
+            TaskSettings.of_preset("split", stream=stream_name)

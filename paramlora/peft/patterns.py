@@ -1,0 +1,123 @@
+"""Regular expressions of a foreign file, which are cut off if they take more than a second.
+
+    target_modules: "(.*.*)*x"        tries 2ⁿ ways to divide a path of n characters
+
+`re` cannot be interrupted, and holds the lock of the interpreter while it searches. So expressions
+that may take long are matched in a process of their own, which starts in about 20 ms, without
+torch. The others, which nearly all folders have, are matched here.
+"""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+from ..errors import CheckpointError
+
+SECONDS = 1.0
+_Groups = Sequence[str | None]
+_REPEAT = re.compile(r"(?<!\()[*+?{]")
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+# A packaged program would start itself instead of Python.
+_CAN_START = bool(sys.executable) and not getattr(sys, "frozen", False)
+
+# Answers each line, the name of a function of `re`, an expression and a path, by the groups of the
+# match or null. A watchdog ends it, which is the only thing that can stop a search.
+_PROGRAM = f"""
+import faulthandler, json, re, sys, time
+left = {SECONDS}
+for line in sys.stdin:
+    how, expression, path = json.loads(line)
+    start = time.perf_counter()
+    faulthandler.dump_traceback_later(left, exit=True)
+    found = getattr(re, how)(expression, path)
+    faulthandler.cancel_dump_traceback_later()
+    left = max(left - (time.perf_counter() - start), 0.001)
+    print(json.dumps(None if found is None else found.groups()), flush=True)
+"""
+
+
+class _TooLongError(Exception):
+    """The process was ended by its watchdog."""
+
+
+class _Matcher:
+    """A process that matches expressions; it is started for the first of them."""
+
+    process: subprocess.Popen[str] | None = None
+
+    def ask(self, *question: str) -> _Groups | None:
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _PROGRAM],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        stdin, stdout = self.process.stdin, self.process.stdout
+        print(json.dumps(question), file=stdin, flush=True)
+        answer = stdout.readline()  # type: ignore[union-attr]
+        if not answer:
+            raise _TooLongError
+        return json.loads(answer)
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+
+
+_MATCHER: ContextVar[_Matcher | None] = ContextVar("paramlora_matcher", default=None)
+
+
+@contextmanager
+def cut_off(path: Path) -> Iterator[None]:
+    """Let expressions that take more than a second in all raise a CheckpointError in the block.
+
+    Args:
+        path: the file that has the expressions, for the message.
+    """
+    matcher = _Matcher()
+    token = _MATCHER.set(matcher)
+    try:
+        yield
+    except _TooLongError:
+        raise CheckpointError(
+            f"{path} has regular expressions that take more than {SECONDS:g} s to match the "
+            "modules of this model; list the names of the modules instead"
+        ) from None
+    finally:
+        _MATCHER.reset(token)
+        matcher.close()
+
+
+def match(expression: str, path: str, *, whole: bool = False) -> _Groups | None:
+    """Return the groups of `re.match`, or of `re.fullmatch` if `whole`; None without a match.
+
+    Raises:
+        re.error: the expression is not valid.
+    """
+    matcher, how = _MATCHER.get(), "fullmatch" if whole else "match"
+    compiled = re.compile(expression)
+    if matcher is not None and _CAN_START and _may_take_long(expression):
+        return matcher.ask(how, expression, path)
+    found = getattr(compiled, how)(path)
+    return None if found is None else found.groups()
+
+
+def _may_take_long(expression: str) -> bool:
+    """Return whether an expression may try more than 10⁷ ways to match a path.
+
+    A repeat of one character has as many ways as the path has characters, here 100. Groups with
+    alternatives have the product of their numbers, which is largest if all have equally many.
+    """
+    repeats = len(_REPEAT.findall(expression.replace("*?", "*").replace("+?", "+")))
+    groups, bars = expression.count("("), expression.count("|")
+    ways = groups * math.log10(1 + bars / groups) if groups else 0.0
+    return 2 * repeats + ways > 7 or _REPEATED_GROUP.search(expression) is not None
