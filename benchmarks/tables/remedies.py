@@ -1,26 +1,32 @@
 """The tables of remedies against forgetting in the digit study."""
 
 from experiments.report.table import Table
+from experiments.sweeps.remedies import Compared
 
-from .registry import aligned, csv_rows, table
+from .registry import aligned, kept_run, table, with_minus
+
+
+@table("remedies-lora")
+def lora() -> Table:
+    """Return the gains of all remedies with LoRA."""
+    return _gains("LoRA")
+
+
+@table("remedies-full")
+def full() -> Table:
+    """Return the gains of the remedies that were compared on full fine-tuning."""
+    return _gains("full")
 
 
 @table("sweeps-remedies")
 def sweeps() -> Table:
-    """Return some remedies, preset relu: all, tuned and other digits."""
-    shown = (
-        "no remedy",
-        "strength λ",
-        "masked, longer",
-        "replay of 100 with a margin, longer",
-    )
-    cells: dict[tuple[str, str], str] = {}
-    old: dict[str, str] = {}
-    for row in csv_rows("remedies"):
-        if row["preset"] == "relu":
-            gain = f"{float(row['gain, points']):+.2f} ± {row['sd']}".replace("-", "−")
-            cells[row["remedy"], row["digits"]] = gain
-            old[row["remedy"]] = row["old images"]
-    digits = ("all", "tuned", "other")
-    lines = [[name, old[name], *(cells[name, group] for group in digits)] for name in shown]
-    return aligned(["remedy", "old images", *digits], lines)
+    """Return some remedies with LoRA and the longer schedule."""
+    shown = ("no remedy", "strength λ", "masked cross-entropy", "replay of 100 with a margin")
+    found = _gains("LoRA")
+    lines = [[*row[:2], *row[4:]] for row in found.rows if row[0] in shown]
+    return aligned(["remedy", "old images", "all digits", "− no remedy"], lines)
+
+
+def _gains(arm: str) -> Table:
+    found = with_minus(Compared(kept_run("remedies-relu")).arm_table(arm))
+    return aligned(found.head, found.rows)

@@ -8,6 +8,7 @@ COLOUR = {
     "off": "#0072B2",
     "on": "#D55E00",
     "wrapped": "#009E73",
+    "full": "#009E73",
     "scrambled": "#CC79A7",
     "published": "#000000",
 }
