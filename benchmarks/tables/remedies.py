@@ -1,32 +1,30 @@
-"""The tables of remedies against forgetting in the digit study."""
+"""The tables of remedies against forgetting in the digit study, preset relu."""
 
 from experiments.report.table import Table
+from experiments.sweeps.families import FULL, MASKED, NO_REMEDY
 from experiments.sweeps.remedies import Compared
 
-from .registry import aligned, kept_run, table, with_minus
+from .registry import kept_run, table
+
+KEPT = "remedies-relu"
 
 
 @table("remedies-lora")
 def lora() -> Table:
-    """Return the gains of all remedies with LoRA."""
-    return _gains("LoRA")
+    """Return the gains of all remedies with LoRA, and their differences from no remedy."""
+    return Compared(kept_run(KEPT)).arm_table("LoRA")
 
 
 @table("remedies-full")
 def full() -> Table:
-    """Return the gains of the remedies that were compared on full fine-tuning."""
-    return _gains("full")
+    """Return the same for full fine-tuning."""
+    return Compared(kept_run(KEPT)).arm_table(FULL)
 
 
 @table("sweeps-remedies")
 def sweeps() -> Table:
     """Return some remedies with LoRA and the longer schedule."""
-    shown = ("no remedy", "strength λ", "masked cross-entropy", "replay of 100 with a margin")
-    found = _gains("LoRA")
-    lines = [[*row[:2], *row[4:]] for row in found.rows if row[0] in shown]
-    return aligned(["remedy", "old images", "all digits", "− no remedy"], lines)
-
-
-def _gains(arm: str) -> Table:
-    found = with_minus(Compared(kept_run("remedies-relu")).arm_table(arm))
-    return aligned(found.head, found.rows)
+    found = lora()
+    names = NO_REMEDY, "strength λ", MASKED, "replay of 100 with a margin"
+    rows = [[name, old, *longer] for name, old, _, _, *longer in found.rows if name in names]
+    return Table(["remedy", "old images", "all digits", "− no remedy"], rows, (0, 1))
