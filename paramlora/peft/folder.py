@@ -163,7 +163,7 @@ def load_peft(
     _warn_if_added_twice(state)
     order = {site: i for i, site in enumerate(here)}
     planned.sort(key=lambda plan: order[plan.place.path])
-    return attach_or_refresh(model, survey, planned, name, path, activate, finite)
+    return attach_or_refresh(survey, planned, name, path, activate, finite)
 
 
 def _without_prefix(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:

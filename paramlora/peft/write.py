@@ -11,7 +11,7 @@ from ..errors import TargetError
 from ..kinds.delta import Delta
 from ..kinds.dora import DoRA
 from ..kinds.lora import LoRA
-from ..kinds.spec import LowRank
+from ..kinds.spec import LowRank, Spec
 from ..site.find import Site, base_weight, is_conv1d
 from ..stack.factors import Blocks, Factors
 from .config_file import Targets, config_content
@@ -122,7 +122,7 @@ def _update(site: Site, name: str, part: Part | None) -> _Update:
         )
     (factors,) = site.stack.parts(name)
     term = _term(factors)
-    reason = _refusal(part, factors)
+    reason = _refusal(part, factors.spec, term)
     if term is None or reason is not None:
         raise cannot_store(site.path, reason or "")
     return _Update(part, factors, base_weight(site.plist, site.stack), term)
@@ -136,11 +136,11 @@ def _term(factors: Factors) -> LowRank | None:
     return factors.low_rank()
 
 
-def _refusal(part: Part, factors: Factors) -> str | None:
-    spec, kind = factors.spec, type(factors.spec).__name__
+def _refusal(part: Part, spec: Spec, term: LowRank | None) -> str | None:
+    kind = type(spec).__name__
     if kind in ("OFT", "HiRA", "MiSS"):
         return f"a folder with {kind} has that kind at all sites and no others"
-    if _term(factors) is None:
+    if term is None:
         return f"{kind} is not a low-rank update of it"
     if isinstance(spec, DoRA) and spec.dim != part.output_dim:
         return (
