@@ -42,6 +42,8 @@ class StudyContext:
     # pre-training does not use them either.
     held_inputs: Tensor | None = None
     held_labels: Tensor | None = None
+    # Whether fine-tuning draws images of all digits, as joint training does.
+    joint: bool = False
 
     @property
     def tuned_rows(self) -> Tensor:
@@ -60,6 +62,8 @@ class StudyContext:
         adapter seed get the same images in the same order.
         """
         settings, rows = self.settings, self.tuned_rows
+        if self.joint:
+            rows = torch.arange(len(self.labels), device=rows.device)
         size = settings.remedies.tune_batch or settings.pretraining.batch
         count = settings.finetuning.steps * size
         if settings.finetuning.order == "blog":
@@ -75,9 +79,14 @@ class StudyContext:
         parameters: list[nn.Parameter],
         label: str,
         hooks: Sequence[Hook] = (),
+        lr: float | None = None,
     ) -> Tensor:
-        """Train with cross-entropy and Adam; return the loss of each step, float32 (steps,)."""
-        optimizer = torch.optim.Adam(parameters, self.settings.finetuning.lr, fused=True)
+        """Train with cross-entropy and Adam; return the loss of each step, float32 (steps,).
+
+        The learning rate is that of the settings, or `lr`.
+        """
+        rate = self.settings.finetuning.lr if lr is None else lr
+        optimizer = torch.optim.Adam(parameters, rate, fused=True)
         return self.train(model, batches, cross_entropy, optimizer, label, hooks)
 
     def train(

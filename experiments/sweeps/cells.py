@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..digits.methods import lora_of
-from ..digits.settings import AdapterSettings, DigitSettings
+from ..digits.settings import FULL, AdapterSettings, DigitSettings
 from ..harness.grid import Grid, check_grid
-from ..harness.settings import listed, replace
+from ..harness.settings import StudyError, listed, replace
 
 # The most images per step, over all adapters that train together. A larger step is bound by
 # arithmetic: stacking more adapters then saves no time and takes more memory.
 TOGETHER = 1000
+SWEPT = ("lora", "full", "joint-lora", "joint")  # the methods that a sweep has
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Cell:
         together: whether the seeds may train at once.
         varied: the settings that the grid set, by name.
         full: whether all weights and biases are trained, instead of an adapter.
+        joint: whether images of all digits are drawn, instead of the tuned ones.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Cell:
     together: bool = True
     varied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     full: bool = False
+    joint: bool = False
 
 
 def cells(
@@ -65,7 +68,31 @@ def cells(
         for number in range(base_seeds):
             seed = changes.get("seed", settings.seed) + number
             cell = replace(settings, **{**changes, "seed": seed})
-            yield Cell(name, cell, strengths, together, changes)
+            yield dataclasses.replace(
+                cell_of(name, cell), strengths=strengths, together=together, varied=changes
+            )
+
+
+def cell_of(name: str, settings: DigitSettings) -> Cell:
+    """Return the cell of the one method in the settings; with "all" methods it is `lora`.
+
+    The learning rate of `full` and `joint` is the settings' `full_lr`. It is the `lr` of the cell,
+    as the stacked training has one rate.
+
+    Raises:
+        StudyError: the settings have another number of methods, or a method that a sweep does not
+            have, or a remedy for joint training.
+    """
+    given = settings.finetuning.methods
+    method = "lora" if given == "all" else given
+    if method not in SWEPT:
+        raise StudyError(f"a cell of a sweep has one method out of {', '.join(SWEPT)}, got {given}")
+    full, joint = method in FULL, method.startswith("joint")
+    if joint and settings.remedied:
+        raise StudyError(f"--methods {method} trains on all digits and takes no remedy")
+    if full:
+        settings = replace(settings, lr=settings.finetuning.full_lr)
+    return Cell(name, settings, (settings.remedies.strength,), full=full, joint=joint)
 
 
 def jobs_of(todo: Sequence[Cell]) -> list[list[Cell]]:
@@ -76,7 +103,7 @@ def jobs_of(todo: Sequence[Cell]) -> list[list[Cell]]:
         # `Together` scales B by the ratio of two scales, which does not exist if one of them is 0.
         has_scale = lora_of(cell.settings.adapter).scaling != 0
         shared = dataclasses.replace(cell.settings, adapter=AdapterSettings())
-        key = cell.together, cell.full, has_scale, shared
+        key = cell.together, cell.full, cell.joint, has_scale, shared
         job = open_jobs.get(key, [])
         if not job or not is_stacked(cell) or _images_per_step([*job, cell]) > TOGETHER:
             job = open_jobs[key] = []

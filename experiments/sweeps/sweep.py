@@ -8,6 +8,7 @@ Cells that differ only in their adapter settings train together as one job. jobl
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def run_job(cells: Sequence[Cell]) -> list[list[Row]]:
     The cells contain everything that a job needs, so it can run in any process on any machine that
     has the code and the data.
     """
-    contexts = [context_of(cell.settings) for cell in cells]
+    contexts = [replace(context_of(cell.settings), joint=cell.joint) for cell in cells]
     todo = [(context, seed) for context in contexts for seed in context.settings.adapter_seeds]
     tune = tune_together if is_stacked(cells[0]) else tune_one_by_one
     trained = iter(tune(todo, full=cells[0].full))
