@@ -1,12 +1,14 @@
-"""The digit study: a base, three methods of fine-tuning, and their checks, as a list of stages.
+"""The digit study: a base, several methods of fine-tuning, and their checks, as a list of stages.
 
 A stage records rows and saves an adapter. Complete stages are not run again when a run is resumed.
 Every fine-tuning starts from the same base. For each adapter seed, all methods get the same images
-in the same order, so that they can be compared in pairs.
+in the same order, so that they can be compared in pairs. Only the joint methods draw images of all
+digits.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +32,14 @@ from .methods import (
     ADAPTER,
     BlogScrambled,
     attached_ranks,
+    check_methods,
     factors_of,
     lora_of,
     wrap,
     wrapped_ranks,
 )
 from .remedies.recipe import answers, recipe
-from .settings import DigitSettings
+from .settings import FULL, DigitSettings
 from .shared import prepare
 from .strengths import Strengths, chosen, updates
 
@@ -47,16 +50,17 @@ ATTACHED = ("off", "on", "merged", "unmerged")
 def stages(settings: DigitSettings) -> Iterator[Stage[StudyContext]]:
     """Yield the stages of a run, in order."""
     lora = lora_of(settings.adapter)
-    scrambled = BlogScrambled(settings.adapter.rank, settings.adapter.numerator)
+    attached = {"lora": lora, "scrambled": BlogScrambled(lora.rank, settings.adapter.numerator)}
     yield Stage(_key("base", None), ("base",), count_base)
     for seed in settings.adapter_seeds:
-        yield Stage(_key("lora", seed), ATTACHED, partial(tune_attached, "lora", lora, seed))
-        if settings.remedied:
-            continue  # remedies apply to `lora` only, so the other methods are not comparable
-        yield Stage(_key("wrapped", seed), ("wrapped",), partial(tune_wrapped, lora, seed))
-        if settings.extras.compat == "blog":
-            make = partial(tune_attached, "scrambled", scrambled, seed)
-            yield Stage(_key("scrambled", seed), ATTACHED, make)
+        for method in settings.chosen_methods:
+            key = _key(method, seed)
+            if method in attached:
+                yield Stage(key, ATTACHED, partial(tune_attached, method, attached[method], seed))
+            elif method == "wrapped":
+                yield Stage(key, (method,), partial(tune_wrapped, lora, seed))
+            else:
+                yield Stage(key, (method,), partial(tune_compared, method, lora, seed))
 
 
 def _key(method: str, seed: int | None) -> dict[str, Any]:
@@ -74,8 +78,10 @@ def run_digits(
         data: the data set; by default, the one that the settings name is loaded.
 
     Raises:
-        StudyError: the data, the device or the folder cannot be used. The message says why.
+        StudyError: the data, the device, the folder or the methods cannot be used. The message says
+            why.
     """
+    check_methods(settings)
     device = resolve_device(settings.place.device)
     data = data or load_data(settings.dataset.data, settings.dataset.data_dir)
     environment = {"study": settings.STUDY, **describe(device, data)}
@@ -196,6 +202,28 @@ def tune_wrapped(spec: pl.LoRA, seed: int, context: StudyContext) -> None:
     losses = context.fine_tune(model, batches, trained, f"wrapped {seed}")
     learned = {"trainable": sum(p.numel() for p in trained), "ranks": wrapped_ranks(model)}
     context.record("wrapped", "wrapped", seed, context.evaluate(model), **learned, **curve(losses))
+
+
+def tune_compared(method: str, spec: pl.LoRA, seed: int, context: StudyContext) -> None:
+    """Fine-tune all weights and biases, or on all digits, to compare with. Row: the method's name.
+
+    Args:
+        method: "full", "joint" (all weights, images of all digits), or "joint-lora".
+        spec: the adapter of "joint-lora".
+        seed: the adapter seed, which draws the images in the order of the other methods.
+        context: the base, the data and the settings.
+    """
+    context = replace(context, joint=method.startswith("joint"))
+    model, generator = context.model(), torch.Generator().manual_seed(seed)
+    batches, rate = context.batches(generator), context.settings.finetuning.lr
+    if method in FULL:
+        rate = context.settings.finetuning.full_lr
+    else:
+        pl.attach(model, spec, nn.Linear, name=ADAPTER, generator=generator)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    losses = context.fine_tune(model, batches, trained, f"{method} {seed}", lr=rate)
+    learned = {"trainable": sum(p.numel() for p in trained), "rate": rate, **curve(losses)}
+    context.record(method, method, seed, context.evaluate(model), **learned)
 
 
 def evaluate_off(context: StudyContext, model: nn.Module) -> Tensor:

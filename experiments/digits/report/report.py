@@ -17,6 +17,7 @@ from ...report.document import markdown as as_markdown
 from ...report.page import page
 from ...report.table import Sample, Table, key_value_table, percent
 from ..data import small_note
+from .arms import ARMS, arm_table, arms_legend, has_arms
 from .findings import findings
 from .plots import draw
 from .tables import (
@@ -58,7 +59,9 @@ def write_report(folder: Path) -> RunDirectory:
 
 def terminal(run: RunDirectory) -> str:
     """Return the text that the terminal shows at the end of a run."""
-    lines = [title(run), "", digit_table(run).text(), "", *check_lines(checks(run)), ""]
+    lines = [title(run), "", digit_table(run).text(), ""]
+    lines += [arm_table(run).text(), ""] if has_arms(run) else []
+    lines += [*check_lines(checks(run)), ""]
     return "\n".join(["", *lines, *findings(run, failed(run)), ""])
 
 
@@ -80,6 +83,7 @@ def sections(run: RunDirectory, pictures: Sequence[Picture]) -> Sections:
     return {
         "Findings": findings(run, failed(run)),
         "Wrong answers by digit, and accuracy": [digit_table(run), columns_legend(run)],
+        **({ARMS: [arm_table(run), arms_legend(run)]} if has_arms(run) else {}),
         "Over the adapter seeds": [seed_table(run), seeds_legend(run)],
         **({"Why the blog's two methods differ": methods_compared(run)} if explained else {}),
         "Checks": [check_lines(checks(run))],
