@@ -10,7 +10,11 @@ from ..harness.rundir import RunDirectory
 from ..harness.settings import StudyError, result_settings
 
 REMEDIES = "remedies"  # `--preset remedies-relu` selects remedies on the preset relu
-EPILOG = f"""presets {", ".join(f"{REMEDIES}-{name}" for name in PRESETS)}:
+FRONT = "front"  # `--preset front-relu` trains LoRA and full fine-tuning at many learning rates
+EPILOG = f"""presets {", ".join(f"{FRONT}-{name}" for name in PRESETS)}:
+  Train LoRA at several ranks, full fine-tuning and joint training at several learning rates, and
+  compare what they forget where they have learned equally much.
+presets {", ".join(f"{REMEDIES}-{name}" for name in PRESETS)}:
   Compare the remedies against forgetting on one of the study's presets, instead of a grid. The
   settings of each remedy are chosen on validation images and then measured on the test images."""
 
@@ -28,6 +32,7 @@ def add_commands(commands: Commands) -> None:
             "--vary rank=1,2,4 --vary strength=0,0.5,1",
             '--vary "digits=2,3;9" --vary init=gaussian,kaiming --out runs/digits-and-inits',
             "--preset remedies-relu --seeds 10 --base-seeds 5 --jobs 2",
+            "--preset front-relu --seeds 5 --base-seeds 6",
         ),
     )
     grid = sweep.add_argument_group("Sweep")
@@ -48,7 +53,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def _add_remedy_options(sweep: argparse.ArgumentParser) -> None:
-    remedies = sweep.add_argument_group(f"Selection of remedies, with --preset {REMEDIES}-...")
+    remedies = sweep.add_argument_group(f"With --preset {REMEDIES}-... or {FRONT}-...")
     remedies.add_argument(
         "--selection-bases",
         type=int,
@@ -59,25 +64,35 @@ def _add_remedy_options(sweep: argparse.ArgumentParser) -> None:
 
 
 def run(vary: list[str], base_seeds: int, jobs: int, **given: object) -> int:
-    """Run a sweep, or with a remedies preset the selection of remedies, and print its table."""
+    """Run a sweep, or the study of a preset of remedies or of a front, and print its table."""
     # Imported here because torch and paramlora load slowly and --help needs neither.
     from ..digits.shared import settings_and_data
 
     name = str(given.pop("preset", ""))
     remedy_options = {key: given.pop(key) for key in ("selection_bases",) if key in given}
-    if name == REMEDIES or name.startswith(f"{REMEDIES}-"):
-        if vary:
-            raise StudyError(f"--vary cannot be used with --preset {name}, which has its own grid")
-        preset = name.removeprefix(REMEDIES).removeprefix("-")
-        if preset not in ("", *PRESETS):
-            known = ", ".join(f"{REMEDIES}-{known}" for known in PRESETS)
-            raise StudyError(f"--preset must be one of {known}, got {name!r}")
-        settings, _ = settings_and_data(preset, **given)
-        return run_selection(settings, base_seeds=base_seeds, jobs=jobs, **remedy_options)
+    for kind, start in {REMEDIES: run_selection, FRONT: run_fronts}.items():
+        if name == kind or name.startswith(f"{kind}-"):
+            settings, _ = settings_and_data(_preset_of(kind, name, vary), **given)
+            return start(settings, base_seeds=base_seeds, jobs=jobs, **remedy_options)
     for key in remedy_options:
         flag = "--" + key.replace("_", "-")
         raise StudyError(f"{flag} can only be used with a remedies preset, such as {REMEDIES}-relu")
     return run_grid(settings_and_data(name, **given)[0], vary, base_seeds, jobs)
+
+
+def _preset_of(kind: str, name: str, vary: list[str]) -> str:
+    """Return the digit study's preset in a name such as front-relu; "" if it names none.
+
+    Raises:
+        StudyError: there is no such preset, or the command has a grid.
+    """
+    if vary:
+        raise StudyError(f"--vary cannot be used with --preset {name}, which has its own grid")
+    preset = name.removeprefix(kind).removeprefix("-")
+    if preset not in ("", *PRESETS):
+        known = ", ".join(f"{kind}-{known}" for known in PRESETS)
+        raise StudyError(f"--preset must be one of {known}, got {name!r}")
+    return preset
 
 
 def run_grid(settings: DigitSettings, vary: list[str], base_seeds: int, jobs: int) -> int:
@@ -99,6 +114,15 @@ def run_selection(settings: DigitSettings, **options: object) -> int:
 
     folder = Path(settings.place.out or f"runs/{REMEDIES}-{settings.preset}")
     run_remedies(settings, folder, **options)  # type: ignore[arg-type]
+    return report([folder])
+
+
+def run_fronts(settings: DigitSettings, **options: object) -> int:
+    """Train the methods of a learning-forgetting front at all rates, and print its report."""
+    from .front import run_front
+
+    folder = Path(settings.place.out or f"runs/{FRONT}-{settings.preset}")
+    run_front(settings, folder, **options)  # type: ignore[arg-type]
     return report([folder])
 
 
@@ -148,6 +172,12 @@ def report_one(folder: Path) -> None:
     run = RunDirectory.read(folder)
     if not run.rows:
         raise StudyError(f"the sweep in {folder} has no rows yet: continue it first")
+    if "chosen_on" in run.settings:
+        from .front_report import write_front_report
+
+        write_front_report(run)
+        print((folder / "front.md").read_text(encoding="utf-8"))
+        return
     if "selection_bases" in run.settings:
         write_remedies_report(run)
         print((folder / "remedies.md").read_text(encoding="utf-8"))

@@ -97,4 +97,4 @@ def run_front(
         *front_cells(replace(settings, **held), bases[1], SELECTION, times),
     ]
     asked = result_settings(settings) | {"base_seeds": base_seeds, "times": list(times)}
-    return run_sweep(todo, folder, asked | {"front": True, "chosen_on": selection_bases}, jobs, say)
+    return run_sweep(todo, folder, asked | {"chosen_on": selection_bases}, jobs, say)
