@@ -56,22 +56,21 @@ def contact_sheet(
     """
     by_class = {label: rows for label, rows in getattr(flips, side).items() if rows}
     before, after = (p.predicted.tolist() for p in predictions)
-    figure, panels = plt.subplots(
-        max(1, len(by_class)),
-        per_class,
-        figsize=(0.75 * per_class + 1, 0.95 * max(1, len(by_class)) + 0.5),
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes in panels.flat:
-        axes.set_axis_off()
-    for line, (label, rows) in zip(panels, by_class.items(), strict=False):
-        for axes, row in zip(line, rows, strict=False):
+    widest = min(per_class, max(map(len, by_class.values()), default=0))
+    lines, columns = max(1, len(by_class)), max(6, widest)  # the title is six images wide
+    figure = plt.figure(figsize=(0.75 * columns + 1, 0.95 * lines + 0.5), layout="constrained")
+    grid = figure.add_gridspec(lines, columns)
+    for line, (label, rows) in enumerate(by_class.items()):
+        for column, row in enumerate(rows[:per_class]):
+            axes = figure.add_subplot(grid[line, column])
+            axes.set_axis_off()
             axes.imshow(images[row].numpy(), cmap="gray_r")
             axes.set_title(f"{classes[before[row]]} → {classes[after[row]]}", fontsize=7, pad=2)
-        name = f"{classes[label]}\nn = {len(rows)}"
-        place = {"transform": line[0].transAxes, "ha": "right", "va": "center"}
-        line[0].text(-0.15, 0.5, name, fontsize=9, **place)
+            if column == 0:
+                name = f"{classes[label]}\nn = {len(rows)}"
+                axes.text(
+                    -0.15, 0.5, name, fontsize=9, transform=axes.transAxes, ha="right", va="center"
+                )
     title = {"negative": "correct before, wrong after", "positive": "wrong before, correct after"}
     figure.suptitle(f"{title[side]}; above each image: prediction before → after", fontsize=9)
     return figure

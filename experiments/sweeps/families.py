@@ -18,11 +18,11 @@ FULL = "full"
 # What is trained, its settings, and its usual learning rate. A has PEFT's initialisation.
 ARMS: Mapping[str, Row] = {"LoRA": {"init": "kaiming"}, FULL: {}}
 USUAL: Mapping[str, float] = {"LoRA": 1e-3, FULL: 1e-4}
-LORA_ONLY = ("LoRA",)
+BOTH = tuple(ARMS)
 EIGHT = (0.03, 0.1, 0.2, 0.3, 0.6, 1.0, 3.0, 10.0)  # learning rates to choose from / the usual one
 FOUR = (0.1, 0.3, 1.0, 3.0)  # the same for a remedy with an option
 CANDIDATES = len(EIGHT)
-NO_REMEDY = "no remedy"
+NO_REMEDY, MASKED = "no remedy", "masked cross-entropy"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Family:
         changes: the settings that all of its candidates change.
         option: the option of the remedy whose value is chosen; "" if only the rate is.
         values: the two values of the option, each at four rates.
-        arms: what it can be applied to.
+        arms: what it is compared on.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Family:
     changes: Row = field(default_factory=dict)
     option: str = ""
     values: tuple[float, ...] = ()
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = ("LoRA",)
 
     def candidates(self, arm: str) -> list[Row]:
         """Return the settings to choose from, by option name."""
@@ -74,48 +74,34 @@ def families(validation: int = 500) -> tuple[Family, ...]:
     """
     hundred = "100 per digit"
     return (
-        Family(NO_REMEDY),
-        Family(f"{NO_REMEDY}, A ~ N(0, 1)", changes={"init": "gaussian"}, arms=LORA_ONLY),
-        Family("strength λ", option="strength", values=(0.25, 0.5)),
+        Family(NO_REMEDY, arms=BOTH),
+        Family(f"{NO_REMEDY}, A ~ N(0, 1)", changes={"init": "gaussian"}),
+        Family("strength λ", option="strength", values=(0.25, 0.5), arms=BOTH),
         Family("distillation", option="distill", values=(0.3, 1.0)),
-        Family("kept mass", option="mass", values=(1.0, 3.0), arms=LORA_ONLY),
-        Family("masked cross-entropy", changes={"margin": INF}),
-        Family("margin", option="margin", values=(5.0, 10.0)),
-        Family("EWC", option="ewc", values=(1e3, 1e4), arms=LORA_ONLY),
-        Family(
-            "null space of the weights",
-            option="null_space",
-            values=(0.9, 0.99),
-            arms=LORA_ONLY,
-        ),
+        Family("kept mass", option="mass", values=(1.0, 3.0)),
+        Family(MASKED, changes={"margin": INF}, arms=BOTH),
+        Family("margin", option="margin", values=(5.0, 10.0), arms=BOTH),
+        Family("EWC", option="ewc", values=(1e3, 1e4)),
+        Family("null space of the weights", option="null_space", values=(0.9, 0.99)),
         Family("routed by the base", changes={"route": "base"}),
-        Family("base says whether, adapter which", changes={"route": "soft"}, arms=LORA_ONLY),
-        Family("replay of 10", "10 per digit", {"replay": 10}, arms=LORA_ONLY),
-        Family("replay of 100", hundred, {"replay": 100}),
+        Family("base says whether, adapter which", changes={"route": "soft"}),
+        Family("replay of 10", "10 per digit", {"replay": 10}),
+        Family("replay of 100", hundred, {"replay": 100}, arms=BOTH),
         Family("replay of 100 with a margin", hundred, {"replay": 100}, "margin", (1.0, 2.0)),
         Family(
             "masked, balanced replay of 100 (ER-ACE)",
             hundred,
             {"margin": INF, "replay": 100, "replay_of": "all"},
-            arms=LORA_ONLY,
         ),
-        Family(
-            "replay of 100, learned gate", hundred, {"replay": 100, "route": "gate"}, arms=LORA_ONLY
-        ),
+        Family("replay of 100, learned gate", hundred, {"replay": 100, "route": "gate"}),
         Family(
             "replay of 100, null space of their activations",
             hundred,
             {"replay": 100, "null_space_of": "old"},
             "null_space",
             (0.6, 0.8),
-            arms=LORA_ONLY,
         ),
-        Family(
-            "early stopping",
-            f"{validation} per digit, to stop",
-            {"patience": 3},
-            arms=LORA_ONLY,
-        ),
+        Family("early stopping", f"{validation} per digit, to stop", {"patience": 3}),
     )
 
 

@@ -55,9 +55,9 @@ class LoRA(Spec):
             transformers' Conv1D and some experts store it.
         dropout: in training mode, the probability with which each element of the update's input is
             zeroed; the others are divided by 1 − dropout, as `nn.Dropout` does. It is supported at
-            the weights of Linear and transformers' Conv1D. At an Embedding, whose input are
-            indices, it has no effect, as in PEFT. The base's part of the output is without
-            dropout, and so is W' (`layer.weight`, `merge`).
+            the weights of Linear, quantized layers and transformers' Conv1D. At an Embedding, whose
+            input are indices, it has no effect, as in PEFT. The base's part of the output is
+            without dropout, and so is W' (`layer.weight`, `merge`).
 
     Raises:
         ValueError: a field has an invalid value. If `init` is a callable that leaves A unfilled,

@@ -30,6 +30,7 @@ from experiments.sweeps import remedies as remedies_module
 from experiments.sweeps import select as select_module
 from experiments.sweeps.cells import cells, jobs_of, trains_together
 from experiments.sweeps.families import (
+    BOTH,
     CANDIDATES,
     NO_REMEDY,
     Family,
@@ -419,9 +420,9 @@ def test_a_grid_that_cannot_be_is_refused(word, message):
 
 
 FEW = (
-    Family(NO_REMEDY),
-    Family("strength λ", option="strength", values=(0.0, 0.5)),
-    Family("masked", changes={"margin": math.inf}),
+    Family(NO_REMEDY, arms=BOTH),
+    Family("strength λ", option="strength", values=(0.0, 0.5), arms=BOTH),
+    Family("masked", changes={"margin": math.inf}, arms=BOTH),
 )
 
 
