@@ -3,7 +3,7 @@
 from functools import lru_cache
 
 from experiments.report.table import Table
-from experiments.sweeps.front_report import Front
+from experiments.sweeps.front_tables import Front
 
 from .registry import kept_run, minus, table
 
