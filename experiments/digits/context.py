@@ -42,8 +42,6 @@ class StudyContext:
     # pre-training does not use them either.
     held_inputs: Tensor | None = None
     held_labels: Tensor | None = None
-    # Whether fine-tuning draws images of all digits, as joint training does.
-    joint: bool = False
 
     @property
     def tuned_rows(self) -> Tensor:
@@ -55,15 +53,19 @@ class StudyContext:
         """Return a new copy of the base."""
         return restore(self.settings, self.base, self.inputs.device)
 
-    def batches(self, generator: torch.Generator) -> Batches:
+    def batches(self, generator: torch.Generator, joint: bool = False) -> Batches:
         """Return the batches of a fine-tuning.
 
         Draw the batches before anything else from `generator`, so that all methods with the same
         adapter seed get the same images in the same order.
+
+        Args:
+            generator: the generator of the adapter seed.
+            joint: draw from the images of all digits, instead of those of the tuned digits.
         """
         settings, rows = self.settings, self.tuned_rows
-        if self.joint:
-            rows = torch.arange(len(self.labels), device=rows.device)
+        if joint:
+            rows = torch.arange(len(self.labels), device=self.labels.device)
         size = settings.remedies.tune_batch or settings.pretraining.batch
         count = settings.finetuning.steps * size
         if settings.finetuning.order == "blog":

@@ -8,7 +8,6 @@ digits.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -213,9 +212,9 @@ def tune_compared(method: str, spec: pl.LoRA, seed: int, context: StudyContext) 
         seed: the adapter seed, which draws the images in the order of the other methods.
         context: the base, the data and the settings.
     """
-    context = replace(context, joint=method.startswith("joint"))
     model, generator = context.model(), torch.Generator().manual_seed(seed)
-    batches, rate = context.batches(generator), context.settings.finetuning.lr
+    batches = context.batches(generator, joint=method.startswith("joint"))
+    rate = context.settings.finetuning.lr
     if method in FULL:
         rate = context.settings.finetuning.full_lr
     else:

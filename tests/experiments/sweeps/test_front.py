@@ -2,7 +2,6 @@
 
 import doctest
 import json
-from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +60,14 @@ def test_examples_in_docstrings_run(module):
 @pytest.mark.parametrize("full", [True, False])
 def test_joint_training_at_once_is_that_of_one_by_one(tmp_path, full):
     """Seeds of joint training that train together agree with separate ones, on all digits."""
-    context = replaced(context_of(small(tmp_path)), joint=True)
-    assert set(context.labels[context.batches(torch.Generator()).order].tolist()) == set(range(10))
+    context = context_of(small(tmp_path))
+    drawn = context.batches(torch.Generator(), joint=True).order
+    assert set(context.labels[drawn].tolist()) == set(range(10))
     todo = [(context, 0), (context, 1)]
-    pairs = zip(tune_together(todo, full=full), tune_one_by_one(todo, full=full), strict=True)
-    for (ours, our_loss), (theirs, their_loss) in pairs:
+    together = tune_together(todo, full=full, joint=True)
+    for (ours, our_loss), (theirs, their_loss) in zip(
+        together, tune_one_by_one(todo, full=full, joint=True), strict=True
+    ):
         assert our_loss == pytest.approx(their_loss, rel=1e-4)
         for name, value in theirs.items():
             assert_close(ours[name], value, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,56 @@
+"""The tables of sequences of tasks, from the runs docs/data/tasks-*."""
+
+from experiments.harness.rundir import RunDirectory
+from experiments.report.table import Sample, Table
+from experiments.tasks.report import differences, methods_in, units_of
+
+from .registry import json_rows, kept_run, minus, table
+
+RUNS = {
+    "split": "tasks-split",
+    "split, task given": "tasks-split-given",
+    "rotated": "tasks-rotated",
+    "permuted": "tasks-permuted",
+}
+
+
+@table("tasks")
+def accuracies() -> Table:
+    """Return the accuracy at the end and the forgetting of each method, one column per stream."""
+    runs = [kept_run(name) for name in RUNS.values()]
+    lines = [[method, *(_cell(run, method) for run in runs)] for method in methods_in(runs[0])]
+    return Table(["method", *RUNS], lines)
+
+
+def _cell(run: RunDirectory, method: str) -> str:
+    """Return "ACC ± sd (forgetting)", in %, over the bases."""
+    rows = [row for unit in units_of(run, method).values() for row in unit]
+    accuracy = Sample(tuple(100 * row["ACC"] for row in rows))
+    forgetting = Sample(tuple(100 * row["forgetting"] for row in rows))
+    return f"{accuracy.mean_sd(1)} ({minus(f'{forgetting.mean:.1f}')})"
+
+
+@table("tasks-differences")
+def compared() -> Table:
+    """Return LoRA less full fine-tuning, one after the other and jointly, paired by base."""
+    lines = []
+    for stream, name in RUNS.items():
+        run = kept_run(name)
+        for ours, theirs in (("one", "full"), ("joint-lora", "joint")):
+            found = differences(run, theirs)
+            cells = next(row[1:] for row in found.rows if row[0] == ours)
+            lines.append([stream, f"{ours} − {theirs}", *map(minus, cells)])
+    return Table(["tasks", "difference", *found.head[1:]], lines, (0, 1))
+
+
+@table("tasks-rates")
+def rates() -> Table:
+    """Return what one adapter and all weights learn and forget at several rates, rotated digits."""
+    groups: dict[tuple[str, float], list[dict[str, float]]] = {}
+    for row in json_rows("tasks-rates"):
+        groups.setdefault((row["method"], row["rate"]), []).append(row)
+    lines = []
+    for (method, rate), rows in sorted(groups.items(), reverse=True):
+        cells = [Sample(tuple(100 * row[key] for row in rows)) for key in ("LA", "forgetting")]
+        lines.append([method, f"{rate:g}", *(cell.mean_sd(1) for cell in cells), str(len(rows))])
+    return Table(["method", "rate", "learned (LA)", "forgotten", "n"], lines)
