@@ -52,6 +52,12 @@ def test_the_tables_of_remedies_are_made_of_their_rows(folder: Path) -> None:
     for arm in compared.arms:
         for row in compared.arm_table(arm).rows:
             assert list(row) in shown
+    longer = {row[0]: row[4:] for row in compared.arm_table("LoRA").rows}
+    for name, old, *cells in table_rows("../experiments/sweeps/README.md"):
+        assert name not in longer or [*cells] == longer[name], old
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    for name in ("no remedy", "masked cross-entropy"):
+        assert longer[name][0].removeprefix("+") in readme
 
 
 def test_the_digit_study_of_the_documents_is_made_of_its_rows():
