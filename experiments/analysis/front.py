@@ -55,17 +55,3 @@ def difference(ours: Points, theirs: Points) -> float | None:
         return None
     levels = np.linspace(low, high, LEVELS)
     return float((np.interp(levels, x0, y0) - np.interp(levels, x1, y1)).mean())
-
-
-def at(points: Points, level: float) -> float | None:
-    """Return y at x = `level`, interpolated linearly, or None if the method does not reach it.
-
-    Args:
-        points: (x, y) in ascending order of the learning rate.
-        level: a value of x.
-
-    >>> at([(0.0, 1.0), (1.0, 0.5), (0.8, 0.2)], 0.5), at([(0.0, 1.0), (1.0, 0.5)], 2.0)
-    (0.75, None)
-    """
-    x, y = np.array(sorted(rising(points))).T
-    return float(np.interp(level, x, y)) if x[0] <= level <= x[-1] else None

@@ -10,13 +10,13 @@ from ..harness.rundir import RunDirectory
 from ..harness.settings import StudyError, result_settings
 
 REMEDIES = "remedies"  # `--preset remedies-relu` selects remedies on the preset relu
-FRONT = "front"  # `--preset front-relu` trains LoRA and full fine-tuning at many learning rates
-EPILOG = f"""presets {", ".join(f"{FRONT}-{name}" for name in PRESETS)}:
-  Train LoRA at several ranks, full fine-tuning and joint training at several learning rates, and
-  compare what they forget where they have learned equally much.
-presets {", ".join(f"{REMEDIES}-{name}" for name in PRESETS)}:
+FRONT = "front"  # `--preset front-relu` compares LoRA with full fine-tuning on it
+EPILOG = f"""presets {", ".join(f"{REMEDIES}-{name}" for name in PRESETS)}:
   Compare the remedies against forgetting on one of the study's presets, instead of a grid. The
-  settings of each remedy are chosen on validation images and then measured on the test images."""
+  settings of each remedy are chosen on validation images and then measured on the test images.
+presets {", ".join(f"{FRONT}-{name}" for name in PRESETS)}:
+  Compare what LoRA of several ranks, full fine-tuning and joint training learn and forget, over
+  learning rates."""
 
 
 def add_commands(commands: Commands) -> None:
@@ -32,7 +32,7 @@ def add_commands(commands: Commands) -> None:
             "--vary rank=1,2,4 --vary strength=0,0.5,1",
             '--vary "digits=2,3;9" --vary init=gaussian,kaiming --out runs/digits-and-inits',
             "--preset remedies-relu --seeds 10 --base-seeds 5 --jobs 2",
-            "--preset front-relu --seeds 5 --base-seeds 6",
+            "--preset front-relu --seeds 5 --base-seeds 5",
         ),
     )
     grid = sweep.add_argument_group("Sweep")
@@ -53,7 +53,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def _add_remedy_options(sweep: argparse.ArgumentParser) -> None:
-    remedies = sweep.add_argument_group(f"With --preset {REMEDIES}-... or {FRONT}-...")
+    remedies = sweep.add_argument_group(f"Selection of remedies, with --preset {REMEDIES}-...")
     remedies.add_argument(
         "--selection-bases",
         type=int,
@@ -64,35 +64,28 @@ def _add_remedy_options(sweep: argparse.ArgumentParser) -> None:
 
 
 def run(vary: list[str], base_seeds: int, jobs: int, **given: object) -> int:
-    """Run a sweep, or the study of a preset of remedies or of a front, and print its table."""
+    """Run a sweep, or the comparison that a preset names, and print its table."""
     # Imported here because torch and paramlora load slowly and --help needs neither.
     from ..digits.shared import settings_and_data
 
     name = str(given.pop("preset", ""))
     remedy_options = {key: given.pop(key) for key in ("selection_bases",) if key in given}
-    for kind, start in {REMEDIES: run_selection, FRONT: run_fronts}.items():
-        if name == kind or name.startswith(f"{kind}-"):
-            settings, _ = settings_and_data(_preset_of(kind, name, vary), **given)
-            return start(settings, base_seeds=base_seeds, jobs=jobs, **remedy_options)
+    kind, _, preset = name.partition("-")
+    if kind in (REMEDIES, FRONT):
+        if vary:
+            raise StudyError(f"--vary cannot be used with --preset {name}, which has its own grid")
+        if preset not in ("", *PRESETS):
+            known = ", ".join(f"{kind}-{known}" for known in PRESETS)
+            raise StudyError(f"--preset must be one of {known}, got {name!r}")
+        settings, _ = settings_and_data(preset, **given)
+        if kind == REMEDIES:
+            return run_selection(settings, base_seeds=base_seeds, jobs=jobs, **remedy_options)
     for key in remedy_options:
         flag = "--" + key.replace("_", "-")
         raise StudyError(f"{flag} can only be used with a remedies preset, such as {REMEDIES}-relu")
+    if kind == FRONT:
+        return run_front(settings, base_seeds, jobs)
     return run_grid(settings_and_data(name, **given)[0], vary, base_seeds, jobs)
-
-
-def _preset_of(kind: str, name: str, vary: list[str]) -> str:
-    """Return the digit study's preset in a name such as front-relu; "" if it names none.
-
-    Raises:
-        StudyError: there is no such preset, or the command has a grid.
-    """
-    if vary:
-        raise StudyError(f"--vary cannot be used with --preset {name}, which has its own grid")
-    preset = name.removeprefix(kind).removeprefix("-")
-    if preset not in ("", *PRESETS):
-        known = ", ".join(f"{kind}-{known}" for known in PRESETS)
-        raise StudyError(f"--preset must be one of {known}, got {name!r}")
-    return preset
 
 
 def run_grid(settings: DigitSettings, vary: list[str], base_seeds: int, jobs: int) -> int:
@@ -108,21 +101,23 @@ def run_grid(settings: DigitSettings, vary: list[str], base_seeds: int, jobs: in
     return report([folder])
 
 
+def run_front(settings: DigitSettings, base_seeds: int, jobs: int) -> int:
+    """Train LoRA, full fine-tuning and joint training at all rates, and print their report."""
+    from .front import front_cells
+    from .sweep import run_sweep
+
+    folder = Path(settings.place.out or f"runs/{FRONT}-{settings.preset}")
+    asked = result_settings(settings) | {"front": True, "base_seeds": base_seeds}
+    run_sweep(list(front_cells(settings, base_seeds)), folder, asked, jobs)
+    return report([folder])
+
+
 def run_selection(settings: DigitSettings, **options: object) -> int:
     """Select and measure the remedies, and print their report."""
     from .select import run_remedies
 
     folder = Path(settings.place.out or f"runs/{REMEDIES}-{settings.preset}")
     run_remedies(settings, folder, **options)  # type: ignore[arg-type]
-    return report([folder])
-
-
-def run_fronts(settings: DigitSettings, **options: object) -> int:
-    """Train the methods of a learning-forgetting front at all rates, and print its report."""
-    from .front import run_front
-
-    folder = Path(settings.place.out or f"runs/{FRONT}-{settings.preset}")
-    run_front(settings, folder, **options)  # type: ignore[arg-type]
     return report([folder])
 
 
@@ -166,22 +161,21 @@ def report(folders: list[Path], figure: str = "", out: Path | None = None) -> in
 
 def report_one(folder: Path) -> None:
     """Write a sweep's report and figures, and print its table."""
+    from .front import write_front_report
     from .remedies import write_remedies_report
     from .report import table, write_sweep_report
 
     run = RunDirectory.read(folder)
     if not run.rows:
         raise StudyError(f"the sweep in {folder} has no rows yet: continue it first")
-    if "chosen_on" in run.settings:
-        from .front_report import write_front_report
-
-        write_front_report(run)
-        print((folder / "front.md").read_text(encoding="utf-8"))
-        return
-    if "selection_bases" in run.settings:
-        write_remedies_report(run)
-        print((folder / "remedies.md").read_text(encoding="utf-8"))
-        return
+    for key, write, name in (
+        ("selection_bases", write_remedies_report, "remedies.md"),
+        ("front", write_front_report, "front.md"),
+    ):
+        if key in run.settings:
+            write(run)
+            print((folder / name).read_text(encoding="utf-8"))
+            return
     write_sweep_report(run)
     print(table(run).text())
     print(f"report   {folder / 'sweep.md'}")

@@ -9,6 +9,7 @@ import pytest
 from experiments.digits.report.report import methods_compared
 from experiments.digits.report.tables import seed_table
 from experiments.harness.rundir import RunDirectory
+from experiments.sweeps import front
 from experiments.sweeps.remedies import Compared, markdown
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -41,6 +42,13 @@ def test_the_text_study_uses_the_best_rate_of_each_method(data):
         line = re.search(rf"^\| {re.escape(method)} \| (\S+) \|", section, re.MULTILINE)
         assert line is not None, method
         assert float(line[1]) == -max(entries)[1], method
+
+
+def test_the_kept_report_of_the_front_is_that_of_its_rows() -> None:
+    """docs/data/front-relu/front.md is made from the rows beside it."""
+    folder = DOCS / "data" / "front-relu"
+    made = front.markdown(front.Front(RunDirectory.read(folder)))
+    assert (folder / "front.md").read_text(encoding="utf-8") == made
 
 
 @pytest.mark.parametrize("folder", sorted((DOCS / "data").glob("remedies-*")), ids=str)
