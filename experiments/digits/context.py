@@ -85,7 +85,7 @@ class StudyContext:
     ) -> Tensor:
         """Train with cross-entropy and Adam; return the loss of each step, float32 (steps,).
 
-        The learning rate is that of the settings, or `lr`.
+        The learning rate is that of the settings unless `lr` is given.
         """
         rate = self.settings.finetuning.lr if lr is None else lr
         optimizer = torch.optim.Adam(parameters, rate, fused=True)

@@ -1,10 +1,11 @@
-"""The methods that the digit study compares: three ways to fine-tune a base at low rank.
-
-The study compares them with full fine-tuning, and with the same steps on all digits (study.py).
+"""The methods that the digit study compares: three ways to fine-tune a base at low rank, and two
+of all weights.
 
     lora       W' = W + (alpha/r) · B A                A: (r, in),  B: (out, r)   paramlora's own
     scrambled  W' = W + (alpha/r) · view(B A, W)       A: (r, out), B: (in, r)    the blog's bug
     wrapped    y = x Wᵀ + b + (alpha/r) · x Aᵀ Bᵀ      like lora, with b trained  for comparison
+    full       W' = W + ΔW, b' = b + Δb                all parameters, no adapter
+    joint      as full, on the images of all digits    for comparison
 
 x: (n, in), W: (out, in), b: (out,).
 """
@@ -18,9 +19,8 @@ from torch import Tensor, nn
 
 import paramlora as pl
 
-from ..harness.settings import StudyError
 from ..harness.train import cpu_threads
-from .settings import AdapterSettings, DigitSettings
+from .settings import AdapterSettings
 
 ADAPTER = "digits"  # the name of the adapter in the model
 
@@ -128,19 +128,3 @@ def factors_of(model: nn.Module, name: str = ADAPTER) -> dict[str, nn.Parameter]
 def lora_of(settings: AdapterSettings) -> pl.LoRA:
     """Return the spec of the adapter in the settings."""
     return pl.LoRA(settings.rank, settings.numerator, init=settings.init)
-
-
-def check_methods(settings: DigitSettings) -> None:
-    """Check that the methods include lora, and with remedies nothing else.
-
-    Raises:
-        StudyError: if they do not.
-    """
-    methods = settings.chosen_methods
-    if "lora" not in methods:
-        raise StudyError("--methods must have lora, which the others are compared with")
-    if settings.remedied and methods != ["lora"]:
-        raise StudyError(
-            f"--methods {settings.finetuning.methods} with a remedy: the study applies remedies to "
-            "lora only, so the others would not be comparable; leave --methods out, or use sweep"
-        )

@@ -21,8 +21,6 @@ from .remedies.settings import REMEDIES, HoldoutSettings, RemedySettings
 
 INITS = ("kaiming", "gaussian", "gaussian/sqrt_r", "uniform/sqrt_r", "orthogonal")
 SCALE_RULES = ("alpha/r", "alpha/sqrt_r", "alpha")
-METHODS = ("lora", "wrapped", "scrambled", "full", "joint-lora", "joint")
-FULL = ("full", "joint")  # they train all weights and biases, without an adapter
 
 
 _WITH_RELU: dict[str, Any] = {
@@ -54,17 +52,11 @@ def _are_digits(text: str) -> bool:
     return single and len(parts) == len(set(parts)) <= 9
 
 
-def _are_methods(text: str) -> bool:
-    names = text.split(",")
-    return text == "all" or (len(names) == len(set(names)) and set(names) <= set(METHODS))
-
-
 SEED = Check("a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 LAYERS = Check(
     "one or more whole numbers of at least 1",
     lambda sizes: sizes and all(type(units) is int and units >= 1 for units in sizes),
 )
-NAMES = Check(f"all or different names out of {', '.join(METHODS)}", _are_methods)
 DIGITS = Check("1 to 9 different digits or worst:K", _are_digits)
 
 
@@ -112,15 +104,6 @@ class FinetuningSettings(SettingsGroup):
     )
     steps: int = option(200, "number of optimizer steps of fine-tuning", COUNT)
     lr: float = option(1e-3, "learning rate of fine-tuning, Adam's step size", POSITIVE)
-    full_lr: float = option(
-        1e-4, "the same for full and joint, which train all weights and biases", POSITIVE
-    )
-    methods: str = option(
-        "all",
-        f"methods to compare, out of {', '.join(METHODS)}; all: scrambled only with --compat blog, "
-        "and lora alone with remedies; a sweep has one per cell, by default lora",
-        NAMES,
-    )
 
 
 @dataclass(frozen=True)
@@ -245,21 +228,6 @@ class DigitSettings(Settings):
     def adapter_seeds(self) -> range:
         """The adapter seeds, in order."""
         return range(self.seed_from, self.seed_from + self.seeds)
-
-    @property
-    def chosen_methods(self) -> list[str]:
-        """The methods in the settings, in the order of METHODS.
-
-        >>> preset("relu").chosen_methods, preset("relu", methods="full,lora").chosen_methods
-        (['lora', 'wrapped', 'full', 'joint-lora', 'joint'], ['lora', 'full'])
-        """
-        given = self.finetuning.methods.split(",")
-        if given != ["all"]:
-            return [name for name in METHODS if name in given]
-        if self.remedied:
-            return ["lora"]
-        without = "" if self.extras.compat == "blog" else "scrambled"
-        return [name for name in METHODS if name != without]
 
     @property
     def remedied(self) -> bool:

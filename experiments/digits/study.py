@@ -1,9 +1,8 @@
-"""The digit study: a base, several methods of fine-tuning, and their checks, as a list of stages.
+"""The digit study: a base, its fine-tuning by several methods, and their checks, as stages.
 
 A stage records rows and saves an adapter. Complete stages are not run again when a run is resumed.
 Every fine-tuning starts from the same base. For each adapter seed, all methods get the same images
-in the same order, so that they can be compared in pairs. Only the joint methods draw images of all
-digits.
+in the same order, so that they can be compared in pairs.
 """
 
 import json
@@ -31,35 +30,41 @@ from .methods import (
     ADAPTER,
     BlogScrambled,
     attached_ranks,
-    check_methods,
     factors_of,
     lora_of,
     wrap,
     wrapped_ranks,
 )
 from .remedies.recipe import answers, recipe
-from .settings import FULL, DigitSettings
+from .settings import DigitSettings
 from .shared import prepare
 from .strengths import Strengths, chosen, updates
 
 EXPLORED, EXPLORED_SEEDS = "explore.json", 3
 ATTACHED = ("off", "on", "merged", "unmerged")
+FULL_RATE = 0.1  # learning rate of full fine-tuning / that of the adapter
 
 
 def stages(settings: DigitSettings) -> Iterator[Stage[StudyContext]]:
     """Yield the stages of a run, in order."""
     lora = lora_of(settings.adapter)
-    attached = {"lora": lora, "scrambled": BlogScrambled(lora.rank, settings.adapter.numerator)}
+    scrambled = BlogScrambled(settings.adapter.rank, settings.adapter.numerator)
     yield Stage(_key("base", None), ("base",), count_base)
     for seed in settings.adapter_seeds:
-        for method in settings.chosen_methods:
-            key = _key(method, seed)
-            if method in attached:
-                yield Stage(key, ATTACHED, partial(tune_attached, method, attached[method], seed))
-            elif method == "wrapped":
-                yield Stage(key, (method,), partial(tune_wrapped, lora, seed))
-            else:
-                yield Stage(key, (method,), partial(tune_compared, method, lora, seed))
+        yield Stage(_key("lora", seed), ATTACHED, partial(tune_attached, "lora", lora, seed))
+        if settings.remedied:
+            continue  # remedies apply to `lora` only, so the other methods are not comparable
+        yield Stage(_key("wrapped", seed), ("wrapped",), partial(tune_wrapped, lora, seed))
+        if settings.extras.compat == "blog":
+            make = partial(tune_attached, "scrambled", scrambled, seed)
+            yield Stage(_key("scrambled", seed), ATTACHED, make)
+    if settings.remedied:
+        return
+    # Nothing depends on the adapter seed if the images do not: there is no random A.
+    same = settings.finetuning.order == "blog"
+    for seed in [None] if same else settings.adapter_seeds:
+        for method in ("full", "joint"):
+            yield Stage(_key(method, seed), (method,), partial(tune_full, method, seed))
 
 
 def _key(method: str, seed: int | None) -> dict[str, Any]:
@@ -77,10 +82,8 @@ def run_digits(
         data: the data set; by default, the one that the settings name is loaded.
 
     Raises:
-        StudyError: the data, the device, the folder or the methods cannot be used. The message says
-            why.
+        StudyError: the data, the device or the folder cannot be used. The message says why.
     """
-    check_methods(settings)
     device = resolve_device(settings.place.device)
     data = data or load_data(settings.dataset.data, settings.dataset.data_dir)
     environment = {"study": settings.STUDY, **describe(device, data)}
@@ -203,25 +206,14 @@ def tune_wrapped(spec: pl.LoRA, seed: int, context: StudyContext) -> None:
     context.record("wrapped", "wrapped", seed, context.evaluate(model), **learned, **curve(losses))
 
 
-def tune_compared(method: str, spec: pl.LoRA, seed: int, context: StudyContext) -> None:
-    """Fine-tune all weights and biases, or on all digits, to compare with. Row: the method's name.
-
-    Args:
-        method: "full", "joint" (all weights, images of all digits), or "joint-lora".
-        spec: the adapter of "joint-lora".
-        seed: the adapter seed, which draws the images in the order of the other methods.
-        context: the base, the data and the settings.
-    """
-    model, generator = context.model(), torch.Generator().manual_seed(seed)
-    batches = context.batches(generator, joint=method.startswith("joint"))
-    rate = context.settings.finetuning.lr
-    if method in FULL:
-        rate = context.settings.finetuning.full_lr
-    else:
-        pl.attach(model, spec, nn.Linear, name=ADAPTER, generator=generator)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    losses = context.fine_tune(model, batches, trained, f"{method} {seed}", lr=rate)
-    learned = {"trainable": sum(p.numel() for p in trained), "rate": rate, **curve(losses)}
+def tune_full(method: str, seed: int | None, context: StudyContext) -> None:
+    """Fine-tune all weights and biases, on all digits if `method` is "joint". Row: `method`."""
+    model, generator = context.model(), torch.Generator().manual_seed(seed or 0)
+    batches = context.batches(generator, joint=method == "joint")
+    trained = list(model.requires_grad_(True).parameters())
+    lr = FULL_RATE * context.settings.finetuning.lr
+    losses = context.fine_tune(model, batches, trained, f"{method} {seed or 0}", lr=lr)
+    learned = {"trainable": sum(p.numel() for p in trained), "lr": lr, **curve(losses)}
     context.record(method, method, seed, context.evaluate(model), **learned)
 
 

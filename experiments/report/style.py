@@ -9,6 +9,7 @@ COLOUR = {
     "on": "#D55E00",
     "wrapped": "#E69F00",
     "full": "#009E73",
+    "joint": "#56B4E9",
     "scrambled": "#CC79A7",
     "published": "#000000",
 }

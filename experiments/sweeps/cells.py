@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..digits.methods import lora_of
-from ..digits.settings import FULL, AdapterSettings, DigitSettings
+from ..digits.settings import AdapterSettings, DigitSettings
 from ..harness.grid import Grid, check_grid
-from ..harness.settings import StudyError, listed, replace
+from ..harness.settings import listed, replace
 
 # The most images per step, over all adapters that train together. A larger step is bound by
 # arithmetic: stacking more adapters then saves no time and takes more memory.
 TOGETHER = 1000
-SWEPT = ("lora", "full", "joint-lora", "joint")  # the methods that a sweep has
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Cell:
         together: whether the seeds may train at once.
         varied: the settings that the grid set, by name.
         full: whether all weights and biases are trained, instead of an adapter.
-        joint: whether images of all digits are drawn, instead of the tuned ones.
+        joint: whether the images of all digits are trained on, instead of those of the tuned ones.
     """
 
     name: str
@@ -68,31 +67,7 @@ def cells(
         for number in range(base_seeds):
             seed = changes.get("seed", settings.seed) + number
             cell = replace(settings, **{**changes, "seed": seed})
-            yield dataclasses.replace(
-                cell_of(name, cell), strengths=strengths, together=together, varied=changes
-            )
-
-
-def cell_of(name: str, settings: DigitSettings) -> Cell:
-    """Return the cell of the one method in the settings; with "all" methods it is `lora`.
-
-    The learning rate of `full` and `joint` is the settings' `full_lr`. It is the `lr` of the cell,
-    as the stacked training has one rate.
-
-    Raises:
-        StudyError: the settings have another number of methods, or a method that a sweep does not
-            have, or a remedy for joint training.
-    """
-    given = settings.finetuning.methods
-    method = "lora" if given == "all" else given
-    if method not in SWEPT:
-        raise StudyError(f"a cell of a sweep has one method out of {', '.join(SWEPT)}, got {given}")
-    full, joint = method in FULL, method.startswith("joint")
-    if joint and settings.remedied:
-        raise StudyError(f"--methods {method} trains on all digits and takes no remedy")
-    if full:
-        settings = replace(settings, lr=settings.finetuning.full_lr)
-    return Cell(name, settings, (settings.remedies.strength,), full=full, joint=joint)
+            yield Cell(name, cell, strengths, together, changes)
 
 
 def jobs_of(todo: Sequence[Cell]) -> list[list[Cell]]:

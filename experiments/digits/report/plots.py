@@ -9,7 +9,7 @@ from ...report.document import Picture
 from ...report.figures import Figure, confusion_panels, plt, png
 from ...report.style import COLOUR
 from ...report.table import Sample
-from .tables import BY_DIGIT, LABEL, base_of, methods_in, published_for, rows_of
+from .tables import LABEL, base_of, methods_in, published_for, rows_of
 
 
 def draw(run: RunDirectory) -> list[Picture]:
@@ -33,7 +33,7 @@ def wrong_counts(run: RunDirectory) -> tuple[Figure, str]:
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     base, published = base_of(run), published_for(run)
     bars = {"off": ("base", rows_of(run, "lora", "off"))}  # label: method, rows
-    bars |= {LABEL[m]: (m, rows_of(run, m)) for m in methods_in(run) if m in BY_DIGIT}
+    bars |= {LABEL[method]: (method, rows_of(run, method)) for method in methods_in(run)}
     width = 0.8 / len(bars)
     for digit in base["tuned"]:
         axes.axvspan(digit - 0.5, digit + 0.5, color="#f0e9d2", zorder=0, linewidth=0)
@@ -53,9 +53,9 @@ def wrong_counts(run: RunDirectory) -> tuple[Figure, str]:
     axes.set(xlabel="digit (shaded: tuned)", ylabel="wrong answers, test images", xlim=(-0.6, 9.6))
     axes.set_ylim(bottom=0)
     axes.set_xticks(range(10))
-    axes.legend(frameon=False, ncols=5, loc="upper left", bbox_to_anchor=(0, 1.12))
+    axes.legend(frameon=False, ncols=7, loc="upper left", bbox_to_anchor=(0, 1.12))
     return figure, (
-        "Wrong answers by digit with the adapter off and on, and with the blog's methods. "
+        "Wrong answers by digit with the adapter off and on, and with the other methods. "
         f"{_over_seeds(run)}"
     )
 
@@ -80,8 +80,6 @@ def training_loss(run: RunDirectory) -> tuple[Figure, str]:
     steps, loss, _ = _loss_curve([base_of(run)])
     left.plot(steps, loss, color=COLOUR["base"])
     for method in methods_in(run):
-        if method.startswith("joint"):
-            continue  # its loss is over all digits
         steps, loss, sd = _loss_curve(rows_of(run, method))
         colour = COLOUR[LABEL[method]]
         right.fill_between(steps, loss - sd, loss + sd, color=colour, alpha=0.15, linewidth=0)
@@ -89,12 +87,13 @@ def training_loss(run: RunDirectory) -> tuple[Figure, str]:
         dashes = "--" if method == "wrapped" else "-"
         right.plot(steps, loss, dashes, color=colour, label=LABEL[method])
     left.set_title("pre-training, all digits")
-    right.set_title("fine-tuning, tuned digits")
+    joint = " (joint: all digits)" if "joint" in methods_in(run) else ""
+    right.set_title(f"fine-tuning, tuned digits{joint}")
     for axes in (left, right):
         axes.set(xlabel="optimizer step", ylabel="cross-entropy, nats")
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
-    right.legend(frameon=False, ncols=4, columnspacing=1.2, handlelength=1.4, loc="upper center")
+    right.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.0))
     right.set_ylim(top=right.get_ylim()[1] * 1.12)  # room for the legend
     return figure, (
         "Training loss (running mean) of pre-training, and of fine-tuning by each method. "

@@ -17,7 +17,6 @@ from ...report.document import markdown as as_markdown
 from ...report.page import page
 from ...report.table import Sample, Table, key_value_table, percent
 from ..data import small_note
-from .arms import ARMS, arm_table, arms_legend, has_arms
 from .findings import findings
 from .plots import draw
 from .tables import (
@@ -59,9 +58,7 @@ def write_report(folder: Path) -> RunDirectory:
 
 def terminal(run: RunDirectory) -> str:
     """Return the text that the terminal shows at the end of a run."""
-    lines = [title(run), "", digit_table(run).text(), ""]
-    lines += [arm_table(run).text(), ""] if has_arms(run) else []
-    lines += [*check_lines(checks(run)), ""]
+    lines = [title(run), "", digit_table(run).text(), "", *check_lines(checks(run)), ""]
     return "\n".join(["", *lines, *findings(run, failed(run)), ""])
 
 
@@ -83,7 +80,6 @@ def sections(run: RunDirectory, pictures: Sequence[Picture]) -> Sections:
     return {
         "Findings": findings(run, failed(run)),
         "Wrong answers by digit, and accuracy": [digit_table(run), columns_legend(run)],
-        **({ARMS: [arm_table(run), arms_legend(run)]} if has_arms(run) else {}),
         "Over the adapter seeds": [seed_table(run), seeds_legend(run)],
         **({"Why the blog's two methods differ": methods_compared(run)} if explained else {}),
         "Checks": [check_lines(checks(run))],
@@ -139,6 +135,7 @@ def columns_legend(run: RunDirectory) -> list[str]:
         )
     if "scrambled" in methods:
         lines.append("scrambled: as on, with the blog's scrambled update")
+    lines += full_legend(run)
     if dead := dead_outputs(run):
         lines.append(
             f"The base never answers {' or '.join(map(str, dead))}, because the ReLU on its logits "
@@ -150,6 +147,23 @@ def columns_legend(run: RunDirectory) -> list[str]:
             "published: measured with one adapter seed of another random generator, so only the "
             "base can agree exactly. A fine-tuned figure can only lie within the range over our "
             f"seeds. The base's ten counts are {'all' if same else 'not'} the same here."
+        )
+    return lines
+
+
+def full_legend(run: RunDirectory) -> list[str]:
+    """Return an explanation of full fine-tuning and joint training, if the run has them."""
+    if not (rows := rows_of(run, "full")):
+        return []
+    lines = [
+        f"full: all {rows[0]['trainable']:,} weights and biases fine-tuned, without an adapter, at "
+        f"the learning rate {rows[0]['lr']:g}, which was not chosen by its results",
+        "joint: as full, but on the images of all digits, for as many steps",
+    ]
+    if rows[0]["seed"] is None:
+        lines.append(
+            "full and joint have n = 1: they draw no initial factors, and with --order blog "
+            "all adapter seeds have the same images."
         )
     return lines
 

@@ -11,12 +11,8 @@ from ...report.table import Sample, Table, percent
 from ..settings import preset
 
 # By method: the stage of its rows with the fine-tuned weights active, and its name in tables.
-STAGE = {"lora": "on", "wrapped": "wrapped", "scrambled": "on"}
-STAGE |= {"full": "full", "joint-lora": "joint-lora", "joint": "joint"}
-LABEL = {"base": "base", "lora": "on", "wrapped": "wrapped", "scrambled": "scrambled"}
-LABEL |= {"full": "full", "joint-lora": "joint LoRA", "joint": "joint full"}
-# The methods of the blog, whose wrong answers are shown by digit.
-BY_DIGIT = ("lora", "wrapped", "scrambled")
+STAGE = {"lora": "on", "wrapped": "wrapped", "scrambled": "on", "full": "full", "joint": "joint"}
+LABEL = {method: method for method in ("base", *STAGE)} | {"lora": "on"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ def published_for(run: RunDirectory) -> dict[str, Published]:
     The result is empty if the data are not MNIST or a setting differs from the preset's.
     """
     usual = flattened(result_settings(preset(run.settings["preset"])))
-    free = ("seeds", "seed_from", "compat", "data", "device", "threads", "methods", "full_lr")
+    free = ("seeds", "seed_from", "compat", "data", "device", "threads")
     changed = any(run.settings[key] != usual[key] for key in usual if key not in free)
     if changed or run.environment["data"] != "MNIST":
         return {}
@@ -99,16 +95,12 @@ def confusion_with(wrong: Sequence[int], images: Sequence[int]) -> list[list[int
 
 
 def digit_table(run: RunDirectory) -> Table:
-    """Return wrong answers by digit and accuracies, one column per stage, then published ones.
-
-    It has the methods of the blog. `arm_table` has the others.
-    """
+    """Return wrong answers by digit and accuracies, one column per stage, then published ones."""
     tuned, images = base_of(run)["tuned"], images_of(run)
-    methods = [method for method in methods_in(run) if method in BY_DIGIT]
     columns = [("base", rows_of(run, "base")), ("off", rows_of(run, "lora", "off"))]
-    columns += [(LABEL[method], rows_of(run, method)) for method in methods]
+    columns += [(LABEL[method], rows_of(run, method)) for method in methods_in(run)]
     published = published_for(run)
-    published = {m: published[m] for m in ("base", *methods) if m in published}
+    published = {m: published[m] for m in ("base", *methods_in(run)) if m in published}
     head = ["digit", "images", *(label for label, _ in columns)]
     head += [f"published\n{LABEL[method]}" for method in published]
     table = []

@@ -48,8 +48,6 @@ OTHER = {
     "order": "seeded",
     "steps": 5,
     "lr": 0.01,
-    "full_lr": 0.002,
-    "methods": "lora,full",
     "rank": 4,
     "alpha": 8.0,
     "scale_rule": "alpha",
@@ -127,7 +125,7 @@ def test_help_groups_the_options_and_ends_with_examples_that_parse(capsys):
         assert "\nThe adapter" in shown
         assert "\nFine-tuning" in shown
         examples = re.findall(r"^  python -m experiments (.*)$", shown, re.MULTILINE)
-        assert len(examples) == (4 if command in ("sweep", "tasks") else 3)
+        assert len(examples) == 3
         for example in examples:
             words = shlex.split(example)
             assert words[0] == command

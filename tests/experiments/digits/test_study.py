@@ -15,15 +15,9 @@ from experiments.digits import context as context_module
 from experiments.digits.bases import find, restore
 from experiments.digits.data import load_data
 from experiments.digits.report import report as report_module
-from experiments.digits.report.arms import arm_table
 from experiments.digits.report.explain import explain
-from experiments.digits.report.report import markdown, methods_compared
-from experiments.digits.report.tables import (
-    PUBLISHED,
-    digit_table,
-    published_for,
-    seed_table,
-)
+from experiments.digits.report.report import columns_legend, markdown, methods_compared
+from experiments.digits.report.tables import PUBLISHED, digit_table, published_for, seed_table
 from experiments.digits.settings import DigitSettings, preset
 from experiments.digits.shared import context_of, prepare
 from experiments.digits.study import run_digits
@@ -35,8 +29,7 @@ OPTIONS = (
     "--steps 30 --seeds 2"
 )
 ATTACHED = ["off", "on", "merged", "unmerged"]
-COMPARED = ["full", "joint-lora", "joint"]
-STAGES = ["base", *([*ATTACHED, "wrapped", *ATTACHED, *COMPARED] * 2)]
+STAGES = ["base", *([*ATTACHED, "wrapped", *ATTACHED] * 2), "full", "joint"]
 IMAGES = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]  # MNIST's for testing, by digit
 FIGURES = ["wrong-counts.png", "confusion.png", "training-loss.png"]
 MADE = ["report.md", "report.html", "results.csv", *FIGURES]
@@ -94,7 +87,7 @@ def test_a_run_leaves_all_its_rows_and_files(finished):
     """A run has all its stages in order, the figures in each row, and all its files."""
     rows = rows_in(finished)
     assert [row["stage"] for row in rows] == STAGES
-    assert [row["seed"] for row in rows] == [None, *[0] * 12, *[1] * 12]
+    assert [row["seed"] for row in rows] == [None, *[0] * 9, *[1] * 9, None, None]
     for row in rows:
         assert row["n"] == 360
         assert row["accuracy"] == (360 - sum(row["wrong_counts"])) / 360
@@ -129,57 +122,6 @@ def test_off_and_unmerged_rows_are_the_bases(finished):
     assert all(row["same_logits"] for row in rows if "same_logits" in row)
     merged = [row["wrong_counts"] for row in rows if row["stage"] == "merged"]
     assert merged == [r["wrong_counts"] for r in rows if r["stage"] == "on"]
-
-
-def test_full_and_joint_training_are_plain_adam_on_the_same_steps(finished, tmp_path):
-    """full is Adam on all weights, on the adapters' images; joint draws images of all digits."""
-    context = context_of(small(finished, tmp_path))
-    rows = {row["method"]: row for row in rows_in(finished) if row["seed"] == 1}
-    for method, labels in (("full", {2, 3, 5, 8, 9}), ("joint", set(range(10)))):
-        batches = context.batches(torch.Generator().manual_seed(1), joint=method == "joint")
-        assert set(context.labels[batches.order].tolist()) == labels
-        model = context.model()
-        optimizer = torch.optim.Adam(model.parameters(), 1e-4)
-        for inputs, wanted in batches:
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(inputs), wanted).backward()
-            optimizer.step()
-        got = score(context.evaluate(model), context.test_labels, context.tuned)
-        assert rows[method]["loss"] == pytest.approx(got["loss"], rel=1e-4)
-        assert rows[method]["trainable"] == rows_in(finished)[0]["parameters"]
-        assert len(rows[method]["train_curve"]) * rows[method]["train_curve_every"] == 30
-    assert rows["joint-lora"]["trainable"] == 1748
-    assert [rows[m]["rate"] for m in COMPARED] == [1e-4, 1e-3, 1e-4]
-
-
-def test_the_table_of_arms_is_made_of_rows(finished):
-    """Accuracies and paired differences from `on` are the rows', with n and the interval."""
-    run = RunDirectory.read(finished / "run")
-    for row in run.rows:
-        if row["method"] in ("lora", "full"):
-            row["accuracy"] = 0.5 + 0.1 * row["seed"] * (1 + (row["method"] == "full"))
-    table = arm_table(run)
-    assert [row[0] for row in table.rows] == ["on", "full", "joint LoRA", "joint full"]
-    assert table.rows[1][1:4] == ["19,410", "0.0001", "60.0 ± 14.1"]
-    # Paired differences 0 and 10: mean 5, sd 7.07, t of 1 degree of freedom 12.706.
-    assert table.rows[1][6] == "+5.0 (-58.5 to 68.5)"
-    assert all(row[-1] == "2" for row in table.rows)
-    assert "`sweep --preset front-relu`" in markdown(run, [])
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--methods", "full"], "--methods must have lora"),
-        (["--methods", "lora,full", "--margin", "4"], "leave --methods out"),
-        (["--methods", "lora,half"], "--methods must be all or different names out of lora"),
-    ],
-)
-def test_methods_that_cannot_be_compared_are_refused(tmp_path, words, message, capsys):
-    """A run without lora, with a remedy for one method of several, or an unknown method raises."""
-    assert study(tmp_path, *words) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
 
 
 def test_the_saved_adapter_gives_the_row_that_was_recorded(finished):
@@ -231,8 +173,8 @@ def test_an_interrupted_run_ends_as_one_that_was_not(copied, left, trainings):
     whole = path.read_bytes().count(b"\n")
     assert study(copied) == 0
     assert path.read_bytes() == content
-    done = sum(STAGES[:whole].count(last) for last in ("unmerged", "wrapped", *COMPARED))
-    assert len(trainings) == 12 - done
+    done = sum(STAGES[:whole].count(last) for last in ("unmerged", "wrapped", "full", "joint"))
+    assert len(trainings) == 8 - done
 
 
 def test_stopping_by_keyboard_and_going_on(finished, tmp_path, monkeypatch, capsys):
@@ -252,7 +194,7 @@ def test_stopping_by_keyboard_and_going_on(finished, tmp_path, monkeypatch, caps
     assert [row["stage"] for row in rows_in(tmp_path)] == STAGES[:6]
     assert study(tmp_path) == 0
     shown = capsys.readouterr().out
-    assert "resumed  6 rows recorded, 10 stages remaining" in shown
+    assert "resumed  6 rows recorded, 6 stages remaining" in shown
     assert "loaded from" in shown
     assert made_in(tmp_path) == made_in(finished)
 
@@ -267,15 +209,27 @@ def test_a_finished_run_trains_nothing_again(copied, trainings):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_full_and_joint_training_change_no_adapter_and_have_no_seed_of_their_own(finished):
+    """With the same images for all seeds there is one row each, of all parameters and a tenth of
+    the rate, and the report says so. Their images differ: the tuned digits', and all digits'."""
+    full, joint = (r for r in rows_in(finished) if r["stage"] in ("full", "joint"))
+    base = rows_in(finished)[0]
+    for row in (full, joint):
+        assert row["seed"] is None
+        assert row["trainable"] == base["parameters"]
+        assert row["lr"] == pytest.approx(1e-4)
+    assert full["train_curve"] != joint["train_curve"]
+    legend = "\n".join(columns_legend(RunDirectory.read(finished / "run")))
+    assert "full and joint have n = 1" in legend
+
+
 def test_runs_share_a_base(copied, capsys):
     """A run with other settings of fine-tuning loads the existing base."""
-    assert (
-        study(copied, "--out", str(copied / "two"), "--rank", "1", "--methods", "lora,wrapped") == 0
-    )
+    assert study(copied, "--out", str(copied / "two"), "--rank", "1", "--compat", "none") == 0
     assert "loaded from" in capsys.readouterr().out
     assert len(list((copied / "bases").iterdir())) == 1
     rows = [json.loads(line) for line in (copied / "two" / "results.jsonl").open()]
-    assert {row["method"] for row in rows} == {"base", "lora", "wrapped"}
+    assert {row["method"] for row in rows} == {"base", "lora", "wrapped", "full", "joint"}
     assert set(rows[2]["ranks"].values()) == {1}
 
 
