@@ -37,7 +37,7 @@ PLAIN_BELOW = {
 WORTH_A_KERNEL = 2**25
 
 # The native extension computes a layer with fewer multiplications than this, n k m, even if its
-# matrices are that large. Python takes longer to launch the Triton kernels than the GPU to run them.
+# matrices are that large. Python takes longer to launch such kernels than the GPU to run them.
 WORTH_PYTHON = 2**36
 
 
