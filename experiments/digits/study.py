@@ -62,9 +62,10 @@ def stages(settings: DigitSettings) -> Iterator[Stage[StudyContext]]:
         return
     # Nothing depends on the adapter seed if the images do not: there is no random A.
     same = settings.finetuning.order == "blog"
-    for seed in [None] if same else settings.adapter_seeds:
+    distinct: Sequence[int | None] = [None] if same else settings.adapter_seeds
+    for either in distinct:
         for method in ("full", "joint"):
-            yield Stage(_key(method, seed), (method,), partial(tune_full, method, seed))
+            yield Stage(_key(method, either), (method,), partial(tune_full, method, either))
 
 
 def _key(method: str, seed: int | None) -> dict[str, Any]:
