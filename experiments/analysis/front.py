@@ -38,13 +38,16 @@ def rising(points: Points) -> Points:
     return list(points[: best + 1])
 
 
-def difference(ours: Points, theirs: Points) -> float | None:
+def difference(
+    ours: Points, theirs: Points, part: tuple[float, float] = (0.0, 1.0)
+) -> float | None:
     """Return the mean difference in y at equal x, over all x that both methods reach.
 
     Between the points of a method, y is interpolated linearly. None if there is no common x.
 
     Args:
         ours, theirs: (x, y) in ascending order of the learning rate.
+        part: the part of these x to compare at, such as (0, 0.5) for their lower half.
 
     >>> round(difference([(0.0, 1.0), (1.0, 0.5)], [(0.0, 1.0), (2.0, 0.4)]), 6)
     -0.1
@@ -53,5 +56,5 @@ def difference(ours: Points, theirs: Points) -> float | None:
     low, high = max(x0[0], x1[0]), min(x0[-1], x1[-1])
     if low >= high:
         return None
-    levels = np.linspace(low, high, LEVELS)
+    levels = low + (high - low) * np.linspace(*part, LEVELS)
     return float((np.interp(levels, x0, y0) - np.interp(levels, x1, y1)).mean())

@@ -30,6 +30,8 @@ from .families import FULL, USUAL
 from .remedies import half_width, signed
 
 TIMES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # learning rates / the usual one of the method
+# The parts of the learning that two methods both reach, at which they are compared.
+PARTS = {"lower half": (0.0, 0.5), "50 to 90 %": (0.5, 0.9), "last tenth": (0.9, 1.0)}
 Point = tuple[float, float]  # learned and kept, in points
 
 
@@ -133,14 +135,18 @@ class Front:
         lines = []
         for method in self.methods:
             if method != REFERENCE and not method.startswith("joint"):
-                found = (
-                    difference(self.curve(method, base), self.curve(REFERENCE, base))
-                    for base in self.bases
-                )
-                apart = Sample(tuple(value for value in found if value is not None))
-                count = str(len(apart.values))
-                lines.append([method, signed(apart), apart.interval(2), count])
-        return Table(["method", f"kept, less that of {REFERENCE}", "95 % interval", "n"], lines)
+                parts = [self.apart(method, part) for part in PARTS.values()]
+                cells = [f"{signed(one)} ({one.interval(2)})" for one in parts]
+                lines.append([method, *cells, str(len(parts[0].values))])
+        return Table(["method", *PARTS, "n"], lines)
+
+    def apart(self, method: str, part: tuple[float, float]) -> Sample:
+        """Return `kept` less that of full fine-tuning in a part of the learning, by base."""
+        found = (
+            difference(self.curve(method, base), self.curve(REFERENCE, base), part)
+            for base in self.bases
+        )
+        return Sample(tuple(value for value in found if value is not None))
 
     def figure(self) -> Figure:
         """Draw what is kept against what is learned: a curve a method, a point a rate."""
@@ -196,9 +202,9 @@ def markdown(front: Front) -> str:
         "over bases.",
         "## At equal learning",
         front.matched_table().markdown(),
-        "Differences in points, paired by base; positive if LoRA forgets less. Each is the mean "
-        "over all amounts of learning that both methods reach on that base. `kept` is interpolated "
-        "between the rates, from the base to the rate that learns most.",
+        "`kept` of LoRA less that of full fine-tuning, in points, mean ± sd and 95 % interval, "
+        "paired by base; positive if LoRA forgets less. Columns: parts of the learning, from none "
+        "to the most that both reach on a base. `kept` is interpolated between the rates.",
         "## All rates",
         front.front_table().markdown(),
     ]

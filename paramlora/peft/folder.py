@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..errors import CheckpointError
 from ..files.refresh import attach_or_refresh
@@ -37,10 +38,24 @@ from .read_full import Folder
 from .write import folder_content
 
 _PREFIX = "base_model.model."
+_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+# By the ends of the class names of transformers.
+_BY_NAME = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
 _OUT_PROJ = ".base_layer.out_proj.lora_B.weight"
 
 
-def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
+def save_peft(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    base: str | None = None,
+    task_type: str | None = None,
+) -> None:
     """Save an adapter as a folder that PEFT reads: `PeftModel.from_pretrained(base, path)`.
 
     PEFT's format can express:
@@ -63,10 +78,16 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str | None =
         model: a module with adapters. Without them, it must be the model that PEFT is given.
         path: the folder. The folder around it must exist.
         name: the adapter; by default the only one.
+        base: where PEFT's `AutoPeftModel` finds the base, a folder or an identifier; by default
+            the one that a transformers model was loaded from.
+        task_type: PEFT's name of the task, such as "CAUSAL_LM"; by default it is written for
+            causal and sequence-to-sequence language models. With "SEQ_CLS" or "TOKEN_CLS", PEFT
+            also trains the classifier of a model that it loads.
 
     Raises:
         AdapterNameError: the model has no adapter of this name; or no name is given, and the model
             has several adapters or none.
+        ValueError: PEFT has no task of this name.
         TargetError: PEFT's format cannot express the adapter. The message names the tensor, and
             nothing is written.
         StateError: a tensor is sharded, or on the meta device.
@@ -90,6 +111,7 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str | None =
     here = survey.sites_of(name)
     check_whole(here)
     config, tensors = folder_content(model, here, name)
+    config |= _origin(model, base, task_type)
     for key, tensor in tensors.items():
         check_real(key, tensor)
     _warn_if_added_twice(tensors)
@@ -99,6 +121,19 @@ def save_peft(model: nn.Module, path: str | os.PathLike[str], name: str | None =
         for key, tensor in tensors.items()
     }
     write_folder(path, config, copies)
+
+
+def _origin(model: nn.Module, base: str | None, task_type: str | None) -> dict[str, str]:
+    """Return the entries that say what the adapter belongs to, as far as they are known."""
+    if task_type is None and hasattr(model, "prepare_inputs_for_generation"):
+        class_name = type_before_parametrizations(model).__name__
+        endings = (task for ending, task in _BY_NAME.items() if class_name.endswith(ending))
+        task_type = next(endings, None)
+    elif task_type not in (None, *_TASKS):
+        raise ValueError(f"PEFT has no task_type {task_type!r}; it has {', '.join(_TASKS)}")
+    base = base or getattr(getattr(model, "config", None), "name_or_path", None)
+    entries = {"base_model_name_or_path": base, "task_type": task_type}
+    return {key: value for key, value in entries.items() if isinstance(value, str) and value}
 
 
 def load_peft(

@@ -3,6 +3,7 @@
 import doctest
 import gzip
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,14 @@ def test_the_tables_of_a_document_are_made_from_its_rows(name: str) -> None:
 def test_every_table_of_measurements_is_made_from_rows(name: str) -> None:
     """A table with measurements has a comment with its name."""
     assert list(unmarked_measurements(DOCUMENTS[name].read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_table_ends_with_an_empty_line(name: str) -> None:
+    """Without one, Markdown takes the next paragraph for a row."""
+    lines = DOCUMENTS[name].read_text(encoding="utf-8").splitlines()
+    for line, following in pairwise(lines):
+        assert not line.startswith("|") or not following or following.startswith("|"), following
 
 
 def test_every_function_and_file_of_means_makes_a_table_of_a_document() -> None:

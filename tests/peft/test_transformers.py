@@ -1,6 +1,7 @@
 """PEFT's folders for transformers models, tiny and random; PEFT itself is the oracle."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from paramlora import Delta, DoRA, LoRA
+from paramlora.peft.disk import CONFIG
 from tests.support.reference import shake
 
 peft = pytest.importorskip("peft", reason="the oracle of these tests is PEFT")
@@ -183,3 +185,31 @@ def test_load_adapter_and_save_pretrained(tmp_path: Path, monkeypatch: pytest.Mo
     pl.load_peft(ours, tmp_path / "theirs")
     assert_close(outputs(ours, inputs), outputs(theirs, inputs), **bound(base))
     assert (outputs(ours, inputs) - outputs(base, inputs)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("kind", "task"), [("llama", "CAUSAL_LM"), ("gpt2", "CAUSAL_LM")])
+def test_auto_peft_model_finds_base_and_task(kind: str, task: str, tmp_path: Path) -> None:
+    """PEFT's AutoPeftModel loads the saved folder alone, with the logits of the adapted model."""
+    torch.manual_seed(0)
+    MODELS[kind][0]().save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    pl.attach(model, LoRA(2))
+    shake(model)
+    pl.save_peft(model, tmp_path / "adapter")
+    found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert found.peft_config["default"].task_type == task
+    assert_close(found(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_given_base_and_task(tmp_path: Path) -> None:
+    """A given base and task are written; without transformers' class there is neither."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    pl.attach(model, LoRA(2))
+    pl.save_peft(model, tmp_path / "plain")
+    pl.save_peft(model, tmp_path / "given", base="me/base", task_type="FEATURE_EXTRACTION")
+    plain, given = (json.loads((tmp_path / n / CONFIG).read_text()) for n in ("plain", "given"))
+    assert {*given} - {*plain} == {"base_model_name_or_path", "task_type"}
+    assert given["base_model_name_or_path"] == "me/base"
+    with pytest.raises(ValueError, match="PEFT has no task_type 'causal'; it has CAUSAL_LM"):
+        pl.save_peft(model, tmp_path / "wrong", task_type="causal")
+    assert not (tmp_path / "wrong").exists()

@@ -12,7 +12,7 @@ from experiments.digits.settings import preset
 from experiments.digits.shared import context_of
 from experiments.harness.rundir import RunDirectory
 from experiments.sweeps import front as front_module
-from experiments.sweeps.front import METHODS, Front, Method, front_cells
+from experiments.sweeps.front import METHODS, PARTS, Front, Method, front_cells
 from experiments.sweeps.sweep import tune_one_by_one, tune_together
 
 SMALL: dict[str, Any] = {
@@ -54,8 +54,11 @@ def test_equal_learning() -> None:
             }
         )
     )
-    # LoRA keeps −3 a point learned and full fine-tuning −2: over 0 to 1, −0.5; over 0 to 2, −1.
-    assert front.matched_table().rows == [["LoRA r 1", "-0.75 ± 0.35", "-3.93 to 2.43", "2"]]
+    # LoRA keeps −3 a point learned, full fine-tuning −2. One base compares from 0 to 1 point, the
+    # other from 0 to 2: means of −x over the lower half, over 50 to 90 % and over the last tenth.
+    means = [front.apart("LoRA r 1", part).values for part in PARTS.values()]
+    assert_close(means, [(-0.25, -0.5), (-0.7, -1.4), (-0.95, -1.9)])
+    assert front.matched_table().rows[0][1] == "-0.38 ± 0.18 (-1.96 to 1.21)"
 
 
 def test_each_method_has_every_rate_on_every_base() -> None:
