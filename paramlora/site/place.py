@@ -208,7 +208,7 @@ def dropout_refusal(place: Place) -> str | None:
     if own or not known or cls is NonDynamicallyQuantizableLinear:
         return (
             "dropout needs a layer that computes the update from its input, which are Linear, "
-            f"Embedding and transformers' Conv1D, and not {cls.__name__}"
+            f"transformers' Conv1D and quantized layers, and not {cls.__name__}"
             f"{' with a forward of its own' if own else ''}; use dropout=0 here"
         )
     steps = parametrization_lists(place.module).get(place.tensor, ())
