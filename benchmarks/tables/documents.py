@@ -13,7 +13,8 @@ MARKED = re.compile(
 )
 LINES = re.compile(r"^(?:\|.*\n)+", re.MULTILINE)
 CODE = re.compile(r"`[^`]*`")
-MEASURED = re.compile(r"\d\.\d|±")
+# A decimal number at the start of a cell, but no version such as 2.14.1; or a spread.
+MEASURED = re.compile(r"^\W*\d[\d,]*\.\d+(?![\d.])|±")
 
 
 def paths() -> list[Path]:

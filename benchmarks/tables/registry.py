@@ -95,12 +95,17 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def minus(cell: str) -> str:
-    """Return a cell with a minus sign in place of the hyphen of a negative number.
+    """Return a cell with a minus sign in place of the hyphen of each negative number.
 
-    >>> minus("-0.3 ± 1.2"), minus("6e-07"), minus("r-1")
-    ('−0.3 ± 1.2', '6e-07', 'r-1')
+    >>> minus("-0.3 ± 1.2"), minus("1.0 (-2 to -1)"), minus("6e-07"), minus("r-1")
+    ('−0.3 ± 1.2', '1.0 (−2 to −1)', '6e-07', 'r-1')
     """
-    return re.sub(r"(?<![\w.)])-(?=\d)", "−", cell)
+    return re.sub(r"(?<![\w.])-(?=\d)", "−", cell)
+
+
+def with_minus(found: Table) -> Table:
+    """Return a table with minus signs in all cells but those of the header."""
+    return Table(found.head, [list(map(minus, row)) for row in found.rows], found.left)
 
 
 def keep_run(name: str, folder: Path, without: Sequence[str] = ()) -> Path:

@@ -4,7 +4,7 @@ from experiments.harness.rundir import RunDirectory
 from experiments.report.table import Sample, Table
 from experiments.tasks.report import differences, methods_in, units_of
 
-from .registry import kept_run, minus, table
+from .registry import json_rows, kept_run, minus, table
 
 RUNS = {
     "split": "tasks-split",
@@ -39,10 +39,18 @@ def compared() -> Table:
         for ours, theirs in (("one", "full"), ("joint-lora", "joint")):
             found = differences(run, theirs)
             cells = next(row[1:] for row in found.rows if row[0] == ours)
-            lines.append([stream, f"{ours} − {theirs}", *map(minus_all, cells)])
+            lines.append([stream, f"{ours} − {theirs}", *map(minus, cells)])
     return Table(["tasks", "difference", *found.head[1:]], lines, (0, 1))
 
 
-def minus_all(cell: str) -> str:
-    """Return a cell with proper minus signs, also after a bracket."""
-    return cell.replace("-", "−")
+@table("tasks-rates")
+def rates() -> Table:
+    """Return what one adapter and all weights learn and forget at several rates, rotated digits."""
+    groups: dict[tuple[str, float], list[dict[str, float]]] = {}
+    for row in json_rows("tasks-rates"):
+        groups.setdefault((row["method"], row["rate"]), []).append(row)
+    lines = []
+    for (method, rate), rows in sorted(groups.items(), reverse=True):
+        cells = [Sample(tuple(100 * row[key] for row in rows)) for key in ("LA", "forgetting")]
+        lines.append([method, f"{rate:g}", *(cell.mean_sd(1) for cell in cells), str(len(rows))])
+    return Table(["method", "rate", "learned (LA)", "forgotten", "n"], lines)

@@ -1,8 +1,10 @@
 """The tables of the text study."""
 
 from experiments.report.table import Table
+from experiments.text.front_report import chosen_table, difference_table, front_table
+from experiments.text.report import percent2
 
-from .registry import aligned, csv_rows, table
+from .registry import aligned, csv_rows, kept_run, table, with_minus
 
 
 @table("text-imdb-summary")
@@ -18,3 +20,37 @@ def imdb_summary() -> Table:
     head = ["method", "trained", "share", "test, %"]
     keys = ("trained parameters", "share", "test, %")
     return aligned(head, [[name, *(rows[key][k] for k in keys)] for key, name in names.items()])
+
+
+@table("text-front")
+def front_rates() -> Table:
+    """Return each arm and rate: the accuracy, and what is kept of the messages."""
+    return front_table(kept_run("text-front"))
+
+
+@table("text-front-best")
+def front_best() -> Table:
+    """Return each arm at its best rate on the held-out reviews, paired with full fine-tuning."""
+    return with_minus(chosen_table(kept_run("text-front")))
+
+
+@table("text-front-differences")
+def front_differences() -> Table:
+    """Return what LoRA keeps less full fine-tuning at equal accuracy."""
+    return with_minus(difference_table(kept_run("text-front")))
+
+
+@table("text-pooling")
+def pooling() -> Table:
+    """Return the last two layers with the checkpoint's pooler and with the mean over the tokens."""
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in csv_rows("text-pooling"):
+        groups.setdefault((row["pooling"], row["last_lr"]), []).append(row)
+    lines = []
+    for (name, rate), rows in groups.items():
+        cells = [
+            percent2([float(row[key]) for row in rows])
+            for key in ("validation_accuracy", "accuracy")
+        ]
+        lines.append([name, rate, *cells, str(len(rows))])
+    return Table(["pooling", "rate", "held out, %", "test, %", "n"], lines)

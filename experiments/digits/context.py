@@ -53,13 +53,19 @@ class StudyContext:
         """Return a new copy of the base."""
         return restore(self.settings, self.base, self.inputs.device)
 
-    def batches(self, generator: torch.Generator) -> Batches:
+    def batches(self, generator: torch.Generator, joint: bool = False) -> Batches:
         """Return the batches of a fine-tuning.
 
         Draw the batches before anything else from `generator`, so that all methods with the same
         adapter seed get the same images in the same order.
+
+        Args:
+            generator: the generator of the adapter seed.
+            joint: draw from the images of all digits, instead of those of the tuned digits.
         """
         settings, rows = self.settings, self.tuned_rows
+        if joint:
+            rows = torch.arange(len(self.labels), device=self.labels.device)
         size = settings.remedies.tune_batch or settings.pretraining.batch
         count = settings.finetuning.steps * size
         if settings.finetuning.order == "blog":
@@ -75,9 +81,14 @@ class StudyContext:
         parameters: list[nn.Parameter],
         label: str,
         hooks: Sequence[Hook] = (),
+        lr: float | None = None,
     ) -> Tensor:
-        """Train with cross-entropy and Adam; return the loss of each step, float32 (steps,)."""
-        optimizer = torch.optim.Adam(parameters, self.settings.finetuning.lr, fused=True)
+        """Train with cross-entropy and Adam; return the loss of each step, float32 (steps,).
+
+        The learning rate is that of the settings unless `lr` is given.
+        """
+        rate = self.settings.finetuning.lr if lr is None else lr
+        optimizer = torch.optim.Adam(parameters, rate, fused=True)
         return self.train(model, batches, cross_entropy, optimizer, label, hooks)
 
     def train(

@@ -31,6 +31,7 @@ class Cell:
         together: whether the seeds may train at once.
         varied: the settings that the grid set, by name.
         full: whether all weights and biases are trained, instead of an adapter.
+        joint: whether the images of all digits are trained on, instead of those of the tuned ones.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Cell:
     together: bool = True
     varied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     full: bool = False
+    joint: bool = False
 
 
 def cells(
@@ -76,7 +78,7 @@ def jobs_of(todo: Sequence[Cell]) -> list[list[Cell]]:
         # `Together` scales B by the ratio of two scales, which does not exist if one of them is 0.
         has_scale = lora_of(cell.settings.adapter).scaling != 0
         shared = dataclasses.replace(cell.settings, adapter=AdapterSettings())
-        key = cell.together, cell.full, has_scale, shared
+        key = cell.together, cell.full, cell.joint, has_scale, shared
         job = open_jobs.get(key, [])
         if not job or not is_stacked(cell) or _images_per_step([*job, cell]) > TOGETHER:
             job = open_jobs[key] = []

@@ -10,9 +10,13 @@ from ..harness.rundir import RunDirectory
 from ..harness.settings import StudyError, result_settings
 
 REMEDIES = "remedies"  # `--preset remedies-relu` selects remedies on the preset relu
+FRONT = "front"  # `--preset front-relu` compares LoRA with full fine-tuning on it
 EPILOG = f"""presets {", ".join(f"{REMEDIES}-{name}" for name in PRESETS)}:
   Compare the remedies against forgetting on one of the study's presets, instead of a grid. The
-  settings of each remedy are chosen on validation images and then measured on the test images."""
+  settings of each remedy are chosen on validation images and then measured on the test images.
+presets {", ".join(f"{FRONT}-{name}" for name in PRESETS)}:
+  Compare what LoRA of several ranks, full fine-tuning and joint training learn and forget, over
+  learning rates."""
 
 
 def add_commands(commands: Commands) -> None:
@@ -25,9 +29,9 @@ def add_commands(commands: Commands) -> None:
         "with --seeds adapter seeds. A stopped sweep continues from its rows.",
         epilog=EPILOG,
         examples=(
-            "--vary rank=1,2,4 --vary strength=0,0.5,1",
             '--vary "digits=2,3;9" --vary init=gaussian,kaiming --out runs/digits-and-inits',
-            "--preset remedies-relu --seeds 10 --base-seeds 5 --jobs 2",
+            "--preset remedies-relu --seeds 5 --base-seeds 5 --jobs 2",
+            "--preset front-relu --seeds 5 --base-seeds 5",
         ),
     )
     grid = sweep.add_argument_group("Sweep")
@@ -59,24 +63,27 @@ def _add_remedy_options(sweep: argparse.ArgumentParser) -> None:
 
 
 def run(vary: list[str], base_seeds: int, jobs: int, **given: object) -> int:
-    """Run a sweep, or with a remedies preset the selection of remedies, and print its table."""
+    """Run a sweep, or the comparison that a preset names, and print its table."""
     # Imported here because torch and paramlora load slowly and --help needs neither.
     from ..digits.shared import settings_and_data
 
     name = str(given.pop("preset", ""))
     remedy_options = {key: given.pop(key) for key in ("selection_bases",) if key in given}
-    if name == REMEDIES or name.startswith(f"{REMEDIES}-"):
+    kind, _, preset = name.partition("-")
+    if kind in (REMEDIES, FRONT):
         if vary:
             raise StudyError(f"--vary cannot be used with --preset {name}, which has its own grid")
-        preset = name.removeprefix(REMEDIES).removeprefix("-")
         if preset not in ("", *PRESETS):
-            known = ", ".join(f"{REMEDIES}-{known}" for known in PRESETS)
+            known = ", ".join(f"{kind}-{known}" for known in PRESETS)
             raise StudyError(f"--preset must be one of {known}, got {name!r}")
         settings, _ = settings_and_data(preset, **given)
-        return run_selection(settings, base_seeds=base_seeds, jobs=jobs, **remedy_options)
+        if kind == REMEDIES:
+            return run_selection(settings, base_seeds=base_seeds, jobs=jobs, **remedy_options)
     for key in remedy_options:
         flag = "--" + key.replace("_", "-")
         raise StudyError(f"{flag} can only be used with a remedies preset, such as {REMEDIES}-relu")
+    if kind == FRONT:
+        return run_front(settings, base_seeds, jobs)
     return run_grid(settings_and_data(name, **given)[0], vary, base_seeds, jobs)
 
 
@@ -90,6 +97,17 @@ def run_grid(settings: DigitSettings, vary: list[str], base_seeds: int, jobs: in
     folder = Path(settings.place.out or default)
     asked = result_settings(settings) | {"vary": sorted(vary), "base_seeds": base_seeds}
     run_sweep(list(cells(settings, grid, base_seeds)), folder, asked, jobs)
+    return report([folder])
+
+
+def run_front(settings: DigitSettings, base_seeds: int, jobs: int) -> int:
+    """Train LoRA, full fine-tuning and joint training at all rates, and print their report."""
+    from .front import front_cells
+    from .sweep import run_sweep
+
+    folder = Path(settings.place.out or f"runs/{FRONT}-{settings.preset}")
+    asked = result_settings(settings) | {"front": True, "base_seeds": base_seeds}
+    run_sweep(list(front_cells(settings, base_seeds)), folder, asked, jobs)
     return report([folder])
 
 
@@ -142,16 +160,21 @@ def report(folders: list[Path], figure: str = "", out: Path | None = None) -> in
 
 def report_one(folder: Path) -> None:
     """Write a sweep's report and figures, and print its table."""
+    from .front import write_front_report
     from .remedies import write_remedies_report
     from .report import table, write_sweep_report
 
     run = RunDirectory.read(folder)
     if not run.rows:
         raise StudyError(f"the sweep in {folder} has no rows yet: continue it first")
-    if "selection_bases" in run.settings:
-        write_remedies_report(run)
-        print((folder / "remedies.md").read_text(encoding="utf-8"))
-        return
+    for key, write, name in (
+        ("selection_bases", write_remedies_report, "remedies.md"),
+        ("front", write_front_report, "front.md"),
+    ):
+        if key in run.settings:
+            write(run)
+            print((folder / name).read_text(encoding="utf-8"))
+            return
     write_sweep_report(run)
     print(table(run).text())
     print(f"report   {folder / 'sweep.md'}")

@@ -22,7 +22,7 @@ BOTH = tuple(ARMS)
 EIGHT = (0.03, 0.1, 0.2, 0.3, 0.6, 1.0, 3.0, 10.0)  # learning rates to choose from / the usual one
 FOUR = (0.1, 0.3, 1.0, 3.0)  # the same for a remedy with an option
 CANDIDATES = len(EIGHT)
-NO_REMEDY = "no remedy"
+NO_REMEDY, MASKED = "no remedy", "masked cross-entropy"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def families(validation: int = 500) -> tuple[Family, ...]:
         Family("strength λ", option="strength", values=(0.25, 0.5), arms=BOTH),
         Family("distillation", option="distill", values=(0.3, 1.0)),
         Family("kept mass", option="mass", values=(1.0, 3.0)),
-        Family("masked cross-entropy", changes={"margin": INF}, arms=BOTH),
+        Family(MASKED, changes={"margin": INF}, arms=BOTH),
         Family("margin", option="margin", values=(5.0, 10.0), arms=BOTH),
         Family("EWC", option="ewc", values=(1e3, 1e4)),
         Family("null space of the weights", option="null_space", values=(0.9, 0.99)),

@@ -6,7 +6,6 @@ Student's 95 % interval of the mean over bases. Differences are taken between tw
 same base, adapter seed and images, before any mean.
 """
 
-from pathlib import Path
 from statistics import mean
 
 from matplotlib.axes import Axes
@@ -17,7 +16,7 @@ from ..harness.settings import listed
 from ..report.figures import Figure, plt, png
 from ..report.style import GROUP_COLOUR
 from ..report.table import Sample, Table
-from .families import NO_REMEDY
+from .families import EIGHT, MASKED, NO_REMEDY, USUAL
 from .select import SELECTION, TEST, Points, choose, gains, rows_of
 
 SIDES = {"all": "accuracy", "tuned": "tuned_accuracy", "other": "other_accuracy"}
@@ -47,17 +46,16 @@ class Compared:
     """
 
     def __init__(self, run: RunDirectory) -> None:
-        self.run = run
-        about = [row["varied"] for row in run.rows if row["varied"]["part"] == TEST]
-        self.remedies = list(dict.fromkeys(a["remedy"] for a in about))
-        self.arms = list(dict.fromkeys(a["arm"] for a in about))
-        self.schedules = list(dict.fromkeys(a["schedule"] for a in about))
-        self.old = {a["remedy"]: a["old"] for a in about}
+        self.run, self.old = run, dict[str, str]()
         self._rows: dict[tuple[str, str, str], list[Row]] = {}
         for row in run.rows:
-            a = row["varied"]
-            if a["part"] == TEST:
-                self._rows.setdefault((a["remedy"], a["arm"], a["schedule"]), []).append(row)
+            about = row["varied"]
+            if about["part"] == TEST:
+                place = about["remedy"], about["arm"], about["schedule"]
+                self._rows.setdefault(place, []).append(row)
+                self.old[about["remedy"]] = about["old"]
+        columns = zip(*self._rows, strict=True)
+        self.remedies, self.arms, self.schedules = (list(dict.fromkeys(c)) for c in columns)
 
     def has(self, remedy: str, arm: str) -> bool:
         """Return whether a remedy was applied to an arm."""
@@ -67,19 +65,18 @@ class Compared:
         """Return the gain in points on the images of a side, by base and adapter seed."""
         return gains(self._rows[remedy, arm, schedule], SIDES[side])
 
-    def arm_table(self, arm: str) -> Table:
-        """Return the gains of each remedy and their differences from no remedy, all digits."""
+    def arm_table(self, arm: str, reference: str = NO_REMEDY) -> Table:
+        """Return the gains of each remedy and their differences from another, all digits."""
         head = ["remedy", "old images"]
-        head += [part for s in self.schedules for part in (s, f"{s}: − no remedy")]
+        head += [part for s in self.schedules for part in (s, f"{s}: − {reference}")]
         lines = []
         for remedy in self.remedies:
             if self.has(remedy, arm):
-                cells = [remedy, self.old[remedy]]
+                lines.append([remedy, self.old[remedy]])
                 for schedule in self.schedules:
                     mine = self.gains(remedy, arm, schedule)
-                    plain = self.gains(NO_REMEDY, arm, schedule)
-                    cells += [signed(by_base(mine)), apart(mine, plain)]
-                lines.append(cells)
+                    other = self.gains(reference, arm, schedule)
+                    lines[-1] += [signed(by_base(mine)), apart(mine, other)]
         return Table(head, lines)
 
     def cross_table(self) -> Table:
@@ -111,6 +108,23 @@ class Compared:
             validation = f"{by_base(gains(its, 'accuracy')).mean:+.2f}"
             lines.append([remedy, arm, schedule, *sides, validation, chosen])
         return Table(head, lines)
+
+    def rate_table(self) -> Table:
+        """Return the mean gains on the validation images at each learning rate.
+
+        Only remedies without an option of their own are trained at all of these rates.
+        """
+        found: dict[tuple[str, str, str], dict[int, list[Row]]] = {}
+        for row in self.run.rows:
+            about = row["varied"]
+            if about["part"] == SELECTION and list(about["settings"]) == ["lr"]:
+                place = about["remedy"], about["arm"], about["schedule"]
+                found.setdefault(place, {}).setdefault(about["number"], []).append(row)
+        lines = [
+            [*place, *(f"{by_base(gains(rows, 'accuracy')).mean:+.2f}" for rows in by.values())]
+            for place, by in found.items()
+        ]
+        return Table(["remedy", "trained", "schedule", *(f"× {times:g}" for times in EIGHT)], lines)
 
     def figure(self) -> Figure:
         """Draw the gains on all, tuned and other digits, with 95 % intervals over bases."""
@@ -170,8 +184,8 @@ def apart(one: Points, two: Points) -> str:
     sample = difference(one, two)
     if set(sample.values) == {0.0}:
         return "0"
-    low, high = sample.bounds() if sample.sd is not None else (sample.mean, sample.mean)
-    return f"{sample.mean:+.2f} ({low:+.2f} to {high:+.2f})"
+    half = half_width(sample)
+    return f"{sample.mean:+.2f} ({sample.mean - half:+.2f} to {sample.mean + half:+.2f})"
 
 
 def markdown(compared: Compared) -> str:
@@ -198,6 +212,9 @@ def markdown(compared: Compared) -> str:
     ]
     for arm in compared.arms:
         parts += [f"## {arm}", compared.arm_table(arm).markdown()]
+        if compared.has(MASKED, arm):
+            parts += ["The same with differences from masking:"]
+            parts += [compared.arm_table(arm, MASKED).markdown()]
     parts += [
         "![Points above the base, by remedy](remedies.png)",
         f"Points: means over {len(bases)} bases × {seeds} adapter seeds; bars: 95 % intervals over "
@@ -210,6 +227,12 @@ def markdown(compared: Compared) -> str:
         f"validation images per digit, on {run.settings['selection_bases']} other bases, "
         f"pre-trained without these images, × {run.settings['selection_seeds']} other adapter "
         "seeds. `validation`: the gain of the choice there.",
+        "## The learning rate",
+        compared.rate_table().markdown(),
+        "Mean gains over all digits on these validation images, for the remedies that have no "
+        "option but the rate. × 1 is "
+        + " and ".join(f"{USUAL[arm]:g} ({arm})" for arm in compared.arms)
+        + ". With so few bases there is no interval.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -223,4 +246,4 @@ def write_remedies_report(run: RunDirectory) -> None:
     """Write remedies.md and remedies.png beside the rows."""
     compared = Compared(run)
     replace_file(run.folder / "remedies.png", png(compared.figure()))
-    replace_file(Path(run.folder) / "remedies.md", markdown(compared).encode())
+    replace_file(run.folder / "remedies.md", markdown(compared).encode())

@@ -56,7 +56,7 @@ def run_job(cells: Sequence[Cell]) -> list[list[Row]]:
     contexts = [context_of(cell.settings) for cell in cells]
     todo = [(context, seed) for context in contexts for seed in context.settings.adapter_seeds]
     tune = tune_together if is_stacked(cells[0]) else tune_one_by_one
-    trained = iter(tune(todo, full=cells[0].full))
+    trained = iter(tune(todo, cells[0].full, cells[0].joint))
     at = shared_strengths(shared_settings(cells[0].settings))
     rows = []
     for cell, context in zip(cells, contexts, strict=True):
@@ -108,13 +108,15 @@ def full_logits(
     return torch.stack(found)
 
 
-def tune_one_by_one(todo: Sequence[Training], full: bool = False) -> list[tuple[Row, float]]:
+def tune_one_by_one(
+    todo: Sequence[Training], full: bool = False, joint: bool = False
+) -> list[tuple[Row, float]]:
     """Return each adapter's trained factors, by name, and its mean training loss."""
-    return [_tuned(context, seed, full) for context, seed in todo]
+    return [_tuned(context, seed, full, joint) for context, seed in todo]
 
 
-def _tuned(context: StudyContext, seed: int, full: bool) -> tuple[Row, float]:
-    model, plain = _attached(context, seed, full)
+def _tuned(context: StudyContext, seed: int, full: bool, joint: bool) -> tuple[Row, float]:
+    model, plain = _attached(context, seed, full, joint)
     made = recipe(context, model, factors_of(model), plain, seed)
     losses = _train(context, made, model, made.objective, made.batches)
     made.finish()
@@ -122,12 +124,14 @@ def _tuned(context: StudyContext, seed: int, full: bool) -> tuple[Row, float]:
     return factors, float(losses.mean())
 
 
-def tune_together(todo: Sequence[Training], full: bool = False) -> list[tuple[Row, float]]:
+def tune_together(
+    todo: Sequence[Training], full: bool = False, joint: bool = False
+) -> list[tuple[Row, float]]:
     """Train all adapters at once; return the results of `tune_one_by_one`, up to rounding.
 
     The contexts may differ only in the settings of the adapter.
     """
-    parts = [_attached(context, seed, full) for context, seed in todo]
+    parts = [_attached(context, seed, full, joint) for context, seed in todo]
     scalings = [1.0 if full else lora_of(context.settings.adapter).scaling for context, _ in todo]
     scales = [1.0 if s == scalings[0] else s / scalings[0] for s in scalings]
     model = Together(parts[0][0], [factors_of(model) for model, _ in parts], scales)
@@ -149,14 +153,16 @@ def _train(
     return context.train(model, batches, objective, made.optimizer, "fine-tuning", made.hooks)
 
 
-def _attached(context: StudyContext, seed: int, full: bool) -> tuple[nn.Module, Batches]:
+def _attached(
+    context: StudyContext, seed: int, full: bool, joint: bool
+) -> tuple[nn.Module, Batches]:
     """Return the base with a new adapter and its batches, drawn in the digit study's order.
 
     Full fine-tuning is an adapter, too: `pl.Delta` trains ΔW of the size of W, and Δb. So losses,
     penalties and routes that compare the model with its base work for both.
     """
     model, generator = context.model(), torch.Generator().manual_seed(seed)
-    batches = context.batches(generator)
+    batches = context.batches(generator, joint)
     spec = pl.Delta() if full else lora_of(context.settings.adapter)
     pl.attach(model, spec, nn.Linear, name=ADAPTER, generator=generator)
     return model, batches

@@ -52,6 +52,7 @@ def add_commands(commands: Commands) -> None:
     for flag, default in (
         ("--ranks", "1,8,64"),
         ("--rates", "1e-4,3e-4,1e-3,2e-3,4e-3"),
+        ("--head-rates", "1e-4,3e-4,1e-3,2e-3"),
         ("--full-rates", "1e-5,3e-5,1e-4,2e-4,4e-4"),
         ("--joint-rates", "1e-3,2e-3"),
         ("--joint-full-rates", "1e-4,2e-4"),
@@ -95,7 +96,7 @@ def run_text_front(jobs: int, minutes: float, **given: object) -> int:
     from .front import FrontGrid, run_front
 
     grid: dict[str, Any] = {
-        name: tuple(map(type(default[0]), str(given.pop(name)).split(",")))
+        name: tuple(type(default[0])(v) for v in str(given.pop(name)).split(",") if v)
         for name, default in vars(FrontGrid()).items()
     }
     settings = TextSettings.of_preset(str(given.pop("preset", "distilbert-imdb")), **given)
@@ -110,7 +111,7 @@ def report(folders: list[Path]) -> int:
         StudyError: a folder has no run, or a run has no fine-tuned model yet.
     """
     from ..report.checks import any_failed
-    from .front import chosen_table, difference_table, front_table, is_front, write_front
+    from .front_report import chosen_table, difference_table, front_table, is_front, write_front
     from .report import checks, terminal, write_text_report
 
     fronts = [folder for folder in folders if is_front(folder)]

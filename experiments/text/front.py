@@ -6,6 +6,9 @@
 
 Every training is an ordinary run, so an interrupted command continues. The first seed is finished
 for all cells before the second one begins. After `minutes`, no further training begins.
+
+Full fine-tuning trains the new head, too. `lora` leaves it at its random start, so that the
+embeddings have to move towards it. `lora+head` trains it and is the fairer comparison.
 """
 
 import time
@@ -15,21 +18,10 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from ..analysis.front import difference
-from ..harness.rundir import Row, RunDirectory, replace_file
+from ..harness.rundir import RunDirectory
 from ..harness.settings import StudyError, replace, result_settings
-from ..report.table import Sample, Table, key_value_table
 from .report import tuned_rows
 from .settings import TextSettings
-
-# By name in the rows: the name in tables, its factor, and the digits shown.
-KEPT = {
-    "kept_probe": ("probe, %", 100, 1),
-    "kept_refit": ("probe fitted again, %", 100, 1),
-    "kept_retrieval": ("retrieval, %", 100, 1),
-    "kept_agreement": ("agreement", 1, 3),
-}
-REFERENCE = "full"
 
 
 @dataclass(frozen=True)
@@ -38,6 +30,7 @@ class FrontGrid:
 
     ranks: tuple[int, ...] = (1, 8, 64)
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
+    head_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 2e-3)
     full_rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 2e-4, 4e-4)
     joint_rates: tuple[float, ...] = (1e-3, 2e-3)
     joint_full_rates: tuple[float, ...] = (1e-4, 2e-4)
@@ -81,6 +74,8 @@ def cells(settings: TextSettings, grid: FrontGrid) -> Iterator[Cell]:
         for rank in grid.ranks:
             for rate in grid.rates:
                 yield Cell(f"lora r {rank}", "lora", rate, seed, rank)
+            for rate in grid.head_rates:
+                yield Cell(f"lora+head r {rank}", "lora+head", rate, seed, rank)
         for rate in grid.joint_full_rates:
             yield Cell("joint full", "joint", rate, seed)
         for rate in grid.joint_rates:
@@ -140,152 +135,3 @@ def _run(settings: TextSettings, end: float) -> RunDirectory | None:
     from .study import run_text
 
     return None if time.time() > end else run_text(settings, lambda line: None)
-
-
-def is_front(folder: Path) -> bool:
-    """Return whether the run in a folder is one of several arms and rates."""
-    return bool(RunDirectory.read(folder).environment.get("front"))
-
-
-def arms_in(run: RunDirectory) -> dict[str, list[Row]]:
-    """Return the rows of each arm, in the order in which they were trained."""
-    found: dict[str, list[Row]] = {}
-    for row in run.rows:
-        found.setdefault(row["method"], []).append(row)
-    return found
-
-
-def by_rate(rows: list[Row]) -> dict[float, list[Row]]:
-    """Return the rows of each learning rate, in ascending order of the rates."""
-    rates = sorted({row["rate"] for row in rows})
-    return {rate: [row for row in rows if row["rate"] == rate] for rate in rates}
-
-
-def front_table(run: RunDirectory) -> Table:
-    """Return a line per arm and rate: the accuracy on the task, and what is kept of other texts."""
-    head = ["arm", "rate", "test, %", *(name for name, _, _ in KEPT.values()), "n"]
-    first = run.rows[0]
-    base = [f"{100 * first[key]:.1f}" for key in ("base_probe", "base_retrieval")]
-    lines = [["checkpoint", "", "", base[0], base[0], base[1], "1.000", ""]]
-    for arm, rows in arms_in(run).items():
-        for rate, these in by_rate(rows).items():
-            cells = [_cell(these, key, *shown[1:]) for key, shown in KEPT.items()]
-            accuracy = _cell(these, "accuracy", 100, 1)
-            lines.append([arm, f"{rate:g}", accuracy, *cells, str(len(these))])
-    return Table(head, lines)
-
-
-def _cell(rows: list[Row], key: str, factor: float, digits: int) -> str:
-    return Sample(tuple(factor * row[key] for row in rows)).mean_sd(digits)
-
-
-def difference_table(run: RunDirectory) -> Table:
-    """Return what LoRA keeps less full fine-tuning, at equal accuracy on the task, with intervals.
-
-    One difference per seed is the mean over all accuracies that both reach (analysis/front.py).
-    """
-    arms = arms_in(run)
-    head = ["arm − full", "kept", "mean ± sd", "95 % interval", "n"]
-    lines = []
-    for arm in (name for name in arms if name.startswith("lora")):
-        for key, (name, factor, digits) in KEPT.items():
-            found = Sample(tuple(factor * d for d in _differences(arms[arm], arms[REFERENCE], key)))
-            cells = [found.mean_sd(digits), found.interval(digits)] if found.values else ["-", "-"]
-            lines.append([arm, name, *cells, str(len(found.values))])
-    return Table(head, lines, (0, 1))
-
-
-def _differences(ours: list[Row], theirs: list[Row], key: str) -> list[float]:
-    """Return the difference of each seed that has all rates of both arms."""
-    found = []
-    for seed in sorted({row["seed"] for row in ours}):
-        points = [
-            [
-                (row["accuracy"], row[key])
-                for rate_rows in by_rate(rows).values()
-                for row in rate_rows
-                if row["seed"] == seed
-            ]
-            for rows in (ours, theirs)
-        ]
-        complete = [len(p) == len(by_rate(r)) for p, r in zip(points, (ours, theirs), strict=True)]
-        one = difference(*points) if all(complete) else None
-        found += [] if one is None else [one]
-    return found
-
-
-def chosen_table(run: RunDirectory) -> Table:
-    """Return a line per arm at its best rate on the validation texts, paired with `full`."""
-    arms = arms_in(run)
-    best = {arm: _best(rows) for arm, rows in arms.items()}
-    theirs = {row["seed"]: row for row in best.get(REFERENCE, [])}
-    head = ["arm", "rate", "test, %", "probe, %", "test − full", "probe − full", "n"]
-    lines = []
-    for arm, rows in best.items():
-        pairs = [(row, theirs[row["seed"]]) for row in rows if row["seed"] in theirs]
-        paired = [
-            Sample(tuple(100 * (a[key] - b[key]) for a, b in pairs)).interval(1)
-            if arm != REFERENCE
-            else ""
-            for key in ("accuracy", "kept_probe")
-        ]
-        shown = [_cell(rows, key, 100, 1) for key in ("accuracy", "kept_probe")]
-        lines.append([arm, f"{rows[0]['rate']:g}", *shown, *paired, str(len(rows))])
-    return Table(head, lines)
-
-
-def _best(rows: list[Row]) -> list[Row]:
-    """Return the rows of the rate with the highest mean accuracy on the validation texts."""
-    groups = by_rate(rows).values()
-    return max(groups, key=lambda group: sum(r["validation_accuracy"] for r in group) / len(group))
-
-
-def front_figure(run: RunDirectory, path: Path) -> None:
-    """Draw what is kept against the accuracy on the task: a line per arm, a dot per rate."""
-    from ..report.figures import plt, png
-
-    shades = ["#F0A35E", "#D55E00", "#8A3D00"]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, key in zip(axes, ("kept_probe", "kept_agreement"), strict=True):
-        name, factor, _ = KEPT[key]
-        colours = iter(shades)
-        for arm, rows in arms_in(run).items():
-            full = arm.endswith("full")
-            colour = "#009E73" if full else next(colours, shades[1]) if arm[0] == "l" else shades[1]
-            groups = by_rate(rows).values()
-            x = [100 * sum(r["accuracy"] for r in g) / len(g) for g in groups]
-            y = [factor * sum(r[key] for r in g) / len(g) for g in groups]
-            style = (
-                {"marker": "*", "linestyle": ":"} if arm.startswith("joint") else {"marker": "o"}
-            )
-            axis.plot(x, y, color=colour, label=arm, **style)
-        if key == "kept_probe":
-            axis.axhline(100 * run.rows[0]["base_probe"], color="#555555", linewidth=0.8)
-        axis.set(xlabel="accuracy on the task, test texts, %", ylabel=f"kept: {name}")
-    axes[0].legend(frameon=False, fontsize=8)
-    replace_file(path, png(figure))
-
-
-def write_front(folder: Path) -> RunDirectory:
-    """Write front.md and front.png of the run in `folder` from its rows; return the run."""
-    run = RunDirectory.read(folder)
-    front_figure(run, folder / "front.png")
-    env, settings = run.environment, run.settings
-    parts = [
-        "# What is learned and what is kept",
-        f"{settings['model']} on {env['data']}, {env['train_texts']:,} training and "
-        f"{env['test_texts']:,} test texts of {settings['max_length']} tokens at most; kept: "
-        f"{settings['retention']}. Head on: {settings['pooling']}. Mean ± sample sd over n seeds.",
-        front_table(run).markdown(),
-        "## At the best rate on the validation texts",
-        chosen_table(run).markdown(),
-        "The last columns have 95 % intervals of the differences, paired by seed.",
-        "## At equal accuracy on the task",
-        difference_table(run).markdown(),
-        "![What is kept against what is learned](front.png)",
-        "`experiments/text/retention.py` defines the measures.",
-        "## Settings",
-        key_value_table(run.settings).markdown(),
-    ]
-    replace_file(folder / "front.md", ("\n\n".join(parts) + "\n").encode())
-    return run

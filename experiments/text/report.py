@@ -33,13 +33,19 @@ def write_text_report(folder: Path) -> RunDirectory:
 
 def terminal(run: RunDirectory) -> str:
     """Return the summary that the terminal shows at the end of a run."""
-    return "\n".join(["", title(run), "", method_table(run).text(), "", *check_lines(checks(run))])
+    tables = [method_table(run).text(), ""]
+    if run.settings.get("retention"):
+        tables += [f"kept of {run.settings['retention']}", "", kept_table(run).text(), ""]
+    return "\n".join(["", title(run), "", *tables, *check_lines(checks(run))])
 
 
 def markdown(run: RunDirectory, figures: dict[str, str]) -> str:
     """Return the text of report.md. `figures` has the caption of each figure by file name."""
     parts = [f"# Text study, preset {run.settings['preset']}", title(run) + "."]
     parts += ["## Methods", method_table(run).markdown(), LEGEND]
+    if run.settings.get("retention"):
+        kept = f"## What is kept of {run.settings['retention']}"
+        parts += [kept, kept_table(run).markdown(), KEPT]
     if strength_rows(run):
         parts += ["## What is forgotten", strength_table(run).markdown(), FORGETTING]
         parts += [f"![{caption}]({name})" for name, caption in figures.items()]
@@ -53,6 +59,12 @@ LEGEND = (
     "Accuracies in %, mean ± sample sd over the seeds. Each training keeps the parameters with the "
     "highest accuracy on the validation rows; test rows are not used for choices. Seconds: time of "
     "training without evaluations. Peak GB: the GPU's peak memory during training."
+)
+KEPT = (
+    "Mean ± sample sd over the seeds, on the other data set's test texts. Probe: balanced accuracy "
+    "of a linear probe on the checkpoint's mean embeddings, unchanged by the fine-tuning. "
+    "Retrieval and agreement: as below, with the other texts. `experiments/text/retention.py` "
+    "defines them."
 )
 FORGETTING = (
     "λ: strength in W + λ·ΔW. Up to 1,000 test texts are cut into halves. Retrieval: the share of "
@@ -113,6 +125,23 @@ def method_table(run: RunDirectory) -> Table:
                 "-" if None in peaks else Sample(tuple(p / 1e9 for p in peaks)).mean_sd(2),
             ]
         )
+    return Table(head, rows)
+
+
+def kept_table(run: RunDirectory) -> Table:
+    """Return one line per method: what is kept of the second data set, and by the checkpoint."""
+    first = tuned_rows(run)[0]
+    base = [percent((first[f"base_{key}"],)) for key in ("probe", "probe", "retrieval")]
+    rows = [["checkpoint", *base, "1.000", ""]]
+    for method in methods_in(run):
+        these = tuned_rows(run, method)
+        cells = [
+            percent(tuple(row[f"kept_{key}"] for row in these))
+            for key in ("probe", "refit", "retrieval")
+        ]
+        agreement = Sample(tuple(row["kept_agreement"] for row in these)).mean_sd(3)
+        rows.append([method, *cells, agreement, str(len(these))])
+    head = ["method", "probe, %", "probe fitted again, %", "retrieval, %", "agreement", "n"]
     return Table(head, rows)
 
 

@@ -11,7 +11,6 @@ modules; the factors are beside them, and `Base` leaves them out:
 Only where an adapted tensor has other parametrizations as well, a few keys are translated.
 """
 
-import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -19,10 +18,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..errors import StateError
 from ..layers.site_list import is_at_home
 from ..site.find import dotted, index_of, stack_of
 from ..site.names import check_unmerged
-from ..site.quantized import packed_tensor
+from ..site.quantized import is_wrapper, packed_tensor
 from ..stack.stack import Stack
 from ..stack.storage import check_real, check_settled, in_parts
 from ..wrappers import check_model, inner
@@ -69,7 +69,8 @@ def load_base_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: keys are missing or unexpected, or shapes differ; the message lists all
             differences, and nothing is loaded.
-        StateError: an adapter is merged, or the model is on the meta device.
+        StateError: an adapter is merged, or the model is on the meta device, or a quantized layer
+            stores a part of the base outside of its parameters.
 
     >>> import paramlora as pl
     >>> model, other = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 3))
@@ -87,6 +88,7 @@ def load_base_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     for key, tensor in expected.items():
         check_real(key, tensor)
     base.check_settled()
+    base.check_whole_layers()
     fitting = {
         present[key]: in_parts(value, expected[key]) if isinstance(value, Tensor) else value
         for key, value in state.items()
@@ -188,9 +190,7 @@ class Base:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the parameters and buffers by original key, tied ones once per key."""
         for path, module in self.modules.items():
-            for name, tensor in itertools.chain(
-                module._parameters.items(), module._buffers.items()
-            ):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 key = dotted(path, name)
                 original = self.original_key(key)
                 if tensor is not None and original is not None:
@@ -203,6 +203,17 @@ class Base:
         for path, module in self.modules.items():
             for name, parameter in module.named_parameters(recurse=False):
                 check_settled(module, parameter, f"{path}.{name}")
+
+    def check_whole_layers(self) -> None:
+        """Raise a StateError if loading would leave a part of a quantized layer as it was."""
+        for path, module in self.modules.items():
+            packed = packed_tensor(module)
+            beside = [] if packed is None or is_wrapper(packed) else list(_beside(path, module))
+            if beside:
+                raise StateError(
+                    f"cannot load {beside[0][0]!r}, which a quantized layer stores outside of its "
+                    "parameters: make the quantized model anew, and load the adapter into it"
+                )
 
     def _split(self, key: str) -> tuple[str | None, list[str]]:
         """Split a key into the path of a list in `lists` (or None) and the parts after it."""

@@ -29,12 +29,13 @@ from ..errors import StateError
 from ..private_torch import TRACED_BY_ATTRIBUTES
 from ..site.find import parametrization_lists, stack_of, stored_tensors
 from ..site.marks import merged_twice
-from ..site.quantized import is_wrapper
+from ..site.quantized import is_wrapper, packed_tensor
 from ..stack.storage import Written, is_sharded
 from .dense import hold_stored
 from .describe import with_adapters
 from .forward import forward_for
-from .quantized import quantized_forward
+from .quantized import check_quantizable, quantized_forward
+from .readers import is_quantizing
 from .site_list import StoredTensor, pack
 
 _LOADING = "_paramlora_loading"
@@ -114,7 +115,7 @@ def _apply(plain: Any) -> Callable[..., nn.Module]:
     """Moving or casting a module writes to its parameters; that is no change to a merged weight."""
 
     def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
-        held = [plist for plist in _merged_lists(self) if _is_unchanged(plist)]
+        held = list(_merged_lists(self))
         result = plain(self, fn, recurse)
         for plist in held:
             stack: Any = stack_of(plist)
@@ -129,8 +130,10 @@ def _register_parameter(plain: Any) -> Callable[..., None]:
         replaces = _is_held(self, name) and param is not self._parameters[name]
         # FSDP replaces the parameter by its shard, and by the whole tensor for each forward.
         allowed = _LOADING in vars(self) or (param is not None and is_sharded(self, param))
-        if replaces and param is not None and is_wrapper(param):
-            _check_packed(self, name, param)
+        packs = replaces and param is not None and is_wrapper(param)
+        packs = packs and (allowed or packed_tensor(self) is not None or is_quantizing(depth=2))
+        if packs:
+            check_quantizable(self, name, param)
         elif replaces and not allowed:
             raise StateError(
                 f"{name!r} of this {_name(self)} has adapters, and assigning another parameter "
@@ -138,26 +141,12 @@ def _register_parameter(plain: Any) -> Callable[..., None]:
                 "load_base_state_dict, or detach first"
             )
         plain(self, name, param)
-        if replaces and param is not None and is_wrapper(param):
+        if packs:
             pack(self, param)
             vars(self)[BEFORE].frozen.pop(name, None)  # its flag is the library's from now on
             type(self).forward = quantized_forward(_plain(self).forward)
 
     return register_parameter
-
-
-def _check_packed(module: Any, name: str, packed: nn.Parameter) -> None:
-    """Raise a StateError if a library cannot quantize a tensor below its adapters."""
-    plist: Any = parametrization_lists(module)[name]
-    stack: Any = stack_of(plist)
-    parts = [part for adapter in stack.named for part in stack.parts(adapter)]
-    fits = isinstance(module, nn.Linear) and packed.shape == plist.original.shape
-    fits = fits and name == "weight" and not stack.merged
-    if not fits or any(part.low_rank() is None for part in parts):
-        raise StateError(
-            f"cannot quantize {name!r} of this {_name(module)} below its adapters, which takes "
-            "LoRA on the weight of a Linear, not merged: detach, quantize, and attach then"
-        )
 
 
 def _delattr(plain: Any) -> Callable[..., None]:
@@ -176,16 +165,8 @@ def _delattr(plain: Any) -> Callable[..., None]:
 def _load_from_state_dict(plain: Any) -> Callable[..., None]:
     """Refuse to load a merged weight below adapters that are not merged: it has them already."""
 
-    def load(
-        self: nn.Module,
-        state: dict[str, Any],
-        prefix: str,
-        metadata: Any,
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
-    ) -> None:
+    def load(self: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        *_, errors = rest  # torch's list of messages
         for tensor, plist in parametrization_lists(self).items():
             stack = stack_of(plist)
             keys = f"{prefix}parametrizations.{tensor}."
@@ -200,7 +181,7 @@ def _load_from_state_dict(plain: Any) -> Callable[..., None]:
                 return
         vars(self)[_LOADING] = True
         try:
-            plain(self, state, prefix, metadata, strict, missing, unexpected, errors)
+            plain(self, state, prefix, *rest)
         finally:
             del vars(self)[_LOADING]
 
@@ -226,18 +207,13 @@ def _is_held(module: nn.Module, name: str) -> bool:
 
 
 def _merged_lists(module: nn.Module) -> Iterator[parametrize.ParametrizationList]:
+    """Yield the lists with merged adapters whose stored tensors were not written to since."""
     for plist in parametrization_lists(module).values():
         stack = stack_of(plist)
         if stack is not None and stack.written:
-            yield plist
-
-
-def _is_unchanged(plist: Any) -> bool:
-    stack: Any = stack_of(plist)
-    return all(
-        written.is_in(parameter)
-        for written, parameter in zip(stack.written, stored_tensors(plist), strict=True)
-    )
+            pairs = zip(stack.written, stored_tensors(plist), strict=True)
+            if all(written.is_in(parameter) for written, parameter in pairs):
+                yield plist
 
 
 def _name(module: nn.Module) -> str:

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compute import lowrank
+from ..errors import StateError
 from ..routing import rows
 from ..routing.row_groups import by_group
-from ..site.find import stack_of
+from ..site.find import parametrization_lists, stack_of
 from ..site.quantized import BELOW_HOOK
 
 
@@ -48,6 +49,21 @@ def quantized_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
         return y
 
     return forward
+
+
+def check_quantizable(module: Any, name: str, packed: Any) -> None:
+    """Raise a StateError if a library cannot quantize a tensor below its adapters."""
+    plist: Any = parametrization_lists(module)[name]
+    stack: Any = stack_of(plist)
+    parts = [part for adapter in stack.named for part in stack.parts(adapter)]
+    fits = isinstance(module, nn.Linear) and packed.shape == plist.original.shape
+    fits = fits and name == "weight" and not stack.merged
+    if not fits or any(part.low_rank() is None for part in parts):
+        raise StateError(
+            f"cannot quantize {name!r} of this {type(module).__bases__[0].__name__} below its "
+            "adapters, which takes LoRA on the weight of a Linear, not merged: detach, quantize, "
+            "and attach then"
+        )
 
 
 def put_below_hook(module: nn.Module) -> Any:

@@ -5,12 +5,13 @@ Note [who reads the tensor]
     But some code reads a parameter as an attribute in order to move, shard or replace it:
 
     torch.nn.Module           get_parameter("0.weight") promises what named_parameters has there
-    torchao.quantization      quantizes getattr(module, "weight"), and stores the result
+    torchao's quantize_       quantizes getattr(module, "weight"), and stores the result
     torch.distributed         FSDP manages getattr(module, "weight"); checkpoints look names up
     accelerate                moves getattr(module, "weight") and stores the result as the parameter
     transformers' tying       head.weight = embed.weight
     transformers' resizing    puts a weight of another size below adapters of the old size
-    hqq, quanto, torchao.qat  put another module in the place of the adapted one
+    hqq, quanto, torchao's    put another module in the place of the adapted one
+      QAT and float8 training
     torch.nn.utils            the old weight_norm and prune take the parameter out of the module
 
     The first five get the stored tensor, and the others an error before they change anything. None
@@ -20,6 +21,7 @@ Note [who reads the tensor]
 
 import sys
 from types import FrameType
+from typing import Any
 
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -29,13 +31,14 @@ from ..private_torch import READERS_OF_STORED
 from ..site.find import parametrization_lists, stack_of
 from ..site.quantized import UnreadWeight
 
-_HANDLING = (*READERS_OF_STORED, "accelerate.", "torchao.quantization.")
+_QUANTIZE = ("torchao.quantization.quant", "torchao.prototype._nf4tensor_api")
+_HANDLING = (*READERS_OF_STORED, "accelerate.", *_QUANTIZE)
 _TRANSFORMERS = "transformers.modeling_utils"
 _QUANTIZERS = ("transformers.integrations.", "transformers.quantizers.", _TRANSFORMERS)
 _TYING = {"_tie_or_clone_weights", "_tie_embedding_weights"}
 _RESIZING = {"_get_resized_embeddings", "_get_resized_lm_head", "_resize_token_embeddings"}
 _TAKING = ("torch.nn.utils.weight_norm", "torch.nn.utils.prune")
-_REPLACING = ("hqq.", "optimum.quanto.", "torchao.quantization.qat.")
+_REPLACING = ("hqq.", "optimum.quanto.", "torchao.")
 _KNOWN = (*_HANDLING, _TRANSFORMERS, *_TAKING, *_REPLACING)
 
 
@@ -54,7 +57,7 @@ def for_reader(module: nn.Module, tensor: str, depth: int) -> Tensor | None:
     name = frame.f_globals.get("__name__") or ""
     if not name.startswith(_KNOWN):
         return None
-    if name.startswith(_REPLACING):
+    if name.startswith(_REPLACING) and not name.startswith(_QUANTIZE):
         raise StateError(
             f"{name} would put a quantized module in the place of an adapted {_name(module)}, and "
             "the adapters would be lost: quantize the model first, and attach then"
@@ -84,7 +87,7 @@ def read_packed(module: nn.Module, tensor: str, depth: int) -> Tensor:
         return stored
     frame = sys._getframe(depth)
     reader = frame.f_globals.get("__name__") or ""
-    if reader == type(module).__bases__[0].__module__ != "__main__":
+    if reader == type(module).__bases__[0].__module__:
         return stored  # the layer's own forward, mostly
     if reader.startswith(_QUANTIZERS) and "dequantize" in frame.f_code.co_name:
         raise StateError(
@@ -95,10 +98,18 @@ def read_packed(module: nn.Module, tensor: str, depth: int) -> Tensor:
     if not state.live and state.route is None:
         return stored
     homes = {cls.__module__ for cls in (*type(module).__mro__, type(stored))}
-    packages = {home.partition(".")[0] for home in homes} - {"torch", "__main__"}
+    packages = {home.partition(".")[0] for home in homes} - {"torch"}
     if reader.startswith((*_HANDLING, *_QUANTIZERS)) or reader in homes:
         return stored
     return stored if reader.partition(".")[0] in packages else UnreadWeight.like(stored)
+
+
+def is_quantizing(depth: int) -> bool:
+    """Return whether code that got a stored tensor to quantize it now assigns the result."""
+    frame: Any = sys._getframe(depth)
+    while frame.f_globals.get("__name__") == "torch.nn.modules.module":  # its __setattr__
+        frame = frame.f_back
+    return (frame.f_globals.get("__name__") or "").startswith(_QUANTIZE)
 
 
 def _name(module: nn.Module) -> str:

@@ -136,7 +136,7 @@ def register_at_home(module: nn.Module, tensor: str, parametrization: nn.Module)
     setattr(cls, tensor, StoredTensor(tensor, vars(cls)[tensor]))
 
 
-def pack(module: Any, packed: Tensor) -> None:
+def pack(module: Any, packed: Any) -> None:
     """Record that the weight of a host is that of a quantized layer."""
     plist: Any = parametrization_lists(module)["weight"]
     where = ((own, key) for own in (module._parameters, module._buffers) for key in own)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import paramlora as pl
-from tests.support.quantized import imported, inputs, layers, quantized, randomize
+from tests.support.quantized import imported, inputs, layers, nf4, quantized, randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -34,12 +34,14 @@ def adapted(model: nn.Module, spec: pl.LoRA | None = None) -> Any:
 class TestQuantizing:
     """A library quantizes a model that has adapters already."""
 
-    def test_torchao(self, torchao: Any, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("form", ["torchao int8", "torchao nf4"])
+    def test_torchao(self, torchao: Any, form: str, tmp_path: Path) -> None:
         """`quantize_` below adapters equals quantizing first, and detaching leaves its result."""
         model, x = adapted(layers()), inputs()
         pl.save(model, tmp_path / "file")
-        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
-        first = quantized("torchao int8")
+        first = quantized(form)
+        config = torchao.Int8WeightOnlyConfig() if form == "torchao int8" else nf4(torchao)
+        torchao.quantize_(model, config)
         off = first(x)
         pl.load(first, tmp_path / "file")
         assert torch.equal(model(x), first(x))
@@ -49,12 +51,32 @@ class TestQuantizing:
         pl.audit(model, x)
         with pytest.raises(pl.StateError, match=r"merge at '0\.weight': its layer is quant"):
             pl.merge(model)
-        copied = copy.deepcopy(model)
-        assert torch.equal(copied(x), model(x))
+        if form == "torchao int8":  # NF4 cannot be copied
+            copied = copy.deepcopy(model)
+            assert torch.equal(copied(x), model(x))
         pl.detach(model)
         assert torch.equal(model(x), off)
         assert type(model[0]) is nn.Linear
         assert not model[0].weight.requires_grad
+
+    def test_a_tensor_that_was_quantized_elsewhere(self, torchao: Any) -> None:
+        """Assigning codes is refused: they may be those of W', with the adapter in them."""
+        model, x = adapted(layers()), inputs()
+        y = model(x)
+        with pytest.raises(pl.StateError, match="assigning another parameter would replace the ba"):
+            model[0].weight = quantized("torchao int8").get_parameter("0.weight")
+        assert torch.equal(model(x), y)
+
+    @pytest.mark.parametrize("form", ["torchao int8", "torchao nf4"])
+    def test_loading_codes(self, form: str) -> None:
+        """`load_state_dict(assign=True)` may put codes below adapters."""
+        first = quantized(form)
+        model, x = adapted(layers()), inputs()
+        model.load_state_dict(first.state_dict(), strict=False, assign=True)
+        with pl.disabled(model):
+            assert torch.equal(model(x), first(x))
+        adapted(first)
+        assert torch.equal(model(x), first(x))
 
     def test_a_bias_with_an_adapter(self, torchao: Any) -> None:
         """An adapter of the bias alone goes on working, with its gradients."""
@@ -117,6 +139,17 @@ class TestQuantizing:
         assert torch.equal(model(x), y)
         with pl.disabled(model):
             assert torch.equal(model(x), quantized("quanto int8")(x))
+
+
+@pytest.mark.parametrize("form", ["bitsandbytes 4", "bitsandbytes 8", "hqq", "torchao int8"])
+def test_loading_a_base(form: str) -> None:
+    """A base is loaded whole below adapters, or not at all."""
+    model, state = adapted(quantized(form)), quantized(form).state_dict()
+    if form == "torchao int8":
+        pl.load_base_state_dict(model, state)
+    else:
+        with pytest.raises(pl.StateError, match="stores outside of its parameters: make the quan"):
+            pl.load_base_state_dict(model, state)
 
 
 class TestWeight:
@@ -233,6 +266,11 @@ def test_transformers(library: str, checkpoint: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(other(ids).logits, y, rtol=0, atol=1e-2)
         pl.disable(other)
         assert torch.equal(other(ids).logits, off)
+    model.save_pretrained(tmp_path / "whole")
+    saved = type(model).from_pretrained(tmp_path / "whole", device_map={"": "cpu"}).train()
+    with torch.no_grad(), pl.disabled(model):
+        assert torch.equal(saved(ids).logits, model.train()(ids).logits)
+    model.eval()
     assert model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (2, 11)
 
 

@@ -81,7 +81,8 @@ def _torchao(config: Callable[[Any], Any]) -> nn.Sequential:
     return model
 
 
-def _nf4(_: Any) -> Any:
+def nf4(_: Any) -> Any:
+    """Return torchao's setting of NF4, in blocks that fit the layers."""
     api = imported("torchao.prototype._nf4tensor_api")
     config = api.NF4WeightOnlyConfig()
     config.block_size, config.scaler_block_size = 64, 32
@@ -125,7 +126,7 @@ FORMS: dict[str, Callable[[], nn.Sequential]] = {
         )
     ),
     "torchao float8": lambda: _torchao(lambda q: q.Float8WeightOnlyConfig()),
-    "torchao nf4": lambda: _torchao(_nf4),
+    "torchao nf4": lambda: _torchao(nf4),
     "bitsandbytes 4": lambda: _bitsandbytes(lambda m: m.Linear4bit(SIZE, SIZE, quant_type="nf4")),
     "bitsandbytes 8": lambda: _bitsandbytes(
         lambda m: m.Linear8bitLt(SIZE, SIZE, has_fp16_weights=False)

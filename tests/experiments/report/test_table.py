@@ -79,3 +79,10 @@ def test_a_report_as_markdown_has_every_block():
     expected = ["# Title", "Lead.", "## First", "Text.", "- one\n- two", "| a |\n| --- |\n| 1 |"]
     expected += ["![Caption.](a.png)", "Caption.", "## Empty\n"]
     assert text.split("\n\n") == expected
+
+
+def test_columns_are_aligned_left_as_asked():
+    """The columns in `left` are aligned left, in Markdown and in the terminal, all others right."""
+    table = Table(["a", "b", "c"], [["x", "y", "10"], ["xx", "yy", "9"]], (0, 1))
+    assert table.text() == "a   b    c\nx   y   10\nxx  yy   9"
+    assert table.markdown().splitlines()[1] == "| --- | --- | ---: |"

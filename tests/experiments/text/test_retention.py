@@ -17,7 +17,8 @@ from experiments.harness.settings import StudyError, replace
 from experiments.text import front
 from experiments.text.context import TextContext, prepare_context
 from experiments.text.data import load_corpus
-from experiments.text.front import FrontGrid, cells, difference_table, front_table
+from experiments.text.front import FrontGrid, cells
+from experiments.text.front_report import KEPT, difference_table, front_table
 from experiments.text.models import head_of, load_classifier, mean_pooled
 from experiments.text.retention import Probe, fit_probe, kept, retention_of
 from experiments.text.settings import TextSettings
@@ -151,7 +152,16 @@ def test_a_front_is_trained_reported_and_resumed(world: Path, tmp_path: Path, ca
     words += ["--pooling", "mean", "--targets", "*.query,*.dense", "--no-forgetting"]
     words += ["--device", "cpu", "--batch", "12", "--epochs", "1", "--seeds", "1"]
     words += ["--ranks", "2", "--rates", "1e-3,1e-2", "--full-rates", "1e-4,1e-2"]
-    words += ["--joint-rates", "1e-2", "--joint-full-rates", "1e-2", "--out", str(tmp_path / "f")]
+    words += [
+        "--head-rates",
+        "",
+        "--joint-rates",
+        "1e-2",
+        "--joint-full-rates",
+        "1e-2",
+        "--out",
+        str(tmp_path / "f"),
+    ]
     assert main(words) == 0
     run = RunDirectory.read(tmp_path / "f")
     arms = ["full"] * 2 + ["lora r 2"] * 2 + ["joint full", "joint lora r 2"]
@@ -163,6 +173,20 @@ def test_a_front_is_trained_reported_and_resumed(world: Path, tmp_path: Path, ca
     assert main(words) == 0
     assert "arm − full" in capsys.readouterr().out
     assert RunDirectory.read(tmp_path / "f").rows == run.rows
+
+
+@pytest.mark.slow
+def test_a_front_of_one_arm_needs_no_other(world: Path, tmp_path: Path, capsys) -> None:
+    """Arms without rates are left out, and without full fine-tuning there is no difference."""
+    words = ["text-front", "--model", str(world / "bert"), "--data-dir", str(world)]
+    words += ["--tokens", str(world / "tokens"), "--retention", str(world / "other.jsonl")]
+    words += ["--pooling", "mean", "--targets", "*.query", "--no-forgetting", "--epochs", "1"]
+    words += ["--device", "cpu", "--seeds", "1", "--ranks", "1", "--head-rates", "1e-3"]
+    for name in ("rates", "full-rates", "joint-rates", "joint-full-rates"):
+        words += [f"--{name}", ""]
+    assert main([*words, "--out", str(tmp_path / "f")]) == 0
+    assert [row["method"] for row in RunDirectory.read(tmp_path / "f").rows] == ["lora+head r 1"]
+    assert "lora+head r 1" in capsys.readouterr().out
 
 
 def test_no_training_begins_after_the_time_given(world: Path, tmp_path: Path, monkeypatch) -> None:
@@ -180,7 +204,7 @@ def test_the_cells_of_a_front_differ_as_their_names_say() -> None:
     """Each cell sets method, rate, rank and seed; alpha is twice the rank; names are unique."""
     base = replace(TextSettings(), seeds=2, seed_from=4)
     found = list(cells(base, FrontGrid()))
-    assert len({cell.name for cell in found}) == len(found) == 2 * (5 + 3 * 5 + 2 + 2)
+    assert len({cell.name for cell in found}) == len(found) == 2 * (5 + 3 * 5 + 3 * 4 + 2 + 2)
     for cell in found:
         made = cell.settings(replace(base, retention="spam"), Path("runs"))
         assert (made.adapter.rank, made.adapter.alpha) == (cell.rank, 2 * cell.rank)
@@ -198,7 +222,7 @@ def test_the_difference_at_equal_learning_is_paired_by_seed(tmp_path: Path) -> N
             "rate": rate,
             "seed": seed,
             "accuracy": x + 0.01 * seed,
-            **dict.fromkeys(front.KEPT, 1 - x + (0.02 if method != "full" else 0)),
+            **dict.fromkeys(KEPT, 1 - x + (0.02 if method != "full" else 0)),
             "base_probe": 1.0,
             "base_retrieval": 1.0,
         }

@@ -98,6 +98,14 @@ def test_every_method_learns(finished: RunDirectory) -> None:
         assert row["validation_accuracy"] == max(row["validation_curve"])
 
 
+def test_the_report_says_what_is_kept(finished: RunDirectory) -> None:
+    """A line per method and one of the checkpoint, in the report and in the terminal."""
+    table = text_report.kept_table(finished)
+    assert [row[0] for row in table.rows] == ["checkpoint", *METHODS]
+    assert table.text() in text_report.terminal(finished)
+    assert table.markdown() in text_report.markdown(finished, {})
+
+
 def test_checks_pass(finished: RunDirectory) -> None:
     """Before training and off, outputs are bitwise the base's; merged, those of on to rounding."""
     checks = text_report.checks(finished)

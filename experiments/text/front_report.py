@@ -1,0 +1,169 @@
+"""The report of a learning-forgetting front: a pure function of its rows."""
+
+from pathlib import Path
+
+from ..analysis.front import difference
+from ..harness.rundir import Row, RunDirectory, replace_file
+from ..report.table import Sample, Table, key_value_table
+
+# By name in the rows: the name in tables, its factor, and the digits shown.
+KEPT = {
+    "kept_probe": ("probe, %", 100, 1),
+    "kept_refit": ("probe fitted again, %", 100, 1),
+    "kept_retrieval": ("retrieval, %", 100, 1),
+    "kept_agreement": ("agreement", 1, 3),
+}
+REFERENCE = "full"
+SHOWN = 10
+
+
+def is_front(folder: Path) -> bool:
+    """Return whether the run in a folder is one of several arms and rates."""
+    return bool(RunDirectory.read(folder).environment.get("front"))
+
+
+def arms_in(run: RunDirectory) -> dict[str, list[Row]]:
+    """Return the rows of each arm, in the order in which they were trained."""
+    found: dict[str, list[Row]] = {}
+    for row in run.rows:
+        found.setdefault(row["method"], []).append(row)
+    return found
+
+
+def by_rate(rows: list[Row]) -> dict[float, list[Row]]:
+    """Return the rows of each learning rate, in ascending order of the rates."""
+    rates = sorted({row["rate"] for row in rows})
+    return {rate: [row for row in rows if row["rate"] == rate] for rate in rates}
+
+
+def front_table(run: RunDirectory) -> Table:
+    """Return a line per arm and rate: the accuracy on the task, and what is kept of other texts."""
+    head = ["arm", "rate", "test, %", *(name for name, _, _ in KEPT.values()), "n"]
+    first = run.rows[0]
+    base = [f"{100 * first[key]:.1f}" for key in ("base_probe", "base_retrieval")]
+    lines = [["checkpoint", "", "", base[0], base[0], base[1], "1.000", ""]]
+    for arm, rows in arms_in(run).items():
+        for rate, these in by_rate(rows).items():
+            cells = [_cell(these, key, *shown[1:]) for key, shown in KEPT.items()]
+            accuracy = _cell(these, "accuracy", 100, 1)
+            lines.append([arm, f"{rate:g}", accuracy, *cells, str(len(these))])
+    return Table(head, lines)
+
+
+def _cell(rows: list[Row], key: str, factor: float, digits: int) -> str:
+    return Sample(tuple(factor * row[key] for row in rows)).mean_sd(digits)
+
+
+def difference_table(run: RunDirectory) -> Table:
+    """Return what LoRA keeps less full fine-tuning, at equal accuracy on the task, with intervals.
+
+    One difference per seed is the mean over all accuracies that both reach (analysis/front.py).
+    """
+    arms = arms_in(run)
+    head = ["arm − full", "kept", "mean ± sd", "95 % interval", "n"]
+    lines = []
+    for arm in (name for name in arms if name.startswith("lora") and REFERENCE in arms):
+        for key, (name, factor, digits) in KEPT.items():
+            found = Sample(tuple(factor * d for d in _differences(arms[arm], arms[REFERENCE], key)))
+            cells = [found.mean_sd(digits), found.interval(digits)] if found.values else ["-", "-"]
+            lines.append([arm, name, *cells, str(len(found.values))])
+    return Table(head, lines, (0, 1))
+
+
+def _differences(ours: list[Row], theirs: list[Row], key: str) -> list[float]:
+    """Return the difference of each seed with all rates up to the one that learns most, in both."""
+    found = []
+    for seed in sorted({row["seed"] for row in ours}):
+        points = []
+        for rows in (ours, theirs):
+            own = {row["rate"]: row for row in rows if row["seed"] == seed}
+            needed = [rate for rate in by_rate(rows) if rate <= _best(rows, "accuracy")[0]["rate"]]
+            complete = all(rate in own for rate in needed)
+            by_rising_rate = [own[rate] for rate in sorted(own)] if complete else []
+            points.append([(row["accuracy"], row[key]) for row in by_rising_rate])
+        one = difference(*points) if all(points) else None
+        found += [] if one is None else [one]
+    return found
+
+
+def chosen_table(run: RunDirectory) -> Table:
+    """Return a line per arm at its best rate on the validation texts, paired with `full`."""
+    arms = arms_in(run)
+    best = {arm: _best(rows) for arm, rows in arms.items()}
+    theirs = {row["seed"]: row for row in best.get(REFERENCE, [])}
+    head = ["arm", "rate", "test, %", "probe, %", "test − full", "probe − full", "n"]
+    lines = []
+    for arm, rows in best.items():
+        pairs = [(row, theirs[row["seed"]]) for row in rows if row["seed"] in theirs]
+        paired = [
+            Sample(tuple(100 * (a[key] - b[key]) for a, b in pairs)).interval(1)
+            if arm != REFERENCE
+            else ""
+            for key in ("accuracy", "kept_probe")
+        ]
+        shown = [_cell(rows, key, 100, 1) for key in ("accuracy", "kept_probe")]
+        lines.append([arm, f"{rows[0]['rate']:g}", *shown, *paired, str(len(rows))])
+    return Table(head, lines)
+
+
+def _best(rows: list[Row], key: str = "validation_accuracy") -> list[Row]:
+    """Return the rows of the rate with the highest mean accuracy, on the validation texts."""
+    return max(by_rate(rows).values(), key=lambda group: sum(r[key] for r in group) / len(group))
+
+
+def _accuracy(rows: list[Row]) -> float:
+    return 100 * sum(row["accuracy"] for row in rows) / len(rows)
+
+
+def front_figure(run: RunDirectory, path: Path) -> None:
+    """Draw what is kept against the accuracy on the task: a line per arm, a dot per rate.
+
+    Rates whose accuracy is more than SHOWN points below the best are left out.
+    """
+    from ..report.figures import plt, png
+
+    best = max(_accuracy(g) for rows in arms_in(run).values() for g in by_rate(rows).values())
+    ranks = sorted({row["rank"] for row in run.rows if row["rank"]})
+    shades = dict(zip(ranks, ["#F0A35E", "#D55E00", "#8A3D00", "#5A2800"], strict=False))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, key in zip(axes, ("kept_probe", "kept_agreement"), strict=True):
+        name, factor, _ = KEPT[key]
+        for arm, rows in arms_in(run).items():
+            colour = shades.get(rows[0]["rank"], "#D55E00") if "lora" in arm else "#009E73"
+            groups = [g for g in by_rate(rows).values() if _accuracy(g) > best - SHOWN]
+            x = [_accuracy(g) for g in groups]
+            y = [factor * sum(r[key] for r in g) / len(g) for g in groups]
+            mark = "*" if arm.startswith("joint") else "s" if "+head" in arm else "o"
+            line = {"*": ":", "s": "--", "o": "-"}[mark]
+            axis.plot(x, y, color=colour, label=arm, marker=mark, linestyle=line)
+        if key == "kept_probe":
+            axis.axhline(100 * run.rows[0]["base_probe"], color="#555555", linewidth=0.8)
+        axis.set(xlabel="accuracy on the task, test texts, %", ylabel=f"kept: {name}")
+    axes[0].legend(frameon=False, fontsize=8)
+    replace_file(path, png(figure))
+
+
+def write_front(folder: Path) -> RunDirectory:
+    """Write front.md and front.png of the run in `folder` from its rows; return the run."""
+    run = RunDirectory.read(folder)
+    front_figure(run, folder / "front.png")
+    env, settings = run.environment, run.settings
+    parts = [
+        "# What is learned and what is kept",
+        f"{settings['model']} on {env['data']}, {env['train_texts']:,} training and "
+        f"{env['test_texts']:,} test texts of {settings['max_length']} tokens at most; kept: "
+        f"{settings['retention']}. Head on: {settings['pooling']}. Mean ± sample sd over n seeds.",
+        front_table(run).markdown(),
+        "## At the best rate on the validation texts",
+        chosen_table(run).markdown(),
+        "The last columns have 95 % intervals of the differences, paired by seed.",
+        "## At equal accuracy on the task",
+        difference_table(run).markdown(),
+        "![What is kept against what is learned](front.png)",
+        f"Rates that end more than {SHOWN} points below the best are not drawn.",
+        "`experiments/text/retention.py` defines the measures.",
+        "## Settings",
+        key_value_table(run.settings).markdown(),
+    ]
+    replace_file(folder / "front.md", ("\n\n".join(parts) + "\n").encode())
+    return run
