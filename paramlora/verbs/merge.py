@@ -211,13 +211,13 @@ def _check_order(site: Site, names: list[str]) -> None:
     Delta `b`, W' = l ⊙ W + D; with `b` alone merged it would be l ⊙ (W + D).
     """
     stack = site.stack
-    # A block may have switched an adapter off that is on again when it ends.
-    on = {name for name in stack.names if name not in stack.merged and may_be_on(stack, name)}
     for later in names:
         for earlier in stack.named:
             if earlier == later:
                 break
-            if earlier in on and earlier not in names and not stack.commute(earlier, later):
+            apart = earlier not in names and earlier not in stack.merged
+            # A block may have switched an adapter off that is on again when it ends.
+            if apart and not stack.commute(earlier, later) and may_be_on(stack, earlier):
                 raise StateError(
                     f"cannot merge {later!r} at {site.path!r} while {earlier!r}, which was "
                     "attached before it, is not: one of them depends on the tensor that it is "
