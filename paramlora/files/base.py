@@ -11,7 +11,6 @@ modules; the factors are beside them, and `Base` leaves them out:
 Only where an adapted tensor has other parametrizations as well, a few keys are translated.
 """
 
-import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -191,9 +190,7 @@ class Base:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the parameters and buffers by original key, tied ones once per key."""
         for path, module in self.modules.items():
-            for name, tensor in itertools.chain(
-                module._parameters.items(), module._buffers.items()
-            ):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 key = dotted(path, name)
                 original = self.original_key(key)
                 if tensor is not None and original is not None:

@@ -11,7 +11,6 @@ import os
 from safetensors.torch import save as serialized
 from torch import nn
 
-from ..errors import CheckpointError
 from ..layers.install import check_tied
 from ..site.names import only_name
 from ..site.survey import Survey
@@ -22,7 +21,7 @@ from ..wrappers import check_model
 from .metadata import ENTRY, describe, digest_of, read
 from .plan import plan_sites
 from .refresh import attach_or_refresh
-from .safetensors_file import write_atomically
+from .safetensors_file import damaged, write_atomically
 from .state import tensors_of
 
 
@@ -137,7 +136,5 @@ def load(
     # The digest is checked last, because the checks above can name the key or site that differs. It
     # also finds changed values, so it is checked before anything is attached.
     if digest_of(tensors, content) != content["digest"]:
-        raise CheckpointError(
-            f"{path} is damaged: its content does not match its digest; save the adapter again"
-        )
-    return attach_or_refresh(model, survey, planned, name, path, activate, finite)
+        raise damaged(path, "its content does not match its digest")
+    return attach_or_refresh(survey, planned, name, path, activate, finite)

@@ -11,7 +11,6 @@ tensor, by which `load` notices another model. The factors are tensors of the fi
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ from ..kinds.spec import Spec, is_finite
 from ..site.find import Site, base_weight
 from ..stack.factors import Factors
 from .digest import digest
-from .safetensors_file import read_tensors
+from .safetensors_file import FilePath, damaged, read_tensors
 
 VERSION = 1
 ENTRY = "paramlora"
@@ -54,7 +53,7 @@ def digest_of(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> str:
     return digest(tensors.items(), json.dumps(without))
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: FilePath) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of an adapter's file, and its metadata with all parts and types checked.
 
     Raises:
@@ -70,7 +69,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     return tensors, _parse(metadata[ENTRY], path)
 
 
-def spec_of(entry: Mapping[str, Any], site: str, path: str | os.PathLike[str]) -> Spec:
+def spec_of(entry: Mapping[str, Any], site: str, path: FilePath) -> Spec:
     """Return the spec that a site's metadata describes.
 
     Raises:
@@ -98,15 +97,12 @@ def _describe_site(factors: Factors, site: Site) -> dict[str, Any]:
     }
 
 
-def _parse(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+def _parse(text: str, path: FilePath) -> dict[str, Any]:
     """Return the metadata in a JSON text, or raise a CheckpointError."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: its metadata {ENTRY!r} is not JSON ({error}); save the adapter "
-            "again"
-        ) from error
+        raise damaged(path, f"its metadata {ENTRY!r} is not JSON ({error})") from error
     # The version is checked first, because a later version may have other parts.
     version = content.get("version") if isinstance(content, dict) else None
     if type(version) is int and version > VERSION:
@@ -116,53 +112,43 @@ def _parse(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     _check_parts(content, _FILE, f"its metadata {ENTRY!r}", path)
     if type(version) is bool or content["version"] < 1:
-        raise CheckpointError(
-            f"{path} is damaged: its format version must be at least 1, found {version!s:.20}; "
-            "save the adapter again"
-        )
+        raise damaged(path, f"its format version must be at least 1, found {version!s:.20}")
     for site, entry in content["sites"].items():
         _check_parts(entry, _SITE, f"its metadata for {site!r}", path)
-        if not is_finite(entry["strength"]):
-            raise CheckpointError(
-                f"{path} is damaged: the strength for {site!r} must be a finite number, found "
-                f"{entry['strength']!s:.50}; save the adapter again"
-            )
+        strength = entry["strength"]
+        if not is_finite(strength):
+            problem = f"the strength for {site!r} must be a finite number, found {strength!s:.50}"
+            raise damaged(path, problem)
     return content
 
 
-def _check_parts(
-    found: Any, parts: Mapping[str, Any], what: str, path: str | os.PathLike[str]
-) -> None:
+def _check_parts(found: Any, parts: Mapping[str, Any], what: str, path: FilePath) -> None:
     """Raise a CheckpointError if `found` is not a dict with these keys and types of values."""
     for key, kind in parts.items():
         if not isinstance(found, dict) or not isinstance(found.get(key), kind):
-            raise CheckpointError(
-                f"{path} is damaged: {what} must have {', '.join(map(repr, parts))}, and {key!r} "
-                f"is missing or of the wrong type in {found!s:.100}; save the adapter again"
+            raise damaged(
+                path,
+                f"{what} must have {', '.join(map(repr, parts))}, and {key!r} is missing or of the "
+                f"wrong type in {found!s:.100}",
             )
 
 
-def _kind_of(entry: Mapping[str, Any], site: str, path: str | os.PathLike[str]) -> type[Spec]:
+def _kind_of(entry: Mapping[str, Any], site: str, path: FilePath) -> type[Spec]:
     """Return the class of a site's kind. It must be imported: loading a file imports no code."""
     imported = list(_derived(Spec))  # type: ignore[type-abstract]
     # By full name: a notebook's cell that runs twice defines its class twice, and the last counts.
-    named = {_full_name(kind): kind for kind in imported if kind.__name__ == entry["kind"]}
-    if not named:
-        known = sorted({kind.__name__ for kind in imported})
-        raise CheckpointError(
-            f"{path} has an adapter of kind {entry['kind']!r} at {site!r}, and no imported class "
-            f"of that name derives from Spec (there are {', '.join(known)}); import it"
-        )
-    if len(named) > 1:
-        raise CheckpointError(
-            f"{path} has an adapter of kind {entry['kind']!r} at {site!r}, and there are several "
-            f"classes of that name: {', '.join(sorted(named))}; rename your own"
-        )
-    return next(iter(named.values()))
-
-
-def _full_name(kind: type[Spec]) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    same = [kind for kind in imported if kind.__name__ == entry["kind"]]
+    named = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in same}
+    if len(named) == 1:
+        return same[-1]
+    known = ", ".join(sorted({kind.__name__ for kind in imported}))
+    problem = f"no imported class of that name derives from Spec (there are {known}); import it"
+    if named:
+        several = ", ".join(sorted(named))
+        problem = f"there are several classes of that name: {several}; rename your own"
+    raise CheckpointError(
+        f"{path} has an adapter of kind {entry['kind']!r} at {site!r}, and {problem}"
+    )
 
 
 def _derived(kind: type[Spec]) -> Iterator[type[Spec]]:

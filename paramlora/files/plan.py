@@ -3,8 +3,7 @@
 Nothing here changes the model. `refresh.py` changes it after the whole plan is made.
 """
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from ..stack.factors import Factors
 from ..stack.storage import is_sharded
 from .compare import compare
 from .metadata import spec_of
+from .safetensors_file import FilePath, damaged
 
 Described = Mapping[str, dict[str, Any]]
-FilePath = str | os.PathLike[str]
 
 
 def plan_sites(
@@ -116,10 +115,20 @@ def _places_of(everywhere: list[Place], described: Described, path: FilePath) ->
         )
     here: dict[str, Place] = {}
     for site, (tensor, index) in parts.items():
-        place = by_path[tensor]
-        _check_shape(place, described[site]["shape"], path)
+        place, shape = by_path[tensor], described[site]["shape"]
+        found = list(place.whole.shape)
+        if found != shape:
+            raise CheckpointError(
+                f"{path} belongs to another model: {tensor!r} has shape {shape} in the file and "
+                f"{found} in this model"
+            )
         here[site] = place if index is None else _block(place, index, site, path)
-    _check_apart(here.values(), path)
+    overlap = first_overlap(here.values())
+    if overlap is not None:
+        raise CheckpointError(
+            f"{path} does not fit this model, in which {overlap[0].path!r} and "
+            f"{overlap[1].path!r} share elements"
+        )
     return here
 
 
@@ -136,32 +145,10 @@ def _block(place: Place, index: tuple[Part, ...], site: str, path: FilePath) -> 
     try:
         block = place.at(index)
     except TargetError as error:
-        raise CheckpointError(f"{path} is damaged: {error}; save the adapter again") from error
+        raise damaged(path, str(error)) from error
     if block.path != site:
-        raise CheckpointError(
-            f"{path} is damaged: the site {site!r} must be written {block.path!r}; save the "
-            "adapter again"
-        )
+        raise damaged(path, f"the site {site!r} must be written {block.path!r}")
     return block
-
-
-def _check_apart(here: Iterable[Place], path: FilePath) -> None:
-    """Raise a CheckpointError if two sites of a file have elements in common in this model."""
-    overlap = first_overlap(here)
-    if overlap is not None:
-        raise CheckpointError(
-            f"{path} does not fit this model, in which {overlap[0].path!r} and "
-            f"{overlap[1].path!r} share elements"
-        )
-
-
-def _check_shape(place: Place, shape: list[int], path: FilePath) -> None:
-    found = list(place.whole.shape)
-    if found != shape:
-        raise CheckpointError(
-            f"{path} belongs to another model: {place.path!r} has shape {shape} in the file and "
-            f"{found} in this model"
-        )
 
 
 def _blank(spec: Spec, place: Place, path: FilePath) -> dict[str, Tensor]:

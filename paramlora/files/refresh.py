@@ -1,36 +1,32 @@
 """Attach the adapter of a file, or copy its values into the attached adapter."""
 
-import os
 import warnings
 
 import torch
-from torch import nn
 
 from ..errors import AdapterNameError, CheckpointError, some
 from ..layers.install import PlannedSite, check_name
-from ..site.find import Site
 from ..site.names import check_unmerged
 from ..site.survey import Survey
 from ..stack.factors import Factors
 from ..stack.storage import fill, settle
 from ..verbs.add import Activate, add, check_activate, switch
 from ..verbs.summary import Summary, report
+from .safetensors_file import FilePath
 from .state import check_writable, factors_of
 
 
 def attach_or_refresh(
-    model: nn.Module,
     survey: Survey,
     planned: list[PlannedSite],
     name: str,
-    path: str | os.PathLike[str],
+    path: FilePath,
     activate: Activate | None,
     finite: bool,
 ) -> Summary:
     """Attach the planned factors, or copy their values into an attached adapter of that name.
 
     Args:
-        model: a module.
         survey: a survey of the model.
         planned: the factors of a file, each with its place in the model, checked.
         name: the adapter's name in the model.
@@ -45,11 +41,11 @@ def attach_or_refresh(
         return add(survey, planned, name, activate or ("no" if survey.names else "only"))
     if activate is not None:
         check_activate(survey, name, activate)
-    _refresh(model, survey.sites_of(name), planned, name, path)
+    _refresh(survey, planned, name, path)
     return report(survey.again()) if activate is None else switch(survey, name, activate)
 
 
-def _check_finite(planned: list[PlannedSite], path: str | os.PathLike[str], refuse: bool) -> None:
+def _check_finite(planned: list[PlannedSite], path: FilePath, refuse: bool) -> None:
     """Raise a CheckpointError if factors have NaN or infinite values, or warn of them."""
     wrong = [
         f"{plan.place.path}.{key}"
@@ -66,14 +62,9 @@ def _check_finite(planned: list[PlannedSite], path: str | os.PathLike[str], refu
 
 
 @torch.no_grad()
-def _refresh(
-    model: nn.Module,
-    here: list[Site],
-    planned: list[PlannedSite],
-    name: str,
-    path: str | os.PathLike[str],
-) -> None:
-    """Copy values and specs into the adapter at these sites, if kinds and shapes are the same."""
+def _refresh(survey: Survey, planned: list[PlannedSite], name: str, path: FilePath) -> None:
+    """Copy values and specs into an adapter, if sites, kinds and shapes are the same."""
+    here = survey.sites_of(name)
     check_unmerged([site.stack for site in here], [name], "load")
     attached = factors_of(here, name)
     new = {plan.place.path: plan.factors for plan in planned}
@@ -82,7 +73,7 @@ def _refresh(
             f"adapter {name!r} is attached already, and its sites, kinds or ranks differ from "
             f"those in {path} ({', '.join(new)}); pass another name=, or detach it first"
         )
-    settle(model)
+    settle(survey.model)
     check_writable(here, name)
     for site, factors in attached.items():
         factors.spec = new[site].spec

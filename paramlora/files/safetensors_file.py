@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 
+FilePath = str | os.PathLike[str]
 
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+
+def write_atomically(path: FilePath, content: bytes) -> None:
     """Write a file such that `path` holds either the old content or the new, never a part.
 
     Writing to `path` itself would destroy the old content first, and a crash or a full disk would
@@ -86,7 +88,7 @@ def _runs(process: int) -> bool:
     return True
 
 
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: FilePath) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a `.safetensors` file by key, and its metadata; nothing is unpickled.
 
     The tensors are views of the file, which stays mapped into memory. Copy a tensor to keep it.
@@ -107,3 +109,8 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise CheckpointError(
             f"{path} is damaged or not a .safetensors file ({error}); save the adapter again"
         ) from error
+
+
+def damaged(path: FilePath, problem: str) -> CheckpointError:
+    """Return the error for an adapter's file with a content that `save` does not write."""
+    return CheckpointError(f"{path} is damaged: {problem}; save the adapter again")

@@ -17,12 +17,7 @@ _OURS = {
     "target_parameters": "targets",
     "exclude_modules": "exclude",
     "adapter_name": "name",
-    "rank": "rank",
-    "alpha": "alpha",
-    "dropout": "dropout",
-    "targets": "targets",
-    "exclude": "exclude",
-    "name": "name",
+    **{name: name for name in ("rank", "alpha", "dropout", "targets", "exclude", "name")},
 }
 _OF_ATTACH = ("targets", "exclude", "name")
 _MAP = "a mapping from target to spec, as in {'q_proj': LoRA(rank=8), 'fc': LoRA(rank=4)}"

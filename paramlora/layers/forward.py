@@ -58,19 +58,14 @@ def forward_for(cls: type[nn.Module], *, alone: bool) -> Callable[..., Any] | No
     return read_once(cls.forward) if alone and not cls.__module__.startswith("torch.") else None
 
 
+_DENSE: tuple[type[nn.Module], ...] = (
+    *(nn.MultiheadAttention, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     nn.Linear: linear_forward,
     nn.Embedding: embedding_forward,
     nn.EmbeddingBag: embedding_bag_forward,
-    nn.MultiheadAttention: dense(nn.MultiheadAttention.forward),
-    nn.Bilinear: dense(nn.Bilinear.forward),
-    nn.Conv1d: dense(nn.Conv1d.forward),
-    nn.Conv2d: dense(nn.Conv2d.forward),
-    nn.Conv3d: dense(nn.Conv3d.forward),
-    nn.ConvTranspose1d: dense(nn.ConvTranspose1d.forward),
-    nn.ConvTranspose2d: dense(nn.ConvTranspose2d.forward),
-    nn.ConvTranspose3d: dense(nn.ConvTranspose3d.forward),
-    nn.LSTM: recurrent(nn.LSTM.forward),
-    nn.GRU: recurrent(nn.GRU.forward),
-    nn.RNN: recurrent(nn.RNN.forward),
+    **{cls: dense(cls.forward) for cls in _DENSE},
+    **{cls: recurrent(cls.forward) for cls in (nn.LSTM, nn.GRU, nn.RNN)},
 }

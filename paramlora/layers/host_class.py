@@ -115,7 +115,7 @@ def _apply(plain: Any) -> Callable[..., nn.Module]:
     """Moving or casting a module writes to its parameters; that is no change to a merged weight."""
 
     def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
-        held = [plist for plist in _merged_lists(self) if _is_unchanged(plist)]
+        held = list(_merged_lists(self))
         result = plain(self, fn, recurse)
         for plist in held:
             stack: Any = stack_of(plist)
@@ -165,16 +165,8 @@ def _delattr(plain: Any) -> Callable[..., None]:
 def _load_from_state_dict(plain: Any) -> Callable[..., None]:
     """Refuse to load a merged weight below adapters that are not merged: it has them already."""
 
-    def load(
-        self: nn.Module,
-        state: dict[str, Any],
-        prefix: str,
-        metadata: Any,
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
-    ) -> None:
+    def load(self: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        *_, errors = rest  # torch's list of messages
         for tensor, plist in parametrization_lists(self).items():
             stack = stack_of(plist)
             keys = f"{prefix}parametrizations.{tensor}."
@@ -189,7 +181,7 @@ def _load_from_state_dict(plain: Any) -> Callable[..., None]:
                 return
         vars(self)[_LOADING] = True
         try:
-            plain(self, state, prefix, metadata, strict, missing, unexpected, errors)
+            plain(self, state, prefix, *rest)
         finally:
             del vars(self)[_LOADING]
 
@@ -215,18 +207,13 @@ def _is_held(module: nn.Module, name: str) -> bool:
 
 
 def _merged_lists(module: nn.Module) -> Iterator[parametrize.ParametrizationList]:
+    """Yield the lists with merged adapters whose stored tensors were not written to since."""
     for plist in parametrization_lists(module).values():
         stack = stack_of(plist)
         if stack is not None and stack.written:
-            yield plist
-
-
-def _is_unchanged(plist: Any) -> bool:
-    stack: Any = stack_of(plist)
-    return all(
-        written.is_in(parameter)
-        for written, parameter in zip(stack.written, stored_tensors(plist), strict=True)
-    )
+            pairs = zip(stack.written, stored_tensors(plist), strict=True)
+            if all(written.is_in(parameter) for written, parameter in pairs):
+                yield plist
 
 
 def _name(module: nn.Module) -> str:

@@ -14,7 +14,6 @@ contains more than ΔW: (B₁ + B₂)(A₁ + A₂) = B₁A₁ + B₂A₂ + B₁A
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -31,18 +30,11 @@ from ..site.survey import Survey
 from ..stack.factors import Factors
 from ..verbs.add import Activate, add, check_activate
 from ..verbs.summary import Summary
-from .low_rank_sums import distance, linear_sum, truncate, updates_of
+from .low_rank_sums import Term, distance, exact_sum, linear_sum, truncate, updates_of
 from .sparse_sums import How, sparse_sum
 
 _METHODS = ("cat", "linear", "svd", "ties", "dare")
 _DENSE = ("ties", "dare")
-
-
-class _Term(NamedTuple):
-    """One adapter at one site, with its weight in the sum."""
-
-    weight: float
-    factors: Factors
 
 
 @torch.no_grad()
@@ -116,14 +108,19 @@ def combine(
     check_name(survey, name)
     check_activate(survey, name, activate)
     tensors = {place.path: place for place in survey.places}
-    terms: dict[str, list[_Term]] = {}
+    terms: dict[str, list[Term]] = {}
     chosen: dict[str, Place] = {}
     for adapter, weight in weights.items():
         for site in survey.sites_of(adapter):
             for path, factors in site.parts(adapter).items():
-                terms.setdefault(path, []).append(_Term(float(weight), factors))
+                terms.setdefault(path, []).append(Term(float(weight), factors))
                 chosen[path] = tensors[site.path]._replace(path=path, block=factors.block)
-    _check_overlaps(chosen.values())
+    overlap = first_overlap(chosen.values())
+    if overlap is not None:
+        raise TargetError(
+            f"cannot combine: {overlap[0].path!r} and {overlap[1].path!r} share elements, and one "
+            "adapter cannot have both"
+        )
     check_tied(survey, chosen.values())
     planned = [PlannedSite(place, _sum(place, terms[path], how)) for path, place in chosen.items()]
     if method == "linear" and min(weights.values()) < 0:
@@ -158,55 +155,37 @@ def _check_arguments(weights: Mapping[str, float], how: How) -> None:
         )
 
 
-def _check_overlaps(chosen: Iterable[Place]) -> None:
-    """Raise a TargetError if two different places share elements of a tensor."""
-    overlap = first_overlap(chosen)
-    if overlap is not None:
-        raise TargetError(
-            f"cannot combine: {overlap[0].path!r} and {overlap[1].path!r} share elements, and one "
-            "adapter cannot have both"
-        )
-
-
-def _sum(place: Place, terms: list[_Term], how: How) -> Factors:
+def _sum(place: Place, terms: list[Term], how: How) -> Factors:
     """Return the new adapter's factors at one place, from those of the adapters there."""
-    method, rank, _, _ = how
-    block = terms[0].factors.block
-    if method in _DENSE:
-        parts, numbers = [term.factors for term in terms], [term.weight for term in terms]
-        return sparse_sum(place, parts, numbers, how)
+    block = place.block
+    if how.method in _DENSE:
+        return sparse_sum(place, terms, how)
     if all(isinstance(term.factors.spec, Delta) for term in terms):
         D = sum(
             term.weight * float(term.factors.strength) * term.factors.get_parameter("D").detach()
             for term in terms
         )
         return Factors(Delta(), {"D": D}, block)  # type: ignore[dict-item]
-    layout, updates = updates_of(place.path, [term.factors for term in terms])
-    scales = [term.weight * float(u.scale) for term, u in zip(terms, updates, strict=True)]
-    As, Bs = [update.A for update in updates], [update.B for update in updates]
-    if method == "linear":
+    layout, updates = updates_of(place.path, terms)
+    if how.method == "linear":
         # PEFT's lora_A of an Embedding or a Conv1D is our B, transposed.
         sign_in_B = is_swapped(place.module) and not layout.get("transposed")
-        A, B = linear_sum(place.path, scales, As, Bs, sign_in_B)
+        A, B = linear_sum(place.path, updates, sign_in_B)
     else:
-        A = torch.cat([scale * A for scale, A in zip(scales, As, strict=True)], dim=-2)
-        B = torch.cat(Bs, dim=-1)
-    if method == "svd":
-        A, B = truncate(A, B, rank or max(A.shape[-2] for A in As))
+        A, B = exact_sum(updates)
+    if how.method == "svd":
+        A, B = truncate(A, B, how.rank or max(update.A.shape[-2] for update in updates))
     return Factors(LoRA(A.shape[-2], **layout), {"A": A, "B": B}, block)
 
 
-def _warn_if_far(planned: Iterable[PlannedSite], terms: Mapping[str, list[_Term]]) -> None:
+def _warn_if_far(planned: Iterable[PlannedSite], terms: Mapping[str, list[Term]]) -> None:
     """Warn if the product of linear sums is not the sum of the products, and say how far it is."""
     worst, path = 0.0, ""
     for plan in planned:
         place, factors = plan.place, plan.factors
         if isinstance(factors.spec, LoRA):
-            here = terms[place.path]
-            _, updates = updates_of(place.path, [term.factors for term in here])
-            scales = [term.weight * float(u.scale) for term, u in zip(here, updates, strict=True)]
-            A, B = factors.get_parameter("A"), factors.get_parameter("B")
-            far = distance(A, B, scales, updates)
+            _, updates = updates_of(place.path, terms[place.path])
+            far = distance(factors.get_parameter("A"), factors.get_parameter("B"), updates)
             worst, path = max((worst, path), (far, place.path))
     if worst > 1e-4:
         warnings.warn(

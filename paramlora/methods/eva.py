@@ -29,6 +29,8 @@ from ..site.survey import Part, Survey
 from ..verbs.audit import call as call_on
 from ..verbs.toggle import disabled
 
+Call = Callable[[nn.Module, Any], object] | None
+
 # Rows in a piece. The decomposition of a piece costs about (q + rows)² · in operations.
 _ROWS = 256
 
@@ -61,7 +63,7 @@ def eva(
     model: nn.Module,
     batches: Iterable[Any],
     *names: str,
-    call: Callable[[nn.Module, Any], object] | None = None,
+    call: Call = None,
     oversampling: int = 16,
 ) -> dict[str, float]:
     """Start adapters along the main directions of their layers' inputs; outputs do not change.
@@ -149,10 +151,7 @@ def _check(part: Part) -> None:
 
 
 def run_on(
-    model: nn.Module,
-    batches: Iterable[Any],
-    call: Callable[[nn.Module, Any], object] | None,
-    directions: Mapping[nn.Module, Any],
+    model: nn.Module, batches: Iterable[Any], call: Call, directions: Mapping[nn.Module, Any]
 ) -> None:
     """Run the model on the batches, and call `add` with the inputs of each module."""
     # bitsandbytes packs a layer in evaluation mode, and unpacks it in its own `train`.

@@ -20,9 +20,8 @@ from ..kinds.start import truncated_svd
 from ..site.find import base_weight
 from ..site.names import check_unmerged
 from ..site.survey import Part, Survey
-from .eva import run_on
+from .eva import Call, run_on
 
-Call = Callable[[nn.Module, Any], object] | None
 # PEFT's damping: the covariance of few inputs has no inverse.
 _DAMPING = 0.01
 

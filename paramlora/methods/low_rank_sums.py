@@ -1,7 +1,7 @@
 """Sums of low-rank updates: the updates of adapters, sums of factors, and truncated products."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,35 +13,54 @@ from ..kinds.start import truncated_svd
 from ..stack.factors import Factors
 
 
-def updates_of(path: str, parts: list[Factors]) -> tuple[dict[str, Any], list[LowRank]]:
-    """Return the adapters' updates, and the layout that all of them have.
+class Term(NamedTuple):
+    """One adapter at one site, with its weight in the sum."""
+
+    weight: float
+    factors: Factors
+
+
+def updates_of(path: str, terms: list[Term]) -> tuple[dict[str, Any], list[LowRank]]:
+    """Return the layout that all adapters have, and their updates, scaled by the weights.
 
     If all are plain LoRAs of one layout, the updates are their own factors and the sum is a LoRA of
     that layout. Otherwise they are updates of the tensor as a matrix, which most kinds support.
     """
+    parts = [term.factors for term in terms]
     layouts = [_layout(part) for part in parts]
-    if layouts[0] is not None and all(layout == layouts[0] for layout in layouts):
-        factors = [(p.get_parameter("A"), p.get_parameter("B"), p.scale) for p in parts]
-        return layouts[0], [LowRank(*own) for own in factors]
-    found = [part.spec.low_rank(part.tensors, part.strength) for part in parts]
-    updates = [update for update in found if update is not None]
+    layout = layouts[0] if all(other == layouts[0] for other in layouts) else None
+    found: list[LowRank | None]
+    if layout is not None:
+        found = [LowRank(p.get_parameter("A"), p.get_parameter("B"), p.scale) for p in parts]
+    else:
+        found = [part.spec.low_rank(part.tensors, part.strength) for part in parts]
+    updates = [
+        update._replace(scale=term.weight * float(update.scale))
+        for term, update in zip(terms, found, strict=True)
+        if update is not None
+    ]
     if len(updates) < len(found):
         kinds = ", ".join(dict.fromkeys(type(part.spec).__name__ for part in parts))
         raise TargetError(
             f"cannot combine at {path!r}: the adapters there are of kind {kinds}; only low-rank "
             "updates of one layout can be summed, or Deltas with Deltas"
         )
-    return {}, updates
+    return layout or {}, updates
 
 
-def linear_sum(
-    path: str, scales: list[float], As: list[Tensor], Bs: list[Tensor], sign_in_B: bool
-) -> tuple[Tensor, Tensor]:
+def exact_sum(updates: list[LowRank]) -> tuple[Tensor, Tensor]:
+    """Return A and B of the exact sum of updates; its rank is the sum of their ranks."""
+    A = torch.cat([update.scale * update.A for update in updates], dim=-2)
+    return A, torch.cat([update.B for update in updates], dim=-1)
+
+
+def linear_sum(path: str, updates: list[LowRank], sign_in_B: bool) -> tuple[Tensor, Tensor]:
     """Return Σ ±√|scale| A and Σ √|scale| B.
 
     The sign of a negative scale goes to one of the factors. The choice changes the products Bᵢ Aⱼ
     of different adapters. PEFT gives the sign to lora_A.
     """
+    As, Bs, scales = zip(*updates, strict=True)
     ranks = [A.shape[-2] for A in As]
     if len(set(ranks)) > 1:
         raise ValueError(
@@ -53,7 +72,7 @@ def linear_sum(
     for_A, for_B = (roots, signed) if sign_in_B else (signed, roots)
     A = sum(root * A for root, A in zip(for_A, As, strict=True))
     B = sum(root * B for root, B in zip(for_B, Bs, strict=True))
-    return A, B  # type: ignore[return-value]
+    return A, B
 
 
 def truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -72,10 +91,9 @@ def truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return A @ S.mT, Q @ B  # (…, rank, in), (…, out, rank)
 
 
-def distance(A: Tensor, B: Tensor, scales: list[float], updates: list[LowRank]) -> float:
-    """Return the distance of B A from the sum of scaled updates, relative to that sum's norm."""
-    exact = [scale * update.A for scale, update in zip(scales, updates, strict=True)]
-    As, Bs = torch.cat(exact, dim=-2), torch.cat([update.B for update in updates], dim=-1)
+def distance(A: Tensor, B: Tensor, updates: list[LowRank]) -> float:
+    """Return the distance of B A from the sum of updates, relative to that sum's norm."""
+    As, Bs = exact_sum(updates)
     difference = _norm(torch.cat([A, As], dim=-2), torch.cat([B, -Bs], dim=-1))
     return float(difference / _norm(As, Bs).clamp_min(1e-30))
 

@@ -24,6 +24,7 @@ from ..kinds.spec import factor_dtype
 from ..kinds.start import truncated_svd
 from ..site.place import Place
 from ..stack.factors import Factors
+from .low_rank_sums import Term
 
 
 class How(NamedTuple):
@@ -35,18 +36,19 @@ class How(NamedTuple):
     generator: torch.Generator | None
 
 
-def sparse_sum(place: Place, parts: list[Factors], weights: list[float], how: How) -> Factors:
+def sparse_sum(place: Place, terms: list[Term], how: How) -> Factors:
     """Return the factors of "ties" and "dare": a Delta, or a LoRA if a rank is given."""
-    updates = [_full_update(place, part) for part in parts]
+    updates = [_full_update(place, term.factors) for term in terms]
+    weights = [term.weight for term in terms]
     density = float(how.density)  # type: ignore[arg-type]
     if how.method == "ties":
         D = ties(updates, weights, density)
     else:
         D = dare(updates, weights, density, how.generator)
     if how.rank is None or D.dim() < 2:
-        return Factors(Delta(), {"D": D}, parts[0].block)
+        return Factors(Delta(), {"D": D}, place.block)
     A, B, _ = truncated_svd(D.flatten(1), how.rank)
-    return Factors(LoRA(A.shape[0]), {"A": A, "B": B}, parts[0].block)
+    return Factors(LoRA(A.shape[0]), {"A": A, "B": B}, place.block)
 
 
 def ties(updates: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Read `adapter_config.json` into a `Config`, and make its content for an adapter.
 
 PEFT writes about forty settings. `Config` has those that determine the adapted tensors and
-their updates. Some others do not affect a trained adapter (`_NO_EFFECT`). All remaining settings
+their updates. Some others do not affect a trained adapter (`NO_EFFECT`). All remaining settings
 must be off: null, false or empty. Ignoring one would silently load another model than PEFT's.
 """
 
@@ -20,22 +20,13 @@ Targets = dict[str, tuple[int, float]]
 
 # `fan_in_fan_out` says that weights are stored as (in, out). PEFT corrects it by the type of each
 # module, so the type alone decides here.
-_NO_EFFECT = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "eva_config",
-    "fan_in_fan_out",
-    "inference_mode",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
+NO_EFFECT = {
+    *("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_type"),
+    *("peft_version", "revision", "runtime_config", "task_type"),
+}
+_NO_EFFECT_IN_LORA = {
+    *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_core"),
     "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
 }
 
 # The values of `init_lora_weights` besides true and false. With the plain ones PEFT draws A and B
@@ -145,7 +136,7 @@ def _refuse_unsupported(path: Path, content: dict[str, Any]) -> None:
             "loads; save it from PEFT as a plain LoRA, with "
             "path_initial_model_for_weight_conversion="
         )
-    refuse_settings(path, content, {*_NO_EFFECT, *_CHECKS, "init_lora_weights"})
+    refuse_settings(path, content, {*NO_EFFECT, *_NO_EFFECT_IN_LORA, *_CHECKS, "init_lora_weights"})
 
 
 def _is_integer(value: Any) -> bool:

@@ -30,9 +30,10 @@ from ..wrappers import check_model, inner
 from .config_file import parse_config, read_config
 from .disk import CONFIG, TENSORS, check_destination, check_files, write_folder
 from .modules import view
-from .other_kinds import OTHER_TYPES, plan_other
+from .other_kinds import OTHER_TYPES, other_config, plan_other
 from .patterns import cut_off
-from .read import plan_folder
+from .read import plan_folder, resolve_all_linear
+from .read_full import Folder
 from .write import folder_content
 
 _PREFIX = "base_model.model."
@@ -150,19 +151,19 @@ def load_peft(
     check_shapes(survey.places)
     check_files(path)
     content = parse_config(path / CONFIG)
-    if content.get("peft_type") not in OTHER_TYPES:
-        config = read_config(path / CONFIG, content)
-    tensors, _ = read_tensors(path / TENSORS)
-    state = _without_prefix(tensors, path / TENSORS)
-    with cut_off(path / CONFIG):
-        if content.get("peft_type") in OTHER_TYPES:
-            planned = plan_other(model, view(model), survey.places, content, state, path)
-        else:
-            planned = plan_folder(model, view(model), survey.places, config, state, path)
+    is_lora = content.get("peft_type") not in OTHER_TYPES
+    config = read_config(path / CONFIG, content) if is_lora else other_config(path, content)
+    state = _without_prefix(read_tensors(path / TENSORS)[0], path / TENSORS)
+    seen, here = view(model), {place.path: place for place in survey.places}
+    folder = Folder(path, content, resolve_all_linear(seen, config), state, seen, here)
+    with cut_off(path):
+        planned = plan_folder(folder) if is_lora else plan_other(folder)
     for plan in planned:
         check_real(plan.place.path, plan.place.stored)
     _warn_if_added_twice(state)
-    return attach_or_refresh(model, survey, planned, name, path, activate, finite)
+    order = {site: i for i, site in enumerate(here)}
+    planned.sort(key=lambda plan: order[plan.place.path])
+    return attach_or_refresh(survey, planned, name, path, activate, finite)
 
 
 def _without_prefix(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:

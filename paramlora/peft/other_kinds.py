@@ -14,7 +14,7 @@ beside these kinds. LoRA's folders are in the other files.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,24 +31,38 @@ from ..site.find import Site
 from ..site.place import Place
 from ..stack.factors import Factors
 from .config import Config
-from .config_file import check_settings, refuse_settings
+from .config_file import NO_EFFECT, check_settings, refuse_settings
 from .layout import Part, cannot_store
 from .modules import PeftView
-from .read import check_untied, resolve_all_linear, targets_of
+from .read import check_untied, targets_of
+from .read_full import Folder
 
 OTHER_TYPES: dict[str, type[Spec]] = {"OFT": OFT, "HIRA": HiRA, "MISS": MiSS}
 
 _SELECT = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-_NO_EFFECT = {
-    *("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_type"),
-    *("peft_version", "revision", "runtime_config", "task_type"),
-}
 # The other settings that paramlora reads, or that do not affect a trained adapter.
 _OWN = {
     "OFT": {"r", "oft_block_size", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"}
     | {"init_weights", "module_dropout"},
     "HIRA": {"r", "rank_pattern", "init_weights", "hira_dropout"},
     "MISS": {"r", "mini_r", "miss_dropout"},
+}
+
+
+class _Names(NamedTuple):
+    """The names of a kind's factors: ours, and the ends of PEFT's keys.
+
+    "{}" stands for "embedding_" at an Embedding, and for nothing elsewhere.
+    """
+
+    ours: tuple[str, ...]
+    peft: tuple[str, ...]
+
+
+_FACTORS = {
+    "OFT": _Names(("Q",), ("oft_{}R.weight",)),
+    "HIRA": _Names(("A", "B"), ("hira_{}A", "hira_{}B")),
+    "MISS": _Names(("D",), ("miss_block",)),
 }
 
 
@@ -76,7 +90,7 @@ def other_content(
         if _settings(factors.spec) != _settings(next(iter(specs.values()))):
             # PEFT to 0.21.2 ignores HiRA's setting rank_pattern.
             raise cannot_store(site.path, f"PEFT needs the same settings of {peft_type} everywhere")
-        tensors |= _to_peft(part, factors, site.path)
+        tensors |= _to_peft(part, peft_type, factors)
     return {
         "peft_type": peft_type,
         "target_modules": "|".join(re.escape(path) for path in specs),
@@ -85,74 +99,56 @@ def other_content(
     }, tensors
 
 
-def plan_other(
-    model: nn.Module,
-    seen: PeftView,
-    everywhere: list[Place],
-    content: Mapping[str, Any],
-    state: Mapping[str, Tensor],
-    path: Path,
-) -> list[PlannedSite]:
-    """Return the factors of a folder in the model's order, or raise a CheckpointError."""
-    peft_type, here = content["peft_type"], {place.path: place for place in everywhere}
-    try:
-        config = resolve_all_linear(model, seen, _config(content, path))
-        parts = targets_of(seen, config, path)
-    except re.error as error:
-        raise CheckpointError(
-            f"{path} has a setting that is not a valid regular expression: {error}"
-        ) from error
-    planned: dict[Part, tuple[Place, Spec]] = {}
+def plan_other(folder: Folder) -> list[PlannedSite]:
+    """Return the factors of a folder, or raise a CheckpointError."""
+    peft_type, path = folder.content["peft_type"], folder.path
+    chosen: list[tuple[Part, Place, Spec]] = []
     expected: dict[str, Tensor] = {}
-    for part in parts:
+    for part in targets_of(folder):
         reason = _refusal(part, peft_type)
-        if reason is not None or part.site not in here:
+        if reason is not None or part.site not in folder.here:
             raise CheckpointError(
                 f"{path} adapts {part.module_path!r}, but {reason or 'no weight'}"
             )
-        place = here[part.site]
-        spec = _spec(part, place.value, content, config, state, path)
+        place = folder.here[part.site]
+        spec = _spec(part, place.value, folder)
         check_site(place, spec, path)
         blank = spec.create(torch.empty(place.value.shape, device="meta"))
-        expected |= _renamed(part, blank)
-        planned[part] = (place, spec)
-    compare(state, expected, str(path))
-    check_dtypes(state, path)
-    check_untied([place for place, _ in planned.values()], seen, path)
-    order = {site: i for i, site in enumerate(here)}
-    sites = [
-        plan_site(place, spec, _from_peft(part, state)) for part, (place, spec) in planned.items()
+        expected |= _renamed(part, peft_type, blank)
+        chosen.append((part, place, spec))
+    compare(folder.state, expected, str(path))
+    check_dtypes(folder.state, path)
+    planned = [
+        plan_site(place, spec, _from_peft(part, peft_type, folder.state))
+        for part, place, spec in chosen
     ]
-    return sorted(sites, key=lambda plan: order[plan.place.path])
+    check_untied(planned, folder)
+    return planned
 
 
-def _config(content: Mapping[str, Any], path: Path) -> Config:
+def other_config(path: Path, content: Mapping[str, Any]) -> Config:
     """Return the settings that select modules, after checking all others."""
     peft_type = content["peft_type"]
     off = {"bias": "none"} | ({"init_weights": True} if peft_type == "MISS" else {})
     rest = {key: value for key, value in content.items() if off.get(key) != value}
-    refuse_settings(path, rest, _SELECT | _NO_EFFECT | _OWN[peft_type])
+    refuse_settings(path, rest, _SELECT | NO_EFFECT | _OWN[peft_type])
     return Config(**check_settings(path, content, _SELECT | ({"r"} if content.get("r") else set())))
 
 
-def _spec(
-    part: Part,
-    weight: Tensor,
-    content: Mapping[str, Any],
-    config: Config,
-    state: Mapping[str, Tensor],
-    path: Path,
-) -> Spec:
+def _spec(part: Part, weight: Tensor, folder: Folder) -> Spec:
+    content, peft_type = folder.content, folder.content["peft_type"]
+    # The first dimension of the first factor, or 0 if there is none.
+    factor = folder.state.get(_keys(part, peft_type)[0])
+    length = len(factor) if factor is not None and factor.dim() else 0
     try:
-        if content["peft_type"] == "HIRA":
+        if peft_type == "HIRA":
             # PEFT to 0.21.2 ignores `rank_pattern`, so the factor tells the rank.
-            return HiRA(_length(state, _keys(part, HiRA)[0]) or config.r)
-        if content["peft_type"] == "MISS":
+            return HiRA(length or folder.config.r)
+        if peft_type == "MISS":
             return MiSS(content.get("r", 64))
         # PEFT changes a block size that does not divide the inputs. The factor has the final one.
-        blocks = _length(state, _keys(part, OFT)[0])
         inputs = weight.shape[1:].numel()
-        block = inputs // blocks if blocks else content.get("oft_block_size")
+        block = inputs // length if length else content.get("oft_block_size")
         series = content.get("use_cayley_neumann", True)
         terms = content.get("num_cayley_neumann_terms", 5) if series else None
         eps = content.get("eps", 6e-5) if content.get("coft") else None
@@ -163,12 +159,7 @@ def _spec(
             )
         return OFT(block, eps=eps, terms=terms)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} adapts {part.module_path!r}, but {error}") from error
-
-
-def _length(state: Mapping[str, Tensor], key: str) -> int:
-    """Return the first dimension of a tensor, or 0 if there is no such tensor."""
-    return len(state[key]) if key in state and state[key].dim() else 0
+        raise CheckpointError(f"{folder.path} adapts {part.module_path!r}, but {error}") from error
 
 
 def _is_current(version: object) -> bool:
@@ -201,48 +192,35 @@ def _refusal(part: Part | None, peft_type: str) -> str | None:
     return part.refusal()
 
 
-def _keys(part: Part, kind: type[Spec]) -> tuple[str, ...]:
+def _keys(part: Part, peft_type: str) -> list[str]:
     infix = "embedding_" if isinstance(part.module, nn.Embedding) else ""
-    suffixes = {
-        OFT: (f"oft_{infix}R.weight",),
-        HiRA: (f"hira_{infix}A", f"hira_{infix}B"),
-        MiSS: ("miss_block",),
-    }
-    return tuple(f"{part.module_path}.{suffix}" for suffix in suffixes[kind])
+    return [f"{part.module_path}.{end.format(infix)}" for end in _FACTORS[peft_type].peft]
 
 
-def _renamed(part: Part, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _converted(part: Part, peft_type: str, factors: list[Tensor]) -> list[Tensor]:
+    """Return PEFT's factors for ours, or ours for PEFT's, which is the same conversion."""
+    if not isinstance(part.module, nn.Embedding):
+        return factors
+    return [-factors[0]] if peft_type == "OFT" else [factor.T for factor in reversed(factors)]
+
+
+def _renamed(part: Part, peft_type: str, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return PEFT's tensors, by key, for our factors."""
-    swapped = isinstance(part.module, nn.Embedding)
-    if "Q" in factors:
-        (key,) = _keys(part, OFT)
-        return {key: -factors["Q"] if swapped else factors["Q"]}
-    if "D" in factors:
-        (key,) = _keys(part, MiSS)
-        return {key: factors["D"]}
-    A, B = factors["A"], factors["B"]
-    return dict(zip(_keys(part, HiRA), (B.T, A.T) if swapped else (A, B), strict=True))
+    ours = [factors[name] for name in _FACTORS[peft_type].ours]
+    return dict(zip(_keys(part, peft_type), _converted(part, peft_type, ours), strict=True))
 
 
-def _to_peft(part: Part, factors: Factors, site: str) -> dict[str, Tensor]:
-    """Return PEFT's tensors with the strength multiplied into one factor."""
+def _to_peft(part: Part, peft_type: str, factors: Factors) -> dict[str, Tensor]:
+    """Return PEFT's tensors with the strength multiplied into the last factor."""
     strength, spec = float(factors.strength), factors.spec
     if isinstance(spec, OFT) and spec.eps is not None and strength != 1:
-        raise cannot_store(site, f"PEFT has no strength, {strength:g}, beside eps")
-    scaled = dict(factors.tensors)
-    first = {OFT: "Q", HiRA: "B", MiSS: "D"}[type(spec)]
-    scaled[first] = scaled[first] * strength
-    return _renamed(part, scaled)
+        raise cannot_store(part.site, f"PEFT has no strength, {strength:g}, beside eps")
+    last = _FACTORS[peft_type].ours[-1]
+    scaled = {**factors.tensors, last: factors.tensors[last] * strength}
+    return _renamed(part, peft_type, scaled)
 
 
-def _from_peft(part: Part, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _from_peft(part: Part, peft_type: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return our factors for PEFT's tensors of a module."""
-    swapped = isinstance(part.module, nn.Embedding)
-    for kind, names in ((OFT, "Q"), (MiSS, "D"), (HiRA, "AB")):
-        keys = _keys(part, kind)
-        if keys[0] in state:
-            found = [state[key] for key in keys]
-            if swapped:
-                found = [-found[0]] if kind is OFT else [found[1].T, found[0].T]
-            return dict(zip(names, found, strict=True))
-    raise KeyError(part.module_path)
+    found = [state[key] for key in _keys(part, peft_type)]
+    return dict(zip(_FACTORS[peft_type].ours, _converted(part, peft_type, found), strict=True))

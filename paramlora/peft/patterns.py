@@ -18,6 +18,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from ..errors import CheckpointError
+from .disk import CONFIG
 
 SECONDS = 1.0
 _Groups = Sequence[str | None]
@@ -77,11 +78,11 @@ _MATCHER: ContextVar[_Matcher | None] = ContextVar("paramlora_matcher", default=
 
 
 @contextmanager
-def cut_off(path: Path) -> Iterator[None]:
-    """Let expressions that take more than a second in all raise a CheckpointError in the block.
+def cut_off(folder: Path) -> Iterator[None]:
+    """Raise a CheckpointError if expressions in the block take over a second, or are not valid.
 
     Args:
-        path: the file that has the expressions, for the message.
+        folder: the PEFT folder that has the expressions, for the message.
     """
     matcher = _Matcher()
     token = _MATCHER.set(matcher)
@@ -89,9 +90,13 @@ def cut_off(path: Path) -> Iterator[None]:
         yield
     except _TooLongError:
         raise CheckpointError(
-            f"{path} has regular expressions that take more than {SECONDS:g} s to match the "
-            "modules of this model; list the names of the modules instead"
+            f"{folder / CONFIG} has regular expressions that take more than {SECONDS:g} s to match "
+            "the modules of this model; list the names of the modules instead"
         ) from None
+    except re.error as error:
+        raise CheckpointError(
+            f"{folder} has a setting that is not a valid regular expression: {error}"
+        ) from error
     finally:
         _MATCHER.reset(token)
         matcher.close()

@@ -6,8 +6,7 @@ Nothing here changes the model. `files/refresh.py` changes it after the whole pl
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -20,54 +19,28 @@ from ..kinds.lora import LoRA
 from ..kinds.spec import factor_dtype
 from ..layers.install import PlannedSite
 from ..site.find import is_linear
-from ..site.place import Place, dropout_refusal
+from ..site.place import dropout_refusal
 from .config import Config
 from .layout import Part, is_factor, norms
 from .modules import PeftView
-from .read_full import plan_full
-
-Places = Mapping[str, Place]
-State = Mapping[str, Tensor]
+from .read_full import Folder, plan_full
 
 
-def plan_folder(
-    model: nn.Module,
-    seen: PeftView,
-    everywhere: list[Place],
-    config: Config,
-    state: State,
-    path: Path,
-) -> list[PlannedSite]:
-    """Return the factors that a folder has for a model, in the model's order.
-
-    Args:
-        model: the model.
-        seen: the model as PEFT sees it.
-        everywhere: the places of the model.
-        config: the folder's settings.
-        state: the folder's tensors, by keys without PEFT's prefix.
-        path: the folder, for messages.
+def plan_folder(folder: Folder) -> list[PlannedSite]:
+    """Return the factors that a folder of LoRA has for a model.
 
     Raises:
         CheckpointError: the folder does not fit the model, or PEFT would compute something else.
+        re.error: a setting is not a valid regular expression.
     """
-    check_dtypes({key: tensor for key, tensor in state.items() if is_factor(key)}, path)
-    here = {place.path: place for place in everywhere}
-    try:
-        config = resolve_all_linear(model, seen, config)
-        planned = _plan_low_rank(seen, here, config, state, path)
-        planned += plan_full(model, seen, here, config, state, path)
-    except re.error as error:
-        raise CheckpointError(
-            f"{path} has a setting that is not a valid regular expression: {error}"
-        ) from error
-    check_untied([plan.place for plan in planned], seen, path)
-    _warn_of_dropout(planned, config)
-    order = {place_path: i for i, place_path in enumerate(here)}
-    return sorted(planned, key=lambda plan: order[plan.place.path])
+    check_dtypes({key: t for key, t in folder.state.items() if is_factor(key)}, folder.path)
+    planned = [*_plan_low_rank(folder), *plan_full(folder)]
+    check_untied(planned, folder)
+    _warn_of_dropout(planned, folder.config)
+    return planned
 
 
-def resolve_all_linear(model: nn.Module, seen: PeftView, config: Config) -> Config:
+def resolve_all_linear(seen: PeftView, config: Config) -> Config:
     """Return the settings with "all-linear" replaced by the paths of the linear layers.
 
     The output layer of a transformers model is not one of them, as in PEFT.
@@ -75,7 +48,7 @@ def resolve_all_linear(model: nn.Module, seen: PeftView, config: Config) -> Conf
     modules = config.target_modules
     if not isinstance(modules, str) or modules.lower() != "all-linear":
         return config
-    output = getattr(model, "get_output_embeddings", lambda: None)()
+    output = getattr(seen.modules[""], "get_output_embeddings", lambda: None)()
     linear = [path for path in seen.paths if is_linear(seen.modules[path])]
     paths = [path for path in linear if seen.modules[path] is not output]
     # A regular expression, because a list would also select other paths that end with these.
@@ -83,28 +56,23 @@ def resolve_all_linear(model: nn.Module, seen: PeftView, config: Config) -> Conf
     return dataclasses.replace(config, target_modules=expression)
 
 
-def _plan_low_rank(
-    seen: PeftView, here: Places, config: Config, state: State, path: Path
-) -> list[PlannedSite]:
-    targets = targets_of(seen, config, path)
+def _plan_low_rank(folder: Folder) -> list[PlannedSite]:
+    config, state, targets = folder.config, folder.state, targets_of(folder)
     expected: dict[str, Tensor] = {}
     for part in targets:
-        _check_part(part, here, config, path)
-        weight = here[part.site].value
+        _check_part(part, folder)
+        weight = folder.here[part.site].value
         shapes = part.shapes(weight, config.rank(part.module_path))
         if config.use_dora:
             shapes[part.magnitude_key] = part.magnitude_shape(weight)
         expected |= {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    compare({key: state[key] for key in state if is_factor(key)}, expected, str(path))
-    return [
-        _plan_part(part, here[part.site], config, state, path)
-        for part in targets
-        if not _is_placeholder(part, seen, state)
-    ]
+    compare({key: state[key] for key in state if is_factor(key)}, expected, str(folder.path))
+    return [_plan_part(part, folder) for part in targets if not _is_placeholder(part, folder)]
 
 
-def targets_of(seen: PeftView, config: Config, path: Path) -> list[Part]:
+def targets_of(folder: Folder) -> list[Part]:
     """Return the tensors that a folder adapts, in the model's order."""
+    path, config, seen = folder.path, folder.config, folder.seen
     targets = [name for name in seen.paths if config.targets(name)]
     if not targets:
         wanted = config.target_modules
@@ -122,40 +90,42 @@ def targets_of(seen: PeftView, config: Config, path: Path) -> list[Part]:
     return [part for name in targets for part in seen.parts[name]]
 
 
-def _check_part(part: Part, here: Places, config: Config, path: Path) -> None:
+def _check_part(part: Part, folder: Folder) -> None:
+    config = folder.config
     reason, rank = part.refusal(config.use_dora), config.rank(part.module_path)
-    if part.site not in here:
+    if part.site not in folder.here:
         reason = f"it has no parameter {part.tensor!r}"
     elif config.init != "kaiming" and (config.use_dora or not isinstance(part.module, nn.Linear)):
         reason = f"init_lora_weights {config.init!r} is supported for LoRA on a Linear only"
     elif rank % part.groups:
         reason = f"its rank, {rank}, is not a multiple of its {part.groups} groups"
     if reason is not None:
-        raise CheckpointError(f"{path} adapts {part.module_path!r}, but {reason}")
+        raise CheckpointError(f"{folder.path} adapts {part.module_path!r}, but {reason}")
 
 
-def _is_placeholder(part: Part, seen: PeftView, state: State) -> bool:
+def _is_placeholder(part: Part, folder: Folder) -> bool:
     """Return whether both factors of a projection of a MultiheadAttention are zero.
 
     PEFT always adapts both projections. If an adapter has only one of them, `save_peft` writes
     zeros for the other. Such factors can never train: with A = 0 and B = 0 both gradients are zero.
     """
-    alone = len(seen.parts[part.module_path]) == 1
+    alone, state = len(folder.seen.parts[part.module_path]) == 1, folder.state
     return not (alone or state[part.A_key].any() or state[part.B_key].any())
 
 
-def _plan_part(part: Part, place: Place, config: Config, state: State, path: Path) -> PlannedSite:
+def _plan_part(part: Part, folder: Folder) -> PlannedSite:
+    place, state = folder.here[part.site], folder.state
     factors = part.from_peft(state[part.A_key], state[part.B_key])
     if factors is None:
         raise CheckpointError(
-            f"{path} has an update at {part.module_path!r} that mixes the groups of the "
+            f"{folder.path} has an update at {part.module_path!r} that mixes the groups of the "
             "convolution; PEFT trains such updates, but the weight of a grouped convolution cannot "
             "express them"
         )
     A, B = factors  # (r, in), (out, r)
     tensors, weight = {"A": A, "B": B}, place.value.detach()
-    spec = _spec(part, A.shape[0], config, path, dropout_refusal(place) is None)
-    check_site(place, spec, path)
+    spec = _spec(part, A.shape[0], folder)
+    check_site(place, spec, folder.path)
     if isinstance(spec, DoRA):
         magnitude = state[part.magnitude_key].flatten().to(weight.device, factor_dtype(weight))
         tensors["d"] = magnitude - norms(weight, part.output_dim)
@@ -179,8 +149,9 @@ def _warn_of_dropout(planned: Iterable[PlannedSite], config: Config) -> None:
         )
 
 
-def _spec(part: Part, rank: int, config: Config, path: Path, drops: bool) -> LoRA | DoRA:
+def _spec(part: Part, rank: int, folder: Folder) -> LoRA | DoRA:
     """Return the spec for an update of this rank, with the scale of PEFT's settings."""
+    config = folder.config
     # PEFT may count a higher rank: see Note [grouped convolutions].
     ratio = rank / config.rank(part.module_path)
     alpha = config.alpha(part.module_path)
@@ -188,24 +159,21 @@ def _spec(part: Part, rank: int, config: Config, path: Path, drops: bool) -> LoR
         alpha *= ratio**0.5 if config.use_rslora else ratio
     if config.use_dora:
         return DoRA(rank, alpha, rank_stabilized=config.use_rslora, dim=part.output_dim)
+    dropout = 0.0 if dropout_refusal(folder.here[part.site]) else config.lora_dropout
     try:
         return LoRA(
-            rank,
-            alpha,
-            init=config.init,
-            rank_stabilized=config.use_rslora,
-            dropout=config.lora_dropout if drops else 0.0,
+            rank, alpha, init=config.init, rank_stabilized=config.use_rslora, dropout=dropout
         )
     except ValueError as error:
-        raise CheckpointError(f"{path} adapts {part.module_path!r}, but {error}") from error
+        raise CheckpointError(f"{folder.path} adapts {part.module_path!r}, but {error}") from error
 
 
-def check_untied(chosen: Iterable[Place], seen: PeftView, path: Path) -> None:
+def check_untied(planned: Iterable[PlannedSite], folder: Folder) -> None:
     """Raise a CheckpointError if a folder adapts one of several tied tensors."""
-    for place in chosen:
-        if place.path in seen.tied:
+    for path in [plan.place.path for plan in planned]:
+        if path in folder.seen.tied:
             raise CheckpointError(
-                f"{path} adapts {place.path!r}, which is tied to "
-                f"{' and '.join(seen.tied[place.path])}; PEFT adapts only one of them, and "
+                f"{folder.path} adapts {path!r}, which is tied to "
+                f"{' and '.join(folder.seen.tied[path])}; PEFT adapts only one of them, and "
                 "paramlora always adapts tied tensors together"
             )

@@ -7,10 +7,10 @@ embeddings. These must be equal to the base's.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files.base import base_state_dict
@@ -29,30 +29,35 @@ from .modules import PeftView
 _WRAPPERS = re.compile(r"(^|\.)(base_layer|modules_to_save|original_module)(?=\.)")
 
 
-def plan_full(
-    model: nn.Module,
-    seen: PeftView,
-    here: Mapping[str, Place],
-    config: Config,
-    state: Mapping[str, Tensor],
-    path: Path,
-) -> list[PlannedSite]:
-    """Return a `Delta` for each tensor that PEFT trained whole.
+class Folder(NamedTuple):
+    """The content of a PEFT folder, and the model that it is read for.
 
     Args:
-        model: the model.
+        path: the folder, for messages.
+        content: the content of its `adapter_config.json`.
+        config: the settings in it.
+        state: its tensors, by keys without PEFT's prefix.
         seen: the model as PEFT sees it.
         here: the places of the model, by path.
-        config: the folder's settings.
-        state: the folder's tensors, by keys without PEFT's prefix.
-        path: the folder, for messages.
     """
-    whole = {key: tensor for key, tensor in state.items() if not is_factor(key)}
+
+    path: Path
+    content: Mapping[str, Any]
+    config: Config
+    state: Mapping[str, Tensor]
+    seen: PeftView
+    here: Mapping[str, Place]
+
+
+def plan_full(folder: Folder) -> list[PlannedSite]:
+    """Return a `Delta` for each tensor that PEFT trained whole."""
+    path, config, here = folder.path, folder.config, folder.here
+    whole = {key: tensor for key, tensor in folder.state.items() if not is_factor(key)}
     if not whole and not config.modules_to_save:
         return []
-    base = base_state_dict(model)
+    base = base_state_dict(folder.seen.modules[""])
     original = {key: _original_key(key, base) for key in whole}
-    _check_complete(seen, config, base, set(original.values()), path)
+    _check_complete(folder, base, set(original.values()))
     expected = {key: base[of] for key, of in original.items() if of in base}
     compare(whole, expected, str(path))
     trained: dict[str, Tensor] = {}
@@ -62,9 +67,12 @@ def plan_full(
             if of in trained and not torch.equal(trained[of], whole[key]):
                 raise CheckpointError(f"{path} is damaged: it has two different values for {of!r}")
             trained[of] = whole[key]
-        else:
-            _check_equal(base[of], whole[key], key, path)
-    check_dtypes({of: tensor for of, tensor in trained.items() if of in here}, path)
+        elif not torch.equal(base[of], whole[key].to(base[of])):
+            raise CheckpointError(
+                f"{path} has values at {key} that differ from the model's; only parameters that "
+                "PEFT trains by bias= or modules_to_save= are loaded"
+            )
+    check_dtypes(trained, path)
     return [_plan_delta(here[of], tensor, path) for of, tensor in trained.items()]
 
 
@@ -77,15 +85,13 @@ def _original_key(key: str, base: Mapping[str, Any]) -> str:
     return key if key in base else _WRAPPERS.sub("", key).removeprefix(".")
 
 
-def _check_complete(
-    seen: PeftView, config: Config, base: Mapping[str, Any], found: set[str], path: Path
-) -> None:
+def _check_complete(folder: Folder, base: Mapping[str, Any], found: set[str]) -> None:
     """Raise a CheckpointError if a module of `modules_to_save` lacks a tensor in the folder."""
-    inside = tuple(f"{name}." for name in seen.paths if config.is_saved(name))
+    inside = tuple(f"{name}." for name in folder.seen.paths if folder.config.is_saved(name))
     missing = [key for key in base if key.startswith(inside) and key not in found]
     if missing:
         raise CheckpointError(
-            f"{path} does not fit: modules_to_save is {config.modules_to_save}, but "
+            f"{folder.path} does not fit: modules_to_save is {folder.config.modules_to_save}, but "
             f"{', '.join(missing)} is missing"
         )
 
@@ -98,14 +104,6 @@ def _is_trained(key: str, original: str, config: Config) -> bool:
     parts = original.split(".")
     above = (".".join(parts[:i]) for i in range(1, len(parts)))
     return (config.bias != "none" and parts[-1] == "bias") or any(map(config.is_saved, above))
-
-
-def _check_equal(base: Tensor, found: Tensor, key: str, path: Path) -> None:
-    if not torch.equal(base, found.to(base)):
-        raise CheckpointError(
-            f"{path} has values at {key} that differ from the model's; only parameters that PEFT "
-            "trains by bias= or modules_to_save= are loaded"
-        )
 
 
 def _plan_delta(place: Place, tensor: Tensor, path: Path) -> PlannedSite:

@@ -11,7 +11,7 @@ from ..errors import TargetError
 from ..kinds.delta import Delta
 from ..kinds.dora import DoRA
 from ..kinds.lora import LoRA
-from ..kinds.spec import LowRank
+from ..kinds.spec import LowRank, Spec
 from ..site.find import Site, base_weight, is_conv1d
 from ..stack.factors import Blocks, Factors
 from .config_file import Targets, config_content
@@ -55,21 +55,26 @@ def folder_content(
         return other_content(here, name, seen, peft_type)
     full = {site.path: site for site in here if _is_full(site, name)}
     updates = _updates([site for site in here if site.path not in full], name, seen)
-    settings: dict[str, Any] = {
-        "use_rslora": _uses_rslora(updates),
-        "use_dora": _uses_dora(updates),
-    }
-    settings["lora_dropout"] = _dropout(updates)
-    targets = _targets(updates, settings["use_rslora"])
+    rslora = _uses_rslora(updates)
+    targets = _targets(updates, rslora)
     adapted = [part for path in targets for part in seen.parts[path]]
-    # It does not affect PEFT's results, but PEFT warns if it does not fit the modules.
-    settings["fan_in_fan_out"] = all(is_conv1d(part.module) for part in adapted)
-    values = {path: _value(site, name) for path, site in full.items()}
-    biases, modules = split(list(full))
     wrapped = {part.owner_path for part in adapted}
+    biases, modules = split(list(full))
     config = config_content(
-        targets, modules_to_save=modules, **settings, bias=_bias(biases, wrapped)
+        targets,
+        modules_to_save=modules,
+        use_rslora=rslora,
+        use_dora=_uses_dora(updates),
+        lora_dropout=_dropout(updates),
+        # It does not affect PEFT's results, but PEFT warns if it does not fit the modules.
+        fan_in_fan_out=all(is_conv1d(part.module) for part in adapted),
+        bias=_bias(biases, wrapped),
     )
+    # The tensors with this adapter alone: W + λ·D.
+    values = {
+        path: site.stack[name](base_weight(site.plist, site.stack)).detach()
+        for path, site in full.items()
+    }
     return config, {
         **_factors(updates),
         **_placeholders(updates, adapted, targets),
@@ -99,11 +104,6 @@ def _is_full(site: Site, name: str) -> bool:
     return True
 
 
-def _value(site: Site, name: str) -> Tensor:
-    """Return the tensor at a site with this adapter alone: W + λ·D."""
-    return site.stack[name](base_weight(site.plist, site.stack)).detach()
-
-
 def _updates(here: list[Site], name: str, seen: PeftView) -> list[_Update]:
     if not here:
         raise TargetError(
@@ -122,19 +122,10 @@ def _update(site: Site, name: str, part: Part | None) -> _Update:
         )
     (factors,) = site.stack.parts(name)
     term = _term(factors)
-    if term is None:
-        kind = type(factors.spec).__name__
-        raise cannot_store(site.path, _not_low_rank(kind))
-    reason = _refusal(part, factors)
-    if reason is not None:
-        raise cannot_store(site.path, reason)
+    reason = _refusal(part, factors.spec, term)
+    if term is None or reason is not None:
+        raise cannot_store(site.path, reason or "")
     return _Update(part, factors, base_weight(site.plist, site.stack), term)
-
-
-def _not_low_rank(kind: str) -> str:
-    if kind in ("OFT", "HiRA", "MiSS"):
-        return f"a folder with {kind} has that kind at all sites and no others"
-    return f"{kind} is not a low-rank update of it"
 
 
 def _term(factors: Factors) -> LowRank | None:
@@ -145,8 +136,12 @@ def _term(factors: Factors) -> LowRank | None:
     return factors.low_rank()
 
 
-def _refusal(part: Part, factors: Factors) -> str | None:
-    spec = factors.spec
+def _refusal(part: Part, spec: Spec, term: LowRank | None) -> str | None:
+    kind = type(spec).__name__
+    if kind in ("OFT", "HiRA", "MiSS"):
+        return f"a folder with {kind} has that kind at all sites and no others"
+    if term is None:
+        return f"{kind} is not a low-rank update of it"
     if isinstance(spec, DoRA) and spec.dim != part.output_dim:
         return (
             f"PEFT has the magnitudes of a DoRA along dimension {part.output_dim} there, not "

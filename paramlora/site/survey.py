@@ -14,12 +14,11 @@ from .names import check_names, ordered_names
 from .place import Place, places_in
 
 # What is done to the modules of a model before it is surveyed; each returns whether it changed any.
-_FIRST: list[Callable[[Iterable[tuple[str, nn.Module]]], bool]] = []
+_Prepare = Callable[[Iterable[tuple[str, nn.Module]]], bool]
+_FIRST: list[_Prepare] = []
 
 
-def before_survey(
-    prepare: Callable[[Iterable[tuple[str, nn.Module]]], bool],
-) -> Callable[[Iterable[tuple[str, nn.Module]]], bool]:
+def before_survey(prepare: _Prepare) -> _Prepare:
     """Register a function of `layers`, which this folder cannot import."""
     _FIRST.append(prepare)
     return prepare

@@ -18,6 +18,7 @@ from ..layers.install import check_whole
 from ..site.names import check_names
 from ..site.survey import Survey
 from .audit_checks import Finding, Step, check_adapters, check_base, check_optimizer
+from .table import as_text
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,18 +53,13 @@ class AuditReport:
             (kind, name, f"{message}: {len(sites)} ({some(sites)})")
             for (kind, name, message), sites in groups.items()
         ]
-        if rows:
-            rows.insert(0, ("kind", "adapter", "finding"))
-        widths = [max(len(row[i]) for row in rows) for i in range(2)] if rows else []
-        lines = ["  ".join([*(map(str.ljust, row[:2], widths)), row[2]]) for row in rows] or [
-            "nothing found"
-        ]
+        notes = [] if rows else ["nothing found"]
         if not self.training:
-            lines.append(
+            notes.append(
                 "the model is in evaluation mode; call model.train() first to find statistics that "
                 "drift"
             )
-        return "\n".join(lines)
+        return as_text([("kind", "adapter", "finding"), *rows] if rows else [], notes)
 
     __repr__ = __str__  # a notebook's last line shows the table too
 
@@ -185,10 +181,8 @@ def _floats(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
-    elif isinstance(output, Mapping):
-        yield from _floats(list(output.values()))
     elif isinstance(output, Iterable) and not isinstance(output, str):
-        for one in output:
+        for one in output.values() if isinstance(output, Mapping) else output:
             yield from _floats(one)
 
 
@@ -224,13 +218,11 @@ def _untouched(survey: Survey) -> Iterator[list[tuple[str, nn.Module, str]]]:
 
 def _volatile(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a module that its forward may write to."""
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            yield name, buffer
-    if getattr(module, "max_norm", None) is not None:
-        for name in ("weight", "original"):
-            if name in module._parameters:
-                yield name, module._parameters[name]  # type: ignore[misc]
+    renormalised = ("weight", "original") if getattr(module, "max_norm", None) is not None else ()
+    own = {name: p for name, p in module._parameters.items() if name in renormalised}
+    for name, tensor in {**module._buffers, **own}.items():
+        if tensor is not None:
+            yield name, tensor
 
 
 def _same(a: Tensor | None, b: Tensor) -> bool:

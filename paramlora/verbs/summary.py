@@ -14,7 +14,7 @@ from ..site.place import Place
 from ..site.survey import Survey
 from ..stack.factors import Factors
 from ..stack.stack import Stack
-from .table import HEAD, as_html, as_text, cells, grouped
+from .table import as_html, as_text, cells, grouped
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class Summary:
 
     def _table(self) -> list[tuple[str, ...]]:
         """Return the rows of the table, alike sites in one; empty if there are no adapters."""
-        groups = grouped(self.sites)
-        return [HEAD, *map(cells, groups)] if groups else []
+        rows = [cells(group) for group in grouped(self.sites)]
+        return [tuple(rows[0]), *(tuple(row.values()) for row in rows)] if rows else []
 
     def _start(self) -> list[str]:
         return ["dry run: nothing is changed; after attach it would be"] if self.dry_run else []
@@ -133,15 +133,9 @@ def report(survey: Survey, fresh: str | None = None) -> Summary:
     # A frozen base may still have gradients from before it was frozen; those do not count.
     seen = any(p.grad is not None for p in trained)
     rows = [
-        row(
-            path,
-            name,
-            part,
-            site.stack,
-            base_weight(site.plist, site.stack),
-            seen and name != fresh,
-        )
+        row(path, name, part, site.stack, whole, seen and name != fresh)
         for site in here
+        for whole in [base_weight(site.plist, site.stack)]
         for name in site.stack.factors
         for path, part in site.parts(name).items()
     ]

@@ -13,22 +13,6 @@ if TYPE_CHECKING:
 _FEW = 2
 
 
-HEAD = (
-    "site",
-    "adapter",
-    "shape",
-    "kind",
-    "rank",
-    "scale",
-    "active",
-    "trainable",
-    "merged",
-    "parameters",
-    "share",
-    "",
-)
-
-
 def pattern_of(path: str) -> str:
     """Return a path with a `*` for each number in it, except for those of a block.
 
@@ -45,39 +29,37 @@ def grouped(rows: Sequence["SiteSummary"]) -> list[list["SiteSummary"]]:
     Sites of one group have the same shape, spec and state. So 32 blocks with 7 adapted layers each
     are 7 groups.
     """
-    keys = [dataclasses.replace(row, site=pattern_of(row.site)) for row in rows]
     groups: dict[object, list[SiteSummary]] = {}
-    for key, row in zip(keys, rows, strict=True):
+    alike = []
+    for row in rows:
+        key = dataclasses.replace(row, site=pattern_of(row.site))
         groups.setdefault(key, []).append(row)
-    found = []
-    for key, row in zip(keys, rows, strict=True):
-        if len(groups[key]) <= _FEW:
-            found.append([row])
-        elif groups[key][0] is row:
-            found.append(groups[key])
-    return found
+        alike.append(groups[key])
+    pairs = zip(rows, alike, strict=True)
+    found = [[row] if len(group) <= _FEW else group for row, group in pairs]
+    return [group for row, group in zip(rows, found, strict=True) if group[0] is row]
 
 
-def cells(group: list["SiteSummary"]) -> tuple[str, ...]:
-    """Return the cells of alike sites, of which the parameters are added up."""
+def cells(group: list["SiteSummary"]) -> dict[str, str]:
+    """Return the cells of alike sites by column; the parameters of the sites are added up."""
     row, yes = group[0], {True: "yes", False: "no"}
-    return (
-        row.site if len(group) == 1 else f"{pattern_of(row.site)} ({len(group)})",
-        row.adapter,
-        "×".join(map(str, row.shape)),
-        row.kind,
-        "-" if row.rank is None else str(row.rank),
-        f"{row.scale:g}",
-        yes[row.active],
-        yes[row.trainable],
-        yes[row.merged],
-        f"{sum(one.parameters for one in group):,}",
-        f"{row.share:.2%}",
-        row.note,
-    )
+    return {
+        "site": row.site if len(group) == 1 else f"{pattern_of(row.site)} ({len(group)})",
+        "adapter": row.adapter,
+        "shape": "×".join(map(str, row.shape)),
+        "kind": row.kind,
+        "rank": "-" if row.rank is None else str(row.rank),
+        "scale": f"{row.scale:g}",
+        "active": yes[row.active],
+        "trainable": yes[row.trainable],
+        "merged": yes[row.merged],
+        "parameters": f"{sum(one.parameters for one in group):,}",
+        "share": f"{row.share:.2%}",
+        "": row.note,
+    }
 
 
-def as_text(table: Sequence[tuple[str, ...]], notes: list[str], start: list[str]) -> str:
+def as_text(table: Sequence[tuple[str, ...]], notes: list[str], start: Sequence[str] = ()) -> str:
     """Return a table in columns, between lines before and after it."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]

@@ -118,7 +118,7 @@ def test_all_linear() -> None:
 
     model = Net()
     seen = view(model)
-    config = resolve_all_linear(model, seen, Config("all-linear"))
+    config = resolve_all_linear(seen, Config("all-linear"))
     found = [path for path in seen.paths if config.targets(path)]
     assert found == ["body.0", "body.2", "head"]
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
