@@ -111,8 +111,8 @@ def load(
             was expected and found. The model does not change.
         AdapterNameError: the name is not valid, or belongs to an adapter with other sites, kinds
             or shapes.
-        StateError: the adapter of that name is merged, or another one is and `activate` is "only";
-            or the model is on the meta device.
+        StateError: the adapter of that name is merged, or another one is and `activate` is "only",
+            or it is "also" and their order counts; or the model is on the meta device.
         TargetError: a tensor of the model is lazy and has no shape yet.
 
     >>> import tempfile

@@ -22,6 +22,7 @@ Note [the stored tensor stays in its module]
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +39,18 @@ _HOME = "_paramlora_home"
 _NO_WEIGHT = nn.Parameter(torch.empty(0, device="meta"))
 
 
+@dataclass
+class _Home:
+    """The dictionary of a module that has the stored tensor, and the tensor's key there.
+
+    It is no tuple: torch.export rebuilds the tuples and dictionaries in a module's attributes, and
+    a dictionary that it has rebuilt is not that of the module.
+    """
+
+    tensors: dict[str, Any]
+    key: str
+
+
 class SiteList(parametrize.ParametrizationList):
     """The parametrizations of a tensor whose first one is a stack; more can be registered on it.
 
@@ -52,8 +65,8 @@ class SiteList(parametrize.ParametrizationList):
     @property
     def original(self) -> Tensor:  # type: ignore[override]
         """The stored tensor, which is in the module: see Note [the stored tensor stays …]."""
-        parameters, tensor = vars(self)[_HOME]
-        return parameters[tensor]
+        home = vars(self)[_HOME]
+        return home.tensors[home.key]
 
     def forward(self, stored: Tensor | None = None) -> Tensor:
         if not self.is_tensor:
@@ -75,8 +88,8 @@ class SiteList(parametrize.ParametrizationList):
                 f"{type(module).__name__} cannot take over a tensor into which adapter "
                 f"{stack.merged[0]!r} is merged; unmerge first"
             )
-        parameters, tensor = vars(self).pop(_HOME)
-        requires_grad = parameters.pop(tensor).requires_grad
+        home = vars(self).pop(_HOME)
+        requires_grad = home.tensors.pop(home.key).requires_grad
         for i, part in enumerate(parts):
             self.register_parameter(f"original{i}", nn.Parameter(part, requires_grad))
         self.is_tensor, self.ntensors = False, len(parts)
@@ -129,7 +142,7 @@ def register_at_home(module: nn.Module, tensor: str, parametrization: nn.Module)
     parameters.update(before)
     plist.__class__ = SiteList
     # The dictionary and not the module, which would be a cycle and outlive its last user.
-    vars(plist)[_HOME] = parameters, tensor
+    vars(plist)[_HOME] = _Home(parameters, tensor)
     if packed is not None:
         pack(module, packed)
     cls = type(module)
@@ -140,7 +153,7 @@ def pack(module: Any, packed: Any) -> None:
     """Record that the weight of a host is that of a quantized layer."""
     plist: Any = parametrization_lists(module)["weight"]
     where = ((own, key) for own in (module._parameters, module._buffers) for key in own)
-    vars(plist)[_HOME] = next((own, key) for own, key in where if own[key] is packed)
+    vars(plist)[_HOME] = next(_Home(own, key) for own, key in where if own[key] is packed)
     vars(plist)["packed_shape"] = module.out_features, module.in_features
 
 

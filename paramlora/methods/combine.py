@@ -23,7 +23,7 @@ from ..kinds.delta import Delta
 from ..kinds.lora import LoRA
 from ..kinds.spec import is_finite
 from ..layers.install import PlannedSite, check_name, check_tied
-from ..site.find import dotted, is_swapped
+from ..site.find import is_swapped
 from ..site.names import check_names
 from ..site.place import Place, first_overlap
 from ..site.survey import Survey
@@ -125,14 +125,9 @@ def combine(
     planned = [PlannedSite(place, _sum(place, terms[path], how)) for path, place in chosen.items()]
     if method == "linear" and min(weights.values()) < 0:
         _warn_if_far(planned, terms)
-    # In the order of the model, as by `attach`, and not in the order of the weights.
-    order = {path: i for i, path in enumerate(tensors)}
-
-    def position(plan: PlannedSite) -> tuple[int, list[tuple[int, int]]]:
-        place = plan.place
-        return order[dotted(place.module_path, place.tensor)], place.ranges
-
-    return add(survey, sorted(planned, key=position), name, activate)
+    # Blocks in the order of their tensor, as by `attach`, and not in the order of the weights.
+    planned.sort(key=lambda plan: plan.place.ranges)
+    return add(survey, planned, name, activate)
 
 
 def _check_arguments(weights: Mapping[str, float], how: How) -> None:

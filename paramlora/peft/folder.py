@@ -168,8 +168,8 @@ def load_peft(
             paramlora does not support. The message names them, and the model does not change.
         AdapterNameError: the name is not valid, or belongs to an adapter with other sites, kinds
             or shapes.
-        StateError: the adapter of that name is merged, or another one is and `activate` is "only";
-            or a tensor is on the meta device.
+        StateError: the adapter of that name is merged, or another one is and `activate` is "only",
+            or it is "also" and their order counts; or a tensor is on the meta device.
         TargetError: a tensor of the model is lazy and has no shape yet.
 
     >>> import tempfile

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from ..errors import StateError
 from ..layers.install import PlannedSite, install
+from ..site.names import check_order
 from ..site.survey import Survey
 from .summary import Summary, report
 
@@ -24,6 +25,8 @@ def check_activate(survey: Survey, name: str, activate: str) -> None:
             f"cannot make {name!r} the only active adapter while {merged[0]!r} is merged; unmerge "
             'first, or pass activate="also" or "no"'
         )
+    if activate == "also":
+        check_order(survey.stacks, (name,))
 
 
 def add(

@@ -313,12 +313,18 @@ def test_kinds_that_cannot_be_combined(
 def test_order_of_the_model() -> None:
     """The new adapter is installed in the order of the model, whatever the order of the weights."""
     model = plain()
-    for name, target in (("b", "fc1.weight[2:]"), ("a", "fc1.weight[:2]")):
-        pl.attach(model, LoRA(1), target, name=name)
+    blocks = ["fc1.weight[:2]", "fc1.weight[2:]"]
+    for name, targets in (("b", ["fc2", blocks[1]]), ("a", ["emb", blocks[0]])):
+        pl.attach(model, LoRA(1), targets, name=name)
     pl.combine(model, {"b": 1.0, "a": 1.0}, name="ab")
-    pl.attach(model, LoRA(1), ["fc1.weight[:2]", "fc1.weight[2:]"], name="attached")
+    pl.attach(model, LoRA(1), ["fc2", "emb", *blocks], name="attached")
     keys = [list(pl.state_dict(model, name)) for name in ("ab", "attached")]
     assert keys[0] == keys[1]
+    rows = [
+        [row.site for row in pl.summary(model).sites if row.adapter == name]
+        for name in ("ab", "attached")
+    ]
+    assert rows[0] == rows[1] == ["emb.weight", *blocks, "fc2.weight"]
 
 
 def test_one_side_of_a_tie() -> None:

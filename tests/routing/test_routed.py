@@ -1,6 +1,7 @@
 """`routed`: rows of one batch with an adapter each, and calls that raise."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 import paramlora as pl
 from tests.support.helpers import BOUNDS, error
@@ -290,6 +293,58 @@ def test_repeated_rows(name: str) -> None:
                 run(x[:rows])
     with pl.routed(model, [1, 1, 1, -1, -1, -1], "a", "b"):
         torch.testing.assert_close(repeated, run(x))
+
+
+def test_repeated_rows_of_an_embedding() -> None:
+    """An Embedding routes repeated rows, and refuses inputs that ids do not fit.
+
+    One row would be broadcast to those of the ids.
+    """
+    model = nn.Embedding(9, 4)
+    with_three_adapters(model, lambda: pl.LoRA(rank=2), "weight")
+    x = torch.randint(0, 9, (4, 3))
+    with pl.routed(model, [2, 2, -1, -1]):
+        expected = model(x)
+    with pl.routed(model, [2, -1]):
+        assert_close(model(x), expected)
+        for wrong in (x[:1], x[:3], x[0], x[0, 0]):
+            with pytest.raises(ValueError, match="ids route 2 rows, and the input of 'weight' has"):
+                model(wrong)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations of torch by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter[str]()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[op.overloadpacket.__name__] += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "host", [nn.Linear, lambda k, m: Conv1D(m, k)], ids=["linear", "transformers-conv1d"]
+)
+@pytest.mark.parametrize("ids", [IDS, [0, 0, 2, 2]], ids=["stacked", "batched"])
+@torch.no_grad()
+def test_products_of_factored_rows(host: Callable[..., nn.Module], ids: list[int]) -> None:
+    """A layer and all its low-rank adapters take three products, however many there are."""
+    model = with_three_adapters(host(6, 5), lambda: pl.LoRA(rank=2), "weight")
+    x = torch.randn(len(ids), 6, dtype=torch.float64)
+    with pl.routed(model, ids), Calls() as calls:
+        model(x)
+    assert sum(count for name, count in calls.counts.items() if name.endswith("mm")) == 3
+
+
+@torch.no_grad()
+def test_lookups_of_factored_rows() -> None:
+    """An Embedding is looked up once, and each low-rank adapter once, for all rows together."""
+    model = with_three_adapters(nn.Embedding(9, 4), lambda: pl.LoRA(rank=2), "weight")
+    with pl.routed(model, IDS), Calls() as calls:
+        model(torch.randint(0, 9, (len(IDS), 3)))
+    assert calls.counts["embedding"] == 1 + 3
 
 
 def test_merging_inside() -> None:

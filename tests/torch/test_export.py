@@ -1,5 +1,6 @@
 """torch.export of an adapted model."""
 
+import copy
 import inspect
 import io
 from collections.abc import Iterator
@@ -83,6 +84,34 @@ def test_saved_program() -> None:
     loaded = torch.export.load(buffer).module()
     case.inputs = (torch.randn(9, 7, dtype=torch.float64),)
     assert_close([loaded(*case.inputs)], case.expected("one").outputs, **EXACT)
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+def test_verbs_after_an_export(strict: bool) -> None:
+    """After an export a model can be copied, merged, unmerged and detached, as before it.
+
+    torch.export rebuilds the tuples and dictionaries in the attributes of modules, with fake
+    tensors where those had parameters.
+    """
+    case = case_of(MLP)
+    model, expected = case.model, case.expected("one").outputs
+    before = copy.deepcopy(model.state_dict())
+
+    def export() -> None:
+        with torch.no_grad():
+            torch.export.export(nn.Sequential(model), case.inputs, strict=strict)
+
+    export()
+    copied = copy.deepcopy(model)
+    for one in (model, copied):
+        pl.merge(one)
+        assert_close([one(*case.inputs)], expected, **EXACT)
+    export()
+    pl.unmerge(model)
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert_close([model(*case.inputs)], expected, **EXACT)
+    pl.detach(model)
+    assert_close(model(*case.inputs), case.plain(*case.inputs), **EXACT)
 
 
 @pytest.mark.parametrize(

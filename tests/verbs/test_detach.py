@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from torch import nn
 
 import paramlora as pl
@@ -65,6 +66,31 @@ def test_bake_a_part_then_the_whole() -> None:
     assert flags(model)[:2] == [True, True]
     pl.bake(model)
     assert flags(model) == [True] * 4
+
+
+def test_bake_what_an_adapter_elsewhere_froze() -> None:
+    """Baking gives back all flags, also those that an adapter of a part baked before froze."""
+    model = net()
+    base = list(model.parameters())
+    pl.attach(model, pl.LoRA(2), "0", name="a")
+    pl.attach(model, pl.LoRA(2), "2", name="b", activate="also")
+    pl.bake(model[0])
+    assert [p.requires_grad for p in base] == [True, True, False, False]
+    pl.bake(model)
+    assert all(p.requires_grad for p in base)
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_base_below_the_other_adapter(first: str) -> None:
+    """Detaching one of two adapters leaves the base frozen for the other one."""
+    model = net()
+    base = list(model.parameters())
+    pl.attach(model, pl.LoRA(2), "0", name="a")
+    pl.attach(model, pl.LoRA(2), "0", name="b", activate="also")
+    pl.detach(model, first)
+    assert not any(p.requires_grad for p in base)
+    pl.detach(model)
+    assert all(p.requires_grad for p in base)
 
 
 def test_flag_set_between_two_attaches() -> None:

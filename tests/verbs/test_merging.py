@@ -1,7 +1,12 @@
 """Merging: bits, order, memory format, and writes to merged weights."""
 
+import contextlib
 import copy
+import itertools
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +61,53 @@ def test_order_of_adapters(first: pl.kinds.Spec, second: pl.kinds.Spec) -> None:
     for names in (["first"], ["first", "second"]):
         with pl.merged(model, *names):
             torch.testing.assert_close(model(x), before)
+
+
+STEPS: dict[str, Callable[[Any, Path], object]] = {
+    "disable": lambda m, _: pl.disable(m, "delta"),
+    "enable": lambda m, _: pl.enable(m, "delta"),
+    "activate": lambda m, _: pl.activate(m, "delta", "ia3"),
+    "load": lambda m, file: pl.load(m, file, name="delta", activate="also"),
+    "merge": lambda m, _: pl.merge(m, "ia3"),
+    "merge in disabled": lambda m, _: merge_within(pl.disabled(m, "delta"), m),
+    "merge in enabled": lambda m, _: merge_within(pl.enabled(m, "delta"), m),
+    "merge in using": lambda m, _: merge_within(pl.using(m, "ia3"), m),
+    "merge both": lambda m, _: pl.merge(m),
+    "unmerge": lambda m, _: pl.unmerge(m),
+}
+
+
+def merge_within(block: AbstractContextManager[None], model: nn.Module) -> None:
+    with block:
+        pl.merge(model, "ia3")
+
+
+@pytest.mark.parametrize(
+    "first", ["disable", "merge in disabled", "merge in enabled", "merge in using"]
+)
+def test_order_in_any_sequence(first: str, tmp_path: Path) -> None:
+    """After any three steps, W' is that of the active adapters in attaching order, or they raise.
+
+    W' = l ⊙ (W + D), but with l merged before D is switched on it would be l ⊙ W + D.
+    """
+    torch.manual_seed(0)
+    fresh = nn.Linear(3, 2).double()
+    W = fresh.weight.detach().clone()
+    pl.attach(fresh, pl.Delta(), "weight", name="delta")
+    pl.attach(fresh, pl.IA3(), "weight", name="ia3", activate="also")
+    shake(fresh)
+    pl.save(fresh, tmp_path / "delta", "delta")
+    state = pl.state_dict(fresh, "delta") | pl.state_dict(fresh, "ia3")
+    D, factor = state["weight.D"], state["weight.l"][:, None]
+    for rest in itertools.product(STEPS, repeat=2):
+        model = copy.deepcopy(fresh)
+        for step in (first, *rest):
+            with contextlib.suppress(pl.StateError):
+                STEPS[step](model, tmp_path / "delta")
+            active = pl.summary(model).active
+            expected = W + D if "delta" in active else W
+            expected = factor * expected if "ia3" in active else expected
+            assert_close(model.weight.detach(), expected, **EXACT, msg=f"{first}, {rest}: {step}")
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
