@@ -98,8 +98,8 @@ def config_content(targets: Targets, **settings: Any) -> dict[str, Any]:
     {'^fc': 2}
     """
     r, alpha = Counter(targets.values()).most_common(1)[0][0]
-    ranks = {_anchored(path): rank for path, (rank, _) in targets.items() if rank != r}
-    alphas = {_anchored(path): _short(a) for path, (_, a) in targets.items() if a != alpha}
+    ranks = {f"^{re.escape(path)}": rank for path, (rank, _) in targets.items() if rank != r}
+    alphas = {f"^{re.escape(path)}": _short(a) for path, (_, a) in targets.items() if a != alpha}
     content = {
         "peft_type": "LORA",
         "r": r,
@@ -180,10 +180,6 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bias": ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
     "modules_to_save": ("a list of strings", _is_names),
 }
-
-
-def _anchored(path: str) -> str:
-    return "^" + re.escape(path)
 
 
 def _short(number: float) -> float:

@@ -110,22 +110,16 @@ def _updates(here: list[Site], name: str, seen: PeftView) -> list[_Update]:
             f"adapter {name!r} has no low-rank update, and a PEFT folder needs at least one"
         )
     by_site = {part.site: part for parts in seen.parts.values() for part in parts}
-    return [_update(site, name, by_site.get(site.path)) for site in here]
-
-
-def _update(site: Site, name: str, part: Part | None) -> _Update:
-    if part is None:
-        raise cannot_store(
-            site.path,
-            "PEFT adapts the weights of Linear, Conv1d, Conv2d, Conv3d, Embedding and Conv1D "
-            "submodules, and the projections of a MultiheadAttention",
-        )
-    (factors,) = site.stack.parts(name)
-    term = _term(factors)
-    reason = _refusal(part, factors.spec, term)
-    if term is None or reason is not None:
-        raise cannot_store(site.path, reason or "")
-    return _Update(part, factors, base_weight(site.plist, site.stack), term)
+    updates = []
+    for site in here:
+        part = by_site.get(site.path)
+        (factors,) = site.stack.parts(name)
+        term = _term(factors)
+        reason = _refusal(part, factors.spec, term)
+        if part is None or term is None or reason is not None:
+            raise cannot_store(site.path, reason or "")
+        updates.append(_Update(part, factors, base_weight(site.plist, site.stack), term))
+    return updates
 
 
 def _term(factors: Factors) -> LowRank | None:
@@ -136,8 +130,14 @@ def _term(factors: Factors) -> LowRank | None:
     return factors.low_rank()
 
 
-def _refusal(part: Part, spec: Spec, term: LowRank | None) -> str | None:
+def _refusal(part: Part | None, spec: Spec, term: LowRank | None) -> str | None:
+    """Return why PEFT's LoRA cannot have an update, or None if it can."""
     kind = type(spec).__name__
+    if part is None:
+        return (
+            "PEFT adapts the weights of Linear, Conv1d, Conv2d, Conv3d, Embedding and Conv1D "
+            "submodules, and the projections of a MultiheadAttention"
+        )
     if kind in ("OFT", "HiRA", "MiSS"):
         return f"a folder with {kind} has that kind at all sites and no others"
     if term is None:

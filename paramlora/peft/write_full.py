@@ -22,7 +22,8 @@ def split(full: list[str]) -> tuple[list[str], list[str]]:
     (['fc.bias'], ['norm'])
     """
     owners = {path: path.rpartition(".")[0] for path in full}
-    modules = list(dict.fromkeys(owner for path, owner in owners.items() if not _is_bias(path)))
+    whole = [owner for path, owner in owners.items() if path.rpartition(".")[2] != "bias"]
+    modules = list(dict.fromkeys(whole))
     if "" in modules:
         path = next(path for path, owner in owners.items() if not owner)
         raise cannot_store(
@@ -93,7 +94,3 @@ def _check_saved(saved: list[str], config: Config, targets: Targets) -> None:
         raise cannot_store(
             nested[0], "PEFT would save it twice, by itself and in a module around it"
         )
-
-
-def _is_bias(path: str) -> bool:
-    return path.rpartition(".")[2] == "bias"

@@ -76,13 +76,8 @@ def _no_regex(target: str, places: list[Place]) -> str:
     except re.error:
         return hint
     count = sum(p.tensor == "weight" and bool(pattern.fullmatch(p.module_path)) for p in places)
-    return (
-        f"{hint}, lambda path, module: re.fullmatch({target!r}, path) ({_count(count, 'module')})"
-    )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    modules = "1 module" if count == 1 else f"{count} modules"
+    return f"{hint}, lambda path, module: re.fullmatch({target!r}, path) ({modules})"
 
 
 def _close(target: str, matcher: Matcher) -> str:

@@ -161,15 +161,13 @@ def _is_excluded(place: Place, excluded: Mapping[str, Place]) -> bool:
 def _pairs(
     spec: Spec | Mapping[Target, Spec], targets: Targets | None
 ) -> list[tuple[Target, Spec]]:
+    if isinstance(spec, Mapping) and targets is not None:
+        raise TypeError("with a mapping from target to spec, leave targets out")
+    if isinstance(targets, Spec):
+        raise TypeError(f"the spec comes before the targets: attach(model, {targets!r}, {spec!r})")
     if isinstance(spec, Mapping):
-        if targets is not None:
-            raise TypeError("with a mapping from target to spec, leave targets out")
         pairs = list(spec.items())
     else:
-        if isinstance(targets, Spec):
-            raise TypeError(
-                f"the spec comes before the targets: attach(model, {targets!r}, {spec!r})"
-            )
         pairs = [(target, spec) for target in _listed(ALL_LINEAR if targets is None else targets)]
     for _, one in pairs:
         if not isinstance(one, Spec):

@@ -36,9 +36,6 @@ class AuditReport:
     findings: tuple[Finding, ...]
     training: bool
 
-    def __bool__(self) -> bool:
-        return bool(self.findings)
-
     def __len__(self) -> int:
         return len(self.findings)
 
@@ -164,17 +161,17 @@ def _projection(output: Any) -> Tensor:
     own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(own, Tensor):
         return own
-    generator, total = torch.Generator().manual_seed(0), None
+    generator, parts = torch.Generator().manual_seed(0), []
     for tensor in _floats(output):
         weights = torch.randn(tensor.shape, generator=generator).to(tensor.device)
-        part = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * weights).sum()
-        total = part if total is None else total + part
-    if total is None:
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        parts.append((wide * weights).sum())
+    if not parts:
         raise TypeError(
             f"the model's output, a {type(output).__name__}, has no floating tensor; pass loss=, a "
             "function from the output to a scalar"
         )
-    return total
+    return sum(parts[1:], parts[0])
 
 
 def _floats(output: Any) -> Iterator[Tensor]:
