@@ -201,9 +201,8 @@ _METHODS: dict[str, Callable[[Any], Any]] = {
 
 def _is_held(module: nn.Module, name: str) -> bool:
     """Return whether a parameter is a stored tensor that an adapted module keeps."""
-    return name in module._parameters and isinstance(
-        getattr(type(module), name, None), StoredTensor
-    )
+    held = isinstance(getattr(type(module), name, None), StoredTensor)
+    return held and name in module._parameters
 
 
 def _merged_lists(module: nn.Module) -> Iterator[parametrize.ParametrizationList]:

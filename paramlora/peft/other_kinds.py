@@ -31,7 +31,7 @@ from ..site.find import Site
 from ..site.place import Place
 from ..stack.factors import Factors
 from .config import Config
-from .config_file import NO_EFFECT, check_settings, refuse_settings
+from .config_file import NO_EFFECT, Content, check_settings, refuse_settings
 from .layout import Part, cannot_store
 from .modules import PeftView
 from .read import check_untied, targets_of
@@ -64,9 +64,7 @@ def other_kind(here: list[Site], name: str) -> str | None:
     return found[0] if found else None
 
 
-def other_content(
-    here: list[Site], name: str, seen: PeftView, peft_type: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def other_content(here: list[Site], name: str, seen: PeftView, peft_type: str) -> Content:
     """Return an adapter's settings and tensors, or raise a TargetError, as `folder_content`."""
     by_site = {part.site: part for parts in seen.parts.values() for part in parts}
     tensors: dict[str, Tensor] = {}

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterable
 from math import sqrt
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ from ..kinds.lora import LoRA
 from ..kinds.spec import LowRank, Spec
 from ..site.find import Site, base_weight, is_conv1d
 from ..stack.factors import Blocks, Factors
-from .config_file import Targets, config_content
+from .config_file import Content, Targets, config_content
 from .layout import Part, cannot_store, norms
 from .modules import PeftView, view
 from .other_kinds import other_content, other_kind
@@ -35,9 +35,7 @@ class _Update(NamedTuple):
         return self.term.A.shape[0] * self.part.groups
 
 
-def folder_content(
-    model: nn.Module, here: list[Site], name: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def folder_content(model: nn.Module, here: list[Site], name: str) -> Content:
     """Return the settings of an adapter, and its tensors by keys without PEFT's prefix.
 
     Args:
@@ -79,7 +77,7 @@ def folder_content(
         **_factors(updates),
         **_placeholders(updates, adapted, targets),
         **{peft_key(path, wrapped): values[path] for path in biases},
-        **saved_tensors(model, seen, config, targets, values),
+        **saved_tensors(seen, config, targets, values),
     }
 
 

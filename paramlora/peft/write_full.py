@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..files.base import base_state_dict
 from .config import Config
@@ -47,7 +47,6 @@ def peft_key(path: str, wrapped: set[str]) -> str:
 
 
 def saved_tensors(
-    model: nn.Module,
     seen: PeftView,
     content: Mapping[str, Any],
     targets: Targets,
@@ -60,7 +59,6 @@ def saved_tensors(
     PEFT does, and they must not select a target.
 
     Args:
-        model: the model.
         seen: the model as PEFT sees it.
         content: the settings to be written.
         targets: the modules with low-rank updates.
@@ -72,7 +70,7 @@ def saved_tensors(
     if not saved:
         return {}
     _check_saved(saved, config, targets)
-    base, inside = base_state_dict(model), tuple(f"{name}." for name in saved)
+    base, inside = base_state_dict(seen.modules[""]), tuple(f"{name}." for name in saved)
     tensors = {key: values.get(key, base[key]) for key in base if key.startswith(inside)}
     for key in tensors:
         if key in seen.tied:

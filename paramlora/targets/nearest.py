@@ -92,9 +92,8 @@ def _close(target: str, matcher: Matcher) -> str:
     near = difflib.get_close_matches
     close = dict.fromkeys(near(core, first, cutoff=0) + near(core, ends, cutoff=0.5))
     if close:
-        return (
-            f"; did you mean {', '.join(_pattern(end, modules, paths) for end in list(close)[:3])}?"
-        )
+        shown = ", ".join(_pattern(end, modules, paths) for end in list(close)[:3])
+        return f"; did you mean {shown}?"
     known = dict.fromkeys(p.module_path for p in matcher.places if p.module_path) | paths
     return f"; there are {some(known) or 'no parameters'}"
 

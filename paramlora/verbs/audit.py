@@ -20,6 +20,8 @@ from ..site.survey import Survey
 from .audit_checks import Finding, Step, check_adapters, check_base, check_optimizer
 from .table import as_text
 
+Loss = Callable[[Any], Tensor] | None
+
 
 @dataclass(frozen=True, repr=False)
 class AuditReport:
@@ -64,7 +66,7 @@ class AuditReport:
 def audit(
     model: nn.Module,
     batch: Any,
-    loss: Callable[[Any], Tensor] | None = None,
+    loss: Loss = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> AuditReport:
@@ -128,10 +130,7 @@ def audit(
 
 
 def _gradients(
-    model: nn.Module,
-    batch: Any,
-    loss: Callable[[Any], Tensor] | None,
-    wanted: list[nn.Parameter],
+    model: nn.Module, batch: Any, loss: Loss, wanted: list[nn.Parameter]
 ) -> dict[int, Tensor]:
     """Return the gradients of one step by the id of the parameter."""
     with torch.inference_mode(False), torch.enable_grad():
