@@ -5,6 +5,9 @@ Both libraries get the same factors, the same batches and the same optimizer, so
 differ by rounding only. In float64 they agree to many digits for hundreds of steps. In float32
 Adam amplifies the rounding of tiny gradients, and the losses part slowly.
 
+PEFT's own method comparison trains Llama 3.2 3B and is no part of its package. This command stands
+for a row there: the same training, and time and memory beside it.
+
 Each library gives a row in results.jsonl, with all losses. Steps are timed in interleaved rounds.
 """
 

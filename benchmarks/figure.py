@@ -1,43 +1,89 @@
-"""Draw the overheads in a results.jsonl of `layers`, by cell, in training and in inference."""
+"""Draw the overheads that `layers` measured.
+
+From a results.jsonl: all contestants by cell, in training and in inference. From a layers.csv: one
+cell as four bars, paramlora and PEFT in training and in inference.
+"""
 
 import argparse
+import csv
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from .harness.results import Row, read
 
 COLOURS = {
-    "paramlora": "#d62728",
-    "paramlora, one dtype": "#ff9896",
-    "paramlora, merged": "#8c564b",
-    "paramlora, off": "#e377c2",
-    "PEFT": "#1f77b4",
-    "PEFT, one dtype": "#aec7e8",
-    "loralib": "#2ca02c",
-    "LyCORIS": "#9467bd",
-    "naive": "#7f7f7f",
+    "paramlora": "#D55E00",
+    "paramlora, one dtype": "#F0A870",
+    "paramlora, merged": "#CC79A7",
+    "paramlora, off": "#E8C3D9",
+    "PEFT": "#0072B2",
+    "PEFT, one dtype": "#7FB8DA",
+    "loralib": "#009E73",
+    "LyCORIS": "#E69F00",
+    "naive": "#555555",
 }
 # The axis ends here: smaller differences from the floor are noise.
 LEAST = 0.01
 EXAMPLES = """\
 examples:
   python -m benchmarks figure runs/benchmarks/results.jsonl overheads.png
+  python -m benchmarks figure docs/data/layers-gpu-fused.csv docs/performance.png --x 16384×4096
 """
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this subcommand."""
-    parser.add_argument("results", type=Path, help="a results.jsonl; rows of others are skipped")
+    about = "a results.jsonl, whose other rows are skipped, or a layers.csv"
+    parser.add_argument("results", type=Path, help=about)
     parser.add_argument("figure", type=Path, help="the figure to write, .png or .svg")
+    add = parser.add_argument_group("the cell of the bars").add_argument
+    add("--model", default="feed-forward", help="model")
+    add("--x", default="4096×4096", help="shape of the input")
+    settings = "peft and paramlora in their default, or with factors in the model's dtype"
+    add("--setting", choices=["default", "one_dtype"], default="one_dtype", help=settings)
 
 
 def run(options: argparse.Namespace) -> None:
     """Draw the figure."""
+    if options.results.suffix == ".csv":
+        with open(options.results, encoding="utf-8", newline="") as file:
+            cell = [
+                r
+                for r in csv.DictReader(file)
+                if (r["model"], r["x"]) == (options.model, options.x)
+            ]
+        bars(cell, options.setting, options.figure)
+        return
     draw([row for row in read(options.results) if "work" in row], options.figure)
+
+
+def bars(rows: list[dict[str, str]], setting: str, path: Path) -> None:
+    """Draw a cell as four bars: overheads in training and in inference, in per cent."""
+    ending = "" if setting == "default" else f"_{setting}"
+    works = {"train": "training step", "infer": "inference"}
+    figure, axis = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+    for i, name in enumerate(("paramlora", "PEFT")):
+        ratios = {row["work"]: float(row[name.lower() + ending]) for row in rows}
+        drawn = axis.bar(
+            [place + (i - 0.5) * 0.38 for place in range(len(works))],
+            [100 * (ratios[work] - 1) for work in works],
+            width=0.36,
+            color=COLOURS[name],
+            label=name,
+        )
+        axis.bar_label(drawn, fmt="%.0f %%", padding=2)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xticks(range(len(works)), list(works.values()))
+    axis.set_ylabel("more time than the\nfrozen model, %")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def draw(rows: list[Row], path: Path) -> None:

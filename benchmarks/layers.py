@@ -3,13 +3,17 @@
 All contestants get the same factors and are checked against float64. They are then timed in
 interleaved rounds. Each contestant, cell, mode and kind of work gives a row in results.jsonl. The
 command prints a table of the times over the floor, the frozen model, and draws the overheads in
-overheads.png. Contestants whose package is not installed are named and left out.
+overheads.png. It writes the times also to layers.csv, which can replace docs/data/layers-gpu.csv or
+layers-cpu.csv: `python -m benchmarks tables` makes the tables of docs/performance.md from those.
+Contestants whose package is not installed are named and left out.
 """
 
 import argparse
+import csv
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,6 +29,16 @@ from .harness.models import SUITES, cells
 from .harness.results import Row, Table, append, machine, overhead_share, summarized
 from .harness.timing import interleaved, now, peak_bytes
 
+MODELS = {
+    "cpu-mlp": "MLP",
+    "cpu-ffn": "feed-forward",
+    "cpu-encoder": "encoder",
+    "gpu-mlp": "MLP",
+    "gpu-ffn": "feed-forward",
+    "gpu-block": "Llama block",
+    "gpu-autocast": "encoder, autocast",
+}
+SETTINGS = ("", ", one dtype")
 MODES = ["eager", "compiled", "graphs"]
 # Contestants are not ranked in a cell where a control differs more than this from the floor.
 MOST_BIAS = 0.02
@@ -81,6 +95,7 @@ def run(options: argparse.Namespace) -> None:
         append(options.out / "results.jsonl", new)
         rows += new
     print(table(rows).text())
+    write_csv(rows, options.out / "layers.csv")
     draw(rows, options.out / "overheads.png")
 
 
@@ -188,23 +203,61 @@ def table(rows: list[Row]) -> Table:
     A cell whose controls differ from the floor by more than `MOST_BIAS` has no share.
     """
     names = list(dict.fromkeys(row["contestant"] for row in rows))
-    cells: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in rows:
-        shape = "×".join(map(str, row["shape"]))
-        cell: tuple[str, ...] = (row["suite"], shape, str(row["rank"]), row["mode"], row["work"])
-        cells.setdefault(cell, {})[row["contestant"]] = row
     head = ["suite", "x", "r", "mode", "work", "floor ms"]
     head += [name.replace(", ", ",\n") for name in names[1:]]
     head += ["share of\nPEFT's", "in one\ndtype"]
     lines = []
-    for cell, group in cells.items():
+    for group in by_cell(rows):
         ratios = {name: row["ratio"] for name, row in group.items()}
-        line = [*cell, f"{group['floor']['median_s'] * 1e3:.3f}"]
+        of = group["floor"]
+        line = [of["suite"], _shape(of), str(of["rank"]), of["mode"], of["work"]]
+        line += [f"{group['floor']['median_s'] * 1e3:.3f}"]
         line += [f"{ratios[name]:.2f}" if name in ratios else "-" for name in names[1:]]
-        fair = all(abs(ratios[name] - 1) <= MOST_BIAS for name in CONTROLS if name in ratios)
-        shares = [share(ratios, setting) for setting in ("", ", one dtype")]
-        lines.append(line + (shares if fair else ["unfair"] * 2))
+        shares = [share(ratios, setting) for setting in SETTINGS]
+        lines.append(line + (shares if is_fair(ratios) else ["unfair"] * 2))
     return Table(head, lines)
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    """Write a line per cell: times over the floor, and shares where the controls allow them."""
+    lines = []
+    for group in by_cell(rows):
+        ratios = {name: row["ratio"] for name, row in group.items()}
+        of = group["floor"]
+        line = {"model": MODELS[of["suite"]], "x": _shape(of), "rank": of["rank"]}
+        line |= {"work": of["work"], "mode": of["mode"]}
+        line["floor_ms"] = f"{of['median_s'] * 1e3:.3f}"
+        line |= {_column(name): f"{ratios[name]:.2f}" for name in ratios if name != "floor"}
+        for setting in SETTINGS:
+            line[_column("share" + setting)] = share(ratios, setting) if is_fair(ratios) else "-"
+        lines.append(line)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        columns = dict.fromkeys(column for line in lines for column in line)
+        writer = csv.DictWriter(file, list(columns), restval="-", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def by_cell(rows: list[Row]) -> list[dict[str, Row]]:
+    """Return the rows of each cell, mode and kind of work by contestant."""
+    cells: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        cell = (row["suite"], _shape(row), str(row["rank"]), row["mode"], row["work"])
+        cells.setdefault(cell, {})[row["contestant"]] = row
+    return list(cells.values())
+
+
+def is_fair(ratios: dict[str, float]) -> bool:
+    """Return whether the controls of a cell took the time of the floor."""
+    return all(abs(ratios[name] - 1) <= MOST_BIAS for name in CONTROLS if name in ratios)
+
+
+def _shape(row: Row) -> str:
+    return "×".join(map(str, row["shape"]))
+
+
+def _column(name: str) -> str:
+    return name.replace(",", "").replace(" ", "_").lower()
 
 
 def share(ratios: dict[str, float], setting: str) -> str:

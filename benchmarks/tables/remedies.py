@@ -1,26 +1,30 @@
-"""The tables of remedies against forgetting in the digit study."""
+"""The tables of remedies against forgetting in the digit study, preset relu."""
 
 from experiments.report.table import Table
+from experiments.sweeps.families import FULL, MASKED, NO_REMEDY
+from experiments.sweeps.remedies import Compared
 
-from .registry import aligned, csv_rows, table
+from .registry import kept_run, table
+
+KEPT = "remedies-relu"
+
+
+@table("remedies-lora")
+def lora() -> Table:
+    """Return the gains of all remedies with LoRA, and their differences from no remedy."""
+    return Compared(kept_run(KEPT)).arm_table("LoRA")
+
+
+@table("remedies-full")
+def full() -> Table:
+    """Return the same for full fine-tuning."""
+    return Compared(kept_run(KEPT)).arm_table(FULL)
 
 
 @table("sweeps-remedies")
 def sweeps() -> Table:
-    """Return some remedies, preset relu: all, tuned and other digits."""
-    shown = (
-        "no remedy",
-        "strength λ",
-        "masked, longer",
-        "replay of 100 with a margin, longer",
-    )
-    cells: dict[tuple[str, str], str] = {}
-    old: dict[str, str] = {}
-    for row in csv_rows("remedies"):
-        if row["preset"] == "relu":
-            gain = f"{float(row['gain, points']):+.2f} ± {row['sd']}".replace("-", "−")
-            cells[row["remedy"], row["digits"]] = gain
-            old[row["remedy"]] = row["old images"]
-    digits = ("all", "tuned", "other")
-    lines = [[name, old[name], *(cells[name, group] for group in digits)] for name in shown]
-    return aligned(["remedy", "old images", *digits], lines)
+    """Return some remedies with LoRA and the longer schedule."""
+    found = lora()
+    names = NO_REMEDY, "strength λ", MASKED, "replay of 100 with a margin"
+    rows = [[name, old, *longer] for name, old, _, _, *longer in found.rows if name in names]
+    return Table(["remedy", "old images", "all digits", "− no remedy"], rows, (0, 1))

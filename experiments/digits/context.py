@@ -81,9 +81,14 @@ class StudyContext:
         parameters: list[nn.Parameter],
         label: str,
         hooks: Sequence[Hook] = (),
+        lr: float | None = None,
     ) -> Tensor:
-        """Train with cross-entropy and Adam; return the loss of each step, float32 (steps,)."""
-        optimizer = torch.optim.Adam(parameters, self.settings.finetuning.lr, fused=True)
+        """Train with cross-entropy and Adam; return the loss of each step, float32 (steps,).
+
+        The learning rate is that of the settings unless `lr` is given.
+        """
+        rate = self.settings.finetuning.lr if lr is None else lr
+        optimizer = torch.optim.Adam(parameters, rate, fused=True)
         return self.train(model, batches, cross_entropy, optimizer, label, hooks)
 
     def train(

@@ -1,8 +1,11 @@
-"""The methods that the digit study compares: three ways to fine-tune a base at low rank.
+"""The methods that the digit study compares: three ways to fine-tune a base at low rank, and two
+of all weights.
 
     lora       W' = W + (alpha/r) · B A                A: (r, in),  B: (out, r)   paramlora's own
     scrambled  W' = W + (alpha/r) · view(B A, W)       A: (r, out), B: (in, r)    the blog's bug
     wrapped    y = x Wᵀ + b + (alpha/r) · x Aᵀ Bᵀ      like lora, with b trained  for comparison
+    full       W' = W + ΔW, b' = b + Δb                all parameters, no adapter
+    joint      as full, on the images of all digits    for comparison
 
 x: (n, in), W: (out, in), b: (out,).
 """

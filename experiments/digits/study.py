@@ -1,4 +1,4 @@
-"""The digit study: a base, three methods of fine-tuning, and their checks, as a list of stages.
+"""The digit study: a base, its fine-tuning by several methods, and their checks, as stages.
 
 A stage records rows and saves an adapter. Complete stages are not run again when a run is resumed.
 Every fine-tuning starts from the same base. For each adapter seed, all methods get the same images
@@ -42,6 +42,7 @@ from .strengths import Strengths, chosen, updates
 
 EXPLORED, EXPLORED_SEEDS = "explore.json", 3
 ATTACHED = ("off", "on", "merged", "unmerged")
+FULL_RATE = 0.1  # learning rate of full fine-tuning / that of the adapter
 
 
 def stages(settings: DigitSettings) -> Iterator[Stage[StudyContext]]:
@@ -57,6 +58,14 @@ def stages(settings: DigitSettings) -> Iterator[Stage[StudyContext]]:
         if settings.extras.compat == "blog":
             make = partial(tune_attached, "scrambled", scrambled, seed)
             yield Stage(_key("scrambled", seed), ATTACHED, make)
+    if settings.remedied:
+        return
+    # Nothing depends on the adapter seed if the images do not: there is no random A.
+    same = settings.finetuning.order == "blog"
+    distinct: Sequence[int | None] = [None] if same else settings.adapter_seeds
+    for either in distinct:
+        for method in ("full", "joint"):
+            yield Stage(_key(method, either), (method,), partial(tune_full, method, either))
 
 
 def _key(method: str, seed: int | None) -> dict[str, Any]:
@@ -196,6 +205,17 @@ def tune_wrapped(spec: pl.LoRA, seed: int, context: StudyContext) -> None:
     losses = context.fine_tune(model, batches, trained, f"wrapped {seed}")
     learned = {"trainable": sum(p.numel() for p in trained), "ranks": wrapped_ranks(model)}
     context.record("wrapped", "wrapped", seed, context.evaluate(model), **learned, **curve(losses))
+
+
+def tune_full(method: str, seed: int | None, context: StudyContext) -> None:
+    """Fine-tune all weights and biases, on all digits if `method` is "joint". Row: `method`."""
+    model, generator = context.model(), torch.Generator().manual_seed(seed or 0)
+    batches = context.batches(generator, joint=method == "joint")
+    trained = list(model.requires_grad_(True).parameters())
+    lr = FULL_RATE * context.settings.finetuning.lr
+    losses = context.fine_tune(model, batches, trained, f"{method} {seed or 0}", lr=lr)
+    learned = {"trainable": sum(p.numel() for p in trained), "lr": lr, **curve(losses)}
+    context.record(method, method, seed, context.evaluate(model), **learned)
 
 
 def evaluate_off(context: StudyContext, model: nn.Module) -> Tensor:

@@ -7,8 +7,9 @@ COLOUR = {
     "base": "#555555",
     "off": "#0072B2",
     "on": "#D55E00",
-    "wrapped": "#009E73",
+    "wrapped": "#E69F00",
     "full": "#009E73",
+    "joint": "#56B4E9",
     "scrambled": "#CC79A7",
     "published": "#000000",
 }

@@ -29,9 +29,8 @@ def add_commands(commands: Commands) -> None:
         "with --seeds adapter seeds. A stopped sweep continues from its rows.",
         epilog=EPILOG,
         examples=(
-            "--vary rank=1,2,4 --vary strength=0,0.5,1",
             '--vary "digits=2,3;9" --vary init=gaussian,kaiming --out runs/digits-and-inits',
-            "--preset remedies-relu --seeds 10 --base-seeds 5 --jobs 2",
+            "--preset remedies-relu --seeds 5 --base-seeds 5 --jobs 2",
             "--preset front-relu --seeds 5 --base-seeds 5",
         ),
     )

@@ -13,11 +13,11 @@ All adapters of a base share its errors, so a base is one observation: n is the 
 Source of the comparison: Biderman et al., "LoRA Learns Less and Forgets Less", arXiv 2405.09673.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import mean
 
+from ..analysis.front import difference
 from ..digits.data import small_note
 from ..digits.settings import DigitSettings
 from ..harness.rundir import Row, RunDirectory, replace_file
@@ -30,7 +30,6 @@ from .families import FULL, USUAL
 from .remedies import half_width, signed
 
 TIMES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # learning rates / the usual one of the method
-LEVELS = (0.25, 0.5, 0.75)  # learning at which methods are compared / the least that all reach
 Point = tuple[float, float]  # learned and kept, in points
 
 
@@ -108,27 +107,15 @@ class Front:
         learned, kept = zip(*pairs, strict=True)
         return Sample(learned), Sample(kept)
 
-    def rising(self, method: str, base: int) -> list[Point]:
-        """Return the curve of a method from a base itself to the rate that learns most.
+    def curve(self, method: str, base: int) -> list[Point]:
+        """Return the points of a method on a base: the base itself, then its rates, ascending."""
+        return [(0.0, 0.0), *(self.points[method, r, base] for r in self.rates(method))]
 
-        A higher rate learns less and forgets more.
-        """
-        curve = [(0.0, 0.0)]
-        for rate in self.rates(method):
-            point = self.points[method, rate, base]
-            if point[0] > curve[-1][0]:
-                curve.append(point)
-        return curve
-
-    def levels(self) -> list[float]:
-        """Return the learning to compare at: parts of the least that all methods reach."""
-        compared = [name for name in self.methods if not name.startswith("joint")]
-        most = min(self.rising(name, base)[-1][0] for name in compared for base in self.bases)
-        return [part * most for part in LEVELS]
-
-    def kept_at(self, method: str, base: int, learned: float) -> float:
-        """Return what a method keeps on a base where it has learned so much."""
-        return interpolated(self.rising(method, base), learned)
+    def means(self, method: str) -> list[tuple[Sample, Sample]]:
+        """Return what a method learned and kept, up to the rate with the highest mean learning."""
+        points = [self.at(method, rate) for rate in self.rates(method)]
+        best = max(range(len(points)), key=lambda index: points[index][0].mean)
+        return points[: best + 1]
 
     def front_table(self) -> Table:
         """Return what each method learns and keeps at each rate, mean ± sd over bases."""
@@ -144,20 +131,16 @@ class Front:
     def matched_table(self) -> Table:
         """Return LoRA's `kept` less that of full fine-tuning at equal learning, paired by base."""
         lines = []
-        for level in self.levels():
-            for method in self.methods:
-                if method == REFERENCE or method.startswith("joint"):
-                    continue
-                pairs = [
-                    (self.kept_at(method, base, level), self.kept_at(REFERENCE, base, level))
+        for method in self.methods:
+            if method != REFERENCE and not method.startswith("joint"):
+                found = (
+                    difference(self.curve(method, base), self.curve(REFERENCE, base))
                     for base in self.bases
-                ]
-                mine, full = (Sample(values) for values in zip(*pairs, strict=True))
-                apart = Sample(tuple(one - two for one, two in pairs))
-                cells = [f"{level:+.2f}", method, signed(mine), signed(full)]
-                lines.append([*cells, signed(apart), apart.interval(2), str(len(pairs))])
-        head = ["learned", "method", "kept", f"{REFERENCE} keeps", "difference", "95 % interval"]
-        return Table([*head, "n"], lines, (1,))
+                )
+                apart = Sample(tuple(value for value in found if value is not None))
+                count = str(len(apart.values))
+                lines.append([method, signed(apart), apart.interval(2), count])
+        return Table(["method", f"kept, less that of {REFERENCE}", "95 % interval", "n"], lines)
 
     def figure(self) -> Figure:
         """Draw what is kept against what is learned: a curve a method, a point a rate."""
@@ -167,39 +150,25 @@ class Front:
             if method.startswith("joint"):
                 continue
             colour, mark = (COLOUR["full"], "X") if method == REFERENCE else next(shades)
-            points = [self.at(method, rate) for rate in self.rates(method)]
+            points = self.means(method)
             learned, kept = zip(*points, strict=True)
             axes.errorbar(
                 [sample.mean for sample in learned],
                 [sample.mean for sample in kept],
                 yerr=[half_width(sample) for sample in kept],
-                xerr=[half_width(sample) for sample in learned],
                 fmt=f"{mark}-",
                 color=colour,
                 label=method,
                 ms=4.5,
                 lw=1.3,
-                elinewidth=0.6,
+                elinewidth=0.8,
             )
         axes.plot(0, 0, "P", color=COLOUR["base"], ms=7, label="base")
-        axes.set_yscale("symlog", linthresh=1)
         axes.set(xlabel="learned: tuned digits, points above the base")
         axes.set_ylabel("kept: other digits, points above the base")
         axes.grid(color="#eeeeee")
         axes.legend(frameon=False)
         return made
-
-
-def interpolated(curve: Sequence[Point], x: float) -> float:
-    """Return y at x on a line through points with ascending x.
-
-    >>> interpolated([(0.0, 0.0), (1.0, -2.0), (3.0, -4.0)], 2.0)
-    -3.0
-    """
-    for (x0, y0), (x1, y1) in pairwise(curve):
-        if x <= x1:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    raise ValueError(f"no point of the curve is at {x} or beyond")
 
 
 def _gains(row: Mapping[str, object], base: Mapping[str, object]) -> Point:
@@ -223,14 +192,13 @@ def markdown(front: Front) -> str:
         "`learned`: accuracy on the tuned digits, points above the base. `kept`: the same on the "
         "other digits.",
         "![Kept against learned](front.png)",
-        "Points: learning rates; bars: 95 % intervals over bases. The vertical axis is logarithmic "
-        "beyond one point.",
+        "Points: learning rates, up to the one that learns most. Bars: 95 % intervals of `kept` "
+        "over bases.",
         "## At equal learning",
         front.matched_table().markdown(),
-        "Difference: LoRA less full fine-tuning, paired by base; positive if LoRA forgets less. "
-        "The levels are a quarter, a half and three quarters of what every method reaches on every "
-        "base. `kept` is interpolated between the rates, from the base to the rate that learns "
-        "most.",
+        "Differences in points, paired by base; positive if LoRA forgets less. Each is the mean "
+        "over all amounts of learning that both methods reach on that base. `kept` is interpolated "
+        "between the rates, from the base to the rate that learns most.",
         "## All rates",
         front.front_table().markdown(),
     ]

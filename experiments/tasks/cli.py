@@ -18,8 +18,7 @@ def add_commands(commands: Commands) -> None:
         epilog=presets_help(TaskSettings.PRESETS, "split"),
         examples=(
             "--preset rotated",
-            "--scenario task --rank 4 --seeds 5",
-            "--methods one,full,joint --full-lr 1e-3",
+            "--scenario task --methods one,full,joint --full-lr 1e-3",
             "--data digits --steps 50 --orthogonal 0.1 --out runs/tasks-small",
         ),
     )

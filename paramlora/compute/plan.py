@@ -36,6 +36,10 @@ PLAIN_BELOW = {
 # costs more time than the memory traffic that it saves.
 WORTH_A_KERNEL = 2**25
 
+# The native extension computes a layer with fewer multiplications than this, n k m, even if its
+# matrices are that large. Python takes longer to launch such kernels than the GPU to run them.
+WORTH_PYTHON = 2**36
+
 
 def choose(
     n: int, k: int, m: int, dtype: torch.dtype, device: str, grad: bool, native: bool = False
@@ -61,7 +65,7 @@ def choose(
       0.02, and of 90 % in one of 1e-5. The effect of an adapter must not depend on the number of
       rows of a batch.
 
-    The measurements behind this rule are in docs/performance.md, "The choice of path".
+    The measurements behind this rule are in docs/data/path-choice-cpu.csv and -gpu.csv.
 
     Args:
         n: the rows of x.
@@ -73,7 +77,8 @@ def choose(
         native: whether the native extension is built.
     """
     half = dtype.itemsize <= 2
-    if native and not (half and device != "cpu" and n * max(k, m) >= WORTH_A_KERNEL):
+    large = n * max(k, m) >= WORTH_A_KERNEL and n * k * m >= WORTH_PYTHON
+    if native and not (half and device != "cpu" and large):
         built = True
     elif n * (k + m) < PLAIN_BELOW[device, grad]:
         small = device != "cpu" and k * m <= 2**20 and not half and not grad

@@ -1,7 +1,6 @@
 """The benchmarks: their command line, the check of contestants, rounds, rows and tables."""
 
 import copy
-import csv
 import functools
 import json
 import shlex
@@ -11,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-import benchmarks
 from benchmarks.__main__ import COMMANDS, main, module_of, parser_with
 from benchmarks.harness.cases import Case, check
 from benchmarks.harness.contestants import CONTESTANTS, Built, Contestant, paramlora, select
@@ -208,30 +206,3 @@ def test_verb_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     printed = capsys.readouterr().out
     assert all(verb in printed for verb in verbs)
-
-
-@pytest.mark.parametrize(
-    ("file", "columns"),
-    [
-        ("layers-cpu", "model x rank work floor_ms paramlora peft naive share"),
-        (
-            "layers-gpu",
-            "model x work floor_ms paramlora peft share paramlora_one_dtype peft_one_dtype "
-            "share_one_dtype naive",
-        ),
-        ("layers-gpu-compiled", "model x work paramlora peft paramlora_one_dtype peft_one_dtype"),
-    ],
-)
-def test_tables_agree_with_their_data(file: str, columns: str) -> None:
-    """The tables of docs/performance.md have the figures of the CSV files beside it."""
-    docs = Path(benchmarks.__file__).parents[1] / "docs"
-    lines = (docs / "performance.md").read_text(encoding="utf-8").splitlines()
-    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    with open(docs / "data" / f"{file}.csv", encoding="utf-8", newline="") as opened:
-        rows = list(csv.DictReader(opened))
-    assert rows
-    for row in rows:
-        if file == "layers-cpu":  # the two settings of PEFT compute the same; the faster is shown
-            row["peft"] = min(row["peft"], row["peft_one_dtype"], key=float)
-        if row.get("mode") != "graphs":
-            assert [row[column] for column in columns.split()] in shown

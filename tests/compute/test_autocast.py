@@ -185,6 +185,7 @@ def test_on_a_gpu(
 ) -> None:
     """Values and gradients on a GPU, with the Triton kernels and without."""
     monkeypatch.setattr(paths, "WORTH_A_KERNEL", 0 if kernel else 2**63)
+    monkeypatch.setattr(paths, "WORTH_PYTHON", 0)
     drawn = leaves(300, 150, 200, torch.float32, rank=16)
     x, W, b, A, B = tensors = [tensor.detach().cuda().requires_grad_() for tensor in drawn]
     with torch.autocast("cuda", dtype, cache_enabled=False):

@@ -20,6 +20,7 @@ class TestKernel:
     @pytest.fixture(autouse=True)
     def _for_any_size(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(paths, "WORTH_A_KERNEL", 0)
+        monkeypatch.setattr(paths, "WORTH_PYTHON", 0)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("rank", [1, 4, 16, 33, 128])

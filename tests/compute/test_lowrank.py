@@ -108,6 +108,8 @@ class TestPaths:
         assert choose(1000, 784, 256, fp32, "cpu", False, True) == ("dense", "dense", True)
         assert choose(100, 784, 256, fp32, "cuda", False, True) == ("factored", "factored", True)
         assert choose(512, 4096, 14336, bf16, "cuda", True, True) == ("factored", "factored", True)
+        # Many rows and few multiplications: the GPU would wait for Python.
+        assert choose(16384, 768, 3072, bf16, "cuda", True, True) == ("factored", "factored", True)
         assert not choose(4096, 4096, 14336, bf16, "cuda", True, True).native
         assert choose(4096, 4096, 14336, fp32, "cuda", True, True).native
         assert not choose(4096, 4096, 14336, fp32, "cuda", True, False).native

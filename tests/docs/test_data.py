@@ -9,6 +9,7 @@ import pytest
 from experiments.digits.report.report import methods_compared
 from experiments.digits.report.tables import seed_table
 from experiments.harness.rundir import RunDirectory
+from experiments.sweeps import front
 from experiments.sweeps.remedies import Compared, markdown
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -43,6 +44,13 @@ def test_the_text_study_uses_the_best_rate_of_each_method(data):
         assert float(line[1]) == -max(entries)[1], method
 
 
+def test_the_kept_report_of_the_front_is_that_of_its_rows() -> None:
+    """docs/data/front-relu/front.md is made from the rows beside it."""
+    folder = DOCS / "data" / "front-relu"
+    made = front.markdown(front.Front(RunDirectory.read(folder)))
+    assert (folder / "front.md").read_text(encoding="utf-8") == made
+
+
 @pytest.mark.parametrize("folder", sorted((DOCS / "data").glob("remedies-*")), ids=str)
 def test_the_tables_of_remedies_are_made_of_their_rows(folder: Path) -> None:
     """The kept report is that of the rows beside it, and the guide has its tables."""
@@ -52,6 +60,12 @@ def test_the_tables_of_remedies_are_made_of_their_rows(folder: Path) -> None:
     for arm in compared.arms:
         for row in compared.arm_table(arm).rows:
             assert list(row) in shown
+    longer = {row[0]: row[4:] for row in compared.arm_table("LoRA").rows}
+    for name, old, *cells in table_rows("../experiments/sweeps/README.md"):
+        assert name not in longer or [*cells] == longer[name], old
+    study = (DOCS / "digit-study.md").read_text(encoding="utf-8")
+    for name in ("no remedy", "masked cross-entropy"):
+        assert longer[name][0].removeprefix("+") in study
 
 
 def test_the_digit_study_of_the_documents_is_made_of_its_rows():

@@ -1,4 +1,4 @@
-"""The Python blocks of the README and of some documents run unchanged."""
+"""The Python blocks of the README and of some documents run unchanged, and print what is shown."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# The output of a block, if the document shows it right below.
+OUTPUT = re.compile(r"\n*```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DOCUMENTS = (
     "README.md",
     "docs/kinds.md",
@@ -18,8 +20,13 @@ DOCUMENTS = (
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_python_blocks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All Python blocks of a document run, from top to bottom, as one program."""
+def test_python_blocks(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All Python blocks of a document run as one program, with the output shown below a block."""
     document = ROOT / name
     text = document.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
@@ -29,6 +36,14 @@ def test_python_blocks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks:
+        capsys.readouterr()
         # Empty lines, so that a traceback shows the line number in the document.
         padding = "\n" * text.count("\n", 0, block.start(1))
         exec(compile(padding + block[1], str(document), "exec"), namespace)
+        shown = OUTPUT.match(text, block.end())
+        assert shown is None or capsys.readouterr().out == shown[1]
+
+
+def test_the_readme_is_short() -> None:
+    """It has at most 500 words."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 500

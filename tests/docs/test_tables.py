@@ -14,11 +14,6 @@ from benchmarks.tables.documents import ROOT, marked_names, rewritten, unmarked_
 from experiments.harness.rundir import RunDirectory
 
 DOCUMENTS = {str(path.relative_to(ROOT)): path for path in documents.paths()}
-# Documents whose measurements are not yet made from rows.
-UNMARKED: set[str] = {
-    "docs/forgetting.md",
-    "docs/performance.md",
-}
 
 
 @pytest.mark.parametrize("module", [documents, registry])
@@ -36,7 +31,7 @@ def test_the_tables_of_a_document_are_made_from_its_rows(name: str) -> None:
     assert rewritten(text, registry.found_table) == text
 
 
-@pytest.mark.parametrize("name", sorted({*DOCUMENTS} - UNMARKED))
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_table_of_measurements_is_made_from_rows(name: str) -> None:
     """A table with measurements has a comment with its name."""
     assert list(unmarked_measurements(DOCUMENTS[name].read_text(encoding="utf-8"))) == []

@@ -102,6 +102,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     else:
         monkeypatch.setattr(plan, "PLAIN_BELOW", defaultdict(int))
         monkeypatch.setattr(plan, "WORTH_A_KERNEL", 0)
+        monkeypatch.setattr(plan, "WORTH_PYTHON", 0)
     return request.param
 
 
@@ -128,6 +129,7 @@ class TestGraphs:
         monkeypatch.setattr("paramlora.native.load.module", lambda: None)
         monkeypatch.setattr(plan, "PLAIN_BELOW", defaultdict(int))
         monkeypatch.setattr(plan, "WORTH_A_KERNEL", 0)
+        monkeypatch.setattr(plan, "WORTH_PYTHON", 0)
         monkeypatch.setattr(fused, "_same_bits", {})
         product, captured = fused.add_low_rank, []
 

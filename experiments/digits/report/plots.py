@@ -53,7 +53,7 @@ def wrong_counts(run: RunDirectory) -> tuple[Figure, str]:
     axes.set(xlabel="digit (shaded: tuned)", ylabel="wrong answers, test images", xlim=(-0.6, 9.6))
     axes.set_ylim(bottom=0)
     axes.set_xticks(range(10))
-    axes.legend(frameon=False, ncols=5, loc="upper left", bbox_to_anchor=(0, 1.12))
+    axes.legend(frameon=False, ncols=7, loc="upper left", bbox_to_anchor=(0, 1.12))
     return figure, (
         "Wrong answers by digit with the adapter off and on, and with the other methods. "
         f"{_over_seeds(run)}"
@@ -87,7 +87,8 @@ def training_loss(run: RunDirectory) -> tuple[Figure, str]:
         dashes = "--" if method == "wrapped" else "-"
         right.plot(steps, loss, dashes, color=colour, label=LABEL[method])
     left.set_title("pre-training, all digits")
-    right.set_title("fine-tuning, tuned digits")
+    joint = " (joint: all digits)" if "joint" in methods_in(run) else ""
+    right.set_title(f"fine-tuning, tuned digits{joint}")
     for axes in (left, right):
         axes.set(xlabel="optimizer step", ylabel="cross-entropy, nats")
         axes.set_ylim(bottom=0)

@@ -135,6 +135,7 @@ def columns_legend(run: RunDirectory) -> list[str]:
         )
     if "scrambled" in methods:
         lines.append("scrambled: as on, with the blog's scrambled update")
+    lines += full_legend(run)
     if dead := dead_outputs(run):
         lines.append(
             f"The base never answers {' or '.join(map(str, dead))}, because the ReLU on its logits "
@@ -146,6 +147,23 @@ def columns_legend(run: RunDirectory) -> list[str]:
             "published: measured with one adapter seed of another random generator, so only the "
             "base can agree exactly. A fine-tuned figure can only lie within the range over our "
             f"seeds. The base's ten counts are {'all' if same else 'not'} the same here."
+        )
+    return lines
+
+
+def full_legend(run: RunDirectory) -> list[str]:
+    """Return an explanation of full fine-tuning and joint training, if the run has them."""
+    if not (rows := rows_of(run, "full")):
+        return []
+    lines = [
+        f"full: all {rows[0]['trainable']:,} weights and biases fine-tuned, without an adapter, at "
+        f"the learning rate {rows[0]['lr']:g}, which was not chosen by its results",
+        "joint: as full, but on the images of all digits, for as many steps",
+    ]
+    if rows[0]["seed"] is None:
+        lines.append(
+            "full and joint have n = 1: they draw no initial factors, and with --order blog "
+            "all adapter seeds have the same images."
         )
     return lines
 

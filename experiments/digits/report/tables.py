@@ -11,8 +11,8 @@ from ...report.table import Sample, Table, percent
 from ..settings import preset
 
 # By method: the stage of its rows with the fine-tuned weights active, and its name in tables.
-STAGE = {"lora": "on", "wrapped": "wrapped", "scrambled": "on"}
-LABEL = {"base": "base", "lora": "on", "wrapped": "wrapped", "scrambled": "scrambled"}
+STAGE = {"lora": "on", "wrapped": "wrapped", "scrambled": "on", "full": "full", "joint": "joint"}
+LABEL = {method: method for method in ("base", *STAGE)} | {"lora": "on"}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from experiments.digits.bases import find, restore
 from experiments.digits.data import load_data
 from experiments.digits.report import report as report_module
 from experiments.digits.report.explain import explain
-from experiments.digits.report.report import markdown, methods_compared
+from experiments.digits.report.report import columns_legend, markdown, methods_compared
 from experiments.digits.report.tables import PUBLISHED, digit_table, published_for, seed_table
 from experiments.digits.settings import DigitSettings, preset
 from experiments.digits.shared import context_of, prepare
@@ -29,7 +29,7 @@ OPTIONS = (
     "--steps 30 --seeds 2"
 )
 ATTACHED = ["off", "on", "merged", "unmerged"]
-STAGES = ["base", *([*ATTACHED, "wrapped", *ATTACHED] * 2)]
+STAGES = ["base", *([*ATTACHED, "wrapped", *ATTACHED] * 2), "full", "joint"]
 IMAGES = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]  # MNIST's for testing, by digit
 FIGURES = ["wrong-counts.png", "confusion.png", "training-loss.png"]
 MADE = ["report.md", "report.html", "results.csv", *FIGURES]
@@ -87,7 +87,7 @@ def test_a_run_leaves_all_its_rows_and_files(finished):
     """A run has all its stages in order, the figures in each row, and all its files."""
     rows = rows_in(finished)
     assert [row["stage"] for row in rows] == STAGES
-    assert [row["seed"] for row in rows] == [None, *[0] * 9, *[1] * 9]
+    assert [row["seed"] for row in rows] == [None, *[0] * 9, *[1] * 9, None, None]
     for row in rows:
         assert row["n"] == 360
         assert row["accuracy"] == (360 - sum(row["wrong_counts"])) / 360
@@ -173,8 +173,8 @@ def test_an_interrupted_run_ends_as_one_that_was_not(copied, left, trainings):
     whole = path.read_bytes().count(b"\n")
     assert study(copied) == 0
     assert path.read_bytes() == content
-    done = sum(STAGES[:whole].count(last) for last in ("unmerged", "wrapped"))
-    assert len(trainings) == 6 - done
+    done = sum(STAGES[:whole].count(last) for last in ("unmerged", "wrapped", "full", "joint"))
+    assert len(trainings) == 8 - done
 
 
 def test_stopping_by_keyboard_and_going_on(finished, tmp_path, monkeypatch, capsys):
@@ -194,7 +194,7 @@ def test_stopping_by_keyboard_and_going_on(finished, tmp_path, monkeypatch, caps
     assert [row["stage"] for row in rows_in(tmp_path)] == STAGES[:6]
     assert study(tmp_path) == 0
     shown = capsys.readouterr().out
-    assert "resumed  6 rows recorded, 4 stages remaining" in shown
+    assert "resumed  6 rows recorded, 6 stages remaining" in shown
     assert "loaded from" in shown
     assert made_in(tmp_path) == made_in(finished)
 
@@ -209,13 +209,27 @@ def test_a_finished_run_trains_nothing_again(copied, trainings):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_full_and_joint_training_change_no_adapter_and_have_no_seed_of_their_own(finished):
+    """With the same images for all seeds there is one row each, of all parameters and a tenth of
+    the rate, and the report says so. Their images differ: the tuned digits', and all digits'."""
+    full, joint = (r for r in rows_in(finished) if r["stage"] in ("full", "joint"))
+    base = rows_in(finished)[0]
+    for row in (full, joint):
+        assert row["seed"] is None
+        assert row["trainable"] == base["parameters"]
+        assert row["lr"] == pytest.approx(1e-4)
+    assert full["train_curve"] != joint["train_curve"]
+    legend = "\n".join(columns_legend(RunDirectory.read(finished / "run")))
+    assert "full and joint have n = 1" in legend
+
+
 def test_runs_share_a_base(copied, capsys):
     """A run with other settings of fine-tuning loads the existing base."""
     assert study(copied, "--out", str(copied / "two"), "--rank", "1", "--compat", "none") == 0
     assert "loaded from" in capsys.readouterr().out
     assert len(list((copied / "bases").iterdir())) == 1
     rows = [json.loads(line) for line in (copied / "two" / "results.jsonl").open()]
-    assert {row["method"] for row in rows} == {"base", "lora", "wrapped"}
+    assert {row["method"] for row in rows} == {"base", "lora", "wrapped", "full", "joint"}
     assert set(rows[2]["ranks"].values()) == {1}
 
 

@@ -1,0 +1,56 @@
+"""The tables of docs/performance.md: one for each device, from the files that `layers` wrote."""
+
+from collections.abc import Sequence
+
+from experiments.report.table import Table
+
+from .registry import aligned, csv_rows, table
+
+HEADS = {
+    "floor_ms": "floor, ms",
+    "paramlora_one_dtype": "one dtype: paramlora",
+    "peft_one_dtype": "PEFT",
+    "share_one_dtype": "share",
+    "peft": "PEFT",
+    "paramlora_dora": "DoRA: paramlora",
+    "peft_dora": "PEFT",
+}
+
+
+@table("layers-gpu")
+def layers_gpu() -> Table:
+    """Return the times over the floor on a GPU."""
+    columns = "model x work floor_ms paramlora peft share paramlora_one_dtype peft_one_dtype "
+    return of_columns(csv_rows("layers-gpu"), f"{columns}share_one_dtype naive".split())
+
+
+@table("layers-cpu")
+def layers_cpu() -> Table:
+    """Return the times over the floor on a CPU at rank 16.
+
+    In float32 both dtype settings of PEFT compute the same, and the faster of the two is shown.
+    """
+    rows = [row for row in csv_rows("layers-cpu") if row["rank"] == "16"]
+    for row in rows:
+        row["peft"] = min((row["peft"], row.get("peft_one_dtype") or row["peft"]), key=float)
+    columns = "model x work floor_ms paramlora peft share naive paramlora_dora peft_dora"
+    return of_columns(rows, columns.split())
+
+
+@table("dora-cpu")
+def dora_cpu() -> Table:
+    """Return the times of DoRA over the floor on a CPU at rank 16."""
+    rows = [row for row in csv_rows("dora-cpu") if row["rank"] == "16"]
+    lines = [
+        [train["model"], train["x"]]
+        + [row[key] for row in (train, infer) for key in ("paramlora_dora", "peft_dora")]
+        for train, infer in zip(rows[::2], rows[1::2], strict=True)
+    ]
+    return aligned(["model", "x", "train: paramlora", "PEFT", "infer: paramlora", "PEFT"], lines)
+
+
+def of_columns(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> Table:
+    """Return a table with some columns of the rows; a column that no row has is left out."""
+    found = [column for column in columns if any(row.get(column) for row in rows)]
+    lines = [[row.get(column) or "-" for column in found] for row in rows]
+    return aligned([HEADS.get(column, column) for column in found], lines)
