@@ -32,28 +32,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import forward_ad
-from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics
+from torch.nn.modules import batchnorm
 from torch.nn.utils import parametrize
 
-__all__ = [
-    "KNOWS_HOOKS",
-    "READERS_OF_STORED",
-    "TRACED_BY_ATTRIBUTES",
-    "WRAPPED",
-    "NormWithStatistics",
-    "any_autocast_enabled",
-    "dispatch_modes_active",
-    "flat_weight_names",
-    "forward_ad_active",
-    "functorch_active",
-    "in_backward",
-    "is_fsdp_managed",
-    "parametrization_cache",
-    "saved_tensors_hooks",
-    "set_flat_weights",
-    "tracing_state",
-]
-
+NormWithStatistics = batchnorm._NormBase
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 # Names for torch's own functions, not wrappers: small layers call them in every forward.

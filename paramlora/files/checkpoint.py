@@ -12,7 +12,6 @@ from safetensors.torch import save as serialized
 from torch import nn
 
 from ..layers.install import check_tied
-from ..site.names import only_name
 from ..site.survey import Survey
 from ..stack.storage import check_real, settle, whole, writes_files
 from ..verbs.add import Activate
@@ -53,9 +52,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     2.0
     """
     settle(model)
-    survey = Survey(model)
-    name = only_name(survey.stacks, name)
-    here = survey.sites_of(name)
+    name, here = Survey(model).one(name)
     state = tensors_of(here, name)
     for key, tensor in state.items():
         check_real(key, tensor)

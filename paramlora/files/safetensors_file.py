@@ -81,10 +81,8 @@ def _runs(process: int) -> bool:
         return True
     try:
         os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # it belongs to another user
-        return True
+    except (ProcessLookupError, PermissionError, OverflowError) as error:
+        return isinstance(error, PermissionError)  # it belongs to another user
     return True
 
 

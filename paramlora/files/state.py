@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..site.find import Site
-from ..site.names import check_unmerged, only_name
+from ..site.names import check_unmerged
 from ..site.survey import Survey
 from ..stack.factors import Factors
 from ..stack.storage import check_real, check_settled, fill, settle
@@ -48,9 +48,8 @@ def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     {'0.weight.A': (2, 4), '0.weight.B': (3, 2)}
     """
     settle(model)
-    survey = Survey(model)
-    name = only_name(survey.stacks, name)
-    return tensors_of(survey.sites_of(name), name)
+    name, here = Survey(model).one(name)
+    return tensors_of(here, name)
 
 
 @torch.no_grad()
@@ -78,9 +77,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str | N
     >>> pl.state_dict(model)["0.weight.A"].sum()
     tensor(8.)
     """
-    survey = Survey(model)
-    name = only_name(survey.stacks, name)
-    here = survey.sites_of(name)
+    name, here = Survey(model).one(name)
     check_unmerged([site.stack for site in here], [name], "load")
     settle(model)
     factors = tensors_of(here, name)

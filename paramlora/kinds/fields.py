@@ -60,3 +60,13 @@ def low_rank_refusal(weight: Tensor) -> str | None:
     if weight.dim() < 2:
         return f"a low-rank update needs two dimensions, it has {weight.dim()}; use Delta()"
     return None
+
+
+def rank_limit(asked: str, rank: int, matrix: Tensor) -> str | None:
+    """Return why a matrix, (…, out, in), cannot have the rank that `asked` needs, or None."""
+    largest = min(matrix.shape[-2:])
+    if rank > largest:
+        return (
+            f"{asked} needs a rank of at most {largest}, the smaller side of the matrix; got {rank}"
+        )
+    return None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .fields import check_dropout, check_flag, check_rank, low_rank_refusal, scaling_of
+from .fields import check_dropout, check_flag, check_rank, low_rank_refusal, rank_limit, scaling_of
 from .spec import Factors, LowRank, Spec, Strength, add_update, factor_dtype
 from .start import check_init, init_factors, truncated_svd
 
@@ -157,12 +157,8 @@ class LoRA(Spec):
                 f"with batch_dims={self.batch_dims} it needs {2 + self.batch_dims} dimensions, it "
                 f"has {weight.dim()}"
             )
-        largest = min(self._matrices(weight).shape[-2:])
-        if self.constants and self.rank > largest:
-            return (
-                f"init={self.init!r} needs a rank of at most {largest}, the smaller side of the "
-                f"matrix; got {self.rank}"
-            )
+        if self.constants:
+            return rank_limit(f"init={self.init!r}", self.rank, self._matrices(weight))
         return None
 
     def _matrices(self, weight: Tensor) -> Tensor:

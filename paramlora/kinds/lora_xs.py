@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .fields import check_rank, low_rank_refusal, scaling_of
+from .fields import check_rank, low_rank_refusal, rank_limit, scaling_of
 from .spec import Factors, LowRank, Spec, Strength, add_update, factor_dtype
 
 
@@ -70,12 +70,4 @@ class LoRAXS(Spec):
         return LowRank(factors["A"], factors["B"] @ factors["R"], self.scaling * strength)
 
     def refusal(self, weight: Tensor) -> str | None:
-        if weight.dim() < 2:
-            return low_rank_refusal(weight)
-        largest = min(weight.flatten(1).shape)
-        if self.rank > largest:
-            return (
-                f"it needs a rank of at most {largest}, the smaller side of the matrix; "
-                f"got {self.rank}"
-            )
-        return None
+        return low_rank_refusal(weight) or rank_limit("it", self.rank, weight.flatten(1))

@@ -13,12 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compute.modes import transforms_active
-from ..private_torch import (
-    KNOWS_HOOKS,
-    flat_weight_names,
-    saved_tensors_hooks,
-    set_flat_weights,
-)
+from ..private_torch import KNOWS_HOOKS, flat_weight_names, saved_tensors_hooks, set_flat_weights
 from ..routing import rows
 from ..routing.row_groups import by_group
 from ..site.find import parametrization_lists, stack_of, stored_tensors

@@ -35,7 +35,7 @@ from .dense import hold_stored
 from .describe import with_adapters
 from .forward import forward_for
 from .quantized import check_quantizable, quantized_forward
-from .readers import is_quantizing
+from .readers import class_name, is_quantizing
 from .site_list import StoredTensor, pack
 
 _LOADING = "_paramlora_loading"
@@ -136,8 +136,8 @@ def _register_parameter(plain: Any) -> Callable[..., None]:
             check_quantizable(self, name, param)
         elif replaces and not allowed:
             raise StateError(
-                f"{name!r} of this {_name(self)} has adapters, and assigning another parameter "
-                "would replace the base's tensor below them: write to the base with "
+                f"{name!r} of this {class_name(self)} has adapters, and assigning another "
+                "parameter would replace the base's tensor below them: write to the base with "
                 "load_base_state_dict, or detach first"
             )
         plain(self, name, param)
@@ -153,7 +153,7 @@ def _delattr(plain: Any) -> Callable[..., None]:
     def delattr_(self: nn.Module, name: str) -> None:
         if _is_held(self, name):
             raise StateError(
-                f"{name!r} of this {_name(self)} has adapters and cannot be taken out of its "
+                f"{name!r} of this {class_name(self)} has adapters and cannot be taken out of its "
                 "module; detach first. FullyShardedDataParallel (FSDP1) does that, so shard an "
                 "adapted model by torch.distributed.fsdp.fully_shard instead"
             )
@@ -201,9 +201,8 @@ _METHODS: dict[str, Callable[[Any], Any]] = {
 
 def _is_held(module: nn.Module, name: str) -> bool:
     """Return whether a parameter is a stored tensor that an adapted module keeps."""
-    return name in module._parameters and isinstance(
-        getattr(type(module), name, None), StoredTensor
-    )
+    held = isinstance(getattr(type(module), name, None), StoredTensor)
+    return held and name in module._parameters
 
 
 def _merged_lists(module: nn.Module) -> Iterator[parametrize.ParametrizationList]:
@@ -214,10 +213,6 @@ def _merged_lists(module: nn.Module) -> Iterator[parametrize.ParametrizationList
             pairs = zip(stack.written, stored_tensors(plist), strict=True)
             if all(written.is_in(parameter) for written, parameter in pairs):
                 yield plist
-
-
-def _name(module: nn.Module) -> str:
-    return _plain(module).__name__
 
 
 def _plain(module: nn.Module) -> Any:

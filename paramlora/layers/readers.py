@@ -59,12 +59,12 @@ def for_reader(module: nn.Module, tensor: str, depth: int) -> Tensor | None:
         return None
     if name.startswith(_REPLACING) and not name.startswith(_QUANTIZE):
         raise StateError(
-            f"{name} would put a quantized module in the place of an adapted {_name(module)}, and "
-            "the adapters would be lost: quantize the model first, and attach then"
+            f"{name} would put a quantized module in the place of an adapted {class_name(module)}, "
+            "and the adapters would be lost: quantize the model first, and attach then"
         )
     if name.startswith(_HANDLING) or (name == _TRANSFORMERS and frame.f_code.co_name in _TYING):
         return module._parameters.get(tensor)
-    _check(frame, name, _name(module), tensor)
+    _check(frame, name, class_name(module), tensor)
     return None
 
 
@@ -82,7 +82,7 @@ def read_packed(module: nn.Module, tensor: str, depth: int) -> Tensor:
     stored = module._parameters.get(tensor)
     if stored is None:
         # Python asks nn.Module.__getattr__ next, which finds a buffer, or raises for the layer.
-        raise AttributeError(f"{_name(module)!r} stores its weight under another name")
+        raise AttributeError(f"{class_name(module)!r} stores its weight under another name")
     if is_compiling():
         return stored
     frame = sys._getframe(depth)
@@ -91,8 +91,8 @@ def read_packed(module: nn.Module, tensor: str, depth: int) -> Tensor:
         return stored  # the layer's own forward, mostly
     if reader.startswith(_QUANTIZERS) and "dequantize" in frame.f_code.co_name:
         raise StateError(
-            f"dequantizing would put another module in the place of this {_name(module)}, and its "
-            "adapters would be lost: save and detach them, dequantize, and load them then"
+            f"dequantizing would put another module in the place of this {class_name(module)}, and "
+            "its adapters would be lost: save and detach them, dequantize, and load them then"
         )
     state = stack_of(parametrization_lists(module)[tensor]).state()  # type: ignore[union-attr]
     if not state.live and state.route is None:
@@ -112,7 +112,8 @@ def is_quantizing(depth: int) -> bool:
     return (frame.f_globals.get("__name__") or "").startswith(_QUANTIZE)
 
 
-def _name(module: nn.Module) -> str:
+def class_name(module: nn.Module) -> str:
+    """Return the name of the class that an adapted module had before."""
     return type(module).__bases__[0].__name__
 
 

@@ -91,8 +91,10 @@ def _claim(module: nn.Module, tensors: list[str]) -> None:
     for tensor, (stack, index) in taken.items():
         host.register(module, tensor, stack)
         plist: Any = parametrization_lists(module)[tensor]
-        if index < len(plist) - 1:
-            _move_last(plist, index)
+        # The stack goes back to its position, from the end of the list.
+        ordered = list(plist._modules.values())
+        ordered.insert(index, ordered.pop())
+        plist._modules.update({str(i): one for i, one in enumerate(ordered)})
 
 
 def _take(module: nn.Module, tensor: str) -> tuple[Stack, int]:
@@ -118,10 +120,3 @@ def _take(module: nn.Module, tensor: str) -> tuple[Stack, int]:
         module._parameters.clear()
         module._parameters.update({tensor: parameter, **rest})
     return stack, 0
-
-
-def _move_last(plist: nn.Module, index: int) -> None:
-    """Move the last parametrization of a list to a position."""
-    ordered = list(plist._modules.values())
-    ordered.insert(index, ordered.pop())
-    plist._modules.update({str(i): one for i, one in enumerate(ordered)})

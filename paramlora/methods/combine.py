@@ -145,10 +145,9 @@ def _check_arguments(weights: Mapping[str, float], how: How) -> None:
                 f"rank= is for 'svd', 'ties' and 'dare' only; {method!r} determines its own rank"
             )
         LoRA(rank)  # raises if the rank is invalid
-    if method not in _DENSE:
-        if density is not None:
-            raise ValueError(f"density= is for 'ties' and 'dare' only; {method!r} keeps all")
-    elif not (is_finite(density) and 0 < density <= 1):  # type: ignore[operator]
+    if method not in _DENSE and density is not None:
+        raise ValueError(f"density= is for 'ties' and 'dare' only; {method!r} keeps all")
+    if method in _DENSE and not (is_finite(density) and 0 < density <= 1):  # type: ignore[operator]
         raise ValueError(
             f"method={method!r} needs density=, the share of elements to keep, above 0 and at most "
             f"1; got {density!r}"

@@ -84,12 +84,9 @@ def _changes(tuned: Survey, base: Survey) -> list[tuple[Place, Tensor]]:
     tuned_places = {place.path: place for place in tuned.places}
     base_places = {place.path: place for place in base.places}
     check_shapes([*tuned_places.values(), *base_places.values()])
-    unlike = sorted(tuned_places.keys() ^ base_places.keys())
-    unlike += [
-        path
-        for path in base_places.keys() & tuned_places.keys()
-        if base_places[path].value.shape != tuned_places[path].value.shape
-    ]
+    before = {path: place.value.shape for path, place in base_places.items()}
+    after = {path: place.value.shape for path, place in tuned_places.items()}
+    unlike = sorted({path for path, _ in before.items() ^ after.items()})
     if unlike:
         raise TargetError(
             f"model is not a fine-tune of base: {', '.join(unlike[:5])} are missing from one of "

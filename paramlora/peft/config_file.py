@@ -12,11 +12,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import CheckpointError
 from .config import Config
 
 # The rank and the alpha of each adapted module, by path.
 Targets = dict[str, tuple[int, float]]
+# The settings of a folder, and its tensors by keys without PEFT's prefix.
+Content = tuple[dict[str, Any], dict[str, Tensor]]
 
 # `fan_in_fan_out` says that weights are stored as (in, out). PEFT corrects it by the type of each
 # module, so the type alone decides here.
@@ -46,9 +50,20 @@ def read_config(path: Path, content: dict[str, Any]) -> Config:
         CheckpointError: the file is damaged, is for another method than LoRA, or has a setting
             that paramlora does not support.
     """
-    _refuse_unsupported(path, content)
-    settings = check_settings(path, content, _CHECKS.keys())
+    if content.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"{path} has peft_type {content.get('peft_type')!r}; only 'LORA', 'OFT', 'HIRA' and "
+            "'MISS' can be loaded"
+        )
     init = content.get("init_lora_weights")
+    if not (init is None or isinstance(init, bool) or init in (*_PLAIN, *_FROM_BASE)):
+        raise CheckpointError(
+            f"{path} has init_lora_weights {init!r}, with which PEFT changes the base when it "
+            "loads; save it from PEFT as a plain LoRA, with "
+            "path_initial_model_for_weight_conversion="
+        )
+    refuse_settings(path, content, {*NO_EFFECT, *_NO_EFFECT_IN_LORA, *_CHECKS, "init_lora_weights"})
+    settings = check_settings(path, content, _CHECKS.keys())
     return Config(**settings, init=init if init in _FROM_BASE else "kaiming")
 
 
@@ -98,8 +113,8 @@ def config_content(targets: Targets, **settings: Any) -> dict[str, Any]:
     {'^fc': 2}
     """
     r, alpha = Counter(targets.values()).most_common(1)[0][0]
-    ranks = {_anchored(path): rank for path, (rank, _) in targets.items() if rank != r}
-    alphas = {_anchored(path): _short(a) for path, (_, a) in targets.items() if a != alpha}
+    ranks = {f"^{re.escape(path)}": rank for path, (rank, _) in targets.items() if rank != r}
+    alphas = {f"^{re.escape(path)}": _short(a) for path, (_, a) in targets.items() if a != alpha}
     content = {
         "peft_type": "LORA",
         "r": r,
@@ -121,22 +136,6 @@ def parse_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged: it must hold an object, found {content!s:.50}")
     return content
-
-
-def _refuse_unsupported(path: Path, content: dict[str, Any]) -> None:
-    if content.get("peft_type") != "LORA":
-        raise CheckpointError(
-            f"{path} has peft_type {content.get('peft_type')!r}; only 'LORA', 'OFT', 'HIRA' and "
-            "'MISS' can be loaded"
-        )
-    init = content.get("init_lora_weights")
-    if not (init is None or isinstance(init, bool) or init in (*_PLAIN, *_FROM_BASE)):
-        raise CheckpointError(
-            f"{path} has init_lora_weights {init!r}, with which PEFT changes the base when it "
-            "loads; save it from PEFT as a plain LoRA, with "
-            "path_initial_model_for_weight_conversion="
-        )
-    refuse_settings(path, content, {*NO_EFFECT, *_NO_EFFECT_IN_LORA, *_CHECKS, "init_lora_weights"})
 
 
 def _is_integer(value: Any) -> bool:
@@ -180,10 +179,6 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bias": ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
     "modules_to_save": ("a list of strings", _is_names),
 }
-
-
-def _anchored(path: str) -> str:
-    return "^" + re.escape(path)
 
 
 def _short(number: float) -> float:

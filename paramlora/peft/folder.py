@@ -21,7 +21,6 @@ from ..errors import CheckpointError
 from ..files.refresh import attach_or_refresh
 from ..files.safetensors_file import read_tensors
 from ..layers.install import check_whole
-from ..site.names import only_name
 from ..site.place import check_shapes
 from ..site.survey import Survey
 from ..stack.storage import check_real
@@ -106,9 +105,7 @@ def save_peft(
     model = inner(check_model(model))
     path = Path(path).resolve()
     check_destination(path)
-    survey = Survey(model)
-    name = only_name(survey.stacks, name)
-    here = survey.sites_of(name)
+    name, here = Survey(model).one(name)
     check_whole(here)
     config, tensors = folder_content(model, here, name)
     config |= _origin(model, base, task_type)

@@ -67,21 +67,13 @@ class Part(NamedTuple):
         return Place(self.site, self.owner_path, self.module.get_submodule(inner), name)
 
     @property
-    def A_key(self) -> str:
-        return self._key("A")
-
-    @property
-    def B_key(self) -> str:
-        return self._key("B")
-
-    @property
     def magnitude_key(self) -> str:
         return dotted(self.module_path, self.infix, "lora_magnitude_vector")
 
     @property
     def output_dim(self) -> int:
         """The dimension of the weight's outputs, along which PEFT's DoRA has magnitudes."""
-        return int(self._swapped)
+        return int(is_swapped(self.module))
 
     @property
     def groups(self) -> int:
@@ -89,10 +81,10 @@ class Part(NamedTuple):
 
     def shapes(self, weight: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of PEFT's A and B, by key. `rank`: R in Note [grouped convolutions]."""
-        out, inputs, *kernel = reversed(weight.shape) if self._swapped else weight.shape
+        out, inputs, *kernel = reversed(weight.shape) if self.output_dim else weight.shape
         return {
-            self.A_key: (rank, inputs * self.groups, *kernel),  # (R, in, k, …)
-            self.B_key: (out, rank // self.groups, *(1 for _ in kernel)),  # (out, R/g, 1, …)
+            self.key("A"): (rank, inputs * self.groups, *kernel),  # (R, in, k, …)
+            self.key("B"): (out, rank // self.groups, *(1 for _ in kernel)),  # (out, R/g, 1, …)
         }
 
     def magnitude_shape(self, weight: Tensor) -> tuple[int, ...]:
@@ -103,18 +95,17 @@ class Part(NamedTuple):
     def to_peft(self, weight: Tensor, A: Tensor, B: Tensor) -> dict[str, Tensor]:
         """Return PEFT's tensors, by key, for the update B A, A: (r, in), B: (out, r)."""
         rank = A.shape[0] * self.groups
-        if self._swapped:
+        if is_swapped(self.module):
             A, B = B.T, A.T
         elif self.groups > 1:
             A = _spread(A, self.groups, channels=weight.shape[1])
-        shapes = self.shapes(weight, rank)
-        factors = {self.A_key: A, self.B_key: B}
-        return {key: factor.reshape(shapes[key]) for key, factor in factors.items()}
+        pairs = zip((A, B), self.shapes(weight, rank).items(), strict=True)
+        return {key: factor.reshape(shape) for factor, (key, shape) in pairs}
 
     def from_peft(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return A: (r, in) and B: (out, r) of PEFT's update, or None if it mixes groups."""
         A, B = A.flatten(1), B.flatten(1)
-        if self._swapped:
+        if is_swapped(self.module):
             return B.T, A.T
         return (A, B) if self.groups == 1 else _gathered(A, B, self.groups)
 
@@ -133,11 +124,8 @@ class Part(NamedTuple):
             return "PEFT renormalises the factors of an Embedding that has max_norm"
         return None
 
-    @property
-    def _swapped(self) -> bool:
-        return is_swapped(self.module)
-
-    def _key(self, letter: str) -> str:
+    def key(self, letter: str) -> str:
+        """Return the key of PEFT's factor "A" or "B"."""
         embedding = isinstance(self.module, nn.Embedding)
         suffix = f"lora_embedding_{letter}" if embedding else f"lora_{letter}.weight"
         return dotted(self.module_path, self.infix, suffix)

@@ -14,7 +14,7 @@ beside these kinds. LoRA's folders are in the other files.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from ..site.find import Site
 from ..site.place import Place
 from ..stack.factors import Factors
 from .config import Config
-from .config_file import NO_EFFECT, check_settings, refuse_settings
+from .config_file import NO_EFFECT, Content, check_settings, refuse_settings
 from .layout import Part, cannot_store
 from .modules import PeftView
 from .read import check_untied, targets_of
@@ -49,20 +49,11 @@ _OWN = {
 }
 
 
-class _Names(NamedTuple):
-    """The names of a kind's factors: ours, and the ends of PEFT's keys.
-
-    "{}" stands for "embedding_" at an Embedding, and for nothing elsewhere.
-    """
-
-    ours: tuple[str, ...]
-    peft: tuple[str, ...]
-
-
+# Our factors, with the ends of PEFT's keys. "{}" is "embedding_" at an Embedding, else empty.
 _FACTORS = {
-    "OFT": _Names(("Q",), ("oft_{}R.weight",)),
-    "HIRA": _Names(("A", "B"), ("hira_{}A", "hira_{}B")),
-    "MISS": _Names(("D",), ("miss_block",)),
+    "OFT": {"Q": "oft_{}R.weight"},
+    "HIRA": {"A": "hira_{}A", "B": "hira_{}B"},
+    "MISS": {"D": "miss_block"},
 }
 
 
@@ -73,9 +64,7 @@ def other_kind(here: list[Site], name: str) -> str | None:
     return found[0] if found else None
 
 
-def other_content(
-    here: list[Site], name: str, seen: PeftView, peft_type: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def other_content(here: list[Site], name: str, seen: PeftView, peft_type: str) -> Content:
     """Return an adapter's settings and tensors, or raise a TargetError, as `folder_content`."""
     by_site = {part.site: part for parts in seen.parts.values() for part in parts}
     tensors: dict[str, Tensor] = {}
@@ -194,7 +183,7 @@ def _refusal(part: Part | None, peft_type: str) -> str | None:
 
 def _keys(part: Part, peft_type: str) -> list[str]:
     infix = "embedding_" if isinstance(part.module, nn.Embedding) else ""
-    return [f"{part.module_path}.{end.format(infix)}" for end in _FACTORS[peft_type].peft]
+    return [f"{part.module_path}.{end.format(infix)}" for end in _FACTORS[peft_type].values()]
 
 
 def _converted(part: Part, peft_type: str, factors: list[Tensor]) -> list[Tensor]:
@@ -206,7 +195,7 @@ def _converted(part: Part, peft_type: str, factors: list[Tensor]) -> list[Tensor
 
 def _renamed(part: Part, peft_type: str, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return PEFT's tensors, by key, for our factors."""
-    ours = [factors[name] for name in _FACTORS[peft_type].ours]
+    ours = [factors[name] for name in _FACTORS[peft_type]]
     return dict(zip(_keys(part, peft_type), _converted(part, peft_type, ours), strict=True))
 
 
@@ -215,7 +204,7 @@ def _to_peft(part: Part, peft_type: str, factors: Factors) -> dict[str, Tensor]:
     strength, spec = float(factors.strength), factors.spec
     if isinstance(spec, OFT) and spec.eps is not None and strength != 1:
         raise cannot_store(part.site, f"PEFT has no strength, {strength:g}, beside eps")
-    last = _FACTORS[peft_type].ours[-1]
+    *_, last = _FACTORS[peft_type]
     scaled = {**factors.tensors, last: factors.tensors[last] * strength}
     return _renamed(part, peft_type, scaled)
 
@@ -223,4 +212,4 @@ def _to_peft(part: Part, peft_type: str, factors: Factors) -> dict[str, Tensor]:
 def _from_peft(part: Part, peft_type: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return our factors for PEFT's tensors of a module."""
     found = [state[key] for key in _keys(part, peft_type)]
-    return dict(zip(_FACTORS[peft_type].ours, _converted(part, peft_type, found), strict=True))
+    return dict(zip(_FACTORS[peft_type], _converted(part, peft_type, found), strict=True))

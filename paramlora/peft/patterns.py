@@ -43,14 +43,13 @@ for line in sys.stdin:
 """
 
 
-class _TooLongError(Exception):
-    """The process was ended by its watchdog."""
-
-
 class _Matcher:
-    """A process that matches expressions; it is started for the first of them."""
+    """A process that matches the expressions of a file; it is started for the first of them."""
 
     process: subprocess.Popen[str] | None = None
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
 
     def ask(self, *question: str) -> _Groups | None:
         if self.process is None:
@@ -64,8 +63,11 @@ class _Matcher:
         stdin, stdout = self.process.stdin, self.process.stdout
         print(json.dumps(question), file=stdin, flush=True)
         answer = stdout.readline()  # type: ignore[union-attr]
-        if not answer:
-            raise _TooLongError
+        if not answer:  # the watchdog has ended the process
+            raise CheckpointError(
+                f"{self.file} has regular expressions that take more than {SECONDS:g} s to match "
+                "the modules of this model; list the names of the modules instead"
+            )
         return json.loads(answer)
 
     def close(self) -> None:
@@ -84,15 +86,10 @@ def cut_off(folder: Path) -> Iterator[None]:
     Args:
         folder: the PEFT folder that has the expressions, for the message.
     """
-    matcher = _Matcher()
+    matcher = _Matcher(folder / CONFIG)
     token = _MATCHER.set(matcher)
     try:
         yield
-    except _TooLongError:
-        raise CheckpointError(
-            f"{folder / CONFIG} has regular expressions that take more than {SECONDS:g} s to match "
-            "the modules of this model; list the names of the modules instead"
-        ) from None
     except re.error as error:
         raise CheckpointError(
             f"{folder} has a setting that is not a valid regular expression: {error}"

@@ -110,12 +110,12 @@ def _is_placeholder(part: Part, folder: Folder) -> bool:
     zeros for the other. Such factors can never train: with A = 0 and B = 0 both gradients are zero.
     """
     alone, state = len(folder.seen.parts[part.module_path]) == 1, folder.state
-    return not (alone or state[part.A_key].any() or state[part.B_key].any())
+    return not (alone or state[part.key("A")].any() or state[part.key("B")].any())
 
 
 def _plan_part(part: Part, folder: Folder) -> PlannedSite:
     place, state = folder.here[part.site], folder.state
-    factors = part.from_peft(state[part.A_key], state[part.B_key])
+    factors = part.from_peft(state[part.key("A")], state[part.key("B")])
     if factors is None:
         raise CheckpointError(
             f"{folder.path} has an update at {part.module_path!r} that mixes the groups of the "

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterable
 from math import sqrt
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ from ..kinds.lora import LoRA
 from ..kinds.spec import LowRank, Spec
 from ..site.find import Site, base_weight, is_conv1d
 from ..stack.factors import Blocks, Factors
-from .config_file import Targets, config_content
+from .config_file import Content, Targets, config_content
 from .layout import Part, cannot_store, norms
 from .modules import PeftView, view
 from .other_kinds import other_content, other_kind
@@ -35,9 +35,7 @@ class _Update(NamedTuple):
         return self.term.A.shape[0] * self.part.groups
 
 
-def folder_content(
-    model: nn.Module, here: list[Site], name: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def folder_content(model: nn.Module, here: list[Site], name: str) -> Content:
     """Return the settings of an adapter, and its tensors by keys without PEFT's prefix.
 
     Args:
@@ -79,7 +77,7 @@ def folder_content(
         **_factors(updates),
         **_placeholders(updates, adapted, targets),
         **{peft_key(path, wrapped): values[path] for path in biases},
-        **saved_tensors(model, seen, config, targets, values),
+        **saved_tensors(seen, config, targets, values),
     }
 
 
@@ -110,22 +108,16 @@ def _updates(here: list[Site], name: str, seen: PeftView) -> list[_Update]:
             f"adapter {name!r} has no low-rank update, and a PEFT folder needs at least one"
         )
     by_site = {part.site: part for parts in seen.parts.values() for part in parts}
-    return [_update(site, name, by_site.get(site.path)) for site in here]
-
-
-def _update(site: Site, name: str, part: Part | None) -> _Update:
-    if part is None:
-        raise cannot_store(
-            site.path,
-            "PEFT adapts the weights of Linear, Conv1d, Conv2d, Conv3d, Embedding and Conv1D "
-            "submodules, and the projections of a MultiheadAttention",
-        )
-    (factors,) = site.stack.parts(name)
-    term = _term(factors)
-    reason = _refusal(part, factors.spec, term)
-    if term is None or reason is not None:
-        raise cannot_store(site.path, reason or "")
-    return _Update(part, factors, base_weight(site.plist, site.stack), term)
+    updates = []
+    for site in here:
+        part = by_site.get(site.path)
+        (factors,) = site.stack.parts(name)
+        term = _term(factors)
+        reason = _refusal(part, factors.spec, term)
+        if part is None or term is None or reason is not None:
+            raise cannot_store(site.path, reason or "")
+        updates.append(_Update(part, factors, base_weight(site.plist, site.stack), term))
+    return updates
 
 
 def _term(factors: Factors) -> LowRank | None:
@@ -136,8 +128,14 @@ def _term(factors: Factors) -> LowRank | None:
     return factors.low_rank()
 
 
-def _refusal(part: Part, spec: Spec, term: LowRank | None) -> str | None:
+def _refusal(part: Part | None, spec: Spec, term: LowRank | None) -> str | None:
+    """Return why PEFT's LoRA cannot have an update, or None if it can."""
     kind = type(spec).__name__
+    if part is None:
+        return (
+            "PEFT adapts the weights of Linear, Conv1d, Conv2d, Conv3d, Embedding and Conv1D "
+            "submodules, and the projections of a MultiheadAttention"
+        )
     if kind in ("OFT", "HiRA", "MiSS"):
         return f"a folder with {kind} has that kind at all sites and no others"
     if term is None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..files.base import base_state_dict
 from .config import Config
@@ -22,7 +22,8 @@ def split(full: list[str]) -> tuple[list[str], list[str]]:
     (['fc.bias'], ['norm'])
     """
     owners = {path: path.rpartition(".")[0] for path in full}
-    modules = list(dict.fromkeys(owner for path, owner in owners.items() if not _is_bias(path)))
+    whole = [owner for path, owner in owners.items() if path.rpartition(".")[2] != "bias"]
+    modules = list(dict.fromkeys(whole))
     if "" in modules:
         path = next(path for path, owner in owners.items() if not owner)
         raise cannot_store(
@@ -46,7 +47,6 @@ def peft_key(path: str, wrapped: set[str]) -> str:
 
 
 def saved_tensors(
-    model: nn.Module,
     seen: PeftView,
     content: Mapping[str, Any],
     targets: Targets,
@@ -59,7 +59,6 @@ def saved_tensors(
     PEFT does, and they must not select a target.
 
     Args:
-        model: the model.
         seen: the model as PEFT sees it.
         content: the settings to be written.
         targets: the modules with low-rank updates.
@@ -71,7 +70,7 @@ def saved_tensors(
     if not saved:
         return {}
     _check_saved(saved, config, targets)
-    base, inside = base_state_dict(model), tuple(f"{name}." for name in saved)
+    base, inside = base_state_dict(seen.modules[""]), tuple(f"{name}." for name in saved)
     tensors = {key: values.get(key, base[key]) for key in base if key.startswith(inside)}
     for key in tensors:
         if key in seen.tied:
@@ -93,7 +92,3 @@ def _check_saved(saved: list[str], config: Config, targets: Targets) -> None:
         raise cannot_store(
             nested[0], "PEFT would save it twice, by itself and in a module around it"
         )
-
-
-def _is_bias(path: str) -> bool:
-    return path.rpartition(".")[2] == "bias"

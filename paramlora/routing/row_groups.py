@@ -71,13 +71,13 @@ def _dimensions(module: nn.Module, given: dict[str, Any], path: str) -> tuple[An
     For an LSTM without `batch_first`, for example: {"input": 1, "hx": 1} and (1, (1, 1)), since it
     returns its output (time, batch, m) and the pair of states (layers, batch, m).
     """
+    dim = 0 if getattr(module, "batch_first", False) else 1
     if isinstance(module, nn.MultiheadAttention):
-        if given["query"].dim() == 3 and (given.get("attn_mask") is None or _is_shared(given)):
-            dim = 0 if module.batch_first else 1
+        mask = given.get("attn_mask")
+        if given["query"].dim() == 3 and (mask is None or mask.dim() == 2):  # all rows share it
             return {"query": dim, "key": dim, "value": dim, "key_padding_mask": 0}, (dim, 0)
     elif isinstance(module, nn.RNNBase):
         if isinstance(given["input"], Tensor) and given["input"].dim() == 3:
-            dim = 0 if module.batch_first else 1
             return {"input": dim, "hx": 1}, (dim, (1, 1) if isinstance(module, nn.LSTM) else 1)
     elif isinstance(module, nn.EmbeddingBag):
         if given["input"].dim() == 2:
@@ -89,7 +89,3 @@ def _dimensions(module: nn.Module, given: dict[str, Any], path: str) -> tuple[An
         if spatial is None or given["input"].dim() == len(spatial) + 2:
             return {"x" if "x" in given else "input": 0}, 0
     raise ValueError(refusal(path))
-
-
-def _is_shared(given: dict[str, Any]) -> bool:
-    return given["attn_mask"].dim() == 2

@@ -40,7 +40,7 @@ def split(
                 # Self-attention tests whether query, key and value are one object.
                 key = id(value), dim
                 if key not in done:
-                    done[key] = _mapped(value, _select(dim, rows))
+                    done[key] = _selected(value, dim, rows)
                 taken[name] = done[key]
         found.append(call(index, taken))
     return _joined(found, outputs, route)
@@ -54,14 +54,11 @@ def refusal(path: str) -> str:
     )
 
 
-def _select(dim: int, rows: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor.index_select(dim, rows.to(tensor.device))
-
-
-def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def _selected(value: Any, dim: int, rows: Tensor) -> Any:
+    """Return these rows of a tensor, or of each tensor in a tuple."""
     if isinstance(value, tuple):
-        return tuple(_mapped(part, function) for part in value)
-    return function(value)
+        return tuple(_selected(part, dim, rows) for part in value)
+    return value.index_select(dim, rows.to(value.device))
 
 
 def _tensors_in(value: Any) -> list[Tensor]:

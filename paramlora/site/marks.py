@@ -38,10 +38,6 @@ def merged_twice(state: Mapping[str, Any], prefix: str, stack: Stack) -> list[st
         prefix: the beginning of the keys of the tensor's list of parametrizations.
         stack: the stack in that list.
     """
-    found = []
-    for key in state:
-        if key.startswith(prefix):
-            _, _, name = key[len(prefix) :].partition(f".{_MARK}")
-            if name and "." not in name and name not in stack.merged:
-                found.append(name)
-    return found
+    rests = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+    names = [rest.partition(f".{_MARK}")[2] for rest in rests]
+    return [name for name in names if name and "." not in name and name not in stack.merged]

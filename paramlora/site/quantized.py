@@ -80,10 +80,8 @@ def packed_tensor(module: nn.Module) -> Tensor | None:
         return weight if _is_packed(weight, cls) else None
     if cls.__module__.startswith("torch.") or callable(getattr(cls, "weight", None)):
         return None
-    for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
-        if tensor is not None and tensor.dim() > 1 and _is_integer(tensor):
-            return tensor
-    return None
+    stored = [t for t in (*own["_parameters"].values(), *own["_buffers"].values()) if t is not None]
+    return next((t for t in stored if t.dim() > 1 and _is_integer(t)), None)
 
 
 def is_wrapper(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from ..stack.factors import Factors
 from ..stack.stack import Stack
 from ..wrappers import named_modules
 from .find import Site, parametrization_lists, sites_in, walk
-from .names import check_names, ordered_names
+from .names import check_names, only_name, ordered_names
 from .place import Place, places_in
 
 # What is done to the modules of a model before it is surveyed; each returns whether it changed any.
@@ -151,6 +151,16 @@ class Survey:
         """
         check_names(self.stacks, [name])
         return [site for site in self.first_sites if name in site.stack.named]
+
+    def one(self, name: str | None) -> tuple[str, list[Site]]:
+        """Return the name of an adapter, and its sites; for None those of the only adapter.
+
+        Raises:
+            AdapterNameError: there is no adapter of that name; or it is None, and there are several
+                adapters or none.
+        """
+        found = only_name(self.stacks, name)
+        return found, self.sites_of(found)
 
 
 def _each_once(parameters: Iterable[nn.Parameter | None]) -> list[nn.Parameter]:

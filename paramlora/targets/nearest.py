@@ -76,13 +76,8 @@ def _no_regex(target: str, places: list[Place]) -> str:
     except re.error:
         return hint
     count = sum(p.tensor == "weight" and bool(pattern.fullmatch(p.module_path)) for p in places)
-    return (
-        f"{hint}, lambda path, module: re.fullmatch({target!r}, path) ({_count(count, 'module')})"
-    )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    modules = "1 module" if count == 1 else f"{count} modules"
+    return f"{hint}, lambda path, module: re.fullmatch({target!r}, path) ({modules})"
 
 
 def _close(target: str, matcher: Matcher) -> str:
@@ -97,9 +92,8 @@ def _close(target: str, matcher: Matcher) -> str:
     near = difflib.get_close_matches
     close = dict.fromkeys(near(core, first, cutoff=0) + near(core, ends, cutoff=0.5))
     if close:
-        return (
-            f"; did you mean {', '.join(_pattern(end, modules, paths) for end in list(close)[:3])}?"
-        )
+        shown = ", ".join(_pattern(end, modules, paths) for end in list(close)[:3])
+        return f"; did you mean {shown}?"
     known = dict.fromkeys(p.module_path for p in matcher.places if p.module_path) | paths
     return f"; there are {some(known) or 'no parameters'}"
 

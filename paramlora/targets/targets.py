@@ -18,6 +18,8 @@ from ..site.survey import Survey
 from .matching import ALL_LINEAR, Matcher, Target, Targets, is_glob
 from .nearest import nothing_matches
 
+Specs = Spec | Mapping[Target, Spec]
+
 
 def _computed(survey: Survey) -> list[Place]:
     """Return the tensors that a hook computes from parameters of a similar name."""
@@ -37,12 +39,7 @@ class Resolved(NamedTuple):
     left_out: dict[str, tuple[Place, str]]
 
 
-def resolve(
-    survey: Survey,
-    spec: Spec | Mapping[Target, Spec],
-    targets: Targets | None,
-    exclude: Targets,
-) -> Resolved:
+def resolve(survey: Survey, spec: Specs, targets: Targets | None, exclude: Targets) -> Resolved:
     """Return the tensors that the targets match, each with its spec, checked, in model order.
 
     In a mapping, the first target that matches a tensor, or a block of it, decides its spec.
@@ -158,18 +155,14 @@ def _is_excluded(place: Place, excluded: Mapping[str, Place]) -> bool:
     return place.path in excluded
 
 
-def _pairs(
-    spec: Spec | Mapping[Target, Spec], targets: Targets | None
-) -> list[tuple[Target, Spec]]:
+def _pairs(spec: Specs, targets: Targets | None) -> list[tuple[Target, Spec]]:
+    if isinstance(spec, Mapping) and targets is not None:
+        raise TypeError("with a mapping from target to spec, leave targets out")
+    if isinstance(targets, Spec):
+        raise TypeError(f"the spec comes before the targets: attach(model, {targets!r}, {spec!r})")
     if isinstance(spec, Mapping):
-        if targets is not None:
-            raise TypeError("with a mapping from target to spec, leave targets out")
         pairs = list(spec.items())
     else:
-        if isinstance(targets, Spec):
-            raise TypeError(
-                f"the spec comes before the targets: attach(model, {targets!r}, {spec!r})"
-            )
         pairs = [(target, spec) for target in _listed(ALL_LINEAR if targets is None else targets)]
     for _, one in pairs:
         if not isinstance(one, Spec):

@@ -164,10 +164,7 @@ def detach(model: nn.Module, *names: str) -> None:
     check_unmerged(survey.stacks, names, "detach")
     check_ties(survey.sites)
     check_whole(survey.sites)
-    if names:
-        remove(survey, set(names))
-    else:
-        remove_all(survey)
+    remove(survey, set(names)) if names else remove_all(survey)
 
 
 def freeze(model: nn.Module, *names: str) -> None:

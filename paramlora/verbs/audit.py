@@ -20,6 +20,8 @@ from ..site.survey import Survey
 from .audit_checks import Finding, Step, check_adapters, check_base, check_optimizer
 from .table import as_text
 
+Loss = Callable[[Any], Tensor] | None
+
 
 @dataclass(frozen=True, repr=False)
 class AuditReport:
@@ -35,9 +37,6 @@ class AuditReport:
 
     findings: tuple[Finding, ...]
     training: bool
-
-    def __bool__(self) -> bool:
-        return bool(self.findings)
 
     def __len__(self) -> int:
         return len(self.findings)
@@ -67,7 +66,7 @@ class AuditReport:
 def audit(
     model: nn.Module,
     batch: Any,
-    loss: Callable[[Any], Tensor] | None = None,
+    loss: Loss = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> AuditReport:
@@ -131,10 +130,7 @@ def audit(
 
 
 def _gradients(
-    model: nn.Module,
-    batch: Any,
-    loss: Callable[[Any], Tensor] | None,
-    wanted: list[nn.Parameter],
+    model: nn.Module, batch: Any, loss: Loss, wanted: list[nn.Parameter]
 ) -> dict[int, Tensor]:
     """Return the gradients of one step by the id of the parameter."""
     with torch.inference_mode(False), torch.enable_grad():
@@ -164,17 +160,17 @@ def _projection(output: Any) -> Tensor:
     own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(own, Tensor):
         return own
-    generator, total = torch.Generator().manual_seed(0), None
+    generator, parts = torch.Generator().manual_seed(0), []
     for tensor in _floats(output):
         weights = torch.randn(tensor.shape, generator=generator).to(tensor.device)
-        part = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * weights).sum()
-        total = part if total is None else total + part
-    if total is None:
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        parts.append((wide * weights).sum())
+    if not parts:
         raise TypeError(
             f"the model's output, a {type(output).__name__}, has no floating tensor; pass loss=, a "
             "function from the output to a scalar"
         )
-    return total
+    return sum(parts[1:], parts[0])
 
 
 def _floats(output: Any) -> Iterator[Tensor]:

@@ -81,9 +81,8 @@ def _new(place: Place, spec: Spec, name: str, tied: tuple[str, ...]) -> SiteSumm
 def _order(survey: Survey) -> dict[str, int]:
     """Return each tensor's position in a summary: within a module, parametrized ones first."""
     index = {id(module): i for i, (_, module) in enumerate(survey.modules)}
-    tensors = [
-        (index[id(p.module)], p.tensor not in parametrization_lists(p.module), p)
-        for p in survey.places
-    ]
-    tensors.sort(key=lambda entry: entry[:2])
-    return {place.path: i for i, (*_, place) in enumerate(tensors)}
+
+    def position(place: Place) -> tuple[int, bool]:
+        return index[id(place.module)], place.tensor not in parametrization_lists(place.module)
+
+    return {place.path: i for i, place in enumerate(sorted(survey.places, key=position))}
