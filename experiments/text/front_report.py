@@ -81,7 +81,7 @@ def _differences(ours: list[Row], theirs: list[Row], key: str) -> list[float]:
             complete = all(rate in own for rate in needed)
             by_rising_rate = [own[rate] for rate in sorted(own)] if complete else []
             points.append([(row["accuracy"], row[key]) for row in by_rising_rate])
-        one = difference(*points) if all(points) else None
+        one = difference(points[0], points[1]) if all(points) else None
         found += [] if one is None else [one]
     return found
 

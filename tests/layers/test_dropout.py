@@ -247,8 +247,8 @@ def holders() -> nn.Module:
 
 
 NEEDS = (
-    "dropout needs a layer that computes the update from its input, which are Linear, Embedding "
-    "and transformers' Conv1D, and not {}; use dropout=0 here"
+    "dropout needs a layer that computes the update from its input, which are Linear, "
+    "transformers' Conv1D and quantized layers, and not {}; use dropout=0 here"
 )
 REFUSED = {
     "conv.weight": NEEDS.format("Conv1d"),

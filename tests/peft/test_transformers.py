@@ -191,8 +191,9 @@ def test_load_adapter_and_save_pretrained(tmp_path: Path, monkeypatch: pytest.Mo
 def test_auto_peft_model_finds_base_and_task(kind: str, task: str, tmp_path: Path) -> None:
     """PEFT's AutoPeftModel loads the saved folder alone, with the logits of the adapted model."""
     torch.manual_seed(0)
-    MODELS[kind][0]().save_pretrained(tmp_path / "base")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    base: Any = MODELS[kind][0]()
+    base.save_pretrained(tmp_path / "base")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
     pl.attach(model, LoRA(2))
     shake(model)
     pl.save_peft(model, tmp_path / "adapter")
