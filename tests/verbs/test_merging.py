@@ -154,6 +154,19 @@ def test_merging_by_blocks_of_rows(
     assert snapshot(layer) == before
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merging_several_adapters_at_once(dtype: torch.dtype) -> None:
+    """Several adapters fold in with the bits of the weight that is read; W and factors stay."""
+    layer = nn.Linear(24, 16, dtype=dtype)
+    for i, spec in enumerate([LoRA(rank=2), LoRA(rank=3), pl.Delta(), LoRA(rank=2)]):
+        pl.attach(layer, spec, ["weight"], name=f"a{i}", activate="also")
+    shake(layer)
+    before, read = snapshot(layer), layer.weight.detach().clone()
+    with pl.merged(layer):
+        assert_bits(layer.weight.detach(), read)
+    assert snapshot(layer) == before
+
+
 def test_write_to_a_merged_weight() -> None:
     """Unmerging raises if it would lose a write to the merged weight; baking keeps the write."""
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
