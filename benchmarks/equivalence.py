@@ -108,8 +108,8 @@ def trainer(
     model, factors = contestant.build(copy.deepcopy(base), rank, ALPHA)
     set_factors(factors, start(layers, rank))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # No weight decay, which would differ for DoRA: PEFT trains the magnitudes, paramlora what is
-    # added to them.
+    # No weight decay. For DoRA it would differ: PEFT trains the magnitudes, and paramlora trains
+    # their changes.
     optimizer = torch.optim.Adam(trained, lr=3e-3)
 
     def step() -> None:

@@ -82,10 +82,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     text = "; ".join(BASES) + " (default: those whose package is installed)"
     what("--bases", nargs="+", choices=BASES, metavar="BASE", help=text)
     what("--checkpointed", action="store_true", help="checkpoint the activations of each block")
-    sizes = parser.add_argument_group("sizes").add_argument
-    sizes("--batch", type=int, default=4, help="sequences in a batch")
-    sizes("--length", type=int, default=1024, help="tokens per sequence")
-    sizes("--rank", type=int, default=16, help="rank r of the adapters")
+    shared.add_sizes(parser.add_argument_group("sizes").add_argument, 4, "sequences in a batch")
     how = parser.add_argument_group("how to measure").add_argument
     shared.add_device(how)
     shared.add_rounds(how, 5, f"interleaved rounds of {REPEATS} steps")

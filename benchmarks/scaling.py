@@ -41,10 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what("--model", choices=SHAPES, default="deep", help=SHAPES_HELP)
     gpus = max(1, torch.cuda.device_count())
     what("--processes", type=int, default=gpus, help="processes, one per GPU")
-    sizes = parser.add_argument_group("sizes").add_argument
-    sizes("--batch", type=int, default=8, help="sequences per process")
-    sizes("--length", type=int, default=1024, help="tokens per sequence")
-    sizes("--rank", type=int, default=16, help="rank r of the adapters")
+    shared.add_sizes(parser.add_argument_group("sizes").add_argument, 8, "sequences per process")
     how = parser.add_argument_group("how to measure").add_argument
     how("--steps", type=int, default=20, help=f"timed steps, after {WARM_UP} to warm up")
     shared.add_rounds(how, 2, "runs with one process and with all of them, in turn")

@@ -28,6 +28,13 @@ def add_device(add: Add) -> None:
     add("--device", default=default, help="cpu or cuda")
 
 
+def add_sizes(add: Add, batch: int, of: str) -> None:
+    """Add `--batch`, `--length` and `--rank`; `of` says what a batch has."""
+    add("--batch", type=int, default=batch, help=of)
+    add("--length", type=int, default=1024, help="tokens per sequence")
+    add("--rank", type=int, default=16, help="rank r of the adapters")
+
+
 def add_only(add: Add, default: list[str] | None = None) -> None:
     """Add `--only`; `default` lists the contestants to measure without it, None for all."""
     names = [contestant.name for contestant in CONTESTANTS]

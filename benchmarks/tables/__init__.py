@@ -10,7 +10,7 @@ The command replaces the table below each such comment. A name is either that of
 cells are then the table. docs/data/means/NAME.csv is the same for a table whose raw rows were not
 kept, so that only the figures shown have survived. To add a table, write the comment, add the
 function or the file, and run the command. `tests/docs/test_tables.py` fails if a document differs
-from what the command writes.
+from the command's output.
 
 `--keep NAME=RUN` copies the run in the folder RUN to docs/data/NAME. It compresses the rows, and
 leaves out the paths of this machine.

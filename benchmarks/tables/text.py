@@ -24,7 +24,7 @@ def imdb_summary() -> Table:
 
 @table("text-front")
 def front_rates() -> Table:
-    """Return each arm and rate: the accuracy, and what is kept of the messages."""
+    """Return the accuracy and the retention of the messages, by arm and rate."""
     return front_table(kept_run("text-front"))
 
 

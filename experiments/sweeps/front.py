@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import mean
 
-from ..analysis.front import difference
+from ..analysis.front import difference, rising
 from ..digits.data import small_note
 from ..digits.settings import DigitSettings
 from ..harness.rundir import Row, RunDirectory, replace_file
@@ -116,8 +116,7 @@ class Front:
     def means(self, method: str) -> list[tuple[Sample, Sample]]:
         """Return what a method learned and kept, up to the rate with the highest mean learning."""
         points = [self.at(method, rate) for rate in self.rates(method)]
-        best = max(range(len(points)), key=lambda index: points[index][0].mean)
-        return points[: best + 1]
+        return points[: len(rising([(learned.mean, kept.mean) for learned, kept in points]))]
 
     def front_table(self) -> Table:
         """Return what each method learns and keeps at each rate, mean ± sd over bases."""

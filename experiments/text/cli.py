@@ -7,7 +7,8 @@ from typing import Any
 
 from ..harness.grid import parse_grid
 from ..harness.options import Commands, add_command, add_options, presets_help
-from .settings import TextSettings
+from ..harness.settings import listed
+from .settings import FrontGrid, TextSettings
 
 
 def add_commands(commands: Commands) -> None:
@@ -49,15 +50,9 @@ def add_commands(commands: Commands) -> None:
         ),
     )
     add_options(front, TextSettings)
-    for flag, default in (
-        ("--ranks", "1,8,64"),
-        ("--rates", "1e-4,3e-4,1e-3,2e-3,4e-3"),
-        ("--head-rates", "1e-4,3e-4,1e-3,2e-3"),
-        ("--full-rates", "1e-5,3e-5,1e-4,2e-4,4e-4"),
-        ("--joint-rates", "1e-3,2e-3"),
-        ("--joint-full-rates", "1e-4,2e-4"),
-    ):
-        what = "ranks of LoRA" if flag == "--ranks" else "learning rates"
+    for name, values in vars(FrontGrid()).items():
+        what = "ranks of LoRA" if name == "ranks" else "learning rates"
+        flag, default = "--" + name.replace("_", "-"), listed(values)
         front.add_argument(flag, default=default, metavar="V,V", help=f"{what} [{default}]")
     front.add_argument("--jobs", type=int, default=1, metavar="N", help="parallel trainings [1]")
     front.add_argument(
@@ -93,7 +88,7 @@ def run_text_study(vary: list[str], jobs: int, **given: object) -> int:
 
 def run_text_front(jobs: int, minutes: float, **given: object) -> int:
     """Train the arms of the front at their learning rates, and print the tables."""
-    from .front import FrontGrid, run_front
+    from .front import run_front
 
     grid: dict[str, Any] = {
         name: tuple(type(default[0])(v) for v in str(given.pop(name)).split(",") if v)

@@ -236,3 +236,15 @@ class TextSettings(Settings):
     def chosen_methods(self) -> list[str]:
         """The methods to run, in the order given."""
         return [name for name in self.methods.split(",") if name]
+
+
+@dataclass(frozen=True)
+class FrontGrid:
+    """The learning rates of the arms, in ascending order, and the ranks of LoRA."""
+
+    ranks: tuple[int, ...] = (1, 8, 64)
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
+    head_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 2e-3)
+    full_rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 2e-4, 4e-4)
+    joint_rates: tuple[float, ...] = (1e-3, 2e-3)
+    joint_full_rates: tuple[float, ...] = (1e-4, 2e-4)

@@ -35,7 +35,7 @@ def applies(x: Tensor, W: Tensor, b: Tensor | None, dtype: torch.dtype, rank: in
         and rank <= 128
         and not W.requires_grad
         and (b is None or not b.requires_grad)
-        and x.numel() // W.shape[1] * max(W.shape) >= plans.WORTH_A_KERNEL
+        and plans.worth_a_kernel(x.numel() // W.shape[1], *W.shape)
         and _is_exporting is not None
         and not _is_exporting()
     )

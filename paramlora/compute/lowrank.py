@@ -24,6 +24,7 @@ There are four implementations. `linear` chooses one by the rule in `plan.choose
 Under torch.autocast the paths are the same. They receive tensors that were cast beforehand.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,9 +61,7 @@ def linear(
     """
     if not terms:
         return F.linear(x, W, b)
-    A, B, s = terms[0] if len(terms) == 1 else _concatenate(terms)
-    if isinstance(s, Tensor):
-        B, s = B * s, 1.0  # s may require a gradient, which autograd takes from this product
+    A, B, s = _one(terms)
     if compiling is None:
         compiling = torch.compiler.is_compiling()
     if compiling:
@@ -96,9 +95,7 @@ def linear(
 
 def add_update(y: Tensor, x: Tensor, *terms: LowRank) -> Tensor:
     """Return y + Σ s · (x Aᵀ) Bᵀ over the terms with plain operations; x: (…, k), y: (…, m)."""
-    A, B, s = terms[0] if len(terms) == 1 else _concatenate(list(terms))
-    if isinstance(s, Tensor):
-        B, s = B * s, 1.0
+    A, B, s = _one(terms)
     if A.dtype is not x.dtype:
         A, B = A.to(x.dtype), B.to(x.dtype)
     if torch.compiler.is_compiling() or y.dtype is not x.dtype or any_autocast_enabled():
@@ -200,7 +197,15 @@ def _differentiable_grads(
     return tuple(next(grads) if needed else None for needed in needs)
 
 
-def _concatenate(terms: list[LowRank]) -> LowRank:
+def _one(terms: Sequence[LowRank]) -> tuple[Tensor, Tensor, float]:
+    """Return A, B and s of the sum of the terms; s is a number."""
+    A, B, s = terms[0] if len(terms) == 1 else _concatenate(terms)
+    if isinstance(s, Tensor):
+        return A, B * s, 1.0  # s may require a gradient, which autograd takes from this product
+    return A, B, s
+
+
+def _concatenate(terms: Sequence[LowRank]) -> LowRank:
     """Return the sum of several updates as one update, whose rank is the sum of their ranks.
 
         s₁ B₁ A₁ + s₂ B₂ A₂ = [s₁ B₁, s₂ B₂] [A₁; A₂]

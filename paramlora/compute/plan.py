@@ -41,6 +41,11 @@ WORTH_A_KERNEL = 2**25
 WORTH_PYTHON = 2**36
 
 
+def worth_a_kernel(n: int, k: int, m: int) -> bool:
+    """Return whether a product (n, k) (k, m) has matrices that a Triton kernel should process."""
+    return n * max(k, m) >= WORTH_A_KERNEL
+
+
 def choose(
     n: int, k: int, m: int, dtype: torch.dtype, device: str, grad: bool, native: bool = False
 ) -> Plan:
@@ -77,8 +82,8 @@ def choose(
         native: whether the native extension is built.
     """
     half = dtype.itemsize <= 2
-    large = n * max(k, m) >= WORTH_A_KERNEL and n * k * m >= WORTH_PYTHON
-    if native and not (half and device != "cpu" and large):
+    gpu_half = half and device != "cpu"
+    if native and not (gpu_half and worth_a_kernel(n, k, m) and n * k * m >= WORTH_PYTHON):
         built = True
     elif n * (k + m) < PLAIN_BELOW[device, grad]:
         small = device != "cpu" and k * m <= 2**20 and not half and not grad

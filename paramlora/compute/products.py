@@ -146,7 +146,7 @@ def fused_applies(X: Tensor, W: Tensor, rank: int) -> bool:
     """Return whether one kernel can and should compute X Wᵀ or X W together with its update."""
     if not _suits_triton(X, rank):
         return False
-    if X.numel() // X.shape[-1] * max(W.shape) < plans.WORTH_A_KERNEL:
+    if not plans.worth_a_kernel(X.numel() // X.shape[-1], *W.shape):
         return False
     from .fused_product import applies
 

@@ -30,6 +30,14 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def world(folder: Path, train: int, test: int, other: int) -> Path:
+    """Write a checkpoint and three files with so many texts; return the folder."""
+    checkpoint(folder / "bert")
+    for seed, (name, count) in enumerate({"train": train, "test": test, "other": other}.items()):
+        write_jsonl(folder / f"{name}.jsonl", texts(count, seed))
+    return folder
+
+
 def checkpoint(folder: Path, kind: str = "bert") -> Path:
     """Write a tiny random model (bert, distilbert or gpt2) and a tokenizer; return the folder."""
     import transformers

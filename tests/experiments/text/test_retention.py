@@ -17,13 +17,13 @@ from experiments.harness.settings import StudyError, replace
 from experiments.text import front
 from experiments.text.context import TextContext, prepare_context
 from experiments.text.data import load_corpus
-from experiments.text.front import FrontGrid, cells
+from experiments.text.front import cells
 from experiments.text.front_report import KEPT, difference_table, front_table
 from experiments.text.models import head_of, load_classifier, mean_pooled
 from experiments.text.retention import Probe, fit_probe, kept, retention_of
-from experiments.text.settings import TextSettings
+from experiments.text.settings import FrontGrid, TextSettings
 from experiments.text.training import cross_entropy, objective_of
-from tests.support.tiny_text import checkpoint, texts, write_jsonl
+from tests.support import tiny_text
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -31,12 +31,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny checkpoint and two data sets."""
-    folder = tmp_path_factory.mktemp("world")
-    checkpoint(folder / "bert")
-    write_jsonl(folder / "train.jsonl", texts(60, 0))
-    write_jsonl(folder / "test.jsonl", texts(20, 1))
-    write_jsonl(folder / "other.jsonl", texts(80, 2))
-    return folder
+    return tiny_text.world(tmp_path_factory.mktemp("world"), train=60, test=20, other=80)
 
 
 def context_in(world: Path, **changes: Any) -> TextContext:

@@ -26,6 +26,7 @@ from experiments.text.forgetting import Similarity, similarity
 from experiments.text.models import ADAPTER, load_classifier, load_tokenizer, prepare
 from experiments.text.settings import METHODS, TextSettings
 from experiments.text.training import TextBatches, cross_entropy, fine_tune, linear
+from tests.support import tiny_text
 from tests.support.processes import forked
 from tests.support.tiny_text import checkpoint, texts, write_jsonl
 
@@ -35,12 +36,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny checkpoint, and texts that it can learn to tell apart."""
-    folder = tmp_path_factory.mktemp("world")
-    checkpoint(folder / "bert")
-    write_jsonl(folder / "train.jsonl", texts(100, 0))
-    write_jsonl(folder / "test.jsonl", texts(40, 1))
-    write_jsonl(folder / "other.jsonl", texts(120, 2))
-    return folder
+    return tiny_text.world(tmp_path_factory.mktemp("world"), train=100, test=40, other=120)
 
 
 def settings_in(world: Path, **changes: Any) -> TextSettings:
