@@ -214,6 +214,15 @@ class TestPaths:
             found, expected = (torch.autograd.grad(out, [x, A, B], dy) for out in (y, dense))
             assert_close(found, expected)
 
+    def test_tensor_scale(self, implementation: str) -> None:
+        """A single update with a scale that is a tensor: values, and the gradient of the scale."""
+        x, W, b, A, B = leaves(60, 7, 5, torch.float64)
+        s = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        outputs = lowrank.linear(x, W, b, [LowRank(A, B, s)]), F.linear(x, W + s * B @ A, b)
+        found, expected = (torch.autograd.grad(y.square().sum(), [x, A, B, s]) for y in outputs)
+        assert_close(outputs[0], outputs[1])
+        assert_close(found, expected)
+
     def test_several_updates(self, implementation: str) -> None:
         """Updates of different ranks and scales, one a tensor, add up."""
         x, W, b, A, B = leaves(60, 7, 5, torch.float64)

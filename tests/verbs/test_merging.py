@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import paramlora as pl
@@ -165,6 +165,30 @@ def test_merging_several_adapters_at_once(dtype: torch.dtype) -> None:
     with pl.merged(layer):
         assert_bits(layer.weight.detach(), read)
     assert snapshot(layer) == before
+
+
+class Unchanged(pl.kinds.Spec):
+    """A kind that returns the tensor it is given."""
+
+    def create(self, weight: Tensor, generator: Any = None) -> dict[str, Tensor]:
+        return {"t": torch.zeros(1)}
+
+    def apply(self, weight: Tensor, factors: Any, strength: Any = 1.0) -> Tensor:
+        return weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merging_after_a_kind_that_returns_its_input(dtype: torch.dtype) -> None:
+    """The stored weight keeps its bits if the adapter before a LoRA returns the weight itself."""
+    layer = nn.Linear(24, 16, dtype=dtype)
+    pl.attach(layer, Unchanged(), ["weight"], name="same")
+    pl.attach(layer, LoRA(rank=2), ["weight"], name="lora", activate="also")
+    shake(layer)
+    before, read = snapshot(layer), layer.weight.detach().clone()
+    with pl.merged(layer):
+        assert_bits(layer.weight.detach(), read)
+    assert snapshot(layer) == before
+    assert_bits(layer.weight.detach(), read)
 
 
 def test_write_to_a_merged_weight() -> None:
