@@ -15,6 +15,12 @@ from ..harness.settings import (
 )
 
 METHODS = ("sft-1", "sft-2", "oracle", "grpo")
+USUAL = ("full", "lora-1", "lora-8", "lora-64")
+CONTROLS = (
+    *USUAL,
+    *("weights", "lora-8-biases"),
+    *(f"{kind}-layer{number}" for kind in ("full", "lora-8") for number in (1, 2, 3)),
+)
 ARM = re.compile(
     r"(?P<kind>full|weights|lora-(?P<rank>[1-9]\d*))(?P<biases>-biases)?(-layer(?P<layer>[1-9]))?"
 )
@@ -99,7 +105,7 @@ class FinetuningSettings(SettingsGroup):
     """Fine-tuning, on parity."""
 
     methods: str = option(",".join(METHODS), f"list of {', '.join(METHODS)}", KNOWN_METHODS)
-    arms: str = option("full,lora-1,lora-8,lora-64", f"list of {ARM_NAMES}", ARMS)
+    arms: str = option(",".join(USUAL), f"list of {ARM_NAMES}", ARMS)
     rates: str = option(
         "3e-6,1e-5,3e-5,1e-4,3e-4,1e-3", "learning rates if weights are trained, Adam", RATES
     )
@@ -149,6 +155,8 @@ class RazorSettings(Settings):
     STUDY: ClassVar[str] = "razor"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "parity": {},
+        # With what could explain a difference: biases, one layer alone.
+        "controls": {"arms": ",".join(CONTROLS)},
         # For a check in seconds, without any data set.
         "small": {
             "data": "synthetic",
@@ -163,7 +171,7 @@ class RazorSettings(Settings):
         },
     }
 
-    preset: str = option("parity", "the settings to start from", choices=("parity", "small"))
+    preset: str = option("parity", "the settings to start from", choices=tuple(PRESETS))
     seed: int = option(0, "seed of the first base, of its images and of its fine-tunings")
     seeds: int = option(5, "number of bases; their seeds count on from --seed", COUNT)
     network: NetworkSettings = NetworkSettings()

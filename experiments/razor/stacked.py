@@ -83,10 +83,10 @@ class Stack:
         alpha: float,
         seeds: Sequence[int],
     ) -> None:
-        device = next(iter(bases[0].values())).device
+        device, dtype = bases[0]["layer1.bias"].device, bases[0]["layer1.bias"].dtype
         starts: list[dict[str, Tensor]] = []
         for base, seed in zip(bases, seeds, strict=True):
-            self.model = network(hidden).to(device)
+            self.model = network(hidden).to(device, dtype)
             self.model.load_state_dict(base)
             generator = torch.Generator().manual_seed(seed)
             self.names = prepared(arm, self.model, alpha, generator)
@@ -98,10 +98,10 @@ class Stack:
         }
         self.trained = {}
         for name in self.names:
-            start = torch.stack([start[name] for start in starts])  # (bases, *shape)
-            shape = (len(rates), len(bases), methods, *start.shape[1:])
-            wide = start.unsqueeze(1).unsqueeze(0).expand(shape).clone()
-            self.trained[name] = wide.requires_grad_()
+            values = torch.stack([start[name] for start in starts])  # (bases, *shape)
+            shape = (len(rates), len(bases), methods, *values.shape[1:])
+            wide = values.unsqueeze(1).unsqueeze(0).expand(shape).contiguous()
+            self.trained[name] = wide.clone().requires_grad_()
         self.bases = {name: torch.stack([base[name] for base in bases]) for name in bases[0]}
         self.sizes = _Weights(self.model)
         # One group of Adam for each rate. Its parameters are views of the stacked ones.
@@ -126,6 +126,9 @@ class Stack:
     def step(self, losses: Tensor) -> None:
         """Make one step of each training with its loss, (rates, bases, methods)."""
         gradients = torch.autograd.grad(losses.sum(), list(self.trained.values()))
+        # On the CPU, fused Adam reads the memory of a gradient in order, whatever its strides
+        # (torch 2.14), and vmap returns transposed gradients.
+        gradients = tuple(gradient.contiguous() for gradient in gradients)
         for i, views in enumerate(self.views):
             for view, gradient in zip(views, gradients, strict=True):
                 view.grad = gradient[i]
