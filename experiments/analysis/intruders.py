@@ -66,9 +66,13 @@ def spectrum(base: Tensor, tuned: Tensor, top: int = 10) -> Spectrum:
 
 
 def scaled(
-    tuned: Tensor, found: Spectrum, indices: Sequence[int], strength: float, norm: float | None = None
+    tuned: Tensor,
+    found: Spectrum,
+    indices: Sequence[int],
+    strength: float,
+    norm: float | None = None,
 ) -> Tensor:
-    """Return W' + Σ_j (λ - 1) σ_j u_j v_jᵀ: some triplets at a strength λ, in the dtype of `tuned`.
+    """Return W' + Σ_j (λ - 1) σ_j u_j v_jᵀ: some triplets at a strength λ, in W's dtype.
 
     Args:
         tuned: the weight W', (out, in).

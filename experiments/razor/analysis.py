@@ -184,10 +184,19 @@ def kl_terms(row: Checkpoint) -> list[float]:
     return [1.0, row.kl, row.kl**2]
 
 
-# Terms of regressions, without the constant.
-BY_KL: Terms = lambda row: [row.kl, row.kl**2]
-BY_KL_FASHION: Terms = lambda row: [row.kl_fashion, row.kl_fashion**2]
-BY_SIZES: Terms = lambda row: [x for size in row.sizes for x in (size, size**2)]
+def by_kl(row: Checkpoint) -> list[float]:
+    """Return terms of a regression, without the constant: KL and its square."""
+    return [row.kl, row.kl**2]
+
+
+def by_kl_fashion(row: Checkpoint) -> list[float]:
+    """Return the same of KL on Fashion-MNIST."""
+    return [row.kl_fashion, row.kl_fashion**2]
+
+
+def by_sizes(row: Checkpoint) -> list[float]:
+    """Return the same of the relative size of each layer's update."""
+    return [term for size in row.sizes for term in (size, size**2)]
 
 
 def least_squares(terms: Iterable[Sequence[float]], values: Sequence[float]) -> np.ndarray:

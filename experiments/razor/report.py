@@ -9,14 +9,14 @@ from ..report.figures import Axes, Figure, plt, png
 from ..report.style import COLOUR
 from ..report.table import Sample, Table, key_value_table
 from .analysis import (
-    BY_KL,
-    BY_KL_FASHION,
-    BY_SIZES,
     HIGHEST,
     LEARNED,
     PARTS,
     REFERENCE,
     Found,
+    by_kl,
+    by_kl_fashion,
+    by_sizes,
     kl_terms,
     least_squares,
 )
@@ -78,10 +78,15 @@ def least_table(found: Found) -> Table:
     for method in found.methods:
         least = {arm: found.least_forgotten(arm, method) for arm in arms}
         cells = [Sample(tuple(least[arm].values())) for arm in arms]
-        line = [method, *(f"{one.mean_sd(1)} (n {len(one.values)})" if one.values else "-" for one in cells)]
+        line = [
+            method,
+            *(f"{one.mean_sd(1)} (n {len(one.values)})" if one.values else "-" for one in cells),
+        ]
         for arm in found.adapters:
             both = least[arm].keys() & least[REFERENCE].keys()
-            line.append(cell(Sample(tuple(least[arm][b] - least[REFERENCE][b] for b in sorted(both)))))
+            line.append(
+                cell(Sample(tuple(least[arm][b] - least[REFERENCE][b] for b in sorted(both))))
+            )
         lines.append(line)
     return Table(head, lines)
 
@@ -89,11 +94,11 @@ def least_table(found: Found) -> Table:
 def explained_table(found: Found) -> Table:
     """Return what several quantities explain of forgetting, and LoRA's offset beside them."""
     models = {
-        "KL": [BY_KL],
-        "‖ΔW‖/‖W‖ of each layer": [BY_SIZES],
-        "KL and ‖ΔW‖/‖W‖": [BY_KL, BY_SIZES],
-        "KL on Fashion-MNIST": [BY_KL_FASHION],
-        "KL on both": [BY_KL, BY_KL_FASHION],
+        "KL": [by_kl],
+        "‖ΔW‖/‖W‖ of each layer": [by_sizes],
+        "KL and ‖ΔW‖/‖W‖": [by_kl, by_sizes],
+        "KL on Fashion-MNIST": [by_kl_fashion],
+        "KL on both": [by_kl, by_kl_fashion],
     }
     lines = []
     for name, terms in models.items():

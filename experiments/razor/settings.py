@@ -66,6 +66,11 @@ def _floats(text: str) -> list[float]:
         return []
 
 
+def _are_rates(text: str) -> bool:
+    rates = _floats(text)
+    return bool(rates) and min(rates) > 0 and len(set(rates)) == len(rates)
+
+
 def _are_arms(text: str) -> bool:
     names = text.split(",")
     return all(map(ARM.fullmatch, names)) and len(set(names)) == len(names)
@@ -76,10 +81,7 @@ def _are_methods(text: str) -> bool:
     return set(names) <= set(METHODS) and len(set(names)) == len(names)
 
 
-RATES = Check(
-    "a list of different numbers above 0",
-    lambda text: _floats(text) and min(_floats(text)) > 0 and len(set(_floats(text))) == len(_floats(text)),
-)
+RATES = Check("a list of different numbers above 0", _are_rates)
 ARMS = Check(f"a list of {ARM_NAMES}", _are_arms)
 KNOWN_METHODS = Check(f"a list of {', '.join(METHODS)}, each at most once", _are_methods)
 

@@ -112,7 +112,7 @@ class Stack:
         self.optimizer = torch.optim.Adam(groups, fused=True)
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """Return the logits, (rates, bases, methods, n, 10), of inputs (bases, n, 785) or (n, 785)."""
+        """Return the logits, (rates, bases, methods, n, 10), of inputs ([bases,] n, 785)."""
         return self._call(self.model, inputs, 0 if inputs.dim() == 3 else None)
 
     def _call(self, module: nn.Module, inputs: Tensor, dim: int | None) -> Any:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
@@ -69,46 +69,49 @@ def correct(task: str, answers: Tensor, labels: Tensor) -> Tensor:
 
 
 def pretrained(settings: RazorSettings, data: ParityData, seed: int) -> Weights:
-    """Train a network on some images of both tasks; return its weights.
-
-    An image of a digit has a random digit of the same parity as its label, drawn anew each epoch.
-    """
-    training, generator = settings.pretraining, torch.Generator().manual_seed(seed)
-    chosen = [
-        torch.randperm(len(part.labels), generator=generator)[: training.base_images]
-        for part in (data.digits, data.garments)
-    ]
-    device = data.digits.labels.device
-    inputs = torch.cat([part.inputs[rows.to(device)] for part, rows in zip(_trained(data), chosen)])
-    labels = torch.cat([part.labels[rows.to(device)] for part, rows in zip(_trained(data), chosen)])
-    batch = settings.finetuning.batch
-    order = seeded_order(len(labels), training.base_epochs * len(labels), generator)
-    drawn = labels[order.to(device)] % 2 + 2 * torch.randint(5, order.shape, generator=generator).to(device)
-    drawn = torch.where((order < len(chosen[0])).to(device), drawn, labels[order.to(device)])
-    parts = zip(order.to(device).split(batch), drawn.split(batch), strict=True)
-    batches = [(rows, targets) for rows, targets in parts]
+    """Train a network on some images of both tasks; return its weights."""
+    inputs, batches = drawn_images(settings, data, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = network(settings.network.hidden).to(device)
+        model = network(settings.network.hidden).to(inputs.device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=DECAY, fused=True)
     steps = len(batches)
-    schedule = learning_rate(optimizer, cosine(training.base_lr, steps, steps // 10))
-    train(
-        model,
-        batches,
-        lambda model, rows, targets: cross_entropy(model, inputs[rows], targets),
-        optimizer,
-        label=f"pre-training {seed}",
-        hooks=[schedule],
-    )
+    rate = learning_rate(optimizer, cosine(settings.pretraining.base_lr, steps, steps // 10))
+
+    def objective(model: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(model, inputs[rows], targets)
+
+    with cpu_threads(settings.place.threads):
+        label = f"pre-training {seed}"
+        train(model, batches, objective, optimizer, label=label, hooks=[rate])
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def _trained(data: ParityData) -> tuple[Examples, Examples]:
-    return data.digits, data.garments
+def drawn_images(
+    settings: RazorSettings, data: ParityData, seed: int
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Return the inputs of pre-training, and the rows and labels of each batch.
+
+    An image of a digit has a random digit of the same parity as its label, drawn anew each epoch.
+    """
+    generator, device = torch.Generator().manual_seed(seed), data.digits.labels.device
+    parts, count = (data.digits, data.garments), settings.pretraining.base_images
+    rows = [torch.randperm(len(part.labels), generator=generator)[:count] for part in parts]
+    pairs = list(zip(parts, rows, strict=True))
+    inputs = torch.cat([part.inputs[chosen.to(device)] for part, chosen in pairs])
+    labels = torch.cat([part.labels[chosen.to(device)] for part, chosen in pairs]).cpu()
+    total = settings.pretraining.base_epochs * len(labels)
+    order = seeded_order(len(labels), total, generator)
+    same_parity = labels[order] % 2 + 2 * torch.randint(5, order.shape, generator=generator)
+    targets = torch.where(order < len(rows[0]), same_parity, labels[order])
+    size = settings.finetuning.batch
+    batches = zip(order.to(device).split(size), targets.to(device).split(size), strict=True)
+    return inputs, list(batches)
 
 
-def draws(settings: RazorSettings, data: ParityData, seeds: list[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def draws(
+    settings: RazorSettings, data: ParityData, seeds: list[int]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield inputs, labels and uniform numbers of each step, one batch for each base.
 
     A base's fine-tunings all get the same. They depend on the base's seed only.
@@ -121,7 +124,11 @@ def draws(settings: RazorSettings, data: ParityData, seeds: list[int]) -> Iterat
     for rows in zip(*orders, strict=True):
         chosen = torch.stack(rows).to(device)
         uniform = [torch.rand(size, training.samples, generator=g) for g in generators]
-        yield data.digits.inputs[chosen], data.digits.labels[chosen], torch.stack(uniform).to(device)
+        yield (
+            data.digits.inputs[chosen],
+            data.digits.labels[chosen],
+            torch.stack(uniform).to(device),
+        )
 
 
 def looks(settings: RazorSettings, images: int) -> list[int]:
@@ -139,7 +146,7 @@ def fine_tune(arm: Arm, seeds: list[int], context: RazorContext) -> None:
     stack = Stack(
         arm, bases, settings.network.hidden, rates, len(settings.methods), training.alpha, seeds
     )
-    tests = [Test(stack, name, test) for name, test in (("parity", data.digits_test), ("fashion", data.garments_test))]
+    tests = [Test(stack, "parity", data.digits_test), Test(stack, "fashion", data.garments_test)]
     when, rows = looks(settings, len(data.digits.labels)), list[Row]()
     source = tqdm(
         draws(settings, data, seeds), arm.name, when[-1], leave=False, unit="step", disable=None
@@ -170,20 +177,24 @@ class Test:
 
     def __init__(self, stack: Stack, task: str, examples: Examples) -> None:
         self.task, self.stack = task, stack
-        self.parts = list(zip(examples.inputs.split(CHUNK), examples.labels.split(CHUNK), strict=True))
+        self.parts = list(
+            zip(examples.inputs.split(CHUNK), examples.labels.split(CHUNK), strict=True)
+        )
         self.base = [stack.base_logits(inputs).log_softmax(-1) for inputs, _ in self.parts]
         self.count = len(examples.labels)
 
     @torch.no_grad()
     def measured(self) -> tuple[Tensor, Tensor]:
         """Return each training's KL to its base and accuracy, both (rates, bases, methods)."""
-        divergence, right = 0.0, 0.0
+        totals = []
         for (inputs, labels), base in zip(self.parts, self.base, strict=True):
             logits = self.stack.logits(inputs)  # (rates, bases, methods, n, 10)
             known = base.unsqueeze(1)  # (bases, 1, n, 10)
-            divergence = divergence + (known.exp() * (known - logits.log_softmax(-1))).sum((-2, -1))
-            right = right + correct(self.task, logits.argmax(-1), labels).sum(-1)
-        return divergence / self.count, right / self.count  # type: ignore[operator, return-value]
+            divergence = (known.exp() * (known - logits.log_softmax(-1))).sum((-2, -1))
+            right = correct(self.task, logits.argmax(-1), labels).sum(-1)
+            totals.append(torch.stack([divergence, right.to(divergence.dtype)]))
+        divergence, right = torch.stack(totals).sum(0) / self.count
+        return divergence, right
 
 
 def checkpoint(

@@ -25,7 +25,7 @@ STRENGTHS = (0.0, 0.3, 0.7)
 
 
 def by_path(deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the updates of full fine-tuning by the path of their tensor, such as linear1.weight."""
+    """Return the updates of full fine-tuning by the path of their tensor."""
     return {
         re.sub(r"\.parametrizations\.(\w+)\..*", r".\1", name): delta
         for name, delta in deltas.items()
@@ -72,7 +72,9 @@ def _scaled(
     context: StudyContext, tuned: Mapping[str, Tensor], spectra: Mapping[str, Spectrum]
 ) -> list[Row]:
     """Return a row for each strength, of the top intruders and of their controls."""
-    tops = {path: one.intruders(EPSILON)[0] for path, one in spectra.items() if one.intruders(EPSILON)}
+    tops = {
+        path: one.intruders(EPSILON)[0] for path, one in spectra.items() if one.intruders(EPSILON)
+    }
     controls = {path: spectra[path].neighbour(top, EPSILON) for path, top in tops.items()}
     if not tops or None in controls.values():
         return []

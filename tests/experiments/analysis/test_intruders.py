@@ -29,7 +29,10 @@ def test_a_planted_direction_is_found_on_its_side():
     assert found.intruders(0.9, "right") == []
     assert found.neighbour(0, 0.1) == 1
     removed = scaled(W, spectrum(W, W, 6), [1], 0.25)
-    assert_close(torch.linalg.svdvals(removed), torch.cat([S[:1], S[2:], S[1:2] / 4]).sort(descending=True).values)
+    assert_close(
+        torch.linalg.svdvals(removed),
+        torch.cat([S[:1], S[2:], S[1:2] / 4]).sort(descending=True).values,
+    )
     control = scaled(W, spectrum(W, W, 6), [3], 0.25, norm=2.0)
     assert_close((control - W).norm(), W.new_tensor(0.75 * 2))
 
@@ -58,11 +61,15 @@ def test_intruders_and_their_reduction_are_pefts(shape):
     nn.init.normal_(layer.lora_B["default"].weight, std=3)
     W, update = layer.base_layer.weight.detach(), layer.get_delta_weight("default").detach()
     lines: list[str] = []
-    reduce(model, top_k=5, threshold_epsilon=epsilon, mitigation_lambda=kept, logging_sink=lines.append)
+    reduce(
+        model, top_k=5, threshold_epsilon=epsilon, mitigation_lambda=kept, logging_sink=lines.append
+    )
     found = spectrum(W, W + update, 5)
     mine = found.intruders(epsilon)
     assert mine
     assert any(line.endswith(f"Intruders: {len(mine)}") for line in lines)
     U, S, V = torch.linalg.svd(scaled(W + update, found, mine, kept) - W, full_matrices=False)
     expected = (U[:, :rank] * S[:rank]) @ V[:rank]  # PEFT cuts the result to the adapter's rank
-    assert_close(layer.get_delta_weight("intruder_reduced").detach(), expected, rtol=1e-4, atol=1e-4)
+    assert_close(
+        layer.get_delta_weight("intruder_reduced").detach(), expected, rtol=1e-4, atol=1e-4
+    )

@@ -1,7 +1,7 @@
 """The study's data: MNIST from disk or by download, and scikit-learn's digits as fallback."""
 
-import functools
 import dataclasses
+import functools
 import gzip
 import hashlib
 import http.server

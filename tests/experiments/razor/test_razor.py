@@ -78,12 +78,12 @@ def separately(arm: Arm, base: dict, start: dict, rate: float, method: str, seed
     trained = {name: value.clone().requires_grad_() for name, value in start.items()}
 
     def weights() -> dict[str, Tensor]:
-        made = dict(base)
+        made, scale = dict(base), ALPHA / (arm.rank or 1)
         for name, value in trained.items():
             layer, _, rest = name.partition(".")
             if rest.endswith(".A"):
                 product = trained[name.removesuffix("A") + "B"] @ value
-                made[f"{layer}.weight"] = base[f"{layer}.weight"] + ALPHA / arm.rank * product
+                made[f"{layer}.weight"] = base[f"{layer}.weight"] + scale * product
             elif not rest.endswith(".B"):
                 made[name] = value
         return made
@@ -128,3 +128,89 @@ def test_a_training_in_a_stack_is_that_training_alone(name):
                     W = base[f"{layer}.weight"]
                     expected = (alone[f"{layer}.weight"] - W).norm() / W.norm()
                     assert_close(size[r, s, m], expected, rtol=1e-6, atol=1e-8)
+
+
+SETTINGS = {"seeds": 2}
+
+
+def row(arm: str, base: int, kl: float, fashion: float, **more: Any) -> dict[str, Any]:
+    """Return a row of a checkpoint; its training has the checkpoint's KL as its rate."""
+    found = {"stage": "tuned", "arm": arm, "method": "oracle", "base_seed": base, "rate": kl}
+    found |= {"step": 1, "kl": kl, "kl_fashion": kl, "parity": 0.95, "fashion": fashion}
+    return {**found, "size": [kl, 2 * kl, 1.0], **more}
+
+
+def run_of(*rows: dict[str, Any]) -> RunDirectory:
+    bases = [
+        {"stage": "base", "base_seed": base, "parity": 0.9, "fashion": 0.8} for base in range(2)
+    ]
+    return RunDirectory(Path(), SETTINGS, {}, [*bases, *rows])
+
+
+KLS = [0.02 * k for k in range(1, 40)]
+
+
+def test_the_excess_is_the_height_above_full():
+    """LoRA 5 points above full's own curve has an excess of 5 in each part."""
+    full = [
+        row("full", base, kl, 0.8 - 0.01 * (base + 20 * kl + 10 * kl**2))
+        for base in range(2)
+        for kl in KLS
+    ]
+    lora = [{**one, "arm": "lora-8", "fashion": one["fashion"] - 0.05} for one in full]
+    found = Found(run_of(*full, *lora))
+    assert found.adapters == ["lora-8"]
+    assert_close(torch.tensor(found.fits("full").values), torch.ones(2))
+    for part in ((0.0, 0.05), (0.15, 0.4)):
+        for by_method in (False, True):
+            assert_close(
+                torch.tensor(found.excess("lora-8", part, by_method).values), torch.full((2,), 5.0)
+            )
+    assert found.excess("lora-8", (1.0, 2.0)).values == ()
+    share, offset = found.explained([lambda row: [row.kl, row.kl**2]])
+    assert_close(torch.tensor(offset.values), torch.full((2,), 5.0))
+    assert max(share.values) < 1
+
+
+def test_diverged_trainings_and_large_kl_do_not_count():
+    """A value that is not finite, parity below the base's at the end, or a large KL excludes."""
+    good = row("full", 0, 0.1, 0.7)
+    worse_at_first = [
+        row("full", 0, 0.2, 0.7, parity=0.5),
+        row("full", 0, 0.3, 0.7, rate=0.2, step=2),
+    ]
+    worse = [row("full", 0, 0.4, 0.7), row("full", 0, 0.5, 0.7, rate=0.4, step=2, parity=0.89)]
+    infinite = [
+        {**row("full", 0, 0.6, 0.7), "kl": None},
+        row("full", 0, 0.7, 0.7, rate=0.6, step=2),
+    ]
+    large = [row("full", 0, 0.8, 0.7), row("full", 0, HIGHEST + 0.1, 0.7, rate=0.8, step=2)]
+    found = Found(run_of(good, *worse_at_first, *worse, *infinite, *large))
+    assert [one.kl for one in found.rows] == [0.1, 0.2, 0.3, 0.8]
+    assert (found.total, found.diverged, found.beyond) == (9, 4, 1)
+
+
+def test_the_command_trains_continues_and_reports(tmp_path, capsys):
+    """The small preset runs without any data set; run again, it trains nothing."""
+    words = ["razor", "--preset", "small", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert main(words) == 0
+    run = RunDirectory.read(tmp_path / "run")
+    settings = RazorSettings.of_preset("small")
+    trainings = 2 * 3 * 3 * len(METHODS)
+    assert len(run.rows) == 2 + trainings * settings.finetuning.checkpoints
+    first = capsys.readouterr().out
+    assert "Rule of exclusion" in first
+    assert main([*words, "--together", "2"]) == 0
+    assert "0 stages remaining" in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.strip() in first
+    assert (tmp_path / "run" / "razor.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("arms", "lora-0"), ("arms", "full-layer4"), ("rates", "1e-3,1e-3")]
+)
+def test_options_that_are_not_allowed(option, value):
+    """An unknown arm, a layer that the network lacks, and a repeated rate are refused."""
+    with pytest.raises(StudyError, match=f"--{option} must be"):
+        RazorSettings.of_preset("small", **{option: value})
