@@ -41,7 +41,7 @@ def test_the_row_of_a_training_has_its_sizes_similarities_and_scalings(tmp_path)
         assert_close(torch.tensor(row["left"][1]), expected, rtol=0, atol=1e-3)
         names = [(one["of"], one["strength"]) for one in row["scaled"]]
         both = [(of, λ) for of in ("intruder", "neighbour") for λ in STRENGTHS]
-        assert names == ([] if full else both)  # no control if all vectors are intruders
+        assert names == both
 
 
 def test_the_report_ranks_predictors_within_each_base():
