@@ -23,10 +23,10 @@ from ..harness.rundir import RunDirectory
 from ..report.table import Sample
 from .settings import Arm
 
-HIGHEST = 2.0  # nats
+HIGHEST = 10.0  # nats
 REFERENCE = "full"
 # The parts of KL, in nats, in which arms are compared.
-PARTS = ((0.0, 0.05), (0.05, 0.15), (0.15, 0.4), (0.4, 1.0), (1.0, HIGHEST))
+PARTS = ((0.0, 0.05), (0.05, 0.15), (0.15, 0.4), (0.4, 1.0), (1.0, 3.0), (3.0, HIGHEST))
 LEARNED = 0.94  # accuracy in parity at which forgetting is compared
 
 
@@ -105,9 +105,12 @@ class Found:
             groups.setdefault((row.arm, row.base), []).append(row)
         return groups
 
-    def fits(self, arm: str) -> Sample:
-        """Return R² of the arm's own curve, a value per base."""
-        return Sample(tuple(r_squared(kl_terms, self.of(arm, base)) for base in self.bases))
+    def fits(self, arm: str, all_rates: bool = True) -> Sample:
+        """Return R² of the arm's own curve, a value per base, with or without the largest rate."""
+        top = max((row.rate for row in self.rows if row.arm == arm), default=0.0)
+        groups = (self.of(arm, base) for base in self.bases)
+        kept = ([row for row in rows if all_rates or row.rate < top] for rows in groups)
+        return Sample(tuple(r_squared(kl_terms, rows) for rows in kept))
 
     def excess(self, arm: str, part: tuple[float, float], by_method: bool = False) -> Sample:
         """Return the excess of an arm in a part of KL, a value per base that has both arms there.
