@@ -43,7 +43,7 @@ _FROM_BASE = ("pissa", "olora")
 _NEED_LIST = {"layers_to_transform", "layers_pattern"}
 
 
-def read_config(path: Path, content: dict[str, Any]) -> Config:
+def read_config(path: Path, content: Mapping[str, Any]) -> Config:
     """Return the settings in the content of an `adapter_config.json` of LoRA.
 
     Raises:
