@@ -183,7 +183,7 @@ def load_peft(
     survey = Survey(model)
     check_shapes(survey.places)
     check_files(path)
-    content = parse_config(path / CONFIG)
+    content = parse_config((path / CONFIG).read_bytes(), path / CONFIG)
     state = _without_prefix(read_tensors(path / TENSORS)[0], path / TENSORS)
     planned = plan_content(survey, content, state, path, path / CONFIG)
     _warn_if_added_twice(state)
