@@ -92,7 +92,8 @@ def save_diffusers(
     ...     load_diffusers(other, folder, component="unet").sites[0].scale
     2.0
     """
-    models = models if isinstance(models, Mapping) else {_component(models): models}
+    if not (isinstance(models, Mapping) and models):
+        models = {_component(check_model(models)): models}
     if format != "diffusers" and (format, *models) != ("kohya", "unet"):
         raise ValueError(
             "format must be 'diffusers', or 'kohya' for a U-Net alone; got "
@@ -256,15 +257,16 @@ def _read(
     """
     paths = _paths(model)
     keys = {key: _peft_key(key, paths) for key in tensors}
-    state = {found: tensors[key] for key, found in keys.items() if found}
+    state = {ours: tensors[key] for key, ours in keys.items() if ours}
     ranks = {key[:-14]: len(state[key]) for key in state if key.endswith(".lora_A.weight")}
     alphas = {key[:-11]: state.pop(key) for key in [*state] if key.endswith(".lora_alpha")}
-    unknown = [key for key, found in keys.items() if found is None]
-    unknown += [f"alpha of {key}" for key in alphas if torch.as_tensor(alphas[key]).numel() != 1]
+    unknown = [key for key, ours in keys.items() if ours is None]
+    unknown += [f"{key}.alpha" for key in alphas if torch.as_tensor(alphas[key]).numel() != 1]
     if unknown or not ranks:
+        found = f"has {some(unknown)}, which no module here takes" if unknown else "has no factors"
         raise CheckpointError(
-            f"{path} does not fit this model: no module here has {some(unknown or ['its keys'])}; "
-            "component= names another model of the pipeline, and pipeline= converts other names"
+            f"{path} does not fit this model: it {found}; component= names another model of the "
+            "pipeline, and pipeline= converts other names of modules"
         )
     targets = {owner: (rank, float(alphas.get(owner, rank))) for owner, rank in ranks.items()}
     use_dora = any(key.endswith("magnitude_vector") for key in state)

@@ -300,7 +300,7 @@ def test_pipeline_converts_other_names(kind: str, tmp_path: Path) -> None:
         around.load_lora_into_unet(state, alphas, theirs)
     else:
         around.load_lora_into_transformer(around.lora_state_dict(file), None, theirs)
-    with pytest.raises(pl.CheckpointError, match=f"no module here has .*{next(iter(shapes))}"):
+    with pytest.raises(pl.CheckpointError, match=f"it has {next(iter(shapes))}.*no module here"):
         load_diffusers(ours, file)
     load_diffusers(ours, file, pipeline=around)
     assert not torch.allclose(run(ours), run(plain))
@@ -336,6 +336,9 @@ def test_format_for_another_model(component: str, format: str, tmp_path: Path) -
     pl.attach(model, pl.LoRA(1))
     with pytest.raises(ValueError, match=f"'kohya' for a U-Net alone; got '{format}' for"):
         save_diffusers({component: model}, tmp_path, format=format)
+    for wrong in ({}, diffusers.DDIMScheduler()):
+        with pytest.raises(TypeError, match="the model, an nn.Module, comes first"):
+            save_diffusers(wrong, tmp_path)
 
 
 def factors(path: str, rank: int = 1) -> dict[str, Tensor]:
@@ -344,11 +347,15 @@ def factors(path: str, rank: int = 1) -> dict[str, Tensor]:
 
 SETTINGS = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["fc"]}
 DAMAGED = [
-    (factors("transformer.other"), {}, "no module here has other.lora_A.weight"),
-    (factors("text_encoder.fc"), {}, "no module here has its keys; component= names another"),
-    (factors("fc") | {"fc.dora_scale": random(3)}, {}, "no module here has fc.dora_scale"),
-    (factors("fc") | {"fc.alpha": random(2)}, {}, "no module here has alpha of fc"),
-    ({"fc.alpha": torch.tensor(1.0)}, {}, "no module here has its keys"),
+    (
+        factors("transformer.other"),
+        {},
+        "it has other.lora_A.weight, .*, which no module here takes",
+    ),
+    (factors("text_encoder.fc"), {}, "has no factors; component= names another"),
+    (factors("fc") | {"fc.dora_scale": random(3)}, {}, "it has fc.dora_scale, which no module"),
+    (factors("fc") | {"fc.alpha": random(2)}, {}, "it has fc.alpha, which no module"),
+    ({"fc.alpha": torch.tensor(1.0)}, {}, "it has no factors"),
     (factors("fc") | {"fc.alpha": torch.tensor(float("inf"))}, {}, "'lora_alpha' must be a finite"),
     ({"fc.lora_A.weight": random(1, 4)}, {}, "fc.lora_B.weight"),
     (factors("fc", 2), SETTINGS, r"\(1, 4\)"),
