@@ -93,7 +93,8 @@ def save_diffusers(
     2.0
     """
     if not (isinstance(models, Mapping) and models):
-        models = {_component(check_model(models)): models}
+        model = check_model(models)
+        models = {_component(model): model}
     if format != "diffusers" and (format, *models) != ("kohya", "unet"):
         raise ValueError(
             "format must be 'diffusers', or 'kohya' for a U-Net alone; got "

@@ -336,9 +336,8 @@ def test_format_for_another_model(component: str, format: str, tmp_path: Path) -
     pl.attach(model, pl.LoRA(1))
     with pytest.raises(ValueError, match=f"'kohya' for a U-Net alone; got '{format}' for"):
         save_diffusers({component: model}, tmp_path, format=format)
-    for wrong in ({}, diffusers.DDIMScheduler()):
-        with pytest.raises(TypeError, match="the model, an nn.Module, comes first"):
-            save_diffusers(wrong, tmp_path)
+    with pytest.raises(TypeError, match=r"an nn\.Module, comes first.* got a DDIMScheduler"):
+        save_diffusers(diffusers.DDIMScheduler(), tmp_path)
 
 
 def factors(path: str, rank: int = 1) -> dict[str, Tensor]:
