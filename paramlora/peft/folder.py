@@ -138,6 +138,7 @@ def load_peft(
     path: str | os.PathLike[str],
     *,
     name: str = "default",
+    into: str | None = None,
     activate: Activate | None = None,
     finite: bool = True,
 ) -> Summary:
@@ -154,7 +155,7 @@ def load_peft(
         model: the base that PEFT was given, its modules under the same paths.
         path: a folder with `adapter_config.json` and `adapter_model.safetensors`.
         name: the adapter's name in the model.
-        activate, finite: as in `load`.
+        into, activate, finite: as in `load`.
 
     Returns:
         The model's summary.
@@ -164,7 +165,7 @@ def load_peft(
         CheckpointError: a file is damaged, belongs to another model, or has settings that
             paramlora does not support. The message names them, and the model does not change.
         AdapterNameError: the name is not valid, or belongs to an adapter with other sites, kinds
-            or shapes.
+            or shapes; or there is no adapter `into`.
         StateError: the adapter of that name is merged, or another one is and `activate` is "only",
             or it is "also" and their order counts; or a tensor is on the meta device.
         TargetError: a tensor of the model is lazy and has no shape yet.
@@ -195,7 +196,7 @@ def load_peft(
     _warn_if_added_twice(state)
     order = {site: i for i, site in enumerate(here)}
     planned.sort(key=lambda plan: order[plan.place.path])
-    return attach_or_refresh(survey, planned, name, path, activate, finite)
+    return attach_or_refresh(survey, planned, name, path, activate, finite, into)
 
 
 def _without_prefix(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
