@@ -9,6 +9,7 @@ compiled model or a CUDA graph remains valid.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..errors import CheckpointError, StateError, some
 from ..kinds.lora import LoRA
@@ -57,20 +58,16 @@ def _padded(site: str, slot: Factors, new: Factors | None, path: FilePath) -> di
             f"cannot load into {site!r}, which has {spec!r}; a slot is a LoRA without batch_dims, "
             "with an init that is independent of the weight, and with an alpha other than 0"
         )
-    padded = {key: torch.zeros(tensor.shape) for key, tensor in slot.tensors.items()}
     if new is None:
-        return padded
+        return {key: torch.zeros(tensor.shape) for key, tensor in slot.tensors.items()}
     update = new.spec.low_rank(new.tensors, new.strength)
     if update is None:
         raise CheckpointError(f"{path} has {new.spec!r} at {site!r}, which no LoRA can express")
     A, B, scale = update.transposed() if spec.transposed else update
-    rank = A.shape[0]
-    if rank > spec.rank:
+    room = spec.rank - A.shape[0]
+    if room < 0:
         raise CheckpointError(
-            f"{path} has rank {rank} at {site!r}, and the slot has rank {spec.rank}; attach a slot "
-            f"of rank {rank} or more"
+            f"{path} has rank {A.shape[0]} at {site!r}, and the slot has rank {spec.rank}; attach "
+            f"a slot of rank {A.shape[0]} or more"
         )
-    padded = {key: zeros.to(A) for key, zeros in padded.items()}
-    padded["A"][:rank] = A
-    padded["B"][:, :rank] = B * (scale / spec.scaling)
-    return padded
+    return {"A": pad(A, (0, 0, 0, room)), "B": pad(B * (scale / spec.scaling), (0, room))}

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 from torch import nn
@@ -38,9 +37,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         self.adapter = adapter
         self._hooks: list[Any] = []
 
-    def setup(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
-    ) -> None:
+    def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
         strategy = type(trainer.strategy)
         if strategy.load_model_state_dict is not Strategy.load_model_state_dict:
             raise NotImplementedError(
@@ -69,15 +66,11 @@ class AdapterCheckpoint(ModelCheckpoint):
             pl_module.register_load_state_dict_pre_hook(complete),
         ]
 
-    def on_train_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         only_trained(pl_module, self.adapter)
         super().on_train_start(trainer, pl_module)
 
-    def teardown(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
-    ) -> None:
+    def teardown(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
         while self._hooks:
             self._hooks.pop().remove()
         super().teardown(trainer, pl_module, stage)

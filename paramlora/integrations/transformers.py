@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import nn
 
 from ..files.checkpoint import load, save
 from .trained import only_trained
@@ -56,9 +55,7 @@ class AdapterTrainer(transformers.Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.model if model is None else model
         name = only_trained(model, self.adapter)
         load(model, Path(resume_from_checkpoint, FILE), name=name)
