@@ -10,7 +10,7 @@ from types import ModuleType
 
 from .harness.options import add_command
 from .harness.rundir import RunDirectory
-from .harness.settings import StudyError
+from .harness.settings import StudyError, disk_problem
 
 # Runs of older versions did not record their study. In such runs, one of these settings identifies
 # the study. Runs without them are digit runs.
@@ -18,13 +18,18 @@ OLD_RUNS = {"base_seeds": "sweeps", "stream": "tasks"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, 1 if a check failed, or 2 if the request is invalid."""
+    """Run a command; return 0, 1 if a check failed, or 2 if the request cannot be carried out."""
     options = vars(parser().parse_args(arguments))
     command = options.pop("command")
     try:
         return command(**options)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if (problem := disk_problem(error)) is None:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue", file=sys.stderr)
