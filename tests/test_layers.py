@@ -51,6 +51,8 @@ PARAMLORA: Layers = {
     "methods": {"verbs", *BELOW_VERBS},
     "files": {"verbs", *BELOW_VERBS},
     "peft": {"files", "verbs", *BELOW_VERBS},
+    "skeleton": {"files", "peft", "errors"},
+    "__main__": {"__version__", "skeleton", "peft", "files", "verbs", "native", *BELOW_VERBS},
 }
 # Packages of the repository that paramlora must not import.
 ABOVE = {"experiments", "benchmarks", "tests"}

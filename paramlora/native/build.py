@@ -18,7 +18,8 @@ def build(verbose: bool = False) -> Path:
     """
     target = load.path()
     target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    _check(target.parent)
+    if problem := load.untrusted(target if target.exists() else target.parent):
+        raise RuntimeError(f"the native extension is not built: {problem}")
     if not target.exists():
         # Built in a temporary folder and then moved, so that interrupted or simultaneous builds
         # leave no incomplete file.
@@ -27,15 +28,8 @@ def build(verbose: bool = False) -> Path:
             built = Path(scratch) / f"{load.NAME}.so"
             built.chmod(0o755)  # a umask of 002 would let the group write to it
             os.replace(built, target)
-    _check(target)
     load.module.cache_clear()
     return target
-
-
-def _check(path: Path) -> None:
-    """Raise a RuntimeError if `load` would not trust a file or a folder."""
-    if problem := load.untrusted(path):
-        raise RuntimeError(f"the native extension is not built: {problem}")
 
 
 def _compile(folder: str, verbose: bool) -> None:
