@@ -22,9 +22,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from tqdm import tqdm
-
 from .adapters import adapter_path, unusable
+from .progress import progress
 from .rundir import RunDirectory
 
 Context = TypeVar("Context")
@@ -81,5 +80,5 @@ def run_stages(
         say(f"resumed  {len(run.rows)} rows recorded, {len(remaining)} stages remaining")
     if remaining:
         context = prepare()
-        for stage in tqdm(remaining, desc="stages", unit="stage", leave=False, disable=None):
+        for stage in progress(remaining, len(remaining), "stages", "stage"):
             stage.make(context)

@@ -33,6 +33,7 @@ from ..digits.shared import (
 from ..digits.strengths import Strengths, updates
 from ..harness.batches import Batches
 from ..harness.environment import RESULT_KEYS, resolve_device
+from ..harness.progress import progress
 from ..harness.rows import key_of
 from ..harness.rundir import Row, RunDirectory
 from .cells import Cell, is_stacked, jobs_of
@@ -214,7 +215,8 @@ def _made(
     for path in _pool(jobs, len(bases))(delayed(_make_base)(base) for base in bases):
         say(f"base     {path}")
     made = _pool(jobs, len(todo_jobs))(delayed(run_job)(job) for job in todo_jobs)
-    for job, rows_by_cell in zip(todo_jobs, made, strict=True):
+    pairs = zip(todo_jobs, made, strict=True)
+    for job, rows_by_cell in progress(pairs, len(todo_jobs), "cells", "job"):
         for cell, rows in zip(job, rows_by_cell, strict=True):
             if cell in left:
                 yield cell, rows

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+from ..harness.progress import progress
 from ..harness.rundir import RunDirectory
 from ..harness.settings import StudyError, replace, result_settings
 from .report import tuned_rows
@@ -92,7 +93,8 @@ def run_front(
     asked = {**result_settings(settings), "grid": {k: list(v) for k, v in vars(grid).items()}}
     run = None
     with ExitStack() as opened:
-        for cell, one in zip(todo, _run_all(trainings, end, jobs), strict=True):
+        pairs = zip(todo, _run_all(trainings, end, jobs), strict=True)
+        for cell, one in progress(pairs, len(todo), "front", "training"):
             if one is None:
                 continue
             if run is None:

@@ -159,11 +159,13 @@ def test_a_run_says_what_it_does(finished, tmp_path, capsys):
         "4/4 passed: adapter off, logits bit-for-bit the base's",
     ):
         assert words in shown
-    learned, forgotten, off, _, report = shown.splitlines()[-5:]
+    learned, forgotten, off, _, report, following = shown.splitlines()[-6:]
     assert "of the tuned digits (2, 3, 5, 8, 9) are right" in learned
     assert "of the other digits are right" in forgotten
     assert off.startswith("With the adapter off, weights and answers are bit-for-bit the base's")
-    assert report == f"report   {tmp_path / 'run' / 'report.html'}"
+    run = tmp_path / "run"
+    assert report.startswith(f"report   {run / 'report.html'}: open it in a browser")
+    assert following.startswith(f"next     python -m experiments report {run} --explain")
     assert rows_in(tmp_path) == rows_in(finished)
 
 
