@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -33,10 +33,13 @@ from .add import Activate, add, check_activate
 from .preview import left_out, preview
 from .summary import Summary
 
+# A mapping's keys have any one of these types, or several.
+AnyTarget = TypeVar("AnyTarget", bound=Target)
+
 
 def attach(
     model: nn.Module,
-    spec: Spec | Mapping[Target, Spec],
+    spec: Spec | Mapping[AnyTarget, Spec],
     targets: Targets | None = None,
     *,
     name: str = "default",
