@@ -9,6 +9,7 @@ a test that compares messages tests that the call was refused.
 """
 
 import copy
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -91,7 +92,8 @@ class PeftModel(nn.Module):
 
     @property
     def merged(self) -> list[str]:
-        return list(pl.summary(self.base).merged)
+        sites = pl.summary(self.base).sites if pl.names(self.base) else ()
+        return list(dict.fromkeys(site.adapter for site in sites if site.merged))
 
     def get_base_model(self) -> nn.Module:
         return self.base
@@ -99,7 +101,12 @@ class PeftModel(nn.Module):
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         if adapter_names is None:
             return self.base_model(*args, **kwargs)
-        raise NotExpressed("the reasons for which PEFT refuses adapter_names")
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        names = list(dict.fromkeys(name for name in adapter_names if name != "__base__"))
+        ids = torch.tensor([names.index(name) if name in names else -1 for name in adapter_names])
+        with pl.routed(self.base, ids, *names):
+            return self.base_model(*args, **kwargs)
 
     # Adapters: add, load, save, delete.
 
@@ -130,18 +137,24 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
         torch_device: Any = None,
+        device_map: Any = None,
+        ignore_mismatched_sizes: bool = False,
     ) -> Any:
-        del low_cpu_mem_usage, torch_device  # about the time and place of loading only
+        del low_cpu_mem_usage, torch_device, device_map  # the time and place of loading
+        if ignore_mismatched_sizes:
+            raise NotExpressed("ignore_mismatched_sizes")
         config = config or peft.PeftConfig.from_pretrained(model_id)
         config.inference_mode = not is_trainable
         check_expressed(config, self)
         if config.peft_type in SPECS:
-            pl.load(self.base, Path(model_id, "adapter_model.safetensors"), name=adapter_name)
+            file = Path(model_id, "adapter_model.safetensors")
+            pl.load(self.base, file, name=adapter_name, finite=False)
         else:
             load_folder(self.base, model_id, adapter_name)
         self._added(adapter_name, config, autocast_adapter_dtype)
         if not is_trainable:
             pl.freeze(self.base, adapter_name)
+            self.eval()
         return SimpleNamespace(missing_keys=[], unexpected_keys=[])
 
     def add_adapter(
@@ -174,7 +187,10 @@ class PeftModel(nn.Module):
         save_directory: Any,
         safe_serialization: bool = True,
         selected_adapters: list[str] | None = None,
+        save_embedding_layers: Any = "auto",
     ) -> None:
+        if save_embedding_layers != "auto":
+            raise NotExpressed("save_embedding_layers")
         if not safe_serialization:
             raise NotExpressed("pickled files")
         for name in selected_adapters or list(self.peft_config):
@@ -348,10 +364,10 @@ def load_folder(model: nn.Module, folder: Any, name: str) -> None:
 
 def _general(message: str, folder: str) -> str:
     """Return the part of an error message that does not depend on the case."""
-    message = message.replace(folder, "").split(": ", 1)
-    head = message[0].rsplit("json", 1)[-1].strip()
-    settings = [part.split("=")[0] for part in message[-1].split(", ")]
-    return f"{head}: {', '.join(settings)}" if "settings" in head else head
+    message = message.replace(folder, "").split("json", 1)[-1].strip()
+    if "has settings that" in message:
+        return f"the settings {', '.join(re.findall(r'(?<=[:,] )([a-z_]+)=', message))}"
+    return re.sub(r"'[^']*'", "…", message)[:100]
 
 
 def from_spec(model: nn.Module, base: nn.Module, config: Any, name: str) -> Any:
@@ -367,10 +383,7 @@ def from_spec(model: nn.Module, base: nn.Module, config: Any, name: str) -> Any:
                 specs[f"{path}.bias"] = pl.IA3()
         raise_if_bias(specs)
     pl.attach(model, specs, name=name, activate="only" if not pl.names(model) else "no")
-    drawn = not getattr(config, "init_weights", True) or not getattr(
-        config, "init_ia3_weights", True
-    )
-    if drawn:
+    if not (getattr(config, "init_weights", True) and getattr(config, "init_ia3_weights", True)):
         with torch.no_grad():
             for factor in pl.parameters(model, name):
                 factor.normal_() if config.peft_type == "IA3" else factor.normal_(std=0.3)
@@ -421,11 +434,26 @@ def _targets(base: nn.Module, config: Any) -> list[str]:
     return paths
 
 
+def inject_adapter_in_model(
+    peft_config: Any, model: nn.Module, adapter_name: str = "default", **options: Any
+) -> nn.Module:
+    """Attach an adapter to a model without wrapping it."""
+    if any(options.values()):
+        raise NotExpressed(f"inject_adapter_in_model with {sorted(options)}")
+    get_peft_model(model, peft_config, adapter_name)
+    return model
+
+
 def get_peft_model_state_dict(model: Any, *_: Any, **__: Any) -> dict[str, Tensor]:
-    """Return the tensors of the active adapter."""
-    if not isinstance(model, PeftModel):
-        raise NotExpressed("adapters in a model without PeftModel")
-    return pl.state_dict(model.base, model.active_adapter)
+    """Return copies of the tensors of the active adapter."""
+    if isinstance(model, PeftModel):
+        return pl.state_dict(model.base, model.active_adapter)
+    return {key: tensor.clone() for key, tensor in pl.state_dict(model, "default").items()}
+
+
+def set_peft_model_state_dict(model: nn.Module, state: dict[str, Tensor], *_: Any, **__: Any) -> Any:
+    pl.load_state_dict(model, state, name="default")
+    return SimpleNamespace(missing_keys=[], unexpected_keys=[])
 
 
 def get_base_model_state_dict(model: PeftModel) -> dict[str, Tensor]:
@@ -447,10 +475,14 @@ def not_expressed(name: str) -> Callable[..., Any]:
 
 
 class _Inner(type):
-    """A class of PEFT's layers: no module of a model with paramlora is an instance of it."""
+    """A class of PEFT's layers, for which paramlora has none: a layer keeps its own."""
 
     def __instancecheck__(cls, instance: object) -> bool:
-        if isinstance(instance, nn.Module):
+        kinds = ("BaseTunerLayer", "LoraLayer")
+        factors = dict(instance.named_parameters()) if isinstance(instance, nn.Module) else {}
+        # Of the module's own tensors: PEFT's wrappers hold one module each.
+        own = [key for key in factors if key.startswith("parametrizations.")]
+        if any(cls.__name__ in kinds or key.endswith(".D") for key in own):
             raise NotExpressed(f"the layer class {cls.__name__}")
         return False
 
