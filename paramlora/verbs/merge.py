@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
-from ..layers.install import check_attached, check_tied, check_ties, check_whole, remove_all
+from ..layers.install import check_attached, check_tied, check_ties, check_whole, remove
 from ..site.find import Site, base_weight, stacks_in, stored_tensors
 from ..site.marks import mark
 from ..site.names import check_names, check_no_other_block, check_not_routed, check_unmerged
@@ -143,7 +143,7 @@ def bake(model: nn.Module) -> None:
     for stack in survey.stacks:
         stack.stored = stack.written = ()
         stack.set(stack.active, ())
-    remove_all(survey)
+    remove(survey)
 
 
 def _plan(survey: Survey, names: tuple[str, ...]) -> list[tuple[Site, list[str], list[Tensor]]]:
