@@ -13,11 +13,8 @@ def ordered_names(stacks: Iterable[Stack]) -> list[str]:
     All stacks number their adapters with one counter, so the smallest number of a name in any stack
     gives its position.
     """
-    first: dict[str, int] = {}
-    for stack in stacks:
-        for name, number in stack.numbers.items():
-            first[name] = min(number, first.get(name, number))
-    return sorted(first, key=first.__getitem__)
+    pairs = sorted((number, name) for stack in stacks for name, number in stack.numbers.items())
+    return list(dict.fromkeys(name for _, name in pairs))
 
 
 def check_names(stacks: Sequence[Stack], names: Iterable[str]) -> None:
