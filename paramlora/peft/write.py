@@ -16,7 +16,7 @@ from ..kinds.lora import LoRA
 from ..kinds.spec import LowRank, Spec
 from ..site.find import Site, base_weight, is_conv1d
 from ..stack.factors import Blocks, Factors
-from .config_file import Content, Targets, config_content
+from .config_file import Content, Targets, as_list, config_content
 from .layout import Part, cannot_store, norms, peft_key
 from .modules import PeftView, view
 from .other_kinds import other_content, other_kind
@@ -78,6 +78,7 @@ def folder_content(model: nn.Module, here: list[Site], name: str) -> Content:
         # PEFT to 0.21.2 fails at "lora_only" beside target_parameters.
         bias=bias_setting(biases, () if raw else wrapped),
     )
+    config["target_modules"] = as_list(config["target_modules"], targets, seen.paths)
     # The tensors with this adapter alone: W + λ·D.
     values = {
         path: site.stack[name](base_weight(site.plist, site.stack)).detach()
