@@ -43,7 +43,7 @@ _FROM_BASE = ("pissa", "olora")
 _NEED_LIST = {"layers_to_transform", "layers_pattern"}
 
 
-def read_config(path: Path, content: dict[str, Any]) -> Config:
+def read_config(path: Path, content: Mapping[str, Any]) -> Config:
     """Return the settings in the content of an `adapter_config.json` of LoRA.
 
     Raises:
@@ -142,9 +142,8 @@ def as_list(expression: str, targets: Collection[str], paths: Collection[str]) -
     return expression
 
 
-def parse_config(path: Path) -> dict[str, Any]:
+def parse_config(text: str | bytes, path: Path) -> dict[str, Any]:
     """Return the content of an `adapter_config.json`, or raise a CheckpointError if damaged."""
-    text = path.read_bytes()
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -199,4 +198,4 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 def _short(number: float) -> float:
     """Return a whole number as an int, as PEFT writes an alpha."""
-    return int(number) if number == int(number) else number
+    return int(number) if float(number).is_integer() else number

@@ -131,7 +131,8 @@ class Stack(nn.Module):
         strengths: Any = state.strengths
         # Not all adapters, of which there may be hundreds: the others have their own strength.
         for name in {*self.traced_names, *strengths} & self.named.keys():
-            self[name].trace_strength(strengths.get(name))
+            for part in self.parts(name):
+                part.trace_strength(strengths.get(name))
         reflected = {"traced_live": state.live, "traced_route": state.route, "shared": shared}
         vars(self).update(reflected, traced_names=tuple(strengths))
 
@@ -321,7 +322,8 @@ class Stack(nn.Module):
     def set_strengths(self, strengths: Mapping[str, Strength]) -> None:
         """Set the own strengths of adapters here, which open blocks may override."""
         for name, strength in strengths.items():
-            self[name].set_strength(strength)
+            for part in self.parts(name):
+                part.set_strength(strength)
         if self.open:
             self.reflect()
 
