@@ -52,6 +52,8 @@ PARAMLORA: Layers = {
     "methods": {"verbs", *BELOW_VERBS},
     "files": {"verbs", *BELOW_VERBS},
     "peft": {"files", "verbs", *BELOW_VERBS},
+    # Each file serves one library. Nothing of paramlora imports this folder.
+    "integrations": {"peft", "files", "methods", "verbs", *BELOW_VERBS},
 }
 # Packages of the repository that paramlora must not import.
 ABOVE = {"experiments", "benchmarks", "tests"}
