@@ -126,6 +126,22 @@ def config_content(targets: Targets, **settings: Any) -> dict[str, Any]:
     return content | {key: value for key, value in optional.items() if value}
 
 
+def as_list(expression: str, targets: Collection[str], paths: Collection[str]) -> str | list[str]:
+    """Return `target_modules` as a list if that selects no other modules, else the expression.
+
+    PEFT reads both, but SGLang, for one, refuses expressions.
+
+    >>> as_list(r"h\\.0\\.q|h\\.1\\.q", {"h.0.q", "h.1.q"}, ["h.0.q", "h.0.k", "h.1.q"])
+    ['q']
+    """
+    chosen = {path for path in paths if path in targets}
+    for names in ({path.rpartition(".")[2] for path in chosen}, chosen):
+        ends = tuple(f".{name}" for name in names)
+        if {path for path in paths if path in names or path.endswith(ends)} == chosen:
+            return sorted(names)
+    return expression
+
+
 def parse_config(text: str | bytes, path: Path) -> dict[str, Any]:
     """Return the content of an `adapter_config.json`, or raise a CheckpointError if damaged."""
     try:

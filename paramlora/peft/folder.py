@@ -139,6 +139,7 @@ def load_peft(
     path: str | os.PathLike[str],
     *,
     name: str = "default",
+    into: str | None = None,
     activate: Activate | None = None,
     finite: bool = True,
 ) -> Summary:
@@ -155,7 +156,7 @@ def load_peft(
         model: the base that PEFT was given, its modules under the same paths.
         path: a folder with `adapter_config.json` and `adapter_model.safetensors`.
         name: the adapter's name in the model.
-        activate, finite: as in `load`.
+        into, activate, finite: as in `load`.
 
     Returns:
         The model's summary.
@@ -165,7 +166,7 @@ def load_peft(
         CheckpointError: a file is damaged, belongs to another model, or has settings that
             paramlora does not support. The message names them, and the model does not change.
         AdapterNameError: the name is not valid, or belongs to an adapter with other sites, kinds
-            or shapes.
+            or shapes; or there is no adapter `into`.
         StateError: the adapter of that name is merged, or another one is and `activate` is "only",
             or it is "also" and their order counts; or a tensor is on the meta device.
         TargetError: a tensor of the model is lazy and has no shape yet.
@@ -187,7 +188,7 @@ def load_peft(
     state = _without_prefix(read_tensors(path / TENSORS)[0], path / TENSORS)
     planned = plan_content(survey, content, state, path, path / CONFIG)
     _warn_if_added_twice(state)
-    return attach_or_refresh(survey, planned, name, path, activate, finite)
+    return attach_or_refresh(survey, planned, name, path, activate, finite, into)
 
 
 def plan_content(

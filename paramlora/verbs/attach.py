@@ -20,7 +20,6 @@ from ..layers.install import (
     check_whole,
     keep_frozen,
     remove,
-    remove_all,
 )
 from ..layers.registered import claim as claim  # what torch registered, from now on
 from ..layers.statistics import hold
@@ -167,7 +166,7 @@ def detach(model: nn.Module, *names: str) -> None:
     check_unmerged(survey.stacks, names, "detach")
     check_ties(survey.sites)
     check_whole(survey.sites)
-    remove(survey, set(names)) if names else remove_all(survey)
+    remove(survey, set(names) or None)
 
 
 def freeze(model: nn.Module, *names: str) -> None:
