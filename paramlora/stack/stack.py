@@ -30,6 +30,8 @@ CHANGED = (
 
 # Numbers adapters in attaching order, over all stacks.
 _NUMBERS = itertools.count()
+# A string, because the compiler of torch 2.6 does not look other objects up in a dict.
+_KEYS = (f"stack {number}" for number in itertools.count())
 
 
 class Stack(nn.Module):
@@ -74,7 +76,7 @@ class Stack(nn.Module):
         self.paused: tuple[str, ...] = ()
         self.tied: tuple[str, ...] = ()
         self.drops = False
-        self.key = object()
+        self.key = next(_KEYS)
         self.open: tuple[Block, ...] = ()
         self.traced_live: tuple[str, ...] = ()
         self.traced_route: Any = None
@@ -83,7 +85,7 @@ class Stack(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A deep copy is outside of the blocks in which it was made.
-        super().__setstate__({**state, "key": object(), "open": ()})
+        super().__setstate__({**state, "key": next(_KEYS), "open": ()})
         self.reflect()
 
     def _replicate_for_data_parallel(self) -> "Stack":
