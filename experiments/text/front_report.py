@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+from scipy.stats import spearmanr
+
 from ..analysis.front import difference
+from ..analysis.intruders import predictors
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..report.table import Sample, Table, key_value_table
 
@@ -106,6 +109,29 @@ def chosen_table(run: RunDirectory) -> Table:
     return Table(head, lines)
 
 
+def spectra_table(run: RunDirectory) -> Table:
+    """Return how well intruder dimensions and the size of the update predict what is kept.
+
+    Spearman's rank correlation over all trainings of a seed with LoRA or with all weights; mean and
+    95 % interval over seeds. The rows have `sizes` if the run was made with --spectra.
+    """
+    rows = [row for row in run.rows if "sizes" in row and not row["method"].startswith("joint")]
+    lines = []
+    for name, value in predictors((0.5, 0.7)).items():
+        cells = []
+        for key in KEPT:
+            found = []
+            for seed in sorted({row["seed"] for row in rows}):
+                mine = [row for row in rows if row["seed"] == seed]
+                x, y = [value(row) for row in mine], [row[key] for row in mine]
+                if min(len(set(x)), len(set(y))) > 1:
+                    found.append(float(spearmanr(x, y).statistic))
+            sample = Sample(tuple(found))
+            cells.append(f"{sample.mean:+.2f} ({sample.interval(2)})" if found else "-")
+        lines.append([name, *cells])
+    return Table(["predictor", *(name for name, _, _ in KEPT.values())], lines)
+
+
 def _best(rows: list[Row], key: str = "validation_accuracy") -> list[Row]:
     """Return the rows of the rate with the highest mean accuracy, on the validation texts."""
     return max(by_rate(rows).values(), key=lambda group: sum(r[key] for r in group) / len(group))
@@ -143,6 +169,13 @@ def front_figure(run: RunDirectory, path: Path) -> None:
     replace_file(path, png(figure))
 
 
+def _spectra_part(run: RunDirectory) -> list[str]:
+    if not any("sizes" in row for row in run.rows):
+        return []
+    said = "Rank correlation with what is kept; mean and 95 % interval over seeds."
+    return ["## Intruder dimensions", spectra_table(run).markdown(), said]
+
+
 def write_front(folder: Path) -> RunDirectory:
     """Write front.md and front.png of the run in `folder` from its rows; return the run."""
     run = RunDirectory.read(folder)
@@ -162,6 +195,7 @@ def write_front(folder: Path) -> RunDirectory:
         "![What is kept against what is learned](front.png)",
         f"Rates that end more than {SHOWN} points below the best are not drawn.",
         "`experiments/text/retention.py` defines the measures.",
+        *_spectra_part(run),
         "## Settings",
         key_value_table(run.settings).markdown(),
     ]

@@ -33,7 +33,7 @@ def test_help_lists_the_commands_in_groups(capsys: pytest.CaptureFixture[str]) -
     shown = capsys.readouterr().out
     _, studies, grids, reports, examples = shown.rsplit("\n\n", 4)
     assert [line.split()[0] for line in studies.splitlines()] == [
-        *("studies:", "digits", "tasks", "text")
+        *("studies:", "digits", "razor", "tasks", "text")
     ]
     assert [line.split()[0] for line in grids.splitlines()[1:]] == ["sweep", "text-front"]
     assert reports.startswith("reports:\n  report      write the reports")
