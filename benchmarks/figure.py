@@ -32,7 +32,7 @@ LEAST = 0.01
 EXAMPLES = """\
 examples:
   python -m benchmarks figure runs/benchmarks/results.jsonl overheads.png
-  python -m benchmarks figure docs/data/layers-gpu-fused.csv docs/performance.png --x 16384×4096
+  python -m benchmarks figure docs/data/layers-gpu.csv docs/performance.png --x 4096×4096
 """
 
 

@@ -5,13 +5,12 @@ differs from run to run, with the processor's speed. Each contestant, cell and k
 row in results.jsonl with the time of each run, and with the operations that took most of the host's
 time.
 
-"paramlora, native" computes layers with few multiplications by the native extension, which launches
-faster, and not by the Triton kernels. The limit is `--launch`, in multiplications of the product.
+With `--graphs` each step is also recorded as a CUDA graph once and replayed, without the host.
+"over floor" compares with the floor that runs in the same way.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 
@@ -20,8 +19,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from paramlora.compute import plan as plans
-
 from .harness import options as shared
 from .harness.cases import Case, check, infer, train_step
 from .harness.contestants import select
@@ -29,10 +26,10 @@ from .harness.models import SUITES, cells
 from .harness.results import Row, Table, append, machine
 from .harness.timing import interleaved, now
 
-VARIANT = "paramlora, native"
+REPLAYED = ", replayed"
 EXAMPLES = """\
 examples:
-  python -m benchmarks host-time --suites gpu-autocast
+  python -m benchmarks host-time --suites gpu-autocast --graphs
   python -m benchmarks host-time --suites cpu-mlp --quick --runs 2
 """
 Step = Callable[[], Tensor]
@@ -46,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what("--suites", nargs="+", choices=SUITES, metavar="SUITE", default=default, help=suites)
     shared.add_only(what, ["paramlora", "PEFT"])
     what("--quick", action="store_true", help="first cell of each suite")
-    what("--launch", type=float, default=2**36, help="limit of n·k·m for the variant")
+    what("--graphs", action="store_true", help="also replay each step from a CUDA graph")
     how = parser.add_argument_group("how to measure").add_argument
     how("--runs", type=int, default=10, help="runs; the table shows the fastest and the slowest")
     how("--steps", type=int, default=20, help="steps per run, without waiting between them")
@@ -77,11 +74,13 @@ def measure(case: Case, options: argparse.Namespace) -> list[Row]:
     x = case.x.clone().requires_grad_()
     rows = []
     for work, step in (("train", train_step), ("infer", infer)):
-        steps = {entry.contestant.name: partial(step, entry, x) for entry in entries}
-        if "paramlora" in steps:
-            steps[VARIANT] = partial(_native, steps["paramlora"], options.launch)
+        steps: dict[str, Step] = {
+            entry.contestant.name: partial(step, entry, x) for entry in entries
+        }
         for act in steps.values():
             act()
+        if options.graphs:
+            steps |= {name + REPLAYED: replayed(act) for name, act in steps.items()}
         device = x.device.type
         seconds = interleaved(steps, options.runs, repeats=options.steps, warm_up=1, device=device)
         for name, act in steps.items():
@@ -101,29 +100,22 @@ def measure(case: Case, options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-@contextmanager
-def launched_natively(least: float) -> Iterator[None]:
-    """Choose the native extension for products of fewer multiplications than `least`."""
-    chosen = plans.choose
+def replayed(step: Step) -> Step:
+    """Return a function that replays a step from a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # a first run chooses algorithms, which a capture must not do
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        output = step()
 
-    def choose(
-        n: int, k: int, m: int, dtype: torch.dtype, device: str, grad: bool, native: bool = False
-    ) -> plans.Plan:
-        plan = chosen(n, k, m, dtype, device, grad, native)
-        # The half-precision plan of the native extension: factored in both directions.
-        small = native and plan.forward == "factored" and n * k * m < least
-        return plans.Plan(plan.forward, plan.backward, True) if small else plan
+    def replay() -> Tensor:
+        graph.replay()
+        return output
 
-    plans.choose = choose
-    try:
-        yield
-    finally:
-        plans.choose = chosen
-
-
-def _native(step: Step, least: float) -> Tensor:
-    with launched_natively(least):
-        return step()
+    return replay
 
 
 def host_seconds(step: Step, device: str) -> float:
@@ -161,12 +153,14 @@ def table(rows: list[Row]) -> Table:
     """Return a line per row, in milliseconds per step."""
     head = ["suite", "x", "work", "contestant", "clock", "fastest", "slowest", "over floor"]
     head += ["host", "GPU", "kernels"]
-    lines, floor = [], 1.0
+    lines, floors = [], {}
     for row in rows:
         runs, typical = row["runs_s"], median(row["runs_s"])
-        floor = typical if row["contestant"] == "floor" else floor
+        how = row["contestant"].endswith(REPLAYED)
+        if row["contestant"].startswith("floor"):
+            floors[how] = typical
         times = [f"{s * 1e3:.3f}" for s in (typical, min(runs), max(runs))]
         about = [row["suite"], "×".join(map(str, row["shape"])), row["work"], row["contestant"]]
         spent = [f"{row['host_s'] * 1e3:.3f}", f"{row['gpu_s'] * 1e3:.3f}", f"{row['kernels']:.0f}"]
-        lines.append([*about, *times, f"{typical / floor:.2f}", *spent])
+        lines.append([*about, *times, f"{typical / floors[how]:.2f}", *spent])
     return Table(head, lines)

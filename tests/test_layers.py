@@ -22,6 +22,7 @@ EXPERIMENTS: Layers = {
     "examples": SHARED,
     "sweeps": {*SHARED, "digits"},
     "tasks": {*SHARED, "digits"},
+    "razor": {*SHARED, "digits"},
     "__main__": {"harness"},  # it finds the studies by their folders, and names none
 }
 BELOW_LAYERS = {"site", "stack", "kinds", "errors", "wrappers"}

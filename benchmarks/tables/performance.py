@@ -13,7 +13,13 @@ HEADS = {
     "share_one_dtype": "share",
     "peft": "PEFT",
     "paramlora_dora": "DoRA: paramlora",
-    "peft_dora": "PEFT",
+    "peft_dora": "PEFT, DoRA",
+    "clock_ms": "clock, ms",
+    "fastest_ms": "fastest",
+    "slowest_ms": "slowest",
+    "over_floor": "over floor",
+    "host_ms": "host, ms",
+    "gpu_ms": "GPU, ms",
 }
 
 
@@ -37,16 +43,21 @@ def layers_cpu() -> Table:
     return of_columns(rows, columns.split())
 
 
-@table("dora-cpu")
-def dora_cpu() -> Table:
-    """Return the times of DoRA over the floor on a CPU at rank 16."""
-    rows = [row for row in csv_rows("dora-cpu") if row["rank"] == "16"]
-    lines = [
-        [train["model"], train["x"]]
-        + [row[key] for row in (train, infer) for key in ("paramlora_dora", "peft_dora")]
-        for train, infer in zip(rows[::2], rows[1::2], strict=True)
-    ]
-    return aligned(["model", "x", "train: paramlora", "PEFT", "infer: paramlora", "PEFT"], lines)
+@table("dora-gpu")
+def dora_gpu() -> Table:
+    """Return the times of DoRA over the floor on a GPU."""
+    columns = "model x work floor_ms paramlora_dora peft_dora paramlora peft"
+    return of_columns(csv_rows("dora-gpu"), columns.split())
+
+
+@table("host-time")
+def host_time() -> Table:
+    """Return the encoder's steps under autocast with 128 sequences."""
+    rows = [row for row in csv_rows("host-time") if row["x"].startswith("128×")]
+    columns = (
+        "work run contestant clock_ms fastest_ms slowest_ms over_floor host_ms gpu_ms launches"
+    )
+    return of_columns(rows, columns.split())
 
 
 def of_columns(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> Table:

@@ -6,7 +6,6 @@ Cells that differ only in their adapter settings train together as one job. jobl
 `--jobs N` processes, or on the back end set by `joblib.parallel_config`, such as a Dask cluster.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from ..harness.batches import Batches
 from ..harness.environment import RESULT_KEYS, resolve_device
 from ..harness.rundir import Row, RunDirectory
 from .cells import Cell, is_stacked, jobs_of
+from .spectra import by_path, deltas, measured
 from .together import StackedBatches, Together, objective_together
 
 STUDY = "sweeps"  # the study's name in environment.json
@@ -80,9 +80,10 @@ def _rows(
             on = at.logits(updates(factors, lora_of(settings.adapter).scaling), cell.strengths)
         if settings.remedies.route != "none":
             on = torch.stack([answers(context, one, seed) for one in on])
+        more = measured(context, deltas(factors, cell)) if cell.spectra else {}
         for strength, row in zip(cell.strengths, scores(on, labels, context.tuned), strict=True):
             labelled = {"stage": "on", "seed": seed, "strength": strength, "train_loss": loss}
-            yield {**common, **labelled, **row}
+            yield {**common, **labelled, **row, **more}
 
 
 @torch.no_grad()
@@ -98,10 +99,9 @@ def full_logits(
     """
     model = context.model()
     base = dict(model.named_parameters())
-    paths = {name: re.sub(r"\.parametrizations\.(\w+)\..*", r".\1", name) for name in deltas}
     found = []
     for λ in strengths:
-        tuned = {path: base[path] + λ * deltas[name] for name, path in paths.items()}
+        tuned = {path: base[path] + λ * delta for path, delta in by_path(deltas).items()}
         found.append(
             functional_call(model, tuned, context.test_inputs) if λ else context.base_logits
         )

@@ -32,6 +32,14 @@ MINILM: dict[str, Any] = {
 }
 
 
+# all-mpnet-base-v2 has 109 M parameters, the width of the published studies.
+MPNET: dict[str, Any] = {
+    **MINILM,
+    "model": "sentence-transformers/all-mpnet-base-v2",
+    "targets": "*.attn.q,*.attn.k,*.attn.v,*.attn.o,*.dense",
+    "pooling": "mean",
+}
+
 _PRESETS: dict[str, dict[str, Any]] = {
     # Raschka, "Code LoRA From Scratch": the default settings, and the best ones found there.
     "distilbert-imdb": {},
@@ -62,6 +70,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "max_length": 120,
     },
     "minilm-imdb": MINILM,
+    "mpnet-imdb": MPNET,
     "minilm-spam": {**MINILM, "data": "spam", "max_length": 128, "epochs": 5},
 }
 

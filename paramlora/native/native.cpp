@@ -13,9 +13,11 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <utility>
 
 using at::Tensor;
@@ -30,12 +32,27 @@ Tensor matrix(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size
 // t in a dtype. The test saves a small layer the dispatch of a `to` that changes nothing.
 Tensor cast(const Tensor& t, at::ScalarType to) { return t.scalar_type() == to ? t : t.to(to); }
 
-// s · P Q. `addmm_` scales within the product, which saves a GPU launch. vmap cannot run it: P or Q
-// holds a batch of matrices there, and the new tensor, which would have to hold the results, does
-// not. vmap gets here by torch.autograd.grad(…, is_grads_batched=True).
-Tensor scaled_mm(const Tensor& P, const Tensor& Q, double s) {
-  if (s == 1.0) return at::mm(P, Q);
-  if (at::isTensorSubclassLike(P) || at::isTensorSubclassLike(Q)) return at::mm(P, Q) * s;
+// P Q in the dtype of a factor, which may be float32 beside products in half precision. A GPU then
+// writes float32 at once: one launch instead of two, and without the rounding to half precision.
+Tensor mm_in(const Tensor& P, const Tensor& Q, at::ScalarType to) {
+#if TORCH_VERSION_MAJOR > 2 || (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 8)
+  bool plain = !at::isTensorSubclassLike(P) && !at::isTensorSubclassLike(Q) && !at::hasHIP();
+  bool half = at::isReducedFloatingType(P.scalar_type());
+  if (half && to == at::kFloat && P.is_cuda() && plain && !at::GradMode::is_enabled())
+    return at::mm(P, Q, to);
+#endif
+  return cast(at::mm(P, Q), to);
+}
+
+// s · P Q in a dtype. `addmm_` scales within the product, which saves a GPU launch. vmap cannot run
+// it: P or Q holds a batch of matrices there, and the new tensor, which would have to hold the
+// results, does not. vmap gets here by torch.autograd.grad(…, is_grads_batched=True).
+Tensor scaled_mm(const Tensor& P, const Tensor& Q, double s, at::ScalarType to) {
+  bool batched = at::isTensorSubclassLike(P) || at::isTensorSubclassLike(Q);
+  if (s == 1.0 || batched || to != P.scalar_type()) {
+    auto product = mm_in(P, Q, to);
+    return s == 1.0 ? product : product * s;
+  }
   return at::empty({P.size(0), Q.size(1)}, P.options()).addmm_(P, Q, 0, s);
 }
 
@@ -43,11 +60,14 @@ Tensor scaled_mm(const Tensor& P, const Tensor& Q, double s) {
 // for 2 to 15 columns and fast for as few rows: on an EPYC dyᵀ h takes 3.2 ms for dy (1000, 1024)
 // and h (1000, 4), and its transpose hᵀ dy takes 0.3 ms. So in float32 and float64 on a CPU the
 // transpose is computed, if P is large and 2 ≤ r ≤ `widest`. lowrank.py has the same rule.
-Tensor thin_mm(const Tensor& P, const Tensor& Q, double s, int64_t widest) {
+Tensor thin_mm(
+    const Tensor& P, const Tensor& Q, double s, int64_t widest,
+    std::optional<at::ScalarType> dtype = std::nullopt) {
+  auto to = dtype.value_or(P.scalar_type());
   auto r = Q.size(1);
   bool transposed = P.is_cpu() && at::elementSize(P.scalar_type()) >= 4 && 1 < r && r <= widest &&
       8 * r <= std::min(P.size(0), P.size(1)) && P.numel() >= 8192;
-  return transposed ? scaled_mm(Q.t(), P.t(), s).t() : scaled_mm(P, Q, s);
+  return transposed ? scaled_mm(Q.t(), P.t(), s, to).t() : scaled_mm(P, Q, s, to);
 }
 
 // Returns y, and h if the path computes it. `dense` builds W', else the update goes to the product.
@@ -63,8 +83,32 @@ std::pair<Tensor, Tensor> compute(
   return {y, h};
 }
 
+// Note a factor of another dtype than the products, with its version.
+void keep(AutogradContext* ctx, const std::string& name, const Tensor& factor, at::ScalarType to) {
+  if (factor.scalar_type() == to) return;
+  ctx->saved_data[name] = factor;
+  ctx->saved_data[name + "_version"] = factor.is_inference() ? int64_t(0) : static_cast<int64_t>(factor._version());
+}
+
+// Returns the factor for the products of the backward, and the dtype of its gradient: the saved
+// cast, or a new cast if the gradients are to be differentiated.
+std::pair<Tensor, at::ScalarType> factor(
+    AutogradContext* ctx, const std::string& name, const Tensor& saved, bool again) {
+  auto kept = ctx->saved_data.find(name);
+  if (kept == ctx->saved_data.end()) return {saved, saved.scalar_type()};
+  auto original = kept->second.toTensor();
+  if (!again) return {saved, original.scalar_type()};
+  TORCH_CHECK(
+      static_cast<int64_t>(original._version()) == ctx->saved_data[name + "_version"].toInt(),
+      "the factor ", name, " was modified by an inplace operation after the forward, and "
+      "create_graph=True needs the factor of the forward");
+  return {cast(original, saved.scalar_type()), original.scalar_type()};
+}
+
 class Linear : public torch::autograd::Function<Linear> {
  public:
+  // A and B may have another dtype than the others. They are cast here and not before, so that the
+  // graph has no nodes for the casts, and the backward returns their gradients in their dtype.
   static Tensor forward(
       AutogradContext* ctx, const Tensor& x, const Tensor& W, const Tensor& A, const Tensor& B,
       const std::optional<Tensor>& b, double s, bool dense, bool dense_backward) {
@@ -72,15 +116,20 @@ class Linear : public torch::autograd::Function<Linear> {
     // would record that y is a view (`linear` returns one for an x of three dimensions), and refuse
     // nn.ReLU(inplace=True) on a view that a custom function returns.
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [y, h] = compute(x, W, b, A, B, s, dense);
+    auto to = x.scalar_type();
+    auto A_ = cast(A, to), B_ = cast(B, to);
+    auto [y, h] = compute(x, W, b, A_, B_, s, dense);
     // Save a tensor only if a wanted gradient reads it. Each saved tensor has a version, and the
     // backward raises if an in-place operation has changed it. With W, A and B frozen only dx is
     // wanted, which does not read x: the next layer may overwrite x. Without dx nothing reads W: it
     // may be merged before the backward.
     bool reads_x = W.requires_grad() || A.requires_grad() || B.requires_grad();
     ctx->save_for_backward(
-        {reads_x ? x : Tensor(), x.requires_grad() ? W : Tensor(), A, B,
+        {reads_x ? x : Tensor(), x.requires_grad() ? W : Tensor(), A_, B_,
          B.requires_grad() ? h : Tensor()});
+    // The casts are saved, so an optimizer may change A and B before the backward.
+    keep(ctx, "A", A, to);
+    keep(ctx, "B", B, to);
     ctx->saved_data["s"] = s;
     ctx->saved_data["dense"] = dense_backward;
     ctx->saved_data["bias"] = b.has_value();
@@ -92,7 +141,12 @@ class Linear : public torch::autograd::Function<Linear> {
     // gets and not what `addmm_` gets, and the dtypes no longer match.
     c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
     auto saved = ctx->get_saved_variables();  // compares the versions
-    const auto &x = saved[0], &W = saved[1], &A = saved[2], &B = saved[3], &g = grads[0];
+    const auto &x = saved[0], &W = saved[1], &g = grads[0];
+    // With create_graph=True the gradients are differentiated with respect to A and B, too. The
+    // saved casts and the saved h were hidden from autograd, so both are computed again.
+    bool again = at::GradMode::is_enabled();
+    auto [A, A_dtype] = factor(ctx, "A", saved[2], again);
+    auto [B, B_dtype] = factor(ctx, "B", saved[3], again);
     double s = ctx->saved_data["s"].toDouble();
     bool dense = ctx->saved_data["dense"].toBool();
     // The index counts the tensors among the arguments of `forward`. A bias of nullopt is not one,
@@ -107,12 +161,10 @@ class Linear : public torch::autograd::Function<Linear> {
     auto dy = matrix(g).contiguous();
     Tensor dh, h = saved[4], dx, dW, dA, dB, db;
     if (to_A || (to_x && !dense)) dh = thin_mm(dy, B, s, 15);  // s · (n, m) (m, r)
-    if (to_A) dA = at::mm(dh.t(), x2);                         // (r, n) (n, k)
+    if (to_A) dA = mm_in(dh.t(), x2, A_dtype);                 // (r, n) (n, k)
     if (to_B) {
-      // With create_graph=True dB is differentiated, too. The saved h was hidden from autograd, so
-      // dB would not depend on x and A. Compute h again.
-      if (!h.defined() || at::GradMode::is_enabled()) h = at::mm(x2, A.t());  // (n, k) (k, r)
-      dB = thin_mm(dy.t(), h, s, 32).contiguous();  // s · (m, n) (n, r)
+      if (!h.defined() || again) h = at::mm(x2, A.t());  // (n, k) (k, r)
+      dB = thin_mm(dy.t(), h, s, 32, B_dtype).contiguous();  // s · (m, n) (n, r)
     }
     if (to_x) {
       dx = dense ? at::mm(dy, at::addmm(W, B, A, 1, s))  // (n, m) (m, k)
@@ -139,15 +191,15 @@ Tensor linear(
   TORCH_CHECK(
       A.device() == W.device() && B.device() == W.device(), "factors on ", A.device(), " and ",
       B.device(), " do not fit a weight on ", W.device());
-  // Cast before the node. The node then saves the casts, its backward needs none, and the node that
-  // autograd has for each cast returns the gradient in the original dtype. A and B may always have
-  // another dtype than x. W and b may only under autocast; otherwise the error is that of F.linear.
+  // Cast x, W and b before the node: the node that autograd has for each cast returns the gradient in
+  // the original dtype. A and B may always have another dtype than x. W and b may only under autocast;
+  // otherwise the error is that of F.linear.
   auto to = dtype.value_or(x.scalar_type());
-  auto x_ = cast(x, to), W_ = dtype ? cast(W, to) : W, A_ = cast(A, to), B_ = cast(B, to);
+  auto x_ = cast(x, to), W_ = dtype ? cast(W, to) : W;
   auto b_ = dtype && b ? std::optional<Tensor>(cast(*b, to)) : b;
   if (at::GradMode::is_enabled())
-    return Linear::apply(x_, W_, A_, B_, b_, s, dense, dense_backward);
-  return compute(x_, W_, b_, A_, B_, s, dense).first;
+    return Linear::apply(x_, W_, A, B, b_, s, dense, dense_backward);
+  return compute(x_, W_, b_, cast(A, to), cast(B, to), s, dense).first;
 }
 
 }  // namespace
