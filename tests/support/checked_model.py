@@ -188,7 +188,8 @@ class CheckedModel:
 
     def check_off(self, ids: Tensor) -> None:
         """Assert that the outputs without active adapters are the base's, bit for bit."""
-        if not any(adapter.active for _, _, adapter in self.reference.all_adapters()):
+        adapters = [adapter for _, _, adapter in self.reference.all_adapters()]
+        if adapters and not any(adapter.active for adapter in adapters):
             assert_same(frozen_outputs(self.model, ids), frozen_outputs(self.reference.plain, ids))
 
     def _check_summary(self) -> None:

@@ -26,6 +26,7 @@ from tests.support.state_machine import (
     IN_ROUTED,
     IS_MERGED,
     IS_TAKEN,
+    NAMES,
     OUT_OF_ORDER,
     File,
     a_free_name,
@@ -155,6 +156,31 @@ class OtherRules(VerbRules):
             state.strength = adapter.own_strength
         if new or activate:
             reference.add(name, activate or ("no" if before else "only"), freeze=new)
+
+    @precondition(lambda self: len(self.reference.names()) > 1 and len(self.checked.blocks) < 4)
+    @rule(
+        first=a_name,
+        later=a_name,
+        how=st.sampled_from(["enable", "enabled", "block", "file"]),
+    )
+    def merge_beside(self, first: str, later: str, how: str) -> None:
+        """Merge one adapter while another is off, and switch that one on again, or try to."""
+        blocks = len(self.checked.blocks)
+        if how == "block":
+            self.enter_toggled("disabled", [first], "")
+        else:
+            self.toggle("disable", [first], "", 1.0)
+        if how == "file":
+            self.save(first)
+        self.merge([later], "")
+        if how == "enable":
+            self.toggle("enable", [first], "", 1.0)
+        elif how == "enabled":
+            self.enter_toggled("enabled", [first], "")
+        elif how == "file" and self.files:
+            self.load(len(self.files) - 1, None, "also", 1.0)
+        elif len(self.checked.blocks) > blocks:
+            self.checked.exit_block()
 
     @precondition(lambda self: self.files)
     @rule(index=st.integers(0, 9), switch=st.booleans())
@@ -296,6 +322,7 @@ class OtherRules(VerbRules):
         dtype = self.reference.parameter(path).dtype
         assert_near(actual.to(dtype), expected)
 
+    @precondition(lambda self: 0 < len(self.reference.names()) < len(NAMES))
     @rule(
         name=mostly(a_free_name, any_name),
         rank=st.integers(1, 4),
@@ -329,6 +356,7 @@ class OtherRules(VerbRules):
                 assert missing <= 1e-4 * largest
             self.reference.add(name, "only", freeze=True)
 
+    @precondition(lambda self: self.reference.names())
     @rule(how=st.sampled_from(["own", "own", "none", "copied", "merge"]), names=some_names)
     def in_thread(self, how: str, names: list[str]) -> None:
         """Call the model in another thread, in blocks of its own or in those of this one."""

@@ -290,9 +290,9 @@ class ReferenceModel:
         bases: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """Return the outputs in float64, and let buffers move as the model's do."""
-        for name, module in self.plain.named_modules():
-            held = self.held and isinstance(module, nn.BatchNorm1d)
-            module.training = self.training and not held and "parametrizations" not in name
+        norms = [layer for layer in self.plain.layers if isinstance(layer, nn.BatchNorm1d)]
+        for norm in norms:
+            norm.training = self.training and not self.held
         buffers = {id(b): b.to(torch.float64, copy=True) for b in self.plain.buffers()}
 
         def call(path: str, layer: nn.Module, *args: Tensor) -> Any:
@@ -315,11 +315,10 @@ class ReferenceModel:
             return call_rows(layer, states, args)
 
         found = self.plain(ids, call)
-        for module in self.plain.modules():
-            module.training = self.training
-            if isinstance(module, nn.BatchNorm1d):
-                for buffer in module.buffers():
-                    buffer.copy_(buffers[id(buffer)])
+        for norm in norms:
+            norm.training = self.training
+            for buffer in norm.buffers():
+                buffer.copy_(buffers[id(buffer)])
         return found
 
     # ---- names and scopes

@@ -29,10 +29,7 @@ NO_ADAPTER = (pl.StateError, r"^no adapter is attached here; ")
 NOTHING = (pl.StateError, r"^nothing to merge")
 IS_TAKEN = (pl.AdapterNameError, r"^(an )?adapter '.' is attached already")
 OUT_OF_ORDER = (pl.StateError, r"so their order counts; ")
-CANNOT_STORE = (
-    pl.StateError,
-    r"^cannot merge at '.*': .* below the adapter cannot store the merged",
-)
+CANNOT_STORE = (pl.StateError, r"^cannot merge at '.*': .* below the adapter cannot store ")
 IN_ROUTED = (pl.StateError, r"^cannot .* inside of routed\(\): every row would get ")
 CANNOT_ROUTE = (pl.StateError, r"^cannot route '")
 CANNOT_BE_ONLY = (pl.StateError, r"^cannot make '.' the only active adapter while '.' is merged")
@@ -95,6 +92,12 @@ a_spec = st.one_of(
 )
 
 
+# The tensors of an adapter, as numbers; mostly the first ones, so that adapters meet there.
+some_tensors = st.lists(
+    st.tuples(mostly(st.integers(0, 3), st.integers(0, 40)), a_spec), min_size=1, max_size=4
+)
+
+
 @dataclass
 class File:
     """A saved adapter, with its expected state at each tensor."""
@@ -144,6 +147,7 @@ class BaseMachine(RuleBasedStateMachine):
         double=st.booleans(),
         untrained=st.sets(st.integers(0, 40), max_size=2),
         compiles=st.integers(0, 24),
+        first=st.lists(some_tensors, max_size=2),
         seed=a_seed,
     )
     def build(
@@ -154,6 +158,7 @@ class BaseMachine(RuleBasedStateMachine):
         double: bool,
         untrained: set[int],
         compiles: int,
+        first: list[list[tuple[int, pl.kinds.Spec]]],
         seed: int,
     ) -> None:
         type(self).count += 1
@@ -165,6 +170,12 @@ class BaseMachine(RuleBasedStateMachine):
         self.ids = torch.tensor([[0, 1], [4, 3], [2, 4]])
         self.compiles = 4 if compiles == 24 else 0
         self.checked = CheckedModel(copy.deepcopy(plain), ReferenceModel.of(plain))
+        for i, adapters in enumerate(first):
+            specs: Any = self.specs(adapters, False)
+            pl.attach(self.model, specs, name=NAMES[i], activate="also")
+            self.record(NAMES[i], specs)
+            self.reference.add(NAMES[i], "also", freeze=True)
+            self.fill(NAMES[i], seed + i)
         self.scopes = ["emb.", "head.", *(f"layers.{i}." for i in range(len(layers)))]
 
     def specs(self, to: list[tuple[int, pl.kinds.Spec]], halves: bool) -> dict[str, pl.kinds.Spec]:

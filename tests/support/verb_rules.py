@@ -37,17 +37,12 @@ from tests.support.state_machine import (
     a_name,
     a_scope,
     a_seed,
-    a_spec,
     a_strength,
     an_activate,
     any_name,
     mostly,
     some_names,
-)
-
-# The tensors of an adapter, as numbers; mostly the first ones, so that adapters meet there.
-some_tensors = st.lists(
-    st.tuples(mostly(st.integers(0, 3), st.integers(0, 40)), a_spec), min_size=1, max_size=4
+    some_tensors,
 )
 
 
@@ -411,7 +406,7 @@ class VerbRules(BaseMachine):
     )
     @rule()
     def train_step(self) -> None:
-        """Take a step of gradient descent on the factors; compare gradients of a trained base too."""
+        """Take a step along the gradient; compare the gradients of a trained base too."""
         loss = self.model(self.ids).tanh().mean()
         adapters = [adapter for _, _, adapter in self.reference.all_adapters()]
         leaves = {

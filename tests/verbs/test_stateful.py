@@ -20,14 +20,13 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.support.other_rules import OtherRules
 
-STEPS = 18
 COMMON = settings(
-    stateful_step_count=STEPS,
     deadline=None,
     report_multiple_bugs=False,
     database=None,
     suppress_health_check=list(HealthCheck),
 )
+PHASES = [Phase.generate, Phase.shrink]
 
 
 @pytest.fixture
@@ -45,22 +44,28 @@ def _one_thread() -> Iterator[None]:
 def test_random_sequences_of_verbs() -> None:
     """After any sequence of verbs, a model agrees with its dense reference."""
     run_state_machine_as_test(
-        OtherRules, settings=settings(COMMON, max_examples=200, derandomize=True)
+        OtherRules,
+        settings=settings(
+            COMMON, max_examples=200, derandomize=True, stateful_step_count=12, phases=PHASES
+        ),
     )
 
 
-def fuzz(count: int, first: int, batch: int, shrink: bool) -> None:
+def fuzz(count: int, first: int, batch: int, steps: int, shrink: bool) -> None:
     """Run sequences in batches; each has a seed of its own, which is printed."""
-    start, phases = time.perf_counter(), [Phase.generate, *([Phase.shrink] if shrink else [])]
+    start, phases = time.perf_counter(), PHASES if shrink else PHASES[:1]
     for number, done in enumerate(range(0, count, batch), first):
         size = min(batch, count - done)
         machine: Any = type("Machine", (OtherRules,), {})
         try:
             run_state_machine_as_test(
-                seed(number)(machine), settings=settings(COMMON, max_examples=size, phases=phases)
+                seed(number)(machine),
+                settings=settings(
+                    COMMON, max_examples=size, stateful_step_count=steps, phases=phases
+                ),
             )
         except BaseException:
-            again = f"--seed {number} --sequences {size} --batch {size}"
+            again = f"--seed {number} --sequences {size} --batch {size} --steps {steps}"
             print(f"A fault; {done + machine.count:,} sequences were run: {again}", flush=True)
             raise
         took = time.perf_counter() - start
@@ -73,13 +78,14 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=10_000, help="how many to run")
     parser.add_argument("--seed", type=int, default=0, help="the seed of the first batch")
     parser.add_argument("--batch", type=int, default=100, help="sequences for each seed")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a sequence, at most")
     parser.add_argument("--no-shrink", action="store_true", help="print the first fault as it is")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", UserWarning)
-    fuzz(options.sequences, options.seed, options.batch, not options.no_shrink)
+    fuzz(options.sequences, options.seed, options.batch, options.steps, not options.no_shrink)
     print(
-        f"{options.sequences:,} sequences of up to {STEPS} steps: "
+        f"{options.sequences:,} sequences of up to {options.steps} steps: "
         "the model agreed with its reference after every step"
     )
 
