@@ -27,6 +27,7 @@ def add_commands(commands: Commands) -> None:
     sweep = add_command(
         commands,
         "sweep",
+        group="grids of settings",
         help="run the digit study over a grid of settings, seeds and bases, in parallel",
         description="Train every combination of the values of --vary on --base-seeds bases, each "
         "with --seeds adapter seeds. A stopped sweep continues from its rows.",
@@ -182,7 +183,8 @@ def report_one(folder: Path) -> None:
         if key in run.settings:
             write(run)
             print((folder / name).read_text(encoding="utf-8"))
+            print(f"report   {folder / name}: open {(folder / name).with_suffix('.png')} beside it")
             return
     write_sweep_report(run)
     print(table(run).text())
-    print(f"report   {folder / 'sweep.md'}")
+    print(f"report   {folder / 'sweep.md'}: open {folder / 'fronts.png'} beside it")
