@@ -37,6 +37,7 @@ from tests.support.state_machine import (
     any_name,
     mostly,
     some_names,
+    two_names,
 )
 from tests.support.verb_rules import VerbRules
 
@@ -158,13 +159,12 @@ class OtherRules(VerbRules):
             reference.add(name, activate or ("no" if before else "only"), freeze=new)
 
     @precondition(lambda self: len(self.reference.names()) > 1 and len(self.checked.blocks) < 4)
-    @rule(
-        first=a_name,
-        later=a_name,
-        how=st.sampled_from(["enable", "enabled", "block", "file"]),
-    )
-    def merge_beside(self, first: str, later: str, how: str) -> None:
+    @rule(names=two_names, how=st.sampled_from(["enable", "enabled", "block", "file"]))
+    def merge_beside(self, names: list[str], how: str) -> None:
         """Merge one adapter while another is off, and switch that one on again, or try to."""
+        first, later = names[:2]
+        if self.reference.merged():
+            self.unmerge("")
         blocks = len(self.checked.blocks)
         if how == "block":
             self.enter_toggled("disabled", [first], "")

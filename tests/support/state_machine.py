@@ -1,6 +1,7 @@
 """The state machine of random sequences of verbs: strategies and the base class of its rules."""
 
 import copy
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable
@@ -58,6 +59,13 @@ some_names = mostly(
 )
 a_free_name = from_state(
     lambda m: st.sampled_from(sorted({*NAMES} - {*m.reference.names()}) or NAMES)
+)
+# Two attached adapters, mostly in attaching order.
+two_names = from_state(
+    lambda m: mostly(
+        st.sampled_from([[a, b] for a, b in itertools.combinations(m.reference.names(), 2)]),
+        st.permutations(m.reference.names()),
+    )
 )
 a_scope = mostly(st.just(""), from_state(lambda m: st.sampled_from(m.scopes)))
 a_strength = st.sampled_from([0.0, 0.5, 1.0, -1.0, 2.0])
@@ -147,7 +155,9 @@ class BaseMachine(RuleBasedStateMachine):
         double=st.booleans(),
         untrained=st.sets(st.integers(0, 40), max_size=2),
         compiles=st.integers(0, 24),
-        first=st.lists(some_tensors, max_size=2),
+        first=mostly(
+            st.lists(some_tensors, min_size=2, max_size=2), st.lists(some_tensors, max_size=1)
+        ),
         seed=a_seed,
     )
     def build(

@@ -46,7 +46,7 @@ def test_random_sequences_of_verbs() -> None:
     run_state_machine_as_test(
         OtherRules,
         settings=settings(
-            COMMON, max_examples=200, derandomize=True, stateful_step_count=12, phases=PHASES
+            COMMON, max_examples=200, derandomize=True, stateful_step_count=10, phases=PHASES
         ),
     )
 
