@@ -217,8 +217,8 @@ def checkpoint(
 
 
 def rounded(value: float) -> float | None:
-    """Return a number with six significant digits, or None if it is not finite."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    """Return a number with four significant digits, or None if it is not finite."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def stages(settings: RazorSettings, images: int) -> Iterator[Stage[RazorContext]]:
