@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from tqdm import tqdm
 
 from ..digits.data import Data
 from ..harness.batches import seeded_order
 from ..harness.environment import RESULT_KEYS, commit, machine, resolve_device
+from ..harness.progress import progress
 from ..harness.rundir import Row, RunDirectory
 from ..harness.settings import result_settings
 from ..harness.stages import Stage, run_stages
@@ -147,9 +147,7 @@ def fine_tune(arm: Arm, seeds: list[int], context: RazorContext) -> None:
     )
     tests = [Test(stack, "parity", data.digits_test), Test(stack, "fashion", data.garments_test)]
     when, rows = looks(settings, len(data.digits.labels)), list[Row]()
-    source = tqdm(
-        draws(settings, data, seeds), arm.name, when[-1], leave=False, unit="step", disable=None
-    )
+    source = progress(draws(settings, data, seeds), when[-1], arm.name, "step")
     with cpu_threads(settings.place.threads):
         for step, (inputs, labels, uniform) in enumerate(source, start=1):
             draw = Draw(inputs, labels, uniform, stack.base_logits(inputs))
@@ -244,15 +242,15 @@ def run_razor(settings: RazorSettings, say: Callable[[str], None] = print) -> Ru
     digits, garments = load_both(settings.dataset)
     environment = {"study": settings.STUDY, **described(device, digits, garments)}
     folder = Path(settings.folder)
-    run = RunDirectory.start(folder, result_settings(settings), environment, RESULT_KEYS)
-    say(f"run      {run.folder}, on {device}")
-    for data in (digits, garments):
-        say(f"data     {data.name}: {data.why}")
+    with RunDirectory.start(folder, result_settings(settings), environment, RESULT_KEYS) as run:
+        say(f"run      {run.folder}, on {device}")
+        for data in (digits, garments):
+            say(f"data     {data.name}: {data.why}")
 
-    def prepare() -> RazorContext:
-        return RazorContext(settings, run, parity_data(digits, garments, device))
+        def prepare() -> RazorContext:
+            return RazorContext(settings, run, parity_data(digits, garments, device))
 
-    run_stages(run, stages(settings, len(digits.train.labels)), prepare, say)
+        run_stages(run, stages(settings, len(digits.train.labels)), prepare, say)
     return run
 
 
