@@ -35,6 +35,7 @@ lint: $(VENV)/ready-dev
 	$(PY) -m ruff check $(CODE)
 	$(PY) -m ruff format --check $(CODE)
 	$(PY) -m mypy $(filter-out notebooks,$(CODE))
+	$(PY) -m pyright --pythonpath $(PY)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Switching, scaling and merging on 224 layers, beside PEFT.
+"""A forward, switching, scaling and merging on 224 layers, beside PEFT.
 
 The model has the layers of a transformer of 8 B parameters, with the width that `--width` gives.
 Both libraries are timed in interleaved rounds. Each verb and library gives a row in results.jsonl.
@@ -99,6 +99,7 @@ def paramlora_verbs(width: int, dtype: torch.dtype, adapters: int) -> Verbs:
     for i in range(adapters):
         pl.attach(adapted, pl.LoRA(RANK), name=f"a{i}")
     pl.activate(adapted, "a0")
+    x = torch.randn(1, width, dtype=dtype)
 
     def switch() -> None:
         # To a1 and back, so that every call does the same.
@@ -114,6 +115,7 @@ def paramlora_verbs(width: int, dtype: torch.dtype, adapters: int) -> Verbs:
             pass
 
     return {
+        "forward": torch.no_grad()(lambda: adapted(x)),
         "switch": switch,
         "using": using,
         "disabled": disabled,
@@ -133,6 +135,7 @@ def peft_verbs(width: int, dtype: torch.dtype, adapters: int) -> Verbs:
     wrapped = get_peft_model(base, config, adapter_name="a0")
     for i in range(1, adapters):
         wrapped.add_adapter(f"a{i}", config)
+    x = torch.randn(1, width, dtype=dtype)
 
     def switch() -> None:
         wrapped.set_adapter("a1")
@@ -149,6 +152,7 @@ def peft_verbs(width: int, dtype: torch.dtype, adapters: int) -> Verbs:
                 module.set_scale("a0", 0.5)
 
     return {
+        "forward": torch.no_grad()(lambda: wrapped(x)),
         "switch": switch,
         # PEFT has no context manager for another adapter; the closest is to switch there and back.
         "using": switch,

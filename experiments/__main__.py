@@ -8,23 +8,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from .harness.options import add_command
+from .harness.options import Command, add_command, grouped
 from .harness.rundir import RunDirectory
-from .harness.settings import StudyError
+from .harness.settings import StudyError, disk_problem
 
 # Runs of older versions did not record their study. In such runs, one of these settings identifies
 # the study. Runs without them are digit runs.
 OLD_RUNS = {"base_seeds": "sweeps", "stream": "tasks"}
 
+EXAMPLES = """examples:
+  python -m experiments digits --seeds 2
+  python -m experiments sweep --vary rank=1,2,4 --jobs 2
+  python -m experiments report runs/digits-blog --explain"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, 1 if a check failed, or 2 if the request is invalid."""
+    """Run a command; return 0, 1 if a check failed, or 2 if the request cannot be carried out."""
     options = vars(parser().parse_args(arguments))
     command = options.pop("command")
     try:
         return command(**options)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if (problem := disk_problem(error)) is None:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue", file=sys.stderr)
@@ -45,15 +55,25 @@ def studies() -> dict[str, ModuleType]:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     top = argparse.ArgumentParser(
-        prog="python -m experiments", description="Run a study, or write the report of a run again."
+        prog="python -m experiments",
+        usage="python -m experiments COMMAND [options]",
+        description="Run a study, or write the report of a run again. COMMAND --help has options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    commands = top.add_subparsers(
+        required=True,
+        metavar="COMMAND",
+        prog="python -m experiments",
+        parser_class=Command,
+        help=argparse.SUPPRESS,
+    )
     known = studies().values()
     for study in known:
         study.add_commands(commands)
     report_parser = add_command(
         commands,
         "report",
+        group="reports",
         help="write the reports and figures of runs again, or draw further figures and pages",
         description="Write the reports and figures of runs again from their rows, without "
         "training. Options of one study cannot be used with runs of another.",
@@ -70,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     for study in known:
         if hasattr(study, "add_report_options"):
             study.add_report_options(report_parser)
+    top.epilog = f"{grouped(commands.choices)}\n\n{EXAMPLES}"
     return top
 
 

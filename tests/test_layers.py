@@ -22,6 +22,7 @@ EXPERIMENTS: Layers = {
     "examples": SHARED,
     "sweeps": {*SHARED, "digits"},
     "tasks": {*SHARED, "digits"},
+    "razor": {*SHARED, "digits"},
     "__main__": {"harness"},  # it finds the studies by their folders, and names none
 }
 BELOW_LAYERS = {"site", "stack", "kinds", "errors", "wrappers"}
@@ -51,6 +52,10 @@ PARAMLORA: Layers = {
     "methods": {"verbs", *BELOW_VERBS},
     "files": {"verbs", *BELOW_VERBS},
     "peft": {"files", "verbs", *BELOW_VERBS},
+    # Each file serves one library. Nothing of paramlora imports this folder.
+    "integrations": {"peft", "files", "methods", "verbs", *BELOW_VERBS},
+    "skeleton": {"files", "peft", "errors"},
+    "__main__": {"__version__", "skeleton", "peft", "files", "verbs", "native", *BELOW_VERBS},
 }
 # Packages of the repository that paramlora must not import.
 ABOVE = {"experiments", "benchmarks", "tests"}

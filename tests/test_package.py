@@ -1,5 +1,6 @@
 """The installed package: its imports, and the contents of its wheel."""
 
+import inspect
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,9 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+
+import paramlora as pl
+from tests.support import user_program
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,6 +40,14 @@ def test_imported_packages(
     # Recorded, not asserted: on a shared machine times vary.
     record_property("import_seconds", seconds)
     assert set(packages) <= {"paramlora", "safetensors", "torch"}
+
+
+def test_the_program_with_types_runs() -> None:
+    """The program that pyright checks in strict mode runs, and calls every public function."""
+    user_program.main()
+    text = Path(user_program.__file__).read_text(encoding="utf-8")
+    functions = [name for name in pl.__all__ if inspect.isfunction(getattr(pl, name))]
+    assert [name for name in functions if f"pl.{name}" not in text] == []
 
 
 def test_contents_of_the_wheel(tmp_path: Path) -> None:

@@ -54,7 +54,9 @@ def dora_gpu() -> Table:
 def host_time() -> Table:
     """Return the encoder's steps under autocast with 128 sequences."""
     rows = [row for row in csv_rows("host-time") if row["x"].startswith("128×")]
-    columns = "work run contestant clock_ms fastest_ms slowest_ms over_floor host_ms gpu_ms launches"
+    columns = (
+        "work run contestant clock_ms fastest_ms slowest_ms over_floor host_ms gpu_ms launches"
+    )
     return of_columns(rows, columns.split())
 
 

@@ -14,7 +14,7 @@ import urllib.request
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ ARCHIVES = {
     "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
 }
 
-
 FASHION_ARCHIVES = {
     "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
     "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
@@ -39,6 +38,13 @@ FASHION_ARCHIVES = {
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
 
+# The same archives in Debian's package dataset-fashion-mnist, which rewrites the gzip headers.
+FASHION_OF_DEBIAN = {
+    "train-images-idx3-ubyte.gz": "cf8536b0aa1a6ac5fa3f23001093305c",
+    "train-labels-idx1-ubyte.gz": "10bea18fdb374794d4bb42e356e600c9",
+    "t10k-images-idx3-ubyte.gz": "f78720b4224f21cce2f2ccf2d7a94c9a",
+    "t10k-labels-idx1-ubyte.gz": "0d30e22e447f3c33dab9ed536400ac01",
+}
 
 PATIENCE = 5.0  # timeout in seconds for a mirror's answer, and for a pause in a download
 
@@ -68,6 +74,7 @@ class Source:
         variable: the environment variable that names a folder with the archives.
         credit: the authors and the licence, for reports.
         wheel: the wheel that has the data set, if there is one.
+        repacked: the MD5 sums of archives with the same content and other gzip headers.
     """
 
     name: str
@@ -75,6 +82,11 @@ class Source:
     variable: str
     credit: str = ""
     wheel: Wheel | None = None
+    repacked: Mapping[str, str] = field(default_factory=dict)
+
+    def sums(self, name: str) -> list[str]:
+        """Return the MD5 sums that an archive may have."""
+        return [sums[name] for sums in (self.archives, self.repacked) if sums]
 
 
 MNIST_SOURCE = Source(
@@ -90,12 +102,12 @@ MNIST_SOURCE = Source(
     ),
 )
 
-
 FASHION_SOURCE = Source(
     "FashionMNIST",
     FASHION_ARCHIVES,
     "PARAMLORA_FASHION",
     "H. Xiao, K. Rasul and R. Vollgraf, Fashion-MNIST, arXiv 1708.07747, licence MIT",
+    repacked=FASHION_OF_DEBIAN,
 )
 
 
@@ -113,15 +125,15 @@ def archive_folder(folder: Path, source: Source) -> Path | None:
     for place in (folder / source.name / "raw", folder):
         if all((place / name).is_file() for name in source.archives):
             smallest = place / "t10k-labels-idx1-ubyte.gz"
-            others = {s.archives[smallest.name] for s in (MNIST_SOURCE, FASHION_SOURCE)}
-            others.discard(source.archives[smallest.name])
-            if md5_of(smallest.read_bytes()) not in others:
+            others = [s for s in (MNIST_SOURCE, FASHION_SOURCE) if s.name != source.name]
+            found = md5_of(smallest.read_bytes())
+            if all(found not in other.sums(smallest.name) for other in others):
                 return place
     return None
 
 
-def read_archive(path: Path, md5: str) -> Tensor:
-    """Return the uint8 tensor in a gzipped IDX file.
+def read_archive(path: Path, *sums: str) -> Tensor:
+    """Return the uint8 tensor in a gzipped IDX file with one of these MD5 sums.
 
     The fourth byte of the file is the number of dimensions. Their sizes follow as big-endian
     32-bit integers.
@@ -130,8 +142,9 @@ def read_archive(path: Path, md5: str) -> Tensor:
         StudyError: the file has another MD5 sum.
     """
     packed = path.read_bytes()
-    if (found := md5_of(packed)) != md5:
-        raise StudyError(f"{path} is damaged: its MD5 is {found}, not {md5}; delete it")
+    if (found := md5_of(packed)) not in sums:
+        known = " or ".join(sums)
+        raise StudyError(f"{path} is damaged: its MD5 is {found}, not {known}; delete it")
     raw = _unpacked(path.with_suffix(""), packed)
     shape = [int.from_bytes(raw[4 * i : 4 * i + 4], "big") for i in range(1, raw[3] + 1)]
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=4 + 4 * raw[3]).view(shape)

@@ -14,6 +14,7 @@ def add_commands(commands: Commands) -> None:
     digits = add_command(
         commands,
         "digits",
+        group="studies",
         help="pre-train on digits, fine-tune on some of them, measure forgetting, and report",
         description="Run the digit study. Brackets show the value of preset blog.",
         epilog=presets_help(PRESETS, "blog"),
@@ -91,7 +92,8 @@ def report_one(folder: Path) -> int:
 
     finished = write_report(folder)
     print(terminal(finished))
-    print(f"report   {folder / 'report.html'}")
+    print(f"report   {folder / 'report.html'}: open it in a browser, and move the strength λ")
+    print(f"next     python -m experiments report {folder} --explain, a page on one adapter")
     return 1 if failed(finished) else 0
 
 

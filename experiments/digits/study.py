@@ -17,11 +17,12 @@ from torch import Tensor, nn
 import paramlora as pl
 
 from ..analysis.explore import explore
+from ..harness.adapters import adapter_path, load_adapter
 from ..harness.batches import Batches
 from ..harness.environment import RESULT_KEYS, resolve_device
 from ..harness.loggers import curve
-from ..harness.rundir import RunDirectory, replace_file
-from ..harness.settings import result_settings
+from ..harness.rundir import RunDirectory, read_json, replace_file
+from ..harness.settings import StudyError, result_settings
 from ..harness.stages import Stage, run_stages
 from ..harness.train import Hook
 from .context import StudyContext
@@ -51,13 +52,14 @@ def stages(settings: DigitSettings) -> Iterator[Stage[StudyContext]]:
     scrambled = BlogScrambled(settings.adapter.rank, settings.adapter.numerator)
     yield Stage(_key("base", None), ("base",), count_base)
     for seed in settings.adapter_seeds:
-        yield Stage(_key("lora", seed), ATTACHED, partial(tune_attached, "lora", lora, seed))
+        make = partial(tune_attached, "lora", lora, seed)
+        yield Stage(_key("lora", seed), ATTACHED, make, f"lora-{seed}")
         if settings.remedied:
             continue  # remedies apply to `lora` only, so the other methods are not comparable
         yield Stage(_key("wrapped", seed), ("wrapped",), partial(tune_wrapped, lora, seed))
         if settings.extras.compat == "blog":
             make = partial(tune_attached, "scrambled", scrambled, seed)
-            yield Stage(_key("scrambled", seed), ATTACHED, make)
+            yield Stage(_key("scrambled", seed), ATTACHED, make, f"scrambled-{seed}")
     if settings.remedied:
         return
     # Nothing depends on the adapter seed if the images do not: there is no random A.
@@ -88,22 +90,29 @@ def run_digits(
     device = resolve_device(settings.place.device)
     data = data or load_data(settings.dataset.data, settings.dataset.data_dir)
     environment = {"study": settings.STUDY, **describe(device, data)}
-    run = RunDirectory.start(
-        Path(settings.folder), result_settings(settings), environment, RESULT_KEYS
-    )
-    say(f"run      {run.folder}, on {device}")
-    announce(data, say)
+    folder, asked = Path(settings.folder), result_settings(settings)
+    with RunDirectory.start(folder, asked, environment, RESULT_KEYS) as run:
+        say(f"run      {run.folder}, on {device}")
+        announce(data, say)
 
-    @lru_cache(maxsize=1)
-    def prepared() -> StudyContext:
-        context = prepare(settings, run, device, data, say)
-        show_parameters(context, lora_of(settings.adapter), say)
-        return context
+        @lru_cache(maxsize=1)
+        def prepared() -> StudyContext:
+            context = prepare(settings, run, device, data, say)
+            show_parameters(context, lora_of(settings.adapter), say)
+            return context
 
-    run_stages(run, stages(settings), prepared, say)
-    if not (run.folder / EXPLORED).exists():
-        explore_adapters(prepared(), data.test.images, run.folder)
+        run_stages(run, stages(settings), prepared, say)
+        if not explored(run.folder):
+            explore_adapters(prepared(), data.test.images, run.folder)
     return run
+
+
+def explored(folder: Path) -> bool:
+    """Return whether explore.json exists and is whole."""
+    try:
+        return bool(read_json(folder / EXPLORED, ""))
+    except (FileNotFoundError, StudyError):
+        return False
 
 
 def explore_adapters(context: StudyContext, images: Tensor, folder: Path) -> None:
@@ -118,7 +127,7 @@ def explore_adapters(context: StudyContext, images: Tensor, folder: Path) -> Non
 
     for seed in context.settings.adapter_seeds[:EXPLORED_SEEDS]:
         names.append(f"seed {seed}")
-        pl.load(model, folder / "adapters" / f"lora-{seed}.safetensors", name=names[-1])
+        load_adapter(model, folder, f"lora-{seed}", names[-1])
     found = explore(
         model,
         [(context.test_inputs, context.test_labels)],
@@ -149,7 +158,7 @@ def tune_attached(method: str, spec: pl.kinds.Spec, seed: int, context: StudyCon
             losses = remedied(context, model, batches, seed, label, hooks)
         else:
             losses = context.fine_tune(model, batches, list(factors.values()), label, hooks)
-    pl.save(model, context.run.folder / "adapters" / f"{method}-{seed}.safetensors", ADAPTER)
+    pl.save(model, adapter_path(context.run.folder, f"{method}-{seed}"), ADAPTER)
 
     on, off = context.evaluate(model), evaluate_off(context, model)
     context.record("off", method, seed, off, **context.compare_to_base(model, off))

@@ -10,36 +10,55 @@ from .settings import Settings, groups, listed, own_options
 
 WIDTH = 98  # characters per line of text in --help
 # The return type of `add_subparsers`. Each study adds its commands to it.
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Command]"
+
+
+class Command(argparse.ArgumentParser):
+    """The parser of a command, which `--help` of the whole lists with its summary in its group."""
+
+    group = summary = ""
 
 
 def add_command(
     commands: Commands,
     name: str,
     *,
+    group: str,
     help: str,
     description: str,
     examples: Sequence[str],
     epilog: str = "",
-) -> argparse.ArgumentParser:
+) -> Command:
     """Add a command to `commands` and return its parser. Its help ends with examples.
 
     Args:
         commands: the commands of `python -m experiments`.
         name: the command's name.
+        group: the title under which the command is listed.
         help: one line for the list of commands.
         description: the text at the top of the command's help.
         examples: options of example calls, one call per string.
         epilog: text before the examples.
     """
     lines = ["examples:", *(f"  python -m experiments {name} {words}" for words in examples)]
-    return commands.add_parser(
+    command = commands.add_parser(
         name,
-        help=help,
         epilog="\n".join([*([epilog, ""] if epilog else []), *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=textwrap.fill(description, WIDTH),
     )
+    command.group, command.summary = group, help
+    return command
+
+
+def grouped(commands: Mapping[str, Command]) -> str:
+    """Return the commands by name with their summaries, under the titles of their groups."""
+    titles: dict[str, list[str]] = {}
+    for name, command in commands.items():
+        lines = textwrap.wrap(command.summary, WIDTH - 14)
+        pairs = zip([name, *[""] * len(lines)], lines, strict=False)
+        titles.setdefault(command.group, []).extend(f"  {a:<12}{b}" for a, b in pairs)
+    return "\n\n".join("\n".join([f"{title}:", *lines]) for title, lines in titles.items())
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:

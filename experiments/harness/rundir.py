@@ -5,34 +5,40 @@
     results.jsonl      one row per evaluation, appended immediately
     adapters/          the trained adapters, METHOD-SEED.safetensors
     report.md, *.png   made only from the first three files
+    .lock              one process at a time writes to the folder; see lock.py
 
-An interrupted run resumes from its rows; see Note [Stages and resuming] in stages.py. An incomplete
-last line of results.jsonl is dropped.
+An interrupted run resumes from its rows; see Note [Stages and resuming] in stages.py. Each
+evaluation counts once, however often it is recorded, and damaged lines of results.jsonl are left
+out with a warning; see rows.py.
 """
 
-import gzip
 import json
 import os
+import warnings
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from paramlora.files.safetensors_file import write_atomically
+
+from .lock import FolderLock
+from .rows import FILE, KEY, Row, differences, key_of, read_rows
 from .settings import StudyError, flattened
 
-Row = dict[str, Any]
-KEY = ("stage", "method", "base_seed", "seed")
+__all__ = ["KEY", "Row", "RunDirectory", "read_json", "replace_file"]
 
 
-class RunDirectory:
+class RunDirectory(AbstractContextManager):
     """The files of one run. Rows are kept in the order in which they were recorded.
 
-    Use `RunDirectory.start` to write to a run and `RunDirectory.read` to report on it. `settings`
+    Use `with RunDirectory.start(...) as run` to write to a run and `RunDirectory.read` to report on
+    it. The run is locked until the end of the `with` block; it can be read afterwards. `settings`
     has the values of settings.json by option name. The file nests them in groups. Older runs have a
     flat file, which gives the same `settings`.
     """
 
-    # Two rows with the same values of these keys are the same evaluation. A study may set others.
-    key: tuple[str, ...] = KEY
+    lock: FolderLock | None = None
 
     def __init__(self, folder: Path, settings: Row, environment: Row, rows: list[Row]) -> None:
         self.folder, self.settings, self.environment = folder, settings, environment
@@ -42,7 +48,10 @@ class RunDirectory:
     def start(
         cls, folder: Path, settings: Row, environment: Row, fixed: tuple[str, ...]
     ) -> "RunDirectory":
-        """Start a run in `folder`, or resume the run in it.
+        """Start a run in `folder`, or resume the run in it, and lock the folder.
+
+        Lines of results.jsonl that are damaged or repeat an evaluation are removed from it. The
+        file as it was is kept in results.jsonl.damaged.
 
         Args:
             folder: the run's folder, created if missing.
@@ -51,39 +60,53 @@ class RunDirectory:
             fixed: the keys of `environment` that must be the same to resume a run.
 
         Raises:
-            StudyError: the folder has a run with other settings. The message names the fields that
-                differ.
+            StudyError: another run writes to the folder; or the folder has a run with other
+                settings, and the message names the fields that differ; or settings.json or
+                environment.json is damaged.
+            OSError: the folder cannot be written to.
         """
         (folder / "adapters").mkdir(parents=True, exist_ok=True)
-        if not (folder / "environment.json").exists():
-            _write(folder / "settings.json", settings)
-            _write(folder / "environment.json", environment)  # last: it marks a started run
-        there = cls.read(folder)
-        _same(folder, there.settings, flattened(settings))
-        mine = {key: environment[key] for key in fixed}
-        _same(folder, {key: there.environment.get(key) for key in fixed}, mine)
-        there._drop_incomplete_line()
+        lock = FolderLock(folder)
+        try:
+            rows = _mended(folder)
+            for name, values in (("settings.json", settings), ("environment.json", environment)):
+                # environment.json is written last, so a folder with neither it nor rows was not
+                # started, and its settings.json may be of another attempt.
+                begun = rows or (folder / "environment.json").exists()
+                if not begun or not (folder / name).exists():
+                    replace_file(folder / name, (json.dumps(values, indent=2) + "\n").encode())
+            there = cls(folder, *_settings_and_environment(folder), rows)
+            _same(folder, there.settings, flattened(settings))
+            mine = {key: environment[key] for key in fixed}
+            _same(folder, {key: there.environment.get(key) for key in fixed}, mine)
+        except BaseException:
+            lock.release()
+            raise
+        there.lock = lock
         return there
+
+    def __exit__(self, *exception: object) -> None:
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None  # the run can be pickled again
 
     @classmethod
     def read(cls, folder: Path) -> "RunDirectory":
         """Return the run in `folder`, finished or not.
 
         Raises:
-            StudyError: the folder has no run, or a file of the run is damaged.
+            StudyError: the folder has no run, or its settings.json or environment.json is damaged.
         """
         try:
-            settings = json.loads((folder / "settings.json").read_text())
-            environment = json.loads((folder / "environment.json").read_text())
-            rows = [json.loads(line) for line in _text_of_rows(folder).split("\n")[:-1]]
-            return cls(folder, flattened(settings), environment, rows)
+            described = _settings_and_environment(folder)
         except FileNotFoundError as error:
             missing = Path(error.filename).name
             below = sorted(str(path.parent) for path in folder.glob("*/settings.json"))
             there = f"; there are runs in {', '.join(below)}" if below else ""
             raise StudyError(f"no run in {folder}: {missing} is missing{there}") from None
-        except ValueError as error:
-            raise StudyError(f"the run in {folder} is damaged: {error}") from None
+        recorded = read_rows(folder)
+        recorded.warn(folder)
+        return cls(folder, *described, recorded.rows)
 
     def has(self, **key: Any) -> bool:
         """Return whether a row with these values is recorded."""
@@ -103,55 +126,71 @@ class RunDirectory:
         Raises:
             StudyError: a recorded row of the same evaluation has other values. No row is appended.
         """
-        there = {self._key(row): row for row in self.rows}
+        there = {key_of(row): row for row in self.rows}
         new = []
         for row in rows:
             row = json.loads(json.dumps(row))
-            before = there.setdefault(self._key(row), row)
+            before = there.setdefault(key_of(row), row)
             if before is row:
                 new.append(row)
             else:
-                _same_again(self.folder, self.key, before, row)
+                _same_again(self.folder, before, row)
         if new:
-            with open(self.folder / "results.jsonl", "a") as file:
+            with open(self.folder / FILE, "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in new)
                 file.flush()
                 os.fsync(file.fileno())
             self.rows += new
 
-    def _key(self, row: Row) -> tuple[Any, ...]:
-        return tuple(row.get(name) for name in self.key)
-
-    def _drop_incomplete_line(self) -> None:
-        """Remove an incomplete last line, which an interrupted write leaves in results.jsonl."""
-        path = self.folder / "results.jsonl"
-        if path.exists():
-            whole = path.read_bytes().rfind(b"\n") + 1
-            if whole < path.stat().st_size:
-                os.truncate(path, whole)
-
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file atomically: after a crash, it has either the old or the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}")
+    write_atomically(path, content)
+
+
+def read_json(path: Path, advice: str) -> Row:
+    """Return the JSON object in a file.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        StudyError: it is damaged. The message ends with the advice.
+    """
     try:
-        half.write_bytes(content)
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("it has no JSON object")
+        return found
+    except ValueError as error:
+        raise StudyError(f"{path} is damaged ({error}): {advice}") from None
 
 
-def _text_of_rows(folder: Path) -> str:
-    """Return the text of results.jsonl, or of results.jsonl.gz in a run that is kept compressed."""
-    path, compressed = folder / "results.jsonl", folder / "results.jsonl.gz"
-    if not path.exists() and compressed.exists():
-        return gzip.decompress(compressed.read_bytes()).decode()
-    return path.read_text() if path.exists() else ""
+def _settings_and_environment(folder: Path) -> tuple[Row, Row]:
+    """Return the settings, flat, and the environment of a run."""
+    found = []
+    for name, same in (("settings", "settings"), ("environment", "torch, device and data")):
+        advice = (
+            f"if you know the {same} of the run, delete this file and run the command of the run "
+            "again, which keeps the rows; otherwise choose another --out"
+        )
+        found.append(read_json(folder / f"{name}.json", advice))
+    return flattened(found[0]), found[1]
 
 
-def _write(path: Path, values: Row) -> None:
-    replace_file(path, (json.dumps(values, indent=2) + "\n").encode())
+def _mended(folder: Path) -> list[Row]:
+    """Return a run's rows, and leave a results.jsonl that has these and nothing else."""
+    path, recorded = folder / FILE, read_rows(folder)
+    recorded.warn(folder)
+    if recorded.tail:
+        warnings.warn(
+            f"{path} ended with an incomplete row, which is dropped; it is evaluated again",
+            stacklevel=3,
+        )
+    if (recorded.damaged or recorded.repeated) and path.exists():
+        replace_file(folder / f"{FILE}.damaged", path.read_bytes())
+    if recorded.left_out or (recorded.rows and not path.exists()):
+        replace_file(path, recorded.content)
+    return recorded.rows
 
 
 def _same(folder: Path, there: Row, mine: Row) -> None:
@@ -161,10 +200,9 @@ def _same(folder: Path, there: Row, mine: Row) -> None:
         raise StudyError(f"{folder} has a run with other settings: {said}. Choose another --out")
 
 
-def _same_again(folder: Path, key: tuple[str, ...], there: Row, row: Row) -> None:
-    differing = [k for k in row if there.get(k) != row[k] and k != "commit"]
-    if differing:
-        name = " ".join(str(row.get(part)) for part in key)
+def _same_again(folder: Path, there: Row, row: Row) -> None:
+    if differing := differences(there, row):
+        name = " ".join(str(row[part]) for part in KEY if part in row)
         raise StudyError(
             f"the row '{name}' in {folder} was evaluated again and differs in "
             f"{', '.join(differing)}: the code or the machine has changed since; "

@@ -8,6 +8,7 @@ within a study, so an option name identifies a setting: on the command line (`op
 
 import dataclasses
 import difflib
+import errno
 import hashlib
 import itertools
 import math
@@ -25,6 +26,24 @@ GroupKind = TypeVar("GroupKind", bound="SettingsGroup")
 
 class StudyError(ValueError):
     """A request cannot be carried out. The message says which, why, and how to fix it."""
+
+
+def disk_problem(error: OSError) -> str | None:
+    """Return an error of the disk in words, with what to do; None for errors of other kinds."""
+    where = error.filename or "the folder of the run"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"the disk has no space left for {where}: free some, and run the same command again. "
+            "It goes on from the rows that are recorded"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (
+            f"{where} cannot be read or written ({error.strerror}): change its permissions, or "
+            "name another folder with --out"
+        )
+    if error.filename and not isinstance(error, ConnectionError | TimeoutError):
+        return f"{where} cannot be read or written: {error.strerror}"
+    return None
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from tqdm import tqdm
-
+from .adapters import adapter_path, unusable
+from .progress import progress
 from .rundir import RunDirectory
 
 Context = TypeVar("Context")
@@ -36,16 +36,22 @@ class Stage(Generic[Context]):
     Args:
         key: the values that all rows of the stage share, such as method and seed.
         rows: the "stage" value of each row that the stage records.
+        adapter: the name of the adapter that the stage saves, without ".safetensors"; "" if none.
         make: runs the stage, given the context that the stages of the study share.
     """
 
     key: Mapping[str, Any]
     rows: tuple[str, ...]
     make: Callable[[Context], None]
+    adapter: str = ""
 
-    def done(self, run: RunDirectory) -> bool:
+    def evaluated(self, run: RunDirectory) -> bool:
         """Return whether the run has all rows of the stage."""
         return all(run.has(stage=row, **self.key) for row in self.rows)
+
+    def missing(self, run: RunDirectory) -> str:
+        """Return why the adapter of the stage cannot be used, or "" if it can."""
+        return unusable(adapter_path(run.folder, self.adapter)) if self.adapter else ""
 
 
 def run_stages(
@@ -63,10 +69,16 @@ def run_stages(
             if all stages are complete, so a finished run needs neither.
         say: called with a line of progress if the run is resumed.
     """
-    remaining = [stage for stage in stages if not stage.done(run)]
+    remaining = []
+    for stage in stages:
+        why = stage.missing(run) if (evaluated := stage.evaluated(run)) else ""
+        if why:
+            say(f"again    {why}: it is trained again")
+        if why or not evaluated:
+            remaining.append(stage)
     if run.rows:
         say(f"resumed  {len(run.rows)} rows recorded, {len(remaining)} stages remaining")
     if remaining:
         context = prepare()
-        for stage in tqdm(remaining, desc="stages", unit="stage", leave=False, disable=None):
+        for stage in progress(remaining, len(remaining), "stages", "stage"):
             stage.make(context)

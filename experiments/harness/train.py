@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
+
+from .progress import progress
 
 Objective = Callable[..., Tensor]
 # Called with the number of steps so far, the model and the step's loss. Returning True ends the
@@ -71,7 +72,7 @@ def _groups(
     source = iter(batches)
     groups = iter(lambda: list(islice(source, size)), [])
     steps = -(-len(batches) // size) if isinstance(batches, Sized) else None
-    return tqdm(groups, total=steps, desc=label, unit="step", leave=False, disable=None)
+    return progress(groups, steps, label, "step")
 
 
 def _backward(

@@ -32,6 +32,7 @@ class Cell:
         varied: the settings that the grid set, by name.
         full: whether all weights and biases are trained, instead of an adapter.
         joint: whether the images of all digits are trained on, instead of those of the tuned ones.
+        spectra: whether rows have the intruder dimensions of the tuned weights.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Cell:
     varied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     full: bool = False
     joint: bool = False
+    spectra: bool = False
 
 
 def cells(

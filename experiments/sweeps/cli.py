@@ -11,12 +11,15 @@ from ..harness.settings import StudyError, result_settings
 
 REMEDIES = "remedies"  # `--preset remedies-relu` selects remedies on the preset relu
 FRONT = "front"  # `--preset front-relu` compares LoRA with full fine-tuning on it
+INTRUDERS = "intruders"  # `--preset intruders-relu` counts intruder dimensions on it
 EPILOG = f"""presets {", ".join(f"{REMEDIES}-{name}" for name in PRESETS)}:
   Compare the remedies against forgetting on one of the study's presets, instead of a grid. The
   settings of each remedy are chosen on validation images and then measured on the test images.
 presets {", ".join(f"{FRONT}-{name}" for name in PRESETS)}:
   Compare what LoRA of several ranks, full fine-tuning and joint training learn and forget, over
-  learning rates."""
+  learning rates.
+presets {", ".join(f"{INTRUDERS}-{name}" for name in PRESETS)}:
+  Count the intruder dimensions of LoRA and full fine-tuning over learning rates, and scale them."""
 
 
 def add_commands(commands: Commands) -> None:
@@ -24,6 +27,7 @@ def add_commands(commands: Commands) -> None:
     sweep = add_command(
         commands,
         "sweep",
+        group="grids of settings",
         help="run the digit study over a grid of settings, seeds and bases, in parallel",
         description="Train every combination of the values of --vary on --base-seeds bases, each "
         "with --seeds adapter seeds. A stopped sweep continues from its rows.",
@@ -32,6 +36,7 @@ def add_commands(commands: Commands) -> None:
             '--vary "digits=2,3;9" --vary init=gaussian,kaiming --out runs/digits-and-inits',
             "--preset remedies-relu --seeds 5 --base-seeds 5 --jobs 2",
             "--preset front-relu --seeds 5 --base-seeds 5",
+            "--preset intruders-relu --seeds 3 --base-seeds 5",
         ),
     )
     grid = sweep.add_argument_group("Sweep")
@@ -70,7 +75,7 @@ def run(vary: list[str], base_seeds: int, jobs: int, **given: object) -> int:
     name = str(given.pop("preset", ""))
     remedy_options = {key: given.pop(key) for key in ("selection_bases",) if key in given}
     kind, _, preset = name.partition("-")
-    if kind in (REMEDIES, FRONT):
+    if kind in (REMEDIES, FRONT, INTRUDERS):
         if vary:
             raise StudyError(f"--vary cannot be used with --preset {name}, which has its own grid")
         if preset not in ("", *PRESETS):
@@ -82,8 +87,8 @@ def run(vary: list[str], base_seeds: int, jobs: int, **given: object) -> int:
     for key in remedy_options:
         flag = "--" + key.replace("_", "-")
         raise StudyError(f"{flag} can only be used with a remedies preset, such as {REMEDIES}-relu")
-    if kind == FRONT:
-        return run_front(settings, base_seeds, jobs)
+    if kind in (FRONT, INTRUDERS):
+        return run_rates(kind, settings, base_seeds, jobs)
     return run_grid(settings_and_data(name, **given)[0], vary, base_seeds, jobs)
 
 
@@ -100,14 +105,16 @@ def run_grid(settings: DigitSettings, vary: list[str], base_seeds: int, jobs: in
     return report([folder])
 
 
-def run_front(settings: DigitSettings, base_seeds: int, jobs: int) -> int:
-    """Train LoRA, full fine-tuning and joint training at all rates, and print their report."""
+def run_rates(kind: str, settings: DigitSettings, base_seeds: int, jobs: int) -> int:
+    """Train LoRA and full fine-tuning at all rates for a preset's kind, and print their report."""
     from .front import front_cells
+    from .intruders import intruder_cells
     from .sweep import run_sweep
 
-    folder = Path(settings.place.out or f"runs/{FRONT}-{settings.preset}")
-    asked = result_settings(settings) | {"front": True, "base_seeds": base_seeds}
-    run_sweep(list(front_cells(settings, base_seeds)), folder, asked, jobs)
+    folder = Path(settings.place.out or f"runs/{kind}-{settings.preset}")
+    asked = result_settings(settings) | {kind: True, "base_seeds": base_seeds}
+    made = {FRONT: front_cells, INTRUDERS: intruder_cells}[kind](settings, base_seeds)
+    run_sweep(list(made), folder, asked, jobs)
     return report([folder])
 
 
@@ -161,6 +168,7 @@ def report(folders: list[Path], figure: str = "", out: Path | None = None) -> in
 def report_one(folder: Path) -> None:
     """Write a sweep's report and figures, and print its table."""
     from .front import write_front_report
+    from .intruders import write_intruder_report
     from .remedies import write_remedies_report
     from .report import table, write_sweep_report
 
@@ -169,12 +177,14 @@ def report_one(folder: Path) -> None:
         raise StudyError(f"the sweep in {folder} has no rows yet: continue it first")
     for key, write, name in (
         ("selection_bases", write_remedies_report, "remedies.md"),
-        ("front", write_front_report, "front.md"),
+        (FRONT, write_front_report, "front.md"),
+        (INTRUDERS, write_intruder_report, "intruders.md"),
     ):
         if key in run.settings:
             write(run)
             print((folder / name).read_text(encoding="utf-8"))
+            print(f"report   {folder / name}: open {(folder / name).with_suffix('.png')} beside it")
             return
     write_sweep_report(run)
     print(table(run).text())
-    print(f"report   {folder / 'sweep.md'}")
+    print(f"report   {folder / 'sweep.md'}: open {folder / 'fronts.png'} beside it")

@@ -13,7 +13,7 @@ All adapters of a base share its errors, so a base is one observation: n is the 
 Source of the comparison: Biderman et al., "LoRA Learns Less and Forgets Less", arXiv 2405.09673.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import mean
 
@@ -58,13 +58,20 @@ MARKS = ("o", "s", "^", "v", "D")
 
 
 def front_cells(settings: DigitSettings, base_seeds: int) -> Iterator[Cell]:
+    """Yield a cell for each base, method and learning rate."""
+    return rate_cells(settings, base_seeds, METHODS)
+
+
+def rate_cells(
+    settings: DigitSettings, base_seeds: int, methods: Iterable[Method], spectra: bool = False
+) -> Iterator[Cell]:
     """Yield a cell for each base, method and learning rate.
 
     The scale of LoRA's update is alpha at all ranks (`scale_rule="alpha"`), and its initial A is
     PEFT's.
     """
     for base in range(settings.seed, settings.seed + base_seeds):
-        for method in METHODS:
+        for method in methods:
             usual = USUAL["LoRA" if method.rank else FULL]
             for rate in (float(f"{times * usual:g}") for times in TIMES):
                 changes: Row = {"seed": base, "lr": rate}
@@ -78,6 +85,7 @@ def front_cells(settings: DigitSettings, base_seeds: int) -> Iterator[Cell]:
                     varied=varied,
                     full=method.rank is None,
                     joint=method.joint,
+                    spectra=spectra,
                 )
 
 

@@ -6,7 +6,6 @@ Cells that differ only in their adapter settings train together as one job. jobl
 `--jobs N` processes, or on the back end set by `joblib.parallel_config`, such as a Dask cluster.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,14 @@ from ..digits.shared import (
 from ..digits.strengths import Strengths, updates
 from ..harness.batches import Batches
 from ..harness.environment import RESULT_KEYS, resolve_device
+from ..harness.progress import progress
+from ..harness.rows import key_of
 from ..harness.rundir import Row, RunDirectory
 from .cells import Cell, is_stacked, jobs_of
+from .spectra import by_path, deltas, measured
 from .together import StackedBatches, Together, objective_together
 
 STUDY = "sweeps"  # the study's name in environment.json
-KEY = ("stage", "cell", "base_seed", "seed", "strength")
 Training = tuple[StudyContext, int]  # a context and an adapter seed
 
 
@@ -80,9 +81,10 @@ def _rows(
             on = at.logits(updates(factors, lora_of(settings.adapter).scaling), cell.strengths)
         if settings.remedies.route != "none":
             on = torch.stack([answers(context, one, seed) for one in on])
+        more = measured(context, deltas(factors, cell)) if cell.spectra else {}
         for strength, row in zip(cell.strengths, scores(on, labels, context.tuned), strict=True):
             labelled = {"stage": "on", "seed": seed, "strength": strength, "train_loss": loss}
-            yield {**common, **labelled, **row}
+            yield {**common, **labelled, **row, **more}
 
 
 @torch.no_grad()
@@ -98,10 +100,9 @@ def full_logits(
     """
     model = context.model()
     base = dict(model.named_parameters())
-    paths = {name: re.sub(r"\.parametrizations\.(\w+)\..*", r".\1", name) for name in deltas}
     found = []
     for λ in strengths:
-        tuned = {path: base[path] + λ * deltas[name] for name, path in paths.items()}
+        tuned = {path: base[path] + λ * delta for path, delta in by_path(deltas).items()}
         found.append(
             functional_call(model, tuned, context.test_inputs) if λ else context.base_logits
         )
@@ -186,17 +187,27 @@ def run_sweep(
         jobs: parallel processes, on the back end set by `joblib.parallel_config`.
         say: called with each line of progress.
     """
-    from joblib import delayed
-
     first = todo[0].settings
     data = shared_data(first.dataset.data, first.dataset.data_dir)
     environment = {"study": STUDY, **describe(resolve_device(first.place.device), data)}
-    run = RunDirectory.start(folder, asked, environment, RESULT_KEYS)
-    run.key = KEY
-    left = [cell for cell in todo if not _done(run, cell)]
-    say(f"run      {folder}: {len(todo)} cells, {len(todo) - len(left)} of them done")
-    if data.is_small:
-        say(f"small    {SMALL_VERSION}")
+    with RunDirectory.start(folder, asked, environment, RESULT_KEYS) as run:
+        recorded = {key_of(row) for row in run.rows}
+        left = [cell for cell in todo if not recorded.issuperset(map(key_of, _keys(cell)))]
+        say(f"run      {folder}: {len(todo)} cells, {len(todo) - len(left)} of them done")
+        if data.is_small:
+            say(f"small    {SMALL_VERSION}")
+        for cell, rows in _made(todo, left, jobs, say):
+            run.record_all({**row, "commit": environment["commit"]} for row in rows)
+            say(f"cell     {cell.name}, base seed {cell.settings.seed}")
+    return run
+
+
+def _made(
+    todo: Sequence[Cell], left: Sequence[Cell], jobs: int, say: Callable[[str], None]
+) -> Iterator[tuple[Cell, list[Row]]]:
+    """Train the cells in `left`, and yield each with its rows as soon as its job ends."""
+    from joblib import delayed
+
     # Group all cells, the finished ones too. A job trains its cells in one stack, and its size can
     # change the last bits, so a resumed sweep must form the same jobs to get the same rows.
     todo_jobs = [job for job in jobs_of(todo) if any(cell in left for cell in job)]
@@ -204,12 +215,11 @@ def run_sweep(
     for path in _pool(jobs, len(bases))(delayed(_make_base)(base) for base in bases):
         say(f"base     {path}")
     made = _pool(jobs, len(todo_jobs))(delayed(run_job)(job) for job in todo_jobs)
-    for job, rows_by_cell in zip(todo_jobs, made, strict=True):
+    pairs = zip(todo_jobs, made, strict=True)
+    for job, rows_by_cell in progress(pairs, len(todo_jobs), "cells", "job"):
         for cell, rows in zip(job, rows_by_cell, strict=True):
             if cell in left:
-                run.record_all({**row, "commit": environment["commit"]} for row in rows)
-                say(f"cell     {cell.name}, base seed {cell.settings.seed}")
-    return run
+                yield cell, rows
 
 
 def _pool(jobs: int, most: int) -> Any:
@@ -226,6 +236,10 @@ def _make_base(settings: DigitSettings) -> str:
     return f"seed {settings.seed}, {100 * right:.2f} % of {len(context.test_labels):,} images right"
 
 
-def _done(run: RunDirectory, cell: Cell) -> bool:
-    last = {"seed": cell.settings.adapter_seeds[-1], "strength": cell.strengths[-1]}
-    return run.has(cell=cell.name, base_seed=cell.settings.seed, **last)
+def _keys(cell: Cell) -> Iterator[Row]:
+    """Yield the identity of each row of a cell: of its base, and of each seed and strength."""
+    common: Row = {"cell": cell.name, "base_seed": cell.settings.seed}
+    yield {**common, "stage": "base", "seed": None, "strength": 0.0}
+    for seed in cell.settings.adapter_seeds:
+        for strength in cell.strengths:
+            yield {**common, "stage": "on", "seed": seed, "strength": strength}

@@ -13,6 +13,7 @@ def add_commands(commands: Commands) -> None:
     tasks = add_command(
         commands,
         "tasks",
+        group="studies",
         help="learn a sequence of tasks by adapters, in full and jointly; the accuracy matrix",
         description="Learn a sequence of tasks. Brackets show the values of the preset split.",
         epilog=presets_help(TaskSettings.PRESETS, "split"),
@@ -51,4 +52,5 @@ def report(folders: list[Path]) -> int:
         if REFERENCE in methods_in(run):
             print(f"\n{differences(run).text()}")
         print(f"report   {run.folder / 'tasks.md'}")
+        print(f"next     open {run.folder / 'accuracy-matrix.png'}: what each stage kept")
     return 0

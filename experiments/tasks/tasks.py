@@ -149,16 +149,15 @@ def run_tasks(settings: TaskSettings, say: Callable[[str], None] = print) -> Run
     device = resolve_device(settings.place.device)
     data = load_data(settings.dataset.data, settings.dataset.data_dir)
     environment = {"study": settings.STUDY, **describe(device, data)}
-    run = RunDirectory.start(
-        Path(settings.folder), result_settings(settings), environment, RESULT_KEYS
-    )
-    say(f"run      {run.folder}, on {device}")
-    announce(data, say)
+    folder, asked = Path(settings.folder), result_settings(settings)
+    with RunDirectory.start(folder, asked, environment, RESULT_KEYS) as run:
+        say(f"run      {run.folder}, on {device}")
+        announce(data, say)
 
-    def prepared() -> TaskContext:
-        return TaskContext(settings, run, (data.train.to(device), data.test.to(device)))
+        def prepared() -> TaskContext:
+            return TaskContext(settings, run, (data.train.to(device), data.test.to(device)))
 
-    run_stages(run, task_stages(settings), prepared, say)
+        run_stages(run, task_stages(settings), prepared, say)
     return run
 
 

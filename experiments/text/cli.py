@@ -16,6 +16,7 @@ def add_commands(commands: Commands) -> None:
     text = add_command(
         commands,
         "text",
+        group="studies",
         help="fine-tune a transformers checkpoint on texts, by several methods, and report",
         description="The text study. Brackets show the values of preset distilbert-imdb.",
         epilog=presets_help(TextSettings.PRESETS, "distilbert-imdb"),
@@ -40,6 +41,7 @@ def add_commands(commands: Commands) -> None:
     front = add_command(
         commands,
         "text-front",
+        group="grids of settings",
         help="what LoRA at several ranks and full fine-tuning learn of a text data set, and keep",
         description="Fine-tune at several learning rates and ranks, in full and jointly, and "
         "measure the accuracy on the data set and what is kept of --retention. Brackets show the "
@@ -80,6 +82,9 @@ def run_text_study(vary: list[str], jobs: int, **given: object) -> int:
         )
         print(run_text_sweep(settings, grid, folder, jobs).text())
         print(f"rows     {folder / 'results.csv'}")
+        print(
+            f"report   {folder / 'sweep.md'}: open it; each combination has its own in {folder}/*"
+        )
         return 0
     run = run_text(settings)
     # Under torchrun, only the first process writes the report.
@@ -115,8 +120,9 @@ def report(folders: list[Path]) -> int:
         for table in (front_table(run), chosen_table(run), difference_table(run)):
             print(f"\n{table.text()}")
         print(f"report   {run.folder / 'front.md'}")
+        print(f"next     open {run.folder / 'front.png'}: what is learned, against what is kept")
     runs = [write_text_report(folder) for folder in folders if folder not in fronts]
     for run in runs:
         print(terminal(run))
-        print(f"report   {run.folder / 'report.md'}")
+        print(f"report   {run.folder / 'report.md'}: open it; it shows the figures beside it")
     return int(any(any_failed(checks(run)) for run in runs))

@@ -14,10 +14,12 @@ embeddings have to move towards it. `lora+head` trains it and is the fairer comp
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+from ..harness.progress import progress
 from ..harness.rundir import RunDirectory
 from ..harness.settings import StudyError, replace, result_settings
 from .report import tuned_rows
@@ -87,22 +89,21 @@ def run_front(
         raise StudyError("--retention must name a second data set, such as spam")
     todo, end = list(cells(settings, grid)), time.time() + 60 * minutes
     say(f"front    {folder}: {len(todo)} trainings, {jobs} at a time")
-    run = None
     trainings = [cell.settings(settings, folder) for cell in todo]
-    for cell, one in zip(todo, _run_all(trainings, end, jobs), strict=True):
-        if one is None:
-            continue
-        if run is None:
-            common = {
-                **result_settings(settings),
-                "grid": {k: list(v) for k, v in vars(grid).items()},
-            }
-            run = RunDirectory.start(folder, common, {**one.environment, "front": True}, ())
-            run.key = ("method", "rate", "seed")
-        (row,) = tuned_rows(one)
-        own = {"stage": "front", "method": cell.arm, "rate": cell.rate, "seed": cell.seed}
-        run.record({**row, **own, "rank": cell.rank if "lora" in cell.method else None})
-        say(f"cell     {cell.name:<24} {100 * row['accuracy']:.2f} % on the test texts")
+    asked = {**result_settings(settings), "grid": {k: list(v) for k, v in vars(grid).items()}}
+    run = None
+    with ExitStack() as opened:
+        pairs = zip(todo, _run_all(trainings, end, jobs), strict=True)
+        for cell, one in progress(pairs, len(todo), "front", "training"):
+            if one is None:
+                continue
+            if run is None:
+                environment = {**one.environment, "front": True}
+                run = opened.enter_context(RunDirectory.start(folder, asked, environment, ()))
+            (row,) = tuned_rows(one)
+            own = {"stage": "front", "method": cell.arm, "rate": cell.rate, "seed": cell.seed}
+            run.record({**row, **own, "rank": cell.rank if "lora" in cell.method else None})
+            say(f"cell     {cell.name:<24} {100 * row['accuracy']:.2f} % on the test texts")
     if run is None:
         raise StudyError(f"no training of {folder} ended within {minutes:g} minutes")
     return run

@@ -15,6 +15,7 @@ from torch import nn
 
 import paramlora as pl
 
+from ..harness.adapters import adapter_path, load_adapter
 from ..harness.environment import RESULT_KEYS, commit, machine, resolve_device
 from ..harness.parallel import Group, group
 from ..harness.rundir import RunDirectory
@@ -40,7 +41,8 @@ def stages(settings: TextSettings) -> Iterator[Stage[TextContext]]:
             if "lora" not in method:
                 yield Stage(key, ("tuned",), partial(tune, method, seed))
                 continue
-            yield Stage(key, ATTACHED, partial(tune_attached, method, seed))
+            make, adapter = partial(tune_attached, method, seed), f"{method}-{seed}"
+            yield Stage(key, ATTACHED, make, adapter)
             if settings.forgetting:
                 yield Stage(key, ("strengths",), partial(try_strengths, method, seed))
 
@@ -59,26 +61,26 @@ def run_text(settings: TextSettings, say: Callable[[str], None] = print) -> RunD
     """
     with group(resolve_device(settings.place.device)) as (processes, device):
         corpus = load_corpus(settings.dataset)
-        run = _begin(settings, corpus, device, processes)
         report = say if processes.first else _silent
-        report(f"run      {run.folder}, on {device}, by {processes.size} process(es)")
-        sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in corpus.splits.items())
-        report(f"data     {corpus.name}: {corpus.why}; {sizes}")
+        with _begin(settings, corpus, device, processes) as run:
+            report(f"run      {run.folder}, on {device}, by {processes.size} process(es)")
+            sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in corpus.splits.items())
+            report(f"data     {corpus.name}: {corpus.why}; {sizes}")
 
-        def prepared() -> TextContext:
-            context = prepare_context(settings, run, corpus, device, processes)
-            show_parameters(context, report)
-            return context
+            def prepared() -> TextContext:
+                context = prepare_context(settings, run, corpus, device, processes)
+                show_parameters(context, report)
+                return context
 
-        run_stages(run, stages(settings), prepared, report)
-        processes.wait()
+            run_stages(run, stages(settings), prepared, report)
+            processes.wait()
     return run
 
 
 def _begin(
     settings: TextSettings, corpus: Corpus, device: torch.device, processes: Group
 ) -> RunDirectory:
-    """Start or resume the run. The other processes wait until the first one has done so."""
+    """Start or resume the run in the first process, which locks it, and read it in the others."""
     environment = {
         "study": settings.STUDY,
         **machine(torch.device(device.type), "transformers", "tokenizers"),
@@ -94,10 +96,9 @@ def _begin(
     folder = Path(settings.folder)
     if not processes.first:
         processes.wait()
+        return RunDirectory.read(folder)
     run = RunDirectory.start(folder, result_settings(settings), environment, RESULT_KEYS)
-    if processes.first:
-        processes.wait()
-    run.key = ("stage", "method", "seed")
+    processes.wait()
     return run
 
 
@@ -122,7 +123,7 @@ def tune_attached(method: str, seed: int, context: TextContext) -> None:
     prepare(model, method, context.settings, torch.Generator().manual_seed(seed))
     same_before_training = torch.equal(context.logits(model, "validation"), before)
     learned = fine_tune(context, model, method, seed)
-    path = adapter_path(context, method, seed)
+    path = adapter_path(context.run.folder, f"{method}-{seed}")
     pl.save(model, path, ADAPTER)
     scored = {**context.scored(model, "test"), **kept(context, model)}
 
@@ -153,7 +154,7 @@ def try_strengths(method: str, seed: int, context: TextContext) -> None:
     """
     model = context.model(seed)
     base = similarity(context, model)
-    pl.load(model, adapter_path(context, method, seed))
+    load_adapter(model, context.run.folder, f"{method}-{seed}")
     validation, accuracy, found = [], [], []
     for strength in STRENGTHS:
         with pl.using(model, **{ADAPTER: strength}):
@@ -174,11 +175,6 @@ def try_strengths(method: str, seed: int, context: TextContext) -> None:
         base_retrieval=base.retrieval,
         same_embeddings=torch.equal(off.embeddings, base.embeddings),
     )
-
-
-def adapter_path(context: TextContext, method: str, seed: int) -> Path:
-    """Return the path of a trained adapter's file."""
-    return context.run.folder / "adapters" / f"{method}-{seed}.safetensors"
 
 
 def show_parameters(context: TextContext, say: Callable[[str], None]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..harness.grid import Grid, check_grid
 from ..harness.loggers import rows_to_csv
+from ..harness.progress import progress
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..harness.settings import listed, replace
 from ..report.table import Table
@@ -61,7 +62,8 @@ def run_text_sweep(
     pool = Parallel(n_jobs=jobs, return_as="generator")
     rows: list[Row] = []
     results = pool(delayed(_run)(cell) for cell in cells.values())
-    for name, cell_rows in zip(cells, results, strict=True):
+    pairs = zip(cells, results, strict=True)
+    for name, cell_rows in progress(pairs, len(cells), "sweep", "combination"):
         rows += [{"cell": name, **row} for row in cell_rows]
         say(f"cell     {name}")
     table = text_table(rows)

@@ -76,6 +76,7 @@ def tokenized(
         max_length: maximum tokens of a text, special tokens included.
         cache_path: maps a digest of the texts and the tokenizer to the path of the file.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load, save
 
     from ..harness.rundir import replace_file
@@ -86,10 +87,10 @@ def tokenized(
     labels = torch.tensor([numbers[label] for _, label in rows])
     inputs = [_identity(tokenizer), max_length, texts]
     path = cache_path(hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16])
-    if path.exists():
+    try:
         flat = load(path.read_bytes())
         ids, lengths = flat["ids"], flat["lengths"].long()
-    else:
+    except (FileNotFoundError, SafetensorError, KeyError):  # missing or damaged: made again
         encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
         ids = torch.tensor([token for text in encoded for token in text], dtype=torch.int32)
         lengths = torch.tensor([len(text) for text in encoded])

@@ -78,6 +78,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     name: str | None = None,
+    into: str | None = None,
     activate: Activate | None = None,
     finite: bool = True,
 ) -> Summary:
@@ -93,6 +94,9 @@ def load(
         model: a module with the tensors that the file names.
         path: a file that `save` wrote.
         name: the adapter's name in the model; by default its name in the file.
+        into: the name of an attached LoRA, the slot, that takes the file's update instead. Ranks up
+            to the slot's fit, and sites that the file lacks get no update. The slot's settings and
+            strength stay, and a compiled model is not compiled again.
         activate: "only", "also" or "no", as in `attach`. None means "only" if the model has no
             adapter yet and "no" otherwise; for an adapter that is attached, it changes nothing.
         finite: whether to refuse NaN and infinite values. With False they load with a warning.
@@ -104,10 +108,10 @@ def load(
         FileNotFoundError: the file does not exist.
         OSError: it cannot be read.
         CheckpointError: the file is damaged, was not written by paramlora, belongs to another
-            model, or has values that are not finite. The message names the file, the site, and what
-            was expected and found. The model does not change.
+            model, does not fit the slot, or has values that are not finite. The message names the
+            file, the site, and what was expected and found. The model does not change.
         AdapterNameError: the name is not valid, or belongs to an adapter with other sites, kinds
-            or shapes.
+            or shapes; or there is no adapter `into`.
         StateError: the adapter of that name is merged, or another one is and `activate` is "only",
             or it is "also" and their order counts; or the model is on the meta device.
         TargetError: a tensor of the model is lazy and has no shape yet.
@@ -125,7 +129,7 @@ def load(
     tensors, content = read(path)
     name = content["name"] if name is None else name
     survey = Survey(model)
-    refresh = name in survey.names
+    refresh = into is not None or name in survey.names
     planned = plan_sites(survey.places, tensors, content["sites"], path, refresh=refresh)
     for plan in planned:
         check_real(plan.place.path, plan.place.stored)
@@ -134,4 +138,4 @@ def load(
     # also finds changed values, so it is checked before anything is attached.
     if digest_of(tensors, content) != content["digest"]:
         raise damaged(path, "its content does not match its digest")
-    return attach_or_refresh(survey, planned, name, path, activate, finite)
+    return attach_or_refresh(survey, planned, name, path, activate, finite, into)

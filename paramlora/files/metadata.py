@@ -69,6 +69,19 @@ def read(path: FilePath) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, _parse(metadata[ENTRY], path)
 
 
+def read_whole(path: FilePath) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what `read` returns, once the digest of the file is checked as well.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        CheckpointError: the file is damaged, or was not written by paramlora.
+    """
+    tensors, content = read(path)
+    if digest_of(tensors, content) != content["digest"]:
+        raise damaged(path, "its content does not match its digest")
+    return tensors, content
+
+
 def spec_of(entry: Mapping[str, Any], site: str, path: FilePath) -> Spec:
     """Return the spec that a site's metadata describes.
 

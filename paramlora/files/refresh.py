@@ -13,6 +13,7 @@ from ..stack.storage import fill, settle
 from ..verbs.add import Activate, add, check_activate, switch
 from ..verbs.summary import Summary, report
 from .safetensors_file import FilePath
+from .slot import swap
 from .state import check_writable, factors_of
 
 
@@ -23,6 +24,7 @@ def attach_or_refresh(
     path: FilePath,
     activate: Activate | None,
     finite: bool,
+    into: str | None = None,
 ) -> Summary:
     """Attach the planned factors, or copy their values into an attached adapter of that name.
 
@@ -34,14 +36,16 @@ def attach_or_refresh(
         activate: as in `attach`. None means "only" for the first adapter, "no" for another one, and
             no change for an attached one.
         finite: whether to refuse values that are not finite, instead of a warning.
+        into: the attached adapter to copy the updates into (see slot.py), instead of `name`.
     """
     _check_finite(planned, path, finite)
-    if name not in survey.names:
+    name = name if into is None else into
+    if into is None and name not in survey.names:
         check_name(survey, name)
         return add(survey, planned, name, activate or ("no" if survey.names else "only"))
     if activate is not None:
         check_activate(survey, name, activate)
-    _refresh(survey, planned, name, path)
+    (_refresh if into is None else swap)(survey, planned, name, path)
     return report(survey.again()) if activate is None else switch(survey, name, activate)
 
 

@@ -1,9 +1,10 @@
 """Errors for arguments that other libraries have under other names, or that there are none of."""
 
-import difflib
 import inspect
 from collections.abc import Collection, Iterable
 from typing import Any
+
+from ..errors import nearest
 
 # The names of other libraries, with ours.
 _OURS = {
@@ -60,9 +61,7 @@ def check_attach_arguments(known: Iterable[str], given: Collection[str]) -> None
     for key in given:
         ours = _OURS.get(key)
         if ours is None and key not in _OTHERWISE:
-            close = difflib.get_close_matches(key, list(known), n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise TypeError(f"attach() has no argument {key!r}{hint}")
+            raise TypeError(f"attach() has no argument {key!r}{nearest(key, known)}")
         if ours in _OF_ATTACH:
             hint = f"write {ours}="
         elif ours is not None:

@@ -24,9 +24,7 @@ class Delta(Spec):
     {'D': tensor([0., 0., 0.])}
     """
 
-    @property
-    def additive(self) -> bool:
-        return True
+    additive = True
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         return {"D": torch.zeros_like(weight, dtype=factor_dtype(weight), requires_grad=False)}

@@ -55,6 +55,8 @@ class DoRA(Spec):
     dim: int = field(default=0, kw_only=True)
     exact_gradient: bool = field(default=False, kw_only=True)
 
+    fast = ("B", "d")
+
     def __post_init__(self) -> None:
         check_rank(self)
         check_init(self.init)
@@ -64,10 +66,6 @@ class DoRA(Spec):
     @property
     def scaling(self) -> float:
         return scaling_of(self)
-
-    @property
-    def fast(self) -> tuple[str, ...]:
-        return ("B", "d")
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         # The paper learns m itself. It would start as ‖W‖, computed once on one device. On another

@@ -42,13 +42,11 @@ class HiRA(Spec):
     rank: int = 8
     init: str | Callable[[Tensor], object] = field(default="kaiming", kw_only=True)
 
+    fast = ("B",)
+
     def __post_init__(self) -> None:
         check_whole_number(self, "rank", 1)
         check_init(self.init)
-
-    @property
-    def fast(self) -> tuple[str, ...]:
-        return ("B",)
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         return init_factors(weight.flatten(1), self.rank, self.init, generator)

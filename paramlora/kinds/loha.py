@@ -41,16 +41,14 @@ class LoHa(Spec):
     alpha: float | None = None
     rank_stabilized: bool = field(default=False, kw_only=True)
 
+    additive = True
+
     def __post_init__(self) -> None:
         check_rank(self)
 
     @property
     def scaling(self) -> float:
         return scaling_of(self)
-
-    @property
-    def additive(self) -> bool:
-        return True
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         A, B = (self.rank, weight.shape[1:].numel()), (weight.shape[0], self.rank)

@@ -53,6 +53,8 @@ class LoKr(Spec):
     decompose_both: bool = field(default=False, kw_only=True)
     rank_stabilized: bool = field(default=False, kw_only=True)
 
+    additive = True
+
     def __post_init__(self) -> None:
         if self.rank is not None:
             check_rank(self)
@@ -71,10 +73,6 @@ class LoKr(Spec):
     @property
     def scaling(self) -> float:
         return 1.0 if self.rank is None else scaling_of(self)
-
-    @property
-    def additive(self) -> bool:
-        return True
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         p, q = (_divisor(size, self.factor) for size in weight.shape[:2])

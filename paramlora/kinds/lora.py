@@ -84,6 +84,9 @@ class LoRA(Spec):
     transposed: bool = field(default=False, kw_only=True)
     dropout: float = field(default=0.0, kw_only=True)
 
+    fast = ("B",)
+    additive = True
+
     def __post_init__(self) -> None:
         check_rank(self)
         check_init(self.init, (*_FROM_WEIGHT, *_FROM_DATA))
@@ -104,14 +107,6 @@ class LoRA(Spec):
     @property
     def constants(self) -> tuple[str, ...]:
         return ("A0", "B0") if self.init in (*_FROM_WEIGHT, *_FROM_DATA) else ()
-
-    @property
-    def fast(self) -> tuple[str, ...]:
-        return ("B",)
-
-    @property
-    def additive(self) -> bool:
-        return True
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         W = self._matrices(weight)

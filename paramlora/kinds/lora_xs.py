@@ -41,20 +41,15 @@ class LoRAXS(Spec):
     alpha: float | None = None
     rank_stabilized: bool = field(default=False, kw_only=True)
 
+    constants = ("A", "B")
+    additive = True
+
     def __post_init__(self) -> None:
         check_rank(self)
 
     @property
     def scaling(self) -> float:
         return scaling_of(self)
-
-    @property
-    def additive(self) -> bool:
-        return True
-
-    @property
-    def constants(self) -> tuple[str, ...]:
-        return ("A", "B")
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         W, r = weight.flatten(1).to(factor_dtype(weight)), self.rank

@@ -37,12 +37,10 @@ class MiSS(Spec):
 
     rank: int = 8
 
+    additive = True
+
     def __post_init__(self) -> None:
         check_whole_number(self, "rank", 1)
-
-    @property
-    def additive(self) -> bool:
-        return True
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         shape = (self.rank, weight.shape[0])

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,7 @@ class Spec(ABC):
     tensor([2.5000, 2.5000])
     """
 
-    __signature__ = SignatureOfInit()
+    __signature__: ClassVar[SignatureOfInit] = SignatureOfInit()
 
     def __new__(cls: type[_S], *args: Any, **kwargs: Any) -> _S:
         check_fields(cls, kwargs)

@@ -21,35 +21,25 @@ from ..stack.built import build_once
 from ..stack.stack import CHANGED
 
 
-def dense(plain: Callable[..., Any]) -> Callable[..., Any]:
+def dense(plain: Callable[..., Any], *, unknown: bool = False) -> Callable[..., Any]:
     """Return a forward that builds each W' once, and once more in the backward.
 
     Args:
         plain: the forward of the module's class.
+        unknown: whether `plain` is not torch's, so that it may compute anything. Its rows cannot be
+            routed, and it keeps W' for the backward.
     """
 
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if rows.route_of(self) is not None:
+        if not unknown and rows.route_of(self) is not None:
             return by_group(self, args, kwargs)
         # The compiler decides by itself what to build once and what to recompute.
         if transforms_active():
             return plain(self, *args, **kwargs)
+        rebuilds = torch.is_grad_enabled() and not unknown
         # torch's attention reads in_proj_weight half a dozen times.
-        with build_once(), _rebuilt(self) if torch.is_grad_enabled() else nullcontext():
-            return plain(self, *args, **kwargs)
-
-    return forward
-
-
-def read_once(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward that builds each W' once, however often `plain` reads it."""
-
-    @functools.wraps(plain)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if transforms_active():
-            return plain(self, *args, **kwargs)
-        with build_once():
+        with build_once(), _rebuilt(self) if rebuilds else nullcontext():
             return plain(self, *args, **kwargs)
 
     return forward

@@ -37,7 +37,7 @@ from typing import Any
 from torch import nn
 
 from ..site.find import is_transformers_conv1d
-from .dense import dense, read_once, recurrent
+from .dense import dense, recurrent
 from .embedding import embedding_bag_forward, embedding_forward
 from .linear import conv1d_forward, linear_forward
 
@@ -55,7 +55,9 @@ def forward_for(cls: type[nn.Module], *, alone: bool) -> Callable[..., Any] | No
     if is_transformers_conv1d(cls):
         return conv1d_forward(cls.forward)
     # For each expert, a module of experts reads the tensor with the weights of all experts.
-    return read_once(cls.forward) if alone and not cls.__module__.startswith("torch.") else None
+    if not alone or cls.__module__.startswith("torch."):
+        return None
+    return dense(cls.forward, unknown=True)
 
 
 _DENSE: tuple[type[nn.Module], ...] = (

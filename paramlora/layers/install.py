@@ -77,27 +77,21 @@ def install(
         host.freeze_rest(survey, name, others)
 
 
-def remove(survey: Survey, names: set[str]) -> None:
-    """Remove the named adapters, and restore the requires_grad flags that they cleared."""
+def remove(survey: Survey, names: set[str] | None = None) -> None:
+    """Remove the named adapters, and restore the requires_grad flags that they cleared.
+
+    None removes all adapters, and everything else that adapters have stored at the modules. An
+    adapter that was detached from a part of the model only may have left flags cleared.
+    """
     host.unfreeze_rest(survey, names)
-    release(survey.modules, set(names))
+    release(survey.modules, names)
     for stack in survey.stacks:
-        for name in names.intersection(stack.factors):
-            stack.remove(name)
+        for name in stack.names:
+            if names is None or name in names:
+                stack.remove(name)
     for site in survey.sites:
         if not site.stack.factors:
             host.unregister(site)
-    host.forget(survey)
-
-
-def remove_all(survey: Survey) -> None:
-    """Remove all adapters, and everything else that adapters have stored at the modules.
-
-    An adapter that was detached from a part of the model only may have left flags cleared.
-    """
-    remove(survey, set(survey.names))
-    host.unfreeze_rest(survey, None)
-    release(survey.modules, None)
     host.forget(survey)
 
 

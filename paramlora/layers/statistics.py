@@ -14,7 +14,7 @@ Note [held in evaluation mode]
 """
 
 import copy
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,7 +95,7 @@ def hold(modules: Modules, holder: Hashable) -> None:
         lock.holders.add(holder)
 
 
-def release(modules: Modules, holders: set[Hashable] | None) -> None:
+def release(modules: Modules, holders: Set[Hashable] | None) -> None:
     """Release the layers held by these holders; None releases all layers held by adapters."""
     for _, module in with_statistics(modules):
         lock = vars(module).get("train")

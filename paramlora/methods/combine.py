@@ -55,6 +55,9 @@ def combine(
     are: `activate(model, name)` uses it in their place. A site that only some of the adapters have
     gets the sum over those. "cat", "svd" and "linear" sum `Delta`s exactly.
 
+    As after `attach` and `load`, the new factors are trainable, also while they are switched off.
+    `freeze(model, name)` fixes a copy such as the reference of a policy.
+
     Warns if a weight is negative, the method is "linear" and its result is not the sum. The message
     says how far it is from it.
 

@@ -6,7 +6,6 @@ A: lr        B: lr · ratio
 from typing import Any
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from ..kinds.spec import is_finite
 from ..site.names import check_factors
@@ -60,8 +59,7 @@ def parameter_groups(
             raise ValueError(f"{argument} must be a positive number, got {number!r}")
     by_rate: dict[float, list[nn.Parameter]] = {}
     for _, _, site, factors in Survey(model).parts(names):
-        kind = parametrize.type_before_parametrizations(site.module)
-        embedding = issubclass(kind, nn.Embedding | nn.EmbeddingBag)
+        embedding = isinstance(site.module, nn.Embedding | nn.EmbeddingBag)
         for key, parameter in factors.named_parameters():
             rate = lr * ratio if key in factors.spec.fast else lr
             if embedding and embedding_lr is not None:

@@ -13,16 +13,21 @@ def build(verbose: bool = False) -> Path:
     """Compile the native extension for the installed torch unless it exists; return its path.
 
     Raises:
-        RuntimeError: the compiler or ninja is missing, or the compiler fails.
+        RuntimeError: the compiler or ninja is missing, the compiler fails, or other users can
+            write to the folder.
     """
     target = load.path()
+    target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if problem := load.untrusted(target if target.exists() else target.parent):
+        raise RuntimeError(f"the native extension is not built: {problem}")
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
         # Built in a temporary folder and then moved, so that interrupted or simultaneous builds
         # leave no incomplete file.
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             _compile(scratch, verbose)
-            os.replace(Path(scratch) / f"{load.NAME}.so", target)
+            built = Path(scratch) / f"{load.NAME}.so"
+            built.chmod(0o755)  # a umask of 002 would let the group write to it
+            os.replace(built, target)
     load.module.cache_clear()
     return target
 

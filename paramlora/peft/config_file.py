@@ -43,7 +43,7 @@ _FROM_BASE = ("pissa", "olora")
 _NEED_LIST = {"layers_to_transform", "layers_pattern"}
 
 
-def read_config(path: Path, content: dict[str, Any]) -> Config:
+def read_config(path: Path, content: Mapping[str, Any]) -> Config:
     """Return the settings in the content of an `adapter_config.json` of LoRA.
 
     Raises:
@@ -126,9 +126,24 @@ def config_content(targets: Targets, **settings: Any) -> dict[str, Any]:
     return content | {key: value for key, value in optional.items() if value}
 
 
-def parse_config(path: Path) -> dict[str, Any]:
+def as_list(expression: str, targets: Collection[str], paths: Collection[str]) -> str | list[str]:
+    """Return `target_modules` as a list if that selects no other modules, else the expression.
+
+    PEFT reads both, but SGLang, for one, refuses expressions.
+
+    >>> as_list(r"h\\.0\\.q|h\\.1\\.q", {"h.0.q", "h.1.q"}, ["h.0.q", "h.0.k", "h.1.q"])
+    ['q']
+    """
+    chosen = {path for path in paths if path in targets}
+    for names in ({path.rpartition(".")[2] for path in chosen}, chosen):
+        ends = tuple(f".{name}" for name in names)
+        if {path for path in paths if path in names or path.endswith(ends)} == chosen:
+            return sorted(names)
+    return expression
+
+
+def parse_config(text: str | bytes, path: Path) -> dict[str, Any]:
     """Return the content of an `adapter_config.json`, or raise a CheckpointError if damaged."""
-    text = path.read_bytes()
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -183,4 +198,4 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 def _short(number: float) -> float:
     """Return a whole number as an int, as PEFT writes an alpha."""
-    return int(number) if number == int(number) else number
+    return int(number) if float(number).is_integer() else number

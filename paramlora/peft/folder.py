@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
@@ -20,7 +21,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from ..errors import CheckpointError
 from ..files.refresh import attach_or_refresh
 from ..files.safetensors_file import read_tensors
-from ..layers.install import check_whole
+from ..layers.install import PlannedSite, check_whole
 from ..site.place import check_shapes
 from ..site.survey import Survey
 from ..stack.storage import check_real
@@ -138,6 +139,7 @@ def load_peft(
     path: str | os.PathLike[str],
     *,
     name: str = "default",
+    into: str | None = None,
     activate: Activate | None = None,
     finite: bool = True,
 ) -> Summary:
@@ -154,7 +156,7 @@ def load_peft(
         model: the base that PEFT was given, its modules under the same paths.
         path: a folder with `adapter_config.json` and `adapter_model.safetensors`.
         name: the adapter's name in the model.
-        activate, finite: as in `load`.
+        into, activate, finite: as in `load`.
 
     Returns:
         The model's summary.
@@ -164,7 +166,7 @@ def load_peft(
         CheckpointError: a file is damaged, belongs to another model, or has settings that
             paramlora does not support. The message names them, and the model does not change.
         AdapterNameError: the name is not valid, or belongs to an adapter with other sites, kinds
-            or shapes.
+            or shapes; or there is no adapter `into`.
         StateError: the adapter of that name is merged, or another one is and `activate` is "only",
             or it is "also" and their order counts; or a tensor is on the meta device.
         TargetError: a tensor of the model is lazy and has no shape yet.
@@ -182,20 +184,34 @@ def load_peft(
     survey = Survey(model)
     check_shapes(survey.places)
     check_files(path)
-    content = parse_config(path / CONFIG)
-    is_lora = content.get("peft_type") not in OTHER_TYPES
-    config = read_config(path / CONFIG, content) if is_lora else other_config(path, content)
+    content = parse_config((path / CONFIG).read_bytes(), path / CONFIG)
     state = _without_prefix(read_tensors(path / TENSORS)[0], path / TENSORS)
-    seen, here = view(model), {place.path: place for place in survey.places}
-    folder = Folder(path, content, resolve_all_linear(seen, config), state, seen, here)
+    planned = plan_content(survey, content, state, path, path / CONFIG)
+    _warn_if_added_twice(state)
+    return attach_or_refresh(survey, planned, name, path, activate, finite, into)
+
+
+def plan_content(
+    survey: Survey,
+    content: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    path: Path,
+    config: Path,
+) -> list[PlannedSite]:
+    """Return the factors that PEFT's settings and tensors have for a model, in its order.
+
+    `path` and `config` are what the tensors and the settings were read from, for messages.
+    """
+    is_lora = content.get("peft_type") not in OTHER_TYPES
+    settings = read_config(config, content) if is_lora else other_config(path, content)
+    seen, here = view(survey.model), {place.path: place for place in survey.places}
+    folder = Folder(path, content, resolve_all_linear(seen, settings), state, seen, here)
     with cut_off(path):
         planned = plan_folder(folder) if is_lora else plan_other(folder)
     for plan in planned:
         check_real(plan.place.path, plan.place.stored)
-    _warn_if_added_twice(state)
     order = {site: i for i, site in enumerate(here)}
-    planned.sort(key=lambda plan: order[plan.place.path])
-    return attach_or_refresh(survey, planned, name, path, activate, finite)
+    return sorted(planned, key=lambda plan: order[plan.place.path])
 
 
 def _without_prefix(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:

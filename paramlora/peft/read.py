@@ -145,7 +145,7 @@ def _warn_of_dropout(planned: Iterable[PlannedSite], config: Config) -> None:
             f"in training PEFT applies lora_dropout={config.lora_dropout} at {some(found)}, where "
             "paramlora has no dropout: there the adapter trains without it",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -14,7 +14,7 @@ from ..kinds.lora import LoRA
 from ..kinds.spec import LowRank, Spec
 from ..site.find import Site, base_weight, is_conv1d
 from ..stack.factors import Blocks, Factors
-from .config_file import Content, Targets, config_content
+from .config_file import Content, Targets, as_list, config_content
 from .layout import Part, cannot_store, norms
 from .modules import PeftView, view
 from .other_kinds import other_content, other_kind
@@ -68,6 +68,7 @@ def folder_content(model: nn.Module, here: list[Site], name: str) -> Content:
         fan_in_fan_out=all(is_conv1d(part.module) for part in adapted),
         bias=_bias(biases, wrapped),
     )
+    config["target_modules"] = as_list(config["target_modules"], targets, seen.paths)
     # The tensors with this adapter alone: W + λ·D.
     values = {
         path: site.stack[name](base_weight(site.plist, site.stack)).detach()

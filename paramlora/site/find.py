@@ -24,8 +24,8 @@ def is_conv1d(module: nn.Module) -> bool:
     Subclasses and copies of that class in other packages count as well, because they store the
     same.
     """
-    cls = parametrize.type_before_parametrizations(module)
-    return any(base.__name__ == "Conv1D" for base in cls.__mro__) and hasattr(module, "nf")
+    named = any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+    return named and hasattr(module, "nf")
 
 
 def is_linear(module: nn.Module) -> bool:

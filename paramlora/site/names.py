@@ -1,9 +1,8 @@
 """The order of adapters' names, and the checks of names before a verb changes anything."""
 
-import difflib
 from collections.abc import Container, Iterable, Sequence, Sized
 
-from ..errors import AdapterNameError, StateError
+from ..errors import AdapterNameError, StateError, nearest
 from ..stack.overlay import foreign_block, is_routed
 from ..stack.stack import Stack
 
@@ -14,11 +13,8 @@ def ordered_names(stacks: Iterable[Stack]) -> list[str]:
     All stacks number their adapters with one counter, so the smallest number of a name in any stack
     gives its position.
     """
-    first: dict[str, int] = {}
-    for stack in stacks:
-        for name, number in stack.numbers.items():
-            first[name] = min(number, first.get(name, number))
-    return sorted(first, key=first.__getitem__)
+    pairs = sorted((number, name) for stack in stacks for name, number in stack.numbers.items())
+    return list(dict.fromkeys(name for _, name in pairs))
 
 
 def check_names(stacks: Sequence[Stack], names: Iterable[str]) -> None:
@@ -41,26 +37,9 @@ def check_names(stacks: Sequence[Stack], names: Iterable[str]) -> None:
         if not any(name in stack.names for stack in stacks):
             known = ordered_names(stacks)
             listed = ", ".join(map(repr, known)) or "none"
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise AdapterNameError(f"no adapter {name!r} here; attached are: {listed}{hint}")
-
-
-def only_name(stacks: Iterable[Stack], name: str | None) -> str:
-    """Return a name; for None, the name of the only adapter.
-
-    Raises:
-        AdapterNameError: the name is None, and there is no adapter or there are several.
-    """
-    if name is not None:
-        return name
-    known = ordered_names(stacks)
-    if len(known) == 1:
-        return known[0]
-    if known:
-        listed = ", ".join(map(repr, known))
-        raise AdapterNameError(f"there are several adapters: {listed}; say which one, by name=")
-    raise AdapterNameError("no adapter is attached here; attach or load one first")
+            raise AdapterNameError(
+                f"no adapter {name!r} here; attached are: {listed}{nearest(name, known)}"
+            )
 
 
 def check_no_other_block(stacks: Iterable[Stack], verb: str) -> None:

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..errors import AdapterNameError
 from ..stack.factors import Factors
 from ..stack.stack import Stack
 from ..wrappers import named_modules
 from .find import Site, parametrization_lists, sites_in, walk
-from .names import check_names, only_name, ordered_names
+from .names import check_names, ordered_names
 from .place import Place, places_in
 
 # What is done to the modules of a model before it is surveyed; each returns whether it changed any.
@@ -159,8 +160,13 @@ class Survey:
             AdapterNameError: there is no adapter of that name; or it is None, and there are several
                 adapters or none.
         """
-        found = only_name(self.stacks, name)
-        return found, self.sites_of(found)
+        if name is None and not self.names:
+            raise AdapterNameError("no adapter is attached here; attach or load one first")
+        if name is None and len(self.names) > 1:
+            listed = ", ".join(map(repr, self.names))
+            raise AdapterNameError(f"there are several adapters: {listed}; say which one, by name=")
+        name = self.names[0] if name is None else name
+        return name, self.sites_of(name)
 
 
 def _each_once(parameters: Iterable[nn.Parameter | None]) -> list[nn.Parameter]:

@@ -116,14 +116,6 @@ class Blocks(nn.Module):
             Bs, scale = [B * scale for B, scale in zip(Bs, scales, strict=True)], 1.0
         return LowRank(torch.cat([term.A for term in terms]), torch.cat(Bs, dim=1), scale)
 
-    def set_strength(self, strength: Strength) -> None:
-        for factors in self.parts:
-            factors.set_strength(strength)
-
-    def trace_strength(self, strength: Strength | None) -> None:
-        for factors in self.parts:
-            factors.trace_strength(strength)
-
     @property
     def parts(self) -> list[Factors]:
         return list(self._modules.values())  # type: ignore[arg-type]

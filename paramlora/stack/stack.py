@@ -130,8 +130,9 @@ class Stack(nn.Module):
         state = composed(self, open) if open else self.own
         shared = any(block.owner != open[0].owner for block in open)
         vars(self).update(traced_live=state.live, traced_route=state.route, shared=shared)
-        for name, factors in self.named.items():
-            factors.trace_strength(state.strengths.get(name))  # type: ignore[union-attr]
+        for name in self.named:
+            for part in self.parts(name):
+                part.trace_strength(state.strengths.get(name))  # type: ignore[union-attr]
 
     def put_open(self, blocks: tuple[Block, ...]) -> None:
         """Set the blocks that are open here."""
@@ -319,7 +320,8 @@ class Stack(nn.Module):
     def set_strengths(self, strengths: Mapping[str, Strength]) -> None:
         """Set the own strengths of adapters here, which open blocks may override."""
         for name, strength in strengths.items():
-            self[name].set_strength(strength)
+            for part in self.parts(name):
+                part.set_strength(strength)
         if self.open:
             self.reflect()
 

@@ -17,7 +17,6 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from ..errors import TargetError
 from ..site.find import is_linear
@@ -153,7 +152,7 @@ def _means(target: Target, path: str, module: nn.Module) -> bool:
     if isinstance(target, type):
         if not issubclass(target, nn.Module):
             raise TypeError(f"a target type is a module type such as nn.Linear, got {target!r}")
-        return issubclass(parametrize.type_before_parametrizations(module), target)
+        return isinstance(module, target)
     if isinstance(target, str):
         return named(path, target)
     # Modules are callable, too, but not with a path.

@@ -4,7 +4,7 @@ What a single target matches is in `matching.py`.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn.utils import parametrize
@@ -18,7 +18,7 @@ from ..site.survey import Survey
 from .matching import ALL_LINEAR, Matcher, Target, Targets, is_glob
 from .nearest import nothing_matches
 
-Specs = Spec | Mapping[Target, Spec]
+Specs = Spec | Mapping[Any, Spec]  # from a Target, which need not be of one type
 
 
 def _computed(survey: Survey) -> list[Place]:

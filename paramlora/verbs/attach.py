@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -20,7 +20,6 @@ from ..layers.install import (
     check_whole,
     keep_frozen,
     remove,
-    remove_all,
 )
 from ..layers.registered import claim as claim  # what torch registered, from now on
 from ..layers.statistics import hold
@@ -33,10 +32,13 @@ from .add import Activate, add, check_activate
 from .preview import left_out, preview
 from .summary import Summary
 
+# A mapping's keys have any one of these types, or several.
+AnyTarget = TypeVar("AnyTarget", bound=Target)
+
 
 def attach(
     model: nn.Module,
-    spec: Spec | Mapping[Target, Spec],
+    spec: Spec | Mapping[AnyTarget, Spec],
     targets: Targets | None = None,
     *,
     name: str = "default",
@@ -164,7 +166,7 @@ def detach(model: nn.Module, *names: str) -> None:
     check_unmerged(survey.stacks, names, "detach")
     check_ties(survey.sites)
     check_whole(survey.sites)
-    remove(survey, set(names)) if names else remove_all(survey)
+    remove(survey, set(names) or None)
 
 
 def freeze(model: nn.Module, *names: str) -> None:

@@ -7,31 +7,22 @@ adapter is merged, and unmerging swaps them back.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
-from ..layers.install import check_attached, check_tied, check_ties, check_whole, remove_all
+from ..layers.install import check_attached, check_tied, check_ties, check_whole, remove
 from ..site.find import Site, base_weight, stacks_in, stored_tensors
 from ..site.marks import mark
-from ..site.names import check_names, check_no_other_block, check_unmerged
+from ..site.names import check_names, check_no_other_block, check_not_routed, check_unmerged
 from ..site.place import Place
 from ..site.survey import Survey
 from ..stack.factors import trainable
-from ..stack.overlay import is_routed, may_be_on
+from ..stack.overlay import may_be_on
 from ..stack.stack import Stack
 from ..stack.storage import Written
 from .fold import folded
-
-
-class _Fold(NamedTuple):
-    """A site, the adapters to fold in there, and the tensors to store."""
-
-    site: Site
-    names: list[str]
-    tensors: list[Tensor]
 
 
 def merge(model: nn.Module, *names: str) -> None:
@@ -152,11 +143,11 @@ def bake(model: nn.Module) -> None:
     for stack in survey.stacks:
         stack.stored = stack.written = ()
         stack.set(stack.active, ())
-    remove_all(survey)
+    remove(survey)
 
 
-def _plan(survey: Survey, names: tuple[str, ...]) -> list[_Fold]:
-    """Check everything, and return the tensors to write at each site. Nothing is written yet."""
+def _plan(survey: Survey, names: tuple[str, ...]) -> list[tuple[Site, list[str], list[Tensor]]]:
+    """Check everything, and return each site with its adapters and the tensors to write there."""
     chosen = {id(site.stack): held for site, held in survey.select(names)}
     folds = []
     check_no_other_block(survey.stacks, "merge")
@@ -165,12 +156,11 @@ def _plan(survey: Survey, names: tuple[str, ...]) -> list[_Fold]:
     check_whole(survey.sites)
     for site in survey.first_sites:
         here = chosen.get(id(site.stack), []) if names else list(site.stack.seen().live)
-        if is_routed(site.stack):
-            raise StateError("cannot merge inside of routed(): every row would get the adapter")
+        check_not_routed([site.stack], "merge")
         _check(site.stack, here)
         _check_order(site, here)
         if here:
-            folds.append(_Fold(site, here, _folded(site, here)))
+            folds.append((site, here, _folded(site, here)))
     if not folds:
         listed = ", ".join(map(repr, survey.names))
         raise StateError(

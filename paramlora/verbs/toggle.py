@@ -24,8 +24,7 @@ def enable(model: nn.Module, *names: str) -> None:
         StateError: there are no adapters, or one is merged; or one that was attached later is
             merged, and their order counts (IA3, DoRA).
     """
-    stacks = stacks_in(model)
-    _check(stacks, names, "enable")
+    stacks = _checked(model, names, "enable")
     check_order(stacks, names)
     for stack in stacks:
         stack.switch({*stack.active, *(names or stack.names)})
@@ -42,8 +41,7 @@ def disable(model: nn.Module, *names: str) -> None:
         AdapterNameError: there is no adapter of that name.
         StateError: there are no adapters, or one is merged.
     """
-    stacks = stacks_in(model)
-    _check(stacks, names, "disable")
+    stacks = _checked(model, names, "disable")
     for stack in stacks:
         stack.switch({*stack.active} - {*(names or stack.names)})
 
@@ -71,11 +69,10 @@ def scale(model: nn.Module, factor: Strength, *names: str) -> None:
     >>> pl.summary(model).sites[0].scale
     0.5
     """
-    stacks = stacks_in(model)
+    stacks = _checked(model, names, "scale")
     if isinstance(factor, str):
         raise TypeError(f"the strength comes before the names: scale(model, 0.5, {factor!r})")
     _check_strength(factor)
-    _check(stacks, names, "scale")
     for stack in stacks:
         here = [name for name in stack.names if not names or name in names]
         stack.set_strengths(dict.fromkeys(here, factor))
@@ -119,8 +116,7 @@ def activate(
     ('digits',)
     """
     wanted = _wanted(names, strengths)
-    stacks = stacks_in(model)
-    _check_exactly(stacks, wanted)
+    stacks = _checked(model, wanted, "toggle", every=True)
     for stack in stacks:
         stack.switch(wanted)
         new = {name: s for name, s in wanted.items() if s is not None and name in stack.named}
@@ -141,8 +137,7 @@ def enabled(model: nn.Module, *names: str) -> Iterator[None]:
         AdapterNameError: there is no adapter of that name.
         StateError: as in `enable`; or this is inside of `routed`.
     """
-    stacks = stacks_in(model)
-    _check(stacks, names, "enable")
+    stacks = _checked(model, names, "enable")
     check_order(stacks, names)
     check_not_routed(stacks, "switch adapters on")
     with opened("enabled", _switched(stacks, names, True)):
@@ -172,8 +167,7 @@ def disabled(model: nn.Module, *names: str) -> Iterator[None]:
     ...     torch.equal(model(x), base)
     True
     """
-    stacks = stacks_in(model)
-    _check(stacks, names, "disable")
+    stacks = _checked(model, names, "disable")
     with opened("disabled", _switched(stacks, names, False)):
         yield
 
@@ -217,8 +211,7 @@ def using(
     [('digits', True, 0.5), ('letters', True, 1.0)]
     """
     wanted = _wanted(names, strengths)
-    stacks = stacks_in(model)
-    _check_exactly(stacks, wanted)
+    stacks = _checked(model, wanted, "toggle", every=True)
     changes = {}
     for stack in stacks:
         numbers = stack.numbers
@@ -249,16 +242,15 @@ def _wanted(
     return wanted
 
 
-def _check_exactly(stacks: Sequence[Stack], wanted: Iterable[str]) -> None:
-    """Raise an error if an adapter is missing, or if any is merged: all others are switched off."""
-    check_names(stacks, wanted)
-    check_unmerged(stacks, (), "toggle")
+def _checked(model: nn.Module, names: Iterable[str], verb: str, every: bool = False) -> list[Stack]:
+    """Return a model's stacks; raise an error if one of these adapters is missing or merged.
 
-
-def _check(stacks: Sequence[Stack], names: Sequence[str], verb: str) -> None:
-    """Raise an error if an adapter is missing or merged; check all adapters if none is named."""
+    Without names, and with `every`, no adapter may be merged.
+    """
+    stacks, names = stacks_in(model), list(names)
     check_names(stacks, names)
-    check_unmerged(stacks, names, verb)
+    check_unmerged(stacks, () if every else names, verb)
+    return stacks
 
 
 def _check_strength(factor: Strength) -> None:

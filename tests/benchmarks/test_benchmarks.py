@@ -200,7 +200,7 @@ def test_verb_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = "verbs --width 8 --adapters 2 --rounds 1 --clock processor"
     assert main([*command.split(), "--out", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    verbs = ("switch", "using", "disabled", "scale", "merge", "unmerge")
+    verbs = ("forward", "switch", "using", "disabled", "scale", "merge", "unmerge")
     assert [(row["contestant"], row["verb"]) for row in rows] == [
         (name, verb) for name in ("paramlora", "PEFT") for verb in verbs
     ]

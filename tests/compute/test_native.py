@@ -1,8 +1,10 @@
 """The native extension: values and derivatives of its node, its build, and work without it."""
 
 import functools
+import importlib.util
 import itertools
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -368,6 +370,7 @@ class TestBuilt:
             native.module.cache_clear()
             try:
                 assert (native.module() is not None) == expected
+                assert native.state().startswith("loaded from" if expected else "switched off")
             finally:
                 native.module.cache_clear()
 
@@ -378,6 +381,7 @@ class TestBuilt:
         native.module.cache_clear()
         try:
             assert native.module() is None
+            assert native.state() == "not built: python -m paramlora.native.build"
             x, W, A, B = torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1)
             y = lowrank.linear(x, W, None, [lowrank.LowRank(A, B, 1.0)])
             assert_close(y, torch.full((2, 4), 6.0))
@@ -395,6 +399,51 @@ class TestBuilt:
                 assert native.module() is None
         finally:
             native.module.cache_clear()
+
+    @pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
+    @pytest.mark.parametrize("what", ["file", "folder", "file of another", "folder of another"])
+    def test_what_others_can_change_is_not_loaded(
+        self, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A file or folder of other users, or that they can write to, is neither loaded nor
+        built into; the warning, the state and the error name it and the way out."""
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+        monkeypatch.setattr(importlib.util, "module_from_spec", lambda spec: pytest.fail("loaded"))
+        file = native.path()
+        file.parent.mkdir(mode=0o755)
+        file.write_bytes(b"code")
+        file.chmod(0o755)
+        place = file if what.startswith("file") else file.parent
+        if what.endswith("another"):
+            expected = rf"{place} belongs to another user \(id {os.geteuid() + 7}\); delete it"
+            look = os.stat
+
+            def stat(path: Any, *given: Any, **named: Any) -> os.stat_result:
+                found = list(look(path, *given, **named))
+                found[4] = os.geteuid() + 7 if Path(path) == place else 0
+                return os.stat_result(found)
+
+            monkeypatch.setattr(os, "stat", stat)
+        else:
+            expected = f"other users can write to {place}; check it, then chmod go-w {place}"
+            place.chmod(0o775 if place == file else 0o757)
+        native.module.cache_clear()
+        try:
+            with pytest.warns(UserWarning, match=f"adapters are computed in Python: {expected}"):
+                assert native.module() is None
+            assert re.search(f"^cannot be loaded from {file}: {expected}$", native.state())
+            with pytest.raises(RuntimeError, match=f"is not built: {expected}"):
+                build()
+        finally:
+            native.module.cache_clear()
+        assert file.read_bytes() == b"code"
+
+    def test_a_system_that_does_not_tell_who_can_write(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On a system without owners of files, such as Windows, nothing is trusted."""
+        monkeypatch.delattr(os, "geteuid", raising=False)
+        assert "does not tell who can write" in native.untrusted(tmp_path)
 
     def test_a_build_that_fails_leaves_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from paramlora.peft.config import Config
-from paramlora.peft.config_file import config_content
+from paramlora.peft.config_file import as_list, config_content
 from paramlora.peft.modules import view
 from paramlora.peft.read import resolve_all_linear
 
@@ -105,6 +105,24 @@ def test_written_config() -> None:
         path: (config.rank(path), config.alpha(path)) for path in PATHS if config.targets(path)
     }
     assert found == targets
+
+
+def test_targets_as_a_list() -> None:
+    """The written targets are the shortest list that selects these modules alone, if there is one.
+
+    Otherwise they are an expression: an entry selects also the paths that end with it.
+    """
+    paths = ["h.0.q", "h.0.k", "h.1.q", "net.0", "sub.net.0"]
+    for targets, expected in (
+        (["h.0.q", "h.1.q"], ["q"]),
+        (["h.1.q"], ["h.1.q"]),
+        (["sub.net.0"], ["sub.net.0"]),
+        (["net.0"], "expression"),
+    ):
+        found = as_list("expression", targets, paths)
+        assert found == expected
+        if isinstance(found, list):
+            assert [path for path in paths if Config(found).targets(path)] == targets
 
 
 def test_all_linear() -> None:

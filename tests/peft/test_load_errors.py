@@ -119,7 +119,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
         DAMAGED + "'rank_pattern' must be integers of at least 1 by pattern, found {{'fc': '2'}}",
     ),
     "layers without a list": (
-        set_config(layers_to_transform=[0]),
+        set_config(layers_to_transform=[0], target_modules="fc"),
         DAMAGED + "with layers_to_transform, target_modules must be a list, found a string",
     ),
     "a broken expression": (

@@ -185,6 +185,26 @@ def test_tensor_strength() -> None:
     assert counter.frame_count == 2  # one more for a strength that requires a gradient
 
 
+@pytest.mark.parametrize("save", ["save", "save_peft"])
+def test_loading_into_a_slot(tmp_path: Path, save: str) -> None:
+    """Files of several ranks and scales load into a compiled slot without a new graph."""
+    model = SMALL.make().double().eval()
+    x = torch.randn(4, 7, dtype=torch.float64)
+    pl.attach(model, pl.LoRA(rank=16), name="slot")
+    call, counter = compiled(model)
+    call(x)
+    for rank in (2, 8, 16, 4):
+        alone = SMALL.make().double().eval()
+        alone.load_state_dict(pl.base_state_dict(model))
+        pl.attach(alone, pl.LoRA(rank, alpha=3), name="file")
+        shake(alone)
+        pl.scale(alone, rank / 10)
+        getattr(pl, save)(alone, tmp_path / str(rank))
+        getattr(pl, save.replace("save", "load"))(model, tmp_path / str(rank), into="slot")
+        assert_close(call(x), alone(x), **EXACT)
+    assert counter.frame_count == 1
+
+
 def test_merging() -> None:
     """A merged model uses the graph of the base, on the merged weights."""
     case = case_of(MLP)

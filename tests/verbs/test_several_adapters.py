@@ -1,6 +1,7 @@
 """Several adapters on one model: which are active and which are trained after each is added."""
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -339,3 +340,27 @@ def test_several_adapters_need_a_name(verb: str, tmp_path: Path) -> None:
     with pytest.raises(pl.AdapterNameError, match="no adapter is attached here; attach or load"):
         NAMELESS[verb](base(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_a_forward_visits_the_active_adapter_alone() -> None:
+    """With 100 adapters attached, a forward makes the calls that it makes with one."""
+    model, x, counts = base(), torch.randn(2, 6), []
+    for i in range(100):
+        pl.attach(model, pl.LoRA(rank=1), name=f"a{i}")
+        if i in (0, 99):
+            counts.append(calls(lambda: model(x)))
+    assert counts[0] == counts[1] > 0
+
+
+def calls(act: Callable[[], object]) -> int:
+    """Return how many functions of Python and C `act` calls."""
+    found = []
+    act()  # the first time it may fill caches
+    before = sys.getprofile()
+    sys.setprofile(lambda frame, event, argument: found.append(event))
+    try:
+        act()
+    finally:
+        sys.setprofile(before)
+    return sum(event in ("call", "c_call") for event in found)

@@ -17,7 +17,7 @@ SWITCHING: dict[str, Row] = {
         attached,
         lambda m: pl.enable(m, "letters", "digit"),
         pl.AdapterNameError,
-        "no adapter 'digit' here; attached are: 'digits', 'letters'; did you mean 'digits'?",
+        "no adapter 'digit' here; attached are: 'digits', 'letters'; did you mean digits?",
     ),
     "names in a list": (
         attached,
@@ -124,7 +124,7 @@ def test_typo_in_a_name(verb: Callable[[nn.Module, str], Any]) -> None:
         attached(),
         lambda m: verb(m, "leters"),
         pl.AdapterNameError,
-        "no adapter 'leters' here; attached are: 'digits', 'letters'; did you mean 'letters'?",
+        "no adapter 'leters' here; attached are: 'digits', 'letters'; did you mean letters?",
     )
 
 

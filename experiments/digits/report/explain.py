@@ -8,8 +8,7 @@ The adapter is loaded and evaluated. Nothing is trained, unless the run's base i
 from pathlib import Path
 from typing import Any
 
-import paramlora as pl
-
+from ...harness.adapters import load_adapter
 from ...harness.rundir import RunDirectory, replace_file
 from ...harness.settings import replace
 from ...report.explanation import explanation
@@ -36,7 +35,7 @@ def explain(folder: Path, seed: int | None = None, **places: Any) -> Path:
     context = context_of(settings_of(run, **places))
     seed = context.settings.seed_from if seed is None else seed
     model, test = context.model(), [(context.test_inputs, context.test_labels)]
-    pl.load(model, folder / "adapters" / f"lora-{seed}.safetensors", name="lora")
+    load_adapter(model, folder, f"lora-{seed}", "lora")
     images = counted_images(context.settings)
     sections = explanation(model, test, DIGITS, tuned=context.tuned, images=images)
     title = f"What adapter {seed} of preset {context.settings.preset} changed"

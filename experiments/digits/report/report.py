@@ -3,13 +3,12 @@
 Nothing is trained here and no text is parsed. The same files give the same report again.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...analysis.confusion import accuracy
 from ...harness.loggers import rows_to_csv
-from ...harness.rundir import Row, RunDirectory, replace_file
+from ...harness.rundir import Row, RunDirectory, read_json, replace_file
 from ...harness.settings import StudyError
 from ...report.checks import Check, any_failed, check_lines
 from ...report.document import Block, Picture, Sections
@@ -70,7 +69,8 @@ def markdown(run: RunDirectory, pictures: Sequence[Picture]) -> str:
 def html(run: RunDirectory, pictures: Sequence[Picture]) -> str:
     """Return report.html: the same content, with the explorer if the run kept its data."""
     path = run.folder / "explore.json"
-    explored = json.loads(path.read_text()) if path.exists() else None
+    advice = "run the command of the run again, which makes it again"
+    explored = read_json(path, advice) if path.exists() else None
     return page(heading(run), lead(run), sections(run, pictures), explored)
 
 

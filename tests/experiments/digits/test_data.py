@@ -1,5 +1,6 @@
 """The study's data: MNIST from disk or by download, and scikit-learn's digits as fallback."""
 
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -237,12 +238,20 @@ def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_fashion_is_read_from_its_own_folder(fashion, tmp_path, monkeypatch):
-    """Fashion-MNIST is found by the option or by PARAMLORA_FASHION."""
+    """Fashion-MNIST is found by the option or by PARAMLORA_FASHION, also if it was repacked."""
     data = load_data("fashion", str(fashion))
     assert (data.name, data.why) == ("FashionMNIST", f"on disk, in {fashion}")
     assert data.train.images.shape == (20, 28, 28)
     monkeypatch.setenv("PARAMLORA_FASHION", str(fashion))
     assert same(data, load_data("fashion", str(tmp_path / "none")))
+    unlike = dict.fromkeys(ARCHIVES, "0" * 32)
+    source = archives.FASHION_SOURCE
+    repacked = dataclasses.replace(source, archives=unlike, repacked=source.archives)
+    monkeypatch.setattr(archives, "FASHION_SOURCE", repacked)
+    assert same(data, load_data("fashion", str(fashion)))
+    (fashion / "t10k-images-idx3-ubyte.gz").write_bytes(b"damaged")
+    with pytest.raises(StudyError, match=rf"is damaged: its MD5 is \w+, not {'0' * 32} or \w+;"):
+        load_data("fashion", str(fashion))
 
 
 def test_sets_whose_archives_have_the_same_names_are_not_taken_for_each_other(

@@ -1,5 +1,6 @@
 """The digit study from end to end on small settings: rows, resuming, reports, checks."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load as load_bytes
+from safetensors.torch import load_file
 
 import paramlora as pl
 from experiments.__main__ import main
@@ -98,6 +101,7 @@ def test_a_run_leaves_all_its_rows_and_files(finished):
         assert row["tuned"] == [2, 3, 5, 8, 9]
     run = finished / "run"
     assert {path.name for path in run.iterdir()} == {
+        ".lock",
         "adapters",
         "environment.json",
         "explore.json",
@@ -155,14 +159,17 @@ def test_a_run_says_what_it_does(finished, tmp_path, capsys):
         "4/4 passed: adapter off, logits bit-for-bit the base's",
     ):
         assert words in shown
-    learned, forgotten, off, _, report = shown.splitlines()[-5:]
+    learned, forgotten, off, _, report, following = shown.splitlines()[-6:]
     assert "of the tuned digits (2, 3, 5, 8, 9) are right" in learned
     assert "of the other digits are right" in forgotten
     assert off.startswith("With the adapter off, weights and answers are bit-for-bit the base's")
-    assert report == f"report   {tmp_path / 'run' / 'report.html'}"
+    run = tmp_path / "run"
+    assert report.startswith(f"report   {run / 'report.html'}: open it in a browser")
+    assert following.startswith(f"next     python -m experiments report {run} --explain")
     assert rows_in(tmp_path) == rows_in(finished)
 
 
+@pytest.mark.filterwarnings("ignore:.*incomplete row")
 @pytest.mark.parametrize("left", [0, 0.02, 0.1, 0.33, 0.5, 0.77, 0.999])
 @pytest.mark.usefixtures("undrawn")
 def test_an_interrupted_run_ends_as_one_that_was_not(copied, left, trainings):
@@ -206,6 +213,51 @@ def test_a_finished_run_trains_nothing_again(copied, trainings):
     assert study(copied) == 0
     assert trainings == []
     assert not (copied / "bases").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_damaged_and_deleted_adapters_are_trained_again(copied, finished, trainings, capsys):
+    """A run trains adapters that are missing or damaged again, and makes the page's data again."""
+    adapters = copied / "run" / "adapters"
+    content = (adapters / "lora-1.safetensors").read_bytes()
+    (adapters / "lora-0.safetensors").unlink()
+    (adapters / "lora-1.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (adapters / "scrambled-1.safetensors").write_bytes(content[:100])
+    (copied / "run" / "explore.json").write_text('{"adapters": {')
+    for words, said in (
+        ([], "explore.json is damaged"),
+        (["--explain", "--seed", "1"], "lora-1.safetensors is damaged: its content does not match"),
+    ):
+        assert main(["report", str(copied / "run"), *words]) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert "run the command of the run again, which" in error
+    assert study(copied) == 0
+    assert trainings == ["lora 0", "lora 1", "scrambled 1"]
+    assert "lora-0.safetensors is missing: it is trained again" in capsys.readouterr().out
+    for name in ("results.jsonl", "explore.json"):
+        assert (copied / "run" / name).read_bytes() == (finished / "run" / name).read_bytes()
+    again, first = load_file(adapters / "lora-1.safetensors"), load_bytes(content)
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+
+
+def test_a_full_disk_ends_a_run_that_can_go_on(finished, tmp_path, monkeypatch, capsys, undrawn):
+    """If an adapter does not fit on the disk, the run ends with status 2 and later goes on."""
+    shutil.copytree(finished / "bases", tmp_path / "bases")
+    plain = pl.save
+
+    def save(model: torch.nn.Module, path: Path, name: str) -> None:
+        if "scrambled-0" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        plain(model, path, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pl, "save", save)
+        assert study(tmp_path) == 2
+    assert "error: the disk has no space left for" in capsys.readouterr().err
+    assert [row["stage"] for row in rows_in(tmp_path)] == STAGES[:6]
+    assert study(tmp_path) == 0
+    assert rows_in(tmp_path) == rows_in(finished)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -334,13 +386,14 @@ def test_a_report_follows_its_rows(finished):
     assert after.count("7005 ± 7") == 10
 
 
+@pytest.mark.filterwarnings("ignore:.*has damaged rows")
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("settings.json", None, "settings.json is missing"),
         ("environment.json", None, "environment.json is missing"),
         ("results.jsonl", None, "has no fine-tuned network yet"),
-        ("results.jsonl", "{}{\n", "is damaged: Extra data"),
+        ("results.jsonl", "{}{\n", "has no fine-tuned network yet"),
         ("settings.json", "{", "is damaged"),
     ],
 )

@@ -142,6 +142,7 @@ def test_orthogonality_penalises_the_overlap_with_earlier_stages():
     assert_close(difference, 0.5 * overlap, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*incomplete row")
 def test_a_run_records_the_matrix_and_resumes(tmp_path: Path, capsys):
     """The command runs every method, records matrix, metrics and curve, and resumes."""
     words = ["tasks", "--preset", "rotated", "--data", "digits", "--device", "cpu", "--tasks", "3"]

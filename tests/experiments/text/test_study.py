@@ -124,6 +124,7 @@ def test_saved_adapter_gives_the_row(world: Path, finished: RunDirectory) -> Non
     assert context.accuracy(model, "test") == pytest.approx(row["accuracy"])
 
 
+@pytest.mark.filterwarnings("ignore:.*incomplete row")
 def test_a_stopped_run_goes_on(world: Path, finished: RunDirectory) -> None:
     """What a run left is not made again, and what is missing comes out the same."""
     settings, folder = settings_in(world), finished.folder

@@ -1,0 +1,1 @@
+"""RL's Razor on ParityMNIST: forgetting against the divergence from the base."""

@@ -1,0 +1,217 @@
+"""What the study asks of its rows: fits of forgetting to KL, and LoRA's excess over them.
+
+    forgotten   the base's accuracy on garments less the tuned network's, in points
+    curve       forgotten ≈ c₀ + c₁ KL + c₂ KL², by least squares over the checkpoints of one arm
+                from one base, over all methods, rates and steps
+    residual    forgotten less the curve of full fine-tuning from the same base
+    excess      of an arm in a part of KL: its mean residual there, less full fine-tuning's own
+
+A base is one observation: all checkpoints from it share its errors. Intervals are over bases.
+
+Rule of exclusion, set before the trainings that are reported: a training counts as diverged if one
+of its values is not finite, or if its last checkpoint answers parity worse than its base. None of
+its checkpoints counts. A checkpoint with KL above HIGHEST nats does not count either.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ..harness.rundir import RunDirectory
+from ..report.table import Sample
+from .settings import Arm
+
+HIGHEST = 2.0  # nats
+REFERENCE = "full"
+# The parts of KL, in nats, in which arms are compared.
+PARTS = ((0.0, 0.05), (0.05, 0.15), (0.15, 0.4), (0.4, 1.0), (1.0, HIGHEST))
+LEARNED = 0.94  # accuracy in parity at which forgetting is compared
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The figures of one checkpoint. `forgotten` is in points, `sizes` are by layer."""
+
+    arm: str
+    method: str
+    base: int
+    rate: float
+    step: int
+    kl: float
+    kl_fashion: float
+    parity: float
+    forgotten: float
+    sizes: tuple[float, ...]
+
+
+Rows = Sequence[Checkpoint]
+
+
+class Found:
+    """The checkpoints of a run that count, and the numbers of those that do not."""
+
+    def __init__(self, run: RunDirectory, highest: float = HIGHEST) -> None:
+        base = {row["base_seed"]: row for row in run.rows if row["stage"] == "base"}
+        trainings: dict[tuple, list[dict]] = {}
+        for row in run.rows:
+            if row["stage"] == "tuned":
+                key = row["arm"], row["method"], row["base_seed"], row["rate"]
+                trainings.setdefault(key, []).append(row)
+        self.highest, self.rows, self.diverged, self.total = highest, list[Checkpoint](), 0, 0
+        self.beyond = 0
+        for (arm, method, seed, rate), rows in trainings.items():
+            self.total += len(rows)
+            if diverged(rows, base[seed]["parity"]):
+                self.diverged += len(rows)
+                continue
+            kept = [row for row in rows if row["kl"] <= highest]
+            self.beyond += len(rows) - len(kept)
+            self.rows += [
+                Checkpoint(
+                    arm,
+                    method,
+                    seed,
+                    rate,
+                    row["step"],
+                    row["kl"],
+                    row["kl_fashion"],
+                    row["parity"],
+                    100 * (base[seed]["fashion"] - row["fashion"]),
+                    tuple(row["size"]),
+                )
+                for row in kept
+            ]
+        self.arms = list(dict.fromkeys(arm for arm, *_ in trainings))
+        self.methods = list(dict.fromkeys(method for _, method, *_ in trainings))
+        self.bases = sorted(base)
+        self.base_rows = base
+
+    @property
+    def adapters(self) -> list[str]:
+        """The arms of adapters at all layers and without biases."""
+        arms = [Arm.of(name) for name in self.arms]
+        return [arm.name for arm in arms if arm.rank and not arm.biases and arm.layer is None]
+
+    def of(self, arm: str, base: int, method: str | None = None) -> list[Checkpoint]:
+        """Return the checkpoints of an arm from a base, by one method or by all."""
+        return [row for row in self._groups.get((arm, base), []) if method in (None, row.method)]
+
+    @cached_property
+    def _groups(self) -> Mapping[tuple[str, int], list[Checkpoint]]:
+        groups: dict[tuple[str, int], list[Checkpoint]] = {}
+        for row in self.rows:
+            groups.setdefault((row.arm, row.base), []).append(row)
+        return groups
+
+    def fits(self, arm: str) -> Sample:
+        """Return R² of the arm's own curve, a value per base."""
+        return Sample(tuple(r_squared(kl_terms, self.of(arm, base)) for base in self.bases))
+
+    def excess(self, arm: str, part: tuple[float, float], by_method: bool = False) -> Sample:
+        """Return the excess of an arm in a part of KL, a value per base that has both arms there.
+
+        Args:
+            arm: the arm.
+            part: from and to, in nats.
+            by_method: use a curve of full fine-tuning for each method, and average the methods.
+        """
+        found = []
+        for base in self.bases:
+            groups = self.methods if by_method else [None]
+            values = [self._excess(arm, base, part, method) for method in groups]
+            there = [value for value in values if value is not None]
+            if there:
+                found.append(float(np.mean(there)))
+        return Sample(tuple(found))
+
+    def _excess(
+        self, arm: str, base: int, part: tuple[float, float], method: str | None
+    ) -> float | None:
+        theirs, ours = (self.of(name, base, method) for name in (REFERENCE, arm))
+        if len(theirs) <= 3:
+            return None
+        curve = fitted(kl_terms, theirs)
+        means = []
+        for rows in (ours, theirs):
+            inside = [row for row in rows if part[0] <= row.kl < part[1]]
+            if not inside:
+                return None
+            means.append(float(np.mean([row.forgotten - curve(row) for row in inside])))
+        return means[0] - means[1]
+
+    def least_forgotten(self, arm: str, method: str) -> dict[int, float]:
+        """Return the smallest forgetting at a parity accuracy of LEARNED or more, by base."""
+        found = {}
+        for base in self.bases:
+            rows = [row.forgotten for row in self.of(arm, base, method) if row.parity >= LEARNED]
+            if rows:
+                found[base] = min(rows)
+        return found
+
+    def explained(self, terms: Sequence["Terms"]) -> tuple[Sample, Sample]:
+        """Return R² and LoRA's offset of a regression over full and LoRA, a value per base.
+
+        The offset is the coefficient of whether a checkpoint is of LoRA, in points, in a regression
+        of forgetting on the terms and on it. R² is that of the terms alone.
+        """
+        shares, offsets = [], []
+        for base in self.bases:
+            rows = [row for arm in (REFERENCE, *self.adapters) for row in self.of(arm, base)]
+
+            def all_terms(row: Checkpoint) -> list[float]:
+                return [1.0, *(value for term in terms for value in term(row))]
+
+            shares.append(r_squared(all_terms, rows))
+            more = [[*all_terms(row), float(row.arm != REFERENCE)] for row in rows]
+            offsets.append(float(least_squares(more, [row.forgotten for row in rows])[-1]))
+        return Sample(tuple(shares)), Sample(tuple(offsets))
+
+
+Terms = Callable[[Checkpoint], Sequence[float]]
+
+
+def diverged(rows: Sequence[Mapping], base_parity: float) -> bool:
+    """Return whether a training diverged, by the rule in this file's docstring."""
+    values = [row[name] for row in rows for name in ("kl", "kl_fashion")]
+    last = max(rows, key=lambda row: row["step"])
+    return None in values or last["parity"] < base_parity
+
+
+def kl_terms(row: Checkpoint) -> list[float]:
+    """Return the terms of the curve: 1, KL and KL²."""
+    return [1.0, row.kl, row.kl**2]
+
+
+def by_kl(row: Checkpoint) -> list[float]:
+    """Return terms of a regression, without the constant: KL and its square."""
+    return [row.kl, row.kl**2]
+
+
+def by_kl_fashion(row: Checkpoint) -> list[float]:
+    """Return the same of KL on Fashion-MNIST."""
+    return [row.kl_fashion, row.kl_fashion**2]
+
+
+def by_sizes(row: Checkpoint) -> list[float]:
+    """Return the same of the relative size of each layer's update."""
+    return [term for size in row.sizes for term in (size, size**2)]
+
+
+def least_squares(terms: Iterable[Sequence[float]], values: Sequence[float]) -> np.ndarray:
+    """Return the coefficients of the terms."""
+    return np.linalg.lstsq(np.array(list(terms)), np.array(values), rcond=None)[0]
+
+
+def fitted(terms: Terms, rows: Rows) -> Callable[[Checkpoint], float]:
+    """Return the regression of forgetting on terms, as a function of a checkpoint."""
+    coefficients = least_squares(map(terms, rows), [row.forgotten for row in rows])
+    return lambda row: float(np.dot(terms(row), coefficients))
+
+
+def r_squared(terms: Terms, rows: Rows) -> float:
+    """Return the share of the variance of forgetting that its regression on terms explains."""
+    curve, values = fitted(terms, rows), np.array([row.forgotten for row in rows])
+    rest = values - np.array([curve(row) for row in rows])
+    return float(1 - (rest**2).sum() / ((values - values.mean()) ** 2).sum())

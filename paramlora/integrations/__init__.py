@@ -1,0 +1,1 @@
+"""Thin files over other libraries, each imported on request alone."""

@@ -1,0 +1,29 @@
+"""The check that checkpoints of one adapter contain everything that is trained."""
+
+from torch import nn
+
+from ..errors import AdapterNameError, StateError, some
+from ..site.survey import Survey
+
+
+def only_trained(model: nn.Module, name: str | None) -> str:
+    """Return the name of an adapter, by default the only one; check that nothing else is trained.
+
+    Raises:
+        AdapterNameError: there is no adapter of that name; or it is None, and there are several
+            adapters or none.
+        StateError: a parameter that does not belong to the adapter requires a gradient.
+    """
+    survey = Survey(model)
+    if name is None and len(survey.names) > 1:
+        several = ", ".join(map(repr, survey.names))
+        raise AdapterNameError(f"there are several adapters: {several}; say which, by adapter=")
+    name, _ = survey.one(name)
+    kept = {id(p) for part in survey.parts([name]) for p in part.factors.parameters()}
+    lost = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
+    if lost:
+        raise StateError(
+            f"checkpoints of adapter {name!r} would lack {some(lost)}, which require a gradient as "
+            "well; freeze them, or train them as part of the adapter, with Delta()"
+        )
+    return name

@@ -1,0 +1,1 @@
+"""Tests of paramlora.integrations, each against the library that it serves."""
