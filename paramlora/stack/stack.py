@@ -58,7 +58,7 @@ class Stack(nn.Module):
         drops: whether an adapter here has dropout.
         key: identifies the stack in blocks; a deep copy has another one.
         open: the blocks that are open here, of all threads.
-        traced_live, traced_route, shared: for torch.compile, see `reflect`.
+        traced_live, traced_route, traced_names, shared: for torch.compile, see `reflect`.
     """
 
     def __init__(self) -> None:
@@ -80,6 +80,7 @@ class Stack(nn.Module):
         self.open: tuple[Block, ...] = ()
         self.traced_live: tuple[str, ...] = ()
         self.traced_route: Any = None
+        self.traced_names: tuple[str, ...] = ()
         self.shared = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -129,10 +130,13 @@ class Stack(nn.Module):
         open = [block for block in self.open if not block.closed]
         state = composed(self, open) if open else self.own
         shared = any(block.owner != open[0].owner for block in open)
-        vars(self).update(traced_live=state.live, traced_route=state.route, shared=shared)
-        for name in self.named:
+        strengths: Any = state.strengths
+        # Not all adapters, of which there may be hundreds: the others have their own strength.
+        for name in {*self.traced_names, *strengths} & self.named.keys():
             for part in self.parts(name):
-                part.trace_strength(state.strengths.get(name))  # type: ignore[union-attr]
+                part.trace_strength(strengths.get(name))
+        reflected = {"traced_live": state.live, "traced_route": state.route, "shared": shared}
+        vars(self).update(reflected, traced_names=tuple(strengths))
 
     def put_open(self, blocks: tuple[Block, ...]) -> None:
         """Set the blocks that are open here."""
