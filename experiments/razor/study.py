@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from tqdm import tqdm
 
 from ..digits.data import Data
 from ..harness.batches import seeded_order
 from ..harness.environment import RESULT_KEYS, commit, machine, resolve_device
+from ..harness.progress import progress
 from ..harness.rundir import Row, RunDirectory
 from ..harness.settings import result_settings
 from ..harness.stages import Stage, run_stages
@@ -109,9 +109,7 @@ def fine_tune(arm: Arm, seeds: list[int], context: RazorContext) -> None:
     )
     tests = [Test(stack, "parity", data.digits_test), Test(stack, "fashion", data.garments_test)]
     when, seen = looks(settings, len(data.digits.labels)), list[dict[str, Tensor]]()
-    source = tqdm(
-        draws(settings, data, seeds), arm.name, when[-1], leave=False, unit="step", disable=None
-    )
+    source = progress(draws(settings, data, seeds), when[-1], arm.name, "step")
     with cpu_threads(settings.place.threads):
         for step, (inputs, labels, uniform) in enumerate(source, start=1):
             draw = Draw(inputs, labels, uniform, stack.base_logits(inputs))
