@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 from . import __version__
 from .errors import ParamloraError, some
 from .files.checkpoint import load, save
+from .integrations.diffusers import load_diffusers, save_diffusers
 from .native.load import state
 from .peft.folder import load_peft, save_peft
 from .site.survey import Survey
@@ -27,7 +28,8 @@ EXAMPLES = """examples:
   paramlora convert digits.safetensors folder-for-peft --linear
   paramlora convert folder-of-peft digits.safetensors --model gpt2 --name digits"""
 # How each format is written.
-FORMATS = {"paramlora": save, "peft": save_peft}
+Save = Callable[..., None]
+FORMATS: dict[str, Save] = {"paramlora": save, "peft": save_peft, "diffusers": save_diffusers}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +64,10 @@ def parser() -> argparse.ArgumentParser:
         one.set_defaults(command=command)
     one.add_argument("out", type=Path, help="the file or folder to write or to replace")
     one.add_argument("--to", choices=FORMATS, help="its format [the other one]")
-    one.add_argument("--name", default="default", help="the name of an adapter from PEFT [default]")
+    one.add_argument("--from", dest="source", choices=["diffusers"], help="if PATH is of diffusers")
+    component = "the model in a pipeline of diffusers [unet]"
+    one.add_argument("--component", default="unet", help=component)
+    one.add_argument("--name", default="default", help="the name of one without a name [default]")
     linear = "instead of --model: all layers are Linears or convolutions, or PEFT's embeddings"
     one.add_argument("--linear", action="store_true", help=linear)
     return top
@@ -105,18 +110,30 @@ def check(path: Path, model: str | None) -> int:
 
 
 def convert(
-    path: Path, out: Path, to: str | None, name: str, model: str | None, linear: bool
+    path: Path,
+    out: Path,
+    *,
+    to: str | None,
+    source: str | None,
+    component: str,
+    name: str,
+    model: str | None,
+    linear: bool,
 ) -> int:
     """Write the adapter of a file in another format."""
     if not (model or linear):
         # A Linear, transformers' Conv1D and an Embedding all have a matrix, and need other files.
         raise ValueError("a file does not tell the types of its layers: pass --model, or --linear")
-    base, to = _base(path, model), to or ("paramlora" if path.is_dir() else "peft")
-    sites = _load(base, path, name).sites
+    base = _base(path, model, component if source else "")
+    if source:
+        sites = load_diffusers(base, path, name=name, component=component).sites
+    else:
+        sites = _load(base, path, name).sites
+    to = to or ("paramlora" if source or path.is_dir() else "peft")
     of_base = [f"{row.site} ({row.kind})" for row in sites if row.kind in ("DoRA", "Delta")]
-    if to == "peft" and of_base and not model:
-        raise ValueError(f"PEFT's format needs the base for {some(of_base)}: pass --model")
-    FORMATS[to](base, out, sites[0].adapter)
+    if to != "paramlora" and of_base and not model:
+        raise ValueError(f"that format needs the base for {some(of_base)}: pass --model")
+    FORMATS[to]({component: base} if to == "diffusers" else base, out, sites[0].adapter)
     print(f"{out}: adapter {sites[0].adapter!r} with {len(sites)} sites, in the format of {to}")
     return 0
 
@@ -128,10 +145,10 @@ def _load(model: nn.Module, path: Path, name: str = "default", **options: Any) -
     return load(model, path, **options)
 
 
-def _base(path: Path, model: str | None) -> nn.Module:
+def _base(path: Path, model: str | None, component: str = "") -> nn.Module:
     """Return a transformers model in the class of its checkpoint, or a skeleton for the file."""
     if model is None:
-        return skeleton(path)
+        return skeleton(path, component)
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(model)

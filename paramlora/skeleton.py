@@ -4,10 +4,11 @@ The values of its tensors are not set, so nothing that depends on them may be co
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import CheckpointError, some
 from .files.metadata import read_whole
@@ -16,13 +17,15 @@ from .peft.config_file import parse_config, read_config
 from .peft.disk import CONFIG, TENSORS, check_files
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
+_KEY = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 # A weight's module, as the name of its class, and its shape.
 _Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
-def skeleton(path: Path) -> nn.Module:
+def skeleton(path: Path, component: str = "") -> nn.Module:
     """Return a model for the adapter in a file of `save`, or in a folder of `save_peft`.
+
+    If a component of a pipeline is named, the file is one of diffusers.
 
     A matrix that is called "weight" becomes that of a Linear, a larger tensor that of a
     convolution. Files do not tell a Linear from transformers' Conv1D.
@@ -31,7 +34,10 @@ def skeleton(path: Path) -> nn.Module:
         OSError: the file cannot be read.
         CheckpointError: it is damaged, or a model is needed to load it.
     """
-    shapes = _in_folder(path) if path.is_dir() else _in_file(path)
+    if component:
+        shapes = _of_factors(path, f"{component}.", read_tensors(path)[0])
+    else:
+        shapes = _in_folder(path) if path.is_dir() else _in_file(path)
     root = nn.Module()
     for tensor, (_, shape) in shapes.items():
         *modules, name = tensor.split(".")
@@ -69,19 +75,30 @@ def _in_file(path: Path) -> _Shapes:
 def _in_folder(path: Path) -> _Shapes:
     """Return the tensors that a PEFT folder of plain LoRA adapts."""
     check_files(path)
-    content, tensors = parse_config(path / CONFIG), read_tensors(path / TENSORS)[0]
+    content, tensors = (
+        parse_config((path / CONFIG).read_bytes(), path / CONFIG),
+        read_tensors(path / TENSORS)[0],
+    )
     config = read_config(path / CONFIG, content)
     of_base = config.use_dora or config.modules_to_save or config.init != "kaiming"
-    others = [key for key, t in tensors.items() if not _KEY.fullmatch(key) or t.dim() < 2]
-    others += [key for key in tensors if ".base_layer." in key]
-    if of_base or others or content.get("fan_in_fan_out"):
-        why = some(others) or "its settings"
+    if of_base or content.get("fan_in_fan_out"):
+        raise CheckpointError(f"{path} needs its base, because of its settings: pass --model")
+    return _of_factors(path, "base_model.model.", tensors)
+
+
+def _of_factors(path: Path, prefix: str, tensors: Mapping[str, Tensor]) -> _Shapes:
+    """Return the tensors that pairs of A and B adapt, by their keys after a prefix."""
+    own = {key[len(prefix) :]: t for key, t in tensors.items() if key.startswith(prefix)}
+    others = [key for key, t in own.items() if not _KEY.fullmatch(key) or t.dim() < 2]
+    others += [key for key in own if ".base_layer." in key]
+    if others or not own:
+        why = some(others) or f"no key that begins with {prefix!r}"
         raise CheckpointError(f"{path} needs its base, because of {why}: pass --model")
     shapes: _Shapes = {}
-    for key, A in tensors.items():
+    for key, A in own.items():
         match = _KEY.fullmatch(key)
         if match and match[3] == "A":
-            B = tensors.get(key[: match.start(3)] + "B" + key[match.end(3) :], A)
+            B = own.get(key[: match.start(3)] + "B" + key[match.end(3) :], A)
             kind = "Embedding" if match[2] else ""
             shape = (A.shape[1], len(B)) if kind else (len(B), *A.shape[1:])
             shapes[f"{match[1]}.weight"] = kind, shape

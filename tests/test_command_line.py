@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import paramlora as pl
 from paramlora.__main__ import main
+from paramlora.integrations.diffusers import save_diffusers
 from tests.support.reference import shake
 
 ROOT = Path(__file__).parents[1]
@@ -125,6 +126,20 @@ def test_to_peft_and_back(file: Path, tmp_path: Path, capsys: Captured) -> None:
     pl.load(loaded, again)
     assert_close(loaded.conv.weight, model.conv.weight)
     assert pl.names(loaded) == ["letters"]
+
+
+def test_to_diffusers_and_back(file: Path, tmp_path: Path) -> None:
+    """A file of diffusers is the one that save_diffusers writes, and gives W' back."""
+    one, again = tmp_path / "unet.safetensors", tmp_path / "again.safetensors"
+    assert main(["convert", str(file), str(one), "--to", "diffusers", "--linear"]) == 0
+    model = adapted()
+    save_diffusers({"unet": model}, tmp_path / "expected.safetensors")
+    assert_close(load_file(one), load_file(tmp_path / "expected.safetensors"), rtol=0, atol=0)
+    assert main(["convert", str(one), str(again), "--from", "diffusers", "--linear"]) == 0
+    torch.manual_seed(0)
+    loaded = Net()
+    pl.load(loaded, again)
+    assert_close(loaded.conv.weight, model.conv.weight)
 
 
 def test_with_a_base(tmp_path: Path, capsys: Captured) -> None:

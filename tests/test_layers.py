@@ -52,10 +52,19 @@ PARAMLORA: Layers = {
     "methods": {"verbs", *BELOW_VERBS},
     "files": {"verbs", *BELOW_VERBS},
     "peft": {"files", "verbs", *BELOW_VERBS},
-    # Each file serves one library. Nothing of paramlora imports this folder.
+    # Each file serves one library. Only the command line imports from this folder.
     "integrations": {"peft", "files", "methods", "verbs", *BELOW_VERBS},
     "skeleton": {"files", "peft", "errors"},
-    "__main__": {"__version__", "skeleton", "peft", "files", "verbs", "native", *BELOW_VERBS},
+    "__main__": {
+        "__version__",
+        "integrations.diffusers",
+        "skeleton",
+        "peft",
+        "files",
+        "verbs",
+        "native",
+        *BELOW_VERBS,
+    },
 }
 # Packages of the repository that paramlora must not import.
 ABOVE = {"experiments", "benchmarks", "tests"}

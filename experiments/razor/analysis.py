@@ -23,10 +23,10 @@ from ..harness.rundir import RunDirectory
 from ..report.table import Sample
 from .settings import Arm
 
-HIGHEST = 2.0  # nats
+HIGHEST = 10.0  # nats
 REFERENCE = "full"
 # The parts of KL, in nats, in which arms are compared.
-PARTS = ((0.0, 0.05), (0.05, 0.15), (0.15, 0.4), (0.4, 1.0), (1.0, HIGHEST))
+PARTS = ((0.0, 0.05), (0.05, 0.15), (0.15, 0.4), (0.4, 1.0), (1.0, 3.0), (3.0, HIGHEST))
 LEARNED = 0.94  # accuracy in parity at which forgetting is compared
 
 
@@ -105,35 +105,29 @@ class Found:
             groups.setdefault((row.arm, row.base), []).append(row)
         return groups
 
-    def fits(self, arm: str) -> Sample:
-        """Return R² of the arm's own curve, a value per base."""
-        return Sample(tuple(r_squared(kl_terms, self.of(arm, base)) for base in self.bases))
+    def fits(self, arm: str, all_rates: bool = True) -> Sample:
+        """Return R² of the arm's own curve, a value per base, with or without the largest rate."""
+        top = max((row.rate for row in self.rows if row.arm == arm), default=0.0)
+        groups = (self.of(arm, base) for base in self.bases)
+        kept = ([row for row in rows if all_rates or row.rate < top] for rows in groups)
+        return Sample(tuple(r_squared(kl_terms, rows) for rows in kept))
 
-    def excess(self, arm: str, part: tuple[float, float], by_method: bool = False) -> Sample:
+    def excess(self, arm: str, part: tuple[float, float], method: str | None = None) -> Sample:
         """Return the excess of an arm in a part of KL, a value per base that has both arms there.
 
         Args:
             arm: the arm.
             part: from and to, in nats.
-            by_method: use a curve of full fine-tuning for each method, and average the methods.
+            method: the only method whose checkpoints count, also for the curve (default: all).
         """
-        found = []
-        for base in self.bases:
-            groups = self.methods if by_method else [None]
-            values = [self._excess(arm, base, part, method) for method in groups]
-            there = [value for value in values if value is not None]
-            if there:
-                found.append(float(np.mean(there)))
-        return Sample(tuple(found))
+        found = (self._excess(arm, base, part, method) for base in self.bases)
+        return Sample(tuple(value for value in found if value is not None))
 
     def _excess(
         self, arm: str, base: int, part: tuple[float, float], method: str | None
     ) -> float | None:
         theirs, ours = (self.of(name, base, method) for name in (REFERENCE, arm))
-        if len(theirs) <= 3:
-            return None
-        curve = fitted(kl_terms, theirs)
-        means = []
+        curve, means = fitted(kl_terms, theirs), []
         for rows in (ours, theirs):
             inside = [row for row in rows if part[0] <= row.kl < part[1]]
             if not inside:
@@ -150,7 +144,9 @@ class Found:
                 found[base] = min(rows)
         return found
 
-    def explained(self, terms: Sequence["Terms"]) -> tuple[Sample, Sample]:
+    def explained(
+        self, terms: Sequence["Terms"], method: str | None = None
+    ) -> tuple[Sample, Sample]:
         """Return R² and LoRA's offset of a regression over full and LoRA, a value per base.
 
         The offset is the coefficient of whether a checkpoint is of LoRA, in points, in a regression
@@ -158,7 +154,8 @@ class Found:
         """
         shares, offsets = [], []
         for base in self.bases:
-            rows = [row for arm in (REFERENCE, *self.adapters) for row in self.of(arm, base)]
+            arms = (REFERENCE, *self.adapters)
+            rows = [row for arm in arms for row in self.of(arm, base, method)]
 
             def all_terms(row: Checkpoint) -> list[float]:
                 return [1.0, *(value for term in terms for value in term(row))]
@@ -192,6 +189,11 @@ def by_kl(row: Checkpoint) -> list[float]:
 def by_kl_fashion(row: Checkpoint) -> list[float]:
     """Return the same of KL on Fashion-MNIST."""
     return [row.kl_fashion, row.kl_fashion**2]
+
+
+def by_rate(row: Checkpoint) -> list[float]:
+    """Return the same of the logarithm of the learning rate."""
+    return [float(np.log10(row.rate)), float(np.log10(row.rate)) ** 2]
 
 
 def by_sizes(row: Checkpoint) -> list[float]:

@@ -13,6 +13,7 @@ def add_commands(commands: Commands) -> None:
     razor = add_command(
         commands,
         "razor",
+        group="studies",
         help="forgetting against the divergence from the base, supervised and by rewards",
         description="Fine-tune on the parity of digits by supervised and by reinforcement "
         "learning, with all weights and with LoRA, and compare the forgetting of garments with the "

@@ -16,6 +16,7 @@ from .analysis import (
     Found,
     by_kl,
     by_kl_fashion,
+    by_rate,
     by_sizes,
     kl_terms,
     least_squares,
@@ -37,22 +38,15 @@ def cell(sample: Sample, digits: int = 1, sign: str = "+") -> str:
 
 
 def fit_table(run: RunDirectory) -> Table:
-    """Return R² of the fit of each arm, by the limit of KL: half, the rule's, and none."""
-    limits = (HIGHEST / 2, HIGHEST, np.inf)
-    found = [Found(run, limit) for limit in limits]
-    head = [
-        "arm",
-        *(f"KL ≤ {limit:g}" if limit < np.inf else "any KL" for limit in limits),
-        "checkpoints",
-        "diverged",
-        f"KL > {HIGHEST:g}",
-    ]
+    """Return R² of the fit of each arm: by the rule, without the largest rate, and at any KL."""
+    found, any_kl = Found(run), Found(run, np.inf)
+    head = ["arm", "R²", "without the largest rate", "any KL"]
     lines = []
-    for arm in found[0].arms:
-        cells = [one.fits(arm).mean_sd(2) for one in found]
+    for arm in found.arms:
+        fits = found.fits(arm), found.fits(arm, all_rates=False), any_kl.fits(arm)
         counts = (counted(run, arm)[name] for name in ("total", "diverged", "beyond"))
-        lines.append([arm, *cells, *map(str, counts)])
-    return Table(head, lines)
+        lines.append([arm, *(one.mean_sd(2) for one in fits), *map(str, counts)])
+    return Table([*head, "checkpoints", "diverged", f"KL > {HIGHEST:g}"], lines)
 
 
 def counted(run: RunDirectory, arm: str) -> dict[str, int]:
@@ -62,12 +56,22 @@ def counted(run: RunDirectory, arm: str) -> dict[str, int]:
     return {"total": found.total, "diverged": found.diverged, "beyond": found.beyond}
 
 
-def excess_table(found: Found, by_method: bool = False) -> Table:
-    """Return the excess of each arm over full fine-tuning in each part of KL."""
+def excess_table(found: Found) -> Table:
+    """Return the excess of each arm over full fine-tuning in each part of KL, over all methods."""
     head = ["arm", *(f"KL {low:g} to {high:g}" for low, high in PARTS)]
     arms = [arm for arm in found.arms if arm != REFERENCE]
-    lines = [[arm, *(cell(found.excess(arm, part, by_method)) for part in PARTS)] for arm in arms]
-    return Table(head, lines)
+    return Table(head, [[arm, *(cell(found.excess(arm, part)) for part in PARTS)] for arm in arms])
+
+
+def method_table(found: Found) -> Table:
+    """Return the excess of each rank for each method alone, where both arms have checkpoints."""
+    head = ["method", "arm", *(f"KL {low:g} to {high:g}" for low, high in PARTS)]
+    lines = [
+        [method, arm, *(cell(found.excess(arm, part, method)) for part in PARTS)]
+        for method in found.methods
+        for arm in found.adapters
+    ]
+    return Table(head, lines, (0, 1))
 
 
 def least_table(found: Found) -> Table:
@@ -97,14 +101,20 @@ def explained_table(found: Found) -> Table:
         "KL": [by_kl],
         "‖ΔW‖/‖W‖ of each layer": [by_sizes],
         "KL and ‖ΔW‖/‖W‖": [by_kl, by_sizes],
+        "KL and the logarithm of the rate": [by_kl, by_rate],
         "KL on Fashion-MNIST": [by_kl_fashion],
         "KL on both": [by_kl, by_kl_fashion],
     }
     lines = []
     for name, terms in models.items():
-        share, offset = found.explained(terms)
-        lines.append([name, share.mean_sd(2), cell(offset)])
-    return Table(["terms, each with its square", "R²", "LoRA's offset, points"], lines)
+        cells = []
+        for method in (None, "oracle"):
+            if method is None or method in found.methods:
+                share, offset = found.explained(terms, method)
+                cells += [share.mean_sd(2), cell(offset)]
+        lines.append([name, *cells])
+    head = ["R²", "LoRA's offset", "oracle alone: R²", "LoRA's offset"]
+    return Table(["terms, each with its square", *head[: len(lines[0]) - 1]], lines)
 
 
 def figure(found: Found) -> Figure:
@@ -150,21 +160,27 @@ def scatter(axes: Axes, found: Found) -> None:
 
 
 def bars(axes: Axes, found: Found) -> None:
-    """Draw the excess of each adapter in each part of KL, with 95 % intervals over bases."""
-    count = len(found.adapters)
-    for number, (arm, colour) in enumerate(list(colours(found).items())[1:]):
-        for place, part in enumerate(PARTS):
-            sample = found.excess(arm, part)
-            if len(sample.values) < 2:
-                continue
-            half = (sample.bounds()[1] - sample.bounds()[0]) / 2
-            x = place + 0.8 * ((number + 0.5) / count - 0.5)
-            label = arm if place == 0 else None
-            axes.errorbar(x, sample.mean, half, fmt="o", color=colour, ms=4, capsize=2, label=label)
+    """Draw the excess of an adapter in each part of KL, over all methods and for each alone."""
+    arm = found.adapters[len(found.adapters) // 2]
+    series: list[tuple[str | None, str, str]] = [(None, "D", COLOUR["base"])]
+    series += [(method, MARKS[method], COLOUR["on"]) for method in found.methods]
+    for number, (method, mark, colour) in enumerate(series):
+        samples = [found.excess(arm, part, method) for part in PARTS]
+        places = [i for i, sample in enumerate(samples) if len(sample.values) > 2]
+        axes.errorbar(
+            [i + 0.16 * (number - 2) for i in places],
+            [samples[i].mean for i in places],
+            [samples[i].bounds()[1] - samples[i].mean for i in places],
+            fmt=mark,
+            color=colour,
+            ms=4.5,
+            elinewidth=0.9,
+            label=method or "all methods",
+        )
     axes.axhline(0, color=COLOUR["full"], lw=1)
-    names = [f"{low:g} to\n{high:g}" for low, high in PARTS]
-    axes.set_xticks(range(len(PARTS)), names)
-    axes.set(xlabel="KL, nats", ylabel="LoRA's excess over full, points")
+    axes.set_xticks(range(len(PARTS)), [f"{low:g} to\n{high:g}" for low, high in PARTS])
+    axes.set(xlabel="KL, nats", ylabel=f"excess of {arm} over full, points")
+    axes.grid(axis="y", color="#eeeeee")
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -190,15 +206,15 @@ def markdown(run: RunDirectory) -> str:
         "## Excess over full fine-tuning at equal KL",
         excess_table(found).markdown(),
         "Mean residual from the curve of full fine-tuning, less that of full itself, in points.",
-        "The same with a curve for each method, averaged over the methods:",
-        excess_table(found, by_method=True).markdown(),
+        "The same for each method alone, with a curve of its own:",
+        method_table(found).markdown(),
         f"## Least forgotten at {100 * LEARNED:g} % parity or more",
         least_table(found).markdown(),
         "The best of all rates and steps by the test images, for every arm alike.",
         "## What else explains forgetting",
         explained_table(found).markdown(),
         "Regressions over full fine-tuning and LoRA, one for each base. The offset is the mean "
-        "difference of LoRA from full fine-tuning that the terms leave.",
+        "difference of LoRA from full fine-tuning that the terms leave, in points.",
         "## Settings",
         key_value_table(settings).markdown(),
     ]

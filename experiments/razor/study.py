@@ -32,7 +32,6 @@ from .settings import Arm, RazorSettings
 from .stacked import Stack, Weights, network
 from .targets import Draw, weights
 
-KEY = ("stage", "arm", "method", "base_seed", "rate", "step")
 CHUNK = 1000  # images that are evaluated at once
 DECAY = 0.01  # AdamW's weight decay in pre-training
 
@@ -220,8 +219,8 @@ def checkpoint(
 
 
 def rounded(value: float) -> float | None:
-    """Return a number with six significant digits, or None if it is not finite."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    """Return a number with four significant digits, or None if it is not finite."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def stages(settings: RazorSettings, images: int) -> Iterator[Stage[RazorContext]]:
@@ -246,7 +245,6 @@ def run_razor(settings: RazorSettings, say: Callable[[str], None] = print) -> Ru
     environment = {"study": settings.STUDY, **described(device, digits, garments)}
     folder = Path(settings.folder)
     run = RunDirectory.start(folder, result_settings(settings), environment, RESULT_KEYS)
-    run.key = KEY
     say(f"run      {run.folder}, on {device}")
     for data in (digits, garments):
         say(f"data     {data.name}: {data.why}")

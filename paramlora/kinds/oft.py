@@ -60,7 +60,9 @@ class OFT(Spec):
 
     def apply(self, weight: Tensor, factors: Factors, strength: Strength = 1.0) -> Tensor:
         # W (R − I)ᵀ is added to W, because it is exactly zero for Q = 0, and W Iᵀ may be rounded.
-        change = self._change(strength * self._blocks(factors["Q"]))  # (n, b, b)
+        # In float32 at least: half precision has no inverse.
+        Q = factors["Q"].to(torch.promote_types(factors["Q"].dtype, torch.float32))
+        change = self._change(strength * self._blocks(Q))  # (n, b, b)
         W = weight.reshape(weight.shape[0], -1, self.block_size).to(change.dtype)  # (out, n, b)
         update = torch.einsum("onc,nbc->onb", W, change)
         return add_update(weight, update.reshape(weight.shape))

@@ -6,7 +6,7 @@ the layer, so `dense` builds it again in the backward: see `_rebuilt`.
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,9 +37,11 @@ def dense(plain: Callable[..., Any], *, unknown: bool = False) -> Callable[..., 
         # The compiler decides by itself what to build once and what to recompute.
         if transforms_active():
             return plain(self, *args, **kwargs)
-        rebuilds = torch.is_grad_enabled() and not unknown
         # torch's attention reads in_proj_weight half a dozen times.
-        with build_once(), _rebuilt(self) if rebuilds else nullcontext():
+        if unknown or not torch.is_grad_enabled():
+            with build_once():
+                return plain(self, *args, **kwargs)
+        with build_once(), _rebuilt(self):
             return plain(self, *args, **kwargs)
 
     return forward

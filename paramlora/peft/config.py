@@ -9,6 +9,8 @@ The rules differ from setting to setting:
     rank_pattern, alpha_pattern    it matches the whole path or a part after a dot up to the end, as
                                    a regular expression; the first such entry counts
     modules_to_save                see `is_saved` and `is_in_saved`
+    target_parameters              as a list of target_modules, but with paths of parameters; no
+                                   other setting but the patterns concerns them
 """
 
 from collections.abc import Mapping
@@ -38,6 +40,7 @@ class Config:
     use_dora: bool = False
     bias: str = "none"
     modules_to_save: list[str] = field(default_factory=list)
+    target_parameters: list[str] = field(default_factory=list)
     init: str = "kaiming"
 
     def targets(self, path: str) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .config import Config
 
-# The rank and the alpha of each adapted module, by path.
+# The rank and the alpha of each adapted module or raw parameter, by path.
 Targets = dict[str, tuple[int, float]]
 # The settings of a folder, and its tensors by keys without PEFT's prefix.
 Content = tuple[dict[str, Any], dict[str, Tensor]]
@@ -79,7 +79,9 @@ def check_settings(path: Path, content: Mapping[str, Any], keys: Iterable[str]) 
                 f"{path} is damaged: {key!r} must be {wanted}, found {value!r:.100}"
             )
     if "target_modules" in keys and "target_modules" not in settings:
-        raise CheckpointError(f"{path} has no target_modules; add them")
+        if not settings.get("target_parameters"):
+            raise CheckpointError(f"{path} has no target_modules; add them")
+        settings["target_modules"] = []
     need_list = sorted(settings.keys() & _NEED_LIST)
     if isinstance(settings.get("target_modules"), str) and need_list:
         raise CheckpointError(
@@ -100,7 +102,7 @@ def refuse_settings(path: Path, content: Mapping[str, Any], known: Collection[st
 
 
 def config_content(targets: Targets, **settings: Any) -> dict[str, Any]:
-    """Return the fewest settings that give each module its rank and alpha.
+    """Return the fewest settings that give each module or raw parameter its rank and alpha.
 
     Settings that are off are left out, because older versions of PEFT refuse unknown settings. A
     path must match its own module only, by the rules in `config.py`:
@@ -115,11 +117,13 @@ def config_content(targets: Targets, **settings: Any) -> dict[str, Any]:
     r, alpha = Counter(targets.values()).most_common(1)[0][0]
     ranks = {f"^{re.escape(path)}": rank for path, (rank, _) in targets.items() if rank != r}
     alphas = {f"^{re.escape(path)}": _short(a) for path, (_, a) in targets.items() if a != alpha}
+    modules = [path for path in targets if path not in settings.get("target_parameters", ())]
     content = {
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": _short(alpha),
-        "target_modules": "|".join(re.escape(path) for path in targets),
+        # Without the entry, PEFT would select modules by the type of the model.
+        "target_modules": "|".join(re.escape(path) for path in modules) or [],
         "inference_mode": True,
     }
     optional = {"rank_pattern": ranks, "alpha_pattern": alphas, **settings}
@@ -193,6 +197,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "use_dora": ("true or false", lambda v: isinstance(v, bool)),
     "bias": ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
     "modules_to_save": ("a list of strings", _is_names),
+    "target_parameters": ("a list of strings", _is_names),
 }
 
 

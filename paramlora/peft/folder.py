@@ -63,6 +63,8 @@ def save_peft(
     - low-rank updates (`LoRA`, `DoRA`) of the weight of a Linear, Conv1d, Conv2d, Conv3d, Embedding
       or transformers' Conv1D, and of the `in_proj_weight` and `out_proj.weight` of a
       MultiheadAttention; the strength is multiplied into alpha;
+    - a `LoRA` of any other parameter of two dimensions in a submodule, or of three with
+      `batch_dims=1`, such as experts, by PEFT's `target_parameters`;
     - one of the kinds `OFT`, `HiRA` and `MiSS` at the weights of Linears, the first two also at
       those of Embeddings, if it is the adapter's only kind; a `LoRAXS` becomes a LoRA;
     - a `Delta` of a bias, as PEFT's `bias`;

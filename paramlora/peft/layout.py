@@ -20,9 +20,13 @@ Note [grouped convolutions]
 
     B stays as it is. `_spread` and `_gathered` convert A. An A that PEFT has trained has no such
     zeros. It mixes groups, which the stored weight cannot express, so loading refuses it.
+
+    DoRA is refused. PEFT to 0.21.2 computes its norms from the product of B: (out/g, R), which is
+    B with g rows in one, and A: (R, in·k), in the shape of W. That is not the update.
 """
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -42,13 +46,20 @@ class Part(NamedTuple):
 
     Most modules have one part, their weight. A MultiheadAttention has two, `in_proj_weight` and
     `out_proj.weight`. For the first PEFT wraps the attention. For the second it wraps `out_proj`
-    inside of that wrapper, so that its keys have the `infix` "base_layer.out_proj".
+    inside of that wrapper, so that its keys have the `infix` "base_layer.out_proj". `peft_path` is
+    the path of PEFT's wrapper in its model, if it is not `module_path`.
     """
 
     module_path: str
     module: nn.Module
     tensor: str
     infix: str = ""
+    peft_path: str = ""
+
+    @property
+    def target(self) -> str:
+        """The path that PEFT's settings select, and for which they have the rank and the alpha."""
+        return self.module_path
 
     @property
     def site(self) -> str:
@@ -68,7 +79,7 @@ class Part(NamedTuple):
 
     @property
     def magnitude_key(self) -> str:
-        return dotted(self.module_path, self.infix, "lora_magnitude_vector")
+        return self._key("lora_magnitude_vector")
 
     @property
     def output_dim(self) -> int:
@@ -78,6 +89,11 @@ class Part(NamedTuple):
     @property
     def groups(self) -> int:
         return self.module.groups if isinstance(self.module, _CONVS) else 1
+
+    @property
+    def as_matrices(self) -> dict[str, int | bool]:
+        """The fields of a LoRA that tell how the tensor is viewed as matrices, if not as one."""
+        return {}
 
     def shapes(self, weight: Tensor, rank: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of PEFT's A and B, by key. `rank`: R in Note [grouped convolutions]."""
@@ -112,8 +128,13 @@ class Part(NamedTuple):
     def refusal(self, use_dora: bool = False) -> str | None:
         """Return why PEFT cannot compute an update of this tensor, or None if it can."""
         module = self.module
-        if use_dora and (isinstance(module, nn.MultiheadAttention) or self.groups > 1):
-            return "PEFT does not support DoRA on a MultiheadAttention or a grouped convolution"
+        if use_dora and isinstance(module, nn.MultiheadAttention):
+            return "PEFT does not support DoRA on a MultiheadAttention"
+        if use_dora and self.groups > 1:
+            return (
+                "PEFT's DoRA of a grouped convolution divides by the norms of another matrix than "
+                "W + s·BA"
+            )
         if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
             return "PEFT needs queries, keys and values of the same size in a MultiheadAttention"
         if isinstance(module, _CONVS) and _is_dilated(module):
@@ -127,8 +148,10 @@ class Part(NamedTuple):
     def key(self, letter: str) -> str:
         """Return the key of PEFT's factor "A" or "B"."""
         embedding = isinstance(self.module, nn.Embedding)
-        suffix = f"lora_embedding_{letter}" if embedding else f"lora_{letter}.weight"
-        return dotted(self.module_path, self.infix, suffix)
+        return self._key(f"lora_embedding_{letter}" if embedding else f"lora_{letter}.weight")
+
+    def _key(self, name: str) -> str:
+        return dotted(self.peft_path or self.module_path, self.infix, name)
 
 
 def parts_of(path: str, module: nn.Module) -> list[Part]:
@@ -141,6 +164,19 @@ def parts_of(path: str, module: nn.Module) -> list[Part]:
     if isinstance(module, (nn.Embedding, *_CONVS)) or is_linear(module):
         return [Part(path, module, "weight")]
     return []
+
+
+def peft_key(path: str, wrapped: Mapping[str, int]) -> str:
+    """Return PEFT's key of a tensor of the base, given the number of wrappers around each module.
+
+    >>> peft_key("mha.out_proj.bias", {"mha": 1, "mha.out_proj": 1})
+    'mha.base_layer.out_proj.base_layer.bias'
+    """
+    parts = path.split(".")
+    key = []
+    for i, part in enumerate(parts, 1):
+        key += [part, *["base_layer"] * wrapped.get(".".join(parts[:i]), 0)]
+    return ".".join(key)
 
 
 def is_factor(key: str) -> bool:

@@ -23,6 +23,7 @@ from ..site.place import dropout_refusal
 from .config import Config
 from .layout import Part, is_factor, norms
 from .modules import PeftView
+from .parameters import Parameter, conflicts, parameters, selected, with_parameters
 from .read_full import Folder, plan_full
 
 
@@ -62,7 +63,7 @@ def _plan_low_rank(folder: Folder) -> list[PlannedSite]:
     for part in targets:
         _check_part(part, folder)
         weight = folder.here[part.site].value
-        shapes = part.shapes(weight, config.rank(part.module_path))
+        shapes = part.shapes(weight, config.rank(part.target))
         if config.use_dora:
             shapes[part.magnitude_key] = part.magnitude_shape(weight)
         expected |= {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
@@ -74,12 +75,15 @@ def targets_of(folder: Folder) -> list[Part]:
     """Return the tensors that a folder adapts, in the model's order."""
     path, config, seen = folder.path, folder.config, folder.seen
     targets = [name for name in seen.paths if config.targets(name)]
-    if not targets:
-        wanted = config.target_modules
+    raw = selected(seen, config.target_parameters)
+    if not targets and not raw:
+        what = "module" if config.target_modules else "parameter"
+        wanted = config.target_modules or config.target_parameters
         first = wanted if isinstance(wanted, str) else next(iter(wanted), "")
+        paths = seen.paths if config.target_modules else [p.site for p in parameters(seen)]
         raise CheckpointError(
-            f"{path} belongs to another model: no module here matches target_modules {wanted!r}"
-            f"{nearest(first, seen.paths)}"
+            f"{path} belongs to another model: no {what} here matches target_{what}s {wanted!r}"
+            f"{nearest(first, paths)}"
         )
     absent = [name for name in targets if name not in seen.parts]
     if absent:
@@ -87,20 +91,26 @@ def targets_of(folder: Folder) -> list[Part]:
             f"{path} does not fit this model: its target_modules match {', '.join(absent[:3])}, "
             "which PEFT cannot adapt, or adapts without effect"
         )
-    return [part for name in targets for part in seen.parts[name]]
+    modules = [part for name in targets for part in seen.parts[name]]
+    found, _ = with_parameters(seen, modules, raw)
+    for site, reason in conflicts(found):
+        raise CheckpointError(f"{path} adapts {site!r}, but {reason}")
+    return found
 
 
 def _check_part(part: Part, folder: Folder) -> None:
     config = folder.config
-    reason, rank = part.refusal(config.use_dora), config.rank(part.module_path)
+    reason, rank = part.refusal(config.use_dora), config.rank(part.target)
     if part.site not in folder.here:
         reason = f"it has no parameter {part.tensor!r}"
-    elif config.init != "kaiming" and (config.use_dora or not isinstance(part.module, nn.Linear)):
+    elif config.init != "kaiming" and (
+        config.use_dora or isinstance(part, Parameter) or not isinstance(part.module, nn.Linear)
+    ):
         reason = f"init_lora_weights {config.init!r} is supported for LoRA on a Linear only"
     elif rank % part.groups:
         reason = f"its rank, {rank}, is not a multiple of its {part.groups} groups"
     if reason is not None:
-        raise CheckpointError(f"{folder.path} adapts {part.module_path!r}, but {reason}")
+        raise CheckpointError(f"{folder.path} adapts {part.target!r}, but {reason}")
 
 
 def _is_placeholder(part: Part, folder: Folder) -> bool:
@@ -109,7 +119,7 @@ def _is_placeholder(part: Part, folder: Folder) -> bool:
     PEFT always adapts both projections. If an adapter has only one of them, `save_peft` writes
     zeros for the other. Such factors can never train: with A = 0 and B = 0 both gradients are zero.
     """
-    alone, state = len(folder.seen.parts[part.module_path]) == 1, folder.state
+    alone, state = len(folder.seen.parts.get(part.target, ())) < 2, folder.state
     return not (alone or state[part.key("A")].any() or state[part.key("B")].any())
 
 
@@ -124,7 +134,7 @@ def _plan_part(part: Part, folder: Folder) -> PlannedSite:
         )
     A, B = factors  # (r, in), (out, r)
     tensors, weight = {"A": A, "B": B}, place.value.detach()
-    spec = _spec(part, A.shape[0], folder)
+    spec = _spec(part, A.shape[-2], folder)
     check_site(place, spec, folder.path)
     if isinstance(spec, DoRA):
         magnitude = state[part.magnitude_key].flatten().to(weight.device, factor_dtype(weight))
@@ -153,8 +163,8 @@ def _spec(part: Part, rank: int, folder: Folder) -> LoRA | DoRA:
     """Return the spec for an update of this rank, with the scale of PEFT's settings."""
     config = folder.config
     # PEFT may count a higher rank: see Note [grouped convolutions].
-    ratio = rank / config.rank(part.module_path)
-    alpha = config.alpha(part.module_path)
+    ratio = rank / config.rank(part.target)
+    alpha = config.alpha(part.target)
     if ratio != 1:
         alpha *= ratio**0.5 if config.use_rslora else ratio
     if config.use_dora:
@@ -162,10 +172,15 @@ def _spec(part: Part, rank: int, folder: Folder) -> LoRA | DoRA:
     dropout = 0.0 if dropout_refusal(folder.here[part.site]) else config.lora_dropout
     try:
         return LoRA(
-            rank, alpha, init=config.init, rank_stabilized=config.use_rslora, dropout=dropout
+            rank,
+            alpha,
+            init=config.init,
+            rank_stabilized=config.use_rslora,
+            dropout=dropout,
+            **part.as_matrices,  # type: ignore[arg-type]
         )
     except ValueError as error:
-        raise CheckpointError(f"{folder.path} adapts {part.module_path!r}, but {error}") from error
+        raise CheckpointError(f"{folder.path} adapts {part.target!r}, but {error}") from error
 
 
 def check_untied(planned: Iterable[PlannedSite], folder: Folder) -> None:

@@ -1,7 +1,9 @@
 """Make the content of a PEFT folder from an adapter, or raise an error with the reason."""
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from math import sqrt
 from typing import NamedTuple
 
@@ -15,10 +17,11 @@ from ..kinds.spec import LowRank, Spec
 from ..site.find import Site, base_weight, is_conv1d
 from ..stack.factors import Blocks, Factors
 from .config_file import Content, Targets, as_list, config_content
-from .layout import Part, cannot_store, norms
+from .layout import Part, cannot_store, norms, peft_key
 from .modules import PeftView, view
 from .other_kinds import other_content, other_kind
-from .write_full import peft_key, saved_tensors, split
+from .parameters import check_raw, with_parameters
+from .write_full import bias_setting, saved_tensors, split
 
 
 class _Update(NamedTuple):
@@ -32,7 +35,7 @@ class _Update(NamedTuple):
     @property
     def rank(self) -> int:
         """The rank R that PEFT counts: r·g in a grouped convolution."""
-        return self.term.A.shape[0] * self.part.groups
+        return self.term.A.shape[-2] * self.part.groups
 
 
 def folder_content(model: nn.Module, here: list[Site], name: str) -> Content:
@@ -52,21 +55,28 @@ def folder_content(model: nn.Module, here: list[Site], name: str) -> Content:
     if peft_type is not None:
         return other_content(here, name, seen, peft_type)
     full = {site.path: site for site in here if _is_full(site, name)}
-    updates = _updates([site for site in here if site.path not in full], name, seen)
+    low_rank = [site for site in here if site.path not in full]
+    layers = [part for parts in seen.parts.values() for part in parts]
+    raw = {site.path for site in low_rank} - {part.site for part in layers}
+    parts, depths = with_parameters(seen, layers, raw)
+    updates = _updates(low_rank, name, parts)
     rslora = _uses_rslora(updates)
     targets = _targets(updates, rslora)
-    adapted = [part for path in targets for part in seen.parts[path]]
-    wrapped = {part.owner_path for part in adapted}
+    adapted = [part for part in parts if part.target in targets]
+    check_raw(raw, adapted, seen)
+    wrapped = Counter(part.owner_path for part in adapted)
     biases, modules = split(list(full))
     config = config_content(
         targets,
+        target_parameters=sorted(raw),
         modules_to_save=modules,
         use_rslora=rslora,
         use_dora=_uses_dora(updates),
         lora_dropout=_dropout(updates),
         # It does not affect PEFT's results, but PEFT warns if it does not fit the modules.
         fan_in_fan_out=all(is_conv1d(part.module) for part in adapted),
-        bias=_bias(biases, wrapped),
+        # PEFT to 0.21.2 fails at "lora_only" beside target_parameters.
+        bias=bias_setting(biases, () if raw else wrapped),
     )
     config["target_modules"] = as_list(config["target_modules"], targets, seen.paths)
     # The tensors with this adapter alone: W + λ·D.
@@ -78,7 +88,7 @@ def folder_content(model: nn.Module, here: list[Site], name: str) -> Content:
         **_factors(updates),
         **_placeholders(updates, adapted, targets),
         **{peft_key(path, wrapped): values[path] for path in biases},
-        **saved_tensors(seen, config, targets, values),
+        **{peft_key(k, depths): t for k, t in saved_tensors(seen, config, targets, values).items()},
     }
 
 
@@ -103,42 +113,45 @@ def _is_full(site: Site, name: str) -> bool:
     return True
 
 
-def _updates(here: list[Site], name: str, seen: PeftView) -> list[_Update]:
+def _updates(here: list[Site], name: str, parts: list[Part]) -> list[_Update]:
     if not here:
         raise TargetError(
             f"adapter {name!r} has no low-rank update, and a PEFT folder needs at least one"
         )
-    by_site = {part.site: part for parts in seen.parts.values() for part in parts}
+    by_site = {part.site: part for part in parts}
     updates = []
     for site in here:
-        part = by_site.get(site.path)
+        part = by_site[site.path]
         (factors,) = site.stack.parts(name)
-        term = _term(factors)
+        term = _term(factors, part)
         reason = _refusal(part, factors.spec, term)
-        if part is None or term is None or reason is not None:
+        if term is None or reason is not None:
             raise cannot_store(site.path, reason or "")
         updates.append(_Update(part, factors, base_weight(site.plist, site.stack), term))
     return updates
 
 
-def _term(factors: Factors) -> LowRank | None:
+def _term(factors: Factors, part: Part) -> LowRank | None:
     """Return the low-rank update that PEFT stores as A and B, or None without such an update."""
-    if isinstance(factors.spec, DoRA):
+    spec = factors.spec
+    if isinstance(spec, DoRA):
         # The update before the rescaling; the magnitudes are stored separately.
         return LowRank(factors.tensors["A"], factors.tensors["B"], factors.scale)
-    return factors.low_rank()
+    if not part.as_matrices.get("batch_dims"):
+        return factors.low_rank()
+    if not isinstance(spec, LoRA) or spec.batch_dims != 1:
+        return None
+    # The updates of all matrices, A: (E, r, in), B: (E, out, r).
+    return replace(spec, batch_dims=0).low_rank(factors.tensors, factors.strength)
 
 
-def _refusal(part: Part | None, spec: Spec, term: LowRank | None) -> str | None:
+def _refusal(part: Part, spec: Spec, term: LowRank | None) -> str | None:
     """Return why PEFT's LoRA cannot have an update, or None if it can."""
     kind = type(spec).__name__
-    if part is None:
-        return (
-            "PEFT adapts the weights of Linear, Conv1d, Conv2d, Conv3d, Embedding and Conv1D "
-            "submodules, and the projections of a MultiheadAttention"
-        )
     if kind in ("OFT", "HiRA", "MiSS"):
         return f"a folder with {kind} has that kind at all sites and no others"
+    if term is None and part.as_matrices and kind == "LoRA":
+        return "PEFT adapts each matrix of such a parameter by itself, as LoRA(batch_dims=1) does"
     if term is None:
         return f"{kind} is not a low-rank update of it"
     if isinstance(spec, DoRA) and spec.dim != part.output_dim:
@@ -184,7 +197,7 @@ def _targets(updates: list[_Update], rslora: bool) -> Targets:
     targets: Targets = {}
     for update in updates:
         found = (update.rank, _alpha(update, rslora))
-        if targets.setdefault(update.part.module_path, found) != found:
+        if targets.setdefault(update.part.target, found) != found:
             raise cannot_store(
                 update.part.site, "PEFT has one rank and one scale for both projections"
             )
@@ -201,7 +214,7 @@ def _alpha(update: _Update, rslora: bool) -> float:
         s = alpha/√r  gives  λ·s·R = λ·alpha·g·√r,  and with rslora  λ·s·√R = λ·alpha·√g
     """
     spec, rank = update.factors.spec, update.rank
-    if not isinstance(spec, LoRA | DoRA) or spec.rank != update.term.A.shape[0]:
+    if not isinstance(spec, LoRA | DoRA) or spec.rank != update.term.A.shape[-2]:
         return float(update.term.scale) * (sqrt(rank) if rslora else rank)
     alpha = (spec.rank if spec.alpha is None else spec.alpha) * float(update.factors.strength)
     if rslora:
@@ -233,15 +246,7 @@ def _placeholders(
     tensors: dict[str, Tensor] = {}
     for part in adapted:
         if part.site not in updated:
-            weight, (rank, _) = part.place.value, targets[part.module_path]
+            weight, (rank, _) = part.place.value, targets[part.target]
             shapes = part.shapes(weight, rank)
             tensors |= {key: weight.new_zeros(shape) for key, shape in shapes.items()}
     return tensors
-
-
-def _bias(biases: list[str], wrapped: set[str]) -> str | None:
-    """Return PEFT's setting `bias` for the trained biases, or None without trained biases."""
-    if not biases:
-        return None
-    only_adapted = all(path.removesuffix(".bias") in wrapped for path in biases)
-    return "lora_only" if only_adapted else "all"

@@ -1,6 +1,6 @@
 """The whole tensors for a PEFT folder: trained biases and `modules_to_save`, from `Delta`s."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -33,17 +33,12 @@ def split(full: list[str]) -> tuple[list[str], list[str]]:
     return [path for path in full if not path.startswith(inside)], modules
 
 
-def peft_key(path: str, wrapped: set[str]) -> str:
-    """Return PEFT's key of a tensor of the base, given the paths of the modules that PEFT wraps.
-
-    >>> peft_key("mha.out_proj.bias", {"mha", "mha.out_proj"})
-    'mha.base_layer.out_proj.base_layer.bias'
-    """
-    parts = path.split(".")
-    key = []
-    for i, part in enumerate(parts, 1):
-        key += [part, "base_layer"] if ".".join(parts[:i]) in wrapped else [part]
-    return ".".join(key)
+def bias_setting(biases: list[str], layers: Collection[str]) -> str | None:
+    """Return PEFT's setting `bias` for the trained biases, or None without trained biases."""
+    if not biases:
+        return None
+    only_adapted = all(path.removesuffix(".bias") in layers for path in biases)
+    return "lora_only" if only_adapted else "all"
 
 
 def saved_tensors(
@@ -82,8 +77,12 @@ def _check_saved(saved: list[str], config: Config, targets: Targets) -> None:
     """Raise a TargetError if PEFT would not adapt a target, or would save a module twice."""
     inside = tuple(f"{name}." for name in saved)
     for target in targets:
-        contains = any(name.startswith(f"{target}.") for name in saved)
-        if not config.targets(target) or f"{target}.".startswith(inside) or contains:
+        raw = target in config.target_parameters
+        # Of a raw parameter PEFT wraps the module, and finds no modules_to_save inside of it.
+        wrapped = target.rpartition(".")[0] if raw else target
+        contains = any(name.startswith(f"{wrapped}.") for name in saved)
+        excluded = not raw and not config.targets(target)
+        if excluded or f"{target}.".startswith(inside) or contains:
             raise cannot_store(
                 target, f"PEFT does not adapt modules_to_save, here {config.modules_to_save}"
             )

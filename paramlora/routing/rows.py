@@ -66,7 +66,7 @@ class Route:
         even: whether each index has equally many rows, side by side, in ascending order.
     """
 
-    def __init__(self, ids: Tensor, names: Sequence[str], paths: dict[object, str]) -> None:
+    def __init__(self, ids: Tensor, names: Sequence[str], paths: dict[str, str]) -> None:
         self.ids, self.names, self.paths = ids, tuple(names), paths
         order = ids.cpu().argsort(stable=True)
         present, counts = ids.cpu().unique(return_counts=True)

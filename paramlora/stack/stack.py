@@ -30,6 +30,8 @@ CHANGED = (
 
 # Numbers adapters in attaching order, over all stacks.
 _NUMBERS = itertools.count()
+# A string, because the compiler of torch 2.6 does not look other objects up in a dict.
+_KEYS = (f"stack {number}" for number in itertools.count())
 
 
 class Stack(nn.Module):
@@ -56,7 +58,7 @@ class Stack(nn.Module):
         drops: whether an adapter here has dropout.
         key: identifies the stack in blocks; a deep copy has another one.
         open: the blocks that are open here, of all threads.
-        traced_live, traced_route, shared: for torch.compile, see `reflect`.
+        traced_live, traced_route, traced_names, shared: for torch.compile, see `reflect`.
     """
 
     def __init__(self) -> None:
@@ -74,15 +76,16 @@ class Stack(nn.Module):
         self.paused: tuple[str, ...] = ()
         self.tied: tuple[str, ...] = ()
         self.drops = False
-        self.key = object()
+        self.key = next(_KEYS)
         self.open: tuple[Block, ...] = ()
         self.traced_live: tuple[str, ...] = ()
         self.traced_route: Any = None
+        self.traced_names: tuple[str, ...] = ()
         self.shared = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A deep copy is outside of the blocks in which it was made.
-        super().__setstate__({**state, "key": object(), "open": ()})
+        super().__setstate__({**state, "key": next(_KEYS), "open": ()})
         self.reflect()
 
     def _replicate_for_data_parallel(self) -> "Stack":
@@ -127,10 +130,13 @@ class Stack(nn.Module):
         open = [block for block in self.open if not block.closed]
         state = composed(self, open) if open else self.own
         shared = any(block.owner != open[0].owner for block in open)
-        vars(self).update(traced_live=state.live, traced_route=state.route, shared=shared)
-        for name in self.named:
+        strengths: Any = state.strengths
+        # Not all adapters, of which there may be hundreds: the others have their own strength.
+        for name in {*self.traced_names, *strengths} & self.named.keys():
             for part in self.parts(name):
-                part.trace_strength(state.strengths.get(name))  # type: ignore[union-attr]
+                part.trace_strength(strengths.get(name))
+        reflected = {"traced_live": state.live, "traced_route": state.route, "shared": shared}
+        vars(self).update(reflected, traced_names=tuple(strengths))
 
     def put_open(self, blocks: tuple[Block, ...]) -> None:
         """Set the blocks that are open here."""

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from experiments.digits.report.report import methods_compared
 from experiments.digits.report.tables import seed_table
 from experiments.harness.rundir import RunDirectory
-from experiments.sweeps import front
+from experiments.sweeps import front, intruders
 from experiments.sweeps.remedies import Compared, markdown
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -44,11 +45,17 @@ def test_the_text_study_uses_the_best_rate_of_each_method(data):
         assert float(line[1]) == -max(entries)[1], method
 
 
-def test_the_kept_report_of_the_front_is_that_of_its_rows() -> None:
-    """docs/data/front-relu/front.md is made from the rows beside it."""
-    folder = DOCS / "data" / "front-relu"
-    made = front.markdown(front.Front(RunDirectory.read(folder)))
-    assert (folder / "front.md").read_text(encoding="utf-8") == made
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("front-relu/front.md", lambda run: front.markdown(front.Front(run))),
+        ("intruders-relu/intruders.md", lambda run: intruders.markdown(intruders.Intruders(run))),
+    ],
+)
+def test_a_kept_report_is_that_of_its_rows(name: str, made: Callable[[RunDirectory], str]) -> None:
+    """Reports of sweeps in docs/data are made from the rows beside them."""
+    path = DOCS / "data" / name
+    assert path.read_text(encoding="utf-8") == made(RunDirectory.read(path.parent))
 
 
 @pytest.mark.parametrize("folder", sorted((DOCS / "data").glob("remedies-*")), ids=str)

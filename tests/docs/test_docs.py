@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.support import quantized, tiny_text
-from tests.support.processes import run_python, torchrun
+from tests.support.processes import needs_sharding, run_python, torchrun
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -22,7 +22,12 @@ ROOT = Path(__file__).parents[2]
 SECTION = re.compile(r"^## (.+?)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CASES = [
-    pytest.param(name, match[1], id=f"{name} {match[1]}")
+    pytest.param(
+        name,
+        match[1],
+        id=f"{name} {match[1]}",
+        marks=[needs_sharding] if match[1] in ("FSDP2", "The studies") else [],
+    )
     for name in ("transformers.md", "distributed.md", "export.md", "quantized.md")
     for match in SECTION.finditer((ROOT / "docs" / name).read_text(encoding="utf-8"))
     if BLOCK.search(match[2]) or name != "quantized.md"

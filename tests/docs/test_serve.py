@@ -45,7 +45,8 @@ NOT_ONE_FOLDER = {"float32 factors", "another base of the same shapes"}
 def test_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page's blocks run, one after the other, and its assertions pass.
 
-    A request for an adapter without a file fails alone. The folder for all engines breaks no rule;
+    A request for an adapter without a file fails alone, and the server goes on after a request that
+    is cancelled or has a wrong shape. The folder for all engines breaks no rule;
     that of the adapter from which it was made breaks rules of three engines.
     """
     pytest.importorskip("transformers", reason="the page serves a Llama")
@@ -56,6 +57,9 @@ def test_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         exec(compile(padding + block[1], str(DOC), "exec"), page)
 
     server, folder, x = page["server"], page["folder"], torch.ones(8)
+    with pytest.raises(RuntimeError, match="shape"):
+        server.ask("user1", torch.ones(3)).result(timeout=20)
+    server.ask("user2", x).cancel()
     wrong, right = server.ask("nobody", x), server.ask("user1", x)
     with pytest.raises(FileNotFoundError, match="nobody"):
         wrong.result(timeout=20)

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ def with_value(value: float) -> Change:
     return lambda tensor: tensor.clone().index_fill_(0, torch.tensor([1]), value)
 
 
-FOREIGN = [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64]
+FOREIGN = [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn]
+if tuple(map(int, version("safetensors").split(".")[:2])) >= (0, 7):
+    FOREIGN.append(torch.complex64)  # older files have no complex numbers
 
 
 @pytest.mark.parametrize("dtype", FOREIGN, ids=str)

@@ -6,16 +6,18 @@ from typing import Any
 import peft
 import pytest
 import torch
-from lycoris.functional.general import factorization
-from lycoris.functional.loha import diff_weight as loha_update
-from lycoris.functional.lokr import diff_weight as lokr_update
-from lycoris.modules.loha import LohaModule
-from lycoris.modules.lokr import LokrModule
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 import paramlora as pl
 from tests.support.models import Wrapped
+
+pytest.importorskip("lycoris", reason="LyCORIS, an oracle, needs a newer torch than 2.6")
+from lycoris.functional.general import factorization
+from lycoris.functional.loha import diff_weight as loha_update
+from lycoris.functional.lokr import diff_weight as lokr_update
+from lycoris.modules.loha import LohaModule
+from lycoris.modules.lokr import LokrModule
 
 LAYERS: dict[str, tuple[Any, Any]] = {
     "linear": (lambda: nn.Linear(12, 10), lambda: torch.randn(4, 12)),

@@ -98,6 +98,19 @@ def test_constrained_oft_is_bounded() -> None:
     assert_close(spec.apply(W, {"Q": large}), pl.OFT(4).apply(W, {"Q": bounded}))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_oft_works_in_a_model_that_is_cast_to_half_precision(dtype: torch.dtype) -> None:
+    """The rotation is computed in float32, since torch inverts no matrix in half precision."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(8, 8).double(), torch.randn(5, 8)
+    pl.attach(layer, pl.OFT(4))
+    (Q,) = pl.parameters(layer)
+    Q.data.normal_()
+    expected = layer(x.double())
+    found = layer.to(dtype)(x.to(dtype))
+    assert_close(found.double(), expected, rtol=0.0, atol=16 * torch.finfo(dtype).eps)
+
+
 def test_hira_has_high_rank() -> None:
     """The update of a HiRA of rank 1 has the rank of W."""
     torch.manual_seed(0)

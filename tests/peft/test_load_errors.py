@@ -55,9 +55,43 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
         set_config(trainable_token_indices=[3]),
         UNSUPPORTED + "trainable_token_indices=[3]",
     ),
-    "raw parameters": (
+    "a raw parameter of the model itself": (
         set_config(target_parameters=["gain"]),
-        UNSUPPORTED + "target_parameters=['gain']",
+        "{path} adapts 'gain', but PEFT cannot adapt a parameter of the model itself, only those "
+        "of submodules",
+    ),
+    "a raw parameter of one dimension": (
+        set_config(target_parameters=["norm.weight"]),
+        "{path} adapts 'norm.weight', but PEFT adapts the weights of [...]",
+    ),
+    "a parameter of an adapted layer": (
+        set_config(target_parameters=["fc.weight"]),
+        "{path} adapts 'fc.weight', but PEFT adapts its module as a layer, and then no raw "
+        "parameter of it",
+    ),
+    "a parameter that is read without a call": (
+        set_config(target_parameters=["mha.out_proj.weight"]),
+        "{path} adapts 'mha.out_proj.weight', but an attention reads it without a call of its "
+        "module, so PEFT has no effect",
+    ),
+    "a raw parameter by DoRA": (
+        set_config(target_parameters=["rnn.weight_ih_l0"], use_dora=True),
+        "{path} adapts 'rnn.weight_ih_l0', but PEFT adapts the weights of [...]",
+    ),
+    "a raw parameter that starts from the base": (
+        set_config(target_parameters=["last_fc.weight"], init_lora_weights="pissa"),
+        "{path} adapts 'last_fc.weight', but init_lora_weights 'pissa' is supported for LoRA on a "
+        "Linear only",
+    ),
+    "a raw parameter without tensors": (
+        set_config(target_parameters=["rnn.weight_ih_l0", "weight_hh_l0"]),
+        "{path} does not fit: missing rnn.lora_A.weight, rnn.lora_B.weight, "
+        "rnn.base_layer.lora_A.weight, rnn.base_layer.lora_B.weight",
+    ),
+    "an unknown raw parameter": (
+        set_config(target_modules=[], target_parameters=["rnn.weight_ih"]),
+        "{path} belongs to another model: no parameter here matches target_parameters "
+        "['rnn.weight_ih']; did you mean rnn.weight_ih_l0[...]?",
     ),
     "a bias in B": (set_config(lora_bias=True), UNSUPPORTED + "lora_bias=True"),
     "several, and one of a later version": (

@@ -27,15 +27,24 @@ def cannot_hold(path: str, reason: str) -> str:
 
 
 PLACES = (
-    "PEFT adapts the weights of Linear, Conv1d, Conv2d, Conv3d, Embedding and Conv1D "
-    "submodules, and the projections of a MultiheadAttention"
+    "PEFT adapts the weights of Linear, Conv1d, Conv2d, Conv3d, Embedding and Conv1D submodules, "
+    "the projections of a MultiheadAttention, and, without DoRA, other parameters of two or three "
+    "dimensions"
 )
 
 
 # The adapter, and the message of saving it.
 SPECS: dict[str, tuple[Any, str]] = {
-    "a recurrent layer": ({"rnn.weight_ih_l0": LoRA(2)}, cannot_hold("rnn.weight_ih_l0", PLACES)),
-    "a raw parameter": ({"gain": LoRA(2)}, cannot_hold("gain", PLACES)),
+    "a DoRA of a raw parameter": (
+        {"rnn.weight_ih_l0": DoRA(2)},
+        cannot_hold("rnn.weight_ih_l0", PLACES),
+    ),
+    "a parameter of the model itself": (
+        {"gain": LoRA(2)},
+        cannot_hold(
+            "gain", "PEFT cannot adapt a parameter of the model itself, only those of submodules"
+        ),
+    ),
     "full updates alone": (
         {"head.weight": Delta()},
         cannot_hold("head.weight", "it is tied to tied.weight, and PEFT adapts only one of them"),
@@ -81,16 +90,14 @@ SPECS: dict[str, tuple[Any, str]] = {
     ),
     "a DoRA of projections": (
         {"mha.in_proj_weight": DoRA(2)},
-        cannot_hold(
-            "mha.in_proj_weight",
-            "PEFT does not support DoRA on a MultiheadAttention or a grouped convolution",
-        ),
+        cannot_hold("mha.in_proj_weight", "PEFT does not support DoRA on a MultiheadAttention"),
     ),
     "a DoRA of a grouped convolution": (
         {"grouped": DoRA(2)},
         cannot_hold(
             "grouped.weight",
-            "PEFT does not support DoRA on a MultiheadAttention or a grouped convolution",
+            "PEFT's DoRA of a grouped convolution divides by the norms of another matrix than "
+            "W + s·BA",
         ),
     ),
     "magnitudes of rows of an embedding": (

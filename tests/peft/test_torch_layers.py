@@ -231,6 +231,35 @@ def test_grouped_convolution_that_mixes_groups(tmp_path: Path) -> None:
     refuses(base, lambda m: pl.load_peft(m, tmp_path), pl.CheckpointError, message)
 
 
+def test_dora_of_a_grouped_convolution_in_peft(tmp_path: Path) -> None:
+    """PEFT to 0.21.2 divides by the norms of another matrix, so its folder is refused, by name."""
+    base = grouped()
+    config = LoraConfig(r=2, target_modules=["conv"], use_dora=True, init_lora_weights=False)
+    wrapped = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    layer = wrapped.base_model.model.conv
+    A, B = layer.lora_A.default.weight, layer.lora_B.default.weight
+    with torch.no_grad():
+        A[:1, 2:] = 0  # zero outside of each group's inputs
+        A[1:, :2] = 0
+        layer.lora_magnitude_vector.default.weight.fill_(1)
+        # The update of group j is B_j A_j; PEFT's scale is 8 / 2.
+        update = B[:3].flatten(1) @ A[:1, :2].flatten(1)
+        other = B[3:].flatten(1) @ A[1:, 2:].flatten(1)
+        weight = base.get_parameter("conv.weight") + 4 * torch.cat([update, other]).view(6, 2, 3, 3)
+        weight = weight / weight.flatten(1).norm(dim=1).view(6, 1, 1, 1)
+        expected = nn.functional.conv2d(IMAGES, weight, groups=2, padding=1)
+        found = layer(IMAGES) - base.get_parameter("conv.bias").view(6, 1, 1)
+    assert (found - expected).abs().max() > 1e-2
+    ratio = found / expected  # one number for each output: only the norms differ
+    assert_close(ratio, ratio[:1, :, :1, :1].expand_as(ratio))
+    wrapped.save_pretrained(tmp_path)
+    message = (
+        f"{tmp_path} adapts 'conv', but PEFT's DoRA of a grouped convolution divides by the norms "
+        "of another matrix than W + s·BA"
+    )
+    refuses(base, lambda m: pl.load_peft(m, tmp_path), pl.CheckpointError, message)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_round_trip(dtype: torch.dtype, tmp_path: Path) -> None:
     """Saved and loaded, an adapter keeps its settings and the bits of its factors."""

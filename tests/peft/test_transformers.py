@@ -131,6 +131,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_import(case: tuple[str, dict[str, Any]], dtype: torch.dtype, tmp_path: Path) -> None:
     """An adapter that PEFT trained and saved gives the same logits and merged weights here."""
     name, settings = case
+    if name == "vit":
+        pytest.importorskip("transformers", "5", reason="ViT had other paths before 5")
     model, inputs = build_model(name, dtype)
     wrapped = trained(model, peft.LoraConfig(r=3, lora_alpha=4, **settings), inputs)
     ours = check_import(model, wrapped, inputs, tmp_path)

@@ -403,6 +403,9 @@ def test_strengths_as_tensors_in_one_forward() -> None:
         assert model(torch.ones(1, 4)) == [12.0 * strength for strength in range(1, 9)]
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="two threads that compile can crash torch 2.6"
+)
 def test_two_threads_with_blocks_on_a_compiled_model() -> None:
     """Each of two threads computes with its own block, also through one compiled model."""
     torch.compiler.reset()

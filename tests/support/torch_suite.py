@@ -23,7 +23,7 @@ import paramlora as pl
 from paramlora.stack.stack import Stack
 
 _register = parametrize.register_parametrization
-_transfer = parametrize.transfer_parametrizations_and_params
+_transfer: Any = parametrize.transfer_parametrizations_and_params
 
 
 def register_below_a_stack(
@@ -46,12 +46,14 @@ def transfer(*args: Any) -> nn.Module:
 
 def adapt(module: nn.Module, tensor_name: str) -> None:
     """Attach a `Delta` to a tensor, unless it has one."""
-    plist = module.parametrizations[tensor_name]  # type: ignore[index, operator]
+    plist = module.parametrizations[tensor_name]  # type: ignore[index]
     if any(type(one) is Stack for one in plist):
         return
     try:
         # The same name always, so that state dicts fit. The tests train the base.
-        pl.attach(module, {tensor_name: pl.Delta()}, name=tensor_name, activate="also", freeze=False)
+        pl.attach(
+            module, {tensor_name: pl.Delta()}, name=tensor_name, activate="also", freeze=False
+        )
         Counts.attached += 1
     except (pl.TargetError, pl.StateError) as refused:
         Counts.refused.append(str(refused).split(";")[0])
@@ -66,7 +68,7 @@ class Counts:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self) -> Iterator[None]:
         parametrize.register_parametrization = register_below_a_stack
-        parametrize.transfer_parametrizations_and_params = transfer
+        parametrize.transfer_parametrizations_and_params = transfer  # type: ignore[assignment]
         try:
             return (yield)
         finally:

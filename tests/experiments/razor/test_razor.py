@@ -162,11 +162,11 @@ def test_the_excess_is_the_height_above_full():
     assert found.adapters == ["lora-8"]
     assert_close(torch.tensor(found.fits("full").values), torch.ones(2))
     for part in ((0.0, 0.05), (0.15, 0.4)):
-        for by_method in (False, True):
+        for method in (None, "oracle"):
             assert_close(
-                torch.tensor(found.excess("lora-8", part, by_method).values), torch.full((2,), 5.0)
+                torch.tensor(found.excess("lora-8", part, method).values), torch.full((2,), 5.0)
             )
-    assert found.excess("lora-8", (1.0, 2.0)).values == ()
+    assert found.excess("lora-8", (1.0, 3.0)).values == ()
     share, offset = found.explained([lambda row: [row.kl, row.kl**2]])
     assert_close(torch.tensor(offset.values), torch.full((2,), 5.0))
     assert max(share.values) < 1
