@@ -147,9 +147,7 @@ class Front:
                 lines.append([method, *cells, str(len(parts[0].values))])
         return Table(["method", *PARTS, "n"], lines)
 
-    def apart(
-        self, method: str, part: tuple[float, float], reference: str = REFERENCE
-    ) -> Sample:
+    def apart(self, method: str, part: tuple[float, float], reference: str = REFERENCE) -> Sample:
         """Return `kept` less that of another method in a part of the learning, by base."""
         found = (
             difference(self.curve(method, base), self.curve(reference, base), part)

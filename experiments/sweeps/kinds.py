@@ -7,8 +7,8 @@
 All kinds have the same nine rates to choose from, and the same images, steps and seeds. The choice
 has the highest mean gain over all digits in the selection. The test part has each kind at its
 choice, and at all rates from about a tenth of it up to the one that learned most in the selection,
-so that kinds can also be compared where they have learned equally much. Ranks and block sizes give about as many trained
-numbers as a LoRA of rank 2, if the kind allows it.
+so that kinds can also be compared where they have learned equally much. Ranks and block sizes give
+about as many trained numbers as a LoRA of rank 2, if the kind allows it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -6,12 +6,12 @@ Cells that differ only in their adapter settings train together as one job. jobl
 `--jobs N` processes, or on the back end set by `joblib.parallel_config`, such as a Dask cluster.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import paramlora as pl
 from paramlora.kinds import Spec
@@ -118,7 +118,9 @@ def tune_together(
     The contexts may differ only in the settings of the adapter.
     """
     parts = [_attached(context, seed, full, joint, spec) for context, seed in todo]
-    scalings = [1.0 if full or spec else lora_of(context.settings.adapter).scaling for context, _ in todo]
+    scalings = [
+        1.0 if full or spec else lora_of(context.settings.adapter).scaling for context, _ in todo
+    ]
     scales = [1.0 if s == scalings[0] else s / scalings[0] for s in scalings]
     model = Together(parts[0][0], [factors_of(model) for model, _ in parts], scales)
     made = [
