@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..digits.settings import PRESETS, DigitSettings
 from ..harness.grid import parse_grid
@@ -130,7 +131,8 @@ def run_selection(kind: str, settings: DigitSettings, **options: object) -> int:
     from .select import run_remedies
 
     folder = Path(settings.place.out or f"runs/{kind}-{settings.preset}")
-    {REMEDIES: run_remedies, KINDS: run_kinds}[kind](settings, folder, **options)  # type: ignore[arg-type]
+    made: Any = run_kinds if kind == KINDS else run_remedies
+    made(settings, folder, **options)
     return report([folder])
 
 

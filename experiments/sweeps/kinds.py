@@ -55,7 +55,7 @@ def selection_cells(settings: DigitSettings, base_seeds: int) -> Iterator[Cell]:
                 yield _cell(settings, SELECTION, kind, rate, {**held, "seed": base})
 
 
-def test_cells(settings: DigitSettings, run: RunDirectory, base_seeds: int) -> Iterator[Cell]:
+def measured_cells(settings: DigitSettings, run: RunDirectory, base_seeds: int) -> Iterator[Cell]:
     """Yield the cells of the measurement: each kind at its choice and at the rates around it."""
     last = {kind: best_rate(run, kind, "tuned_accuracy") for kind in KINDS}
     chosen = {kind: best_rate(run, kind) for kind in KINDS}
@@ -107,4 +107,4 @@ def run_kinds(
     """
     asked = result_settings(settings) | {"kinds": True, "base_seeds": base_seeds}
     run = run_sweep(list(selection_cells(settings, base_seeds)), folder, asked, jobs, say)
-    return run_sweep(list(test_cells(settings, run, base_seeds)), folder, asked, jobs, say)
+    return run_sweep(list(measured_cells(settings, run, base_seeds)), folder, asked, jobs, say)
