@@ -6,12 +6,14 @@
 
 All kinds have the same nine rates to choose from, and the same images, steps and seeds. The choice
 has the highest mean gain over all digits in the selection. The test part has each kind at its
-choice, and at all rates from about a tenth of it up to the one that learned most in the selection,
-so that kinds can also be compared where they have learned equally much. Ranks and block sizes give
+choice, and at rates from about a tenth of it up to the one that learned most in the selection, so
+that kinds can also be compared where they have learned equally much. Ranks and block sizes give
 about as many trained numbers as a LoRA of rank 2, if the kind allows it.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
@@ -57,13 +59,23 @@ def selection_cells(settings: DigitSettings, base_seeds: int) -> Iterator[Cell]:
 
 def measured_cells(settings: DigitSettings, run: RunDirectory, base_seeds: int) -> Iterator[Cell]:
     """Yield the cells of the measurement: each kind at its choice and at the rates around it."""
-    last = {kind: best_rate(run, kind, "tuned_accuracy") for kind in KINDS}
-    chosen = {kind: best_rate(run, kind) for kind in KINDS}
+    rates = {kind: rates_of(run, kind) for kind in KINDS}
     for base in range(settings.seed, settings.seed + base_seeds):
         for kind in KINDS:
-            for rate in RATES:
-                if chosen[kind] / 12 < rate <= max(last[kind], chosen[kind]):
-                    yield _cell(settings, TEST, kind, rate, {"seed": base})
+            for rate in rates[kind]:
+                yield _cell(settings, TEST, kind, rate, {"seed": base})
+
+
+def rates_of(run: RunDirectory, kind: str) -> list[float]:
+    """Return the rates to measure a kind at.
+
+    The curve of what is kept bends beyond the choice. Rates between those of the selection keep
+    the error of its linear interpolation small there.
+    """
+    chosen, most = best_rate(run, kind), best_rate(run, kind, "tuned_accuracy")
+    between = [float(f"{math.sqrt(a * b):.2g}") for a, b in pairwise(RATES) if b > chosen]
+    found = [rate for rate in RATES if rate > chosen / 12]
+    return sorted(rate for rate in [*found, *between] if rate <= max(chosen, most))
 
 
 def _cell(settings: DigitSettings, part: str, kind: str, rate: float, changes: Row) -> Cell:

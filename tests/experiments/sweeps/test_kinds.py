@@ -143,7 +143,7 @@ def test_the_selection_sees_no_test_images_or_bases() -> None:
     seeds = [set(cell.settings.adapter_seeds) for cell in (tried[0], tested[0])]
     assert not set.intersection(*seeds)
     rates = [cell.settings.finetuning.lr for cell in tested if cell.varied["method"] == REFERENCE]
-    assert rates == 2 * [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
+    assert rates == 2 * [1e-4, 3e-4, 1e-3, 1.7e-3, 3e-3, 5.5e-3, 1e-2]
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
