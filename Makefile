@@ -13,12 +13,13 @@ QUIET := $(if $(CI),--quiet)
 # Folders for the linters, if this checkout has them.
 CODE := $(wildcard paramlora experiments tests benchmarks notebooks)
 
-.PHONY: help study test lint clean
+.PHONY: help study test fuzz lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make study   run the digit study; set options with ARGS=\"...\", see ARGS=--help"
 	@echo "make test    run all tests, the README and the notebooks; pass options to pytest with ARGS"
+	@echo "make fuzz    compare 10,000 random sequences of verbs with a dense reference; options: ARGS"
 	@echo "make lint    check style, format and types"
 	@echo "make clean   remove the environment and build outputs; keep runs and data"
 	@echo "PYTHON=...   the interpreter for the environment, now $(PYTHON)"
@@ -30,6 +31,11 @@ study: $(VENV)/ready-experiments
 test: $(VENV)/ready-test
 	-$(PY) -m paramlora.native.build
 	$(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# Random sequences in batches with seeds of their own, then threads, tasks and requests under load.
+fuzz: $(VENV)/ready-test
+	$(PY) -m tests.verbs.test_stateful $(ARGS)
+	$(PY) -m tests.stack.test_load
 
 lint: $(VENV)/ready-dev
 	$(PY) -m ruff check $(CODE)
