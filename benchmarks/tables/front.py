@@ -1,8 +1,7 @@
-"""The tables of LoRA beside full fine-tuning, and of the kinds of adapters, preset relu."""
+"""The table of LoRA beside full fine-tuning at equal learning, preset relu."""
 
 from experiments.report.table import Table
 from experiments.sweeps.front import Front
-from experiments.sweeps.kinds_report import Kinds
 
 from .registry import kept_run, table
 
@@ -11,15 +10,3 @@ from .registry import kept_run, table
 def matched() -> Table:
     """Return LoRA's `kept` less that of full fine-tuning, by rank."""
     return Front(kept_run("front-relu")).matched_table()
-
-
-@table("kinds-chosen")
-def chosen() -> Table:
-    """Return each kind's gains at its chosen rate, and its difference from LoRA."""
-    return Kinds(kept_run("kinds-relu")).chosen_table()
-
-
-@table("kinds-matched")
-def kinds_matched() -> Table:
-    """Return `kept` of each kind less that of LoRA at equal learning."""
-    return Kinds(kept_run("kinds-relu")).matched_table()
