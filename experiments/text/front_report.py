@@ -136,32 +136,43 @@ def front_figure(run: RunDirectory, path: Path) -> None:
         arm: [g for g in by_rate(rows).values() if _accuracy(g) > best - SHOWN]
         for arm, rows in arms.items()
     }
-    by_start = {
-        "head trained": [arm for arm in arms if "+head" in arm],
-        "head at its random start": [a for a in arms if "lora" in a and "+head" not in a],
-    }
-    titles = [title for title, names in by_start.items() if names]
+    panels = _panels(list(arms))
     figure, grid = plt.subplots(
-        len(titles),
+        len(panels),
         2,
-        figsize=(10, 3.6 * len(titles)),
+        figsize=(10, 3.6 * len(panels)),
         sharex=True,
         sharey="col",
         squeeze=False,
         layout="constrained",
     )
-    for title, line in zip(titles, grid, strict=True):
-        # Arms without LoRA are beside both. Joint training has no trained head with LoRA.
-        beside = [a for a in arms if a == REFERENCE or (a == "joint full" and "random" in title)]
+    for (title, names), line in zip(panels.items(), grid, strict=True):
         for axis, key in zip(line, ("kept_probe", "kept_agreement"), strict=True):
-            for arm in [*beside, *by_start[title]]:
-                _draw(axis, arm, shown[arm], key)
-            axis.set(ylabel=f"kept: {KEPT[key][0]}", title=f"LoRA: {title}")
+            for arm in names:
+                if shown[arm]:
+                    _draw(axis, arm, shown[arm], key)
+            axis.set(ylabel=f"kept: {KEPT[key][0]}", title=title)
         line[0].axhline(100 * run.rows[0]["base_probe"], color="#555555", linewidth=0.8)
         line[0].legend(frameon=False, fontsize=8)
     for axis in grid[-1]:
         axis.set(xlabel="accuracy on the task, test texts, %")
     replace_file(path, png(figure))
+
+
+def _panels(arms: list[str]) -> dict[str, list[str]]:
+    """Return the arms of each row of panels by its title; joint training is in the last one."""
+    lora = [arm for arm in arms if "lora" in arm]
+    found = {
+        "LoRA: head trained": [arm for arm in lora if "+head" in arm],
+        "LoRA: head at its random start": [arm for arm in lora if "+head" not in arm],
+    }
+    found = {title: names for title, names in found.items() if names} or {"": []}
+    last = list(found)[-1]
+    others = [arm for arm in arms if arm not in lora]
+    return {
+        title: [arm for arm in others if arm == REFERENCE or title == last] + names
+        for title, names in found.items()
+    }
 
 
 def _draw(axes: "Axes", arm: str, groups: list[list[Row]], key: str) -> None:
