@@ -13,12 +13,13 @@ QUIET := $(if $(CI),--quiet)
 # Folders for the linters, if this checkout has them.
 CODE := $(wildcard paramlora experiments tests benchmarks notebooks docs/hooks.py)
 
-.PHONY: help study test lint docs site clean
+.PHONY: help study test fuzz lint docs site clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make study   run the digit study; set options with ARGS=\"...\", see ARGS=--help"
 	@echo "make test    run all tests, the README and the notebooks; pass options to pytest with ARGS"
+	@echo "make fuzz    compare 10,000 random sequences of verbs with a dense reference; options: ARGS"
 	@echo "make lint    check style, format and types"
 	@echo "make docs    build the site and serve it; pass options to mkdocs serve with ARGS"
 	@echo "make site    build the site in build/site, with warnings as errors"
@@ -32,6 +33,11 @@ study: $(VENV)/ready-experiments
 test: $(VENV)/ready-test
 	-$(PY) -m paramlora.native.build
 	$(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# Random sequences in batches with seeds of their own, then threads, tasks and requests under load.
+fuzz: $(VENV)/ready-test
+	$(PY) -m tests.verbs.test_stateful $(ARGS)
+	$(PY) -m tests.stack.test_load
 
 lint: $(VENV)/ready-dev
 	$(PY) -m ruff check $(CODE)

@@ -14,7 +14,6 @@ def add_commands(commands: Commands) -> None:
     digits = add_command(
         commands,
         "digits",
-        group="studies",
         help="pre-train on digits, fine-tune on some of them, measure forgetting, and report",
         description="Run the digit study. Brackets show the value of preset blog.",
         epilog=presets_help(PRESETS, "blog"),

@@ -23,22 +23,22 @@ def add_command(
     commands: Commands,
     name: str,
     *,
-    group: str,
     help: str,
     description: str,
     examples: Sequence[str],
     epilog: str = "",
+    group: str = "studies",
 ) -> Command:
     """Add a command to `commands` and return its parser. Its help ends with examples.
 
     Args:
         commands: the commands of `python -m experiments`.
         name: the command's name.
-        group: the title under which the command is listed.
         help: one line for the list of commands.
         description: the text at the top of the command's help.
         examples: options of example calls, one call per string.
         epilog: text before the examples.
+        group: the title under which the command is listed.
     """
     lines = ["examples:", *(f"  python -m experiments {name} {words}" for words in examples)]
     command = commands.add_parser(

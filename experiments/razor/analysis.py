@@ -13,13 +13,13 @@ of its values is not finite, or if its last checkpoint answers parity worse than
 its checkpoints counts. A checkpoint with KL above HIGHEST nats does not count either.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from ..harness.rundir import RunDirectory
+from ..harness.rundir import Row, RunDirectory
 from ..report.table import Sample
 from .settings import Arm
 
@@ -54,39 +54,21 @@ class Found:
 
     def __init__(self, run: RunDirectory, highest: float = HIGHEST) -> None:
         base = {row["base_seed"]: row for row in run.rows if row["stage"] == "base"}
-        trainings: dict[tuple, list[dict]] = {}
-        for row in run.rows:
-            if row["stage"] == "tuned":
-                key = row["arm"], row["method"], row["base_seed"], row["rate"]
-                trainings.setdefault(key, []).append(row)
-        self.highest, self.rows, self.diverged, self.total = highest, list[Checkpoint](), 0, 0
-        self.beyond = 0
-        for (arm, method, seed, rate), rows in trainings.items():
-            self.total += len(rows)
-            if diverged(rows, base[seed]["parity"]):
-                self.diverged += len(rows)
+        trainings = [row for row in run.rows if row["stage"] == "tuned"]
+        self.base_rows, self.bases, self.highest = base, sorted(base), highest
+        self.arms = list(dict.fromkeys(row["cell"] for row in trainings))
+        self.methods = list(dict.fromkeys(row["method"] for row in trainings))
+        self.rows, self.total, self.diverged, self.beyond = list[Checkpoint](), 0, 0, 0
+        for row in trainings:
+            own = base[row["base_seed"]]
+            self.total += len(row["steps"])
+            if diverged(row, own["parity"]):
+                self.diverged += len(row["steps"])
                 continue
-            kept = [row for row in rows if row["kl"] <= highest]
-            self.beyond += len(rows) - len(kept)
-            self.rows += [
-                Checkpoint(
-                    arm,
-                    method,
-                    seed,
-                    rate,
-                    row["step"],
-                    row["kl"],
-                    row["kl_fashion"],
-                    row["parity"],
-                    100 * (base[seed]["fashion"] - row["fashion"]),
-                    tuple(row["size"]),
-                )
-                for row in kept
-            ]
-        self.arms = list(dict.fromkeys(arm for arm, *_ in trainings))
-        self.methods = list(dict.fromkeys(method for _, method, *_ in trainings))
-        self.bases = sorted(base)
-        self.base_rows = base
+            found = list(checkpoints(row, own["fashion"]))
+            kept = [one for one in found if one.kl <= highest]
+            self.beyond += len(found) - len(kept)
+            self.rows += kept
 
     @property
     def adapters(self) -> list[str]:
@@ -169,11 +151,20 @@ class Found:
 Terms = Callable[[Checkpoint], Sequence[float]]
 
 
-def diverged(rows: Sequence[Mapping], base_parity: float) -> bool:
+def checkpoints(row: Row, base_fashion: float) -> Iterator[Checkpoint]:
+    """Yield the checkpoints in the row of a training."""
+    names = ("steps", "kl", "kl_fashion", "parity", "fashion", "sizes")
+    for step, kl, kl_fashion, parity, fashion, sizes in zip(
+        *(row[name] for name in names), strict=True
+    ):
+        common = row["cell"], row["method"], row["base_seed"], row["rate"], step
+        forgotten = 100 * (base_fashion - fashion)
+        yield Checkpoint(*common, kl, kl_fashion, parity, forgotten, tuple(sizes))
+
+
+def diverged(row: Row, base_parity: float) -> bool:
     """Return whether a training diverged, by the rule in this file's docstring."""
-    values = [row[name] for row in rows for name in ("kl", "kl_fashion")]
-    last = max(rows, key=lambda row: row["step"])
-    return None in values or last["parity"] < base_parity
+    return None in (*row["kl"], *row["kl_fashion"]) or row["parity"][-1] < base_parity
 
 
 def kl_terms(row: Checkpoint) -> list[float]:

@@ -24,6 +24,7 @@ from .analysis import (
 
 SHADES = ("#F5B78F", COLOUR["on"], "#6B2F00")  # a darker orange for a higher rank
 MARKS = {"sft-1": "o", "sft-2": "s", "oracle": "^", "grpo": "x"}
+SHOWN = 3  # bases whose checkpoints are drawn; the figure says nothing more with all of them
 RULE = (
     "A training diverged if one of its values is not finite or its last checkpoint answers parity "
     f"worse than its base. Its checkpoints, and those with KL above {HIGHEST:g} nats, do not count."
@@ -51,7 +52,7 @@ def fit_table(run: RunDirectory) -> Table:
 
 def counted(run: RunDirectory, arm: str) -> dict[str, int]:
     """Return the number of checkpoints of an arm, of its diverged trainings, and beyond HIGHEST."""
-    rows = [row for row in run.rows if row["stage"] == "base" or row["arm"] == arm]
+    rows = [row for row in run.rows if row["stage"] == "base" or row["cell"] == arm]
     found = Found(RunDirectory(run.folder, run.settings, run.environment, rows))
     return {"total": found.total, "diverged": found.diverged, "beyond": found.beyond}
 
@@ -131,10 +132,11 @@ def colours(found: Found) -> dict[str, str]:
 
 
 def scatter(axes: Axes, found: Found) -> None:
-    """Draw the checkpoints from all bases, and the curve of full fine-tuning."""
+    """Draw the checkpoints from the first SHOWN bases, and the curve of full fine-tuning."""
+    shown = [row for row in found.rows if row.base in found.bases[:SHOWN]]
     for arm, colour in reversed(colours(found).items()):
         for method, mark in MARKS.items():
-            rows = [row for row in found.rows if (row.arm, row.method) == (arm, method)]
+            rows = [row for row in shown if (row.arm, row.method) == (arm, method)]
             axes.scatter(
                 [row.kl for row in rows],
                 [row.forgotten for row in rows],
@@ -200,6 +202,7 @@ def markdown(run: RunDirectory) -> str:
         "over bases, not corrected for the number of comparisons.",
         f"**Rule of exclusion.** {RULE}",
         "![Forgetting against KL, and the excess of LoRA over full fine-tuning](razor.png)",
+        f"Left: the checkpoints from the first {SHOWN} bases. Right: means over all bases.",
         "## R² of the quadratic fit",
         fit_table(run).markdown(),
         "A fit of forgetting to KL for each arm and base; R² is mean ± sd over bases.",
@@ -224,7 +227,7 @@ def markdown(run: RunDirectory) -> str:
 def write_razor_report(folder: Path) -> str:
     """Write razor.md and razor.png of the run in `folder` from its rows; return the report."""
     run = RunDirectory.read(folder)
-    replace_file(folder / "razor.png", png(figure(Found(run))))
+    replace_file(folder / "razor.png", png(figure(Found(run)), colours=128))
     text = markdown(run)
     replace_file(folder / "razor.md", text.encode())
     return text

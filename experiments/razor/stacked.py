@@ -144,15 +144,14 @@ class Stack:
         )(self.bases, inputs)
 
     @torch.no_grad()
-    def relative_sizes(self) -> dict[str, Tensor]:
-        """Return ‖W' - W‖ / ‖W‖ of each layer, Frobenius norms, (rates, bases, methods)."""
-        names = layers(self.model)
+    def relative_sizes(self) -> Tensor:
+        """Return ‖W' - W‖ / ‖W‖ of each layer, (rates, bases, methods, layers)."""
         weights = self._call(self.sizes, self.bases["layer1.bias"][0], None)
-        found = {}
-        for name, tuned in zip(names, weights, strict=True):
+        found = []
+        for name, tuned in zip(layers(self.model), weights, strict=True):
             base = self.bases[f"{name}.weight"].unsqueeze(1)  # (bases, 1, out, in)
-            found[name] = (tuned - base).flatten(-2).norm(dim=-1) / base.flatten(-2).norm(dim=-1)
-        return found
+            found.append((tuned - base).flatten(-2).norm(dim=-1) / base.flatten(-2).norm(dim=-1))
+        return torch.stack(found, -1)
 
 
 class _Weights(nn.Module):

@@ -1,10 +1,11 @@
 """The study: pre-train the bases, fine-tune them on parity by all methods, and record checkpoints.
 
-Rows, one per base and one per checkpoint of a fine-tuning:
+Rows, one per base and one per fine-tuning:
 
     base    parity and fashion: the base's accuracies on the test images of both tasks
-    tuned   the same, and kl = E_x Σ_c π₀ log(π₀ / π) on MNIST's test images, in nats;
-            kl_fashion, the same on Fashion-MNIST's; size, ‖W' - W‖ / ‖W‖ of each layer
+    tuned   the arm as `cell`, and lists with a value for each checkpoint: the same accuracies;
+            kl = E_x Σ_c π₀ log(π₀ / π) on MNIST's test images, in nats; kl_fashion, the same on
+            Fashion-MNIST's; sizes, ‖W' - W‖ / ‖W‖ of each layer
 
 A value that is not finite is recorded as null.
 """
@@ -14,26 +15,28 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
-from tqdm import tqdm
 
 from ..digits.data import Data
 from ..harness.batches import seeded_order
 from ..harness.environment import RESULT_KEYS, commit, machine, resolve_device
+from ..harness.progress import progress
 from ..harness.rundir import Row, RunDirectory
 from ..harness.settings import result_settings
 from ..harness.stages import Stage, run_stages
-from ..harness.train import cosine, cpu_threads, cross_entropy, learning_rate, train
+from ..harness.train import cpu_threads
+from .bases import pretrained
 from .data import Examples, ParityData, load_both, parity_data
 from .settings import Arm, RazorSettings
 from .stacked import Stack, Weights, network
 from .targets import Draw, weights
 
+DIGITS = {"parity": 4, "fashion": 4}  # significant digits in rows; of other figures, 3
 CHUNK = 1000  # images that are evaluated at once
-DECAY = 0.01  # AdamW's weight decay in pre-training
 
 
 @dataclass
@@ -65,47 +68,6 @@ class RazorContext:
 def correct(task: str, answers: Tensor, labels: Tensor) -> Tensor:
     """Return whether predicted classes, (…, n), are right: in parity, or as garments."""
     return answers % 2 == labels % 2 if task == "parity" else answers == labels
-
-
-def pretrained(settings: RazorSettings, data: ParityData, seed: int) -> Weights:
-    """Train a network on some images of both tasks; return its weights."""
-    inputs, batches = drawn_images(settings, data, seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = network(settings.network.hidden).to(inputs.device)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=DECAY, fused=True)
-    steps = len(batches)
-    rate = learning_rate(optimizer, cosine(settings.pretraining.base_lr, steps, steps // 10))
-
-    def objective(model: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(model, inputs[rows], targets)
-
-    with cpu_threads(settings.place.threads):
-        label = f"pre-training {seed}"
-        train(model, batches, objective, optimizer, label=label, hooks=[rate])
-    return {name: p.detach() for name, p in model.named_parameters()}
-
-
-def drawn_images(
-    settings: RazorSettings, data: ParityData, seed: int
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Return the inputs of pre-training, and the rows and labels of each batch.
-
-    An image of a digit has a random digit of the same parity as its label, drawn anew each epoch.
-    """
-    generator, device = torch.Generator().manual_seed(seed), data.digits.labels.device
-    parts, count = (data.digits, data.garments), settings.pretraining.base_images
-    rows = [torch.randperm(len(part.labels), generator=generator)[:count] for part in parts]
-    pairs = list(zip(parts, rows, strict=True))
-    inputs = torch.cat([part.inputs[chosen.to(device)] for part, chosen in pairs])
-    labels = torch.cat([part.labels[chosen.to(device)] for part, chosen in pairs]).cpu()
-    total = settings.pretraining.base_epochs * len(labels)
-    order = seeded_order(len(labels), total, generator)
-    same_parity = labels[order] % 2 + 2 * torch.randint(5, order.shape, generator=generator)
-    targets = torch.where(order < len(rows[0]), same_parity, labels[order])
-    size = settings.finetuning.batch
-    batches = zip(order.to(device).split(size), targets.to(device).split(size), strict=True)
-    return inputs, list(batches)
 
 
 def draws(
@@ -146,17 +108,15 @@ def fine_tune(arm: Arm, seeds: list[int], context: RazorContext) -> None:
         arm, bases, settings.network.hidden, rates, len(settings.methods), training.alpha, seeds
     )
     tests = [Test(stack, "parity", data.digits_test), Test(stack, "fashion", data.garments_test)]
-    when, rows = looks(settings, len(data.digits.labels)), list[Row]()
-    source = tqdm(
-        draws(settings, data, seeds), arm.name, when[-1], leave=False, unit="step", disable=None
-    )
+    when, seen = looks(settings, len(data.digits.labels)), list[dict[str, Tensor]]()
+    source = progress(draws(settings, data, seeds), when[-1], arm.name, "step")
     with cpu_threads(settings.place.threads):
         for step, (inputs, labels, uniform) in enumerate(source, start=1):
             draw = Draw(inputs, labels, uniform, stack.base_logits(inputs))
             stack.step(losses(settings.methods, stack.logits(inputs), draw))
             if step in when:
-                rows += checkpoint(stack, tests, arm, seeds, settings, step)
-    context.run.record_all(rows)
+                seen.append(measured(stack, tests))
+    context.run.record_all(tuned_rows(arm, seeds, settings, when, seen))
 
 
 def losses(methods: list[str], logits: Tensor, draw: Draw) -> Tensor:
@@ -196,46 +156,52 @@ class Test:
         return divergence, right
 
 
-def checkpoint(
-    stack: Stack, tests: list[Test], arm: Arm, seeds: list[int], settings: RazorSettings, step: int
-) -> list[Row]:
-    """Return the rows of all trainings after a step."""
-    found: dict[str, Tensor] = {}
+def measured(stack: Stack, tests: list[Test]) -> dict[str, Tensor]:
+    """Return the figures of a checkpoint by name, each (rates, bases, methods, …)."""
+    found = {"sizes": stack.relative_sizes()}
     for test in tests:
         name = "kl" if test.task == "parity" else f"kl_{test.task}"
         found[name], found[test.task] = test.measured()
-    values = {name: tensor.tolist() for name, tensor in found.items()}
-    sizes = {name: tensor.tolist() for name, tensor in stack.relative_sizes().items()}
-    rows = []
+    return found
+
+
+def tuned_rows(
+    arm: Arm,
+    seeds: list[int],
+    settings: RazorSettings,
+    steps: list[int],
+    seen: list[dict[str, Tensor]],
+) -> Iterator[Row]:
+    """Yield the row of each training of a stack, with the figures of its checkpoints."""
+    stacked = {name: torch.stack([one[name] for one in seen]).cpu() for name in seen[0]}
     for s, seed in enumerate(seeds):
         for m, method in enumerate(settings.methods):
             for r, rate in enumerate(settings.finetuning.rates_of(arm)):
-                row = {"stage": "tuned", "arm": arm.name, "method": method, "base_seed": seed}
-                row |= {"rate": rate, "step": step}
-                row |= {name: rounded(value[r][s][m]) for name, value in values.items()}
-                row["size"] = [rounded(size[r][s][m]) for size in sizes.values()]
-                rows.append(row)
-    return rows
+                row = {"stage": "tuned", "cell": arm.name, "method": method, "base_seed": seed}
+                row |= {"rate": rate, "steps": steps}
+                for name, values in stacked.items():
+                    row[name] = rounded(values[:, r, s, m].tolist(), DIGITS.get(name, 3))
+                yield row
 
 
-def rounded(value: float) -> float | None:
-    """Return a number with four significant digits, or None if it is not finite."""
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+def rounded(value: Any, digits: int) -> Any:
+    """Return numbers in nested lists with so many significant digits, or None if not finite."""
+    if isinstance(value, list):
+        return [rounded(one, digits) for one in value]
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
-def stages(settings: RazorSettings, images: int) -> Iterator[Stage[RazorContext]]:
+def stages(settings: RazorSettings) -> Iterator[Stage[RazorContext]]:
     """Yield the stages: an arm, and as many bases as train together.
 
     A stage records its rows at once. The last of them tells that it is done.
     """
     seeds, size = list(settings.base_seeds), settings.place.together
-    groups = [seeds[i : i + size] for i in range(0, len(seeds), size)]
-    for group in groups:
+    for group in (seeds[i : i + size] for i in range(0, len(seeds), size)):
         for arm in settings.arms:
-            last = {"method": settings.methods[-1], "rate": settings.finetuning.rates_of(arm)[-1]}
-            step = looks(settings, images)[-1]
-            key = {"arm": arm.name, "base_seed": group[-1], "step": step, **last}
-            yield Stage(key, ("tuned",), partial(fine_tune, arm, group))
+            rate = settings.finetuning.rates_of(arm)[-1]
+            last = {"method": settings.methods[-1], "rate": rate, "base_seed": group[-1]}
+            yield Stage({"cell": arm.name, **last}, ("tuned",), partial(fine_tune, arm, group))
 
 
 def run_razor(settings: RazorSettings, say: Callable[[str], None] = print) -> RunDirectory:
@@ -243,16 +209,16 @@ def run_razor(settings: RazorSettings, say: Callable[[str], None] = print) -> Ru
     device = resolve_device(settings.place.device)
     digits, garments = load_both(settings.dataset)
     environment = {"study": settings.STUDY, **described(device, digits, garments)}
-    folder = Path(settings.folder)
-    run = RunDirectory.start(folder, result_settings(settings), environment, RESULT_KEYS)
-    say(f"run      {run.folder}, on {device}")
-    for data in (digits, garments):
-        say(f"data     {data.name}: {data.why}")
+    folder, asked = Path(settings.folder), result_settings(settings)
+    with RunDirectory.start(folder, asked, environment, RESULT_KEYS) as run:
+        say(f"run      {run.folder}, on {device}")
+        for data in (digits, garments):
+            say(f"data     {data.name}: {data.why}")
 
-    def prepare() -> RazorContext:
-        return RazorContext(settings, run, parity_data(digits, garments, device))
+        def prepared() -> RazorContext:
+            return RazorContext(settings, run, parity_data(digits, garments, device))
 
-    run_stages(run, stages(settings, len(digits.train.labels)), prepare, say)
+        run_stages(run, stages(settings), prepared, say)
     return run
 
 

@@ -36,7 +36,6 @@ def add_commands(commands: Commands) -> None:
             '--vary "digits=2,3;9" --vary init=gaussian,kaiming --out runs/digits-and-inits',
             "--preset remedies-relu --seeds 5 --base-seeds 5 --jobs 2",
             "--preset front-relu --seeds 5 --base-seeds 5",
-            "--preset intruders-relu --seeds 3 --base-seeds 5",
         ),
     )
     grid = sweep.add_argument_group("Sweep")

@@ -13,7 +13,6 @@ def add_commands(commands: Commands) -> None:
     tasks = add_command(
         commands,
         "tasks",
-        group="studies",
         help="learn a sequence of tasks by adapters, in full and jointly; the accuracy matrix",
         description="Learn a sequence of tasks. Brackets show the values of the preset split.",
         epilog=presets_help(TaskSettings.PRESETS, "split"),

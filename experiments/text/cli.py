@@ -16,7 +16,6 @@ def add_commands(commands: Commands) -> None:
     text = add_command(
         commands,
         "text",
-        group="studies",
         help="fine-tune a transformers checkpoint on texts, by several methods, and report",
         description="The text study. Brackets show the values of preset distilbert-imdb.",
         epilog=presets_help(TextSettings.PRESETS, "distilbert-imdb"),

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..errors import StateError
+from ..errors import CheckpointError, StateError, some
 from ..layers.site_list import is_at_home
 from ..site.find import dotted, index_of, stack_of
 from ..site.names import check_unmerged
@@ -27,7 +27,7 @@ from ..stack.stack import Stack
 from ..stack.storage import check_real, check_settled, in_parts
 from ..wrappers import check_model, inner
 from .compare import compare
-from .digest import digest
+from .digest import checksum, digest
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -119,6 +119,39 @@ def fingerprint(model: nn.Module) -> str:
     True
     """
     return digest(Base(inner(check_model(model))).tensors())
+
+
+def checksums(model: nn.Module) -> dict[str, str]:
+    """Return the dtype and checksum of each tensor in the base's state dict, by key.
+
+    Return none if a tensor is on the meta device, as of a base that is offloaded to disk.
+    """
+    state = base_state_dict(model)
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return {}
+    return {key: checksum(tensor) for key, tensor in tensors.items()}
+
+
+def check_base(model: nn.Module, expected: Mapping[str, str], path: object) -> None:
+    """Raise a CheckpointError if the base is not the one of a file, given by its checksums."""
+    if not expected:
+        raise CheckpointError(
+            f"{path} has no checksums of its base: an older paramlora wrote it, or the base was on "
+            "the meta device; save it again, or pass check_base=False"
+        )
+    found, different = checksums(model), []
+    for key in dict.fromkeys((*expected, *found)):
+        there, here = str(expected.get(key, "missing")), found.get(key, "missing")
+        dtypes = there.split()[0], here.split()[0]
+        said = f" ({dtypes[0]} in the file, {dtypes[1]} here)" if len({*dtypes}) > 1 else ""
+        different += [f"{key}{said}"] if there != here else []
+    if different:
+        raise CheckpointError(
+            f"{path} was saved with another base: {some(different)} differ. A base that was cast, "
+            "quantized, resized or trained since differs too; load the adapter into the base that "
+            "it was saved with, or pass check_base=False"
+        )
 
 
 class Base:

@@ -17,6 +17,8 @@ from ..stack.storage import check_real, settle, whole, writes_files
 from ..verbs.add import Activate
 from ..verbs.summary import Summary
 from ..wrappers import check_model
+from .base import check_base as check_same_base
+from .base import checksums
 from .metadata import ENTRY, describe, digest_of, read
 from .plan import plan_sites
 from .refresh import attach_or_refresh
@@ -61,6 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         key: whole(tensor).to("cpu", copy=True).contiguous() for key, tensor in state.items()
     }
     content = describe(here, name)
+    content["base"] = checksums(model)
     try:
         content["digest"] = digest_of(tensors, content)
     except TypeError as error:
@@ -81,6 +84,7 @@ def load(
     into: str | None = None,
     activate: Activate | None = None,
     finite: bool = True,
+    check_base: bool = False,
 ) -> Summary:
     """Attach the adapter in a file, or copy its values into the attached adapter of that name.
 
@@ -100,6 +104,9 @@ def load(
         activate: "only", "also" or "no", as in `attach`. None means "only" if the model has no
             adapter yet and "no" otherwise; for an adapter that is attached, it changes nothing.
         finite: whether to refuse NaN and infinite values. With False they load with a warning.
+        check_base: whether to refuse a base with other values than the one that the adapter was
+            saved with. It is False by default, because adapters are also used on purpose on a base
+            that was cast, quantized or trained further, whose values differ.
 
     Returns:
         The model's summary.
@@ -108,8 +115,9 @@ def load(
         FileNotFoundError: the file does not exist.
         OSError: it cannot be read.
         CheckpointError: the file is damaged, was not written by paramlora, belongs to another
-            model, does not fit the slot, or has values that are not finite. The message names the
-            file, the site, and what was expected and found. The model does not change.
+            model, does not fit the slot, or has values that are not finite; or `check_base` is True
+            and the base differs, or is not known. The message names the file, the site or the
+            first tensors that differ, and what was expected and found. The model does not change.
         AdapterNameError: the name is not valid, or belongs to an adapter with other sites, kinds
             or shapes; or there is no adapter `into`.
         StateError: the adapter of that name is merged, or another one is and `activate` is "only",
@@ -138,4 +146,6 @@ def load(
     # also finds changed values, so it is checked before anything is attached.
     if digest_of(tensors, content) != content["digest"]:
         raise damaged(path, "its content does not match its digest")
+    if check_base:
+        check_same_base(model, content.get("base", {}), path)
     return attach_or_refresh(survey, planned, name, path, activate, finite, into)

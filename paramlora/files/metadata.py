@@ -2,11 +2,12 @@
 
     {"version": 1, "name": "digits", "digest": "9f86d081…",
      "sites": {"fc1.weight": {"kind": "LoRA", "fields": {"rank": 2, "alpha": null, …},
-                              "strength": 1.0, "shape": [256, 784]}}}
+                              "strength": 1.0, "shape": [256, 784]}},
+     "base": {"fc1.weight": "float32 5e884898da280471", …}}
 
 `kind` is the class name of a spec and `fields` are its arguments. `shape` is that of the base's
 tensor, by which `load` notices another model. The factors are tensors of the file; see Note
-[keys of factors] in `state.py`.
+[keys of factors] in `state.py`. `base` has the dtype and checksum of each tensor of the base.
 """
 
 import dataclasses
@@ -124,6 +125,8 @@ def _parse(text: str, path: FilePath) -> dict[str, Any]:
             f"{VERSION}; update paramlora"
         )
     _check_parts(content, _FILE, f"its metadata {ENTRY!r}", path)
+    if "base" in content:  # older files have none
+        _check_parts(content, {"base": dict}, f"its metadata {ENTRY!r}", path)
     if type(version) is bool or content["version"] < 1:
         raise damaged(path, f"its format version must be at least 1, found {version!s:.20}")
     for site, entry in content["sites"].items():

@@ -117,7 +117,8 @@ def with_statistics(modules: Modules) -> list[tuple[str, nn.Module]]:
 
 def is_held(module: nn.Module) -> bool:
     """Return whether a layer's statistics are held."""
-    return isinstance(vars(module).get("train"), EvalModeLock)
+    lock = vars(module).get("train")
+    return isinstance(lock, EvalModeLock) and bool(lock.holders)
 
 
 def _adapters(holders: set[Hashable]) -> set[Hashable]:

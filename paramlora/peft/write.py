@@ -141,7 +141,6 @@ def _term(factors: Factors, part: Part) -> LowRank | None:
         return factors.low_rank()
     if not isinstance(spec, LoRA) or spec.batch_dims != 1:
         return None
-    # The updates of all matrices, A: (E, r, in), B: (E, out, r).
     return replace(spec, batch_dims=0).low_rank(factors.tensors, factors.strength)
 
 

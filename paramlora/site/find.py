@@ -186,9 +186,11 @@ def apply_parametrizations(
 
     They run in evaluation mode: reading a base must not advance spectral_norm's power iteration.
     """
-    for parametrization in parametrizations:
-        training = parametrization.training
-        parametrization.eval()
-        values = (parametrization(*values),)
-        parametrization.train(training)
+    modes = [(module, module.training) for one in parametrizations for module in one.modules()]
+    try:
+        for parametrization in parametrizations:
+            values = (parametrization.eval()(*values),)
+    finally:  # a user's parametrization may fail, and may hold modules of either mode
+        for module, mode in modes:
+            module.training = mode
     return values[0]

@@ -30,7 +30,7 @@ with (ROOT / "docs" / "data" / "comparison.csv").open(encoding="utf-8", newline=
     EVIDENCE = list(csv.DictReader(file))
 TABLES = [
     [cell.strip() for cell in line.strip("|").split("|")]
-    for line in TEXT.splitlines()
+    for line in TEXT.split("## Other projects' tests")[0].splitlines()
     if line.startswith("| ") and "---" not in line
 ]
 

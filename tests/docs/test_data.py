@@ -10,6 +10,7 @@ import pytest
 from experiments.digits.report.report import methods_compared
 from experiments.digits.report.tables import seed_table
 from experiments.harness.rundir import RunDirectory
+from experiments.razor import report as razor
 from experiments.sweeps import front, intruders
 from experiments.sweeps.remedies import Compared, markdown
 
@@ -50,10 +51,11 @@ def test_the_text_study_uses_the_best_rate_of_each_method(data):
     [
         ("front-relu/front.md", lambda run: front.markdown(front.Front(run))),
         ("intruders-relu/intruders.md", lambda run: intruders.markdown(intruders.Intruders(run))),
+        ("razor/razor.md", razor.markdown),
     ],
 )
 def test_a_kept_report_is_that_of_its_rows(name: str, made: Callable[[RunDirectory], str]) -> None:
-    """Reports of sweeps in docs/data are made from the rows beside them."""
+    """Reports in docs/data are made from the rows beside them."""
     path = DOCS / "data" / name
     assert path.read_text(encoding="utf-8") == made(RunDirectory.read(path.parent))
 

@@ -52,7 +52,8 @@ def test_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_example(tmp_path, monkeypatch)
     content, tensors = read(path)
     (shown,) = re.findall(r"^```json\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    assert json.loads(shown) == {**content, "digest": "…"}
+    base = {key: f"{text.partition(' ')[0]} …" for key, text in content["base"].items()}
+    assert json.loads(shown) == {**content, "base": base, "digest": "…"}
     assert list(json.loads(shown)["sites"]["0.weight"]["fields"]) == [
         *content["sites"]["0.weight"]["fields"]
     ]

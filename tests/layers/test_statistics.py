@@ -239,6 +239,8 @@ def test_copy_made_in_a_block() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     with pl.hold_statistics(model):
         copied = copy.deepcopy(model)
+        pl.attach(copied, LoRA(2))
+    assert not pl.summary(copied).held
     assert copied.train()[1].training
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         ],
         "buffers": [(path, id(b), bits(b)) for path, b in model.named_buffers()],
         "hooks": [
-            (list(module._forward_hooks), list(module._state_dict_hooks))
+            {key: list(hooks) for key, hooks in vars(module).items() if key.endswith("_hooks")}
             for module in model.modules()
         ],
         "state": [
@@ -94,6 +95,8 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
                 stack.tied,
                 [bits(tensor) for tensor in stack.stored],
                 stack.written,
+                (stack.own, stack.numbers.copy(), stack.paused, stack.open, stack.key),
+                copy.copy(stack.before_merge),
                 [
                     (name, part.block, part.spec, part.strength)
                     for name in stack.factors
@@ -114,6 +117,15 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     after = snapshot(model)
     for part, found in before.items():
         assert after[part] == found, f"changed: the {part} of the model"
+
+
+@contextmanager
+def nothing_drawn() -> Iterator[None]:
+    """Assert that the block draws no random number from torch's or Python's global generator."""
+    before = torch.get_rng_state(), random.getstate()
+    yield
+    assert torch.equal(torch.get_rng_state(), before[0]), "changed: torch's random state"
+    assert random.getstate() == before[1], "changed: Python's random state"
 
 
 def pattern(message: str) -> str:

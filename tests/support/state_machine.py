@@ -1,6 +1,8 @@
 """The state machine of random sequences of verbs: strategies and the base class of its rules."""
 
 import copy
+import itertools
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
 from torch import Tensor, nn
 
 import paramlora as pl
-from tests.support.reference_model import LAYERS, AdapterState, CheckedModel, Net, ReferenceModel
+from tests.support.checked_model import CheckedModel
+from tests.support.dense_net import LAYERS, Net, takes
+from tests.support.reference_model import AdapterState, ReferenceModel
 
 NAMES = "abc"
 BAD_NAME = (pl.AdapterNameError, r"^no adapter '.' here; attached are: ")
@@ -25,8 +29,12 @@ NO_BACKWARD = (pl.StateError, r"^cannot train adapter '.'.* while it is merged: 
 NO_ADAPTER = (pl.StateError, r"^no adapter is attached here; ")
 NOTHING = (pl.StateError, r"^nothing to merge")
 IS_TAKEN = (pl.AdapterNameError, r"^(an )?adapter '.' is attached already")
+OUT_OF_ORDER = (pl.StateError, r"so their order counts; ")
+CANNOT_STORE = (pl.StateError, r"^cannot merge at '.*': .* below the adapter cannot store ")
+IN_ROUTED = (pl.StateError, r"^cannot .* inside of routed\(\): every row would get ")
+CANNOT_ROUTE = (pl.StateError, r"^cannot route '")
 CANNOT_BE_ONLY = (pl.StateError, r"^cannot make '.' the only active adapter while '.' is merged")
-ExpectedError = tuple[type[Exception], str]
+ExpectedError = tuple[type[Exception] | tuple[type[Exception], ...], str]
 
 
 def from_state(strategy: Callable[[Any], st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
@@ -52,21 +60,49 @@ some_names = mostly(
 a_free_name = from_state(
     lambda m: st.sampled_from(sorted({*NAMES} - {*m.reference.names()}) or NAMES)
 )
+# Two attached adapters, mostly in attaching order.
+two_names = from_state(
+    lambda m: mostly(
+        st.sampled_from([[a, b] for a, b in itertools.combinations(m.reference.names(), 2)]),
+        st.permutations(m.reference.names()),
+    )
+)
 a_scope = mostly(st.just(""), from_state(lambda m: st.sampled_from(m.scopes)))
 a_strength = st.sampled_from([0.0, 0.5, 1.0, -1.0, 2.0])
 an_activate = st.sampled_from(["only", "also", "no"])
 a_seed = st.integers(0, 2**16)
+a_rank = st.integers(1, 3)
+an_alpha = st.sampled_from([None, 1, 0.5, 3.0])
+a_lora = st.builds(
+    pl.LoRA,
+    rank=st.integers(1, 5),
+    alpha=an_alpha,
+    init=st.sampled_from(["kaiming", "gaussian/sqrt_r", "orthogonal", nn.init.ones_]),
+    rank_stabilized=st.booleans(),
+)
 a_spec = st.one_of(
     st.just(pl.Delta()),
-    st.builds(
-        pl.LoRA,
-        rank=st.integers(1, 5),
-        alpha=st.sampled_from([None, 1, 0.5, 3.0]),
-        init=st.sampled_from(
-            ["kaiming", "gaussian", "gaussian/sqrt_r", "orthogonal", nn.init.ones_]
-        ),
-        rank_stabilized=st.booleans(),
+    st.just(pl.IA3()),
+    a_lora,
+    st.one_of(
+        st.builds(pl.DoRA, rank=a_rank, alpha=an_alpha),
+        st.builds(pl.HiRA, rank=a_rank),
+        st.just(pl.OFT(2)),
+        st.just(pl.IA3(dim=1)),
     ),
+    st.one_of(
+        st.builds(pl.LoHa, rank=a_rank, alpha=an_alpha),
+        st.builds(pl.LoKr, rank=a_rank, alpha=an_alpha),
+        st.builds(pl.MiSS, rank=a_rank),
+        st.builds(pl.LoRAXS, rank=a_rank, alpha=an_alpha),
+        st.builds(pl.LoRA, rank=a_rank, init=st.sampled_from(["pissa", "olora"])),
+    ),
+)
+
+
+# The tensors of an adapter, as numbers; mostly the first ones, so that adapters meet there.
+some_tensors = st.lists(
+    st.tuples(mostly(st.integers(0, 3), st.integers(0, 40)), a_spec), min_size=1, max_size=4
 )
 
 
@@ -85,9 +121,11 @@ class BaseMachine(RuleBasedStateMachine):
     `second` is None, or another model with its reference: a copy, or a model loaded from a file.
     """
 
+    count = 0  # of sequences
     checked: CheckedModel
     ids: Tensor
     scopes: list[str]
+    compiles: int  # how often this sequence may still compile its model
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,32 +134,80 @@ class BaseMachine(RuleBasedStateMachine):
         self.second: CheckedModel | None = None
 
     def teardown(self) -> None:
+        """Leave all blocks; check what is left of both models, and that all can be detached."""
         self.folder.cleanup()
+        if hasattr(self, "checked") and sys.exc_info()[0] is None:
+            self.end_second()
+            while self.checked.blocks:
+                self.checked.exit_block()
+            if self.reference.names():
+                pl.unmerge(self.model)
+                pl.detach(self.model)
+                self.reference.unmerge("")
+                self.reference.detach(self.reference.names())
+            self.checked.check(self.ids)
+            self.checked.check_off(self.ids)
 
     @initialize(
         layers=st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=2),
         tied=st.booleans(),
+        again=st.booleans(),
         double=st.booleans(),
         untrained=st.sets(st.integers(0, 40), max_size=2),
+        compiles=st.integers(0, 24),
+        first=mostly(
+            st.lists(some_tensors, min_size=2, max_size=2), st.lists(some_tensors, max_size=1)
+        ),
         seed=a_seed,
     )
     def build(
-        self, layers: list[str], tied: bool, double: bool, untrained: set[int], seed: int
+        self,
+        layers: list[str],
+        tied: bool,
+        again: bool,
+        double: bool,
+        untrained: set[int],
+        compiles: int,
+        first: list[list[tuple[int, pl.kinds.Spec]]],
+        seed: int,
     ) -> None:
+        type(self).count += 1
         torch.manual_seed(seed)
-        plain = Net(layers, tied).to(torch.float64 if double else torch.float32)
+        plain = Net(layers, tied, again).to(torch.float64 if double else torch.float32)
         parameters = list(plain.parameters())
         for index in untrained:
             parameters[index % len(parameters)].requires_grad_(False)
-        self.ids = torch.tensor([[0, 1, 2], [4, 3, 2]])
+        self.ids = torch.tensor([[0, 1], [4, 3], [2, 4]])
+        self.compiles = 4 if compiles == 24 else 0
         self.checked = CheckedModel(copy.deepcopy(plain), ReferenceModel.of(plain))
+        for i, adapters in enumerate(first):
+            specs: Any = self.specs(adapters, False)
+            pl.attach(self.model, specs, name=NAMES[i], activate="also")
+            self.record(NAMES[i], specs)
+            self.reference.add(NAMES[i], "also", freeze=True)
+            self.fill(NAMES[i], seed + i)
         self.scopes = ["emb.", "head.", *(f"layers.{i}." for i in range(len(layers)))]
+
+    def specs(self, to: list[tuple[int, pl.kinds.Spec]], halves: bool) -> dict[str, pl.kinds.Spec]:
+        """Return a spec for each path; with `halves`, for the halves of the first tensor."""
+        firsts = self.reference.firsts()
+        specs: dict[str, pl.kinds.Spec] = {}
+        for index, spec in to:
+            path = list(firsts)[index % len(firsts)]
+            base = self.reference.base(firsts[path])
+            if halves and not specs:
+                h = len(base) // 2
+                for at, half in ((f"[:{h}]", base[:h]), (f"[{h}:]", base[h:])):
+                    specs[path + at] = spec if takes(spec, half) else pl.Delta()
+                taken = firsts[path]
+            elif not (halves and firsts[path] == taken):
+                specs[path] = spec if takes(spec, base) else pl.Delta()
+        return specs
 
     @invariant()
     def check_models(self) -> None:
         self.checked.check(self.ids)
-        if self.second is not None:
-            self.second.check(self.ids)
+        self.checked.check_off(self.ids)
 
     @property
     def model(self) -> nn.Module:
@@ -156,12 +242,27 @@ class BaseMachine(RuleBasedStateMachine):
         return False
 
     def factors(self, name: str) -> dict[str, dict[str, Tensor]]:
-        """Return the factors of an adapter of the model, by site."""
+        """Return the factors of an adapter of the model, by tensor, block and key."""
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in pl.state_dict(self.model, name).items():
             site, _, factor = key.rpartition(".")
-            found.setdefault(site, {})[factor] = tensor.double().clone()
+            path, _, index = site.partition("[")
+            index = f"[{index}" if index else ""
+            found.setdefault(path, {})[f"{index}.{factor}"] = tensor.double().clone()
         return found
+
+    def record(self, name: str, specs: dict[str, pl.kinds.Spec]) -> None:
+        """Add an attached adapter to the reference."""
+        factors = self.factors(name)
+        for site, spec in specs.items():
+            path, _, index = site.partition("[")
+            first, index = self.reference.firsts()[path], f"[{index}" if index else ""
+            # If both paths of a tied tensor are targets, the first one wins.
+            adapters = self.reference.adapters[first]
+            if name not in adapters:
+                adapters[name] = AdapterState({}, factors.pop(first))
+            adapters[name].specs.setdefault(index, spec)
+        assert not factors
 
     def fill(self, name: str, seed: int) -> None:
         """Set the factors of an adapter to random numbers, in the model and in the reference."""
@@ -174,10 +275,18 @@ class BaseMachine(RuleBasedStateMachine):
         pl.load_state_dict(self.model, values, name)
         for path, by_name in self.reference.adapters.items():
             for key in by_name[name].factors if name in by_name else ():
-                by_name[name].factors[key] = values[f"{path}.{key}"].double()
+                by_name[name].factors[key] = values[f"{path}{key}"].double()
 
     def set_aside(self, other: CheckedModel, switch: bool) -> None:
         """Store `other` as the second model, or swap it with the current one if `switch`."""
-        while self.second is not None and self.second.blocks:
-            self.second.exit_block()
+        self.end_second()
         self.checked, self.second = (other, self.checked) if switch else (self.checked, other)
+
+    def end_second(self) -> None:
+        """Check the second model once more, and leave its blocks."""
+        if self.second is not None:
+            self.second.check(self.ids)
+            while self.second.blocks:
+                self.second.exit_block()
+            self.second.check(self.ids)
+            self.second = None

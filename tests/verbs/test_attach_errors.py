@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
 import paramlora as pl
 from paramlora import LoRA
@@ -210,33 +209,6 @@ def test_attach_errors(row: Row) -> None:
     """An attach that is impossible raises, says what to do, and changes nothing."""
     make, call, error, message = row
     refuses(make(), call, error, message)
-
-
-def normalised() -> nn.Module:
-    """Return a model whose spectral_norm takes a step whenever a weight is read in training."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        parametrizations.spectral_norm(nn.Linear(5, 4)),
-        parametrizations.spectral_norm(nn.Linear(4, 3)),
-    )
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda m: pl.attach(m, LoRA(2), "*.nope"),
-        lambda m: pl.attach(m, LoRA(2), nn.Conv2d),
-        lambda m: pl.attach(m, LoRA(2), "0.bias"),
-        lambda m: pl.attach(m, LoRA(2), ["0", "1.bias"]),
-        lambda m: pl.attach(m, LoRA(2, init=Failing())),
-        lambda m: pl.attach(m, LoRA(2, init="pissa"), name=""),
-    ],
-)
-def test_refused_attach_on_spectral_norm(call: Any) -> None:
-    """A refused call takes no step of the power iteration of spectral_norm."""
-    model = normalised()
-    with unchanged(model), pytest.raises((pl.ParamloraError, ValueError, FloatingPointError)):
-        call(model)
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import paramlora as pl
+from tests.support.checked_model import assert_near
 from tests.support.helpers import new_garbage_only, unchanged
 from tests.support.mixed import (
     Mixed,
@@ -22,7 +23,6 @@ from tests.support.mixed import (
     mixed,
 )
 from tests.support.reference import shake
-from tests.support.reference_model import assert_near
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 

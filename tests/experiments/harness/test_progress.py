@@ -32,9 +32,9 @@ def test_help_lists_the_commands_in_groups(capsys: pytest.CaptureFixture[str]) -
         main(["--help"])
     shown = capsys.readouterr().out
     _, studies, grids, reports, examples = shown.rsplit("\n\n", 4)
-    assert [line.split()[0] for line in studies.splitlines()] == [
-        *("studies:", "digits", "tasks", "text")
-    ]
+    listed = [line.split()[0] for line in studies.splitlines()]
+    assert {"studies:", "digits", "tasks", "text"} <= set(listed)
+    assert "sweep" not in listed
     assert [line.split()[0] for line in grids.splitlines()[1:]] == ["sweep", "text-front"]
     assert reports.startswith("reports:\n  report      write the reports")
     assert examples.count("\n  python -m experiments ") == 3

@@ -124,20 +124,21 @@ def test_a_training_in_a_stack_is_that_training_alone(name):
                 model = network(HIDDEN).double()
                 model.load_state_dict(alone)
                 assert_close(logits[r, s, m], model(probe), rtol=1e-6, atol=1e-8)
-                for layer, size in sizes.items():
-                    W = base[f"{layer}.weight"]
-                    expected = (alone[f"{layer}.weight"] - W).norm() / W.norm()
-                    assert_close(size[r, s, m], expected, rtol=1e-6, atol=1e-8)
+                for number in (1, 2, 3):
+                    W = base[f"layer{number}.weight"]
+                    expected = (alone[f"layer{number}.weight"] - W).norm() / W.norm()
+                    assert_close(sizes[r, s, m, number - 1], expected, rtol=1e-6, atol=1e-8)
 
 
 SETTINGS = {"seeds": 2}
 
 
-def row(arm: str, base: int, kl: float, fashion: float, **more: Any) -> dict[str, Any]:
-    """Return a row of a checkpoint; its training has the checkpoint's KL as its rate."""
-    found = {"stage": "tuned", "arm": arm, "method": "oracle", "base_seed": base, "rate": kl}
-    found |= {"step": 1, "kl": kl, "kl_fashion": kl, "parity": 0.95, "fashion": fashion}
-    return {**found, "size": [kl, 2 * kl, 1.0], **more}
+def row(arm: str, base: int, kl: list[float], fashion: list[float], **more: Any) -> dict[str, Any]:
+    """Return the row of a training with these checkpoints."""
+    found = {"stage": "tuned", "cell": arm, "method": "oracle", "base_seed": base, "rate": 1e-3}
+    found |= {"steps": list(range(len(kl))), "kl": kl, "kl_fashion": kl, "fashion": fashion}
+    found |= {"parity": [0.95] * len(kl), "sizes": [[x, 2 * x, 1.0] for x in kl]}
+    return {**found, **more}
 
 
 def run_of(*rows: dict[str, Any]) -> RunDirectory:
@@ -152,42 +153,33 @@ KLS = [0.02 * k for k in range(1, 40)]
 
 def test_the_excess_is_the_height_above_full():
     """LoRA 5 points above full's own curve has an excess of 5 in each part."""
-    full = [
-        row("full", base, kl, 0.8 - 0.01 * (base + 20 * kl + 10 * kl**2))
-        for base in range(2)
-        for kl in KLS
-    ]
-    lora = [{**one, "arm": "lora-8", "fashion": one["fashion"] - 0.05} for one in full]
-    found = Found(run_of(*full, *lora))
+    rows = []
+    for base in range(2):
+        kept = [0.8 - 0.01 * (base + 20 * kl + 10 * kl**2) for kl in KLS]
+        rows += [row("full", base, KLS, kept), row("lora-8", base, KLS, [x - 0.05 for x in kept])]
+    found = Found(run_of(*rows))
     assert found.adapters == ["lora-8"]
     assert_close(torch.tensor(found.fits("full").values), torch.ones(2))
     for part in ((0.0, 0.05), (0.15, 0.4)):
         for method in (None, "oracle"):
-            assert_close(
-                torch.tensor(found.excess("lora-8", part, method).values), torch.full((2,), 5.0)
-            )
+            excess = found.excess("lora-8", part, method)
+            assert_close(torch.tensor(excess.values), torch.full((2,), 5.0))
     assert found.excess("lora-8", (1.0, 3.0)).values == ()
-    share, offset = found.explained([lambda row: [row.kl, row.kl**2]])
+    share, offset = found.explained([lambda one: [one.kl, one.kl**2]])
     assert_close(torch.tensor(offset.values), torch.full((2,), 5.0))
     assert max(share.values) < 1
 
 
 def test_diverged_trainings_and_large_kl_do_not_count():
     """A value that is not finite, parity below the base's at the end, or a large KL excludes."""
-    good = row("full", 0, 0.1, 0.7)
-    worse_at_first = [
-        row("full", 0, 0.2, 0.7, parity=0.5),
-        row("full", 0, 0.3, 0.7, rate=0.2, step=2),
-    ]
-    worse = [row("full", 0, 0.4, 0.7), row("full", 0, 0.5, 0.7, rate=0.4, step=2, parity=0.89)]
-    infinite = [
-        {**row("full", 0, 0.6, 0.7), "kl": None},
-        row("full", 0, 0.7, 0.7, rate=0.6, step=2),
-    ]
-    large = [row("full", 0, 0.8, 0.7), row("full", 0, HIGHEST + 0.1, 0.7, rate=0.8, step=2)]
-    found = Found(run_of(good, *worse_at_first, *worse, *infinite, *large))
-    assert [one.kl for one in found.rows] == [0.1, 0.2, 0.3, 0.8]
-    assert (found.total, found.diverged, found.beyond) == (9, 4, 1)
+    same = [0.7, 0.7]
+    worse_at_first = row("full", 0, [0.2, 0.3], same, parity=[0.5, 0.95])
+    worse = row("full", 0, [0.4, 0.5], same, parity=[0.95, 0.89])
+    infinite = {**row("full", 0, [0.6, 0.7], same), "kl": [None, 0.7]}
+    large = row("full", 0, [0.8, HIGHEST + 0.1], same)
+    found = Found(run_of(worse_at_first, worse, infinite, large))
+    assert [one.kl for one in found.rows] == [0.2, 0.3, 0.8]
+    assert (found.total, found.diverged, found.beyond) == (8, 4, 1)
 
 
 def test_the_command_trains_continues_and_reports(tmp_path, capsys):
@@ -196,8 +188,8 @@ def test_the_command_trains_continues_and_reports(tmp_path, capsys):
     assert main(words) == 0
     run = RunDirectory.read(tmp_path / "run")
     settings = RazorSettings.of_preset("small")
-    trainings = 2 * 3 * 3 * len(METHODS)
-    assert len(run.rows) == 2 + trainings * settings.finetuning.checkpoints
+    assert len(run.rows) == 2 + 2 * 3 * 3 * len(METHODS)
+    assert len(run.rows[-1]["kl"]) == settings.finetuning.checkpoints
     first = capsys.readouterr().out
     assert "Rule of exclusion" in first
     assert main([*words, "--together", "2"]) == 0
