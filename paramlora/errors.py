@@ -80,10 +80,10 @@ class StateError(ParamloraError, RuntimeError):
     >>> _ = pl.attach(model, pl.LoRA(rank=2), name="a")
     >>> pl.merge(model)
     >>> try:
-    ...     pl.merge(model)
+    ...     pl.disable(model)
     ... except pl.StateError as error:
     ...     print(error)
-    adapter 'a' is merged already; unmerge first
+    cannot disable adapter 'a' while it is merged; unmerge first
     """
 
 
