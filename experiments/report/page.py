@@ -1,7 +1,7 @@
 """A report as one HTML file that works offline, with an explorer of the results.
 
-`page.html` is the template, with the page's style and script. It refers to no other file and to no
-address.
+`page.html` is the template. The style of `page.css` and the script of `page.js` are put into the
+page, which refers to no other file and to no address.
 """
 
 import base64
@@ -58,6 +58,8 @@ def page(
         "EXPLORER": EXPLORER if explored else "",
         "BODY": body,
         "DATA": data,
+        "STYLE": TEMPLATE.with_suffix(".css").read_text(encoding="utf-8"),
+        "SCRIPT": TEMPLATE.with_suffix(".js").read_text(encoding="utf-8"),
     }
     # One pass over the template: text such as "@DATA@" in a lead is not replaced in turn.
     text = TEMPLATE.read_text(encoding="utf-8")
