@@ -8,13 +8,22 @@ import numpy as np
 from ..analysis.task_metrics import Matrix
 from ..digits.data import small_note
 from ..harness.rundir import Row, RunDirectory, replace_file
+from ..report.document import Block, Picture, Sections, markdown
 from ..report.figures import Axes, Figure, plt, png
+from ..report.page import write_page
 from ..report.table import Sample, Table, key_value_table
 from .settings import METHODS
 
 METRICS = ("ACC", "BWT", "forgetting", "LA", "WC-ACC", "stability gap")
 COMPARED = ("ACC", "LA", "forgetting")
 REFERENCE = "full"
+METRICS_LEGEND = (
+    "`experiments/tasks/learner.py` defines the methods, and "
+    "`experiments/analysis/task_metrics.py` the metrics, with sources. WC-ACC and the stability gap "
+    "count the evaluations during the later stages, on the first 1,000 test images of each earlier "
+    "task; the gap is the mean over these tasks. The first stage is the pre-training of the base."
+)
+FIRST_TASK = "Mean accuracy on the first task while later tasks are learned."
 
 
 def table(run: RunDirectory) -> Table:
@@ -142,35 +151,41 @@ def first_task_curve(run: RunDirectory) -> Figure:
 
 
 def write_task_report(folder: Path) -> RunDirectory:
-    """Write tasks.md and the figures of the run in `folder` from its rows; return the run."""
+    """Write tasks.md, tasks.html and the figures of a run from its rows; return the run."""
     run = RunDirectory.read(folder)
-    captions = {
+    figures = {
         "accuracy-matrix.png": (matrices, "Mean accuracy on each task after each stage."),
-        "first-task.png": (
-            first_task_curve,
-            "Mean accuracy on the first task while later tasks are learned.",
-        ),
+        "first-task.png": (first_task_curve, FIRST_TASK),
     }
-    parts = [
-        f"# Tasks: {run.settings['stream']}, {scenario_of(run)}-incremental",
-        f"{run.environment['data']}; points, mean ± sample sd over n {units_name(run)}."
-        f"{small_note(run.environment['data'])}",
-        table(run).markdown(),
-        "`experiments/tasks/learner.py` defines the methods, and "
-        "`experiments/analysis/task_metrics.py` the metrics, with sources. WC-ACC and the "
-        "stability gap count the evaluations during the later stages, on the first 1,000 test "
-        "images of each earlier task; the gap is the mean over these tasks. The first stage is "
-        "the pre-training of the base.",
-    ]
-    if REFERENCE in methods_in(run):
-        parts += [
-            differences(run).markdown(),
-            f"Mean and 95 % interval over n {units_name(run)}, paired: the methods have the same "
-            "base and, except for the joint methods, the same images in the same order.",
-        ]
-    for name, (make, caption) in captions.items():
-        replace_file(folder / name, png(make(run)))
-        parts.append(f"![{caption}]({name})\n\n{caption}")
-    parts += ["## Settings", key_value_table(run.settings).markdown()]
-    replace_file(folder / "tasks.md", ("\n\n".join(parts) + "\n").encode())
+    pictures = [Picture(png(make(run)), text, name) for name, (make, text) in figures.items()]
+    for picture in pictures:
+        replace_file(folder / picture.file, picture.png)
+    content = heading(run), lead(run), sections(run, pictures)
+    replace_file(folder / "tasks.md", markdown(*content).encode())
+    write_page(folder / "tasks.html", *content)
     return run
+
+
+def heading(run: RunDirectory) -> str:
+    """Return the report's title."""
+    return f"Tasks: {run.settings['stream']}, {scenario_of(run)}-incremental"
+
+
+def lead(run: RunDirectory) -> str:
+    """Return the report's first paragraph: the data and the unit of n."""
+    return (
+        f"{run.environment['data']}; points, mean ± sample sd over n {units_name(run)}."
+        f"{small_note(run.environment['data'])}"
+    )
+
+
+def sections(run: RunDirectory, pictures: Sequence[Picture]) -> Sections:
+    """Return the report's tables, texts and figures, by heading."""
+    found: dict[str, Sequence[Block]] = {"Metrics": [table(run), METRICS_LEGEND]}
+    if REFERENCE in methods_in(run):
+        pairs = (
+            f"Mean and 95 % interval over n {units_name(run)}, paired: the methods have the same "
+            "base and, except for the joint methods, the same images in the same order."
+        )
+        found["Differences"] = [differences(run), pairs]
+    return found | {"Figures": pictures, "Settings": [key_value_table(run.settings)]}
