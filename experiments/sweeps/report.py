@@ -55,7 +55,7 @@ def fronts(run: RunDirectory) -> Figure:
         x, y = zip(*((100 * a, 100 * b) for a, b in means), strict=True)
         size, area = len(pareto_front(means)), hypervolume(means, origin)
         name = f"{cell}: {size} on the front, area {area:.3f}"
-        axes.plot(x, y, "o-", ms=4, lw=1, label=name)
+        axes.plot(x, y, marker="o", ms=4, lw=1, label=name)
     axes.set(xlabel="accuracy on tuned digits, %", ylabel="accuracy on other digits, %")
     axes.legend(frameon=False, fontsize=8)
     return figure

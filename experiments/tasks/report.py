@@ -19,9 +19,10 @@ COMPARED = ("ACC", "LA", "forgetting")
 REFERENCE = "full"
 METRICS_LEGEND = (
     "`experiments/tasks/learner.py` defines the methods, and "
-    "`experiments/analysis/task_metrics.py` the metrics, with sources. WC-ACC and the stability gap "
-    "count the evaluations during the later stages, on the first 1,000 test images of each earlier "
-    "task; the gap is the mean over these tasks. The first stage is the pre-training of the base."
+    "`experiments/analysis/task_metrics.py` the metrics, with sources. WC-ACC and the stability "
+    "gap count the evaluations during the later stages, on the first 1,000 test images of each "
+    "earlier task; the gap is the mean over these tasks. The first stage is "
+    "the pre-training of the base."
 )
 FIRST_TASK = "Mean accuracy on the first task while later tasks are learned."
 
@@ -137,16 +138,19 @@ def first_task_curve(run: RunDirectory) -> Figure:
     for combine in methods_in(run):
         learned = rows_of(run, combine)
         curves = 100 * np.array([row["way"]["first"] for row in learned])
-        axes.plot(learned[0]["way"]["steps"], curves.mean(0), label=combine)
-    steps = run.settings["steps"]
+        steps, mean = learned[0]["way"]["steps"], curves.mean(0)
+        (line,) = axes.plot(steps, mean, label=combine)
+        sd = curves.std(0, ddof=1) if len(curves) > 1 else 0 * mean
+        axes.fill_between(steps, mean - sd, mean + sd, color=line.get_color(), alpha=0.15, lw=0)
     for stage in range(1, run.settings["tasks"] - 1):
-        axes.axvline(stage * steps, color="#bbbbbb", linewidth=0.8, zorder=0)
+        axes.axvline(stage * run.settings["steps"], color="#bbbbbb", linewidth=0.8, zorder=0)
     axes.set(
         xlabel="optimizer step, all later stages",
         ylabel="accuracy on the first task, %",
         ylim=(0, 102),
     )
-    axes.legend(frameon=False, ncols=4, fontsize=8)
+    title = f"mean ± sd, n = {len(learned)} adapters"
+    axes.legend(frameon=False, ncols=4, fontsize=8, title=title, title_fontsize=8)
     return figure
 
 

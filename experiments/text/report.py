@@ -232,7 +232,7 @@ def _strengths(run: RunDirectory, axes: Any) -> None:
             count = range(len(these[0]["strengths"]))
             x = [scale * sum(row[key][i] for row in these) / len(these) for i in count]
             y = [100 * sum(row["accuracy"][i] for row in these) / len(these) for i in count]
-            (mean,) = axis.plot(x, y, marker="o", label=method)
+            (mean,) = axis.plot(x, y, marker="o", label=f"{method}, n = {len(these)}")
             for row in these if len(these) > 1 else []:
                 seed_x = [scale * value for value in row[key]]
                 seed_y = [100 * value for value in row["accuracy"]]
