@@ -186,7 +186,7 @@ def bars(axes: Axes, found: Found) -> None:
     axes.set(xlabel="KL, nats", ylabel=f"excess of {arm} over full, points")
     axes.grid(axis="y", color="#eeeeee")
     title = f"mean, 95 % interval, n ≤ {len(found.bases)} bases"
-    axes.legend(frameon=False, fontsize=8, title=title, title_fontsize=8)
+    axes.legend(frameon=False, fontsize=8, title=title, title_fontsize=8, alignment="left")
 
 
 def markdown(run: RunDirectory) -> str:

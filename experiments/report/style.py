@@ -1,5 +1,7 @@
 """Colours and settings that all figures share. Each thing has the same colour in every figure."""
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 from cycler import cycler
@@ -36,15 +38,14 @@ EDGE: dict[str, Any] = {"edgecolor": "#333333", "linewidth": 0.5}  # of bars
 # The groups of classes that accuracies are given for.
 GROUP_COLOUR = {"tuned": COLOUR["on"], "other": COLOUR["off"], "all": COLOUR["base"]}
 # Lines that are not named above take these in turn.
-SERIES = ("on", "off", "full", "scrambled", "published", "wrapped", "joint", "base")
+SERIES = ("on", "off", "scrambled", "published", "wrapped", "base")
 STYLE: dict[Any, Any] = {
     "figure.dpi": 120,
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": cycler(
-        color=[LINE[name] for name in SERIES], linestyle=[DASH[name] for name in SERIES]
-    ),
+    "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=[LINE[name] for name in SERIES]),
 }
 
 
@@ -56,3 +57,16 @@ def shades(count: int) -> tuple[str, ...]:
     """
     last = len(SHADES) - 1
     return tuple(SHADES[i * last // max(1, count - 1)] for i in range(count))
+
+
+def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return the colour and dashes of the line of each name, which all differ.
+
+    A name of the palette has its own, such as "full". All others take those of SERIES in turn.
+
+    >>> looks(["one", "full"])
+    {'one': {'color': '#D55E00', 'linestyle': '-'}, 'full': {'color': '#009E73', 'linestyle': '-.'}}
+    """
+    others = itertools.cycle(SERIES)
+    styles = {name: name if name in LINE else next(others) for name in names}
+    return {name: {"color": LINE[one], "linestyle": DASH[one]} for name, one in styles.items()}

@@ -178,7 +178,7 @@ class Front:
         axes.set_ylabel("kept: other digits, points above the base")
         axes.grid(color="#eeeeee")
         title = f"mean, 95 % interval, n = {len(self.bases)} bases"
-        axes.legend(frameon=False, title=title)
+        axes.legend(frameon=False, title=title, alignment="left")
         return made
 
 

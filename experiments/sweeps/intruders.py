@@ -139,7 +139,7 @@ class Intruders:
         )
         self._scatter(right, SIZE)
         right.set(xlabel="‖ΔW‖/‖W‖, mean over the weights", xscale="log")
-        left.legend(frameon=False, title="one point per training")
+        left.legend(frameon=False, title="one point per training", alignment="left")
         return made
 
     def _scatter(self, axes: Axes, name: str) -> None:

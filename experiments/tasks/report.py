@@ -11,6 +11,7 @@ from ..harness.rundir import Row, RunDirectory, replace_file
 from ..report.document import Block, Picture, Sections, markdown
 from ..report.figures import Axes, Figure, plt, png
 from ..report.page import write_page
+from ..report.style import looks
 from ..report.table import Sample, Table, key_value_table
 from .settings import METHODS
 
@@ -135,13 +136,13 @@ def matrix_figure(axes: Axes, matrix: Matrix | np.ndarray, tasks: Sequence[str])
 def first_task_curve(run: RunDirectory) -> Figure:
     """Draw accuracy on the first task during all later stages, to show the stability gap."""
     figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
-    for combine in methods_in(run):
+    for combine, look in looks(methods_in(run)).items():
         learned = rows_of(run, combine)
         curves = 100 * np.array([row["way"]["first"] for row in learned])
         steps, mean = learned[0]["way"]["steps"], curves.mean(0)
-        (line,) = axes.plot(steps, mean, label=combine)
+        axes.plot(steps, mean, label=combine, **look)
         sd = curves.std(0, ddof=1) if len(curves) > 1 else 0 * mean
-        axes.fill_between(steps, mean - sd, mean + sd, color=line.get_color(), alpha=0.15, lw=0)
+        axes.fill_between(steps, mean - sd, mean + sd, color=look["color"], alpha=0.15, lw=0)
     for stage in range(1, run.settings["tasks"] - 1):
         axes.axvline(stage * run.settings["steps"], color="#bbbbbb", linewidth=0.8, zorder=0)
     axes.set(

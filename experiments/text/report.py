@@ -9,6 +9,7 @@ from ..harness.settings import StudyError
 from ..report.checks import Check, check_lines
 from ..report.document import Block, Picture, Sections, markdown
 from ..report.page import write_page
+from ..report.style import looks
 from ..report.table import Sample, Table, key_value_table, percent
 
 # The allowed difference of a merged model's logits, relative to the largest logit, by the dtype of
@@ -224,7 +225,7 @@ def _strengths(run: RunDirectory, axes: Any) -> None:
         ("agreement with the checkpoint's similarities", "retrieval of a text's other half, %"),
         strict=True,
     ):
-        for method in methods_in(run):
+        for method, look in looks(methods_in(run)).items():
             these = [row for row in strength_rows(run) if row["method"] == method]
             if not these:
                 continue
@@ -232,11 +233,11 @@ def _strengths(run: RunDirectory, axes: Any) -> None:
             count = range(len(these[0]["strengths"]))
             x = [scale * sum(row[key][i] for row in these) / len(these) for i in count]
             y = [100 * sum(row["accuracy"][i] for row in these) / len(these) for i in count]
-            (mean,) = axis.plot(x, y, marker="o", label=f"{method}, n = {len(these)}")
+            axis.plot(x, y, marker="o", label=f"{method}, n = {len(these)}", **look)
             for row in these if len(these) > 1 else []:
                 seed_x = [scale * value for value in row[key]]
                 seed_y = [100 * value for value in row["accuracy"]]
-                axis.plot(seed_x, seed_y, ".", color=mean.get_color(), alpha=0.4)
+                axis.plot(seed_x, seed_y, ".", color=look["color"], alpha=0.6)
             for i in count:
                 # Rotated, so that the labels of close points do not overlap.
                 axis.annotate(f"{these[0]['strengths'][i]:g}", (x[i], y[i]), fontsize=7,
