@@ -103,7 +103,8 @@ def _html(block: Block) -> str:
         image = f'{WIDE}<img alt="{text}" src="{source}"></div>'
         return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
     if isinstance(block, str):
-        return f"<p>{escape(block)}</p>"
+        text = re.sub("`([^`]+)`", r"<code>\1</code>", escape(block))
+        return f"<p>{text}</p>"
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in block) + "</ul>"
 
 

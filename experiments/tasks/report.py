@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -103,16 +104,21 @@ def rows_of(run: RunDirectory, combine: str) -> list[Row]:
 def matrices(run: RunDirectory) -> Figure:
     """Draw the mean accuracy matrix of each method over all bases and adapter seeds."""
     found = methods_in(run)
+    columns = min(4, len(found))
+    lines = -(-len(found) // columns)
     figure, panels = plt.subplots(
-        1, len(found), figsize=(3.1 * len(found), 4.0), layout="constrained", squeeze=False
+        lines, columns, figsize=(2.4 * columns, 3.0 * lines), layout="constrained", squeeze=False
     )
-    for axes, combine in zip(panels[0], found, strict=True):
+    for axes in panels.flat[len(found) :]:
+        axes.set_axis_off()
+    for axes, combine in zip(panels.flat, found, strict=False):
         learned = rows_of(run, combine)
         matrix_figure(
             axes, np.mean([row["matrix"] for row in learned], axis=0), learned[0]["tasks"]
         )
-        axes.set_title(combine)
-    panels[0][0].set_ylabel("after stage")
+        axes.set_title(f"{combine}, n = {len(learned)}")
+    for line in panels:
+        line[0].set_ylabel("after stage")
     return figure
 
 
@@ -151,7 +157,8 @@ def first_task_curve(run: RunDirectory) -> Figure:
         ylim=(0, 102),
     )
     title = f"mean ± sd, n = {len(learned)} adapters"
-    axes.legend(frameon=False, ncols=4, fontsize=8, title=title, title_fontsize=8)
+    place: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 7}
+    axes.legend(frameon=False, fontsize=8, title=title, title_fontsize=8, **place)
     return figure
 
 
@@ -193,4 +200,8 @@ def sections(run: RunDirectory, pictures: Sequence[Picture]) -> Sections:
             "base and, except for the joint methods, the same images in the same order."
         )
         found["Differences"] = [differences(run), pairs]
-    return found | {"Figures": pictures, "Settings": [key_value_table(run.settings)]}
+    return found | {
+        "Figures": pictures,
+        "Settings": [key_value_table(run.settings)],
+        "Environment": [key_value_table(run.environment)],
+    }

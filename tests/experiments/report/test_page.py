@@ -131,7 +131,7 @@ def test_a_model_or_class_names_that_do_not_fit_raise():
 def test_a_page_is_one_file_with_the_given_content(explored):
     """The page fetches nothing, escapes all text, and has the data unchanged."""
     table = Table(["a\nb", "c"], [["<x>", "1 ± 2"]])
-    blocks = [table, "p < q", ["r & s"], Picture(b"png", "the <caption>")]
+    blocks = [table, "p < `q`", ["r & s"], Picture(b"png", "the <caption>")]
     text = page("A & B", "lead @DATA@ </script>", {"T": blocks}, explored)
     assert not re.search(r"(?:src|href)=[\"'](?!data:)", text)
     assert not re.search(r"@(?:TITLE|LEAD|EXPLORER|BODY)@", text)
@@ -140,7 +140,7 @@ def test_a_page_is_one_file_with_the_given_content(explored):
     assert "lead @DATA@ &lt;/script&gt;" in text
     assert '<th scope="col">a<br>b</th>' in text
     assert "<td>&lt;x&gt;</td><td>1 ± 2</td>" in text
-    assert "<p>p &lt; q</p>" in text
+    assert "<p>p &lt; <code>q</code></p>" in text
     assert "<ul><li>r &amp; s</li></ul>" in text
     assert 'src="data:image/png;base64,' in text
     assert "<figcaption>the &lt;caption&gt;</figcaption>" in text
