@@ -18,6 +18,8 @@ def add_commands(commands: Commands) -> None:
         epilog=presets_help(TaskSettings.PRESETS, "split"),
         examples=(
             "--preset rotated",
+            "--preset split-mnist --seeds 5 --device cuda",
+            "--preset split-mnist --methods none,ewc,routed --scenario class",
             "--scenario task --methods one,full,joint --full-lr 1e-3",
             "--data digits --steps 50 --orthogonal 0.1 --out runs/tasks-small",
         ),
@@ -41,11 +43,18 @@ def report(folders: list[Path]) -> int:
     Raises:
         StudyError: If a folder has no run, or its run has no rows yet.
     """
+    from .published import accuracy_table, metrics_table, write_published_report
     from .report import REFERENCE, differences, methods_in, table, write_task_report
 
     for folder in folders:
-        if not RunDirectory.read(folder).rows:
+        there = RunDirectory.read(folder)
+        if not there.rows:
             raise StudyError(f"the run in {folder} has no rows yet: continue it first")
+        if there.settings.get("recipe") == "three-types":
+            run = write_published_report(folder)
+            print(f"{accuracy_table(run).text()}\n\n{metrics_table(run).text()}")
+            print(f"report   {run.folder / 'tasks.md'}")
+            continue
         run = write_task_report(folder)
         print(table(run).text())
         if REFERENCE in methods_in(run):
