@@ -38,7 +38,7 @@ def test_fisher_is_the_exact_expectation_over_labels(active: list[bool]) -> None
     for image in x:
         z = model(image[None])[0, units]
         for y in range(len(units)):
-            log_p = z[y] - torch.log(sum(torch.exp(z[i]) for i in range(len(units))))
+            log_p = z[y] - torch.log(torch.exp(z).sum())
             gradients = torch.autograd.grad(log_p, list(model.parameters()), retain_graph=True)
             for total, g in zip(expected, gradients, strict=True):
                 total += torch.exp(log_p.detach()) * g**2 / len(x)

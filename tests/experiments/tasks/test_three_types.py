@@ -18,6 +18,7 @@ from experiments.digits.model import DigitNet
 from experiments.harness.rundir import RunDirectory
 from experiments.harness.settings import StudyError
 from experiments.tasks import published
+from experiments.tasks.adapters import InfLoRA
 from experiments.tasks.contexts import Contexts, Draws, Side
 from experiments.tasks.published import accuracy_table, spread
 from experiments.tasks.settings import EWC_LAMBDA, SI_C, THREE_TYPES_METHODS, TaskSettings
@@ -104,7 +105,7 @@ def cross_entropy(method: Method, z: Tensor, units: Tensor, owners: Tensor) -> T
     total = torch.zeros(()).double()
     for logits, unit, owner in zip(z, units.tolist(), owners.tolist(), strict=True):
         among = [2 * owner, 2 * owner + 1] if method.contexts.scenario == "task" else slice(None)
-        total = total + logits[among].logsumexp(0) - logits[unit]
+        total += logits[among].logsumexp(0) - logits[unit]
     return total / len(z)
 
 
