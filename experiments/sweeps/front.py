@@ -147,10 +147,10 @@ class Front:
                 lines.append([method, *cells, str(len(parts[0].values))])
         return Table(["method", *PARTS, "n"], lines)
 
-    def apart(self, method: str, part: tuple[float, float]) -> Sample:
-        """Return `kept` less that of full fine-tuning in a part of the learning, by base."""
+    def apart(self, method: str, part: tuple[float, float], reference: str = REFERENCE) -> Sample:
+        """Return `kept` less that of another method in a part of the learning, by base."""
         found = (
-            difference(self.curve(method, base), self.curve(REFERENCE, base), part)
+            difference(self.curve(method, base), self.curve(reference, base), part)
             for base in self.bases
         )
         return Sample(tuple(value for value in found if value is not None))

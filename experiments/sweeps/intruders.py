@@ -18,6 +18,7 @@ from statistics import mean
 
 from scipy.stats import spearmanr
 
+from ..analysis.intruders import SIZE, predictors
 from ..digits.data import small_note
 from ..digits.settings import DigitSettings
 from ..harness.rundir import Row, RunDirectory, replace_file
@@ -35,22 +36,8 @@ COLOURS = {"LoRA r 2": "#F5B78F", "LoRA r 8": COLOUR["on"], FULL: COLOUR["full"]
 EPSILONS = (0.3, 0.5, 0.7)
 
 
-def count(row: Row, side: str, epsilon: float) -> int:
-    """Return the number of intruders of a training among its "left" or "right" vectors."""
-    return sum(value < epsilon for values in row[side] for value in values)
-
-
-SIZE = "‖ΔW‖/‖W‖"
 Value = Callable[[Row], float]
-# What could predict forgetting, as a function of a training's row.
-PREDICTORS: Mapping[str, Value] = {
-    SIZE: lambda row: mean(row["sizes"]),
-    **{
-        f"{side}, ε = {epsilon:g}": partial(count, side=side, epsilon=epsilon)
-        for side in ("left", "right")
-        for epsilon in EPSILONS
-    },
-}
+PREDICTORS: Mapping[str, Value] = predictors(EPSILONS)
 
 
 def intruder_cells(settings: DigitSettings, base_seeds: int) -> Iterator[Cell]:

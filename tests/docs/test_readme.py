@@ -12,6 +12,11 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OUTPUT = re.compile(r"\n*```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DOCUMENTS = (
     "README.md",
+    "docs/start.md",
+    "docs/targets.md",
+    "docs/adapters.md",
+    "docs/save.md",
+    "docs/exact.md",
     "docs/kinds.md",
     "docs/train-many.md",
     "docs/combining.md",
@@ -33,7 +38,7 @@ def test_python_blocks(
     text = document.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
     assert blocks, f"no Python block in {document}"
-    for library in ("peft", "diffusers"):
+    for library in ("peft", "diffusers", "loralib"):
         if f"\nimport {library}\n" in text:
             pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
