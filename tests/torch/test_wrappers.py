@@ -81,6 +81,7 @@ def test_names_are_those_of_the_model_inside(wrap: Wrap, tmp_path: Path) -> None
     wrapped = wrap(copy.deepcopy(model))
     assert pl.summary(wrapped).sites == pl.summary(model).sites
     assert pl.state_dict(wrapped, "digits").keys() == pl.state_dict(model, "digits").keys()
+    assert pl.base_state_dict(wrapped).keys() == wrap(base()).state_dict().keys()
     found = []
     for folder, one in (("plain", model), ("wrapped", wrapped)):
         pl.save(one, tmp_path / f"{folder}.safetensors", "digits")
