@@ -199,5 +199,5 @@ def _bases(kinds: Kinds) -> list[dict[str, float]]:
 def write_kinds_report(run: RunDirectory) -> None:
     """Write kinds.md and kinds.png beside the rows."""
     kinds = Kinds(run)
-    replace_file(run.folder / "kinds.png", png(kinds.figure()))
+    replace_file(run.folder / "kinds.png", png(kinds.figure(), colours=64))
     replace_file(run.folder / "kinds.md", markdown(kinds).encode())
