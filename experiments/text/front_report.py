@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 from ..analysis.front import difference
 from ..analysis.intruders import predictors
 from ..harness.rundir import Row, RunDirectory, replace_file
-from ..report.style import COLOUR
+from ..report.style import COLOUR, MARKS, shades
 from ..report.table import Sample, Table, key_value_table
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ KEPT = {
 }
 REFERENCE = "full"
 SHOWN = 10
-SHADES = {1: "#F5B78F", 8: COLOUR["on"], 64: "#6B2F00"}  # a darker orange for a higher rank
+# A darker orange and another mark for a higher rank.
+SHADES = dict(zip((1, 8, 64), shades(3), strict=True))
+MARKED = dict(zip(SHADES, MARKS[1:], strict=False))
 
 
 def is_front(folder: Path) -> bool:
@@ -178,7 +180,7 @@ def front_figure(run: RunDirectory, path: Path) -> None:
                 if shown[arm]:
                     _draw(axis, arm, shown[arm], key)
             axis.set(ylabel=f"kept: {KEPT[key][0]}", title=title)
-        line[0].axhline(100 * run.rows[0]["base_probe"], color="#555555", linewidth=0.8)
+        line[0].axhline(100 * run.rows[0]["base_probe"], color=COLOUR["base"], linewidth=0.8)
         line[0].legend(frameon=False, fontsize=8)
     for axis in grid[-1]:
         axis.set(xlabel="accuracy on the task, test texts, %")
@@ -224,7 +226,7 @@ def _draw(axes: "Axes", arm: str, groups: list[list[Row]], key: str) -> None:
         y,
         xerr=xerr,
         yerr=yerr,
-        fmt="*:" if joint else "o-",
+        fmt="*:" if joint else f"{MARKED.get(groups[0][0]['rank'], 'o')}-",
         color=SHADES.get(groups[0][0]["rank"], COLOUR["full"]),
         label=arm,
         ms=8 if joint else 4,
