@@ -295,3 +295,14 @@ def test_tensors_that_are_no_packed_weight() -> None:
     table = Table()
     table.register_buffer("codes", torch.zeros(3, 4, dtype=torch.int32))
     assert packed_tensor(table) is table.codes
+
+
+def test_readers_of_other_packages() -> None:
+    """Code that handles parameters gets the stored bytes, also if it is not of the layer's package.
+
+    Other code gets a stand-in without values while an adapter is live.
+    """
+    layer = adapted("bytes")[0]
+    for reader, is_stored in (("accelerate.utils", True), ("somewhere.else", False)):
+        found = eval("layer.weight", {"__name__": reader, "layer": layer})
+        assert (found is layer._parameters["weight"]) == is_stored
