@@ -96,3 +96,10 @@ def test_checksums(dtype: torch.dtype) -> None:
     assert checksum(tensor.view(103, 91)) != found
     assert checksum(tensor.roll(1, 0)) != found
     assert checksum(tensor[:, :0]).startswith(str(dtype).removeprefix("torch."))
+
+
+def test_exchanged_words() -> None:
+    """A checksum depends on the order of values, along rows of 1024 words and across them."""
+    words = torch.arange(2048).view(2, 1024)
+    found = {checksum(words), checksum(words.roll(1, 0)), checksum(words.roll(1, 1))}
+    assert len(found) == 3

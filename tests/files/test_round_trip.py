@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import paramlora as pl
 from paramlora import Delta, LoRA
+from paramlora.stack.factors import Factors
 from tests.support.helpers import bits, unchanged
 from tests.support.models import Net, attached, plain
 from tests.support.reference import shake
@@ -79,6 +80,23 @@ def test_round_trip(tmp_path: Path, spec: Any, dtype: torch.dtype) -> None:
     assert all(p.requires_grad for p in pl.parameters(other))
     pl.detach(other)
     assert pl.fingerprint(other) == pl.fingerprint(model)
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["file", "PEFT folder"])
+def test_factors_that_share_memory(tmp_path: Path, peft: bool) -> None:
+    """Factors that share memory are saved at each place, and loaded as factors of their own."""
+    model, other = (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2))
+    pl.attach(model, LoRA(rank=2))
+    shake(model)
+    first, second = (m for m in model.modules() if isinstance(m, Factors))
+    second.A.data = first.A.data  # type: ignore[union-attr]
+    if peft:
+        pl.save_peft(model, tmp_path / "tied")
+        pl.load_peft(other, tmp_path / "tied")
+    else:
+        pl.save(model, tmp_path / "tied.safetensors")
+        pl.load(other, tmp_path / "tied.safetensors")
+    torch.testing.assert_close(pl.state_dict(other), pl.state_dict(model), rtol=0, atol=0)
 
 
 def test_loading_draws_nothing(tmp_path: Path) -> None:

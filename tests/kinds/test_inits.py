@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import paramlora as pl
+from paramlora.kinds.start import truncated_svd
 from tests.support.reference import HOSTS
 
 INITS = ["kaiming", "gaussian", "gaussian/sqrt_r", "uniform/sqrt_r", "orthogonal"]
@@ -168,3 +169,12 @@ def test_seed(init: str) -> None:
     assert not torch.equal(first[same_shape[0]], first[same_shape[1]])
     other = attached(3)
     assert all(not torch.equal(other[key], A) for key, A in first.items() if key.endswith(".A"))
+
+
+@pytest.mark.parametrize("smallest", [False, True])
+def test_a_rank_above_the_smaller_side(smallest: bool) -> None:
+    """A truncated SVD whose rank is larger than the matrix is the whole matrix, from both ends."""
+    W = torch.randn(5, 3, dtype=torch.float64)
+    A, B, values = truncated_svd(W, 7, smallest)
+    assert (A.shape, B.shape, values.shape) == ((3, 3), (5, 3), (3,))
+    assert_close(B @ A, W)

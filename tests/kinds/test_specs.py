@@ -22,6 +22,10 @@ INVALID: dict[str, tuple[Callable[[], pl.kinds.Spec], str]] = {
     "fractional rank": (lambda: LoRA(rank=2.5), RANK + "2.5"),  # type: ignore[arg-type]
     "infinite alpha": (lambda: LoRA(alpha=math.inf), ALPHA + "inf"),
     "alpha NaN": (lambda: LoRA(alpha=math.nan), ALPHA + "nan"),
+    "alpha 0 of a start that divides by it": (
+        lambda: LoRA(alpha=0, init="pissa"),
+        "init='pissa' needs an alpha above 0, got 0",
+    ),
     "boolean alpha": (lambda: LoRA(alpha=True), ALPHA + "True"),
     "alpha a string": (lambda: LoRA(alpha="8"), ALPHA + "'8'"),  # type: ignore[arg-type]
     "unknown init": (
@@ -108,6 +112,15 @@ def test_only_lora_has_dropout() -> None:
         make: Callable[..., pl.kinds.Spec] = spec
         with pytest.raises(TypeError, match="no argument 'dropout': this kind has no dropout"):
             make(dropout=0.1)
+
+
+def test_positional_settings() -> None:
+    """LoRA and LoRA-XS take rank and alpha by position; every other setting needs its name."""
+    for kind in (LoRA, pl.LoRAXS):
+        make: Callable[..., pl.kinds.Spec] = kind
+        assert make(2, 4) == kind(rank=2, alpha=4)
+        with pytest.raises(TypeError, match="positional argument"):
+            make(2, 4, True)
 
 
 def test_numpy_scalars() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import paramlora as pl
+from paramlora.site.quantized import packed_tensor
 from tests.support.helpers import error
 from tests.support.quantized import FORMS, dense, inputs, layers, quantized, randomize
 
@@ -275,3 +276,33 @@ def test_hooks_of_accelerate() -> None:
     pl.detach(model)
     assert model[0]._old_forward == below
     assert torch.equal(model(x), off)
+
+
+class Table(nn.Module):
+    """A layer with features, without a weight, and with tensors that are no matrix of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 4, 3
+        self.register_buffer("calls", torch.zeros(4, dtype=torch.int64))
+        self.register_buffer("mask", torch.ones(3, 4, dtype=torch.bool))
+        self.rows = nn.Parameter(torch.ones(3, 4))
+
+
+def test_tensors_that_are_no_packed_weight() -> None:
+    """Only a matrix of integers counts as packed: no vector, no mask, no floating matrix."""
+    assert packed_tensor(Table()) is None
+    table = Table()
+    table.register_buffer("codes", torch.zeros(3, 4, dtype=torch.int32))
+    assert packed_tensor(table) is table.codes
+
+
+def test_readers_of_other_packages() -> None:
+    """Code that handles parameters gets the stored bytes, also if it is not of the layer's package.
+
+    Other code gets a stand-in without values while an adapter is live.
+    """
+    layer = adapted("bytes")[0]
+    for reader, is_stored in (("accelerate.utils", True), ("somewhere.else", False)):
+        found = eval("layer.weight", {"__name__": reader, "layer": layer})
+        assert (found is layer._parameters["weight"]) == is_stored

@@ -251,3 +251,21 @@ def test_eva_keeps_the_mode() -> None:
     pl.eva(model, [torch.randn(20, 6)])
     pl.detach(model)
     assert model[1].training
+
+
+class Noisy(nn.BatchNorm1d):
+    """A BatchNorm with a child of its own."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.noise = nn.Dropout()
+
+
+def test_children_of_a_held_layer() -> None:
+    """A held layer stays in evaluation mode; its children follow train() and eval()."""
+    model = nn.Sequential(nn.Linear(4, 4), Noisy(4))
+    pl.attach(model, LoRA(2), hold_statistics=True)
+    held: Any = model[1]
+    for mode in (False, True):
+        model.train(mode)
+        assert (held.training, held.noise.training) == (False, mode)

@@ -167,3 +167,19 @@ def test_unknown_mode() -> None:
         ValueError,
         "mode must be 'knowledge' or 'instruction', got 'kpm'",
     )
+
+
+def test_a_weight_of_another_layer() -> None:
+    """A start needs the weight of a Linear; the weight of a convolution is refused."""
+    model = nn.Sequential(nn.Conv1d(6, 6, 1))
+    pl.attach(model, pl.LoRA(rank=2, init="corda"), "0")
+    message = (
+        "cannot start '0.weight': it needs a LoRA(init='corda'), not transposed, at the whole "
+        "weight of an nn.Linear, and this is LoRA(rank=2, [...]"
+    )
+    refuses(
+        model,
+        lambda m: pl.corda(m, [torch.randn(2, 6, 3)], mode="knowledge"),
+        pl.TargetError,
+        message,
+    )

@@ -135,6 +135,14 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
         set_config(r=10**30),
         DAMAGED + f"'r' must be an integer of at least 1, found {10**30}",
     ),
+    "a rank above 2³¹ − 1": (
+        set_config(r=2**31),
+        DAMAGED + f"'r' must be an integer of at least 1, found {2**31}",
+    ),
+    "layers by name": (
+        set_config(layers_to_transform=["0"]),
+        DAMAGED + "'layers_to_transform' must be an integer or a list of integers, found ['0']",
+    ),
     "a large rank": (
         set_config(r=2**30),
         "{path} does not fit: fc.lora_A.weight: expected (1073741824, 4), found (2, 4); "

@@ -460,3 +460,17 @@ def test_order_of_merge_and_enable() -> None:
         pl.enable(model, "a")
     with pytest.raises(pl.StateError, match=r"cannot switch on 'a' while 'b'"):
         pl.enabled(model, "a").__enter__()
+
+
+def test_ids_that_change_inside() -> None:
+    """A block keeps the ids that it was entered with if their tensor is written to later."""
+    model, x = linear(), torch.randn(2, 6, dtype=torch.float64)
+    ids = torch.tensor([0, 1])
+    with pl.routed(model, [0, 1]):
+        expected = model(x)
+    with pl.routed(model, ids):
+        ids.fill_(-1)
+        assert torch.equal(model(x), expected)
+        with pl.routed(model, [1, 1]):
+            pass
+        assert torch.equal(model(x), expected)

@@ -1,6 +1,7 @@
 """`audit` finds what trains nothing and what moves by mistake, and has no false alarms."""
 
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -331,3 +332,10 @@ def test_audit_of_a_model_without_adapters() -> None:
     """A model without adapters is refused."""
     with pytest.raises(pl.StateError, match="no adapter is attached here"):
         pl.audit(mlp(), vectors())
+
+
+def test_report_is_frozen() -> None:
+    """The findings of a report cannot be replaced."""
+    report: Any = pl.audit(*fresh())
+    with pytest.raises(FrozenInstanceError, match="findings"):
+        report.findings = ()
