@@ -106,7 +106,8 @@ def output_of(output: dict[str, Any]) -> str:
 
 def live_report() -> Path:
     """Return the page of a small digit study, which runs if the studies' code has changed."""
-    code = [path for path in (ROOT / "experiments").rglob("*.*") if path.suffix in (".py", ".html")]
+    endings = (".py", ".html", ".css", ".js")
+    code = [path for path in (ROOT / "experiments").rglob("*.*") if path.suffix in endings]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(code)))
     folder = CACHE / digest.hexdigest()[:12]
     if not (folder / "report.html").exists():

@@ -19,6 +19,7 @@ from .remedies import SIDES, apart, by_base, difference, half_width, signed
 from .select import SELECTION, TEST, Points, gains
 
 COLUMNS = 4  # panels side by side
+LOWEST = -12  # the figure's axis ends here
 
 
 class Kinds:
@@ -130,12 +131,20 @@ class Kinds:
                     elinewidth=0.7,
                 )
             axes.set_title(kind, fontsize=9)
-            axes.set_ylim(-12, 1)
+            axes.set_ylim(LOWEST, 1)
             axes.grid(color="#eeeeee")
         for axes in grid.flat[len(others) :]:
             axes.set_axis_off()
         made.supxlabel("learned: tuned digits, points above the base", fontsize=9)
-        made.supylabel("kept: other digits, points above the base", fontsize=9)
+        made.supylabel(
+            f"kept: other digits, points above the base; cut off below −{-LOWEST}", fontsize=9
+        )
+        key = {REFERENCE: COLOUR["on"], "the kind in the title": COLOUR["off"]}
+        handles = [plt.Line2D([], [], color=one, marker="o", ms=3.5) for one in key.values()]
+        title = f"mean, 95 % interval, n = {len(self.bases)} bases"
+        made.legend(
+            handles, list(key), frameon=False, ncols=2, loc="outside upper center", title=title
+        )
         return made
 
 
@@ -199,5 +208,5 @@ def _bases(kinds: Kinds) -> list[dict[str, float]]:
 def write_kinds_report(run: RunDirectory) -> None:
     """Write kinds.md and kinds.png beside the rows."""
     kinds = Kinds(run)
-    replace_file(run.folder / "kinds.png", png(kinds.figure()))
+    replace_file(run.folder / "kinds.png", png(kinds.figure(), colours=64))
     replace_file(run.folder / "kinds.md", markdown(kinds).encode())

@@ -58,6 +58,6 @@ def report(folders: list[Path]) -> int:
         print(table(run).text())
         if REFERENCE in methods_in(run):
             print(f"\n{differences(run).text()}")
-        print(f"report   {run.folder / 'tasks.md'}")
+        print(f"report   {run.folder / 'tasks.html'}: open it in a browser")
         print(f"next     open {run.folder / 'accuracy-matrix.png'}: what each stage kept")
     return 0

@@ -9,6 +9,7 @@ from scipy.special import stdtrit
 from ..digits.data import small_note
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..report.figures import Figure, plt, png
+from ..report.style import COLOUR
 from ..report.table import Sample, Table, key_value_table
 from .settings import THREE_TYPES_METHODS
 
@@ -147,7 +148,7 @@ def _draw(axes: "plt.Axes", run: RunDirectory, method: str, scenario: str, place
     if theirs is not None:
         low, high = spread(*theirs, max(1, len(values)))
         axes.bar(place, high - low, bottom=low, width=0.7, color="#bbbbbb")
-    colour = "#D55E00" if method in THREE_TYPES_METHODS[6:] else "#009E73"
+    colour = COLOUR["on" if method in THREE_TYPES_METHODS[6:] else "full"]
     axes.plot([place] * len(values), values, "o", color=colour, markersize=5)
 
 

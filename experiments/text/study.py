@@ -89,6 +89,7 @@ def _begin(
         "data_why": corpus.why,
         "data_digest": corpus.digest,
         "labels": list(corpus.labels),
+        "majority": corpus.majority(),
         **{f"{split}_texts": len(rows) for split, rows in corpus.splits.items()},
         "autocast": autocast_dtype(settings, device) is not None,
         "processes": processes.size,

@@ -18,6 +18,7 @@ from experiments.harness.parallel import Group
 from experiments.harness.rundir import RunDirectory
 from experiments.harness.settings import replace
 from experiments.report.checks import any_failed
+from experiments.report.document import markdown
 from experiments.text import report as text_report
 from experiments.text import study as text
 from experiments.text.context import TextContext, prepare_context
@@ -99,7 +100,7 @@ def test_the_report_says_what_is_kept(finished: RunDirectory) -> None:
     table = text_report.kept_table(finished)
     assert [row[0] for row in table.rows] == ["checkpoint", *METHODS]
     assert table.text() in text_report.terminal(finished)
-    assert table.markdown() in text_report.markdown(finished, {})
+    assert table.markdown() in markdown("", "", text_report.sections(finished))
 
 
 def test_checks_pass(finished: RunDirectory) -> None:
@@ -144,7 +145,10 @@ def test_a_stopped_run_goes_on(world: Path, finished: RunDirectory) -> None:
 
 
 def test_report(world: Path, finished: RunDirectory) -> None:
-    """The report has methods, strengths, checks and settings, and is the same if made again."""
+    """The report has methods, strengths, checks and settings, and is the same if made again.
+
+    The page has the same content. The majority baseline always answers one label.
+    """
     assert main(["report", str(finished.folder)]) == 0
     report = (finished.folder / "report.md").read_text()
     for said in (
@@ -155,6 +159,15 @@ def test_report(world: Path, finished: RunDirectory) -> None:
         "n = 1",
     ):
         assert said in report
+    rows = load_corpus(settings_in(world).dataset).splits
+    labels = [label for _, label in rows["train"]]
+    most = max(set(labels), key=labels.count)
+    right = [[label == most for _, label in rows[split]] for split in ("validation", "test")]
+    validation, test = (f"{100 * sum(one) / len(one):.2f}" for one in right)
+    assert f"| majority | 0 |  | {validation} | {test} |" in report
+    page = (finished.folder / "report.html").read_text()
+    assert f"<td>majority</td><td>0</td><td></td><td>{validation}</td><td>{test}</td>" in page
+    assert "<details><summary><h2>Settings</h2>" in page
     figure = (finished.folder / "strengths.png").read_bytes()
     text_report.write_text_report(finished.folder)
     assert (finished.folder / "report.md").read_text() == report
