@@ -11,9 +11,9 @@ JOBS ?= 2
 # Show the progress of pip, except in the log of a CI run.
 QUIET := $(if $(CI),--quiet)
 # Folders for the linters, if this checkout has them.
-CODE := $(wildcard paramlora experiments tests benchmarks notebooks)
+CODE := $(wildcard paramlora experiments tests benchmarks notebooks docs/hooks.py)
 
-.PHONY: help study test fuzz lint clean
+.PHONY: help study test fuzz lint docs site clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,8 @@ help:
 	@echo "make test    run all tests, the README and the notebooks; pass options to pytest with ARGS"
 	@echo "make fuzz    compare 10,000 random sequences of verbs with a dense reference; options: ARGS"
 	@echo "make lint    check style, format and types"
+	@echo "make docs    build the site and serve it; pass options to mkdocs serve with ARGS"
+	@echo "make site    build the site in build/site, with warnings as errors"
 	@echo "make clean   remove the environment and build outputs; keep runs and data"
 	@echo "PYTHON=...   the interpreter for the environment, now $(PYTHON)"
 
@@ -40,8 +42,14 @@ fuzz: $(VENV)/ready-test
 lint: $(VENV)/ready-dev
 	$(PY) -m ruff check $(CODE)
 	$(PY) -m ruff format --check $(CODE)
-	$(PY) -m mypy $(filter-out notebooks,$(CODE))
+	$(PY) -m mypy $(filter-out notebooks docs/hooks.py,$(CODE))
 	$(PY) -m pyright --pythonpath $(PY)
+
+docs: $(VENV)/ready-docs
+	$(PY) -m mkdocs serve --no-strict $(ARGS)
+
+site: $(VENV)/ready-docs
+	$(PY) -m mkdocs build --strict $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -14,18 +14,23 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from experiments.report.style import LINE, STYLE
+
 from .harness.results import Row, read
 
-COLOURS = {
-    "paramlora": "#D55E00",
-    "paramlora, one dtype": "#F0A870",
-    "paramlora, merged": "#CC79A7",
-    "paramlora, off": "#E8C3D9",
-    "PEFT": "#0072B2",
-    "PEFT, one dtype": "#7FB8DA",
-    "loralib": "#009E73",
-    "LyCORIS": "#E69F00",
-    "naive": "#555555",
+plt.rcParams.update(STYLE)
+
+# The colour of each contestant and its mark; variants of one have its colour.
+LOOKS = {
+    "paramlora": (LINE["on"], "o"),
+    "paramlora, one dtype": (LINE["on"], "s"),
+    "paramlora, merged": (LINE["on"], "^"),
+    "paramlora, off": (LINE["on"], "v"),
+    "PEFT": (LINE["off"], "o"),
+    "PEFT, one dtype": (LINE["off"], "s"),
+    "loralib": (LINE["full"], "D"),
+    "LyCORIS": (LINE["scrambled"], "P"),
+    "naive": (LINE["base"], "X"),
 }
 # The axis ends here: smaller differences from the floor are noise.
 LEAST = 0.01
@@ -73,14 +78,13 @@ def bars(rows: list[dict[str, str]], setting: str, path: Path) -> None:
             [place + (i - 0.5) * 0.38 for place in range(len(works))],
             [100 * (ratios[work] - 1) for work in works],
             width=0.36,
-            color=COLOURS[name],
+            color=LOOKS[name][0],
             label=name,
         )
         axis.bar_label(drawn, fmt="%.0f %%", padding=2)
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xticks(range(len(works)), list(works.values()))
     axis.set_ylabel("more time than the\nfrozen model, %")
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -93,19 +97,22 @@ def draw(rows: list[Row], path: Path) -> None:
         1, 2, figsize=(11, 1.6 + 0.24 * len(places)), sharey=True, layout="constrained"
     )
     for axis, work in zip(axes, ("train", "infer"), strict=True):
-        for name, colour in COLOURS.items():
+        for name, (colour, mark) in LOOKS.items():
             own = [row for row in rows if row["contestant"] == name and row["work"] == work]
             axis.scatter(
                 [max(row["ratio"] - 1, LEAST) for row in own],
                 [places[_cell(row)] for row in own],
                 color=colour,
+                marker=mark,
                 label=name,
                 s=34 if name.startswith("paramlora") else 18,
                 zorder=3 if name.startswith("paramlora") else 2,
             )
         axis.set_xscale("log")
         axis.set_title({"train": "training step", "infer": "inference"}[work])
-        axis.set_xlabel("overhead: time over the frozen floor, less 1 (log scale)")
+        axis.set_xlabel(
+            f"overhead: time over the frozen floor, less 1 (log scale; at least {LEAST:g})"
+        )
         axis.grid(alpha=0.3)
     axes[0].set_yticks(list(places.values()), list(places))
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=5)

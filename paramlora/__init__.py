@@ -39,7 +39,7 @@ from .verbs.route import routed
 from .verbs.summary import SiteSummary, Skipped, Summary, summary
 from .verbs.toggle import activate, disable, disabled, enable, enabled, names, scale, using
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "IA3",

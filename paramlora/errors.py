@@ -30,23 +30,72 @@ def some(names: Iterable[str]) -> str:
 
 
 class ParamloraError(Exception):
-    """The base class of all paramlora errors."""
+    """The base class of all paramlora errors.
+
+    >>> import torch, paramlora as pl
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    >>> try:
+    ...     pl.attach(model, pl.LoRA(rank=2), [])
+    ... except pl.ParamloraError as error:
+    ...     print(error)
+    no targets given; name at least one, such as nn.Linear or 'fc1'
+    """
 
 
 class TargetError(ParamloraError, ValueError):
-    """A target matches no tensor, or it matches one that cannot be adapted."""
+    """A target matches no tensor, or it matches one that cannot be adapted.
+
+    >>> import torch, paramlora as pl
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    >>> try:
+    ...     pl.attach(model, pl.LoRA(rank=2), "fc1")
+    ... except pl.TargetError as error:
+    ...     print(error)
+    no tensor matches 'fc1'; there are 0, 0.weight, 0.bias
+    """
 
 
 class AdapterNameError(ParamloraError, KeyError):
-    """No adapter has this name, another adapter has it already, or it is not a valid name."""
+    """No adapter has this name, another adapter has it already, or it is not a valid name.
+
+    >>> import torch, paramlora as pl
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2), name="a")
+    >>> try:
+    ...     pl.enable(model, "b")
+    ... except pl.AdapterNameError as error:
+    ...     print(error)
+    no adapter 'b' here; attached are: 'a'
+    """
 
     # KeyError prints the repr of its argument, which would quote and escape the message.
     __str__ = Exception.__str__
 
 
 class StateError(ParamloraError, RuntimeError):
-    """The call is not possible in this state of a model or adapter, such as merged or sharded."""
+    """The call is not possible in this state of a model or adapter, such as merged or sharded.
+
+    >>> import torch, paramlora as pl
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2), name="a")
+    >>> pl.merge(model)
+    >>> try:
+    ...     pl.disable(model)
+    ... except pl.StateError as error:
+    ...     print(error)
+    cannot disable adapter 'a' while it is merged; unmerge first
+    """
 
 
 class CheckpointError(ParamloraError, ValueError):
-    """A file or a state dict is damaged, has another format, or belongs to another model."""
+    """A file or a state dict is damaged, has another format, or belongs to another model.
+
+    >>> import torch, paramlora as pl
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2), name="a")
+    >>> try:
+    ...     pl.load_state_dict(model, {"0.weight.A": torch.ones(2, 4)})
+    ... except pl.CheckpointError as error:
+    ...     print(error)
+    the state for adapter 'a' does not fit: missing 0.weight.B
+    """

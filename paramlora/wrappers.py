@@ -40,6 +40,15 @@ def inner(module: nn.Module) -> nn.Module:
     return module
 
 
+def without_wrappers(path: str) -> str:
+    """Return a path or key without the keys of wrappers.
+
+    >>> without_wrappers("fc._orig_mod.weight")
+    'fc.weight'
+    """
+    return ".".join(part for part in path.split(".") if part not in WRAPPED)
+
+
 def named_modules(
     model: nn.Module, path: str = "", above: tuple[nn.Module, ...] = ()
 ) -> Iterator[tuple[str, nn.Module]]:

@@ -1,6 +1,7 @@
 """The installed package: its imports, and the contents of its wheel."""
 
 import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -65,3 +66,11 @@ def test_contents_of_the_wheel(tmp_path: Path) -> None:
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "paramlora").rglob("*.py")}
     installed = {name for name in names if ".dist-info/" not in name}
     assert installed == package | {"paramlora/py.typed", "paramlora/native/native.cpp"}
+
+
+def test_version():
+    """The citation and the newest heading of the changelog have the package's version."""
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {pl.__version__}\n" in citation
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## \[(.+?)\]", changelog, re.MULTILINE)[0] == pl.__version__

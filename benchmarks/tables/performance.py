@@ -32,13 +32,8 @@ def layers_gpu() -> Table:
 
 @table("layers-cpu")
 def layers_cpu() -> Table:
-    """Return the times over the floor on a CPU at rank 16.
-
-    In float32 both dtype settings of PEFT compute the same, and the faster of the two is shown.
-    """
+    """Return the times over the floor on a CPU at rank 16."""
     rows = [row for row in csv_rows("layers-cpu") if row["rank"] == "16"]
-    for row in rows:
-        row["peft"] = min((row["peft"], row.get("peft_one_dtype") or row["peft"]), key=float)
     columns = "model x work floor_ms paramlora peft share naive paramlora_dora peft_dora"
     return of_columns(rows, columns.split())
 

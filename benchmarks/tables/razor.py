@@ -1,7 +1,13 @@
 """The tables of RL's Razor on ParityMNIST."""
 
 from experiments.razor.analysis import Found
-from experiments.razor.report import explained_table, fit_table, least_table, method_table
+from experiments.razor.report import (
+    excess_table,
+    explained_table,
+    fit_table,
+    least_table,
+    method_table,
+)
 from experiments.report.table import Table
 
 from .registry import kept_run, table, with_minus
@@ -33,3 +39,10 @@ def least() -> Table:
 def explained() -> Table:
     """Return what KL, the size of the update and KL on Fashion-MNIST explain."""
     return with_minus(explained_table(Found(kept_run(KEPT))))
+
+
+@table("razor-layers")
+def layers() -> Table:
+    """Return the excess of LoRA in one layer alone, with the oracle, in the first parts of KL."""
+    found = excess_table(Found(kept_run("razor-layers")))
+    return with_minus(Table(found.head[:4], [row[:4] for row in found.rows]))

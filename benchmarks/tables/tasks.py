@@ -1,7 +1,10 @@
 """The tables of sequences of tasks, from the runs docs/data/tasks-*."""
 
+from collections.abc import Callable
+
 from experiments.harness.rundir import RunDirectory
 from experiments.report.table import Sample, Table
+from experiments.tasks import published
 from experiments.tasks.report import differences, methods_in, units_of
 
 from .registry import json_rows, kept_run, minus, table
@@ -54,3 +57,43 @@ def rates() -> Table:
         cells = [Sample(tuple(100 * row[key] for row in rows)) for key in ("LA", "forgetting")]
         lines.append([method, f"{rate:g}", *(cell.mean_sd(1) for cell in cells), str(len(rows))])
     return Table(["method", "rate", "learned (LA)", "forgotten", "n"], lines)
+
+
+@table("three-types")
+def three_types() -> Table:
+    """Return ACC of each method and scenario of Split MNIST, with the published figure."""
+    return _by_scenario(_beside_published)
+
+
+@table("three-types-kept")
+def three_types_kept() -> Table:
+    """Return forgetting and WC-ACC of each method and scenario of Split MNIST."""
+    return _by_scenario(_forgetting_and_worst)
+
+
+def _by_scenario(cell: Callable[[RunDirectory, str, str], str]) -> Table:
+    run, scenarios = kept_run("tasks-split-mnist"), ("task", "domain", "class")
+    lines = []
+    for method in published.methods_in(run):
+        counts = {len(published.rows_of(run, method, name)) for name in scenarios} - {0}
+        cells = [cell(run, method, name) for name in scenarios]
+        lines.append([method, *cells, " to ".join(map(str, sorted(counts)))])
+    return Table(["method", *(f"{name}-incremental" for name in scenarios), "n"], lines)
+
+
+def _beside_published(run: RunDirectory, method: str, scenario: str) -> str:
+    """Return "ACC (published mean ± standard error)", with an asterisk outside of their spread."""
+    found = Sample(tuple(100 * row["ACC"] for row in published.rows_of(run, method, scenario)))
+    theirs = published.published(run, method, scenario)
+    if not found.values or theirs is None:
+        return found.mean_sd(2) if found.values else ""
+    low, high = published.spread(*theirs, len(found.values))
+    mark = "" if low <= found.mean <= high else "*"
+    return f"{found.mean_sd(2)}{mark} ({theirs[0]:.2f} ± {theirs[1]:.2f})"
+
+
+def _forgetting_and_worst(run: RunDirectory, method: str, scenario: str) -> str:
+    rows = published.rows_of(run, method, scenario)
+    names = ("forgetting", "WC-ACC")
+    means = [Sample(tuple(100 * row[name] for row in rows)).mean for name in names if rows]
+    return " / ".join(minus(f"{mean:.1f}") for mean in means)

@@ -2,7 +2,7 @@
 
 from experiments.report.table import Table
 from experiments.text.front_report import chosen_table, difference_table, front_table
-from experiments.text.report import percent2
+from experiments.text.report import percent2, tuned_rows
 
 from .registry import aligned, csv_rows, kept_run, table, with_minus
 
@@ -38,6 +38,38 @@ def front_best() -> Table:
 def front_differences() -> Table:
     """Return what LoRA keeps less full fine-tuning at equal accuracy."""
     return with_minus(difference_table(kept_run("text-front")))
+
+
+@table("text-mpnet")
+def mpnet_rates() -> Table:
+    """Return the accuracy and the retention of the messages with MPNet, by arm and rate."""
+    return front_table(kept_run("text-front-mpnet"))
+
+
+@table("text-mpnet-best")
+def mpnet_best() -> Table:
+    """Return each arm with MPNet at its best rate on the held-out reviews."""
+    return with_minus(chosen_table(kept_run("text-front-mpnet")))
+
+
+@table("text-mpnet-differences")
+def mpnet_differences() -> Table:
+    """Return what LoRA keeps less full fine-tuning at equal accuracy, with MPNet."""
+    return with_minus(difference_table(kept_run("text-front-mpnet")))
+
+
+@table("text-mpnet-methods")
+def mpnet_methods() -> Table:
+    """Return the methods with MPNet at the published settings' equivalents, one training each."""
+    run = kept_run("text-mpnet")
+    lines = []
+    for row in tuned_rows(run):
+        numbers = [f"{row['trainable']:,}", f"{100 * row['trainable'] / row['parameters']:.2f} %"]
+        shares = [f"{100 * row[key]:.2f}" for key in ("validation_accuracy", "accuracy")]
+        gigabytes = f"{row['peak_bytes'] / 1e9:.2f}"
+        lines.append([row["method"], *numbers, *shares, gigabytes, "1"])
+    head = ["method", "trained parameters", "share", "held out, %", "test, %", "peak GB", "n"]
+    return Table(head, lines)
 
 
 @table("text-pooling")

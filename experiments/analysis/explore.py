@@ -32,6 +32,7 @@ def explore(
     images: Tensor | None = None,
     strengths: Sequence[float] = STRENGTHS,
     all_subsets: Sequence[str] = (),
+    mean: bool = False,
     per_cell: int = 6,
     max_sites: int = 6,
     logits: LogitsFunction | None = None,
@@ -46,6 +47,7 @@ def explore(
         images: uint8 (n, h, w) or (n, h, w, 3) in the loader's order, to show on the page.
         strengths: values of λ; 0, the base, is added if it is missing.
         all_subsets: adapters that are also evaluated at every subset of the n sites, 2ⁿ of them.
+        mean: the adapters differ in their seeds only, so that the page opens on their mean.
         per_cell: images kept for each cell of a confusion matrix, in each state.
         max_sites: with more sites than this, only the full set is evaluated.
         logits: a faster replacement for the model's own forward passes. It takes an adapter's
@@ -82,6 +84,7 @@ def explore(
         "tuned": list(tuned),
         "sites": sites,
         "strengths": list(strengths),
+        "mean": mean,
         "base": base.confusion,
         "adapters": {
             name: {mask: [p.confusion for p in row] for mask, row in by_mask.items()}

@@ -14,11 +14,15 @@ and a count with a smaller ε is always 0. The other side, here the right vector
 So both sides are measured.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor
+
+SIZE = "‖ΔW‖/‖W‖"  # the mean over the weights
 
 
 @dataclass(frozen=True)
@@ -86,3 +90,41 @@ def scaled(
     S = found.S[chosen] if norm is None else found.S.new_full((len(chosen),), norm)
     change = (found.U[:, chosen] * S) @ found.V[:, chosen].T  # (out, j) @ (j, in)
     return tuned + ((strength - 1) * change).to(tuned.dtype)
+
+
+def count(similarities: Sequence[Sequence[float]], epsilon: float) -> int:
+    """Return the number of similarities below ε, over the lists of several weights.
+
+    >>> count([[0.4, 0.9], [0.2]], 0.5)
+    2
+    """
+    return sum(value < epsilon for values in similarities for value in values)
+
+
+def predictors(epsilons: Sequence[float]) -> dict[str, Callable[[Mapping[str, Any]], float]]:
+    """Return what could predict forgetting, by name, as functions of a row with `compared`."""
+
+    def counting(side: str, epsilon: float) -> Callable[[Mapping[str, Any]], float]:
+        return lambda row: count(row[side], epsilon)
+
+    pairs = [(side, epsilon) for side in ("left", "right") for epsilon in epsilons]
+    counts = {f"{side}, ε = {epsilon:g}": counting(side, epsilon) for side, epsilon in pairs}
+    return {SIZE: lambda row: mean(row["sizes"]), **counts}
+
+
+def compared(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return how tuned weights, matrices by path, differ from those of the base, for a row.
+
+    Returns:
+        `sizes`, ‖ΔW‖ / ‖W‖ of each weight, and `left` and `right`, the similarities of its leading
+        singular vectors; in the order of `tuned`.
+    """
+    spectra = [spectrum(base[path], weight) for path, weight in tuned.items()]
+    sizes = [(weight - base[path]).norm() / base[path].norm() for path, weight in tuned.items()]
+    return {
+        "sizes": [float(size) for size in sizes],
+        **{
+            side: [[round(value, 4) for value in getattr(one, side).tolist()] for one in spectra]
+            for side in ("left", "right")
+        },
+    }

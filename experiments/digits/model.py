@@ -14,6 +14,8 @@ class DigitNet(nn.Module):
         hidden: units of each hidden layer.
         activation: "relu" between the layers, or "none", which makes the network a linear map.
         relu_logits: whether a ReLU follows the last layer.
+        inputs: number of pixels of an image.
+        outputs: number of logits.
 
     The initial weights are drawn from torch's global generator in the order of the layers.
 
@@ -22,11 +24,17 @@ class DigitNet(nn.Module):
     """
 
     def __init__(
-        self, hidden: Sequence[int], activation: str = "none", relu_logits: bool = False
+        self,
+        hidden: Sequence[int],
+        activation: str = "none",
+        relu_logits: bool = False,
+        *,
+        inputs: int = 784,
+        outputs: int = 10,
     ) -> None:
         super().__init__()
-        for number, (inputs, outputs) in enumerate(pairwise([784, *hidden, 10]), start=1):
-            self.add_module(f"linear{number}", nn.Linear(inputs, outputs))
+        for number, sizes in enumerate(pairwise([inputs, *hidden, outputs]), start=1):
+            self.add_module(f"linear{number}", nn.Linear(*sizes))
         self.inner_relu, self.relu_logits = activation == "relu", relu_logits
 
     def forward(self, x: Tensor) -> Tensor:

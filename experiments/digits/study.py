@@ -134,7 +134,8 @@ def explore_adapters(context: StudyContext, images: Tensor, folder: Path) -> Non
         list("0123456789"),
         tuned=context.tuned,
         images=images if len(images) == len(context.test_labels) else None,
-        all_subsets=names[:1],
+        all_subsets=names,
+        mean=True,
         logits=logits,
     )
     replace_file(folder / EXPLORED, json.dumps(found).encode())

@@ -13,7 +13,7 @@ from .settings import StudyError
 Row = dict[str, Any]
 FILE = "results.jsonl"
 # Two rows with the same values of these keys are the same evaluation. No study uses all of them.
-KEY = ("stage", "cell", "method", "base_seed", "seed", "strength", "rate")
+KEY = ("stage", "cell", "scenario", "method", "base_seed", "seed", "strength", "rate")
 # Figures that differ if the same evaluation is made again.
 MEASURED = ("commit", "seconds", "peak_bytes")
 

@@ -8,9 +8,9 @@
 
 A base is one observation: all checkpoints from it share its errors. Intervals are over bases.
 
-Rule of exclusion, set before the trainings that are reported: a training counts as diverged if one
-of its values is not finite, or if its last checkpoint answers parity worse than its base. None of
-its checkpoints counts. A checkpoint with KL above HIGHEST nats does not count either.
+Rule of exclusion, set before a look at the trainings that are reported: a training counts as
+diverged if one of its values is not finite, or if its last checkpoint answers parity worse than its
+base. None of its checkpoints counts. A checkpoint with KL above HIGHEST nats does not count either.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..harness.rundir import RunDirectory, replace_file
 from ..report.figures import Axes, Figure, plt, png
-from ..report.style import COLOUR
+from ..report.style import COLOUR, shades
 from ..report.table import Sample, Table, key_value_table
 from .analysis import (
     HIGHEST,
@@ -22,7 +22,6 @@ from .analysis import (
     least_squares,
 )
 
-SHADES = ("#F5B78F", COLOUR["on"], "#6B2F00")  # a darker orange for a higher rank
 MARKS = {"sft-1": "o", "sft-2": "s", "oracle": "^", "grpo": "x"}
 SHOWN = 3  # bases whose checkpoints are drawn; the figure says nothing more with all of them
 RULE = (
@@ -128,7 +127,10 @@ def figure(found: Found) -> Figure:
 
 def colours(found: Found) -> dict[str, str]:
     """Return the colour of full fine-tuning and of each rank."""
-    return {REFERENCE: COLOUR["full"], **dict(zip(found.adapters, SHADES, strict=False))}
+    return {
+        REFERENCE: COLOUR["full"],
+        **dict(zip(found.adapters, shades(len(found.adapters)), strict=True)),
+    }
 
 
 def scatter(axes: Axes, found: Found) -> None:
@@ -141,7 +143,7 @@ def scatter(axes: Axes, found: Found) -> None:
                 [row.kl for row in rows],
                 [row.forgotten for row in rows],
                 s=7,
-                alpha=0.35,
+                alpha=0.5,
                 color=colour,
                 marker=mark,
                 linewidths=0.6,
@@ -149,12 +151,12 @@ def scatter(axes: Axes, found: Found) -> None:
     rows = [row for row in found.rows if row.arm == REFERENCE]
     c = least_squares(map(kl_terms, rows), [row.forgotten for row in rows])
     x = np.geomspace(3e-3, found.highest, 100)
-    axes.plot(x, c[0] + c[1] * x + c[2] * x**2, color="#004D36", lw=2)
+    axes.plot(x, c[0] + c[1] * x + c[2] * x**2, color=COLOUR["published"], lw=2)
     for arm, colour in colours(found).items():
         axes.scatter([], [], color=colour, label=arm, s=22)
     for method, mark in MARKS.items():
         axes.scatter([], [], color=COLOUR["base"], marker=mark, label=method, s=22)
-    axes.plot([], [], color="#004D36", lw=2, label="fit of full")
+    axes.plot([], [], color=COLOUR["published"], lw=2, label="fit of full")
     axes.set_xscale("log")
     axes.set(xlim=(1e-3, 1.1 * found.highest))
     axes.set(xlabel="KL(base ‖ tuned) on MNIST, nats", ylabel="forgotten: Fashion-MNIST, points")
@@ -183,7 +185,8 @@ def bars(axes: Axes, found: Found) -> None:
     axes.set_xticks(range(len(PARTS)), [f"{low:g} to\n{high:g}" for low, high in PARTS])
     axes.set(xlabel="KL, nats", ylabel=f"excess of {arm} over full, points")
     axes.grid(axis="y", color="#eeeeee")
-    axes.legend(frameon=False, fontsize=8)
+    title = f"mean, 95 % interval, n ≤ {len(found.bases)} bases"
+    axes.legend(frameon=False, fontsize=8, title=title, title_fontsize=8, alignment="left")
 
 
 def markdown(run: RunDirectory) -> str:

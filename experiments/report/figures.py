@@ -13,7 +13,7 @@ from torch import Tensor
 from ..analysis.geometry import Geometry
 from ..analysis.insight import Flips, Predictions, TradeOff
 from ..harness.loggers import Curve
-from .style import COLOUR, GROUP_COLOUR, STYLE
+from .style import COLOUR, EDGE, GROUP_COLOUR, STYLE
 from .table import Table
 
 matplotlib.use("Agg")
@@ -90,8 +90,12 @@ def flip_bars(axes: Axes, flips: Flips, classes: Sequence[str]) -> None:
     """Draw the number of positive (up) and negative (down) flips of each class."""
     counts = flips.counts()
     places = range(len(counts))
-    axes.bar(places, [up for _, up, _ in counts], color=COLOUR["off"], label="wrong → correct")
-    axes.bar(places, [-down for *_, down in counts], color=COLOUR["on"], label="correct → wrong")
+    axes.bar(
+        places, [up for _, up, _ in counts], color=COLOUR["off"], label="wrong → correct", **EDGE
+    )
+    axes.bar(
+        places, [-down for *_, down in counts], color=COLOUR["on"], label="correct → wrong", **EDGE
+    )
     axes.axhline(0, color="#333333", linewidth=0.8)
     axes.set_xticks(list(places), [classes[label] for label, _, _ in counts])
     axes.yaxis.set_major_formatter(lambda count, _: f"{abs(count):g}")
@@ -102,7 +106,7 @@ def flip_bars(axes: Axes, flips: Flips, classes: Sequence[str]) -> None:
 def trade_off_curve(axes: Axes, found: TradeOff) -> None:
     """Draw accuracy on the other classes against the tuned ones, one point per strength."""
     x, y = (100 * np.array([point[side] for point in found.points]) for side in (0, 1))
-    axes.plot(x, y, "-", color="#cccccc", zorder=1)
+    axes.plot(x, y, "-", color=COLOUR["base"], linewidth=0.8, zorder=1)
     axes.scatter(x, y, color=COLOUR["on"], s=18, zorder=2)
     for strength, a, b in zip(found.strengths, x, y, strict=True):
         axes.annotate(f"{strength:g}", (a, b), (4, 4), textcoords="offset points", fontsize=7)
@@ -134,7 +138,7 @@ def shapley_bars(axes: Axes, values: Mapping[str, Mapping[str, float]]) -> None:
         # The bars of a site stand side by side, centred on its tick.
         places = np.arange(len(sites)) + (number - (len(values) - 1) / 2) * width
         heights, colour = [100 * by_site[site] for site in sites], GROUP_COLOUR.get(group)
-        axes.bar(places, heights, width * 0.9, label=f"{group} classes", color=colour)
+        axes.bar(places, heights, width * 0.9, label=f"{group} classes", color=colour, **EDGE)
     axes.axhline(0, color="#333333", linewidth=0.8)
     axes.set_xticks(range(len(sites)), sites)
     axes.set_ylabel("Shapley value, accuracy points")

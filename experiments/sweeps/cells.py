@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from paramlora.kinds import Spec
+
 from ..digits.methods import lora_of
 from ..digits.settings import AdapterSettings, DigitSettings
 from ..harness.grid import Grid, check_grid
@@ -33,6 +35,7 @@ class Cell:
         full: whether all weights and biases are trained, instead of an adapter.
         joint: whether the images of all digits are trained on, instead of those of the tuned ones.
         spectra: whether rows have the intruder dimensions of the tuned weights.
+        spec: the kind of adapter to train, in place of the LoRA of the settings.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Cell:
     full: bool = False
     joint: bool = False
     spectra: bool = False
+    spec: Spec | None = None
 
 
 def cells(
@@ -80,7 +84,7 @@ def jobs_of(todo: Sequence[Cell]) -> list[list[Cell]]:
         # `Together` scales B by the ratio of two scales, which does not exist if one of them is 0.
         has_scale = lora_of(cell.settings.adapter).scaling != 0
         shared = dataclasses.replace(cell.settings, adapter=AdapterSettings())
-        key = cell.together, cell.full, cell.joint, has_scale, shared
+        key = cell.together, cell.full, cell.joint, cell.spec, has_scale, shared
         job = open_jobs.get(key, [])
         if not job or not is_stacked(cell) or _images_per_step([*job, cell]) > TOGETHER:
             job = open_jobs[key] = []

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..digits.settings import PRESETS, DigitSettings
 from ..harness.grid import parse_grid
@@ -11,6 +12,7 @@ from ..harness.settings import StudyError, result_settings
 
 REMEDIES = "remedies"  # `--preset remedies-relu` selects remedies on the preset relu
 FRONT = "front"  # `--preset front-relu` compares LoRA with full fine-tuning on it
+KINDS = "kinds"  # `--preset kinds-relu` compares the kinds of adapters on it
 INTRUDERS = "intruders"  # `--preset intruders-relu` counts intruder dimensions on it
 EPILOG = f"""presets {", ".join(f"{REMEDIES}-{name}" for name in PRESETS)}:
   Compare the remedies against forgetting on one of the study's presets, instead of a grid. The
@@ -19,7 +21,9 @@ presets {", ".join(f"{FRONT}-{name}" for name in PRESETS)}:
   Compare what LoRA of several ranks, full fine-tuning and joint training learn and forget, over
   learning rates.
 presets {", ".join(f"{INTRUDERS}-{name}" for name in PRESETS)}:
-  Count the intruder dimensions of LoRA and full fine-tuning over learning rates, and scale them."""
+  Count the intruder dimensions of LoRA and full fine-tuning over learning rates, and scale them.
+presets {", ".join(f"{KINDS}-{name}" for name in PRESETS)}:
+  Compare the kinds of adapters, each with a learning rate chosen on validation images."""
 
 
 def add_commands(commands: Commands) -> None:
@@ -36,7 +40,6 @@ def add_commands(commands: Commands) -> None:
             '--vary "digits=2,3;9" --vary init=gaussian,kaiming --out runs/digits-and-inits',
             "--preset remedies-relu --seeds 5 --base-seeds 5 --jobs 2",
             "--preset front-relu --seeds 5 --base-seeds 5",
-            "--preset intruders-relu --seeds 3 --base-seeds 5",
         ),
     )
     grid = sweep.add_argument_group("Sweep")
@@ -75,7 +78,7 @@ def run(vary: list[str], base_seeds: int, jobs: int, **given: object) -> int:
     name = str(given.pop("preset", ""))
     remedy_options = {key: given.pop(key) for key in ("selection_bases",) if key in given}
     kind, _, preset = name.partition("-")
-    if kind in (REMEDIES, FRONT, INTRUDERS):
+    if kind in (REMEDIES, FRONT, INTRUDERS, KINDS):
         if vary:
             raise StudyError(f"--vary cannot be used with --preset {name}, which has its own grid")
         if preset not in ("", *PRESETS):
@@ -83,10 +86,12 @@ def run(vary: list[str], base_seeds: int, jobs: int, **given: object) -> int:
             raise StudyError(f"--preset must be one of {known}, got {name!r}")
         settings, _ = settings_and_data(preset, **given)
         if kind == REMEDIES:
-            return run_selection(settings, base_seeds=base_seeds, jobs=jobs, **remedy_options)
+            return run_selection(kind, settings, base_seeds=base_seeds, jobs=jobs, **remedy_options)
     for key in remedy_options:
         flag = "--" + key.replace("_", "-")
         raise StudyError(f"{flag} can only be used with a remedies preset, such as {REMEDIES}-relu")
+    if kind == KINDS:
+        return run_selection(kind, settings, base_seeds=base_seeds, jobs=jobs)
     if kind in (FRONT, INTRUDERS):
         return run_rates(kind, settings, base_seeds, jobs)
     return run_grid(settings_and_data(name, **given)[0], vary, base_seeds, jobs)
@@ -118,12 +123,14 @@ def run_rates(kind: str, settings: DigitSettings, base_seeds: int, jobs: int) ->
     return report([folder])
 
 
-def run_selection(settings: DigitSettings, **options: object) -> int:
-    """Select and measure the remedies, and print their report."""
+def run_selection(kind: str, settings: DigitSettings, **options: object) -> int:
+    """Select and measure the remedies or the kinds of adapters, and print their report."""
+    from .kinds import run_kinds
     from .select import run_remedies
 
-    folder = Path(settings.place.out or f"runs/{REMEDIES}-{settings.preset}")
-    run_remedies(settings, folder, **options)  # type: ignore[arg-type]
+    folder = Path(settings.place.out or f"runs/{kind}-{settings.preset}")
+    made: Any = run_kinds if kind == KINDS else run_remedies
+    made(settings, folder, **options)
     return report([folder])
 
 
@@ -169,6 +176,7 @@ def report_one(folder: Path) -> None:
     """Write a sweep's report and figures, and print its table."""
     from .front import write_front_report
     from .intruders import write_intruder_report
+    from .kinds_report import write_kinds_report
     from .remedies import write_remedies_report
     from .report import table, write_sweep_report
 
@@ -179,6 +187,7 @@ def report_one(folder: Path) -> None:
         ("selection_bases", write_remedies_report, "remedies.md"),
         (FRONT, write_front_report, "front.md"),
         (INTRUDERS, write_intruder_report, "intruders.md"),
+        (KINDS, write_kinds_report, "kinds.md"),
     ):
         if key in run.settings:
             write(run)

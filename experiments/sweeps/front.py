@@ -23,7 +23,7 @@ from ..digits.settings import DigitSettings
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..harness.settings import replace
 from ..report.figures import Figure, plt, png
-from ..report.style import COLOUR
+from ..report.style import COLOUR, MARKS, SHADES
 from ..report.table import Sample, Table
 from .cells import Cell
 from .families import FULL, USUAL
@@ -52,9 +52,6 @@ METHODS = (
     *(Method(None), Method(2, joint=True), Method(None, joint=True)),
 )
 REFERENCE = Method(None).name
-# One colour for full fine-tuning, and a darker orange for a higher rank.
-SHADES = ("#F5B78F", "#EE8A4A", COLOUR["on"], "#A34700", "#6B2F00")
-MARKS = ("o", "s", "^", "v", "D")
 
 
 def front_cells(settings: DigitSettings, base_seeds: int) -> Iterator[Cell]:
@@ -147,10 +144,10 @@ class Front:
                 lines.append([method, *cells, str(len(parts[0].values))])
         return Table(["method", *PARTS, "n"], lines)
 
-    def apart(self, method: str, part: tuple[float, float]) -> Sample:
-        """Return `kept` less that of full fine-tuning in a part of the learning, by base."""
+    def apart(self, method: str, part: tuple[float, float], reference: str = REFERENCE) -> Sample:
+        """Return `kept` less that of another method in a part of the learning, by base."""
         found = (
-            difference(self.curve(method, base), self.curve(REFERENCE, base), part)
+            difference(self.curve(method, base), self.curve(reference, base), part)
             for base in self.bases
         )
         return Sample(tuple(value for value in found if value is not None))
@@ -158,11 +155,11 @@ class Front:
     def figure(self) -> Figure:
         """Draw what is kept against what is learned: a curve a method, a point a rate."""
         made, axes = plt.subplots(figsize=(6, 4.6), layout="constrained")
-        shades = iter(zip(SHADES, MARKS, strict=True))
+        styles = iter(zip(SHADES, MARKS, strict=True))
         for method in self.methods:
             if method.startswith("joint"):
                 continue
-            colour, mark = (COLOUR["full"], "X") if method == REFERENCE else next(shades)
+            colour, mark = (COLOUR["full"], "X") if method == REFERENCE else next(styles)
             points = self.means(method)
             learned, kept = zip(*points, strict=True)
             axes.errorbar(
@@ -180,7 +177,8 @@ class Front:
         axes.set(xlabel="learned: tuned digits, points above the base")
         axes.set_ylabel("kept: other digits, points above the base")
         axes.grid(color="#eeeeee")
-        axes.legend(frameon=False)
+        title = f"mean, 95 % interval, n = {len(self.bases)} bases"
+        axes.legend(frameon=False, title=title, alignment="left")
         return made
 
 

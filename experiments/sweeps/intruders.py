@@ -18,11 +18,12 @@ from statistics import mean
 
 from scipy.stats import spearmanr
 
+from ..analysis.intruders import SIZE, predictors
 from ..digits.data import small_note
 from ..digits.settings import DigitSettings
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..report.figures import Axes, Figure, plt, png
-from ..report.style import COLOUR
+from ..report.style import COLOUR, SHADES
 from ..report.table import Sample, Table
 from .cells import Cell
 from .families import FULL
@@ -31,26 +32,12 @@ from .remedies import signed
 from .spectra import EPSILON, STRENGTHS
 
 METHODS = (Method(2), Method(8), Method(None))
-COLOURS = {"LoRA r 2": "#F5B78F", "LoRA r 8": COLOUR["on"], FULL: COLOUR["full"]}
+LOOKS = {"LoRA r 2": (SHADES[0], "o"), "LoRA r 8": (SHADES[3], "s"), FULL: (COLOUR["full"], "X")}
 EPSILONS = (0.3, 0.5, 0.7)
 
 
-def count(row: Row, side: str, epsilon: float) -> int:
-    """Return the number of intruders of a training among its "left" or "right" vectors."""
-    return sum(value < epsilon for values in row[side] for value in values)
-
-
-SIZE = "‖ΔW‖/‖W‖"
 Value = Callable[[Row], float]
-# What could predict forgetting, as a function of a training's row.
-PREDICTORS: Mapping[str, Value] = {
-    SIZE: lambda row: mean(row["sizes"]),
-    **{
-        f"{side}, ε = {epsilon:g}": partial(count, side=side, epsilon=epsilon)
-        for side in ("left", "right")
-        for epsilon in EPSILONS
-    },
-}
+PREDICTORS: Mapping[str, Value] = predictors(EPSILONS)
 
 
 def intruder_cells(settings: DigitSettings, base_seeds: int) -> Iterator[Cell]:
@@ -152,14 +139,15 @@ class Intruders:
         )
         self._scatter(right, SIZE)
         right.set(xlabel="‖ΔW‖/‖W‖, mean over the weights", xscale="log")
-        left.legend(frameon=False)
+        left.legend(frameon=False, title="one point per training", alignment="left")
         return made
 
     def _scatter(self, axes: Axes, name: str) -> None:
         for method in self.methods:
             rows = self.of(method=method)
             x, y = [PREDICTORS[name](row) for row in rows], [row["kept"] for row in rows]
-            axes.scatter(x, y, s=12, alpha=0.6, color=COLOURS[method], label=method, linewidths=0)
+            colour, mark = LOOKS[method]
+            axes.scatter(x, y, s=14, color=colour, marker=mark, label=method, linewidths=0)
         axes.grid(color="#eeeeee")
 
 

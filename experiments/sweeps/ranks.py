@@ -11,12 +11,10 @@ from typing import Any
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..harness.settings import StudyError
 from ..report.figures import Axes, Figure, plt, png
-from ..report.style import COLOUR
+from ..report.style import COLOUR, DASH, LINE, MARKS, SERIES
 from ..report.table import Sample, Table
 
 SIDES = {"tuned_accuracy": "tuned digits", "other_accuracy": "other digits"}
-# The first series has the digit study's colour for an adapter; the others avoid its colours.
-COLOURS = (COLOUR["on"], "#56B4E9", "#E69F00", "#0072B2", "#009E73", "#CC79A7")
 RULES = {
     "alpha/r": "fixed alpha: s = alpha/r",
     "alpha/sqrt_r": "rank-stabilized: s = alpha/√r",
@@ -100,9 +98,14 @@ def _draw(axes: Axes, run: RunDirectory, side: str) -> None:
         # Shift each series along the axis so that overlapping error bars stay legible.
         places = [rank * 2 ** (0.14 * (number - (len(found) - 1) / 2)) for rank in by_rank]
         means, spreads = [b.mean for b in bands], [b.sd or 0.0 for b in bands]
-        colour = COLOURS[number % len(COLOURS)]
-        mark: Any = {"fmt": "o-", "ms": 3.5, "lw": 1.2, "elinewidth": 0.8, "capsize": 2}
-        axes.errorbar(places, means, spreads, color=colour, label=name, **mark)
+        style = SERIES[number % len(SERIES)]
+        size: Any = {"ms": 3.5, "lw": 1.2, "elinewidth": 0.8, "capsize": 2}
+        look: Any = {
+            "color": LINE[style],
+            "linestyle": DASH[style],
+            "marker": MARKS[number % len(MARKS)],
+        }
+        axes.errorbar(places, means, spreads, label=name, **look, **size)
     bases = [100 * row[side] for row in run.rows if row["stage"] == "base"]
     level = sum(bases) / len(bases)
     axes.axhline(level, color=COLOUR["base"], linestyle=":", label="base, adapter off")

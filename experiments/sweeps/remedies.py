@@ -146,7 +146,11 @@ class Compared:
         for axes in grid[-1]:
             axes.set_xlabel("points above the base, test images")
         handles, labels = grid[0][0].get_legend_handles_labels()
-        made.legend(handles, labels, frameon=False, ncols=3, loc="outside upper center")
+        bases = {row["base_seed"] for row in self.run.rows}
+        title = f"mean, 95 % interval, n = {len(bases)} bases"
+        made.legend(
+            handles, labels, frameon=False, ncols=3, loc="outside upper center", title=title
+        )
         return made
 
     def _draw(self, axes: Axes, arm: str, schedule: str) -> None:

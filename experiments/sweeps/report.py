@@ -8,6 +8,7 @@ from ..digits.data import small_note
 from ..harness.loggers import rows_to_csv
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..report.figures import Figure, plt, png
+from ..report.style import looks
 from ..report.table import Sample, Table, key_value_table
 from .ranks import CAPTION, rank_figure, rank_table, series
 
@@ -48,14 +49,14 @@ def points(run: RunDirectory, cell: str) -> list[tuple[float, float]]:
 def fronts(run: RunDirectory) -> Figure:
     """Draw accuracy on other digits against tuned digits: a line per cell, a point per strength."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for cell in cells_in(run):
+    for cell, look in looks(cells_in(run)).items():
         base = [row for row in run.rows if row["cell"] == cell and row["stage"] == "base"]
         origin = (mean(row[SIDES[1]] for row in base), 0.0)
         means = points(run, cell)
         x, y = zip(*((100 * a, 100 * b) for a, b in means), strict=True)
         size, area = len(pareto_front(means)), hypervolume(means, origin)
         name = f"{cell}: {size} on the front, area {area:.3f}"
-        axes.plot(x, y, "o-", ms=4, lw=1, label=name)
+        axes.plot(x, y, marker="o", ms=4, lw=1, label=name, **look)
     axes.set(xlabel="accuracy on tuned digits, %", ylabel="accuracy on other digits, %")
     axes.legend(frameon=False, fontsize=8)
     return figure

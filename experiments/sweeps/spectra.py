@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ..analysis.evaluate import score
-from ..analysis.intruders import Spectrum, scaled, spectrum
+from ..analysis.intruders import Spectrum, compared, scaled, spectrum
 from ..digits.context import StudyContext
 from ..digits.methods import lora_of
 from ..digits.strengths import updates
@@ -54,18 +54,9 @@ def measured(context: StudyContext, deltas: Mapping[str, Tensor]) -> Row:
     """
     base = dict(context.model().named_parameters())
     tuned = {path: base[path] + delta for path, delta in deltas.items()}
-    weights = [path for path in deltas if path.endswith("weight")]
-    spectra = {path: spectrum(base[path], tuned[path]) for path in weights}
-    return {
-        "sizes": [float(deltas[path].norm() / base[path].norm()) for path in weights],
-        "left": [_rounded(one.left) for one in spectra.values()],
-        "right": [_rounded(one.right) for one in spectra.values()],
-        "scaled": _scaled(context, tuned, spectra),
-    }
-
-
-def _rounded(values: Tensor) -> list[float]:
-    return [round(value, 4) for value in values.tolist()]
+    weights = {path: weight for path, weight in tuned.items() if path.endswith("weight")}
+    spectra = {path: spectrum(base[path], weight) for path, weight in weights.items()}
+    return {**compared(base, weights), "scaled": _scaled(context, tuned, spectra)}
 
 
 def _scaled(

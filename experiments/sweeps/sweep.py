@@ -6,15 +6,15 @@ Cells that differ only in their adapter settings train together as one job. jobl
 `--jobs N` processes, or on the back end set by `joblib.parallel_config`, such as a Dask cluster.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 
 import paramlora as pl
+from paramlora.kinds import Spec
 
 from ..analysis.evaluate import score, scores
 from ..digits.context import StudyContext
@@ -36,7 +36,8 @@ from ..harness.progress import progress
 from ..harness.rows import key_of
 from ..harness.rundir import Row, RunDirectory
 from .cells import Cell, is_stacked, jobs_of
-from .spectra import by_path, deltas, measured
+from .logits import full_logits, spec_logits
+from .spectra import deltas, measured
 from .together import StackedBatches, Together, objective_together
 
 STUDY = "sweeps"  # the study's name in environment.json
@@ -57,7 +58,7 @@ def run_job(cells: Sequence[Cell]) -> list[list[Row]]:
     contexts = [context_of(cell.settings) for cell in cells]
     todo = [(context, seed) for context in contexts for seed in context.settings.adapter_seeds]
     tune = tune_together if is_stacked(cells[0]) else tune_one_by_one
-    trained = iter(tune(todo, cells[0].full, cells[0].joint))
+    trained = iter(tune(todo, cells[0].full, cells[0].joint, cells[0].spec))
     at = shared_strengths(shared_settings(cells[0].settings))
     rows = []
     for cell, context in zip(cells, contexts, strict=True):
@@ -77,47 +78,31 @@ def _rows(
     for seed, (factors, loss) in zip(settings.adapter_seeds, trained, strict=True):
         if cell.full:
             on = full_logits(context, factors, cell.strengths)
+        elif cell.spec:
+            on = spec_logits(context, cell.spec, factors, cell.strengths)
         else:
             on = at.logits(updates(factors, lora_of(settings.adapter).scaling), cell.strengths)
         if settings.remedies.route != "none":
             on = torch.stack([answers(context, one, seed) for one in on])
         more = measured(context, deltas(factors, cell)) if cell.spectra else {}
+        if cell.spec:
+            more["trained"] = sum(factor.numel() for factor in factors.values())
         for strength, row in zip(cell.strengths, scores(on, labels, context.tuned), strict=True):
             labelled = {"stage": "on", "seed": seed, "strength": strength, "train_loss": loss}
             yield {**common, **labelled, **row, **more}
 
 
-@torch.no_grad()
-def full_logits(
-    context: StudyContext, deltas: Mapping[str, Tensor], strengths: Sequence[float]
-) -> Tensor:
-    """Return the logits of the test images with W + λ·ΔW for each λ, (strengths, n, classes).
-
-    Args:
-        context: the base and the images.
-        deltas: the updates of weights and biases, by the names of their factors.
-        strengths: the values of λ.
-    """
-    model = context.model()
-    base = dict(model.named_parameters())
-    found = []
-    for λ in strengths:
-        tuned = {path: base[path] + λ * delta for path, delta in by_path(deltas).items()}
-        found.append(
-            functional_call(model, tuned, context.test_inputs) if λ else context.base_logits
-        )
-    return torch.stack(found)
-
-
 def tune_one_by_one(
-    todo: Sequence[Training], full: bool = False, joint: bool = False
+    todo: Sequence[Training], full: bool = False, joint: bool = False, spec: Spec | None = None
 ) -> list[tuple[Row, float]]:
     """Return each adapter's trained factors, by name, and its mean training loss."""
-    return [_tuned(context, seed, full, joint) for context, seed in todo]
+    return [_tuned(context, seed, full, joint, spec) for context, seed in todo]
 
 
-def _tuned(context: StudyContext, seed: int, full: bool, joint: bool) -> tuple[Row, float]:
-    model, plain = _attached(context, seed, full, joint)
+def _tuned(
+    context: StudyContext, seed: int, full: bool, joint: bool, spec: Spec | None
+) -> tuple[Row, float]:
+    model, plain = _attached(context, seed, full, joint, spec)
     made = recipe(context, model, factors_of(model), plain, seed)
     losses = _train(context, made, model, made.objective, made.batches)
     made.finish()
@@ -126,14 +111,16 @@ def _tuned(context: StudyContext, seed: int, full: bool, joint: bool) -> tuple[R
 
 
 def tune_together(
-    todo: Sequence[Training], full: bool = False, joint: bool = False
+    todo: Sequence[Training], full: bool = False, joint: bool = False, spec: Spec | None = None
 ) -> list[tuple[Row, float]]:
     """Train all adapters at once; return the results of `tune_one_by_one`, up to rounding.
 
     The contexts may differ only in the settings of the adapter.
     """
-    parts = [_attached(context, seed, full, joint) for context, seed in todo]
-    scalings = [1.0 if full else lora_of(context.settings.adapter).scaling for context, _ in todo]
+    parts = [_attached(context, seed, full, joint, spec) for context, seed in todo]
+    scalings = [
+        1.0 if full or spec else lora_of(context.settings.adapter).scaling for context, _ in todo
+    ]
     scales = [1.0 if s == scalings[0] else s / scalings[0] for s in scalings]
     model = Together(parts[0][0], [factors_of(model) for model, _ in parts], scales)
     made = [
@@ -155,7 +142,7 @@ def _train(
 
 
 def _attached(
-    context: StudyContext, seed: int, full: bool, joint: bool
+    context: StudyContext, seed: int, full: bool, joint: bool, spec: Spec | None
 ) -> tuple[nn.Module, Batches]:
     """Return the base with a new adapter and its batches, drawn in the digit study's order.
 
@@ -164,8 +151,8 @@ def _attached(
     """
     model, generator = context.model(), torch.Generator().manual_seed(seed)
     batches = context.batches(generator, joint)
-    spec = pl.Delta() if full else lora_of(context.settings.adapter)
-    pl.attach(model, spec, nn.Linear, name=ADAPTER, generator=generator)
+    kind = pl.Delta() if full else spec or lora_of(context.settings.adapter)
+    pl.attach(model, kind, nn.Linear, name=ADAPTER, generator=generator)
     return model, batches
 
 

@@ -14,11 +14,12 @@ def add_commands(commands: Commands) -> None:
         commands,
         "tasks",
         help="learn a sequence of tasks by adapters, in full and jointly; the accuracy matrix",
-        description="Learn a sequence of tasks. Brackets show the values of the preset split.",
+        description="Learn a sequence of tasks. The presets split-mnist and permuted-mnist are the "
+        "experiments of van de Ven and Tolias. Brackets show the values of the preset split.",
         epilog=presets_help(TaskSettings.PRESETS, "split"),
         examples=(
-            "--preset rotated",
-            "--scenario task --methods one,full,joint --full-lr 1e-3",
+            "--preset split-mnist --seeds 5 --device cuda",
+            "--preset rotated --methods one,full,joint --full-lr 1e-3",
             "--data digits --steps 50 --orthogonal 0.1 --out runs/tasks-small",
         ),
     )
@@ -41,15 +42,22 @@ def report(folders: list[Path]) -> int:
     Raises:
         StudyError: If a folder has no run, or its run has no rows yet.
     """
+    from .published import accuracy_table, metrics_table, write_published_report
     from .report import REFERENCE, differences, methods_in, table, write_task_report
 
     for folder in folders:
-        if not RunDirectory.read(folder).rows:
+        there = RunDirectory.read(folder)
+        if not there.rows:
             raise StudyError(f"the run in {folder} has no rows yet: continue it first")
+        if there.settings.get("recipe") == "three-types":
+            run = write_published_report(folder)
+            print(f"{accuracy_table(run).text()}\n\n{metrics_table(run).text()}")
+            print(f"report   {run.folder / 'tasks.md'}")
+            continue
         run = write_task_report(folder)
         print(table(run).text())
         if REFERENCE in methods_in(run):
             print(f"\n{differences(run).text()}")
-        print(f"report   {run.folder / 'tasks.md'}")
+        print(f"report   {run.folder / 'tasks.html'}: open it in a browser")
         print(f"next     open {run.folder / 'accuracy-matrix.png'}: what each stage kept")
     return 0

@@ -79,9 +79,7 @@ class Learner:
     def objective(self, task: Task) -> Objective:
         """Return the loss of a stage, with the remedies in the settings."""
         settings, earlier = self.settings, self.names[:-1]
-        penalties = (
-            [self._overlap(name) for name in earlier] if settings.remedies.orthogonal else []
-        )
+        penalties = [self.overlap(name) for name in earlier] if settings.remedies.orthogonal else []
 
         def objective(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
             logits = mask_or_shift_logits(model(inputs), task.classes, settings.remedies.margin)
@@ -92,7 +90,8 @@ class Learner:
 
         return objective
 
-    def _overlap(self, name: str) -> Callable[[nn.Module], Tensor]:
+    def overlap(self, name: str) -> Callable[[nn.Module], Tensor]:
+        """Return O-LoRA's penalty on the overlap of the last adapter with an earlier one."""
         state = pl.state_dict(self.model, name)
         earlier = {key: A.detach() for key, A in state.items() if key.endswith(".A")}
         paths = {}

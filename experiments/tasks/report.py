@@ -2,19 +2,31 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..analysis.task_metrics import Matrix
 from ..digits.data import small_note
 from ..harness.rundir import Row, RunDirectory, replace_file
+from ..report.document import Block, Picture, Sections, markdown
 from ..report.figures import Axes, Figure, plt, png
+from ..report.page import write_page
+from ..report.style import looks
 from ..report.table import Sample, Table, key_value_table
 from .settings import METHODS
 
 METRICS = ("ACC", "BWT", "forgetting", "LA", "WC-ACC", "stability gap")
 COMPARED = ("ACC", "LA", "forgetting")
 REFERENCE = "full"
+METRICS_LEGEND = (
+    "`experiments/tasks/learner.py` defines the methods, and "
+    "`experiments/analysis/task_metrics.py` the metrics, with sources. WC-ACC and the stability "
+    "gap count the evaluations during the later stages, on the first 1,000 test images of each "
+    "earlier task; the gap is the mean over these tasks. The first stage is "
+    "the pre-training of the base."
+)
+FIRST_TASK = "Mean accuracy on the first task while later tasks are learned."
 
 
 def table(run: RunDirectory) -> Table:
@@ -92,16 +104,21 @@ def rows_of(run: RunDirectory, combine: str) -> list[Row]:
 def matrices(run: RunDirectory) -> Figure:
     """Draw the mean accuracy matrix of each method over all bases and adapter seeds."""
     found = methods_in(run)
+    columns = min(4, len(found))
+    lines = -(-len(found) // columns)
     figure, panels = plt.subplots(
-        1, len(found), figsize=(3.1 * len(found), 4.0), layout="constrained", squeeze=False
+        lines, columns, figsize=(2.4 * columns, 3.0 * lines), layout="constrained", squeeze=False
     )
-    for axes, combine in zip(panels[0], found, strict=True):
+    for axes in panels.flat[len(found) :]:
+        axes.set_axis_off()
+    for axes, combine in zip(panels.flat, found, strict=False):
         learned = rows_of(run, combine)
         matrix_figure(
             axes, np.mean([row["matrix"] for row in learned], axis=0), learned[0]["tasks"]
         )
-        axes.set_title(combine)
-    panels[0][0].set_ylabel("after stage")
+        axes.set_title(f"{combine}, n = {len(learned)}")
+    for line in panels:
+        line[0].set_ylabel("after stage")
     return figure
 
 
@@ -125,52 +142,66 @@ def matrix_figure(axes: Axes, matrix: Matrix | np.ndarray, tasks: Sequence[str])
 def first_task_curve(run: RunDirectory) -> Figure:
     """Draw accuracy on the first task during all later stages, to show the stability gap."""
     figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
-    for combine in methods_in(run):
+    for combine, look in looks(methods_in(run)).items():
         learned = rows_of(run, combine)
         curves = 100 * np.array([row["way"]["first"] for row in learned])
-        axes.plot(learned[0]["way"]["steps"], curves.mean(0), label=combine)
-    steps = run.settings["steps"]
+        steps, mean = learned[0]["way"]["steps"], curves.mean(0)
+        axes.plot(steps, mean, label=combine, **look)
+        sd = curves.std(0, ddof=1) if len(curves) > 1 else 0 * mean
+        axes.fill_between(steps, mean - sd, mean + sd, color=look["color"], alpha=0.15, lw=0)
     for stage in range(1, run.settings["tasks"] - 1):
-        axes.axvline(stage * steps, color="#bbbbbb", linewidth=0.8, zorder=0)
+        axes.axvline(stage * run.settings["steps"], color="#bbbbbb", linewidth=0.8, zorder=0)
     axes.set(
         xlabel="optimizer step, all later stages",
         ylabel="accuracy on the first task, %",
         ylim=(0, 102),
     )
-    axes.legend(frameon=False, ncols=4, fontsize=8)
+    title = f"mean ± sd, n = {len(learned)} adapters"
+    place: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 7}
+    axes.legend(frameon=False, fontsize=8, title=title, title_fontsize=8, **place)
     return figure
 
 
 def write_task_report(folder: Path) -> RunDirectory:
-    """Write tasks.md and the figures of the run in `folder` from its rows; return the run."""
+    """Write tasks.md, tasks.html and the figures of a run from its rows; return the run."""
     run = RunDirectory.read(folder)
-    captions = {
+    figures = {
         "accuracy-matrix.png": (matrices, "Mean accuracy on each task after each stage."),
-        "first-task.png": (
-            first_task_curve,
-            "Mean accuracy on the first task while later tasks are learned.",
-        ),
+        "first-task.png": (first_task_curve, FIRST_TASK),
     }
-    parts = [
-        f"# Tasks: {run.settings['stream']}, {scenario_of(run)}-incremental",
-        f"{run.environment['data']}; points, mean ± sample sd over n {units_name(run)}."
-        f"{small_note(run.environment['data'])}",
-        table(run).markdown(),
-        "`experiments/tasks/learner.py` defines the methods, and "
-        "`experiments/analysis/task_metrics.py` the metrics, with sources. WC-ACC and the "
-        "stability gap count the evaluations during the later stages, on the first 1,000 test "
-        "images of each earlier task; the gap is the mean over these tasks. The first stage is "
-        "the pre-training of the base.",
-    ]
-    if REFERENCE in methods_in(run):
-        parts += [
-            differences(run).markdown(),
-            f"Mean and 95 % interval over n {units_name(run)}, paired: the methods have the same "
-            "base and, except for the joint methods, the same images in the same order.",
-        ]
-    for name, (make, caption) in captions.items():
-        replace_file(folder / name, png(make(run)))
-        parts.append(f"![{caption}]({name})\n\n{caption}")
-    parts += ["## Settings", key_value_table(run.settings).markdown()]
-    replace_file(folder / "tasks.md", ("\n\n".join(parts) + "\n").encode())
+    pictures = [Picture(png(make(run)), text, name) for name, (make, text) in figures.items()]
+    for picture in pictures:
+        replace_file(folder / picture.file, picture.png)
+    content = heading(run), lead(run), sections(run, pictures)
+    replace_file(folder / "tasks.md", markdown(*content).encode())
+    write_page(folder / "tasks.html", *content)
     return run
+
+
+def heading(run: RunDirectory) -> str:
+    """Return the report's title."""
+    return f"Tasks: {run.settings['stream']}, {scenario_of(run)}-incremental"
+
+
+def lead(run: RunDirectory) -> str:
+    """Return the report's first paragraph: the data and the unit of n."""
+    return (
+        f"{run.environment['data']}; points, mean ± sample sd over n {units_name(run)}."
+        f"{small_note(run.environment['data'])}"
+    )
+
+
+def sections(run: RunDirectory, pictures: Sequence[Picture]) -> Sections:
+    """Return the report's tables, texts and figures, by heading."""
+    found: dict[str, Sequence[Block]] = {"Metrics": [table(run), METRICS_LEGEND]}
+    if REFERENCE in methods_in(run):
+        pairs = (
+            f"Mean and 95 % interval over n {units_name(run)}, paired: the methods have the same "
+            "base and, except for the joint methods, the same images in the same order."
+        )
+        found["Differences"] = [differences(run), pairs]
+    return found | {
+        "Figures": pictures,
+        "Settings": [key_value_table(run.settings)],
+        "Environment": [key_value_table(run.environment)],
+    }

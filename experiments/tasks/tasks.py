@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,9 @@ from ..harness.train import cpu_threads, cross_entropy, every, train
 from .learner import Learner
 from .settings import TaskSettings
 from .streams import Task, stream
+from .three_types import ThreeTypes, three_types_stages
 
+Shared = TypeVar("Shared")
 WATCHED = 1000  # test images of each earlier task that are evaluated during a stage
 
 
@@ -154,10 +157,13 @@ def run_tasks(settings: TaskSettings, say: Callable[[str], None] = print) -> Run
         say(f"run      {run.folder}, on {device}")
         announce(data, say)
 
-        def prepared() -> TaskContext:
-            return TaskContext(settings, run, (data.train.to(device), data.test.to(device)))
+        def shared(kind: Callable[..., Shared]) -> Shared:
+            return kind(settings, run, (data.train.to(device), data.test.to(device)))
 
-        run_stages(run, task_stages(settings), prepared, say)
+        if settings.sequence.recipe == "three-types":
+            run_stages(run, three_types_stages(settings), partial(shared, ThreeTypes), say)
+        else:
+            run_stages(run, task_stages(settings), partial(shared, TaskContext), say)
     return run
 
 

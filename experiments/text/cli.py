@@ -123,5 +123,5 @@ def report(folders: list[Path]) -> int:
     runs = [write_text_report(folder) for folder in folders if folder not in fronts]
     for run in runs:
         print(terminal(run))
-        print(f"report   {run.folder / 'report.md'}: open it; it shows the figures beside it")
+        print(f"report   {run.folder / 'report.html'}: open it in a browser")
     return int(any(any_failed(checks(run)) for run in runs))

@@ -55,6 +55,15 @@ class Corpus:
             total.update(json.dumps([split, rows]).encode())
         return total.hexdigest()
 
+    def majority(self) -> dict[str, float]:
+        """Return the accuracy of the train split's most frequent label on the other splits."""
+        most = Counter(label for _, label in self.splits["train"]).most_common(1)[0][0]
+        return {
+            split: sum(label == most for _, label in rows) / len(rows)
+            for split, rows in self.splits.items()
+            if split != "train" and rows
+        }
+
 
 def load_corpus(settings: DatasetSettings) -> Corpus:
     """Return the data set that the settings name, split into "train", "validation" and "test".

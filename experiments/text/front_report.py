@@ -1,10 +1,18 @@
 """The report of a learning-forgetting front: a pure function of its rows."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scipy.stats import spearmanr
 
 from ..analysis.front import difference
+from ..analysis.intruders import predictors
 from ..harness.rundir import Row, RunDirectory, replace_file
+from ..report.style import COLOUR, MARKS, shades
 from ..report.table import Sample, Table, key_value_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # By name in the rows: the name in tables, its factor, and the digits shown.
 KEPT = {
@@ -15,6 +23,9 @@ KEPT = {
 }
 REFERENCE = "full"
 SHOWN = 10
+# A darker orange and another mark for a higher rank.
+SHADES = dict(zip((1, 8, 64), shades(3), strict=True))
+MARKED = dict(zip(SHADES, MARKS[1:], strict=False))
 
 
 def is_front(folder: Path) -> bool:
@@ -106,6 +117,29 @@ def chosen_table(run: RunDirectory) -> Table:
     return Table(head, lines)
 
 
+def spectra_table(run: RunDirectory) -> Table:
+    """Return how well intruder dimensions and the size of the update predict what is kept.
+
+    Spearman's rank correlation over all trainings of a seed with LoRA or with all weights; mean and
+    95 % interval over seeds. The rows have `sizes` if the run was made with --spectra.
+    """
+    rows = [row for row in run.rows if "sizes" in row and not row["method"].startswith("joint")]
+    lines = []
+    for name, value in predictors((0.5, 0.7)).items():
+        cells = []
+        for key in KEPT:
+            found = []
+            for seed in sorted({row["seed"] for row in rows}):
+                mine = [row for row in rows if row["seed"] == seed]
+                x, y = [value(row) for row in mine], [row[key] for row in mine]
+                if min(len(set(x)), len(set(y))) > 1:
+                    found.append(float(spearmanr(x, y).statistic))
+            sample = Sample(tuple(found))
+            cells.append(f"{sample.mean:+.2f} ({sample.interval(2)})" if found else "-")
+        lines.append([name, *cells])
+    return Table(["predictor", *(name for name, _, _ in KEPT.values())], lines)
+
+
 def _best(rows: list[Row], key: str = "validation_accuracy") -> list[Row]:
     """Return the rows of the rate with the highest mean accuracy, on the validation texts."""
     return max(by_rate(rows).values(), key=lambda group: sum(r[key] for r in group) / len(group))
@@ -118,29 +152,87 @@ def _accuracy(rows: list[Row]) -> float:
 def front_figure(run: RunDirectory, path: Path) -> None:
     """Draw what is kept against the accuracy on the task: a line per arm, a dot per rate.
 
-    Rates whose accuracy is more than SHOWN points below the best are left out.
+    LoRA with a trained head and with a random one have a row of panels each, beside full
+    fine-tuning. Bars are sds over seeds. Rates whose accuracy is more than SHOWN points below the
+    best are left out.
     """
     from ..report.figures import plt, png
 
-    best = max(_accuracy(g) for rows in arms_in(run).values() for g in by_rate(rows).values())
-    ranks = sorted({row["rank"] for row in run.rows if row["rank"]})
-    shades = dict(zip(ranks, ["#F0A35E", "#D55E00", "#8A3D00", "#5A2800"], strict=False))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, key in zip(axes, ("kept_probe", "kept_agreement"), strict=True):
-        name, factor, _ = KEPT[key]
-        for arm, rows in arms_in(run).items():
-            colour = shades.get(rows[0]["rank"], "#D55E00") if "lora" in arm else "#009E73"
-            groups = [g for g in by_rate(rows).values() if _accuracy(g) > best - SHOWN]
-            x = [_accuracy(g) for g in groups]
-            y = [factor * sum(r[key] for r in g) / len(g) for g in groups]
-            mark = "*" if arm.startswith("joint") else "s" if "+head" in arm else "o"
-            line = {"*": ":", "s": "--", "o": "-"}[mark]
-            axis.plot(x, y, color=colour, label=arm, marker=mark, linestyle=line)
-        if key == "kept_probe":
-            axis.axhline(100 * run.rows[0]["base_probe"], color="#555555", linewidth=0.8)
-        axis.set(xlabel="accuracy on the task, test texts, %", ylabel=f"kept: {name}")
-    axes[0].legend(frameon=False, fontsize=8)
+    arms = arms_in(run)
+    best = max(_accuracy(g) for rows in arms.values() for g in by_rate(rows).values())
+    shown = {
+        arm: [g for g in by_rate(rows).values() if _accuracy(g) > best - SHOWN]
+        for arm, rows in arms.items()
+    }
+    panels = _panels(list(arms))
+    figure, grid = plt.subplots(
+        len(panels),
+        2,
+        figsize=(10, 3.6 * len(panels)),
+        sharex=True,
+        sharey="col",
+        squeeze=False,
+        layout="constrained",
+    )
+    for (title, names), line in zip(panels.items(), grid, strict=True):
+        for axis, key in zip(line, ("kept_probe", "kept_agreement"), strict=True):
+            for arm in names:
+                if shown[arm]:
+                    _draw(axis, arm, shown[arm], key)
+            axis.set(ylabel=f"kept: {KEPT[key][0]}", title=title)
+        line[0].axhline(100 * run.rows[0]["base_probe"], color=COLOUR["base"], linewidth=0.8)
+        line[0].legend(frameon=False, fontsize=8)
+    for axis in grid[-1]:
+        axis.set(xlabel="accuracy on the task, test texts, %")
     replace_file(path, png(figure))
+
+
+def _spectra_part(run: RunDirectory) -> list[str]:
+    if not any("sizes" in row for row in run.rows):
+        return []
+    said = "Rank correlation with what is kept; mean and 95 % interval over seeds."
+    return ["## Intruder dimensions", spectra_table(run).markdown(), said]
+
+
+def _panels(arms: list[str]) -> dict[str, list[str]]:
+    """Return the arms of each row of panels by its title; joint training is in the last one."""
+    lora = [arm for arm in arms if "lora" in arm]
+    found = {
+        "LoRA: head trained": [arm for arm in lora if "+head" in arm],
+        "LoRA: head at its random start": [arm for arm in lora if "+head" not in arm],
+    }
+    found = {title: names for title, names in found.items() if names} or {"": []}
+    last = list(found)[-1]
+    others = [arm for arm in arms if arm not in lora]
+    return {
+        title: [arm for arm in others if arm == REFERENCE or title == last] + names
+        for title, names in found.items()
+    }
+
+
+def _draw(axes: "Axes", arm: str, groups: list[list[Row]], key: str) -> None:
+    """Draw one arm: the mean ± sd over seeds of each rate."""
+    samples = [
+        [Sample(tuple(factor * row[name] for row in group)) for group in groups]
+        for name, factor in (("accuracy", 100), (key, KEPT[key][1]))
+    ]
+    (x, y), (xerr, yerr) = (
+        [[sample.mean for sample in line] for line in samples],
+        [[sample.sd or 0.0 for sample in line] for line in samples],
+    )
+    joint = arm.startswith("joint")
+    axes.errorbar(
+        x,
+        y,
+        xerr=xerr,
+        yerr=yerr,
+        fmt="*:" if joint else f"{MARKED.get(groups[0][0]['rank'], 'o')}-",
+        color=SHADES.get(groups[0][0]["rank"], COLOUR["full"]),
+        label=arm,
+        ms=8 if joint else 4,
+        lw=1.3,
+        elinewidth=0.8,
+    )
 
 
 def write_front(folder: Path) -> RunDirectory:
@@ -160,8 +252,10 @@ def write_front(folder: Path) -> RunDirectory:
         "## At equal accuracy on the task",
         difference_table(run).markdown(),
         "![What is kept against what is learned](front.png)",
+        "Bars: sd over seeds. "
         f"Rates that end more than {SHOWN} points below the best are not drawn.",
         "`experiments/text/retention.py` defines the measures.",
+        *_spectra_part(run),
         "## Settings",
         key_value_table(run.settings).markdown(),
     ]

@@ -1,11 +1,15 @@
 """The report of a text run: a pure function of its rows, settings and environment."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..harness.settings import StudyError
 from ..report.checks import Check, check_lines
+from ..report.document import Block, Picture, Sections, markdown
+from ..report.page import write_page
+from ..report.style import looks
 from ..report.table import Sample, Table, key_value_table, percent
 
 # The allowed difference of a merged model's logits, relative to the largest logit, by the dtype of
@@ -15,7 +19,7 @@ TUNED = ("tuned", "on")
 
 
 def write_text_report(folder: Path) -> RunDirectory:
-    """Write the report and the figure of the text run in `folder`, and return the run.
+    """Write report.md, report.html and the figure of a text run's folder, and return the run.
 
     Raises:
         StudyError: the folder has no run, or the run has no fine-tuned model yet.
@@ -23,11 +27,12 @@ def write_text_report(folder: Path) -> RunDirectory:
     run = RunDirectory.read(folder)
     if not tuned_rows(run):
         raise StudyError(f"the run in {folder} has no fine-tuned model yet: resume it first")
-    figures = {}
-    if strength_rows(run):
-        draw_strengths(run, folder / "strengths.png")
-        figures["strengths.png"] = CAPTION
-    replace_file(folder / "report.md", markdown(run, figures).encode())
+    pictures = [strengths_picture(run)] if strength_rows(run) else []
+    for picture in pictures:
+        replace_file(folder / picture.file, picture.png)
+    content = heading(run), title(run) + ".", sections(run, pictures)
+    replace_file(folder / "report.md", markdown(*content).encode())
+    write_page(folder / "report.html", *content)
     return run
 
 
@@ -39,26 +44,30 @@ def terminal(run: RunDirectory) -> str:
     return "\n".join(["", title(run), "", *tables, *check_lines(checks(run))])
 
 
-def markdown(run: RunDirectory, figures: dict[str, str]) -> str:
-    """Return the text of report.md. `figures` has the caption of each figure by file name."""
-    parts = [f"# Text study, preset {run.settings['preset']}", title(run) + "."]
-    parts += ["## Methods", method_table(run).markdown(), LEGEND]
+def heading(run: RunDirectory) -> str:
+    """Return the report's title."""
+    return f"Text study, preset {run.settings['preset']}"
+
+
+def sections(run: RunDirectory, pictures: Sequence[Picture] = ()) -> Sections:
+    """Return the report's tables, texts and figures, by heading."""
+    found: dict[str, Sequence[Block]] = {"Methods": [method_table(run), LEGEND]}
     if run.settings.get("retention"):
-        kept = f"## What is kept of {run.settings['retention']}"
-        parts += [kept, kept_table(run).markdown(), KEPT]
+        found[f"What is kept of {run.settings['retention']}"] = [kept_table(run), KEPT]
     if strength_rows(run):
-        parts += ["## What is forgotten", strength_table(run).markdown(), FORGETTING]
-        parts += [f"![{caption}]({name})" for name, caption in figures.items()]
-    parts += ["## Checks", "\n".join(f"- {line}" for line in check_lines(checks(run)))]
-    parts += ["## Settings", key_value_table(run.settings).markdown()]
-    parts += ["## Environment", key_value_table(run.environment).markdown()]
-    return "\n\n".join(parts) + "\n"
+        found["What is forgotten"] = [strength_table(run), FORGETTING, *pictures]
+    return found | {
+        "Checks": [check_lines(checks(run))],
+        "Settings": [key_value_table(run.settings)],
+        "Environment": [key_value_table(run.environment)],
+    }
 
 
 LEGEND = (
     "Accuracies in %, mean ± sample sd over the seeds. Each training keeps the parameters with the "
     "highest accuracy on the validation rows; test rows are not used for choices. Seconds: time of "
-    "training without evaluations. Peak GB: the GPU's peak memory during training."
+    "training without evaluations. Peak GB: the GPU's peak memory during training. Majority: "
+    "always the most frequent label of the training rows."
 )
 KEPT = (
     "Mean ± sample sd over the seeds, on the other data set's test texts. Probe: balanced accuracy "
@@ -110,6 +119,9 @@ def method_table(run: RunDirectory) -> Table:
     """Return one line per method: trained parameters, accuracy, time and memory."""
     head = ["method", "trained", "share", "validation", "test", "n", "seconds", "peak GB"]
     rows = []
+    if majority := run.environment.get("majority"):
+        shares = [f"{100 * majority[split]:.2f}" for split in ("validation", "test")]
+        rows.append(["majority", "0", "", *shares, "", "", ""])
     for method in methods_in(run):
         these = tuned_rows(run, method)
         first, peaks = these[0], [row["peak_bytes"] for row in these]
@@ -197,15 +209,13 @@ def checks(run: RunDirectory) -> list[Check]:
     return [(claim, passed) for claim, passed in found if passed]
 
 
-def draw_strengths(run: RunDirectory, path: Path) -> None:
+def strengths_picture(run: RunDirectory) -> Picture:
     """Draw accuracy against agreement and retrieval: one curve per method, one point per λ."""
-    from ..report.figures import plt
+    from ..report.figures import plt, png
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     _strengths(run, axes)
-    # Leave out matplotlib's version, so that the same rows give the same bytes.
-    figure.savefig(path, metadata={"Software": None})
-    plt.close(figure)
+    return Picture(png(figure), CAPTION, "strengths.png")
 
 
 def _strengths(run: RunDirectory, axes: Any) -> None:
@@ -215,7 +225,7 @@ def _strengths(run: RunDirectory, axes: Any) -> None:
         ("agreement with the checkpoint's similarities", "retrieval of a text's other half, %"),
         strict=True,
     ):
-        for method in methods_in(run):
+        for method, look in looks(methods_in(run)).items():
             these = [row for row in strength_rows(run) if row["method"] == method]
             if not these:
                 continue
@@ -223,11 +233,11 @@ def _strengths(run: RunDirectory, axes: Any) -> None:
             count = range(len(these[0]["strengths"]))
             x = [scale * sum(row[key][i] for row in these) / len(these) for i in count]
             y = [100 * sum(row["accuracy"][i] for row in these) / len(these) for i in count]
-            (mean,) = axis.plot(x, y, marker="o", label=method)
+            axis.plot(x, y, marker="o", label=f"{method}, n = {len(these)}", **look)
             for row in these if len(these) > 1 else []:
                 seed_x = [scale * value for value in row[key]]
                 seed_y = [100 * value for value in row["accuracy"]]
-                axis.plot(seed_x, seed_y, ".", color=mean.get_color(), alpha=0.4)
+                axis.plot(seed_x, seed_y, ".", color=look["color"], alpha=0.6)
             for i in count:
                 # Rotated, so that the labels of close points do not overlap.
                 axis.annotate(f"{these[0]['strengths'][i]:g}", (x[i], y[i]), fontsize=7,

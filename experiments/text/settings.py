@@ -230,6 +230,11 @@ class TextSettings(Settings):
         "another data set, as for --data, to measure what a model keeps of it, and for the joint "
         "methods to train on as well",
     )
+    spectra: bool = option(
+        False,
+        "record the intruder dimensions of the tuned weights and the size of their updates",
+        affects_results=False,
+    )
     place: TextPlaceSettings = TextPlaceSettings()
 
     def __post_init__(self) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import paramlora as pl
 
+from ..analysis.intruders import compared
 from ..harness.adapters import adapter_path, load_adapter
 from ..harness.environment import RESULT_KEYS, commit, machine, resolve_device
 from ..harness.parallel import Group, group
@@ -24,7 +25,7 @@ from ..harness.stages import Stage, run_stages
 from .context import TextContext, autocast_dtype, prepare_context
 from .data import Corpus, load_corpus
 from .forgetting import similarity
-from .models import ADAPTER, globs, lora_of, prepare
+from .models import ADAPTER, globs, head_of, lora_of, prepare
 from .retention import kept
 from .settings import TextSettings
 from .training import fine_tune
@@ -88,6 +89,7 @@ def _begin(
         "data_why": corpus.why,
         "data_digest": corpus.digest,
         "labels": list(corpus.labels),
+        "majority": corpus.majority(),
         **{f"{split}_texts": len(rows) for split, rows in corpus.splits.items()},
         "autocast": autocast_dtype(settings, device) is not None,
         "processes": processes.size,
@@ -108,6 +110,7 @@ def tune(method: str, seed: int, context: TextContext) -> None:
     prepare(model, method, context.settings, torch.Generator())
     learned = fine_tune(context, model, method, seed)
     scored = {**context.scored(model, "test"), **kept(context, model)}
+    scored |= _spectra(context, model, seed)
     context.record("tuned", method, seed, **learned, **_of_base(model), **scored)
 
 
@@ -126,6 +129,7 @@ def tune_attached(method: str, seed: int, context: TextContext) -> None:
     path = adapter_path(context.run.folder, f"{method}-{seed}")
     pl.save(model, path, ADAPTER)
     scored = {**context.scored(model, "test"), **kept(context, model)}
+    scored |= _spectra(context, model, seed)
 
     # The others must not read the file before the first process has written it.
     context.group.wait()
@@ -191,6 +195,24 @@ def show_parameters(context: TextContext, say: Callable[[str], None]) -> None:
             else ""
         )
         say(f"{method:<12} trains {count:,}, {count / total:.2%}{targets}")
+
+
+@torch.no_grad()
+def _spectra(context: TextContext, model: nn.Module, seed: int) -> dict[str, Any]:
+    """Return the intruder dimensions and the sizes of a tuned model's linear layers, for its row.
+
+    Layers with unchanged weights do not count, nor do embeddings and the new head.
+    """
+    if not context.settings.spectra:
+        return {}
+    plain, head = context.model(seed), head_of(model)
+    base, tuned = dict[str, Tensor](), dict[str, Tensor]()
+    for path, module in plain.named_modules():
+        if isinstance(module, nn.Linear) and f"{path}.weight" not in head:
+            weight: Any = model.get_submodule(path).weight  # W', with an adapter
+            if not torch.equal(weight, module.weight):
+                base[path], tuned[path] = module.weight, weight
+    return compared(base, tuned)
 
 
 def _of_base(model: nn.Module) -> dict[str, Any]:

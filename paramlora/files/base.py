@@ -25,7 +25,7 @@ from ..site.names import check_unmerged
 from ..site.quantized import is_wrapper, packed_tensor
 from ..stack.stack import Stack
 from ..stack.storage import check_real, check_settled, in_parts
-from ..wrappers import check_model, inner
+from ..wrappers import check_model, inner, without_wrappers
 from .compare import compare
 from .digest import checksum, digest
 
@@ -130,7 +130,7 @@ def checksums(model: nn.Module) -> dict[str, str]:
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if any(tensor.is_meta for tensor in tensors.values()):
         return {}
-    return {key: checksum(tensor) for key, tensor in tensors.items()}
+    return {without_wrappers(key): checksum(tensor) for key, tensor in tensors.items()}
 
 
 def check_base(model: nn.Module, expected: Mapping[str, str], path: object) -> None:
@@ -173,11 +173,13 @@ class Base:
     def __init__(self, model: nn.Module) -> None:
         # With duplicates: `state_dict` has the tensors of a shared module under all its paths.
         self.modules = dict(model.named_modules(remove_duplicate=False))
+        # Under two paths if wrapped: `state_dict` leaves some wrappers out of its keys.
         self.lists: dict[str, tuple[parametrize.ParametrizationList, Stack]] = {
-            path: (module, stack)
+            name: (module, stack)
             for path, module in self.modules.items()
             if isinstance(module, parametrize.ParametrizationList)
             if (stack := stack_of(module)) is not None
+            for name in (path, without_wrappers(path))
         }
         # The key of each stored tensor, with its original key, its stack, and its number there.
         self.stored = {

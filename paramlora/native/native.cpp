@@ -87,7 +87,8 @@ std::pair<Tensor, Tensor> compute(
 void keep(AutogradContext* ctx, const std::string& name, const Tensor& factor, at::ScalarType to) {
   if (factor.scalar_type() == to) return;
   ctx->saved_data[name] = factor;
-  ctx->saved_data[name + "_version"] = factor.is_inference() ? int64_t(0) : static_cast<int64_t>(factor._version());
+  int64_t version = factor.is_inference() ? 0 : static_cast<int64_t>(factor._version());
+  ctx->saved_data[name + "_version"] = version;
 }
 
 // Returns the factor for the products of the backward, and the dtype of its gradient: the saved
@@ -99,7 +100,8 @@ std::pair<Tensor, at::ScalarType> factor(
   auto original = kept->second.toTensor();
   if (!again) return {saved, original.scalar_type()};
   TORCH_CHECK(
-      static_cast<int64_t>(original._version()) == ctx->saved_data[name + "_version"].toInt(),
+      original.is_inference() ||
+          static_cast<int64_t>(original._version()) == ctx->saved_data[name + "_version"].toInt(),
       "the factor ", name, " was modified by an inplace operation after the forward, and "
       "create_graph=True needs the factor of the forward");
   return {cast(original, saved.scalar_type()), original.scalar_type()};
@@ -191,8 +193,8 @@ Tensor linear(
   TORCH_CHECK(
       A.device() == W.device() && B.device() == W.device(), "factors on ", A.device(), " and ",
       B.device(), " do not fit a weight on ", W.device());
-  // Cast x, W and b before the node: the node that autograd has for each cast returns the gradient in
-  // the original dtype. A and B may always have another dtype than x. W and b may only under autocast;
+  // Cast x, W and b before the node: autograd's node for each cast returns the gradient in the
+  // original dtype. A and B may always have another dtype than x. W and b may only under autocast;
   // otherwise the error is that of F.linear.
   auto to = dtype.value_or(x.scalar_type());
   auto x_ = cast(x, to), W_ = dtype ? cast(W, to) : W;

@@ -175,6 +175,13 @@ def freeze(model: nn.Module, *names: str) -> None:
     Raises:
         AdapterNameError: there is no adapter of that name.
         StateError: there are no adapters.
+
+    >>> import paramlora as pl
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2))
+    >>> pl.freeze(model)
+    >>> pl.summary(model).trainable
+    0
     """
     settle(model)
     for part in Survey(model).parts(names):
@@ -187,6 +194,14 @@ def unfreeze(model: nn.Module, *names: str) -> None:
     Raises:
         AdapterNameError: there is no adapter of that name.
         StateError: there are no adapters.
+
+    >>> import paramlora as pl
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2), name="a")
+    >>> _ = pl.attach(model, pl.LoRA(rank=2), name="b")  # freezes "a"
+    >>> pl.unfreeze(model, "a")
+    >>> len(pl.parameters(model))
+    4
     """
     for parameter in _factors(model, names):
         parameter.requires_grad_(True)

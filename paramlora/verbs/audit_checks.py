@@ -26,6 +26,14 @@ class Finding:
         site: the path of the tensor, or of the module whose buffers are meant.
         name: the adapter; "" for the base.
         message: what is wrong, and what to do.
+
+    >>> import paramlora as pl
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2))
+    >>> model[0].bias.requires_grad_(True)[:0]
+    tensor([], grad_fn=<SliceBackward0>)
+    >>> [(one.kind, one.site) for one in pl.audit(model, torch.randn(8, 4))]
+    [('base', '0.bias')]
     """
 
     kind: str

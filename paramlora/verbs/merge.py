@@ -76,6 +76,14 @@ def unmerge(model: nn.Module) -> None:
         StateError: there are no adapters. Or a tensor is sharded, or was written to since the
             merge, by an optimizer or by load_state_dict, and unmerging would lose that. The model
             is unchanged.
+
+    >>> import paramlora as pl
+    >>> model = nn.Linear(4, 3)
+    >>> _ = pl.attach(model, pl.LoRA(rank=2))
+    >>> pl.merge(model)
+    >>> pl.unmerge(model)
+    >>> pl.summary(model).sites[0].merged
+    False
     """
     survey = Survey(model)
     check_names(survey.stacks, ())
@@ -108,6 +116,13 @@ def merged(model: nn.Module, *names: str) -> Iterator[None]:
 
     Raises, besides what `merge` raises:
         StateError: an adapter is merged already.
+
+    >>> import paramlora as pl
+    >>> model = nn.Linear(4, 3)
+    >>> _ = pl.attach(model, pl.LoRA(rank=2))
+    >>> with pl.merged(model):
+    ...     pl.summary(model).sites[0].merged
+    True
     """
     for stack in stacks_in(model):
         if stack.merged:
@@ -126,6 +141,13 @@ def bake(model: nn.Module) -> None:
     Raises, besides what `merge` raises:
         StateError: an adapter is switched off and would be lost: enable or detach it first. Or it
             is tied to a tensor outside of `model`.
+
+    >>> import paramlora as pl
+    >>> model = nn.Linear(4, 3)
+    >>> _ = pl.attach(model, pl.LoRA(rank=2, init="gaussian"))
+    >>> pl.bake(model)
+    >>> type(model) is nn.Linear
+    True
     """
     survey = Survey(model)
     check_attached(survey)

@@ -19,7 +19,14 @@ from .table import as_html, as_text, cells, grouped
 
 @dataclass(frozen=True)
 class SiteSummary:
-    """One adapter at one site: a row of the summary."""
+    """One adapter at one site: a row of the summary.
+
+    >>> import paramlora as pl
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> row = pl.attach(model, pl.LoRA(rank=2)).sites[0]
+    >>> row.site, row.kind, row.parameters
+    ('0.weight', 'LoRA', 14)
+    """
 
     site: str
     adapter: str
@@ -38,7 +45,13 @@ class SiteSummary:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A tensor of the base without an adapter, the reason, and whether it is trained."""
+    """A tensor of the base without an adapter, the reason, and whether it is trained.
+
+    >>> import paramlora as pl
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> pl.attach(model, pl.LoRA(rank=2)).skipped[0]
+    Skipped(tensor='0.bias', shape=(3,), reason='matching no target', trainable=False)
+    """
 
     tensor: str
     shape: tuple[int, ...]
@@ -65,6 +78,12 @@ class Summary:
         active: the adapters that are switched on somewhere, in attaching order.
         switched_off: the adapters that the call that returns this summary switched off.
         dry_run: whether this is the summary of an `attach` that did not take place.
+
+    >>> import paramlora as pl
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> summary = pl.attach(model, pl.LoRA(rank=2))
+    >>> summary.trainable, summary.total, summary.active
+    (14, 15, ('default',))
     """
 
     sites: tuple[SiteSummary, ...]

@@ -23,6 +23,13 @@ def enable(model: nn.Module, *names: str) -> None:
         AdapterNameError: there is no adapter of that name.
         StateError: there are no adapters, or one is merged; or one that was attached later is
             merged, and their order counts (IA3, DoRA).
+
+    >>> import paramlora as pl
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2), name="digits", activate="no")
+    >>> pl.enable(model, "digits")
+    >>> pl.summary(model).active
+    ('digits',)
     """
     stacks = _checked(model, names, "enable")
     check_order(stacks, names)
@@ -40,6 +47,13 @@ def disable(model: nn.Module, *names: str) -> None:
     Raises:
         AdapterNameError: there is no adapter of that name.
         StateError: there are no adapters, or one is merged.
+
+    >>> import paramlora as pl
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2), name="digits")
+    >>> pl.disable(model)
+    >>> pl.summary(model).active
+    ()
     """
     stacks = _checked(model, names, "disable")
     for stack in stacks:
@@ -136,6 +150,13 @@ def enabled(model: nn.Module, *names: str) -> Iterator[None]:
     Raises:
         AdapterNameError: there is no adapter of that name.
         StateError: as in `enable`; or this is inside of `routed`.
+
+    >>> import paramlora as pl
+    >>> model = nn.Sequential(nn.Linear(4, 3))
+    >>> _ = pl.attach(model, pl.LoRA(rank=2), name="digits", activate="no")
+    >>> with pl.enabled(model, "digits"):
+    ...     pl.summary(model).active
+    ('digits',)
     """
     stacks = _checked(model, names, "enable")
     check_order(stacks, names)

@@ -89,7 +89,7 @@ def test_factors_that_share_memory(tmp_path: Path, peft: bool) -> None:
     pl.attach(model, LoRA(rank=2))
     shake(model)
     first, second = (m for m in model.modules() if isinstance(m, Factors))
-    second.A.data = first.A.data  # type: ignore[union-attr]
+    second.A.data = first.A.data
     if peft:
         pl.save_peft(model, tmp_path / "tied")
         pl.load_peft(other, tmp_path / "tied")

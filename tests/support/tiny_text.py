@@ -39,7 +39,13 @@ def world(folder: Path, train: int, test: int, other: int) -> Path:
 
 
 def checkpoint(folder: Path, kind: str = "bert") -> Path:
-    """Write a tiny random model (bert, distilbert or gpt2) and a tokenizer; return the folder."""
+    """Write a small random model (bert, distilbert, gpt2 or mpnet) and a tokenizer.
+
+    GPT-2 has its published width, because the targets of its preset are columns of it.
+
+    Returns:
+        the folder.
+    """
     import transformers
 
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -52,9 +58,18 @@ def checkpoint(folder: Path, kind: str = "bert") -> Path:
         model = transformers.DistilBertModel(config)
     elif kind == "gpt2":
         config = transformers.GPT2Config(
-            vocab_size=len(vocabulary), n_embd=16, n_layer=2, n_head=2, n_positions=64
+            vocab_size=len(vocabulary), n_embd=768, n_inner=16, n_layer=1, n_head=2, n_positions=64
         )
         model = transformers.GPT2Model(config)
+    elif kind == "mpnet":
+        config = transformers.MPNetConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        )
+        model = transformers.MPNetModel(config)
     else:
         config = transformers.BertConfig(
             vocab_size=len(vocabulary),

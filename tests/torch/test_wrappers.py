@@ -12,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.testing import assert_close
 
 import paramlora as pl
+from paramlora.wrappers import inner
 from tests.support.helpers import unchanged
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -81,6 +82,7 @@ def test_names_are_those_of_the_model_inside(wrap: Wrap, tmp_path: Path) -> None
     wrapped = wrap(copy.deepcopy(model))
     assert pl.summary(wrapped).sites == pl.summary(model).sites
     assert pl.state_dict(wrapped, "digits").keys() == pl.state_dict(model, "digits").keys()
+    assert pl.base_state_dict(wrapped).keys() == inner(wrap(base())).state_dict().keys()
     found = []
     for folder, one in (("plain", model), ("wrapped", wrapped)):
         pl.save(one, tmp_path / f"{folder}.safetensors", "digits")

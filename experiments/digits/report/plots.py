@@ -7,7 +7,7 @@ import numpy as np
 from ...harness.rundir import Row, RunDirectory
 from ...report.document import Picture
 from ...report.figures import Figure, confusion_panels, plt, png
-from ...report.style import COLOUR
+from ...report.style import COLOUR, DASH, EDGE, LINE
 from ...report.table import Sample
 from .tables import LABEL, base_of, methods_in, published_for, rows_of
 
@@ -42,7 +42,7 @@ def wrong_counts(run: RunDirectory) -> tuple[Figure, str]:
         means, errors = [c.mean for c in counts], [c.sd or 0.0 for c in counts]
         # The bars of a digit stand side by side, centred on its tick.
         places = np.arange(10) + (number - (len(bars) - 1) / 2) * width
-        axes.bar(places, means, width * 0.92, color=COLOUR[label], label=label)
+        axes.bar(places, means, width * 0.92, color=COLOUR[label], label=label, **EDGE)
         if any(errors):
             axes.errorbar(places, means, errors, fmt="none", ecolor="#333333", elinewidth=0.8)
         if method in published:
@@ -53,7 +53,8 @@ def wrong_counts(run: RunDirectory) -> tuple[Figure, str]:
     axes.set(xlabel="digit (shaded: tuned)", ylabel="wrong answers, test images", xlim=(-0.6, 9.6))
     axes.set_ylim(bottom=0)
     axes.set_xticks(range(10))
-    axes.legend(frameon=False, ncols=7, loc="upper left", bbox_to_anchor=(0, 1.12))
+    title = f"mean ± sd, n = {len(rows_of(run, 'lora'))} adapter seeds"
+    axes.legend(frameon=False, ncols=7, loc="lower left", bbox_to_anchor=(0, 1), title=title)
     return figure, (
         "Wrong answers by digit with the adapter off and on, and with the other methods. "
         f"{_over_seeds(run)}"
@@ -81,11 +82,10 @@ def training_loss(run: RunDirectory) -> tuple[Figure, str]:
     left.plot(steps, loss, color=COLOUR["base"])
     for method in methods_in(run):
         steps, loss, sd = _loss_curve(rows_of(run, method))
-        colour = COLOUR[LABEL[method]]
-        right.fill_between(steps, loss - sd, loss + sd, color=colour, alpha=0.15, linewidth=0)
+        name = LABEL[method]
+        right.fill_between(steps, loss - sd, loss + sd, color=LINE[name], alpha=0.15, linewidth=0)
         # "wrapped" nearly coincides with "on"; its dashes leave the other line visible.
-        dashes = "--" if method == "wrapped" else "-"
-        right.plot(steps, loss, dashes, color=colour, label=LABEL[method])
+        right.plot(steps, loss, color=LINE[name], linestyle=DASH[name], label=name)
     left.set_title("pre-training, all digits")
     joint = " (joint: all digits)" if "joint" in methods_in(run) else ""
     right.set_title(f"fine-tuning, tuned digits{joint}")

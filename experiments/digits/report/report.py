@@ -71,7 +71,20 @@ def html(run: RunDirectory, pictures: Sequence[Picture]) -> str:
     path = run.folder / "explore.json"
     advice = "run the command of the run again, which makes it again"
     explored = read_json(path, advice) if path.exists() else None
+    if explored:
+        explored |= {"mean": True, "scope": scope(run, len(explored["adapters"]))}
     return page(heading(run), lead(run), sections(run, pictures), explored)
+
+
+def scope(run: RunDirectory, explored: int) -> str:
+    """Return a sentence on the adapters that the explorer has, if the run has more."""
+    count = len(rows_of(run, "lora"))
+    if explored >= count:
+        return ""
+    return (
+        f"The explorer has the first {explored} of {count} adapter seeds, at every strength and "
+        f"every set of layers; more would make the page large. The tables below have all {count}."
+    )
 
 
 def sections(run: RunDirectory, pictures: Sequence[Picture]) -> Sections:

@@ -6,20 +6,22 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import paramlora as pl
+from experiments.analysis.confusion import accuracy
 from experiments.analysis.explore import explore, sprite
 from experiments.analysis.insight import only_at, predict
 from experiments.harness.settings import StudyError
-from experiments.report.document import Picture
+from experiments.report.document import Picture, Sections
+from experiments.report.figures import plt, png
 from experiments.report.page import page, write_page
-from experiments.report.table import Table
+from experiments.report.table import Sample, Table
 from tests.support.helpers import unchanged
 
 CLASSES = ["ant", "bee", "cat", "a <long> name"]
@@ -50,6 +52,7 @@ def explored() -> dict[str, Any]:
         images=images,
         strengths=STRENGTHS,
         all_subsets=["one"],
+        mean=True,
     )
 
 
@@ -127,16 +130,16 @@ def test_a_model_or_class_names_that_do_not_fit_raise():
 def test_a_page_is_one_file_with_the_given_content(explored):
     """The page fetches nothing, escapes all text, and has the data unchanged."""
     table = Table(["a\nb", "c"], [["<x>", "1 ± 2"]])
-    blocks = [table, "p < q", ["r & s"], Picture(b"png", "the <caption>")]
+    blocks = [table, "p < `q`", ["r & s"], Picture(b"png", "the <caption>")]
     text = page("A & B", "lead @DATA@ </script>", {"T": blocks}, explored)
     assert not re.search(r"(?:src|href)=[\"'](?!data:)", text)
     assert not re.search(r"@(?:TITLE|LEAD|EXPLORER|BODY)@", text)
     assert "http" not in text
     assert "A &amp; B" in text
     assert "lead @DATA@ &lt;/script&gt;" in text
-    assert "<th>a<br>b</th>" in text
+    assert '<th scope="col">a<br>b</th>' in text
     assert "<td>&lt;x&gt;</td><td>1 ± 2</td>" in text
-    assert "<p>p &lt; q</p>" in text
+    assert "<p>p &lt; <code>q</code></p>" in text
     assert "<ul><li>r &amp; s</li></ul>" in text
     assert 'src="data:image/png;base64,' in text
     assert "<figcaption>the &lt;caption&gt;</figcaption>" in text
@@ -164,11 +167,24 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-@pytest.fixture
-def opened(browser: Any, explored: dict[str, Any], tmp_path: Path) -> Iterator[Any]:
-    """The page at a phone's width; an error of its script or a request fails the test."""
+@pytest.fixture(scope="module")
+def written(explored: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of a page with an explorer, a wide table, a figure and folded settings."""
     table = Table(["what", *map(str, range(30))], [["wide", *["123.45"] * 30]])
-    write_page(tmp_path / "report.html", "A page", "Its lead.", {"T": [table]}, explored)
+    figure, axes = plt.subplots()
+    axes.set_title("a figure")
+    sections: Sections = {
+        "T": [table, "text", ["a list"], Picture(png(figure), "a figure")],
+        "Settings": [Table(["name", "value"], [["rank", "2"]])],
+    }
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    write_page(path, "A page", "Its lead.", sections, explored)
+    return path.as_uri()
+
+
+@pytest.fixture
+def opened(browser: Any, written: str) -> Iterator[Any]:
+    """The page at a phone's width; an error of its script or a request fails the test."""
     tab, errors = browser.new_page(viewport={"width": 390, "height": 844}), []
     tab.on("pageerror", lambda error: errors.append(str(error)))
 
@@ -177,10 +193,15 @@ def opened(browser: Any, explored: dict[str, Any], tmp_path: Path) -> Iterator[A
             errors.append(request.url)
 
     tab.on("request", on_request)
-    tab.goto((tmp_path / "report.html").as_uri())
+    tab.goto(written)
     yield tab
     tab.close()
     assert errors == []
+
+
+def choose(tab: Any, adapter: str) -> None:
+    """Click on an adapter's name."""
+    tab.locator(".choice", has_text=adapter).click()
 
 
 def shown(tab: Any) -> list[list[int]]:
@@ -196,48 +217,77 @@ def percent(matrix: list[list[int]], classes: list[int]) -> str:
     return f"{100 * right / sum(sum(matrix[c]) for c in classes):.2f} %"
 
 
-def test_the_page_begins_with_the_adapter_as_trained(opened, explored):
-    """The page opens with the first adapter active at all layers with λ = 1."""
-    matrix = explored["adapters"]["one"]["3"][2]
-    assert shown(opened) == matrix
+def test_the_page_opens_on_the_mean_over_the_adapters(opened, explored):
+    """It shows the mean matrix and the mean accuracy ± sd, all layers active with λ = 1."""
+    one, two = (np.array(explored["adapters"][name]["3"][2]) for name in ("one", "two"))
+    shown_mean = opened.locator("#cells button").evaluate_all(
+        "cells => cells.map(cell => Number(cell.ariaLabel.split(': ')[1]))"
+    )
+    assert shown_mean == ((one + two) / 2).flatten().tolist()
     assert opened.locator("#shown-strength").text_content() == "1"
-    totals = opened.locator("#totals b").all_text_contents()
-    assert totals == [percent(matrix, its) for its in ([0, 1, 2, 3], [1, 2], [0, 3])]
+    for number, classes in enumerate(([0, 1, 2, 3], [1, 2], [0, 3])):
+        both = Sample(tuple(100 * accuracy(each, classes) for each in (one.tolist(), two.tolist())))
+        total = opened.locator("#totals b").nth(number).text_content()
+        assert total == f"{both.mean_sd(2)} %"
+        text = opened.locator("#totals small").nth(number).text_content()
+        assert "n = 2" in text
+    opened.locator("#cells button").first.click()
+    assert "choose one adapter" in opened.locator("#pictures").text_content()
 
 
 def test_the_slider_moves_bars_and_matrix(opened, explored):
-    """Each strength has its own matrix and bars; at λ = 0 they are the base's."""
+    """Each strength has its own matrix, bars and tick; at λ = 0 they are the base's."""
+    choose(opened, "one")
     for step, strength in enumerate(STRENGTHS):
         opened.locator("#strength").fill(str(step))
         matrix = explored["adapters"]["one"]["3"][step]
         assert shown(opened) == matrix
         assert float(opened.locator("#shown-strength").text_content()) == strength
+        said = opened.locator("#strength").get_attribute("aria-valuetext")
+        assert said.startswith(f"strength {strength:g}")
         widths = [
             float(opened.evaluate("e => parseFloat(e.style.width)", bar))
             for bar in opened.locator(".fill").element_handles()
         ]
         expected = [100 * matrix[c][c] / sum(matrix[c]) for c in range(4)]
         assert widths == pytest.approx(expected, abs=0.01)
+    totals = opened.locator("#totals b").all_text_contents()
+    assert totals == [percent(matrix, its) for its in ([0, 1, 2, 3], [1, 2], [0, 3])]
     opened.locator("#strength").fill("0")
     assert shown(opened) == explored["base"]
+    ticks = opened.locator("#ticks span").all_text_contents()
+    assert [float(tick) for tick in ticks] == list(STRENGTHS)
 
 
 def test_layers_and_adapters_are_switched(opened, explored):
-    """Buttons switch layers off and on, and select the adapter; without layers it is the base."""
-    opened.get_by_role("button", name="0.weight").click()
+    """Buttons switch layers off and on and select the adapter; without layers it is the base.
+
+    An adapter without data for the chosen layers says so, and the choice comes back with the next.
+    """
+    choose(opened, "one")
+    first, second = (opened.get_by_role("button", name=name) for name in explored["sites"])
+    note = opened.locator("#note")
+    first.click()
     assert shown(opened) == explored["adapters"]["one"]["2"][2]
-    opened.get_by_role("button", name="2.weight").click()
+    second.click()
     assert shown(opened) == explored["base"]
-    opened.get_by_role("button", name="0.weight").click()
+    first.click()
     assert shown(opened) == explored["adapters"]["one"]["1"][2]
-    opened.get_by_role("button", name="two").click()
+    assert note.text_content() == ""
+    choose(opened, "two")
     assert shown(opened) == explored["adapters"]["two"]["3"][2]
-    assert opened.get_by_role("button", name="two").get_attribute("aria-pressed") == "true"
-    assert opened.get_by_role("button", name="0.weight").is_disabled()
+    assert opened.get_by_role("radio", name="two").is_checked()
+    assert first.is_disabled()
+    assert "two was evaluated with all layers only" in note.text_content()
+    assert "(0.weight) comes back" in note.text_content()
+    choose(opened, "mean of 2")
+    assert note.text_content() == "Only these were evaluated with this set of layers: one."
+    assert shown(opened) == explored["adapters"]["one"]["1"][2]
 
 
 def test_a_cell_shows_its_images(opened, explored):
     """A click on a cell shows its kept images and the number of all its images."""
+    choose(opened, "one")
     matrix, pictures = explored["adapters"]["one"]["3"][2], explored["images"]
     predicted = pictures["answers"]["one"]["3"][2]
     for label, answer in ((0, 0), (1, 3), (2, 0)):
@@ -252,6 +302,45 @@ def test_a_cell_shows_its_images(opened, explored):
         assert title == f"{names}: {matrix[label][answer]} images"
     opened.locator("#strength").fill("0")
     assert f"{explored['base'][2][0]} images" in opened.locator("#pictures p").first.text_content()
+
+
+def test_the_keyboard_reaches_everything_in_few_stops(opened):
+    """The tab key stops once at the adapters, the matrix and each other control; arrows move on."""
+    stops = []
+    for _ in range(21):
+        opened.keyboard.press("Tab")
+        stop = opened.evaluate(
+            "(e => e.id || e.name || e.dataset.cell || e.className || e.tagName)"
+            "(document.activeElement)"
+        )
+        stops += [stop]
+        if stop == "0-0":
+            opened.keyboard.press("ArrowDown")
+            opened.keyboard.press("ArrowRight")
+            opened.keyboard.press("Enter")
+            assert opened.locator(".chosen").get_attribute("data-cell") == "1-1"
+        if stop == "SUMMARY":
+            opened.keyboard.press("Enter")
+            assert opened.locator("details").evaluate("e => e.open")
+            break
+    assert len(stops) <= 20
+    layers = ["BUTTON", "BUTTON"]
+    assert stops == ["adapter", *layers, "strength", "0-0", "wide", "wide", "SUMMARY"]
+
+
+def test_axe_finds_nothing(opened):
+    """The page has no wrong role or name, and no contrast below 4.5:1, light or dark."""
+    axe = pytest.importorskip("axe_playwright_python.base", reason="axe is not installed")
+    opened.evaluate(axe.AXE_SCRIPT)
+    opened.locator("summary").click()
+    opened.locator("#cells button").nth(1).click()
+    choose(opened, "two")
+    for scheme, rules in (("light", {}), ("dark", {"runOnly": ["color-contrast"]})):
+        opened.emulate_media(color_scheme=scheme)
+        back = opened.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (back == "rgb(255, 255, 255)") == (scheme == "light")
+        found = opened.evaluate("rules => axe.run(document, rules)", rules)["violations"]
+        assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
 
 
 def test_the_page_fits_a_phone(opened):

@@ -191,6 +191,9 @@ def test_a_run_records_the_matrix_and_resumes(tmp_path: Path, capsys):
     assert text.startswith("# Tasks: rotated, domain-incremental\n")
     assert "n adapter seeds on one base" in text
     assert "| difference from full | ACC | LA | forgetting | n |" in text
+    page = (tmp_path / "run" / "tasks.html").read_text()
+    assert page.count("<figure>") == 2
+    assert "difference from full" in page
     path.unlink()
     capsys.readouterr()
     assert main(["report", str(tmp_path / "run")]) == 2

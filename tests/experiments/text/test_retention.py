@@ -172,15 +172,19 @@ def test_a_front_is_trained_reported_and_resumed(world: Path, tmp_path: Path, ca
 
 @pytest.mark.slow
 def test_a_front_of_one_arm_needs_no_other(world: Path, tmp_path: Path, capsys) -> None:
-    """Arms without rates are left out, and without full fine-tuning there is no difference."""
+    """Arms without rates are left out. --spectra measures the weights that the adapter changed."""
     words = ["text-front", "--model", str(world / "bert"), "--data-dir", str(world)]
     words += ["--tokens", str(world / "tokens"), "--retention", str(world / "other.jsonl")]
     words += ["--pooling", "mean", "--targets", "*.query", "--no-forgetting", "--epochs", "1"]
     words += ["--device", "cpu", "--seeds", "1", "--ranks", "1", "--head-rates", "1e-3"]
     for name in ("rates", "full-rates", "joint-rates", "joint-full-rates"):
         words += [f"--{name}", ""]
-    assert main([*words, "--out", str(tmp_path / "f")]) == 0
-    assert [row["method"] for row in RunDirectory.read(tmp_path / "f").rows] == ["lora+head r 1"]
+    assert main([*words, "--spectra", "--out", str(tmp_path / "f")]) == 0
+    (row,) = RunDirectory.read(tmp_path / "f").rows
+    assert row["method"] == "lora+head r 1"
+    assert len(row["sizes"]) == len(row["left"]) == 2  # the query of two layers
+    assert min(row["sizes"]) > 0
+    assert "## Intruder dimensions" in (tmp_path / "f" / "front.md").read_text()
     assert "lora+head r 1" in capsys.readouterr().out
 
 

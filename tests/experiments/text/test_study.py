@@ -16,8 +16,9 @@ from benchmarks import text_methods
 from experiments.__main__ import main
 from experiments.harness.parallel import Group
 from experiments.harness.rundir import RunDirectory
-from experiments.harness.settings import replace, values
+from experiments.harness.settings import replace
 from experiments.report.checks import any_failed
+from experiments.report.document import markdown
 from experiments.text import report as text_report
 from experiments.text import study as text
 from experiments.text.context import TextContext, prepare_context
@@ -99,7 +100,7 @@ def test_the_report_says_what_is_kept(finished: RunDirectory) -> None:
     table = text_report.kept_table(finished)
     assert [row[0] for row in table.rows] == ["checkpoint", *METHODS]
     assert table.text() in text_report.terminal(finished)
-    assert table.markdown() in text_report.markdown(finished, {})
+    assert table.markdown() in markdown("", "", text_report.sections(finished))
 
 
 def test_checks_pass(finished: RunDirectory) -> None:
@@ -144,7 +145,10 @@ def test_a_stopped_run_goes_on(world: Path, finished: RunDirectory) -> None:
 
 
 def test_report(world: Path, finished: RunDirectory) -> None:
-    """The report has methods, strengths, checks and settings, and is the same if made again."""
+    """The report has methods, strengths, checks and settings, and is the same if made again.
+
+    The page has the same content. The majority baseline always answers one label.
+    """
     assert main(["report", str(finished.folder)]) == 0
     report = (finished.folder / "report.md").read_text()
     for said in (
@@ -155,6 +159,15 @@ def test_report(world: Path, finished: RunDirectory) -> None:
         "n = 1",
     ):
         assert said in report
+    rows = load_corpus(settings_in(world).dataset).splits
+    labels = [label for _, label in rows["train"]]
+    most = max(set(labels), key=labels.count)
+    right = [[label == most for _, label in rows[split]] for split in ("validation", "test")]
+    validation, test = (f"{100 * sum(one) / len(one):.2f}" for one in right)
+    assert f"| majority | 0 |  | {validation} | {test} |" in report
+    page = (finished.folder / "report.html").read_text()
+    assert f"<td>majority</td><td>0</td><td></td><td>{validation}</td><td>{test}</td>" in page
+    assert "<details><summary><h2>Settings</h2>" in page
     figure = (finished.folder / "strengths.png").read_bytes()
     text_report.write_text_report(finished.folder)
     assert (finished.folder / "report.md").read_text() == report
@@ -274,25 +287,37 @@ def test_early_stopping_keeps_the_best(world: Path) -> None:
     assert row["best_step"] <= row["steps"] - 2 * (8 // 2)
 
 
-@pytest.mark.parametrize("kind", ["distilbert", "gpt2"])
-def test_other_architectures(tmp_path: Path, world: Path, kind: str) -> None:
-    """The presets' models can be trained by each of their methods, with their presets' targets."""
-    model = str(checkpoint(tmp_path / kind, kind))
-    preset = "distilbert-imdb-best" if kind == "distilbert" else "gpt2-spam"
-    changes: dict[str, Any] = {"data": "imdb", "rank": 2, "epochs": 1, "schedule": "linear"}
-    if kind == "gpt2":
-        changes |= {"targets": "*.c_attn.weight[:, :16],*.c_proj,*.c_fc,score", "balanced": False}
-    settings = values(TextSettings.of_preset(preset))
-    given = {k: settings[k] for k in ("preset", "alpha", "scale", "init", "targets")}
-    context = context_in(world, model=model, **{**given, "methods": "lora", **changes})
-    classifier = context.model(0)
-    before = context.logits(classifier, "validation")
-    prepare(classifier, "lora", context.settings, torch.Generator().manual_seed(0))
-    assert torch.equal(context.logits(classifier, "validation"), before)
-    row = fine_tune(context, classifier, "lora", 0)
-    assert math.isfinite(row["train_loss"])
-    with pl.disabled(classifier, ADAPTER):
-        assert torch.equal(context.logits(classifier, "validation"), before)
+@pytest.mark.parametrize(
+    ("preset", "kind"),
+    [
+        ("distilbert-imdb", "distilbert"),
+        ("distilbert-imdb-best", "distilbert"),
+        ("gpt2-spam", "gpt2"),
+        ("mpnet-imdb", "mpnet"),
+    ],
+)
+def test_presets(preset: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Each preset runs as it is on a local checkpoint: --model is all that it needs.
+
+    Data, one epoch and one seed are further flags here. Targets, methods and rates are those of
+    the preset.
+    """
+    for name, rows in (("train", texts(32, 0)), ("test", texts(16, 1))):
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    lines = (f"{('spam', 'ham')[row['label']]}\t{row['text']}" for row in texts(48, 0))
+    (tmp_path / "SMSSpamCollection").write_text("\n".join(lines))
+    model = checkpoint(tmp_path / kind, kind)
+    words = f"text --preset {preset} --model {model} --data-dir {tmp_path} --epochs 1 --seeds 1"
+    words += f" --tokens {tmp_path / 'tokens'} --out {tmp_path / 'run'} --device cpu"
+    assert main(words.split()) == 0
+    run = RunDirectory.read(tmp_path / "run")
+    rows = text_report.tuned_rows(run)
+    assert [row["method"] for row in rows] == TextSettings.of_preset(preset).chosen_methods
+    assert all(math.isfinite(row["train_loss"]) for row in rows)
+    checks = text_report.checks(run)
+    assert len(checks) == 5
+    assert not any_failed(checks)
+    assert "adapter off, logits are bit-for-bit the base's" in capsys.readouterr().out
 
 
 def test_two_adapters_on_one_base(world: Path) -> None:
