@@ -8,6 +8,7 @@ import torch
 
 import paramlora as pl
 from paramlora import IA3, DoRA, LoHa, LoKr, LoRA
+from paramlora.kinds.fields import rank_limit
 from tests.support.helpers import pattern
 
 RANK = "rank must be a whole number of at least 1, got "
@@ -103,6 +104,18 @@ def test_defaults() -> None:
     factors = spec.create(torch.zeros(16, 12))
     assert (spec.rank, spec.alpha, factors["A"].shape) == (8, None, (8, 12))
     assert spec.scaling == 1
+
+
+def test_default_ranks() -> None:
+    """The other kinds with a rank have rank 8 by default, too."""
+    kinds = (DoRA, LoHa, LoKr, pl.HiRA, pl.LoRAXS)
+    assert [kind().rank for kind in kinds] == [8] * len(kinds)
+
+
+def test_rank_limit_of_a_batch() -> None:
+    """The limit of a rank is the smaller side of each matrix, however many matrices there are."""
+    assert rank_limit("this", 4, torch.zeros(2, 5, 4)) is None
+    assert "at most 4" in str(rank_limit("this", 5, torch.zeros(9, 5, 4)))
 
 
 def test_only_lora_has_dropout() -> None:

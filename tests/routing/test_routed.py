@@ -471,6 +471,5 @@ def test_ids_that_change_inside() -> None:
     with pl.routed(model, ids):
         ids.fill_(-1)
         assert torch.equal(model(x), expected)
-        with pl.routed(model, [1, 1]):
-            pass
-        assert torch.equal(model(x), expected)
+        # Two rows for each id, as in a beam search: these ids are computed inside.
+        assert_close(model(x.repeat_interleave(2, 0)), expected.repeat_interleave(2, 0))

@@ -267,3 +267,17 @@ def test_reading_a_merged_weight() -> None:
     pl.merge(model)
     assert model.weight is model.weight
     assert isinstance(model.weight, nn.Parameter)
+
+
+def test_scales_of_several_adapters() -> None:
+    """Merging several LoRAs adds each with its own scale, whatever the order."""
+    model = nn.Linear(4, 3).double()
+    expected = model.weight.detach().clone()
+    for name, alpha in (("a", 6), ("b", 1), ("c", -3)):
+        pl.attach(model, LoRA(2, alpha), "weight", name=name, activate="also")
+        A, B = torch.randn(2, 4).double(), torch.randn(3, 2).double()
+        state = {key: (A if key.endswith("A") else B) for key in pl.state_dict(model, name)}
+        pl.load_state_dict(model, state, name)
+        expected += alpha / 2 * B @ A
+    pl.merge(model)
+    assert_close(model.weight, expected)
