@@ -18,7 +18,7 @@ from paramlora import kinds
 
 
 @dataclasses.dataclass(frozen=True)
-class Shift(kinds.Spec):
+class Offset(kinds.Spec):
     """A kind of the user's own, W' = W + λ·d, with one number d per tensor."""
 
     def create(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ def attach_and_look(model: nn.Module) -> list[str]:
     made = pl.attach(model, specs, name="one", generator=torch.Generator())
     assert len(planned.sites) == len(made.sites)
     pl.attach(model, pl.Delta(), "*.bias", name="biases", activate="also", exclude="2")
-    pl.attach(model, Shift(), nn.Linear, name="shift", activate="no")
+    pl.attach(model, Offset(), nn.Linear, name="shift", activate="no")
     lines = [f"{row.site} {row.adapter} {row.scale}" for row in pl.summary(model).sites]
     return [*lines, *(f"{left.tensor}: {left.reason}" for left in made.skipped)]
 

@@ -313,6 +313,8 @@ class VerbRules(BaseMachine):
     @precondition(lambda self: self.reference.names() and len(self.checked.blocks) < 4)
     @rule(names=some_names, scope=a_scope)
     def enter_merged(self, names: list[str], scope: str) -> None:
+        if self.stores_the_norm(scope):
+            return
         block = pl.merged(self.submodule(scope), *names)
         already = ALREADY_MERGED if self.reference.merged(scope) else None
         if self.attempt(block.__enter__, already, *self.cannot_merge(names, scope)):
@@ -326,6 +328,14 @@ class VerbRules(BaseMachine):
         if merges:
             self.merge([], "")
         self.checked.exit_block(ZeroDivisionError() if fails else None, index)
+
+    def stores_the_norm(self, scope: str) -> bool:
+        """Whether a merge with strength zero would store a normalised W, which is not modelled."""
+        return any(
+            self.reference.vectors(path) is not None and adapter.live and not adapter.strength
+            for path in self.reference.inside(scope)
+            for adapter in self.reference.adapters[path].values()
+        )
 
     def cannot_merge(self, names: list[str], scope: str) -> list[ExpectedError | None]:
         inside = self.reference.inside(scope)
@@ -355,6 +365,8 @@ class VerbRules(BaseMachine):
     @precondition(lambda self: self.reference.names())
     @rule(names=some_names, scope=a_scope)
     def merge(self, names: list[str], scope: str) -> None:
+        if self.stores_the_norm(scope):
+            return
         if self.attempt(
             lambda: pl.merge(self.submodule(scope), *names), *self.cannot_merge(names, scope)
         ):
