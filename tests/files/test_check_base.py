@@ -96,3 +96,36 @@ def test_checksums(dtype: torch.dtype) -> None:
     assert checksum(tensor.view(103, 91)) != found
     assert checksum(tensor.roll(1, 0)) != found
     assert checksum(tensor[:, :0]).startswith(str(dtype).removeprefix("torch."))
+
+
+def test_small_changes_of_all_values() -> None:
+    """Signs, and rows of an identity, count although their plain sums are equal."""
+    W = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    odd, fourth, eye = W.clone(), W.bfloat16(), torch.eye(2048)
+    odd[:, 1::2] *= -1
+    fourth[:, 3::4] *= -1
+    exchanged = eye.clone()
+    exchanged[[0, 2]] = eye[[2, 0]]
+    for one, other in (
+        (W.double(), -W.double()),
+        (W, odd),
+        (W.bfloat16(), fourth),
+        (eye, exchanged),
+    ):
+        assert checksum(one) != checksum(other)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize:UserWarning", "ignore:.*nested:UserWarning")
+def test_unusual_buffers(tmp_path: Path) -> None:
+    """A base with a quantized, a conjugate or a nested tensor can be saved and checked."""
+    path, x = tmp_path / "digits.safetensors", torch.randn(30, 50)
+    model = net()
+    model.register_buffer("levels", torch.quantize_per_tensor(x, 0.1, 0, torch.qint8))
+    model.register_buffer("phases", torch.complex(x, x + 1).conj())
+    model.register_buffer("ragged", torch.nested.nested_tensor([x, x[:2]]))
+    pl.attach(model, pl.LoRA(2), "0", name="digits")
+    pl.save(model, path)
+    pl.load(model, path, check_base=True)
+    model.phases = model.phases.conj()
+    with pytest.raises(pl.CheckpointError, match="another base: phases differ"):
+        pl.load(model, path, check_base=True)
