@@ -119,7 +119,7 @@ def test_small_changes_of_all_values() -> None:
 def test_unusual_buffers(tmp_path: Path) -> None:
     """A base with a quantized, a conjugate or a nested tensor can be saved and checked."""
     path, x = tmp_path / "digits.safetensors", torch.randn(30, 50)
-    model = net()
+    model: Any = net()
     model.register_buffer("levels", torch.quantize_per_tensor(x, 0.1, 0, torch.qint8))
     model.register_buffer("phases", torch.complex(x, x + 1).conj())
     model.register_buffer("ragged", torch.nested.nested_tensor([x, x[:2]]))
