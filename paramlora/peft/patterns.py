@@ -13,6 +13,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -37,11 +38,13 @@ import faulthandler, json, re, sys, time
 left = {SECONDS}
 for line in sys.stdin:
     how, expression, path = json.loads(line)
-    start = time.perf_counter()
     faulthandler.dump_traceback_later(left, exit=True)
+    start = time.perf_counter()
     found = getattr(re, how)(expression, path)
+    left -= time.perf_counter() - start
     faulthandler.cancel_dump_traceback_later()
-    left = max(left - (time.perf_counter() - start), 0.001)
+    if left <= 0:
+        sys.exit()
     print(json.dumps(None if found is None else found.groups()), flush=True)
 """
 
@@ -52,7 +55,7 @@ class _Matcher:
     process: subprocess.Popen[str] | None = None
 
     def __init__(self, file: Path) -> None:
-        self.file, self.ways = file, 0.0
+        self.file, self.ways, self.left = file, 0.0, 5 * SECONDS
 
     def ask(self, *question: str) -> _Groups | None:
         if self.process is None:
@@ -64,9 +67,11 @@ class _Matcher:
                 text=True,
             )
         stdin, stdout = self.process.stdin, self.process.stdout
+        start = time.perf_counter()
         print(json.dumps(question), file=stdin, flush=True)
         answer = stdout.readline()  # type: ignore[union-attr]
-        if not answer:  # the watchdog has ended the process
+        self.left -= time.perf_counter() - start  # asking takes longer than most matches
+        if not answer or self.left < 0:  # the watchdog has ended the process
             raise CheckpointError(
                 f"{self.file} has regular expressions that take more than {SECONDS:g} s to match "
                 "the modules of this model; list the names of the modules instead"

@@ -67,8 +67,9 @@ def test_cut_off(folder: Path, settings: dict[str, Any], monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_many_cheap_expressions(tmp_path: Path) -> None:
+def test_many_cheap_expressions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Expressions that take a moment each are cut off if they take long together."""
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
     names = [f"language_model_layers_{i}_attention_projection" for i in range(50)]
     large = nn.ModuleDict({name: nn.Linear(3, 2) for name in names})
     pl.attach(large, pl.LoRA(1), name="default")
@@ -76,9 +77,9 @@ def test_many_cheap_expressions(tmp_path: Path) -> None:
     change(tmp_path / "a", rank_pattern={f".*.*x{i}": 1 for i in range(300)})
     fresh = nn.ModuleDict({name: nn.Linear(3, 2) for name in names})
     start = time.perf_counter()
-    with pytest.raises(pl.CheckpointError, match="take more than 1 s to match"):
+    with pytest.raises(pl.CheckpointError, match=r"take more than 0\.05 s to match"):
         pl.load_peft(fresh, tmp_path / "a")
-    assert time.perf_counter() - start < 10  # 1 s on a quiet machine
+    assert time.perf_counter() - start < 5  # on a busy machine
 
 
 ORDINARY = [
