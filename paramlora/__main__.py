@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0, 1 if an audit has findings, or 2 if it cannot be carried out."""
     options = vars(parser().parse_args(arguments))
     try:
+        if "path" in options and not options["path"].exists():
+            raise FileNotFoundError(f"{options['path']} does not exist: pass a file or a folder")
         return options.pop("command")(**options)
     except (ParamloraError, OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -54,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(metavar="COMMAND")
     for command, name, what in (
         (show, "summary", "print the sites of an adapter"),
-        (check, "audit", "find damage, values that are not finite, and updates that are zero"),
+        (check, "audit", "find damage, values that are not finite, and zero low-rank updates"),
         (convert, "convert", "write an adapter in the other format"),
     ):
         one = commands.add_parser(name, help=what, description=what)

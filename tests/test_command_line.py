@@ -167,7 +167,10 @@ def test_with_a_base(tmp_path: Path, capsys: Captured) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["summary", "none.safetensors"], "none.safetensors"),
+        (
+            ["summary", "none.safetensors"],
+            "none.safetensors does not exist: pass a file or a folder",
+        ),
         (["summary", "{artefacts}/peft/LoRA-patterns"], "needs its base, because of"),
         (["summary", "{artefacts}/peft/LoRA-attention"], "needs its base, because of"),
         (["audit", "{artefacts}/peft/LoRA/adapter_model.safetensors"], "not written by paramlora"),

@@ -148,8 +148,8 @@ def check_base(model: nn.Module, expected: Mapping[str, str], path: object) -> N
         )
     found, different = checksums(model), []
     for key in dict.fromkeys((*expected, *found)):
-        there, here = str(expected.get(key, "missing")), found.get(key, "missing")
-        dtypes = there.split()[0], here.split()[0]
+        there, here = expected.get(key, "missing"), found.get(key, "missing")
+        dtypes = there.partition(" ")[0], here.partition(" ")[0]
         said = f" ({dtypes[0]} in the file, {dtypes[1]} here)" if len({*dtypes}) > 1 else ""
         different += [f"{key}{said}"] if there != here else []
     if different:

@@ -1,15 +1,18 @@
 """`load(check_base=True)`: an adapter's file knows the base that it was saved with."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import paramlora as pl
 from paramlora.files.digest import checksum
+from paramlora.files.metadata import ENTRY, digest_of, read
 from tests.artefacts.make import HERE, Net
 from tests.support.helpers import refuses
 
@@ -129,3 +132,18 @@ def test_unusual_buffers(tmp_path: Path) -> None:
     model.phases = model.phases.conj()
     with pytest.raises(pl.CheckpointError, match="another base: phases differ"):
         pl.load(model, path, check_base=True)
+
+
+@pytest.mark.parametrize("entry", ["", 3, None])
+def test_a_damaged_checksum(file: Path, entry: object, tmp_path: Path) -> None:
+    """A checksum that is not text is damage, and an empty one differs."""
+    tensors, content = read(file)
+    content["base"]["0.bias"] = entry
+    content["digest"] = digest_of(tensors, content)
+    changed = tmp_path / "changed.safetensors"
+    save_file(tensors, changed, {"format": "pt", ENTRY: json.dumps(content)})
+    message = (
+        "with another base: 0[.]bias" if entry == "" else "'base' in its .* must have '0.bias', and"
+    )
+    with pytest.raises(pl.CheckpointError, match=message):
+        pl.load(net(), changed, check_base=True)
