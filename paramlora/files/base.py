@@ -144,7 +144,7 @@ def check_base(model: nn.Module, expected: Mapping[str, str], path: object) -> N
     if not expected:
         raise CheckpointError(
             f"{path} has no checksums of its base: an older paramlora wrote it, or the base was on "
-            "the meta device; save it again, or pass check_base=False"
+            "the meta device or sharded; save it again, or pass check_base=False"
         )
     found, different = checksums(model), []
     for key in dict.fromkeys((*expected, *found)):

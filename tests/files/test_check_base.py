@@ -82,7 +82,7 @@ def test_a_file_without_a_base() -> None:
     path = HERE / "1" / "LoRA.safetensors"
     message = (
         f"{path} has no checksums of its base: an older paramlora wrote it, or the base was on the "
-        "meta device; save it again, or pass check_base=False"
+        "meta device or sharded; save it again, or pass check_base=False"
     )
     refuses(Net(), lambda m: pl.load(m, path, check_base=True), pl.CheckpointError, message)
 
@@ -147,3 +147,16 @@ def test_a_damaged_checksum(file: Path, entry: object, tmp_path: Path) -> None:
     )
     with pytest.raises(pl.CheckpointError, match=message):
         pl.load(net(), changed, check_base=True)
+
+
+def test_a_sharded_base(tmp_path: Path) -> None:
+    """`save` does not gather a sharded base for checksums; the file has none."""
+
+    def gather() -> None:
+        raise AssertionError("the base was gathered")
+
+    model: Any = net()
+    pl.attach(model, pl.LoRA(2), "0", name="digits")
+    model[2].weight.full_tensor = gather
+    pl.save(model, tmp_path / "digits.safetensors")
+    assert read(tmp_path / "digits.safetensors")[1]["base"] == {}
