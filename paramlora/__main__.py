@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import __version__
-from .errors import ParamloraError, some
+from .errors import ParamloraError
 from .files.checkpoint import load, save
 from .integrations.diffusers import load_diffusers, save_diffusers
 from .native.load import state
@@ -25,17 +25,18 @@ from .verbs.summary import Summary
 PACKAGES = ("torch", "safetensors", "transformers", "peft", "diffusers", "accelerate", "lightning")
 EXAMPLES = """examples:
   paramlora summary digits.safetensors
-  paramlora convert digits.safetensors folder-for-peft --linear
-  paramlora convert folder-of-peft digits.safetensors --model gpt2 --name digits"""
+  paramlora convert digits.safetensors folder-for-peft --model gpt2
+  paramlora convert folder-of-peft digits.safetensors --name digits"""
 # How each format is written.
-Save = Callable[..., None]
-FORMATS: dict[str, Save] = {"paramlora": save, "peft": save_peft, "diffusers": save_diffusers}
+FORMATS: dict[str, Any] = {"paramlora": save, "peft": save_peft, "diffusers": save_diffusers}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0, 1 if an audit has findings, or 2 if it cannot be carried out."""
     options = vars(parser().parse_args(arguments))
     try:
+        if "path" in options and not options["path"].exists():
+            raise FileNotFoundError(f"{options['path']} does not exist: pass a file or a folder")
         return options.pop("command")(**options)
     except (ParamloraError, OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -55,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(metavar="COMMAND")
     for command, name, what in (
         (show, "summary", "print the sites of an adapter"),
-        (check, "audit", "find damage, values that are not finite, and updates that are zero"),
+        (check, "audit", "find damage, values that are not finite, and zero low-rank updates"),
         (convert, "convert", "write an adapter in the other format"),
     ):
         one = commands.add_parser(name, help=what, description=what)
@@ -68,8 +69,6 @@ def parser() -> argparse.ArgumentParser:
     component = "the model in a pipeline of diffusers [unet]"
     one.add_argument("--component", default="unet", help=component)
     one.add_argument("--name", default="default", help="the name of one without a name [default]")
-    linear = "instead of --model: all layers are Linears or convolutions, or PEFT's embeddings"
-    one.add_argument("--linear", action="store_true", help=linear)
     return top
 
 
@@ -118,21 +117,17 @@ def convert(
     component: str,
     name: str,
     model: str | None,
-    linear: bool,
 ) -> int:
     """Write the adapter of a file in another format."""
-    if not (model or linear):
+    to = to or ("paramlora" if source or path.is_dir() else "peft")
+    if to != "paramlora" and not model:
         # A Linear, transformers' Conv1D and an Embedding all have a matrix, and need other files.
-        raise ValueError("a file does not tell the types of its layers: pass --model, or --linear")
+        raise ValueError(f"writing the format of {to} needs the types of the layers: pass --model")
     base = _base(path, model, component if source else "")
     if source:
         sites = load_diffusers(base, path, name=name, component=component).sites
     else:
         sites = _load(base, path, name).sites
-    to = to or ("paramlora" if source or path.is_dir() else "peft")
-    of_base = [f"{row.site} ({row.kind})" for row in sites if row.kind in ("DoRA", "Delta")]
-    if to != "paramlora" and of_base and not model:
-        raise ValueError(f"that format needs the base for {some(of_base)}: pass --model")
     FORMATS[to]({component: base} if to == "diffusers" else base, out, sites[0].adapter)
     print(f"{out}: adapter {sites[0].adapter!r} with {len(sites)} sites, in the format of {to}")
     return 0
@@ -152,8 +147,10 @@ def _base(path: Path, model: str | None, component: str = "") -> nn.Module:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(model)
-    names = config.architectures or ["AutoModel"]
-    return getattr(transformers, names[0]).from_pretrained(model)
+    (name, *_) = config.architectures or ["AutoModel"]
+    if not hasattr(transformers, name):
+        raise ValueError(f"{model} needs {name}, which transformers does not have: use Python")
+    return getattr(transformers, name).from_pretrained(model)
 
 
 if __name__ == "__main__":

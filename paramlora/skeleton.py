@@ -17,6 +17,7 @@ from .peft.config_file import parse_config, read_config
 from .peft.disk import CONFIG, TENSORS, check_files
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PEFT = "base_model.model."
 _KEY = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 # A weight's module, as the name of its class, and its shape.
 _Shapes = dict[str, tuple[str, tuple[int, ...]]]
@@ -47,7 +48,7 @@ def skeleton(path: Path, component: str = "") -> nn.Module:
             if module not in owner._modules:
                 owner.add_module(module, _layer(*shapes.get(f"{prefix}weight", ("", ()))))
             owner = owner.get_submodule(module)
-        if name not in owner._parameters:
+        if owner._parameters.get(name) is None:  # a Linear without a bias has None
             owner.register_parameter(name, nn.Parameter(torch.empty(shape)))
     return root
 
@@ -75,15 +76,14 @@ def _in_file(path: Path) -> _Shapes:
 def _in_folder(path: Path) -> _Shapes:
     """Return the tensors that a PEFT folder of plain LoRA adapts."""
     check_files(path)
-    content, tensors = (
-        parse_config((path / CONFIG).read_bytes(), path / CONFIG),
-        read_tensors(path / TENSORS)[0],
-    )
-    config = read_config(path / CONFIG, content)
-    of_base = config.use_dora or config.modules_to_save or config.init != "kaiming"
+    content = parse_config((path / CONFIG).read_bytes(), path / CONFIG)
+    of_base = content.get("peft_type") != "LORA" or content.get("target_parameters")
+    if not of_base:
+        config = read_config(path / CONFIG, content)
+        of_base = config.use_dora or config.modules_to_save or config.init != "kaiming"
     if of_base or content.get("fan_in_fan_out"):
         raise CheckpointError(f"{path} needs its base, because of its settings: pass --model")
-    return _of_factors(path, "base_model.model.", tensors)
+    return _of_factors(path, _PEFT, read_tensors(path / TENSORS)[0])
 
 
 def _of_factors(path: Path, prefix: str, tensors: Mapping[str, Tensor]) -> _Shapes:
@@ -91,9 +91,11 @@ def _of_factors(path: Path, prefix: str, tensors: Mapping[str, Tensor]) -> _Shap
     own = {key[len(prefix) :]: t for key, t in tensors.items() if key.startswith(prefix)}
     others = [key for key, t in own.items() if not _KEY.fullmatch(key) or t.dim() < 2]
     others += [key for key in own if ".base_layer." in key]
-    if others or not own:
-        why = some(others) or f"no key that begins with {prefix!r}"
-        raise CheckpointError(f"{path} needs its base, because of {why}: pass --model")
+    how = "pass --model" if prefix == _PEFT else "load it in Python, by load_diffusers"
+    if not own:
+        raise CheckpointError(f"{path} has no key that begins with {prefix!r}: {how}")
+    if others:
+        raise CheckpointError(f"{path} needs its base, because of {some(others)}: {how}")
     shapes: _Shapes = {}
     for key, A in own.items():
         match = _KEY.fullmatch(key)

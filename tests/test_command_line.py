@@ -1,12 +1,10 @@
 """The command line of the library: what it shows, checks and converts, and what it refuses."""
 
 import configparser
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -109,17 +107,11 @@ def test_what_an_audit_finds(file: Path, capsys: Captured) -> None:
         assert said in capsys.readouterr().err
 
 
-def test_to_peft_and_back(file: Path, tmp_path: Path, capsys: Captured) -> None:
-    """A conversion writes what save_peft writes from the model; back, W' is the same."""
-    folder, again = tmp_path / "peft", tmp_path / "again.safetensors"
-    assert main(["convert", str(file), str(folder), "--linear"]) == 0
-    model = adapted()
-    pl.save_peft(model, tmp_path / "expected")
-    configs = [tmp_path / name / "adapter_config.json" for name in ("peft", "expected")]
-    assert json.loads(configs[0].read_text()) == json.loads(configs[1].read_text())
-    tensors = [load_file(path.with_name("adapter_model.safetensors")) for path in configs]
-    assert_close(tensors[0], tensors[1], rtol=0, atol=0)
-    assert main(["convert", str(folder), str(again), "--linear", "--name", "letters"]) == 0
+def test_from_peft(tmp_path: Path, capsys: Captured) -> None:
+    """A folder of PEFT becomes a file, with the same W'."""
+    model, folder, again = adapted(), tmp_path / "peft", tmp_path / "again.safetensors"
+    pl.save_peft(model, folder)
+    assert main(["convert", str(folder), str(again), "--name", "letters"]) == 0
     assert "adapter 'letters' with 2 sites, in the format of paramlora" in capsys.readouterr().out
     torch.manual_seed(0)
     loaded = Net()
@@ -128,18 +120,24 @@ def test_to_peft_and_back(file: Path, tmp_path: Path, capsys: Captured) -> None:
     assert pl.names(loaded) == ["letters"]
 
 
-def test_to_diffusers_and_back(file: Path, tmp_path: Path) -> None:
-    """A file of diffusers is the one that save_diffusers writes, and gives W' back."""
-    one, again = tmp_path / "unet.safetensors", tmp_path / "again.safetensors"
-    assert main(["convert", str(file), str(one), "--to", "diffusers", "--linear"]) == 0
-    model = adapted()
-    save_diffusers({"unet": model}, tmp_path / "expected.safetensors")
-    assert_close(load_file(one), load_file(tmp_path / "expected.safetensors"), rtol=0, atol=0)
-    assert main(["convert", str(one), str(again), "--from", "diffusers", "--linear"]) == 0
+def test_from_diffusers(tmp_path: Path) -> None:
+    """A file of diffusers becomes a file of paramlora, with the same W'."""
+    model, one, again = adapted(), tmp_path / "unet.safetensors", tmp_path / "again.safetensors"
+    save_diffusers({"unet": model}, one)
+    assert main(["convert", str(one), str(again), "--from", "diffusers"]) == 0
     torch.manual_seed(0)
     loaded = Net()
     pl.load(loaded, again)
     assert_close(loaded.conv.weight, model.conv.weight)
+
+
+def test_a_weight_and_its_bias(tmp_path: Path, capsys: Captured) -> None:
+    """`summary` shows a Delta on the bias of a Linear beside an adapter of its weight."""
+    model = Net()
+    pl.attach(model, {"body.fc.weight": pl.LoRA(2), "body.fc.bias": pl.Delta()})
+    pl.save(model, tmp_path / "both.safetensors")
+    assert main(["summary", str(tmp_path / "both.safetensors")]) == 0
+    assert "body.fc.bias " in capsys.readouterr().out
 
 
 def test_with_a_base(tmp_path: Path, capsys: Captured) -> None:
@@ -153,25 +151,40 @@ def test_with_a_base(tmp_path: Path, capsys: Captured) -> None:
     shake(model)
     pl.save(model, tmp_path / "one.safetensors")
     words = ["convert", str(tmp_path / "one.safetensors"), str(tmp_path / "peft")]
-    assert main([*words, "--linear"]) == 2
-    assert "needs the base for transformer.h.0.attn.c_attn.weight (DoRA)" in capsys.readouterr().err
+    assert main(words) == 2
+    assert "the format of peft needs the types of the layers" in capsys.readouterr().err
     assert main([*words, "--model", str(tmp_path / "base")]) == 0
     fresh = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base")
     pl.load_peft(fresh, tmp_path / "peft")
     ids = torch.arange(5)[None]
     assert_close(fresh(ids).logits, model(ids).logits)
+    settings = tmp_path / "base" / "config.json"
+    settings.write_text(settings.read_text().replace("GPT2LMHeadModel", "OtherModel"))
+    assert main([*words, "--model", str(tmp_path / "base")]) == 2
+    assert "needs OtherModel, which transformers does not have" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["summary", "none.safetensors"], "none.safetensors"),
+        (
+            ["summary", "none.safetensors"],
+            "none.safetensors does not exist: pass a file or a folder",
+        ),
         (["summary", "{artefacts}/peft/LoRA-patterns"], "needs its base, because of"),
         (["summary", "{artefacts}/peft/LoRA-attention"], "needs its base, because of"),
         (["audit", "{artefacts}/peft/LoRA/adapter_model.safetensors"], "not written by paramlora"),
-        (["convert", "{artefacts}/1/LoRA.safetensors", "out"], "pass --model, or --linear"),
-        (["convert", "{artefacts}/1/DoRA.safetensors", "out", "--linear"], "turn.weight (DoRA)"),
-        (["convert", "{artefacts}/1/IA3.safetensors", "out", "--linear"], "IA3"),
+        (["summary", "{artefacts}/peft/OFT"], "because of its settings: pass --model"),
+        (["summary", "{artefacts}/peft/HiRA"], "because of its settings: pass --model"),
+        (
+            ["convert", "{artefacts}/1/LoRA.safetensors", "out"],
+            "needs the types of the layers",
+        ),
+        (["convert", "{artefacts}/1/LoRA.safetensors", "out", "--to", "diffusers"], "pass --model"),
+        (
+            ["convert", "{artefacts}/1/LoRA.safetensors", "out", "--from", "diffusers"],
+            "has no key that begins with 'unet.': load it in Python, by load_diffusers",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said(words: list[str], said: str, capsys: Captured) -> None:

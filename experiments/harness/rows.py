@@ -73,7 +73,12 @@ def key_of(row: Row) -> tuple[Any, ...]:
 
 def differences(there: Row, row: Row) -> list[str]:
     """Return the names of the results that differ between two rows of the same evaluation."""
-    return [name for name in row if there.get(name) != row[name] and name not in MEASURED]
+    # As text, in which NaN equals NaN.
+    return [
+        name
+        for name in row
+        if name not in MEASURED and json.dumps(there.get(name)) != json.dumps(row[name])
+    ]
 
 
 def read_rows(folder: Path) -> Recorded:
@@ -119,9 +124,9 @@ def _row(line: bytes) -> Row | None:
     try:
         row = json.loads(line)
         hash(key_of(row))
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
-    return row
+    return row or None
 
 
 def _lines(numbers: list[int]) -> str:

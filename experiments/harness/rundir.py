@@ -187,7 +187,8 @@ def _mended(folder: Path) -> list[Row]:
             stacklevel=3,
         )
     if (recorded.damaged or recorded.repeated) and path.exists():
-        replace_file(folder / f"{FILE}.damaged", path.read_bytes())
+        kept = folder / f"{FILE}.damaged"
+        replace_file(kept, (kept.read_bytes() if kept.exists() else b"") + path.read_bytes())
     if recorded.left_out or (recorded.rows and not path.exists()):
         replace_file(path, recorded.content)
     return recorded.rows

@@ -10,6 +10,8 @@ from torch import Tensor
 from ..site.quantized import is_wrapper
 from ..stack.storage import whole
 
+_ODD = 0x1E3779B97F4A7C15  # any large odd number
+
 
 def digest(named: Iterable[tuple[str, Tensor]], preface: str = "") -> str:
     """Return the SHA-256 of named tensors, as 64 hexadecimal digits.
@@ -51,15 +53,19 @@ def _dense(tensor: Tensor) -> Iterator[Tensor]:
         for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
             yield from _dense(getattr(tensor, name))
         return
-    yield (tensor if tensor.layout is torch.strided else tensor.to_dense()).contiguous()
+    if tensor.is_quantized:  # a view of its bytes would end the process
+        tensor = tensor.int_repr()
+    dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    yield dense.resolve_conj().resolve_neg().contiguous()
 
 
 def checksum(tensor: Tensor) -> str:
     """Return the dtype of a tensor and 16 hexadecimal digits that depend on shape and values.
 
-    The values are added on their device, as integers of 64 bits: rows and columns of 1024 of them.
-    The digest is that of the sums, so that checking a base is not slower than reading it. Any
-    changed or exchanged values change a sum, unless someone has looked for values that do not.
+    Each 64 bits are mixed and multiplied by an odd factor of their column, and added on their
+    device over rows and columns of 1024 of them. The digest is that of the sums, so that checking a
+    base is not slower than reading it. Any changed or exchanged values change a sum, unless someone
+    has looked for values that do not.
     """
     total = hashlib.sha256(f"{tuple(tensor.shape)}".encode())
     for part in _dense(tensor):
@@ -67,7 +73,11 @@ def checksum(tensor: Tensor) -> str:
         if data.data_ptr() % 8 or data.storage_offset() % 8:
             data = data.clone()
         end = len(data) - len(data) % 8192
-        words = data[:end].view(torch.int64).view(-1, 1024)
-        for sums in (words.sum(0), words.sum(1), data[end:]):
-            _update(total, sums)
+        factors = torch.arange(1, 2048, 2, device=data.device) * _ODD
+        for words in data[:end].view(torch.int64).view(-1, 1024).split(4096):
+            # A sum loses the highest bits, such as signs, unless they are in lower ones too.
+            mixed = (words >> 32).bitwise_xor_(words).mul_(factors)
+            _update(total, mixed.sum(0))
+            _update(total, mixed.sum(1))
+        _update(total, data[end:])
     return f"{str(tensor.dtype).removeprefix('torch.')} {total.hexdigest()[:16]}"

@@ -127,6 +127,8 @@ def _parse(text: str, path: FilePath) -> dict[str, Any]:
     _check_parts(content, _FILE, f"its metadata {ENTRY!r}", path)
     if "base" in content:  # older files have none
         _check_parts(content, {"base": dict}, f"its metadata {ENTRY!r}", path)
+        for key in content["base"]:
+            _check_parts(content["base"], {key: str}, f"'base' in its metadata {ENTRY!r}", path)
     if type(version) is bool or content["version"] < 1:
         raise damaged(path, f"its format version must be at least 1, found {version!s:.20}")
     for site, entry in content["sites"].items():

@@ -79,7 +79,8 @@ def from_hub(
         model: the base that the adapter is for.
         repo_id: the repository, or a local folder with the same files.
         revision, token: as for `hf_hub_download`.
-        **options: as for `load` or `load_peft`, such as `name` and `activate`.
+        **options: as for `load` or `load_peft`, such as `name` and `activate`. Without a name,
+            paramlora's file has its own, and the adapter of PEFT's folder is "default".
 
     Returns:
         The model's summary.
@@ -99,6 +100,8 @@ def from_hub(
         return load(model, folder / FILE, **options)
     if not (folder / CONFIG).exists():
         raise CheckpointError(f"{repo_id} has no {FILE} and no {CONFIG}; is it an adapter?")
+    if options.pop("check_base", False):
+        raise CheckpointError(f"{repo_id} has PEFT's files alone, which do not describe their base")
     return load_peft(model, folder, **options)
 
 
@@ -113,14 +116,13 @@ def write_folder(
     """Write the files that `push_to_hub` uploads to an existing folder."""
     name, path = Survey(model).one(name)[0], Path(folder)
     save(model, path / FILE, name)
-    with tempfile.TemporaryDirectory(dir=path) as inside:
-        try:
-            save_peft(model, Path(inside) / "peft", name, base=base)
-            for file in (CONFIG, TENSORS):
-                os.replace(Path(inside) / "peft" / file, path / file)
-            refused = None
-        except TargetError as error:
-            refused = str(error)
+    refused = None
+    try:
+        save_peft(model, path, name, base=base)
+    except TargetError as error:
+        refused = str(error)
+        for file in (CONFIG, TENSORS):  # of an earlier adapter
+            (path / file).unlink(missing_ok=True)
     (path / CARD).write_text(card(model, name, repo_id, base, refused), encoding="utf-8")
 
 

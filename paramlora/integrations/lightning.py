@@ -27,6 +27,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         AdapterNameError: in training, the module has no adapter of this name; or no name is given,
             and the module has several adapters or none.
         CheckpointError: when it loads a checkpoint whose state dict is not that of the adapter.
+        ValueError: the trainer has an AdapterCheckpoint of another adapter.
         NotImplementedError: the strategy saves the module by itself, as for FSDP and DeepSpeed.
         StateError: in training, parameters that do not belong to the adapter require a gradient.
             The checkpoints would lack them.
@@ -45,6 +46,15 @@ class AdapterCheckpoint(ModelCheckpoint):
                 "by itself; use ModelCheckpoint, whose checkpoints have the whole module"
             )
         super().setup(trainer, pl_module, stage)
+        self._remove_hooks()  # if the last run ended before its teardown
+        first = next(one for one in trainer.callbacks if isinstance(one, AdapterCheckpoint))
+        if first.adapter != self.adapter:
+            raise ValueError(
+                "the checkpoints of a trainer contain one adapter: the AdapterCheckpoints of this one "
+                f"name {first.adapter!r} and {self.adapter!r}"
+            )
+        if first is not self:
+            return
 
         # Functions, because torch sets an attribute of a hook, which a method cannot have.
         def reduce(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -71,6 +81,13 @@ class AdapterCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
 
     def teardown(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
+        self._remove_hooks()
+        super().teardown(trainer, pl_module, stage)
+
+    def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
-        super().teardown(trainer, pl_module, stage)

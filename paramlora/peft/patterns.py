@@ -7,11 +7,13 @@ that may take long are matched in a process of their own, which starts in about 
 torch. The others, which nearly all folders have, are matched here.
 """
 
+import functools
 import json
 import math
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +23,8 @@ from ..errors import CheckpointError
 from .disk import CONFIG
 
 SECONDS = 1.0
+# Ways to match a path that are tried here: of one expression, and of all in a folder (0.5 s).
+_MOST, _MOST_TOGETHER = 1e7, 3e8
 _Groups = Sequence[str | None]
 _REPEAT = re.compile(r"(?<!\()[*+?{]")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
@@ -34,11 +38,13 @@ import faulthandler, json, re, sys, time
 left = {SECONDS}
 for line in sys.stdin:
     how, expression, path = json.loads(line)
-    start = time.perf_counter()
     faulthandler.dump_traceback_later(left, exit=True)
+    start = time.perf_counter()
     found = getattr(re, how)(expression, path)
+    left -= time.perf_counter() - start
     faulthandler.cancel_dump_traceback_later()
-    left = max(left - (time.perf_counter() - start), 0.001)
+    if left <= 0:
+        sys.exit()
     print(json.dumps(None if found is None else found.groups()), flush=True)
 """
 
@@ -49,7 +55,7 @@ class _Matcher:
     process: subprocess.Popen[str] | None = None
 
     def __init__(self, file: Path) -> None:
-        self.file = file
+        self.file, self.ways, self.left = file, 0.0, 5 * SECONDS
 
     def ask(self, *question: str) -> _Groups | None:
         if self.process is None:
@@ -61,9 +67,11 @@ class _Matcher:
                 text=True,
             )
         stdin, stdout = self.process.stdin, self.process.stdout
+        start = time.perf_counter()
         print(json.dumps(question), file=stdin, flush=True)
         answer = stdout.readline()  # type: ignore[union-attr]
-        if not answer:  # the watchdog has ended the process
+        self.left -= time.perf_counter() - start  # asking takes longer than most matches
+        if not answer or self.left < 0:  # the watchdog has ended the process
             raise CheckpointError(
                 f"{self.file} has regular expressions that take more than {SECONDS:g} s to match "
                 "the modules of this model; list the names of the modules instead"
@@ -106,20 +114,29 @@ def match(expression: str, path: str, *, whole: bool = False) -> _Groups | None:
         re.error: the expression is not valid.
     """
     matcher, how = _MATCHER.get(), "fullmatch" if whole else "match"
-    compiled = re.compile(expression)
-    if matcher is not None and _CAN_START and _may_take_long(expression):
-        return matcher.ask(how, expression, path)
+    compiled, ways = _compiled(expression)
+    if matcher is not None and _CAN_START:
+        matcher.ways += ways  # many expressions may take long together
+        if ways > _MOST or matcher.ways > _MOST_TOGETHER:
+            return matcher.ask(how, expression, path)
     found = getattr(compiled, how)(path)
     return None if found is None else found.groups()
 
 
-def _may_take_long(expression: str) -> bool:
-    """Return whether an expression may try more than 10⁷ ways to match a path.
+@functools.lru_cache(1 << 14)  # `re` itself keeps 512
+def _compiled(expression: str) -> tuple[re.Pattern[str], float]:
+    return re.compile(expression), _ways(expression)
+
+
+def _ways(expression: str) -> float:
+    """Return about how many ways to match a path an expression may try.
 
     A repeat of one character has as many ways as the path has characters, here 100. Groups with
     alternatives have the product of their numbers, which is largest if all have equally many.
     """
+    if _REPEATED_GROUP.search(expression):
+        return math.inf
     repeats = len(_REPEAT.findall(expression.replace("*?", "*").replace("+?", "+")))
     groups, bars = expression.count("("), expression.count("|")
     ways = groups * math.log10(1 + bars / groups) if groups else 0.0
-    return 2 * repeats + ways > 7 or _REPEATED_GROUP.search(expression) is not None
+    return 10.0 ** min(2 * repeats + ways, 300)
