@@ -116,13 +116,16 @@ def write_folder(
     """Write the files that `push_to_hub` uploads to an existing folder."""
     name, path = Survey(model).one(name)[0], Path(folder)
     save(model, path / FILE, name)
-    refused = None
-    try:
-        save_peft(model, path, name, base=base)
-    except TargetError as error:
-        refused = str(error)
-        for file in (CONFIG, TENSORS):  # of an earlier adapter
-            (path / file).unlink(missing_ok=True)
+    for file in (CONFIG, TENSORS):  # of an earlier adapter
+        (path / file).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=path) as inside:
+        try:
+            save_peft(model, Path(inside) / "peft", name, base=base)
+            for file in (CONFIG, TENSORS):
+                os.replace(Path(inside) / "peft" / file, path / file)
+            refused = None
+        except TargetError as error:
+            refused = str(error)
     (path / CARD).write_text(card(model, name, repo_id, base, refused), encoding="utf-8")
 
 

@@ -50,8 +50,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         first = next(one for one in trainer.callbacks if isinstance(one, AdapterCheckpoint))
         if first.adapter != self.adapter:
             raise ValueError(
-                "the checkpoints of a trainer contain one adapter: the AdapterCheckpoints of this one "
-                f"name {first.adapter!r} and {self.adapter!r}"
+                "the checkpoints of a trainer contain one adapter: the AdapterCheckpoints of this "
+                f"one name {first.adapter!r} and {self.adapter!r}"
             )
         if first is not self:
             return

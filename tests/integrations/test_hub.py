@@ -110,3 +110,17 @@ def test_what_peft_cannot_express(remote: Path) -> None:
     assert "base_model" not in card.data.to_dict()
     assert "PEFT cannot load it: a PEFT folder cannot store the adapter at '0.weight'" in card.text
     assert hub.from_hub(net(), "me/digits").sites[0].kind == "LoHa"
+
+
+def test_folders_that_are_written_again(tmp_path: Path) -> None:
+    """PEFT's files of an earlier adapter go; PEFT's files alone cannot check the base."""
+    model = net()
+    pl.attach(model, pl.LoRA(2), "1", name="digits")
+    hub.write_folder(model, tmp_path)
+    (tmp_path / hub.FILE).rename(tmp_path / "aside")
+    with pytest.raises(pl.CheckpointError, match="do not describe their base"):
+        hub.from_hub(net(), str(tmp_path), check_base=True)
+    (tmp_path / "aside").unlink()
+    pl.attach(model, pl.LoHa(2), "0", name="loha")
+    hub.write_folder(model, tmp_path, "loha")
+    assert {entry.name for entry in tmp_path.iterdir()} == {hub.FILE, hub.CARD}

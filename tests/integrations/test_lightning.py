@@ -10,6 +10,8 @@ from torch import nn
 import paramlora as pl
 
 lightning = pytest.importorskip("lightning")
+from lightning.pytorch.callbacks import Callback  # noqa: E402
+
 from paramlora.integrations.lightning import AdapterCheckpoint  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -98,3 +100,41 @@ def test_refusals(tmp_path: Path) -> None:
     plain.save_checkpoint(tmp_path / "whole.ckpt", weights_only=True)
     with pytest.raises(pl.CheckpointError, match=r"model\.0\.bias"):
         trainer(tmp_path, 1).validate(Digits(), BATCHES, ckpt_path=tmp_path / "whole.ckpt")
+
+
+def test_an_exception_leaves_the_module_as_it_was(tmp_path: Path) -> None:
+    """After an exception the state dict is the whole module's, and the run can be resumed."""
+    module = Digits()
+    keys = module.state_dict().keys()
+    run = trainer(tmp_path, 2)
+
+    class Stop(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                raise RuntimeError("stop")
+
+    run.callbacks.append(Stop())
+    with pytest.raises(RuntimeError, match="stop"):
+        run.fit(module, BATCHES, BATCHES)
+    assert module.state_dict().keys() == keys
+    trainer(tmp_path / "again", 2).fit(
+        module, BATCHES, BATCHES, ckpt_path=tmp_path / "epoch=0.ckpt"
+    )
+    assert len(module.losses) == 4
+
+
+def test_two_callbacks(tmp_path: Path) -> None:
+    """Two callbacks for one adapter resume; two for different adapters are refused."""
+    module, more = (
+        Digits(("other", "digits")),
+        AdapterCheckpoint(tmp_path / "more", adapter="digits"),
+    )
+    run = trainer(tmp_path, 1, adapter="digits")
+    run.callbacks.append(more)
+    run.fit(module, BATCHES, BATCHES)
+    again = trainer(tmp_path / "again", 2, adapter="digits")
+    again.callbacks.append(AdapterCheckpoint(tmp_path / "third", adapter="digits"))
+    again.fit(module, BATCHES, BATCHES, ckpt_path=tmp_path / "epoch=0.ckpt")
+    again.callbacks.append(AdapterCheckpoint(tmp_path / "fourth", adapter="other"))
+    with pytest.raises(ValueError, match="name 'digits' and 'other'"):
+        again.fit(module, BATCHES, BATCHES)
