@@ -15,7 +15,7 @@ from tests.support.processes import start
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_rows_proofs_and_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,7 +56,7 @@ def test_a_wrong_contestant_is_not_timed(capsys: pytest.CaptureFixture[str]) -> 
     assert "halved, eager, is off by" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_only_the_factors_are_communicated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes send each other the factors' gradients, and nothing of the base."""

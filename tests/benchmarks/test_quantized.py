@@ -13,6 +13,7 @@ from benchmarks.harness.quantizers import GROUP, Int4Linear
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 
+@pytest.mark.thorough
 def test_rows_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Off, paramlora computes the floor bit for bit; PEFT's logits agree up to bfloat16."""
     out = tmp_path / "rows.jsonl"

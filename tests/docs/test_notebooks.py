@@ -51,7 +51,7 @@ def answers(notebook: Any) -> list[Any]:
     return [nbformat.v4.new_code_cell(text) for text in code]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @each_notebook
 def test_notebook(path: Path, tmp_path: Path, small: Any) -> None:
     """Each notebook and the answers to its exercises run without an error, in an empty folder."""

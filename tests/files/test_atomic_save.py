@@ -112,7 +112,7 @@ def test_sync_before_replace(old: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert old.read_bytes() != before
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 def test_killed_process(tmp_path: Path) -> None:
     """After a kill at any moment of saving, the file is whole: the old one or the new one."""

@@ -428,6 +428,7 @@ FEW = (
 )
 
 
+@pytest.mark.thorough
 def test_choices_are_made_without_the_test_images(tmp_path, monkeypatch):
     """Selection uses validation images, other bases and other seeds; only the choice is measured.
 

@@ -379,6 +379,7 @@ def test_sweep(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--vary takes SETTING=VALUES" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_benchmark_of_methods(
     world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
