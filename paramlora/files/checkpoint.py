@@ -114,6 +114,7 @@ def load(
         The model's summary.
 
     Raises:
+        ValueError: both `name` and `into` are given.
         FileNotFoundError: the file does not exist.
         OSError: it cannot be read.
         CheckpointError: the file is damaged, was not written by paramlora, belongs to another
@@ -136,6 +137,8 @@ def load(
     'numbers'
     """
     check_model(model)
+    if name is not None and into is not None:
+        raise ValueError(f"into={into!r} is the adapter that takes the file's update; pass no name")
     tensors, content = read(path)
     name = content["name"] if name is None else name
     survey = Survey(model)

@@ -169,7 +169,8 @@ def _file(path: str | os.PathLike[str]) -> Path:
 def _component(model: nn.Module) -> str:
     """Return the usual name of a model in a pipeline."""
     name = type_before_parametrizations(inner(model)).__name__
-    return "unet" if "UNet" in name else "text_encoder" if "TextModel" in name else "transformer"
+    text = "TextModel" in name or name.endswith("EncoderModel")
+    return "unet" if "UNet" in name else "text_encoder" if text else "transformer"
 
 
 def _content(model: nn.Module, name: str | None, format: str) -> Content:
@@ -262,7 +263,13 @@ def _read(
     ranks = {key[:-14]: len(state[key]) for key in state if key.endswith(".lora_A.weight")}
     alphas = {key[:-11]: state.pop(key) for key in [*state] if key.endswith(".lora_alpha")}
     unknown = [key for key, ours in keys.items() if ours is None]
-    unknown += [f"{key}.alpha" for key in alphas if torch.as_tensor(alphas[key]).numel() != 1]
+    unknown += [
+        f"{key}.alpha"
+        for key in alphas
+        if key not in ranks or torch.as_tensor(alphas[key]).numel() != 1
+    ]
+    if len(state) + len(alphas) < sum(ours is not None for ours in keys.values()):
+        raise CheckpointError(f"{path} names a factor in two ways, as diffusers and as kohya")
     if unknown or not ranks:
         found = f"has {some(unknown)}, which no module here takes" if unknown else "has no factors"
         raise CheckpointError(
