@@ -130,7 +130,7 @@ def test_slots_that_take_no_files(tmp_path: Path) -> None:
     path, model = saved(tmp_path / "file", pl.LoRA(2), "0.weight"), slotted(4)
     with unchanged(model), pytest.raises(pl.AdapterNameError, match=r"'slto'.*'slot'"):
         pl.load(model, path, into="slto")
-    with unchanged(model), pytest.raises(ValueError, match="into='slot' .* pass no name"):
+    with unchanged(model), pytest.raises(ValueError, match=r"into='slot' .* pass no name"):
         pl.load(model, path, name="other", into="slot")
     pl.merge(model)
     with unchanged(model), pytest.raises(pl.StateError, match="'slot' while it is merged"):
