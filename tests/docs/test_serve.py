@@ -60,6 +60,9 @@ def test_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="shape"):
         server.ask("user1", torch.ones(3)).result(timeout=20)
     server.ask("user2", x).cancel()
+    for name in ("x\0", "../secret", ""):
+        with pytest.raises(ValueError, match="no adapter can have the name"):
+            server.ask(name, x)
     wrong, right = server.ask("nobody", x), server.ask("user1", x)
     with pytest.raises(FileNotFoundError, match="nobody"):
         wrong.result(timeout=20)
