@@ -130,6 +130,27 @@ def test_a_damaged_row_is_left_out(folder: Path, damage: bytes) -> None:
     assert damage in (folder / "results.jsonl.damaged").read_bytes()
 
 
+def test_nan_equals_nan(folder: Path) -> None:
+    """An evaluation whose result is NaN may be recorded again."""
+    run, row = start(folder), {**ROWS[0], "seed": 9, "loss": float("nan")}
+    run.record(row)
+    run.record(json.loads(json.dumps(row)))
+    with pytest.raises(StudyError, match="differs in loss"):
+        run.record({**row, "loss": 1.0})
+
+
+def test_all_damaged_lines_are_kept(folder: Path) -> None:
+    """Lines of deep brackets and of no values are damage; each repair keeps the lines before it."""
+    path = folder / "results.jsonl"
+    for damage in (b"[" * 100_000, b"{}"):
+        path.write_bytes(path.read_bytes() + damage + b"\n")
+        with pytest.warns(UserWarning, match="damaged rows"), start(folder) as run:
+            assert run.rows == ROWS
+    kept = (folder / "results.jsonl.damaged").read_bytes()
+    assert b"[[[" in kept
+    assert b"{}\n" in kept
+
+
 def test_a_compressed_run_goes_on(folder: Path) -> None:
     """A run whose rows are kept compressed goes on from them; damaged ones are named."""
     path, compressed = folder / "results.jsonl", folder / "results.jsonl.gz"
