@@ -29,7 +29,7 @@ def add_device(add: Add) -> None:
 
 
 def add_sizes(add: Add, batch: int, of: str) -> None:
-    """Add `--batch`, `--length` and `--rank`; `of` says what a batch has."""
+    """Add `--batch`, `--length` and `--rank`; `of` names the items of a batch."""
     add("--batch", type=int, default=batch, help=of)
     add("--length", type=int, default=1024, help="tokens per sequence")
     add("--rank", type=int, default=16, help="rank r of the adapters")

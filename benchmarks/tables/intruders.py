@@ -10,7 +10,7 @@ KEPT = "intruders-relu"
 
 @table("intruders-correlations")
 def correlations() -> Table:
-    """Return the rank correlations with what is kept, by what is trained."""
+    """Return the rank correlations with `kept`, by method."""
     return with_minus(Intruders(kept_run(KEPT)).correlation_table())
 
 

@@ -84,12 +84,11 @@ def _by_scenario(cell: Callable[[RunDirectory, str, str], str]) -> Table:
 def _beside_published(run: RunDirectory, method: str, scenario: str) -> str:
     """Return "ACC (published mean ± standard error)", with an asterisk outside of their spread."""
     found = Sample(tuple(100 * row["ACC"] for row in published.rows_of(run, method, scenario)))
-    theirs = published.published(run, method, scenario)
-    if not found.values or theirs is None:
+    known = published.published(run, method, scenario)
+    if not found.values or known is None:
         return found.mean_sd(2) if found.values else ""
-    low, high = published.spread(*theirs, len(found.values))
-    mark = "" if low <= found.mean <= high else "*"
-    return f"{found.mean_sd(2)}{mark} ({theirs[0]:.2f} ± {theirs[1]:.2f})"
+    mark = "" if published.is_within(known, found) else "*"
+    return f"{found.mean_sd(2)}{mark} ({known[0]:.2f} ± {known[1]:.2f})"
 
 
 def _forgetting_and_worst(run: RunDirectory, method: str, scenario: str) -> str:

@@ -183,7 +183,7 @@ def markdown(found: Intruders) -> str:
         found.rate_table().markdown(),
         "Numbers of intruders are summed over the weights, ten vectors of each. `learned` and "
         "`kept`: points above the base, mean ± sd over bases of the means over seeds.",
-        "## Rank correlation with what is kept",
+        "## Rank correlation with retention",
         found.correlation_table().markdown(),
         "Spearman's, over the trainings of a base; mean and Student's 95 % interval over bases. -: "
         "fewer than three bases on which the predictor varies.",

@@ -92,6 +92,12 @@ def spread(mean: float, error: float, n: int) -> tuple[float, float]:
     return mean - half, mean + half
 
 
+def is_within(known: tuple[float, float], ours: Sample) -> bool:
+    """Return whether a mean lies in the interval of `spread` for a published mean and error."""
+    low, high = spread(*known, len(ours.values))
+    return low <= ours.mean <= high
+
+
 def accuracy_table(run: RunDirectory) -> Table:
     """Return ACC of each method and scenario beside the published figure and its spread."""
     rows = []
@@ -107,12 +113,12 @@ def accuracy_table(run: RunDirectory) -> Table:
 
 
 def _comparison(run: RunDirectory, method: str, scenario: str, ours: Sample) -> list[str]:
-    theirs = published(run, method, scenario)
-    if theirs is None:
+    known = published(run, method, scenario)
+    if known is None:
         return ["-"] * 3
-    low, high = spread(*theirs, len(ours.values))
-    within = "yes" if low <= ours.mean <= high else f"{ours.mean - theirs[0]:+.2f}"
-    return [f"{theirs[0]:.2f} ± {theirs[1]:.2f}", f"{low:.2f} to {high:.2f}", within]
+    low, high = spread(*known, len(ours.values))
+    within = "yes" if is_within(known, ours) else f"{ours.mean - known[0]:+.2f}"
+    return [f"{known[0]:.2f} ± {known[1]:.2f}", f"{low:.2f} to {high:.2f}", within]
 
 
 def metrics_table(run: RunDirectory) -> Table:
@@ -144,9 +150,9 @@ def figure(run: RunDirectory) -> Figure:
 
 def _draw(axes: "plt.Axes", run: RunDirectory, method: str, scenario: str, place: int) -> None:
     values = [100 * row["ACC"] for row in rows_of(run, method, scenario)]
-    theirs = published(run, method, scenario)
-    if theirs is not None:
-        low, high = spread(*theirs, max(1, len(values)))
+    known = published(run, method, scenario)
+    if known is not None:
+        low, high = spread(*known, max(1, len(values)))
         axes.bar(place, high - low, bottom=low, width=0.7, color="#bbbbbb")
     colour = COLOUR["on" if method in THREE_TYPES_METHODS[6:] else "full"]
     axes.plot([place] * len(values), values, "o", color=colour, markersize=5)

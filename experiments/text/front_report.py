@@ -190,7 +190,7 @@ def front_figure(run: RunDirectory, path: Path) -> None:
 def _spectra_part(run: RunDirectory) -> list[str]:
     if not any("sizes" in row for row in run.rows):
         return []
-    said = "Rank correlation with what is kept; mean and 95 % interval over seeds."
+    said = "Rank correlation with retention; mean and 95 % interval over seeds."
     return ["## Intruder dimensions", spectra_table(run).markdown(), said]
 
 

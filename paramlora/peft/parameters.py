@@ -57,9 +57,7 @@ class Parameter(Part):
         return {self.key("A"): (experts * rank, inputs), self.key("B"): (out, rank * experts)}
 
     def to_peft(self, weight: Tensor, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-        if self.as_matrices[
-            "transposed"
-        ]:  # the update of the matrices as they are stored, (in, out)
+        if self.as_matrices["transposed"]:  # matrices are stored as (in, out)
             A, B = B.mT, A.mT
         if weight.dim() == 3:
             A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
