@@ -122,7 +122,8 @@ class LwF(Method):
         for part in rows.split(5000):
             batch = self.contexts.batch(side, part, torch.full_like(part, context))
             self.teacher[part] = self.model(batch.inputs)
-        scenario, everything = self.contexts.scenario, torch.arange(self.contexts.outputs)
+        everything = torch.arange(self.contexts.outputs, device=side.images.device)
+        scenario = self.contexts.scenario
         self.groups = {
             "task": [self.contexts.active[j].nonzero().squeeze(1) for j in range(context)],
             "domain": [everything] * context,
