@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[float, ...]] = {
     "olora": (3e-5, 1e-4, 3e-4, 1e-3),
     "loha": (3e-4, 1e-3, 3e-3, 1e-2),
     "lokr": (3e-4, 1e-3, 3e-3, 1e-2),
-    "hira": (1e-3, 3e-3, 1e-2, 3e-2),
+    "hira": (3e-3, 1e-2, 3e-2, 1e-1),
     "miss": (3e-5, 1e-4, 3e-4, 1e-3),
     "oft": (1e-4, 3e-4, 1e-3, 3e-3),
     "lora-xs": (1e-4, 3e-4, 1e-3, 3e-3),
