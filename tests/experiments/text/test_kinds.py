@@ -13,7 +13,7 @@ from experiments.harness.settings import StudyError, replace
 from experiments.text import front, kinds, kinds_report
 from experiments.text.kinds import SELECTION, TEST, best_rate, parse_kinds
 from experiments.text.models import spec_of
-from experiments.text.settings import KINDS, AdapterSettings, TextSettings
+from experiments.text.settings import KINDS, TextSettings
 from tests.support import tiny_text
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -31,7 +31,7 @@ def test_examples_in_docstrings_run() -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "ia3"])
 def test_kinds_train_about_as_many_numbers_as_lora(kind: str) -> None:
     """Within 10 % of a LoRA of rank 8 on the layers of MiniLM."""
-    spec, trained = spec_of(replace(AdapterSettings(), kind=kind)), 0
+    spec, trained = spec_of(replace(TextSettings(), rank=8, kind=kind).adapter), 0
     for shape in MINILM:
         factors = spec.create(torch.zeros(shape))
         trained += sum(f.numel() for name, f in factors.items() if name not in spec.constants)
