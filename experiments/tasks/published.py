@@ -144,7 +144,10 @@ def figure(run: RunDirectory) -> Figure:
             _draw(axes, run, method, scenario, place)
         axes.set_xticks(range(len(found)), found, rotation=60)
         axes.set_title(f"{scenario}-incremental")
-    panels[0][0].set_ylabel("ACC, % (grey: 95 % of published)")
+    panels[0][0].set_ylabel("ACC, %")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    shown = dict(zip(labels, handles, strict=True))
+    made.legend(shown.values(), shown, loc="outside upper center", ncols=len(shown), frameon=False)
     return made
 
 
@@ -153,9 +156,17 @@ def _draw(axes: "plt.Axes", run: RunDirectory, method: str, scenario: str, place
     known = published(run, method, scenario)
     if known is not None:
         low, high = spread(*known, max(1, len(values)))
-        axes.bar(place, high - low, bottom=low, width=0.7, color="#bbbbbb")
-    colour = COLOUR["on" if method in THREE_TYPES_METHODS[6:] else "full"]
-    axes.plot([place] * len(values), values, "o", color=colour, markersize=5)
+        said = "95 % of means, as published"
+        axes.bar(place, high - low, bottom=low, width=0.8, color="#bbbbbb", label=said)
+    name, said = (
+        ("on", "adapters, a seed")
+        if method in THREE_TYPES_METHODS[6:]
+        else ("full", "all weights, a seed")
+    )
+    axes.plot([place] * len(values), values, "o", color=COLOUR[name], markersize=4, label=said)
+    if values:
+        middle = sum(values) / len(values)
+        axes.plot(place, middle, "_", color="black", markersize=14, label="mean")
 
 
 def explanation(run: RunDirectory) -> Sequence[str]:
