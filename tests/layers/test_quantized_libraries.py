@@ -231,7 +231,7 @@ def from_pretrained(folder: Path, library: str) -> Any:
     config: Any
     if library == "torchao":
         torchao = imported("torchao.quantization")
-        config = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
+        config = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2))
     else:
         config = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
