@@ -16,8 +16,6 @@ from paramlora.site.quantized import packed_tensor
 from tests.support.helpers import error
 from tests.support.quantized import FORMS, dense, inputs, layers, quantized, randomize
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 # bitsandbytes computes 8 bits in half precision.
 BOUND = {"bitsandbytes 8": 1e-3}
 SPECS = (

@@ -18,7 +18,7 @@ from tests.support.reference import shake
 peft = pytest.importorskip("peft", reason="the oracle of these tests is PEFT")
 from tests.support.peft_oracle import check_export, check_import, check_merged  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`:UserWarning:peft")
 
 
 class Net(nn.Module):
