@@ -187,6 +187,8 @@ class TestWeight:
 
 
 @pytest.mark.slow
+# By the compiler of torch 2.6, of the Function of bitsandbytes.
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("form", ["torchao int8", "bitsandbytes 4"])
 def test_compiled(form: str) -> None:
     """Compiled outputs and gradients equal the eager ones, on and off, without a new trace."""
