@@ -46,7 +46,7 @@ class Method:
             model: nn.Module, x: Tensor, units: Tensor, owners: Tensor, rows: Tensor
         ) -> Tensor:
             logits = model(x)
-            masked = self.contexts.masked(logits, owners)
+            masked = self.contexts.masked(logits, owners, context)
             return F.cross_entropy(masked, units) + self.penalty(logits, rows, context)
 
         return loss
@@ -57,7 +57,7 @@ class Method:
 
     def logits(self, inputs: Tensor, owners: Tensor, learned: int) -> Tensor:
         """Return logits, (n, units), after `learned` contexts; inactive units have -∞."""
-        return self.contexts.masked(logits_of(self.model, inputs), owners)
+        return self.contexts.masked(logits_of(self.model, inputs), owners, learned - 1)
 
 
 class Joint(Method):
@@ -122,12 +122,8 @@ class LwF(Method):
         for part in rows.split(5000):
             batch = self.contexts.batch(side, part, torch.full_like(part, context))
             self.teacher[part] = self.model(batch.inputs)
-        scenario, everything = self.contexts.scenario, torch.arange(self.contexts.outputs)
-        self.groups = {
-            "task": [self.contexts.active[j].nonzero().squeeze(1) for j in range(context)],
-            "domain": [everything] * context,
-            "class": [everything],
-        }[scenario]
+        groups = [active.nonzero().squeeze(1) for active in self.contexts.active[:context]]
+        self.groups = groups[-1:] if self.contexts.scenario == "class" else groups
 
     def penalty(self, logits: Tensor, rows: Tensor, context: int) -> Tensor:
         temperature = self.settings.continual.temperature
@@ -166,7 +162,7 @@ class ER(Method):
         ) -> Tensor:
             old_x, old_units, old_owners, _ = next(stored)
             logits = model(torch.cat([x, old_x]))
-            masked = self.contexts.masked(logits, torch.cat([owners, old_owners]))
+            masked = self.contexts.masked(logits, torch.cat([owners, old_owners]), context)
             now, old = masked.split([len(x), len(old_x)])
             current, earlier = F.cross_entropy(now, units), F.cross_entropy(old, old_units)
             return replayed(current, earlier, context + 1)

@@ -143,6 +143,11 @@ class ContinualSettings(SettingsGroup):
     )
     replay: int = option(100, "images of each class that er stores", COUNT)
     temperature: float = option(2.0, "temperature of lwf's distillation", POSITIVE)
+    units: str = option(
+        "all",
+        "scenario class: output units to classify among; so-far: those of the contexts so far",
+        choices=("all", "so-far"),
+    )
     energy: float = option(
         0.95, "share of the inputs' energy that inflora protects after each task", SHARE
     )

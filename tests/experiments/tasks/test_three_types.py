@@ -72,9 +72,20 @@ def test_units_and_masks_of_the_scenarios(stream: str, scenario: str) -> None:
         batch = contexts.examples(contexts.test, k)
         first = 0 if scenario == "domain" else k * per
         assert set(batch.units.tolist()) == set(range(first, first + per))
-        masked = contexts.masked(torch.zeros(1, contexts.outputs), torch.tensor([k]))[0]
+        masked = contexts.masked(torch.zeros(1, contexts.outputs), torch.tensor([k]), 1)[0]
         active = range(k * per, (k + 1) * per) if scenario == "task" else range(contexts.outputs)
         assert masked.isfinite().nonzero().flatten().tolist() == list(active)
+
+
+def test_units_so_far() -> None:
+    """With --units so-far a class is one of the contexts so far, whatever the example's context."""
+    data = load_data("digits")
+    contexts = Contexts(settings_of(units="so-far"), "class", 0, (data.train, data.test))
+    logits, owners = torch.zeros(3, contexts.outputs), torch.arange(3)
+    for current in range(3):
+        finite = contexts.masked(logits, owners, current).isfinite()
+        assert torch.equal(finite.sum(1), torch.full((3,), 2 * (current + 1)))
+        assert bool(finite[:, : 2 * (current + 1)].all())
 
 
 def test_contexts_have_the_images_of_their_classes() -> None:
