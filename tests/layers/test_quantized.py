@@ -287,6 +287,12 @@ class Table(nn.Module):
         self.rows = nn.Parameter(torch.ones(3, 4))
 
 
+def test_bias_of_a_layer_without_a_weight() -> None:
+    """The bias of a layer that stores codes can be adapted."""
+    summary = pl.attach(quantized("codes"), pl.Delta(), "0.bias")
+    assert [row.site for row in summary.sites] == ["0.bias"]
+
+
 def test_tensors_that_are_no_packed_weight() -> None:
     """Only a matrix of integers counts as packed: no vector, no mask, no floating matrix."""
     assert packed_tensor(Table()) is None

@@ -97,7 +97,6 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             (
                 stack.active,
                 stack.merged,
-                stack.live,
                 stack.tied,
                 [bits(tensor) for tensor in stack.stored],
                 stack.written,
