@@ -85,8 +85,8 @@ def scope(run: RunDirectory, explored: int) -> str:
     if explored >= count:
         return ""
     return (
-        f"The explorer has the first {explored} of {count} adapter seeds. The tables below have all "
-        f"{count}. Run the command of the run again, and the explorer has them too."
+        f"The explorer has the first {explored} of {count} adapter seeds. The tables below have "
+        f"all {count}. Run the command of the run again, and the explorer has them too."
     )
 
 
