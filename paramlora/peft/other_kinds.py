@@ -13,7 +13,6 @@ beside these kinds. LoRA's folders are in the other files.
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,24 +29,12 @@ from ..layers.install import PlannedSite
 from ..site.find import Site
 from ..site.place import Place
 from ..stack.factors import Factors
-from .config import Config
-from .config_file import NO_EFFECT, Content, check_settings, refuse_settings
+from .config_file import Content
 from .layout import Part, cannot_store
-from .modules import PeftView
 from .read import check_untied, targets_of
 from .read_full import Folder
 
 OTHER_TYPES: dict[str, type[Spec]] = {"OFT": OFT, "HIRA": HiRA, "MISS": MiSS}
-
-_SELECT = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-# The other settings that paramlora reads, or that do not affect a trained adapter.
-_OWN = {
-    "OFT": {"r", "oft_block_size", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"}
-    | {"init_weights", "module_dropout"},
-    "HIRA": {"r", "rank_pattern", "init_weights", "hira_dropout"},
-    "MISS": {"r", "mini_r", "miss_dropout"},
-}
-
 
 # Our factors, with the ends of PEFT's keys. "{}" is "embedding_" at an Embedding, else empty.
 _FACTORS = {
@@ -64,9 +51,10 @@ def other_kind(here: list[Site], name: str) -> str | None:
     return found[0] if found else None
 
 
-def other_content(here: list[Site], name: str, seen: PeftView, peft_type: str) -> Content:
+def other_content(
+    here: list[Site], name: str, by_site: Mapping[str, Part], peft_type: str
+) -> Content:
     """Return an adapter's settings and tensors, or raise a TargetError, as `folder_content`."""
-    by_site = {part.site: part for parts in seen.parts.values() for part in parts}
     tensors: dict[str, Tensor] = {}
     specs: dict[str, Spec] = {}
     for site in here:
@@ -95,11 +83,11 @@ def plan_other(folder: Folder) -> list[PlannedSite]:
     expected: dict[str, Tensor] = {}
     for part in targets_of(folder):
         reason = _refusal(part, peft_type)
-        if reason is not None or part.site not in folder.here:
+        if reason is not None or part.site not in folder.seen.places:
             raise CheckpointError(
                 f"{path} adapts {part.module_path!r}, but {reason or 'no weight'}"
             )
-        place = folder.here[part.site]
+        place = folder.seen.places[part.site]
         spec = _spec(part, place.value, folder)
         check_site(place, spec, path)
         blank = spec.create(torch.empty(place.value.shape, device="meta"))
@@ -113,15 +101,6 @@ def plan_other(folder: Folder) -> list[PlannedSite]:
     ]
     check_untied(planned, folder)
     return planned
-
-
-def other_config(path: Path, content: Mapping[str, Any]) -> Config:
-    """Return the settings that select modules, after checking all others."""
-    peft_type = content["peft_type"]
-    off = {"bias": "none"} | ({"init_weights": True} if peft_type == "MISS" else {})
-    rest = {key: value for key, value in content.items() if off.get(key) != value}
-    refuse_settings(path, rest, _SELECT | NO_EFFECT | _OWN[peft_type])
-    return Config(**check_settings(path, content, _SELECT | ({"r"} if content.get("r") else set())))
 
 
 def _spec(part: Part, weight: Tensor, folder: Folder) -> Spec:

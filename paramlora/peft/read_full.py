@@ -38,7 +38,6 @@ class Folder(NamedTuple):
         config: the settings in it.
         state: its tensors, by keys without PEFT's prefix.
         seen: the model as PEFT sees it.
-        here: the places of the model, by path.
     """
 
     path: Path
@@ -46,12 +45,11 @@ class Folder(NamedTuple):
     config: Config
     state: Mapping[str, Tensor]
     seen: PeftView
-    here: Mapping[str, Place]
 
 
 def plan_full(folder: Folder) -> list[PlannedSite]:
     """Return a `Delta` for each tensor that PEFT trained whole."""
-    path, config, here = folder.path, folder.config, folder.here
+    path, config, here = folder.path, folder.config, folder.seen.places
     whole = {key: tensor for key, tensor in folder.state.items() if not is_factor(key)}
     if not whole and not config.modules_to_save:
         return []
