@@ -34,7 +34,7 @@ from .modules import PeftView
 from .other_kinds import OTHER_TYPES, plan_other
 from .patterns import cut_off
 from .read import plan_folder, resolve_all_linear
-from .read_full import Folder
+from .whole import Folder
 from .write import folder_content
 
 _PREFIX = "base_model.model."

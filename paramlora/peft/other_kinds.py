@@ -31,7 +31,7 @@ from ..site.place import Place
 from .config_file import Content
 from .layout import Part, cannot_store
 from .read import check_untied, targets_of
-from .read_full import Folder
+from .whole import Folder
 
 # By PEFT's name: our kind, and our factors with the ends of PEFT's keys. "{}" is "embedding_" at an
 # Embedding, else empty.

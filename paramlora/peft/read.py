@@ -24,7 +24,7 @@ from .config import Config
 from .layout import Part, is_factor, norms
 from .modules import PeftView
 from .parameters import Parameter, conflicts, parameters, selected, with_parameters
-from .read_full import Folder, plan_full
+from .whole import Folder, plan_full
 
 
 def plan_folder(folder: Folder) -> list[PlannedSite]:
