@@ -23,7 +23,7 @@ from .layout import Part, cannot_store, norms, peft_key
 from .modules import PeftView
 from .other_kinds import other_content, other_kind
 from .parameters import check_raw, with_parameters
-from .write_full import bias_setting, saved_tensors, split
+from .whole import bias_setting, saved_tensors, split
 
 
 class _Update(NamedTuple):
