@@ -7,9 +7,9 @@ import torch
 
 from ..kinds.spec import Spec
 from ..layers.statistics import is_held, with_statistics
-from ..site.find import parametrization_lists
+from ..site.find import Site, parametrization_lists
 from ..site.place import Place
-from ..site.survey import Survey
+from ..site.survey import Part, Survey
 from ..stack.block import split
 from ..stack.factors import Factors
 from ..stack.stack import Stack
@@ -75,7 +75,8 @@ def _new(place: Place, spec: Spec, name: str, tied: tuple[str, ...]) -> SiteSumm
     factors = Factors(spec, spec.create(place.value.detach().to("meta")), place.block)
     stack = Stack()
     stack.tied = tied if len(tied) > 1 else ()
-    return row(f"{tied[0]}{place.block or ''}", name, factors, stack, place.whole, seen=False)
+    site = Site(tied[0], place.module, place.tensor, stack)
+    return row(Part(f"{tied[0]}{place.block or ''}", name, site, factors), seen=False)
 
 
 def _order(survey: Survey) -> dict[str, int]:
