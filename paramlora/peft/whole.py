@@ -6,7 +6,6 @@ to save, or embeddings. These must be equal to the base's.
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,8 @@ from ..layers.install import PlannedSite
 from ..site.place import Place
 from ..stack.storage import check_real
 from .config import Config
-from .config_file import Targets
+from .config_file import Targets, read_config
+from .disk import CONFIG
 from .layout import cannot_store, is_factor
 from .modules import PeftView
 
@@ -160,8 +160,7 @@ def saved_tensors(
         targets: the modules with low-rank updates.
         values: the tensors that the adapter has changed as a whole, by path.
     """
-    known = {field.name for field in fields(Config)}
-    config = Config(**{key: value for key, value in content.items() if key in known})
+    config = read_config(Path(CONFIG), content)
     saved = [name for name in seen.paths if config.is_saved(name)]
     if not saved:
         return {}
