@@ -27,7 +27,7 @@ def check_destination(path: Path) -> None:
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
     if path.is_dir():
         others = sorted(
-            entry.name
+            entry.name + "/" * entry.is_dir()
             for entry in path.iterdir()
             if entry.name not in (CONFIG, TENSORS) or entry.is_dir()
         )
