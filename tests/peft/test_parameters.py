@@ -27,7 +27,9 @@ from tests.support.peft_oracle import (  # noqa: E402
 )
 
 # PEFT warns of settings that are tested on purpose.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning:peft"
+)
 
 
 class Experts(nn.Module):
