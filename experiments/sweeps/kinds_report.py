@@ -134,15 +134,19 @@ class Kinds:
             axes.grid(color="#eeeeee")
         for axes in grid.flat[len(others) :]:
             axes.set_axis_off()
+        for axes in grid.flat[max(0, len(others) - COLUMNS) : len(others)]:
+            axes.tick_params(labelbottom=True)  # the lowest panel of each column
         made.supxlabel("learned: tuned digits, points above the base", fontsize=9)
         made.supylabel(
             f"kept: other digits, points above the base; cut off below −{-LOWEST}", fontsize=9
         )
         key = {REFERENCE: COLOUR["on"], "the kind in the title": COLOUR["off"]}
+        if "full" in others:
+            key["all weights and biases (full)"] = COLOUR["full"]
         handles = [plt.Line2D([], [], color=one, marker="o", ms=3.5) for one in key.values()]
         title = f"mean, 95 % interval, n = {len(self.bases)} bases"
         made.legend(
-            handles, list(key), frameon=False, ncols=2, loc="outside upper center", title=title
+            handles, list(key), frameon=False, ncols=3, loc="outside upper center", title=title
         )
         return made
 

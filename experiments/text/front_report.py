@@ -182,11 +182,17 @@ def front_figure(run: RunDirectory, path: Path) -> None:
                 if shown[arm]:
                     _draw(axis, arm, shown[arm], key)
             axis.set(ylabel=f"kept: {KEPT[key][0]}", title=title)
-        line[0].axhline(100 * run.rows[0]["base_probe"], color=COLOUR["base"], linewidth=0.8)
-        line[0].legend(frameon=False, fontsize=8)
+        base = 100 * run.rows[0]["base_probe"]
+        line[0].axhline(base, color=COLOUR["base"], linewidth=0.8, label="checkpoint")
+        line[0].legend(frameon=False, fontsize=8, title=_mean_of(shown), title_fontsize=8)
     for axis in grid[-1]:
         axis.set(xlabel="accuracy on the task, test texts, %")
     replace_file(path, png(figure))
+
+
+def _mean_of(shown: dict[str, list[list[Row]]]) -> str:
+    counts = {len(group) for groups in shown.values() for group in groups}
+    return f"mean ± sd, n = {' to '.join(map(str, sorted({min(counts), max(counts)})))} seeds"
 
 
 def _spectra_part(run: RunDirectory) -> list[str]:
