@@ -97,13 +97,12 @@ def check(path: Path, model: str | None) -> int:
     """Check the adapter in a file, and print what is wrong; return 1 if anything is."""
     base, findings = _base(path, model), list[str]()
     rows = _load(base, path, finite=False).sites
-    for site in Survey(base).sites_of(rows[0].adapter):
-        for name, factors in site.parts(rows[0].adapter).items():
-            term, tensors = factors.low_rank(), factors.tensors
-            wrong = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
-            findings += [f"{name}: {key} has values that are not finite" for key in wrong]
-            if term is not None and not (term.A.any() and term.B.any()):
-                findings.append(f"{name}: the update is zero, as before any training")
+    for site, _, _, factors in Survey(base).parts():
+        term, tensors = factors.low_rank(), factors.tensors
+        wrong = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+        findings += [f"{site}: {key} has values that are not finite" for key in wrong]
+        if term is not None and not (term.A.any() and term.B.any()):
+            findings.append(f"{site}: the update is zero, as before any training")
     print("\n".join(findings) or f"{path}: {len(rows)} sites, whole and finite")
     return 1 if findings else 0
 

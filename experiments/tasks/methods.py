@@ -123,11 +123,13 @@ class LwF(Method):
             batch = self.contexts.batch(side, part, torch.full_like(part, context))
             self.teacher[part] = self.model(batch.inputs)
         groups = [active.nonzero().squeeze(1) for active in self.contexts.active[:context]]
-        self.groups = groups[-1:] if self.contexts.scenario == "class" else groups
+        scenario, weight = self.contexts.scenario, self.settings.continual.lwf_weight
+        self.groups = groups if scenario == "task" else groups[-1:]
+        self.weight = weight * context if scenario == "domain" else weight
 
     def penalty(self, logits: Tensor, rows: Tensor, context: int) -> Tensor:
         temperature = self.settings.continual.temperature
-        return lwf(logits, self.teacher[rows], self.groups, temperature)
+        return self.weight * lwf(logits, self.teacher[rows], self.groups, temperature)
 
 
 class ER(Method):

@@ -165,7 +165,9 @@ def _draw(axes: "plt.Axes", run: RunDirectory, method: str, scenario: str, place
         low, high = spread(*known, max(1, len(values)))
         axes.bar(place, high - low, bottom=low, width=0.7, color=SPREAD, **EDGE)
     colour, mark = LOOKS[method in THREE_TYPES_METHODS[6:]]
-    axes.plot([place] * len(values), values, mark, color=colour, markersize=5)
+    axes.plot([place] * len(values), values, mark, color=colour, markersize=4)
+    if len(values) > 1:
+        axes.plot(place, sum(values) / len(values), "_", color="black", markersize=14)
 
 
 def explanation(run: RunDirectory) -> Sequence[str]:

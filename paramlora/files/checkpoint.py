@@ -13,7 +13,7 @@ from torch import nn
 
 from ..layers.install import check_tied
 from ..site.survey import Survey
-from ..stack.storage import check_real, settle, whole, writes_files
+from ..stack.storage import check_real, settle, writes_files
 from ..verbs.add import Activate
 from ..verbs.summary import Summary
 from ..wrappers import check_model
@@ -22,7 +22,7 @@ from .base import checksums
 from .metadata import ENTRY, describe, digest_of, read
 from .plan import plan_sites
 from .refresh import attach_or_refresh
-from .safetensors_file import damaged, write_atomically
+from .safetensors_file import damaged, on_cpu, write_atomically
 from .state import tensors_of
 
 
@@ -57,12 +57,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     settle(model)
     name, here = Survey(model).one(name)
     state = tensors_of(here, name)
-    for key, tensor in state.items():
-        check_real(key, tensor)
-    # Copies, because safetensors refuses tensors that share memory.
-    tensors = {
-        key: whole(tensor).to("cpu", copy=True).contiguous() for key, tensor in state.items()
-    }
+    tensors = on_cpu(state)
     content = describe(here, name)
     sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
     content["base"] = {} if sharded else checksums(model)  # these would gather the whole base

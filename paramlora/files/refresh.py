@@ -9,12 +9,11 @@ from ..layers.install import PlannedSite, check_name
 from ..site.names import check_unmerged
 from ..site.survey import Survey
 from ..stack.factors import Factors
-from ..stack.storage import fill, settle
 from ..verbs.add import Activate, add, check_activate, switch
 from ..verbs.summary import Summary, report
 from .safetensors_file import FilePath
-from .slot import swap
-from .state import check_writable, factors_of
+from .slot import slot_values
+from .state import factors_of, write
 
 
 def attach_or_refresh(
@@ -45,7 +44,7 @@ def attach_or_refresh(
         return add(survey, planned, name, activate or ("no" if survey.names else "only"))
     if activate is not None:
         check_activate(survey, name, activate)
-    (_refresh if into is None else swap)(survey, planned, name, path)
+    _copy(survey, planned, name, path, slot=into is not None)
     return report(survey.again()) if activate is None else switch(survey, name, activate)
 
 
@@ -66,24 +65,27 @@ def _check_finite(planned: list[PlannedSite], path: FilePath, refuse: bool) -> N
 
 
 @torch.no_grad()
-def _refresh(survey: Survey, planned: list[PlannedSite], name: str, path: FilePath) -> None:
-    """Copy values and specs into an adapter, if sites, kinds and shapes are the same."""
+def _copy(
+    survey: Survey, planned: list[PlannedSite], name: str, path: FilePath, slot: bool
+) -> None:
+    """Copy values into a slot; or values and specs, if sites, kinds and shapes are the same."""
     here = survey.sites_of(name)
     check_unmerged([site.stack for site in here], [name], "load")
     attached = factors_of(here, name)
     new = {plan.place.path: plan.factors for plan in planned}
+    if slot:
+        write(survey.model, here, name, slot_values(attached, new, name, path))
+        return
     if _signatures(new) != _signatures(attached):
         raise AdapterNameError(
             f"adapter {name!r} is attached already, and its sites, kinds or ranks differ from "
             f"those in {path} ({', '.join(new)}); pass another name=, or detach it first"
         )
-    settle(survey.model)
-    check_writable(here, name)
+    values = {f"{site}.{key}": t for site, f in new.items() for key, t in f.tensors.items()}
+    write(survey.model, here, name, values)
     for site, factors in attached.items():
         factors.spec = new[site].spec
         factors.set_strength(new[site].strength)
-        for key, tensor in factors.tensors.items():
-            fill(tensor, new[site].tensors[key])
     for held in here:
         held.stack.set(held.stack.active, held.stack.merged)
 

@@ -7,12 +7,14 @@ import re
 import shutil
 import uuid
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..stack.storage import check_real, whole
 
 FilePath = str | os.PathLike[str]
 
@@ -107,6 +109,19 @@ def read_tensors(path: FilePath) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(
             f"{path} is damaged or not a .safetensors file ({error}); save the adapter again"
         ) from error
+
+
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies on the CPU, because safetensors refuses tensors that share memory.
+
+    Raises:
+        StateError: a tensor is on the meta device.
+    """
+    copies = {}
+    for key, tensor in tensors.items():
+        check_real(key, tensor)
+        copies[key] = whole(tensor.detach()).to("cpu", copy=True).contiguous()
+    return copies
 
 
 def damaged(path: FilePath, problem: str) -> CheckpointError:

@@ -7,47 +7,45 @@ Only the values of its factors change. Their shapes and the slot's settings and 
 compiled model or a CUDA graph remains valid.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import CheckpointError, StateError, some
 from ..kinds.lora import LoRA
-from ..layers.install import PlannedSite
-from ..site.names import check_unmerged
-from ..site.survey import Survey
 from ..stack.factors import Factors
-from ..stack.storage import fill, settle
 from .safetensors_file import FilePath
-from .state import check_writable, factors_of
 
 
-@torch.no_grad()
-def swap(survey: Survey, planned: list[PlannedSite], name: str, path: FilePath) -> None:
-    """Copy the updates of a file into the slot `name`, with zeros at sites that it lacks.
+def slot_values(
+    slots: Mapping[str, Factors], new: Mapping[str, Factors], name: str, path: FilePath
+) -> dict[str, Tensor]:
+    """Return the values for the slot `name` by `<site>.<factor>`, zeros at sites that a file lacks.
+
+    Args:
+        slots: the factors of the slot, by site.
+        new: the factors of the file, by site.
+        name: the slot.
+        path: the file, for messages.
 
     Raises:
-        AdapterNameError: there is no adapter of that name.
         CheckpointError: the file has a site that the slot lacks, a higher rank, or an update that
             is not low-rank.
-        StateError: the slot is merged, on the meta device, or not a LoRA whose values can change.
+        StateError: the slot is not a LoRA whose values can change.
     """
-    here = survey.sites_of(name)
-    check_unmerged([site.stack for site in here], [name], "load")
-    slots = factors_of(here, name)
-    new = {plan.place.path: plan.factors for plan in planned}
     absent = [site for site in new if site not in slots]
     if absent:
         raise CheckpointError(
             f"{path} adapts {some(absent)}, and the slot {name!r} does not; attach a slot that "
             "adapts the tensors of all files"
         )
-    values = {site: _padded(site, slot, new.get(site), path) for site, slot in slots.items()}
-    settle(survey.model)
-    check_writable(here, name)
-    for site, slot in slots.items():
-        for key, tensor in slot.tensors.items():
-            fill(tensor, values[site][key])
+    return {
+        f"{site}.{key}": value
+        for site, slot in slots.items()
+        for key, value in _padded(site, slot, new.get(site), path).items()
+    }
 
 
 def _padded(site: str, slot: Factors, new: Factors | None, path: FilePath) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ Note [keys of factors]
     conflicting values. Loading finds the tensor by the first path and adapts all modules with it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -80,11 +80,8 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str | N
     name, here = Survey(model).one(name)
     check_unmerged([site.stack for site in here], [name], "load")
     settle(model)
-    factors = tensors_of(here, name)
-    compare(state, factors, f"the state for adapter {name!r}")
-    check_writable(here, name)
-    for key, factor in factors.items():
-        fill(factor, state[key])
+    compare(state, tensors_of(here, name), f"the state for adapter {name!r}")
+    write(model, here, name, state)
 
 
 def factors_of(here: Iterable[Site], name: str) -> dict[str, Factors]:
@@ -101,14 +98,19 @@ def tensors_of(here: Iterable[Site], name: str) -> dict[str, Tensor]:
     }
 
 
-def check_writable(here: Iterable[Site], name: str) -> None:
-    """Raise a StateError if values copied into an adapter's factors would be lost.
+def write(model: nn.Module, here: Sequence[Site], name: str, values: Mapping[str, Tensor]) -> None:
+    """Copy values into an adapter's tensors, by `<site>.<factor>`.
 
-    That is the case for a copy that FSDP has gathered, and for tensors on the meta device.
+    Raises:
+        StateError: the values would be lost, because a tensor is a copy that FSDP has gathered, or
+            is on the meta device.
     """
+    settle(model)
     for site in here:
         for path, factors in site.parts(name).items():
             # Only parameters: constants are buffers, which FSDP does not shard.
             for key, parameter in factors.named_parameters():
                 check_settled(site.module, parameter, path)
                 check_real(f"{path}.{key}", parameter)
+    for key, tensor in tensors_of(here, name).items():
+        fill(tensor, values[key])

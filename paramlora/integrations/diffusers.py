@@ -25,15 +25,12 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..errors import CheckpointError, TargetError, some
 from ..files.refresh import attach_or_refresh
-from ..files.safetensors_file import read_tensors, write_atomically
-from ..layers.install import check_whole
+from ..files.safetensors_file import on_cpu, read_tensors, write_atomically
 from ..peft.config_file import Content, config_content, parse_config, read_config
 from ..peft.folder import plan_content
-from ..peft.modules import view
+from ..peft.modules import PeftView
 from ..peft.write import folder_content
-from ..site.place import check_shapes
 from ..site.survey import Survey
-from ..stack.storage import check_real
 from ..verbs.add import Activate
 from ..verbs.summary import Summary
 from ..wrappers import check_model, inner
@@ -107,12 +104,10 @@ def save_diffusers(
         prefix = component and f"{component}."
         if format == "kohya":
             prefix, config, state = "", {}, _to_kohya(config, state)
-        tensors |= {prefix + key: tensor for key, tensor in state.items()}
+        tensors |= {prefix + key: tensor for key, tensor in on_cpu(state).items()}
         settings |= {prefix + key: value for key, value in config.items()}
-    # Copies, because safetensors refuses tensors that share memory.
-    copies = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     metadata = {"format": "pt"} | ({_ENTRY: json.dumps(settings)} if settings else {})
-    write_atomically(_file(path), serialized(copies, metadata))
+    write_atomically(_file(path), serialized(tensors, metadata))
 
 
 def load_diffusers(
@@ -147,7 +142,6 @@ def load_diffusers(
     """
     model, path = inner(check_model(model)), _file(path)
     survey = Survey(model)
-    check_shapes(survey.places)
     tensors, metadata = read_tensors(path)
     if pipeline is not None:
         # It returns the tensors, for U-Nets the alphas, and metadata, which it does not get here.
@@ -175,25 +169,23 @@ def _component(model: nn.Module) -> str:
 
 def _content(model: nn.Module, name: str | None, format: str) -> Content:
     """Return PEFT's settings and tensors of an adapter, or raise if diffusers cannot read them."""
-    name, here = Survey(model).one(name)
-    check_whole(here)
-    config, state = folder_content(model, here, name)
+    name, _ = Survey(model).one(name)
+    config, state = folder_content(model, name)
     paths = _paths(model)
-    for key, tensor in state.items():
+    for key in state:
         lost = format == "kohya" and (config.get("use_dora") or _LOST.fullmatch(key))
         if lost or _peft_key(key, paths) != key:
             raise TargetError(
                 f"diffusers cannot read {key!r} of adapter {name!r} in the format {format!r}; "
                 "detach it from there, write another format, or use paramlora.save"
             )
-        check_real(key, tensor)
     config.pop("inference_mode")  # diffusers' own files leave the factors trainable
     return config, state
 
 
 def _paths(model: nn.Module) -> dict[str, str]:
     """Return the paths of the modules that PEFT adapts, by themselves and by kohya's names."""
-    paths = list(view(model).parts)
+    paths = list(PeftView(Survey(model)).parts)
     flat = [_flat(path) for path in paths]
     unique = {key: path for key, path in zip(flat, paths, strict=True) if flat.count(key) == 1}
     return unique | {path: path for path in paths}

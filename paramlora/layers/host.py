@@ -72,10 +72,12 @@ def unregister(site: Site) -> None:
         leave_to_torch(module, site.tensor)
     else:
         unregister_from_home(module, site.tensor)
-    if parametrize.is_parametrized(module) and not _is_host(module):
-        _release(module, before)
-    if before.below_hook is not None and not _is_host(module):
-        vars(module)[BELOW_HOOK], before.below_hook = before.below_hook, None
+    if not _is_host(module):
+        if parametrize.is_parametrized(module):
+            _release(module, before)
+        before.cls, before.owner, before.replaced = None, 0, {}
+        if before.below_hook is not None:
+            vars(module)[BELOW_HOOK], before.below_hook = before.below_hook, None
 
 
 def freeze_rest(survey: Survey, adapter: str, others: bool) -> None:
@@ -186,4 +188,3 @@ def _release(module: nn.Module, before: Before) -> None:
         and parametrized_tensors(before.cls) == parametrized_tensors(cls)
     ):
         module.__class__ = before.cls
-    before.cls, before.owner, before.replaced = None, 0, {}

@@ -8,7 +8,7 @@ must be off: null, false or empty. Ignoring one would silently load another mode
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,18 @@ Content = tuple[dict[str, Any], dict[str, Tensor]]
 
 # `fan_in_fan_out` says that weights are stored as (in, out). PEFT corrects it by the type of each
 # module, so the type alone decides here.
-NO_EFFECT = {
+_NO_EFFECT = {
     *("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_type"),
     *("peft_version", "revision", "runtime_config", "task_type"),
 }
-_NO_EFFECT_IN_LORA = {
-    *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_core"),
-    "qalora_group_size",
+# The settings of each kind that have no effect on a trained adapter, or that are read elsewhere.
+_OF_KIND = {
+    "LORA": {"corda_config", "eva_config", "loftq_config", "lora_ga_config", "megatron_core"}
+    | {"qalora_group_size", "init_lora_weights"},
+    "OFT": {"oft_block_size", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"}
+    | {"init_weights", "module_dropout"},
+    "HIRA": {"rank_pattern", "init_weights", "hira_dropout"},
+    "MISS": {"mini_r", "miss_dropout"},
 }
 
 # The values of `init_lora_weights` besides true and false. With the plain ones PEFT draws A and B
@@ -39,21 +44,24 @@ _NO_EFFECT_IN_LORA = {
 _PLAIN = ("gaussian", "orthogonal", "eva")
 _FROM_BASE = ("pissa", "olora")
 
-# Settings that PEFT allows only beside a list of target_modules.
+# Settings that PEFT allows only beside a list of target_modules, and all that select modules.
 _NEED_LIST = {"layers_to_transform", "layers_pattern"}
+_SELECT = {"target_modules", "exclude_modules", *_NEED_LIST}
 
 
 def read_config(path: Path, content: Mapping[str, Any]) -> Config:
-    """Return the settings in the content of an `adapter_config.json` of LoRA.
+    """Return the settings in the content of an `adapter_config.json`.
+
+    Of the kinds besides LoRA, these are the settings that select modules, and the rank.
 
     Raises:
-        CheckpointError: the file is damaged, is for another method than LoRA, or has a setting
-            that paramlora does not support.
+        CheckpointError: the file is damaged, is for a kind that paramlora does not load, or has a
+            setting that paramlora does not support.
     """
-    if content.get("peft_type") != "LORA":
+    kind = content.get("peft_type")
+    if kind not in list(_OF_KIND):
         raise CheckpointError(
-            f"{path} has peft_type {content.get('peft_type')!r}; only 'LORA', 'OFT', 'HIRA' and "
-            "'MISS' can be loaded"
+            f"{path} has peft_type {kind!r}; only 'LORA', 'OFT', 'HIRA' and 'MISS' can be loaded"
         )
     init = content.get("init_lora_weights")
     if not (init is None or isinstance(init, bool) or init in (*_PLAIN, *_FROM_BASE)):
@@ -62,23 +70,24 @@ def read_config(path: Path, content: Mapping[str, Any]) -> Config:
             "loads; save it from PEFT as a plain LoRA, with "
             "path_initial_model_for_weight_conversion="
         )
-    refuse_settings(path, content, {*NO_EFFECT, *_NO_EFFECT_IN_LORA, *_CHECKS, "init_lora_weights"})
-    settings = check_settings(path, content, _CHECKS.keys())
+    keys = _CHECKS.keys() if kind == "LORA" else _SELECT | {"r"}
+    _refuse_others(path, content, {*keys, *_NO_EFFECT, *_OF_KIND[kind]})
+    # An OFT has an r of 0, because its settings have the size of a block instead.
+    unset = (None, 0) if kind == "OFT" else (None,)
+    given = {key: content[key] for key in _CHECKS if key in keys and content.get(key) not in unset}
+    settings = _check(path, given)
     return Config(**settings, init=init if init in _FROM_BASE else "kaiming")
 
 
-def check_settings(path: Path, content: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """Return those of the settings `keys` that are set, or raise if one has an invalid value."""
-    settings = {
-        key: content[key] for key in _CHECKS if key in keys and content.get(key) is not None
-    }
+def _check(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with a target_modules, or raise if one has an invalid value."""
     for key, value in settings.items():
         wanted, is_valid = _CHECKS[key]
         if not is_valid(value):
             raise CheckpointError(
                 f"{path} is damaged: {key!r} must be {wanted}, found {value!r:.100}"
             )
-    if "target_modules" in keys and "target_modules" not in settings:
+    if "target_modules" not in settings:
         if not settings.get("target_parameters"):
             raise CheckpointError(f"{path} has no target_modules; add them")
         settings["target_modules"] = []
@@ -91,9 +100,10 @@ def check_settings(path: Path, content: Mapping[str, Any], keys: Iterable[str]) 
     return settings
 
 
-def refuse_settings(path: Path, content: Mapping[str, Any], known: Collection[str]) -> None:
+def _refuse_others(path: Path, content: Mapping[str, Any], known: Collection[str]) -> None:
     """Raise a CheckpointError if a setting that is on is not one of `known`."""
-    others = [key for key, value in content.items() if key not in known and value]
+    off = {"bias": "none", "init_weights": True}
+    others = [k for k, value in content.items() if k not in known and value and off.get(k) != value]
     if others:
         raise CheckpointError(
             f"{path} has settings that paramlora does not support: "

@@ -20,8 +20,8 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..errors import CheckpointError
 from ..files.refresh import attach_or_refresh
-from ..files.safetensors_file import read_tensors
-from ..layers.install import PlannedSite, check_whole
+from ..files.safetensors_file import on_cpu, read_tensors
+from ..layers.install import PlannedSite
 from ..site.place import check_shapes
 from ..site.survey import Survey
 from ..stack.storage import check_real
@@ -30,11 +30,11 @@ from ..verbs.summary import Summary
 from ..wrappers import check_model, inner
 from .config_file import parse_config, read_config
 from .disk import CONFIG, TENSORS, check_destination, check_files, write_folder
-from .modules import view
-from .other_kinds import OTHER_TYPES, other_config, plan_other
+from .modules import PeftView
+from .other_kinds import OTHER_TYPES, plan_other
 from .patterns import cut_off
 from .read import plan_folder, resolve_all_linear
-from .read_full import Folder
+from .whole import Folder
 from .write import folder_content
 
 _PREFIX = "base_model.model."
@@ -108,19 +108,11 @@ def save_peft(
     model = inner(check_model(model))
     path = Path(path).resolve()
     check_destination(path)
-    name, here = Survey(model).one(name)
-    check_whole(here)
-    config, tensors = folder_content(model, here, name)
+    config, tensors = folder_content(model, name)
     config |= _origin(model, base, task_type)
-    for key, tensor in tensors.items():
-        check_real(key, tensor)
+    copies = on_cpu(tensors)
     _warn_if_added_twice(tensors)
-    # Copies, because safetensors refuses tensors that share memory.
-    copies = {
-        _PREFIX + key: tensor.detach().to("cpu", copy=True).contiguous()
-        for key, tensor in tensors.items()
-    }
-    write_folder(path, config, copies)
+    write_folder(path, config, {_PREFIX + key: tensor for key, tensor in copies.items()})
 
 
 def _origin(model: nn.Module, base: str | None, task_type: str | None) -> dict[str, str]:
@@ -184,7 +176,6 @@ def load_peft(
     """
     model, path = inner(check_model(model)), Path(path)
     survey = Survey(model)
-    check_shapes(survey.places)
     check_files(path)
     content = parse_config((path / CONFIG).read_bytes(), path / CONFIG)
     state = _without_prefix(read_tensors(path / TENSORS)[0], path / TENSORS)
@@ -204,15 +195,14 @@ def plan_content(
 
     `path` and `config` are what the tensors and the settings were read from, for messages.
     """
-    is_lora = content.get("peft_type") not in OTHER_TYPES
-    settings = read_config(config, content) if is_lora else other_config(path, content)
-    seen, here = view(survey.model), {place.path: place for place in survey.places}
-    folder = Folder(path, content, resolve_all_linear(seen, settings), state, seen, here)
+    check_shapes(survey.places)
+    seen, settings = PeftView(survey), read_config(config, content)
+    folder = Folder(path, content, resolve_all_linear(seen, settings), state, seen)
     with cut_off(path):
-        planned = plan_folder(folder) if is_lora else plan_other(folder)
+        planned = plan_other(folder) if content["peft_type"] in OTHER_TYPES else plan_folder(folder)
     for plan in planned:
         check_real(plan.place.path, plan.place.stored)
-    order = {site: i for i, site in enumerate(here)}
+    order = {site: i for i, site in enumerate(seen.places)}
     return sorted(planned, key=lambda plan: order[plan.place.path])
 
 

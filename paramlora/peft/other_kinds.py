@@ -13,7 +13,6 @@ beside these kinds. LoRA's folders are in the other files.
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,44 +28,30 @@ from ..kinds.spec import Spec
 from ..layers.install import PlannedSite
 from ..site.find import Site
 from ..site.place import Place
-from ..stack.factors import Factors
-from .config import Config
-from .config_file import NO_EFFECT, Content, check_settings, refuse_settings
+from .config_file import Content
 from .layout import Part, cannot_store
-from .modules import PeftView
 from .read import check_untied, targets_of
-from .read_full import Folder
+from .whole import Folder
 
-OTHER_TYPES: dict[str, type[Spec]] = {"OFT": OFT, "HIRA": HiRA, "MISS": MiSS}
-
-_SELECT = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-# The other settings that paramlora reads, or that do not affect a trained adapter.
-_OWN = {
-    "OFT": {"r", "oft_block_size", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"}
-    | {"init_weights", "module_dropout"},
-    "HIRA": {"r", "rank_pattern", "init_weights", "hira_dropout"},
-    "MISS": {"r", "mini_r", "miss_dropout"},
-}
-
-
-# Our factors, with the ends of PEFT's keys. "{}" is "embedding_" at an Embedding, else empty.
-_FACTORS = {
-    "OFT": {"Q": "oft_{}R.weight"},
-    "HIRA": {"A": "hira_{}A", "B": "hira_{}B"},
-    "MISS": {"D": "miss_block"},
+# By PEFT's name: our kind, and our factors with the ends of PEFT's keys. "{}" is "embedding_" at an
+# Embedding, else empty.
+OTHER_TYPES: dict[str, tuple[type[Spec], dict[str, str]]] = {
+    "OFT": (OFT, {"Q": "oft_{}R.weight"}),
+    "HIRA": (HiRA, {"A": "hira_{}A", "B": "hira_{}B"}),
+    "MISS": (MiSS, {"D": "miss_block"}),
 }
 
 
 def other_kind(here: list[Site], name: str) -> str | None:
     """Return PEFT's type of an adapter of a kind in this file at all its sites, or None."""
     kinds = {type(part.spec) for site in here for part in site.stack.parts(name)}
-    found = [key for key, kind in OTHER_TYPES.items() if kinds == {kind}]
-    return found[0] if found else None
+    return next((key for key, (kind, _) in OTHER_TYPES.items() if kinds == {kind}), None)
 
 
-def other_content(here: list[Site], name: str, seen: PeftView, peft_type: str) -> Content:
+def other_content(
+    here: list[Site], name: str, by_site: Mapping[str, Part], peft_type: str
+) -> Content:
     """Return an adapter's settings and tensors, or raise a TargetError, as `folder_content`."""
-    by_site = {part.site: part for parts in seen.parts.values() for part in parts}
     tensors: dict[str, Tensor] = {}
     specs: dict[str, Spec] = {}
     for site in here:
@@ -75,11 +60,17 @@ def other_content(here: list[Site], name: str, seen: PeftView, peft_type: str) -
         if part is None or reason is not None:
             raise cannot_store(site.path, reason or "")
         (factors,) = site.stack.parts(name)
-        specs[part.module_path] = factors.spec
+        specs[part.module_path], strength = factors.spec, float(factors.strength)
         if _settings(factors.spec) != _settings(next(iter(specs.values()))):
             # PEFT to 0.21.2 ignores HiRA's setting rank_pattern.
             raise cannot_store(site.path, f"PEFT needs the same settings of {peft_type} everywhere")
-        tensors |= _to_peft(part, peft_type, factors)
+        if getattr(factors.spec, "eps", None) is not None and strength != 1:
+            raise cannot_store(site.path, f"PEFT has no strength, {strength:g}, beside eps")
+        # The strength is multiplied into the last factor.
+        last = [*OTHER_TYPES[peft_type][1]][-1]
+        for ours, key in _keys(part, peft_type).items():
+            factor = factors.tensors[ours] * (strength if ours == last else 1)
+            tensors[key] = _converted(part, peft_type, factor)
     return {
         "peft_type": peft_type,
         "target_modules": "|".join(re.escape(path) for path in specs),
@@ -95,39 +86,34 @@ def plan_other(folder: Folder) -> list[PlannedSite]:
     expected: dict[str, Tensor] = {}
     for part in targets_of(folder):
         reason = _refusal(part, peft_type)
-        if reason is not None or part.site not in folder.here:
+        if reason is not None or part.site not in folder.seen.places:
             raise CheckpointError(
                 f"{path} adapts {part.module_path!r}, but {reason or 'no weight'}"
             )
-        place = folder.here[part.site]
+        place = folder.seen.places[part.site]
         spec = _spec(part, place.value, folder)
         check_site(place, spec, path)
         blank = spec.create(torch.empty(place.value.shape, device="meta"))
-        expected |= _renamed(part, peft_type, blank)
+        expected |= {
+            key: _converted(part, peft_type, blank[ours])
+            for ours, key in _keys(part, peft_type).items()
+        }
         chosen.append((part, place, spec))
     compare(folder.state, expected, str(path))
     check_dtypes(folder.state, path)
-    planned = [
-        plan_site(place, spec, _from_peft(part, peft_type, folder.state))
-        for part, place, spec in chosen
-    ]
+    planned = []
+    for part, place, spec in chosen:
+        found = {ours: folder.state[key] for ours, key in _keys(part, peft_type).items()}
+        factors = {ours: _converted(part, peft_type, tensor) for ours, tensor in found.items()}
+        planned.append(plan_site(place, spec, factors))
     check_untied(planned, folder)
     return planned
 
 
-def other_config(path: Path, content: Mapping[str, Any]) -> Config:
-    """Return the settings that select modules, after checking all others."""
-    peft_type = content["peft_type"]
-    off = {"bias": "none"} | ({"init_weights": True} if peft_type == "MISS" else {})
-    rest = {key: value for key, value in content.items() if off.get(key) != value}
-    refuse_settings(path, rest, _SELECT | NO_EFFECT | _OWN[peft_type])
-    return Config(**check_settings(path, content, _SELECT | ({"r"} if content.get("r") else set())))
-
-
 def _spec(part: Part, weight: Tensor, folder: Folder) -> Spec:
     content, peft_type = folder.content, folder.content["peft_type"]
-    # The first dimension of the first factor, or 0 if there is none.
-    factor = folder.state.get(_keys(part, peft_type)[0])
+    # The first dimension of PEFT's first factor, or 0 if there is none.
+    factor = folder.state.get(min(_keys(part, peft_type).values()))
     length = len(factor) if factor is not None and factor.dim() else 0
     try:
         if peft_type == "HIRA":
@@ -181,35 +167,16 @@ def _refusal(part: Part | None, peft_type: str) -> str | None:
     return part.refusal()
 
 
-def _keys(part: Part, peft_type: str) -> list[str]:
-    infix = "embedding_" if isinstance(part.module, nn.Embedding) else ""
-    return [f"{part.module_path}.{end.format(infix)}" for end in _FACTORS[peft_type].values()]
+def _keys(part: Part, peft_type: str) -> dict[str, str]:
+    """Return PEFT's key of each of our factors."""
+    names, embedding = OTHER_TYPES[peft_type][1], isinstance(part.module, nn.Embedding)
+    ends = [end.format("embedding_" if embedding else "") for end in names.values()]
+    pairs = zip(names, ends[::-1] if embedding else ends, strict=True)
+    return {ours: f"{part.module_path}.{end}" for ours, end in pairs}
 
 
-def _converted(part: Part, peft_type: str, factors: list[Tensor]) -> list[Tensor]:
-    """Return PEFT's factors for ours, or ours for PEFT's, which is the same conversion."""
+def _converted(part: Part, peft_type: str, factor: Tensor) -> Tensor:
+    """Return PEFT's factor for ours, or ours for PEFT's, which is the same conversion."""
     if not isinstance(part.module, nn.Embedding):
-        return factors
-    return [-factors[0]] if peft_type == "OFT" else [factor.T for factor in reversed(factors)]
-
-
-def _renamed(part: Part, peft_type: str, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return PEFT's tensors, by key, for our factors."""
-    ours = [factors[name] for name in _FACTORS[peft_type]]
-    return dict(zip(_keys(part, peft_type), _converted(part, peft_type, ours), strict=True))
-
-
-def _to_peft(part: Part, peft_type: str, factors: Factors) -> dict[str, Tensor]:
-    """Return PEFT's tensors with the strength multiplied into the last factor."""
-    strength, spec = float(factors.strength), factors.spec
-    if isinstance(spec, OFT) and spec.eps is not None and strength != 1:
-        raise cannot_store(part.site, f"PEFT has no strength, {strength:g}, beside eps")
-    *_, last = _FACTORS[peft_type]
-    scaled = {**factors.tensors, last: factors.tensors[last] * strength}
-    return _renamed(part, peft_type, scaled)
-
-
-def _from_peft(part: Part, peft_type: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return our factors for PEFT's tensors of a module."""
-    found = [state[key] for key in _keys(part, peft_type)]
-    return dict(zip(_FACTORS[peft_type], _converted(part, peft_type, found), strict=True))
+        return factor
+    return -factor if peft_type == "OFT" else factor.T

@@ -24,7 +24,7 @@ from .config import Config
 from .layout import Part, is_factor, norms
 from .modules import PeftView
 from .parameters import Parameter, conflicts, parameters, selected, with_parameters
-from .read_full import Folder, plan_full
+from .whole import Folder, plan_full
 
 
 def plan_folder(folder: Folder) -> list[PlannedSite]:
@@ -62,7 +62,7 @@ def _plan_low_rank(folder: Folder) -> list[PlannedSite]:
     expected: dict[str, Tensor] = {}
     for part in targets:
         _check_part(part, folder)
-        weight = folder.here[part.site].value
+        weight = folder.seen.places[part.site].value
         shapes = part.shapes(weight, config.rank(part.target))
         if config.use_dora:
             shapes[part.magnitude_key] = part.magnitude_shape(weight)
@@ -101,7 +101,7 @@ def targets_of(folder: Folder) -> list[Part]:
 def _check_part(part: Part, folder: Folder) -> None:
     config = folder.config
     reason, rank = part.refusal(config.use_dora), config.rank(part.target)
-    if part.site not in folder.here:
+    if part.site not in folder.seen.places:
         reason = f"it has no parameter {part.tensor!r}"
     elif config.init != "kaiming" and (
         config.use_dora or isinstance(part, Parameter) or not isinstance(part.module, nn.Linear)
@@ -124,7 +124,7 @@ def _is_placeholder(part: Part, folder: Folder) -> bool:
 
 
 def _plan_part(part: Part, folder: Folder) -> PlannedSite:
-    place, state = folder.here[part.site], folder.state
+    place, state = folder.seen.places[part.site], folder.state
     factors = part.from_peft(state[part.key("A")], state[part.key("B")])
     if factors is None:
         raise CheckpointError(
@@ -169,7 +169,7 @@ def _spec(part: Part, rank: int, folder: Folder) -> LoRA | DoRA:
         alpha *= ratio**0.5 if config.use_rslora else ratio
     if config.use_dora:
         return DoRA(rank, alpha, rank_stabilized=config.use_rslora, dim=part.output_dim)
-    dropout = 0.0 if dropout_refusal(folder.here[part.site]) else config.lora_dropout
+    dropout = 0.0 if dropout_refusal(folder.seen.places[part.site]) else config.lora_dropout
     try:
         return LoRA(
             rank,

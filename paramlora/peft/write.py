@@ -14,14 +14,16 @@ from ..kinds.delta import Delta
 from ..kinds.dora import DoRA
 from ..kinds.lora import LoRA
 from ..kinds.spec import LowRank, Spec
+from ..layers.install import check_whole
 from ..site.find import Site, base_weight, is_conv1d
+from ..site.survey import Survey
 from ..stack.factors import Blocks, Factors
 from .config_file import Content, Targets, as_list, config_content
 from .layout import Part, cannot_store, norms, peft_key
-from .modules import PeftView, view
+from .modules import PeftView
 from .other_kinds import other_content, other_kind
 from .parameters import check_raw, with_parameters
-from .write_full import bias_setting, saved_tensors, split
+from .whole import bias_setting, saved_tensors, split
 
 
 class _Update(NamedTuple):
@@ -38,27 +40,30 @@ class _Update(NamedTuple):
         return self.term.A.shape[-2] * self.part.groups
 
 
-def folder_content(model: nn.Module, here: list[Site], name: str) -> Content:
+def folder_content(model: nn.Module, name: str | None) -> Content:
     """Return the settings of an adapter, and its tensors by keys without PEFT's prefix.
 
     Args:
         model: a module with adapters.
-        here: the sites of the adapter, tied ones once.
-        name: the adapter.
+        name: the adapter; by default the only one.
 
     Raises:
+        AdapterNameError: there is no adapter of this name, or no only one.
+        StateError: a tensor is sharded.
         TargetError: PEFT cannot express the adapter; the message names the tensor.
     """
-    seen = view(model)
+    seen = PeftView(Survey(model))
+    name, here = seen.survey.one(name)
+    check_whole(here)
     _check_sites(here, name, seen)
+    layers = {part.site: part for parts in seen.parts.values() for part in parts}
     peft_type = other_kind(here, name)
     if peft_type is not None:
-        return other_content(here, name, seen, peft_type)
+        return other_content(here, name, layers, peft_type)
     full = {site.path: site for site in here if _is_full(site, name)}
     low_rank = [site for site in here if site.path not in full]
-    layers = [part for parts in seen.parts.values() for part in parts]
-    raw = {site.path for site in low_rank} - {part.site for part in layers}
-    parts, depths = with_parameters(seen, layers, raw)
+    raw = {site.path for site in low_rank} - layers.keys()
+    parts, depths = with_parameters(seen, layers.values(), raw)
     updates = _updates(low_rank, name, parts)
     rslora = _uses_rslora(updates)
     targets = _targets(updates, rslora)

@@ -1,6 +1,6 @@
 """The order of adapters' names, and the checks of names before a verb changes anything."""
 
-from collections.abc import Container, Iterable, Sequence, Sized
+from collections.abc import Container, Iterable, Iterator, Sequence, Sized
 
 from ..errors import AdapterNameError, StateError, nearest
 from ..stack.overlay import foreign_block, is_routed
@@ -68,15 +68,23 @@ def check_order(stacks: Iterable[Stack], names: Container[str]) -> None:
     Delta `b`, W' = l ⊙ W + D; with `b` merged, switching `a` on would give l ⊙ (W + D).
     """
     for stack in stacks:
-        for earlier in [name for name in stack.names if name in names]:
-            after = stack.names[stack.names.index(earlier) + 1 :]
-            for later in [name for name in after if name in stack.merged]:
-                if earlier not in stack.seen().active and not stack.commute(earlier, later):
-                    raise StateError(
-                        f"cannot switch on {earlier!r} while {later!r}, which was attached after "
-                        "it, is merged: one of them depends on the tensor that it is applied to, "
-                        f"so their order counts; unmerge first, and merge {earlier!r} as well"
-                    )
+        on = [name for name in stack.names if name in names and name not in stack.seen().active]
+        for earlier, later in out_of_order(stack, on, stack.merged):
+            raise StateError(
+                f"cannot switch on {earlier!r} while {later!r}, which was attached after it, is "
+                "merged: one of them depends on the tensor that it is applied to, so their order "
+                f"counts; unmerge first, and merge {earlier!r} as well"
+            )
+
+
+def out_of_order(
+    stack: Stack, on: Iterable[str], merged: Container[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield pairs of adapters whose order counts, the earlier one on and only the later merged."""
+    for earlier in [name for name in on if name not in merged]:
+        for later in stack.names[stack.names.index(earlier) + 1 :]:
+            if later in merged and not stack.commute(earlier, later):
+                yield earlier, later
 
 
 def check_unmerged(stacks: Iterable[Stack], names: Sequence[str], verb: str) -> None:

@@ -2,14 +2,16 @@
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 from ..errors import StateError
-from ..layers.install import PlannedSite, install
+from ..layers.install import PlannedSite, install, remove
 from ..site.names import check_order
 from ..site.survey import Survey
-from .summary import Summary, report
+from ..targets.targets import Resolved
+from .summary import Skipped, Summary, report, skip
 
 # Which adapters are active after one was added: see `attach`.
 Activate = Literal["only", "also", "no"]
@@ -69,6 +71,30 @@ def switch(
     off = tuple(other for other in before if other not in now.active)
     _warn_of_apart(survey, name, off)
     return dataclasses.replace(now, switched_off=off)
+
+
+@contextmanager
+def undone(survey: Survey, name: str) -> Iterator[None]:
+    """Undo what the block attaches under a name: detaching is the exact inverse."""
+    active = {stack: stack.active for stack in survey.stacks}
+    try:
+        yield
+    finally:
+        remove(survey.again(), {name})
+        for stack, names in active.items():
+            stack.switch(names)
+
+
+def left_out(survey: Survey, resolved: Resolved, freeze: bool) -> Iterator[Skipped]:
+    """Yield the tensors that do not get the adapter, in model order."""
+    taken = {id(place.stored) for place, _ in resolved.found}
+    for place in survey.places:
+        if id(place.stored) not in taken:
+            _, reason = resolved.left_out.get(place.path, (place, "matching no target"))
+            yield skip(place, reason, place.stored.requires_grad and not freeze)
+    for place, reason in resolved.left_out.values():
+        if id(place.stored) in taken:
+            yield skip(place, reason, place.stored.requires_grad and not freeze)
 
 
 def _active(survey: Survey) -> list[str]:

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NoReturn, TypeVar
 
 import torch
@@ -28,8 +28,7 @@ from ..site.survey import Survey
 from ..stack.factors import Factors
 from ..stack.storage import settle
 from ..targets.targets import Target, Targets, resolve
-from .add import Activate, add, check_activate
-from .preview import left_out, preview
+from .add import Activate, add, check_activate, left_out, undone
 from .summary import Summary
 
 # A mapping's keys have any one of these types, or several.
@@ -88,7 +87,8 @@ def attach(
             generator. The same seed gives the same factors on every device.
         hold_statistics: keep BatchNorm and similar layers in evaluation mode until this adapter is
             detached, so that their running statistics do not move; see `hold_statistics`.
-        dry_run: change nothing and draw nothing; print the summary that the model would have.
+        dry_run: change nothing and draw nothing; print the summary that the model would have. As
+            in a real call, no other thread may run the model meanwhile.
         others: no other argument exists; one of another library raises TypeError with ours.
 
     Returns:
@@ -121,21 +121,20 @@ def attach(
     resolved = resolve(survey, spec, targets, exclude)
     check_tied(survey, [place for place, _ in resolved.found])
     skipped = tuple(left_out(survey, resolved, freeze))
+    with _random_state_kept_on_failure(generator, on_success=dry_run):
+        planned = []
+        for place, spec in resolved.found:
+            weight = place.value.detach()
+            tensors = spec.create(weight.to("meta") if dry_run else weight, generator)
+            planned.append(PlannedSite(place, Factors(spec, tensors, place.block)))
+    with undone(survey, name) if dry_run else nullcontext():
+        if hold_statistics:
+            hold(survey.modules, name)
+        added = add(survey, planned, name, activate, freeze)
+    added = dataclasses.replace(added, skipped=skipped, dry_run=dry_run)
     if dry_run:
-        expected = preview(survey, resolved, name, activate, freeze, hold_statistics)
-        expected = dataclasses.replace(expected, skipped=skipped, dry_run=True)
-        print(expected)
-        return expected
-    with _random_state_kept_on_failure(generator):
-        planned = [
-            PlannedSite(
-                place, Factors(spec, spec.create(place.value.detach(), generator), place.block)
-            )
-            for place, spec in resolved.found
-        ]
-    if hold_statistics:
-        hold(survey.modules, name)
-    return dataclasses.replace(add(survey, planned, name, activate, freeze), skipped=skipped)
+        print(added)
+    return added
 
 
 def detach(model: nn.Module, *names: str) -> None:
@@ -226,16 +225,20 @@ def parameters(model: nn.Module, *names: str) -> list[nn.Parameter]:
 
 
 @contextmanager
-def _random_state_kept_on_failure(generator: torch.Generator | None) -> Iterator[None]:
+def _random_state_kept_on_failure(
+    generator: torch.Generator | None, on_success: bool
+) -> Iterator[None]:
     """Give torch's CPU generator and `generator` their states back if the block raises."""
     generators = [torch.default_generator, *([] if generator is None else [generator])]
     states = [one.get_state() for one in generators]
+    kept = False
     try:
         yield
-    except BaseException:
-        for one, state in zip(generators, states, strict=True):
-            one.set_state(state)
-        raise
+        kept = not on_success
+    finally:
+        if not kept:
+            for one, state in zip(generators, states, strict=True):
+                one.set_state(state)
 
 
 def _factors(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:

@@ -17,7 +17,7 @@ from ..errors import some
 from ..layers.install import check_whole
 from ..site.names import check_names
 from ..site.survey import Survey
-from .audit_checks import Finding, Step, check_adapters, check_base, check_optimizer
+from .audit_checks import Finding, Step, findings
 from .table import as_text
 
 Loss = Callable[[Any], Tensor] | None
@@ -122,11 +122,10 @@ def audit(
     wanted = [p for p in (*survey.factors, *survey.base_parameters) if p.requires_grad]
     with _untouched(survey) as written:
         gradients = _gradients(model, batch, loss, wanted)
-    step = Step(survey, gradients, written)
-    found = [*check_adapters(step), *check_base(step, optimizer)]
-    if optimizer is not None:
-        found += check_optimizer(step, optimizer)
-    return AuditReport(tuple(found), model.training)
+    groups = [] if optimizer is None else optimizer.param_groups
+    held = {id(p) for group in groups for p in group["params"]}
+    step = Step(survey, gradients, written, None if optimizer is None else held)
+    return AuditReport(tuple(findings(step)), model.training)
 
 
 def _gradients(
@@ -222,8 +221,8 @@ def _volatile(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _same(a: Tensor | None, b: Tensor) -> bool:
-    if a is None or a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if a.is_floating_point():
-        return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-    return torch.equal(a, b)
+    return (
+        a is not None
+        and (a.shape, a.dtype) == (b.shape, b.dtype)
+        and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    )

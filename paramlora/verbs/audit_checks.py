@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from ..kinds.spec import factor_dtype
+from ..kinds.spec import Strength, factor_dtype
 from ..layers.host import froze_base
 from ..site.find import base_weight, dotted
 from ..site.quantized import UnreadWeight
@@ -66,105 +65,119 @@ class Step:
         survey: the model.
         gradients: by the id of the parameter.
         written: the path, module and name of each floating tensor that the forward wrote to.
+        held: the ids of the parameters that the optimizer holds; None without an optimizer.
     """
 
     survey: Survey
     gradients: dict[int, Tensor]
     written: list[tuple[str, nn.Module, str]]
-
-    @cached_property
-    def parts(self) -> list[AuditedPart]:
-        return [AuditedPart(*part) for part in self.survey.parts()]
-
-    def zero(self, part: AuditedPart) -> bool:
-        """Return whether every trained factor has a gradient, and all are zero."""
-        found = [self.gradients.get(id(p)) for p in part.trained.values()]
-        return all(gradient is not None and not gradient.any() for gradient in found)
+    held: set[int] | None
 
 
-def check_adapters(step: Step) -> Iterator[Finding]:
-    """Yield what is wrong with the gradients and the updates of adapters."""
-    nothing_trains = not any(part.active and part.trained for part in step.parts)
-    for part in step.parts:
-        if part.active or part.merged:
-            found = list(_check_update(step, part))
-            yield from found
-            yield from _check_gradient(step, part, [one.kind for one in found])
-        elif part.trained and nothing_trains:
-            message = "its factors are to be trained, but it is switched off; enable it"
-            yield Finding("gradient", part.path, part.name, message)
+def findings(step: Step) -> Iterator[Finding]:
+    """Yield what is wrong with adapters, and then with the base."""
+    parts = [AuditedPart(*part) for part in step.survey.parts()]
+    nothing_trains = not any(part.active and part.trained for part in parts)
+    for part in parts:
+        for kind, message in _faults(step, part, nothing_trains):
+            yield Finding(kind, part.path, part.name, message)
+    for check in (_moved, _written):
+        for kind, path, message in check(step):
+            yield Finding(kind, path, "", message)
 
 
-def _check_update(step: Step, part: AuditedPart) -> Iterator[Finding]:
+def _faults(step: Step, part: AuditedPart, nothing_trains: bool) -> Iterator[tuple[str, str]]:
+    """Yield the kind and the message of each fault of an adapter at one tensor."""
+    gradients = {key: step.gradients.get(id(p)) for key, p in part.trained.items()}
+    # It is still if it has no gradient that is missing, and none that is not zero.
+    still = all(gradient is not None and not gradient.any() for gradient in gradients.values())
+    if part.active or part.merged:
+        weight, update = _update(part)
+        moves = bool(update.any())
+        # A new adapter has a zero update too, but a gradient.
+        if still and not moves:
+            strength = float(_strength(part))
+            at = f" (its strength is {strength:g})" if strength == 0 else ""
+            learns = ", and so is its gradient" if gradients else ""
+            yield "update", f"its update is exactly zero{at}{learns}; it changes nothing"
+        if moves and _is_rounded_away(weight, update):
+            dtype = str(weight.dtype).removeprefix("torch.")
+            yield (
+                "rounding",
+                f"merging rounds away most of its update, because the base is in {dtype}; leave it "
+                "unmerged, or convert the base to float32 first",
+            )
+        message = _of_gradients(gradients, part.merged, still and moves)
+        if message:
+            yield "gradient", message
+    elif gradients and nothing_trains:
+        yield "gradient", "its factors are to be trained, but it is switched off; enable it"
+    if step.held is not None and part.active:
+        missing = [key for key, p in part.trained.items() if id(p) not in step.held]
+        if missing:
+            yield (
+                "optimizer",
+                f"the optimizer does not hold {', '.join(missing)}; make it after attach, from "
+                "parameters(model)",
+            )
+
+
+def _strength(part: AuditedPart) -> Strength:
+    return part.factors.at(part.site.stack.seen().strengths.get(part.name))  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def _update(part: AuditedPart) -> tuple[Tensor, Tensor]:
+    """Return the base's weight, and the update of it; of a quantized layer, of zeros."""
     weight = base_weight(part.site.plist, part.site.stack).detach()
     if isinstance(weight, UnreadWeight):
         weight = torch.zeros(weight.shape, device=weight.device)
-    strength = part.factors.at(part.site.stack.seen().strengths.get(part.name))  # type: ignore[union-attr]
-    with torch.no_grad():
-        wide = weight.to(factor_dtype(weight))
-        update = part.factors(wide, strength) - wide
-    if not update.any():
-        # A new adapter has a zero update too, but a gradient.
-        if not part.trained or step.zero(part):
-            at = f" (its strength is {float(strength):g})" if float(strength) == 0 else ""
-            learns = ", and so is its gradient" if part.trained else ""
-            message = f"its update is exactly zero{at}{learns}; it changes nothing"
-            yield Finding("update", part.path, part.name, message)
-    elif weight.dtype != wide.dtype:
-        changed = update != 0
-        gone = changed & ((wide + update).to(weight.dtype) == weight)
-        if int(gone.sum()) >= _MOST * int(changed.sum()):
-            dtype = str(weight.dtype).removeprefix("torch.")
-            message = (
-                f"merging rounds away most of its update, because the base is in {dtype}; leave it "
-                "unmerged, or convert the base to float32 first"
-            )
-            yield Finding("rounding", part.path, part.name, message)
+    wide = weight.to(factor_dtype(weight))
+    return weight, part.factors(wide, _strength(part)) - wide
 
 
-def _check_gradient(step: Step, part: AuditedPart, known: list[str]) -> Iterator[Finding]:
-    trained = part.trained
-    found = {key: step.gradients.get(id(p)) for key, p in trained.items()}
-    without = [key for key, gradient in found.items() if gradient is None]
-    infinite = [key for key, g in found.items() if g is not None and not g.isfinite().all()]
-    message = ""
-    if part.merged and trained:
-        message = "it is merged, so its factors get no gradient; unmerge it, or freeze it"
-    elif without and len(without) == len(trained):
-        message = "its factors get no gradient from this batch"
-    elif without:
-        message = f"no gradient from this batch in {', '.join(without)}"
-    elif infinite:
-        message = f"the gradient is not finite in {', '.join(infinite)}"
-    elif trained and step.zero(part) and "update" not in known:
-        message = "the gradient from this batch is zero"
-    if message:
-        yield Finding("gradient", part.path, part.name, message)
+def _is_rounded_away(weight: Tensor, update: Tensor) -> bool:
+    changed = update != 0
+    gone = changed & ((weight + update).to(weight.dtype) == weight)
+    return bool(gone.sum() >= _MOST * changed.sum())
 
 
-def check_base(step: Step, optimizer: torch.optim.Optimizer | None) -> Iterator[Finding]:
-    """Yield the parameters and buffers of a frozen base that move."""
-    if froze_base(step.survey):
-        for place in step.survey.places:
-            if place.stored.requires_grad and id(place.stored) in step.gradients:
-                message = (
-                    "it is trained, although attach froze the base. No adapter's file contains "
-                    "it. Freeze it, or attach a Delta to it"
-                )
-                yield Finding("base", place.path, "", message)
-    held = _held(optimizer)
+def _of_gradients(gradients: dict[str, Tensor | None], merged: bool, still: bool) -> str:
+    """Return what is wrong with the gradients of the trained factors, or an empty string."""
+    without = [key for key, gradient in gradients.items() if gradient is None]
+    infinite = [key for key, g in gradients.items() if g is not None and not g.isfinite().all()]
+    if merged and gradients:
+        return "it is merged, so its factors get no gradient; unmerge it, or freeze it"
+    if without and len(without) == len(gradients):
+        return "its factors get no gradient from this batch"
+    if without:
+        return f"no gradient from this batch in {', '.join(without)}"
+    if infinite:
+        return f"the gradient is not finite in {', '.join(infinite)}"
+    return "the gradient from this batch is zero" if gradients and still else ""
+
+
+def _moved(step: Step) -> Iterator[tuple[str, str, str]]:
+    """Yield the parameters of a frozen base that move: kind, path and message."""
+    frozen, held = froze_base(step.survey), step.held or ()
     for place in step.survey.places:
         stored = place.stored
+        if frozen and stored.requires_grad and id(stored) in step.gradients:
+            message = (
+                "it is trained, although attach froze the base. No adapter's file contains it. "
+                "Freeze it, or attach a Delta to it"
+            )
+            yield "base", place.path, message
         if id(stored) in held and not stored.requires_grad and stored.grad is not None:
             message = (
                 "it is frozen, but has a gradient from before, with which the optimizer moves it; "
                 "set .grad to None"
             )
-            yield Finding("base", place.path, "", message)
-    yield from _check_statistics(step)
+            yield "base", place.path, message
 
 
-def _check_statistics(step: Step) -> Iterator[Finding]:
+def _written(step: Step) -> Iterator[tuple[str, str, str]]:
+    """Yield the tensors of a frozen base that the forward writes to: kind, path and message."""
     if all(p.requires_grad for p in step.survey.base_parameters):
         return
     trained = {id(place.module) for place in step.survey.places if place.stored.requires_grad}
@@ -174,28 +187,10 @@ def _check_statistics(step: Step) -> Iterator[Finding]:
             names.setdefault(path, []).append(name)
         elif name not in module._buffers:
             message = "the forward renormalises it (max_norm), so the base moves"
-            yield Finding("base", dotted(path, name), "", message)
+            yield "base", dotted(path, name), message
     for path, written in names.items():
         message = (
             f"the forward writes to {', '.join(written)}, which belong to the frozen base; pass "
             "hold_statistics=True to attach, or put the module in evaluation mode"
         )
-        yield Finding("statistics", path, "", message)
-
-
-def check_optimizer(step: Step, optimizer: torch.optim.Optimizer) -> Iterator[Finding]:
-    """Yield the active adapters whose trained factors the optimizer does not hold."""
-    held = _held(optimizer)
-    for part in step.parts:
-        missing = [key for key, p in part.trained.items() if id(p) not in held]
-        if missing and part.active:
-            message = (
-                f"the optimizer does not hold {', '.join(missing)}; make it after attach, from "
-                "parameters(model)"
-            )
-            yield Finding("optimizer", part.path, part.name, message)
-
-
-def _held(optimizer: torch.optim.Optimizer | None) -> set[int]:
-    groups = [] if optimizer is None else optimizer.param_groups
-    return {id(p) for group in groups for p in group["params"]}
+        yield "statistics", path, message

@@ -15,7 +15,13 @@ from ..errors import StateError
 from ..layers.install import check_attached, check_tied, check_ties, check_whole, remove
 from ..site.find import Site, base_weight, stacks_in, stored_tensors
 from ..site.marks import mark
-from ..site.names import check_names, check_no_other_block, check_not_routed, check_unmerged
+from ..site.names import (
+    check_names,
+    check_no_other_block,
+    check_not_routed,
+    check_unmerged,
+    out_of_order,
+)
 from ..site.place import Place
 from ..site.survey import Survey
 from ..stack.factors import trainable
@@ -124,9 +130,7 @@ def merged(model: nn.Module, *names: str) -> Iterator[None]:
     ...     pl.summary(model).sites[0].merged
     True
     """
-    for stack in stacks_in(model):
-        if stack.merged:
-            raise StateError(f"adapter {stack.merged[0]!r} is merged already; unmerge first")
+    check_unmerged(stacks_in(model), (), "merge")
     merge(model, *names)
     try:
         yield
@@ -182,7 +186,9 @@ def _plan(survey: Survey, names: tuple[str, ...]) -> list[tuple[Site, list[str],
         _check(site.stack, here)
         _check_order(site, here)
         if here:
-            folds.append((site, here, _folded(site, here)))
+            order = [name for name in site.stack.named if name in (*here, *site.stack.merged)]
+            W, strengths = base_weight(site.plist, site.stack), site.stack.seen().strengths
+            folds.append((site, here, folded(site, W, order, strengths or {})))
     if not folds:
         listed = ", ".join(map(repr, survey.names))
         raise StateError(
@@ -222,27 +228,14 @@ def _check_order(site: Site, names: list[str]) -> None:
     A merged adapter acts first, because it is in the stored weight. With IA3 `a` attached before
     Delta `b`, W' = l ⊙ W + D; with `b` alone merged it would be l ⊙ (W + D).
     """
-    stack = site.stack
-    for later in names:
-        for earlier in stack.named:
-            if earlier == later:
-                break
-            apart = earlier not in names and earlier not in stack.merged
-            # A block may have switched an adapter off that is on again when it ends.
-            if apart and not stack.commute(earlier, later) and may_be_on(stack, earlier):
-                raise StateError(
-                    f"cannot merge {later!r} at {site.path!r} while {earlier!r}, which was "
-                    "attached before it, is not: one of them depends on the tensor that it is "
-                    f"applied to, so their order counts; merge {earlier!r} as well, or switch it "
-                    "off"
-                )
-
-
-def _folded(site: Site, names: list[str]) -> list[Tensor]:
-    """Return the tensors to store so that the base computes W' of the named adapters."""
-    stack = site.stack
-    order = [name for name in stack.named if name in names or name in stack.merged]
-    return folded(site, base_weight(site.plist, stack), order, stack.seen().strengths or {})
+    # A block may have switched an adapter off that is on again when it ends.
+    on = [name for name in site.stack.named if may_be_on(site.stack, name)]
+    for earlier, later in out_of_order(site.stack, on, (*names, *site.stack.merged)):
+        raise StateError(
+            f"cannot merge {later!r} at {site.path!r} while {earlier!r}, which was attached before "
+            "it, is not: one of them depends on the tensor that it is applied to, so their order "
+            f"counts; merge {earlier!r} as well, or switch it off"
+        )
 
 
 def _write(

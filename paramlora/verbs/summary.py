@@ -9,11 +9,9 @@ from torch import Tensor, nn
 from ..errors import some
 from ..kinds.spec import Spec
 from ..layers.statistics import is_held, with_statistics
-from ..site.find import base_weight
 from ..site.place import Place
-from ..site.survey import Survey
+from ..site.survey import Part, Survey
 from ..stack.factors import Factors
-from ..stack.stack import Stack
 from .table import as_html, as_text, cells, grouped
 
 
@@ -151,13 +149,8 @@ def report(survey: Survey, fresh: str | None = None) -> Summary:
     trained = [p for p in (*base, *survey.factors) if p.requires_grad]
     # A frozen base may still have gradients from before it was frozen; those do not count.
     seen = any(p.grad is not None for p in trained)
-    rows = [
-        row(path, name, part, site.stack, whole, seen and name != fresh)
-        for site in here
-        for whole in [base_weight(site.plist, site.stack)]
-        for name in site.stack.factors
-        for path, part in site.parts(name).items()
-    ]
+    parts = survey.parts() if here else []
+    rows = [row(part, seen and part.name != fresh) for part in parts]
     active = {row.adapter for row in rows if row.active}
     norms = with_statistics(survey.modules) if here else []
     bare = [place for place in survey.places if place.stack is None] if here else []
@@ -172,16 +165,16 @@ def report(survey: Survey, fresh: str | None = None) -> Summary:
     )
 
 
-def row(
-    path: str,
-    name: str,
-    factors: Factors,
-    stack: Stack,
-    whole: Tensor,
-    seen: bool,  # whether there was a backward
-) -> SiteSummary:
-    """Return the row of an adapter at a site; the stack may not have the adapter yet."""
-    shape = tuple(whole.shape) if factors.block is None else factors.block.inner
+def row(part: Part, seen: bool) -> SiteSummary:
+    """Return the row of an adapter at a site; the stack may not have the adapter yet.
+
+    Args:
+        part: the factors of the adapter.
+        seen: whether there was a backward.
+    """
+    path, name, site, factors = part
+    stack, place = site.stack, Place(path, "", site.module, site.tensor, factors.block)
+    shape = tuple(place.value.shape)
     parameters = sum(p.numel() for p in factors.parameters())
     state = stack.seen()
     merged, active = name in stack.merged, name in state.active or name not in stack.factors

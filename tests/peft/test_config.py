@@ -7,8 +7,9 @@ from torch import nn
 
 from paramlora.peft.config import Config
 from paramlora.peft.config_file import as_list, config_content
-from paramlora.peft.modules import view
+from paramlora.peft.modules import PeftView
 from paramlora.peft.read import resolve_all_linear
+from paramlora.site.survey import Survey
 
 peft = pytest.importorskip("peft", reason="the oracle of these tests is PEFT")
 from peft.tuners.tuners_utils import check_target_module_exists  # noqa: E402
@@ -135,7 +136,7 @@ def test_all_linear() -> None:
             self.head = nn.Linear(2, 2)
 
     model = Net()
-    seen = view(model)
+    seen = PeftView(Survey(model))
     config = resolve_all_linear(seen, Config("all-linear"))
     found = [path for path in seen.paths if config.targets(path)]
     assert found == ["body.0", "body.2", "head"]

@@ -23,7 +23,6 @@ from tests.support.reference_model import AdapterState, ReferenceModel
 NAMES = "abc"
 BAD_NAME = (pl.AdapterNameError, r"^no adapter '.' here; attached are: ")
 IS_MERGED = (pl.StateError, r"^cannot .* adapter '.' while it is merged; unmerge first$")
-ALREADY_MERGED = (pl.StateError, r"^adapter '.' is merged already; unmerge first$")
 IS_OFF = (pl.StateError, r"^adapter '.' is switched off")
 NO_BACKWARD = (pl.StateError, r"^cannot train adapter '.'.* while it is merged: ")
 NO_ADAPTER = (pl.StateError, r"^no adapter is attached here; ")

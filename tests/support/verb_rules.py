@@ -19,7 +19,6 @@ from tests.support.checked_model import assert_near, assert_same, frozen_outputs
 from tests.support.dense_net import UNROUTABLE
 from tests.support.reference_model import KEEP, AdapterState, Route
 from tests.support.state_machine import (
-    ALREADY_MERGED,
     CANNOT_BE_ONLY,
     CANNOT_ROUTE,
     CANNOT_STORE,
@@ -316,7 +315,7 @@ class VerbRules(BaseMachine):
         if self.stores_the_norm(scope):
             return
         block = pl.merged(self.submodule(scope), *names)
-        already = ALREADY_MERGED if self.reference.merged(scope) else None
+        already = IS_MERGED if self.reference.merged(scope) else None
         if self.attempt(block.__enter__, already, *self.cannot_merge(names, scope)):
             self.reference.merge(scope, names)
             self.checked.blocks.append((block, functools.partial(self.reference.unmerge, scope)))

@@ -83,7 +83,7 @@ MERGING: dict[str, Row] = {
         half_merged,
         lambda m: enter(pl.merged(m, "letters")),
         pl.StateError,
-        "adapter 'digits' is merged already; unmerge first",
+        "cannot merge adapter 'digits' while it is merged; unmerge first",
     ),
     "merging over spectral_norm": (
         spectral,
