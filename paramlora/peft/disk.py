@@ -68,7 +68,8 @@ def check_files(path: Path) -> None:
         left = leftovers(path.absolute()) if path.absolute().parent.is_dir() else []
         hint = f"; a save that was killed has left {some(p.name for p in left)}" if left else ""
         raise FileNotFoundError(
-            f"{path} is not a folder; pass one that PEFT's save_pretrained wrote{hint}"
+            f"{path} is not a folder; pass one that PEFT's save_pretrained wrote, or use load for "
+            f"a file of paramlora.save{hint}"
         )
     if not (path / TENSORS).is_file() and (path / "adapter_model.bin").is_file():
         raise CheckpointError(
