@@ -11,6 +11,7 @@ from ..layers.host import froze_base
 from ..site.find import base_weight, dotted
 from ..site.quantized import UnreadWeight
 from ..site.survey import Part, Survey
+from .summary import gradient_of
 
 # The share of the elements of an update that merging has to round away to be reported.
 _MOST = 0.5
@@ -95,7 +96,8 @@ def _faults(step: Step, part: AuditedPart, nothing_trains: bool) -> Iterator[tup
         weight, update = _update(part)
         moves = bool(update.any())
         # A new adapter has a zero update too, but a gradient.
-        if still and not moves:
+        dead = still and not moves
+        if dead:
             strength = float(_strength(part))
             at = f" (its strength is {strength:g})" if strength == 0 else ""
             learns = ", and so is its gradient" if gradients else ""
@@ -107,8 +109,8 @@ def _faults(step: Step, part: AuditedPart, nothing_trains: bool) -> Iterator[tup
                 f"merging rounds away most of its update, because the base is in {dtype}; leave it "
                 "unmerged, or convert the base to float32 first",
             )
-        message = _of_gradients(gradients, part.merged, still and moves)
-        if message:
+        message = _of_gradients(gradients, part.merged)
+        if message and (part.merged or not dead):
             yield "gradient", message
     elif gradients and nothing_trains:
         yield "gradient", "its factors are to be trained, but it is switched off; enable it"
@@ -142,19 +144,15 @@ def _is_rounded_away(weight: Tensor, update: Tensor) -> bool:
     return bool(gone.sum() >= _MOST * changed.sum())
 
 
-def _of_gradients(gradients: dict[str, Tensor | None], merged: bool, still: bool) -> str:
+def _of_gradients(gradients: dict[str, Tensor | None], merged: bool) -> str:
     """Return what is wrong with the gradients of the trained factors, or an empty string."""
-    without = [key for key, gradient in gradients.items() if gradient is None]
     infinite = [key for key, g in gradients.items() if g is not None and not g.isfinite().all()]
+    _, note = gradient_of(gradients)
     if merged and gradients:
         return "it is merged, so its factors get no gradient; unmerge it, or freeze it"
-    if without and len(without) == len(gradients):
-        return "its factors get no gradient from this batch"
-    if without:
-        return f"no gradient from this batch in {', '.join(without)}"
-    if infinite:
-        return f"the gradient is not finite in {', '.join(infinite)}"
-    return "the gradient from this batch is zero" if gradients and still else ""
+    if note:
+        return f"{note}, with this batch"
+    return f"the gradient is not finite in {', '.join(infinite)}" if infinite else ""
 
 
 def _moved(step: Step) -> Iterator[tuple[str, str, str]]:
