@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import inspect
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,4 +125,6 @@ def study_of(folder: Path) -> str:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):  # on Windows, a pipe may lack the letter λ
+        sys.stdout.reconfigure(errors="replace")
     sys.exit(main())

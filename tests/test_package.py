@@ -52,13 +52,17 @@ def test_the_program_with_types_runs() -> None:
 
 
 def test_contents_of_the_wheel(tmp_path: Path) -> None:
-    """The wheel contains the package, its `py.typed`, the source to build, and nothing else."""
+    """The wheel contains the package, its `py.typed`, the source to build, and nothing else.
+
+    With the addresses of the release workflow, all links of its description are absolute.
+    """
     pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77")
     source, out = tmp_path / "source", tmp_path / "out"
     unwanted = shutil.ignore_patterns(
         ".*", "venv*", "build", "dist", "runs", "data", "*.egg-info", "__pycache__"
     )
     shutil.copytree(ROOT, source, ignore=unwanted)
+    run(sys.executable, str(ROOT / ".ci" / "urls.py"), "https://host/owner/name", "v1", cwd=source)
     code = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
     run(sys.executable, "-c", code, str(out), cwd=source)
     (wheel,) = out.glob("*.whl")
@@ -66,6 +70,13 @@ def test_contents_of_the_wheel(tmp_path: Path) -> None:
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "paramlora").rglob("*.py")}
     installed = {name for name in names if ".dist-info/" not in name}
     assert installed == package | {"paramlora/py.typed", "paramlora/native/native.cpp"}
+    (metadata,) = (name for name in names if name.endswith("METADATA"))
+    description = ZipFile(wheel).read(metadata).decode()
+    links = re.findall(r"\]\(([^)]+)\)", description)
+    assert "https://host/owner/name/raw/v1/docs/performance.png" in links
+    assert "https://host/owner/name/blob/v1/docs/start.md" in links
+    assert [link for link in links if not link.startswith("https://")] == []
+    assert "Project-URL: Source, https://host/owner/name\n" in description
 
 
 def test_version():

@@ -65,6 +65,28 @@ def three_types() -> Table:
     return _by_scenario(_beside_published)
 
 
+@table("three-types-units")
+def three_types_units() -> Table:
+    """Return class-incremental ACC with all units and with those so far, with the published one."""
+    runs = [kept_run(name) for name in ("tasks-split-mnist", "tasks-split-mnist-so-far")]
+    lines = [
+        [method, *(_beside_published(run, method, "class") for run in runs)]
+        for method in published.methods_in(runs[1])
+    ]
+    return Table(["method", "all units", "units of the contexts so far"], lines)
+
+
+@table("three-types-permuted")
+def three_types_permuted() -> Table:
+    """Return ACC, forgetting and WC-ACC of each method, domain-incremental Permuted MNIST."""
+    run, name = kept_run("tasks-permuted-mnist"), "domain"
+    lines = [
+        [method, _beside_published(run, method, name), _forgetting_and_worst(run, method, name)]
+        for method in published.methods_in(run)
+    ]
+    return Table(["method", "ACC (published)", "forgetting / WC-ACC"], lines)
+
+
 @table("three-types-kept")
 def three_types_kept() -> Table:
     """Return forgetting and WC-ACC of each method and scenario of Split MNIST."""

@@ -32,6 +32,7 @@ def explore(
     images: Tensor | None = None,
     strengths: Sequence[float] = STRENGTHS,
     all_subsets: Sequence[str] = (),
+    pictured: Sequence[str] | None = None,
     mean: bool = False,
     per_cell: int = 6,
     max_sites: int = 6,
@@ -45,6 +46,7 @@ def explore(
         classes: their names, by label.
         tuned: the labels that the adapters were trained on.
         images: uint8 (n, h, w) or (n, h, w, 3) in the loader's order, to show on the page.
+        pictured: adapters whose cells show images, by default all. Images are most of the result.
         strengths: values of λ; 0, the base, is added if it is missing.
         all_subsets: adapters that are also evaluated at every subset of the n sites, 2ⁿ of them.
         mean: the adapters differ in their seeds only, so that the page opens on their mean.
@@ -72,26 +74,27 @@ def explore(
             return _predict_at(model, batches, name, active, strengths)
         return [Predictions(one, labels) for one in logits(name, active, strengths)]
 
-    states: dict[str, dict[str, list[Predictions]]] = {}
+    confusion: dict[str, dict[str, list[list[list[int]]]]] = {}
+    states: dict[str, dict[str, list[Predictions]]] = {}  # of the adapters with images
     for name in names:
         every = name in all_subsets and len(sites) <= max_sites
-        states[name] = {str(mask): at(name, mask) for mask in range(1 if every else full, full + 1)}
-    base = states[names[0]][str(full)][strengths.index(0.0)]
-    if base.logits.shape[1] != len(classes):
-        raise StudyError(f"{len(classes)} class names, but {base.logits.shape[1]} outputs")
+        found = {str(mask): at(name, mask) for mask in range(1 if every else full, full + 1)}
+        confusion[name] = {mask: [p.confusion for p in row] for mask, row in found.items()}
+        if images is not None and (pictured is None or name in pictured):
+            states[name] = found
+    base = confusion[names[0]][str(full)][strengths.index(0.0)]
+    if len(base) != len(classes):
+        raise StudyError(f"{len(classes)} class names, but {len(base)} outputs")
     data: dict[str, Any] = {
         "classes": list(classes),
         "tuned": list(tuned),
         "sites": sites,
         "strengths": list(strengths),
         "mean": mean,
-        "base": base.confusion,
-        "adapters": {
-            name: {mask: [p.confusion for p in row] for mask, row in by_mask.items()}
-            for name, by_mask in states.items()
-        },
+        "base": base,
+        "adapters": confusion,
     }
-    if images is not None:
+    if images is not None and states:
         data["images"] = _image_data(images, labels, states, per_cell)
     return data
 

@@ -41,7 +41,8 @@ from .settings import DigitSettings
 from .shared import prepare
 from .strengths import Strengths, chosen, updates
 
-EXPLORED, EXPLORED_SEEDS = "explore.json", 3
+EXPLORED = "explore.json"
+PICTURED = 3  # adapters whose images the page has; with those of more, it would be large
 ATTACHED = ("off", "on", "merged", "unmerged")
 FULL_RATE = 0.1  # learning rate of full fine-tuning / that of the adapter
 
@@ -102,21 +103,21 @@ def run_digits(
             return context
 
         run_stages(run, stages(settings), prepared, say)
-        if not explored(run.folder):
+        if not explored(run.folder, len(settings.adapter_seeds)):
             explore_adapters(prepared(), data.test.images, run.folder)
     return run
 
 
-def explored(folder: Path) -> bool:
-    """Return whether explore.json exists and is whole."""
+def explored(folder: Path, count: int) -> bool:
+    """Return whether explore.json exists, is whole and has this number of adapters."""
     try:
-        return bool(read_json(folder / EXPLORED, ""))
+        return len(read_json(folder / EXPLORED, "")["adapters"]) == count
     except (FileNotFoundError, StudyError):
         return False
 
 
 def explore_adapters(context: StudyContext, images: Tensor, folder: Path) -> None:
-    """Write explore.json, the data of the interactive page: the first adapters at all strengths."""
+    """Write explore.json, the data of the interactive page: all adapters at all strengths."""
     model, names = context.model(), list[str]()
     at = Strengths(context.model(), context.test_inputs, context.base_logits)
 
@@ -125,7 +126,7 @@ def explore_adapters(context: StudyContext, images: Tensor, folder: Path) -> Non
         update = chosen(updates(factors_of(model, name), scaling), sites)
         return at.logits(update, strengths).cpu()
 
-    for seed in context.settings.adapter_seeds[:EXPLORED_SEEDS]:
+    for seed in context.settings.adapter_seeds:
         names.append(f"seed {seed}")
         load_adapter(model, folder, f"lora-{seed}", names[-1])
     found = explore(
@@ -135,6 +136,7 @@ def explore_adapters(context: StudyContext, images: Tensor, folder: Path) -> Non
         tuned=context.tuned,
         images=images if len(images) == len(context.test_labels) else None,
         all_subsets=names,
+        pictured=names[:PICTURED],
         mean=True,
         logits=logits,
     )

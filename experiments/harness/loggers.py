@@ -54,8 +54,8 @@ class CsvLog:
         if not self.names:
             self.names = tuple(values)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(_line(["step", *self.names]))
-        with open(self.path, "a") as file:
+            self.path.write_text(_line(["step", *self.names]), encoding="utf-8")
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(_line([step, *(values[name] for name in self.names)]))
 
 

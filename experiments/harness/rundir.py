@@ -136,7 +136,7 @@ class RunDirectory(AbstractContextManager):
             else:
                 _same_again(self.folder, before, row)
         if new:
-            with open(self.folder / FILE, "a") as file:
+            with open(self.folder / FILE, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in new)
                 file.flush()
                 os.fsync(file.fileno())

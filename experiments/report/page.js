@@ -170,7 +170,13 @@ function start() {
         "adapter above to see its images."));
       return;
     }
-    const states = images.answers[state.adapter === MEAN ? names[0] : state.adapter];
+    const pictured = Object.keys(images.answers);
+    const states = images.answers[mask ? state.adapter : pictured[0]];
+    if (!states) {
+      box.append(element("p", "key", "Images would make the page large, so it has those of " +
+        `${pictured.join(", ")} only. The counts are of all images.`));
+      return;
+    }
     const predictions = mask === 0 ? states[String(allLayers)][data.strengths.indexOf(0)]
       : states[String(mask)][state.step];
     const grid = element("div", "grid"), zoom = Math.max(1, Math.round(56 / images.width));

@@ -70,6 +70,19 @@ class Sample:
         return f"{min(self.values):.{digits}f} to {max(self.values):.{digits}f}"
 
 
+def holm(values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for their number by Holm's step-down method.
+
+    >>> holm([0.01, 0.5, 0.04])
+    [0.03, 0.5, 0.08]
+    """
+    found, highest = [0.0] * len(values), 0.0
+    for rank, index in enumerate(sorted(range(len(values)), key=lambda i: values[i])):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[index]))
+        found[index] = highest
+    return found
+
+
 @dataclass(frozen=True)
 class Table:
     """A header and rows of cells. The columns in `left` are aligned left, all others right.

@@ -3,7 +3,6 @@
 All adapters of a base share its errors, so a base is one observation: n is the number of bases.
 """
 
-from collections.abc import Sequence
 from math import ceil
 
 from scipy.stats import ttest_1samp
@@ -12,7 +11,7 @@ from ..digits.data import small_note
 from ..harness.rundir import RunDirectory, replace_file
 from ..report.figures import Figure, plt, png
 from ..report.style import COLOUR
-from ..report.table import Sample, Table
+from ..report.table import Sample, Table, holm
 from .front import PARTS, Front
 from .kinds import RATES, REFERENCE, best_rate, rows_at
 from .remedies import SIDES, apart, by_base, difference, half_width, signed
@@ -135,30 +134,21 @@ class Kinds:
             axes.grid(color="#eeeeee")
         for axes in grid.flat[len(others) :]:
             axes.set_axis_off()
+        for axes in grid.flat[max(0, len(others) - COLUMNS) : len(others)]:
+            axes.tick_params(labelbottom=True)  # the lowest panel of each column
         made.supxlabel("learned: tuned digits, points above the base", fontsize=9)
         made.supylabel(
             f"kept: other digits, points above the base; cut off below −{-LOWEST}", fontsize=9
         )
         key = {REFERENCE: COLOUR["on"], "the kind in the title": COLOUR["off"]}
+        if "full" in others:
+            key["all weights and biases (full)"] = COLOUR["full"]
         handles = [plt.Line2D([], [], color=one, marker="o", ms=3.5) for one in key.values()]
         title = f"mean, 95 % interval, n = {len(self.bases)} bases"
         made.legend(
-            handles, list(key), frameon=False, ncols=2, loc="outside upper center", title=title
+            handles, list(key), frameon=False, ncols=3, loc="outside upper center", title=title
         )
         return made
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for their number by Holm's step-down method.
-
-    >>> holm([0.01, 0.5, 0.04])
-    [0.03, 0.5, 0.08]
-    """
-    found, highest = [0.0] * len(values), 0.0
-    for rank, index in enumerate(sorted(range(len(values)), key=lambda i: values[i])):
-        highest = max(highest, min(1.0, (len(values) - rank) * values[index]))
-        found[index] = highest
-    return found
 
 
 def markdown(kinds: Kinds) -> str:

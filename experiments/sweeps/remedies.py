@@ -146,8 +146,7 @@ class Compared:
         for axes in grid[-1]:
             axes.set_xlabel("points above the base, test images")
         handles, labels = grid[0][0].get_legend_handles_labels()
-        bases = {row["base_seed"] for row in self.run.rows}
-        title = f"mean, 95 % interval, n = {len(bases)} bases"
+        title = f"mean, 95 % interval, n = {len(_bases(self.run))} bases"
         made.legend(
             handles, labels, frameon=False, ncols=3, loc="outside upper center", title=title
         )

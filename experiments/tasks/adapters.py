@@ -37,7 +37,7 @@ class Routed(Adapters):
         contexts, given = self.contexts, int(owners[0])
         if contexts.scenario == "task":
             own = self._of(given if given < learned else 0, inputs)
-            return contexts.masked(own, owners)
+            return contexts.masked(own, owners, learned - 1)
         every_one, confidences = [], []
         for number in range(learned):
             logits = self._of(number, inputs)

@@ -6,13 +6,14 @@ A context is a task of the sequence. Each example has a label within its context
     scenario   units          label's unit      active for context k
     task       contexts·per   k·per + label     k·per, …, (k + 1)·per - 1; k is given
     domain     per            label             all
-    class      contexts·per   k·per + label     all, from the start
+    class      contexts·per   k·per + label     all, or with --units so-far the first (k + 1)·per
 
 Source: van de Ven and Tolias 2019, "Three scenarios for continual learning", arXiv 1904.07734; van
 de Ven et al. 2022, "Three types of incremental learning", and the code of the authors,
-github.com/GMvandeVen/continual-learning. The classes are shuffled over the contexts of split tasks
-by seed. Pixels are between 0 and 1. Permuted images are padded to 32×32, and all contexts are
-permuted. Images are stored once, and a batch is permuted when it is drawn.
+github.com/GMvandeVen/continual-learning. In the scenario class the first version of the code has
+the units of the contexts so far, later versions have all units. The classes are shuffled over the
+contexts of split tasks by seed. Pixels are between 0 and 1. Permuted images are padded to 32×32,
+and all contexts are permuted. Images are stored once, and a batch is permuted when it is drawn.
 """
 
 from collections.abc import Iterator, Sequence
@@ -70,9 +71,13 @@ class Contexts:
         shared = scenario == "domain"
         self.outputs = self.per if shared else self.per * self.count
         self.active = torch.ones(self.count, self.outputs, dtype=torch.bool, device=device)
+        mine = torch.arange(self.outputs, device=device) // self.per
+        numbers = torch.arange(self.count, device=device).unsqueeze(1)
         if scenario == "task":
-            mine = torch.arange(self.outputs, device=device) // self.per
-            self.active = mine == torch.arange(self.count, device=device).unsqueeze(1)
+            self.active = mine == numbers
+        elif scenario == "class" and settings.continual.units == "so-far":
+            self.active = mine <= numbers
+        self.masks = not bool(self.active.all())
 
     def _side(self, part: Split, places: Tensor, padding: int) -> Side:
         images = F.pad(part.images, [padding] * 4).flatten(1).float() / 255
@@ -98,11 +103,16 @@ class Contexts:
         rows = side.members[context][:count]
         return self.batch(side, rows, torch.full_like(rows, context))
 
-    def masked(self, logits: Tensor, owners: Tensor) -> Tensor:
-        """Return the logits, (n, units), with -∞ where a unit is not active for the context."""
-        if self.scenario != "task":
+    def masked(self, logits: Tensor, owners: Tensor, current: int) -> Tensor:
+        """Return the logits, (n, units), with -∞ at the units that are not active.
+
+        In the scenario task these depend on the context of each example, in class on the current
+        context, which is the one that is learned or was learned last.
+        """
+        if not self.masks:
             return logits
-        return logits.masked_fill(~self.active[owners], -torch.inf)
+        active = self.active[owners if self.scenario == "task" else current]
+        return logits.masked_fill(~active, -torch.inf)
 
     def pool(self, contexts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the rows and contexts of the training examples of some contexts, (n,) each."""

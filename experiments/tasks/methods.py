@@ -46,7 +46,7 @@ class Method:
             model: nn.Module, x: Tensor, units: Tensor, owners: Tensor, rows: Tensor
         ) -> Tensor:
             logits = model(x)
-            masked = self.contexts.masked(logits, owners)
+            masked = self.contexts.masked(logits, owners, context)
             return F.cross_entropy(masked, units) + self.penalty(logits, rows, context)
 
         return loss
@@ -57,7 +57,7 @@ class Method:
 
     def logits(self, inputs: Tensor, owners: Tensor, learned: int) -> Tensor:
         """Return logits, (n, units), after `learned` contexts; inactive units have -∞."""
-        return self.contexts.masked(logits_of(self.model, inputs), owners)
+        return self.contexts.masked(logits_of(self.model, inputs), owners, learned - 1)
 
 
 class Joint(Method):
@@ -122,17 +122,14 @@ class LwF(Method):
         for part in rows.split(5000):
             batch = self.contexts.batch(side, part, torch.full_like(part, context))
             self.teacher[part] = self.model(batch.inputs)
-        everything = torch.arange(self.contexts.outputs, device=side.images.device)
-        scenario = self.contexts.scenario
-        self.groups = {
-            "task": [self.contexts.active[j].nonzero().squeeze(1) for j in range(context)],
-            "domain": [everything] * context,
-            "class": [everything],
-        }[scenario]
+        groups = [active.nonzero().squeeze(1) for active in self.contexts.active[:context]]
+        scenario, weight = self.contexts.scenario, self.settings.continual.lwf_weight
+        self.groups = groups if scenario == "task" else groups[-1:]
+        self.weight = weight * context if scenario == "domain" else weight
 
     def penalty(self, logits: Tensor, rows: Tensor, context: int) -> Tensor:
         temperature = self.settings.continual.temperature
-        return lwf(logits, self.teacher[rows], self.groups, temperature)
+        return self.weight * lwf(logits, self.teacher[rows], self.groups, temperature)
 
 
 class ER(Method):
@@ -167,7 +164,7 @@ class ER(Method):
         ) -> Tensor:
             old_x, old_units, old_owners, _ = next(stored)
             logits = model(torch.cat([x, old_x]))
-            masked = self.contexts.masked(logits, torch.cat([owners, old_owners]))
+            masked = self.contexts.masked(logits, torch.cat([owners, old_owners]), context)
             now, old = masked.split([len(x), len(old_x)])
             current, earlier = F.cross_entropy(now, units), F.cross_entropy(old, old_units)
             return replayed(current, earlier, context + 1)

@@ -9,12 +9,14 @@ from scipy.special import stdtrit
 from ..digits.data import small_note
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..report.figures import Figure, plt, png
-from ..report.style import COLOUR
+from ..report.style import COLOUR, EDGE
 from ..report.table import Sample, Table, key_value_table
 from .settings import THREE_TYPES_METHODS
 
 METRICS = ("ACC", "LA", "BWT", "forgetting", "WC-ACC", "stability gap")
 RUNS = 20  # that each published figure is the mean of
+SPREAD = "#eeeeee"
+LOOKS = ((COLOUR["full"], "o"), (COLOUR["on"], "s"))  # methods of all weights, of adapters
 Figures = dict[str, dict[str, dict[str, tuple[float, float]]]]
 
 
@@ -135,16 +137,24 @@ def metrics_table(run: RunDirectory) -> Table:
 
 def figure(run: RunDirectory) -> Figure:
     """Draw ACC of each method, one panel per scenario, with the spread of the published figures."""
-    names, found = scenarios_in(run), methods_in(run)
+    names, count = scenarios_in(run), len(rows_of(run, methods_in(run)[0], scenarios_in(run)[0]))
     made, panels = plt.subplots(
-        1, len(names), figsize=(3.2 * len(names), 3.4), layout="constrained", squeeze=False
+        1, len(names), figsize=(3.2 * len(names), 3.7), layout="constrained", squeeze=False
     )
     for axes, scenario in zip(panels[0], names, strict=True):
+        found = [method for method in methods_in(run) if rows_of(run, method, scenario)]
         for place, method in enumerate(found):
             _draw(axes, run, method, scenario, place)
         axes.set_xticks(range(len(found)), found, rotation=60)
+        axes.set_xlabel("method")
         axes.set_title(f"{scenario}-incremental")
-    panels[0][0].set_ylabel("ACC, % (grey: 95 % of published)")
+        axes.margins(y=0.1)
+        axes.use_sticky_edges = False  # the lowest points and intervals stay above the axis
+    panels[0][0].set_ylabel("ACC, %")
+    marks = [plt.Line2D([], [], ls="", color=colour, marker=mark) for colour, mark in LOOKS]
+    keys = [*marks, plt.Rectangle((0, 0), 1, 1, facecolor=SPREAD, **EDGE)]
+    labels = ["all weights", "adapters", f"95 % interval of published figures; n = {count} here"]
+    made.legend(keys, labels, frameon=False, ncols=3, loc="outside upper center")
     return made
 
 
@@ -153,9 +163,11 @@ def _draw(axes: "plt.Axes", run: RunDirectory, method: str, scenario: str, place
     known = published(run, method, scenario)
     if known is not None:
         low, high = spread(*known, max(1, len(values)))
-        axes.bar(place, high - low, bottom=low, width=0.7, color="#bbbbbb")
-    colour = COLOUR["on" if method in THREE_TYPES_METHODS[6:] else "full"]
-    axes.plot([place] * len(values), values, "o", color=colour, markersize=5)
+        axes.bar(place, high - low, bottom=low, width=0.7, color=SPREAD, **EDGE)
+    colour, mark = LOOKS[method in THREE_TYPES_METHODS[6:]]
+    axes.plot([place] * len(values), values, mark, color=colour, markersize=4)
+    if len(values) > 1:
+        axes.plot(place, sum(values) / len(values), "_", color="black", markersize=14)
 
 
 def explanation(run: RunDirectory) -> Sequence[str]:

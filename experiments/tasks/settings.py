@@ -142,7 +142,15 @@ class ContinualSettings(SettingsGroup):
         0.0, "weight c of SI's penalty; 0: that of the authors for the scenario", NOT_NEGATIVE
     )
     replay: int = option(100, "images of each class that er stores", COUNT)
-    temperature: float = option(2.0, "temperature of lwf's distillation", POSITIVE)
+    temperature: float = option(2.0, "temperature T of lwf's distillation", POSITIVE)
+    lwf_weight: float = option(
+        1.0, "weight of lwf's distillation; T² in the authors' first code, 1 later", NOT_NEGATIVE
+    )
+    units: str = option(
+        "all",
+        "scenario class: output units to classify among; so-far: those of the contexts so far",
+        choices=("all", "so-far"),
+    )
     energy: float = option(
         0.95, "share of the inputs' energy that inflora protects after each task", SHARE
     )

@@ -8,7 +8,7 @@ from typing import Any
 from ..harness.grid import parse_grid
 from ..harness.options import Commands, add_command, add_options, presets_help
 from ..harness.settings import listed
-from .settings import FrontGrid, TextSettings
+from .settings import KINDS, FrontGrid, TextSettings
 
 
 def add_commands(commands: Commands) -> None:
@@ -48,6 +48,7 @@ def add_commands(commands: Commands) -> None:
         examples=(
             "--preset minilm-imdb --retention spam --pooling mean --data-dir data",
             "--preset minilm-imdb --retention spam --ranks 1,8 --rates 1e-3 --full-rates 1e-4",
+            "--preset minilm-imdb --retention spam --pooling mean --kinds lora,dora,oft,full",
         ),
     )
     add_options(front, TextSettings)
@@ -62,6 +63,13 @@ def add_commands(commands: Commands) -> None:
         default=math.inf,
         metavar="M",
         help="begin no training after so many minutes",
+    )
+    front.add_argument(
+        "--kinds",
+        default="",
+        metavar="KIND,KIND",
+        help="instead, compare these kinds of adapters, each at a rate chosen on the validation "
+        f"texts: {', '.join([*KINDS, 'full'])}; ia3=1e-3/1e-2 sets the rates to choose among",
     )
     front.set_defaults(command=run_text_front)
 
@@ -90,9 +98,10 @@ def run_text_study(vary: list[str], jobs: int, **given: object) -> int:
     return report([run.folder]) if int(os.environ.get("RANK", "0")) == 0 else 0
 
 
-def run_text_front(jobs: int, minutes: float, **given: object) -> int:
-    """Train the arms of the front at their learning rates, and print the tables."""
+def run_text_front(jobs: int, minutes: float, kinds: str, **given: object) -> int:
+    """Train the arms of the front at their rates, or the kinds, and print the tables."""
     from .front import run_front
+    from .kinds import parse_kinds, run_kinds
 
     grid: dict[str, Any] = {
         name: tuple(type(default[0])(v) for v in str(given.pop(name)).split(",") if v)
@@ -100,6 +109,9 @@ def run_text_front(jobs: int, minutes: float, **given: object) -> int:
     }
     settings = TextSettings.of_preset(str(given.pop("preset", "distilbert-imdb")), **given)
     folder = Path(settings.place.out or f"runs/text-front-{settings.preset}")
+    if kinds:
+        run = run_kinds(settings, parse_kinds(kinds), folder, jobs, minutes)
+        return report([run.folder])
     return report([run_front(settings, FrontGrid(**grid), folder, jobs, minutes).folder])
 
 
@@ -110,6 +122,7 @@ def report(folders: list[Path]) -> int:
         StudyError: a folder has no run, or a run has no fine-tuned model yet.
     """
     from ..report.checks import any_failed
+    from . import kinds_report
     from .front_report import chosen_table, difference_table, front_table, is_front, write_front
     from .report import checks, terminal, write_text_report
 
@@ -120,7 +133,14 @@ def report(folders: list[Path]) -> int:
             print(f"\n{table.text()}")
         print(f"report   {run.folder / 'front.md'}")
         print(f"next     open {run.folder / 'front.png'}: what is learned, against what is kept")
-    runs = [write_text_report(folder) for folder in folders if folder not in fronts]
+    compared = [folder for folder in folders if kinds_report.is_kinds(folder)]
+    for folder in compared:
+        run = kinds_report.write_kinds(folder)
+        for name in ("rate_table", "chosen_table", "difference_table"):
+            print(f"\n{getattr(kinds_report, name)(run).text()}")
+        print(f"report   {run.folder / 'kinds.md'}")
+    others = [folder for folder in folders if folder not in {*fronts, *compared}]
+    runs = [write_text_report(folder) for folder in others]
     for run in runs:
         print(terminal(run))
         print(f"report   {run.folder / 'report.html'}: open it in a browser")

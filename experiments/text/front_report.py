@@ -34,9 +34,9 @@ def is_front(folder: Path) -> bool:
 
 
 def arms_in(run: RunDirectory) -> dict[str, list[Row]]:
-    """Return the rows of each arm, in the order in which they were trained."""
+    """Return the rows of each arm, in the order in which their training began."""
     found: dict[str, list[Row]] = {}
-    for row in run.rows:
+    for row in sorted(run.rows, key=lambda row: row.get("number", 0)):
         found.setdefault(row["method"], []).append(row)
     return found
 
@@ -88,7 +88,9 @@ def _differences(ours: list[Row], theirs: list[Row], key: str) -> list[float]:
         points = []
         for rows in (ours, theirs):
             own = {row["rate"]: row for row in rows if row["seed"] == seed}
-            needed = [rate for rate in by_rate(rows) if rate <= _best(rows, "accuracy")[0]["rate"]]
+            needed = [
+                rate for rate in by_rate(rows) if rate <= best_of(rows, "accuracy")[0]["rate"]
+            ]
             complete = all(rate in own for rate in needed)
             by_rising_rate = [own[rate] for rate in sorted(own)] if complete else []
             points.append([(row["accuracy"], row[key]) for row in by_rising_rate])
@@ -100,7 +102,7 @@ def _differences(ours: list[Row], theirs: list[Row], key: str) -> list[float]:
 def chosen_table(run: RunDirectory) -> Table:
     """Return a line per arm at its best rate on the validation texts, paired with `full`."""
     arms = arms_in(run)
-    best = {arm: _best(rows) for arm, rows in arms.items()}
+    best = {arm: best_of(rows) for arm, rows in arms.items()}
     theirs = {row["seed"]: row for row in best.get(REFERENCE, [])}
     head = ["arm", "rate", "test, %", "probe, %", "test − full", "probe − full", "n"]
     lines = []
@@ -140,7 +142,7 @@ def spectra_table(run: RunDirectory) -> Table:
     return Table(["predictor", *(name for name, _, _ in KEPT.values())], lines)
 
 
-def _best(rows: list[Row], key: str = "validation_accuracy") -> list[Row]:
+def best_of(rows: list[Row], key: str = "validation_accuracy") -> list[Row]:
     """Return the rows of the rate with the highest mean accuracy, on the validation texts."""
     return max(by_rate(rows).values(), key=lambda group: sum(r[key] for r in group) / len(group))
 
@@ -180,11 +182,17 @@ def front_figure(run: RunDirectory, path: Path) -> None:
                 if shown[arm]:
                     _draw(axis, arm, shown[arm], key)
             axis.set(ylabel=f"kept: {KEPT[key][0]}", title=title)
-        line[0].axhline(100 * run.rows[0]["base_probe"], color=COLOUR["base"], linewidth=0.8)
-        line[0].legend(frameon=False, fontsize=8)
+        base = 100 * run.rows[0]["base_probe"]
+        line[0].axhline(base, color=COLOUR["base"], linewidth=0.8, label="checkpoint")
+        line[0].legend(frameon=False, fontsize=8, title=_mean_of(shown), title_fontsize=8)
     for axis in grid[-1]:
         axis.set(xlabel="accuracy on the task, test texts, %")
     replace_file(path, png(figure))
+
+
+def _mean_of(shown: dict[str, list[list[Row]]]) -> str:
+    counts = {len(group) for groups in shown.values() for group in groups}
+    return f"mean ± sd, n = {' to '.join(map(str, sorted({min(counts), max(counts)})))} seeds"
 
 
 def _spectra_part(run: RunDirectory) -> list[str]:

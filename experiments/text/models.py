@@ -7,9 +7,12 @@ lora+head     as lora, and full-size updates (`pl.Delta`) of the head, so that d
               adapter restores the checkpoint
 joint         as full, on two data sets at once; see retention.py
 joint-lora    as lora, on two data sets at once
+
+`--kind` replaces the low-rank updates by those of another kind of adapter.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -157,9 +160,28 @@ def globs(targets: str) -> list[str]:
     return [part.strip() for part in re.split(r",(?![^\[]*\])", targets) if part.strip()]
 
 
-def lora_of(settings: AdapterSettings) -> pl.LoRA:
-    """Return the update of the settings: W' = W + scaling · B A."""
-    return pl.LoRA(settings.rank, settings.scaling * settings.rank, init=settings.init)
+def spec_of(settings: AdapterSettings) -> pl.kinds.Spec:
+    """Return the update of the settings; for kind "lora" it is W' = W + scaling · B A.
+
+    Other kinds train about as many numbers as LoRA of the same rank, except for IA3, which has no
+    size. For LoRA-XS this holds at the widths of MiniLM. Kinds with a scale have LoRA's.
+    """
+    r, s, init = settings.rank, settings.scaling, settings.init
+    half = max(1, r // 2)
+    kinds: dict[str, Callable[[], pl.kinds.Spec]] = {
+        "lora": lambda: pl.LoRA(r, s * r, init=init),
+        "dora": lambda: pl.DoRA(r, s * r, init=init),
+        "pissa": lambda: pl.LoRA(r, s * r, init="pissa"),
+        "olora": lambda: pl.LoRA(r, s * r, init="olora"),
+        "loha": lambda: pl.LoHa(half, s * half),
+        "lokr": lambda: pl.LoKr(2 * r, s * 2 * r, factor=2),
+        "hira": lambda: pl.HiRA(r, init=init),
+        "miss": lambda: pl.MiSS(2 * r),
+        "oft": lambda: pl.OFT(4 * r),
+        "lora-xs": lambda: pl.LoRAXS(12 * r, s * 12 * r),
+        "ia3": pl.IA3,
+    }
+    return kinds[settings.kind]()
 
 
 def prepare(
@@ -186,7 +208,7 @@ def prepare(
             parameter.requires_grad_(True)
         return last
     spec: dict[Any, pl.kinds.Spec] = {
-        target: lora_of(settings.adapter) for target in globs(settings.adapter.targets)
+        target: spec_of(settings.adapter) for target in globs(settings.adapter.targets)
     }
     if method == "lora+head":
         # The head comes first, because a tensor gets the spec of the first target that matches it.

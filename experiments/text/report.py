@@ -79,7 +79,9 @@ FORGETTING = (
     "λ: strength in W + λ·ΔW. Up to 1,000 test texts are cut into halves. Retrieval: the share of "
     "first halves whose nearest second half, by the backbone's embeddings, is from the same text. "
     "Agreement: Spearman's rank correlation of all cosines between halves with the checkpoint's "
-    "cosines. Both are proxies, not a benchmark of sentence similarity."
+    "cosines. Both are proxies, not a benchmark of sentence similarity. This page has no slider "
+    "for λ, unlike that of the digit study: a run keeps accuracies at each λ, not predictions, and "
+    "each seed has its own untrained classifier, so that there is no common base."
 )
 CAPTION = (
     "Accuracy on the task against the checkpoint's remaining ability, by strength λ: the mean over "

@@ -25,7 +25,7 @@ from ..harness.stages import Stage, run_stages
 from .context import TextContext, autocast_dtype, prepare_context
 from .data import Corpus, load_corpus
 from .forgetting import similarity
-from .models import ADAPTER, globs, head_of, lora_of, prepare
+from .models import ADAPTER, globs, head_of, prepare, spec_of
 from .retention import kept
 from .settings import TextSettings
 from .training import fine_tune
@@ -190,7 +190,7 @@ def show_parameters(context: TextContext, say: Callable[[str], None]) -> None:
         trained = prepare(context.model(0), method, settings, torch.Generator())
         count = sum(p.numel() for p in trained)
         targets = (
-            f" {lora_of(settings.adapter)} at {globs(settings.adapter.targets)}"
+            f" {spec_of(settings.adapter)} at {globs(settings.adapter.targets)}"
             if "lora" in method
             else ""
         )

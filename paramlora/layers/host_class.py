@@ -36,7 +36,7 @@ from .describe import with_adapters
 from .forward import forward_for
 from .quantized import check_quantizable, quantized_forward
 from .readers import class_name, is_quantizing
-from .site_list import StoredTensor, pack
+from .site_list import StoredTensor, pack, taken_out
 
 _LOADING = "_paramlora_loading"
 # Where a module keeps the state that detach restores: see host.py.
@@ -152,11 +152,7 @@ def _register_parameter(plain: Any) -> Callable[..., None]:
 def _delattr(plain: Any) -> Callable[..., None]:
     def delattr_(self: nn.Module, name: str) -> None:
         if _is_held(self, name):
-            raise StateError(
-                f"{name!r} of this {class_name(self)} has adapters and cannot be taken out of its "
-                "module; detach first. FullyShardedDataParallel (FSDP1) does that, so shard an "
-                "adapted model by torch.distributed.fsdp.fully_shard instead"
-            )
+            raise taken_out(self, name)
         plain(self, name)
 
     return delattr_

@@ -48,8 +48,8 @@ def parametrization(
 
 
 @before_survey
-def claim(modules: Iterable[tuple[str, nn.Module]]) -> bool:
-    """Register as `attach` does the stacks that torch has registered; return whether any were.
+def claim(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Register as `attach` does the stacks that torch has registered.
 
     Raises:
         AdapterNameError: two stacks at one tensor have an adapter of the same name.
@@ -62,7 +62,6 @@ def claim(modules: Iterable[tuple[str, nn.Module]]) -> bool:
     ]
     for module, tensors in todo:
         _claim(module, tensors)
-    return bool(todo)
 
 
 def _unclaimed(module: nn.Module, before: str) -> list[str]:

@@ -33,7 +33,7 @@ from ..errors import StateError
 from ..private_torch import parametrization_cache
 from ..site.find import parametrization_lists, stack_of
 from ..site.quantized import UnreadWeight, packed_shape, packed_tensor
-from .readers import for_reader, read_packed
+from .readers import class_name, for_reader, read_packed
 
 _HOME = "_paramlora_home"
 _NO_WEIGHT = nn.Parameter(torch.empty(0, device="meta"))
@@ -186,8 +186,20 @@ def is_at_home(plist: nn.Module) -> bool:
     return _HOME in vars(plist)
 
 
+def taken_out(module: nn.Module, tensor: str) -> StateError:
+    """Return the error for a library that takes a tensor, or its adapters, out of its module."""
+    return StateError(
+        f"{tensor!r} of this {class_name(module)} has adapters and cannot be taken out of its "
+        "module; detach first. FullyShardedDataParallel (FSDP1) does that, so shard an adapted "
+        "model by torch.distributed.fsdp.fully_shard instead"
+    )
+
+
 def _list(module: nn.Module, tensor: str) -> Any:
-    return module._modules["parametrizations"]._modules[tensor]  # type: ignore[union-attr]
+    try:
+        return module._modules["parametrizations"]._modules[tensor]  # type: ignore[union-attr]
+    except KeyError:  # FSDP1 has wrapped the adapters by themselves
+        raise taken_out(module, tensor) from None
 
 
 def _cached(module: nn.Module, tensor: str) -> Tensor:

@@ -60,11 +60,11 @@ def module() -> ModuleType | None:
     file = _built()
     if isinstance(file, str):
         return None
-    spec = importlib.util.spec_from_file_location(NAME, file)
-    assert spec is not None
-    assert spec.loader is not None
     problem = untrusted(file)
     if not problem:
+        spec = importlib.util.spec_from_file_location(NAME, file)
+        assert spec is not None
+        assert spec.loader is not None
         try:
             built = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(built)

@@ -14,8 +14,8 @@ from .find import Site, parametrization_lists, sites_in, walk
 from .names import check_names, ordered_names
 from .place import Place, places_in
 
-# What is done to the modules of a model before it is surveyed; each returns whether it changed any.
-_Prepare = Callable[[Iterable[tuple[str, nn.Module]]], bool]
+# What is done to the parametrizations of a model before it is surveyed.
+_Prepare = Callable[[Iterable[tuple[str, nn.Module]]], None]
 _FIRST: list[_Prepare] = []
 
 
@@ -48,8 +48,8 @@ class Survey:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules: list[tuple[str, nn.Module]] = list(walk(model))
-        if any(prepare(self.modules) for prepare in _FIRST):
-            self.modules = list(walk(model))
+        for prepare in _FIRST:
+            prepare(self.modules)
 
     def again(self) -> "Survey":
         """Return a survey of the same modules that reads places and sites anew.

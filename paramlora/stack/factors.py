@@ -96,7 +96,7 @@ def trainable(tensor: Tensor) -> Tensor:
 class Blocks(nn.Module):
     """The factors of one adapter at several blocks of a tensor that do not overlap."""
 
-    def forward(self, weight: Tensor, strength: Strength | None = None) -> Tensor:
+    def forward(self, weight: Tensor, strength: Strength | None) -> Tensor:
         for factors in self.parts:
             weight = factors(weight, strength)
         return weight

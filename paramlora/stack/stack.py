@@ -45,8 +45,8 @@ class Stack(nn.Module):
         names: all adapters here.
         active: the adapters that are switched on.
         merged: the adapters that are folded into the stored weight.
-        live: the adapters that the forward has to compute: active and not merged.
-        own: `active` and `live` once more, as a `State`.
+        own: `active` as a `State`, with the adapters that the forward has to compute: active and
+            not merged.
         numbers: for each name the value of a counter over all stacks, which gives the order in
             which a model's adapters were attached.
         stored: while adapters are merged, the original stored tensors, in the list's order.
@@ -68,7 +68,6 @@ class Stack(nn.Module):
         self.names: tuple[str, ...] = ()
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
-        self.live: tuple[str, ...] = ()
         self.own = State()
         self.stored: tuple[Tensor, ...] = ()
         self.written: tuple[Written, ...] = ()
@@ -315,7 +314,7 @@ class Stack(nn.Module):
         """Set the active adapters. The others stay attached, and merged adapters stay merged."""
         on = tuple([name for name in self.names if name in active])
         live = tuple([name for name in on if name not in self.merged]) if self.merged else on
-        vars(self).update(active=on, live=live, own=State(on, live))
+        vars(self).update(active=on, own=State(on, live))
         if self.open:
             self.reflect()
         else:

@@ -28,6 +28,7 @@ from paramlora.native.build import build
 from tests.support.helpers import BOUNDS, error, keeping
 from tests.support.reference import shake
 
+posix = pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
 # The arguments `dense` and `dense_backward`.
 PATHS = list(itertools.product([False, True], repeat=2))
 
@@ -388,6 +389,7 @@ class TestBuilt:
         finally:
             native.module.cache_clear()
 
+    @posix
     def test_a_damaged_file_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A warning names a file that cannot be loaded, and everything runs in Python."""
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
@@ -400,7 +402,7 @@ class TestBuilt:
         finally:
             native.module.cache_clear()
 
-    @pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
+    @posix
     @pytest.mark.parametrize("what", ["file", "folder", "file of another", "folder of another"])
     def test_what_others_can_change_is_not_loaded(
         self, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -445,6 +447,7 @@ class TestBuilt:
         monkeypatch.delattr(os, "geteuid", raising=False)
         assert "does not tell who can write" in native.untrusted(tmp_path)
 
+    @posix
     def test_a_build_that_fails_leaves_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -17,10 +17,11 @@ condition is that each intermediate result is in the dtype's range.
 """
 
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -254,6 +255,183 @@ def test_dora_keeps_the_bound_times_the_cancellation(case: str, dtype: torch.dty
     kappa = size.norm(dim=1) / V.norm(dim=1)
     magnitude = (sizes.x @ size.T * (1 + c) + sizes.b) * kappa**2
     check(layer(t.x), exact.x @ (c[:, None] * V).T + exact.b, bound(magnitude, t))
+
+
+Values = dict[str, Tensor]
+
+
+class Kind(NamedTuple):
+    """A kind whose update is a polynomial with positive coefficients, for which M is that of |t|.
+
+    Args:
+        spec: the kind, with s = 2 if it has an s.
+        values: its factors, from the tensors of a case and (A₂, B₂), for which |B₂ A₂| ≤ 1.
+        update: ΔW of factors and W, with the formula of the kind.
+        between: the tensors that an underflowed part of ΔW is multiplied by, within ΔW.
+        through: for a layer that does not build W', the tensors that its parts are multiplied by.
+    """
+
+    spec: pl.kinds.Spec
+    values: Callable[[Numbers, Tensor, Tensor], Values]
+    update: Callable[[Values, Tensor], Tensor]
+    between: Callable[[Values, Tensor], list[Tensor]]
+    through: Callable[[Values], list[Tensor]] = lambda _: []
+
+
+def shards(inputs: int) -> Tensor:
+    """Return E, (r, in), of MiSS: 1 where the input is of the shard's row."""
+    return (torch.arange(inputs) % R == torch.arange(R)[:, None]).double()
+
+
+OTHERS = {
+    "loha": Kind(
+        pl.LoHa(R, S * R),
+        lambda t, A, B: {"A1": t.A, "B1": t.B, "A2": A, "B2": B},
+        lambda f, _: S * (f["B1"] @ f["A1"]) * (f["B2"] @ f["A2"]),
+        lambda f, _: [f["B1"] @ f["A1"], f["B2"] @ f["A2"]],
+    ),
+    "lokr": Kind(
+        pl.LoKr(1, S, decompose_both=True),
+        lambda t, A, B: {"A1": t.A[:1, :4], "B1": t.B[:4, :1], "A2": A[:1, :6], "B2": B[:4, :1]},
+        lambda f, _: S * torch.kron(f["B1"] @ f["A1"], f["B2"] @ f["A2"]),
+        # A gradient sums over all elements of the other matrix.
+        lambda f, _: [(f["B1"] @ f["A1"]).sum(), (f["B2"] @ f["A2"]).sum()],
+    ),
+    "hira": Kind(
+        pl.HiRA(R),
+        # W and A must not both be huge.
+        lambda t, A, _: {"A": A if t.W.abs().max() > 100 else t.A, "B": t.B},
+        lambda f, W: W * (f["B"] @ f["A"]),
+        lambda _, W: [W],
+    ),
+    "miss": Kind(
+        pl.MiSS(R),
+        lambda t, *_: {"D": t.B.T},
+        lambda f, W: f["D"].T @ shards(W.shape[1]),
+        lambda *_: [],
+        lambda f: [f["D"], shards(K)],
+    ),
+    "lora_xs": Kind(
+        pl.LoRAXS(R, S * R),
+        lambda t, A, _: {"R": A[:, :R], "A": t.A, "B": t.B},
+        lambda f, _: S * f["B"] @ f["R"] @ f["A"],
+        lambda f, _: [f["B"].sum(0), f["A"].sum(1)],
+        lambda f: [f["A"], f["B"] @ f["R"], f["B"]],
+    ),
+}
+
+
+def largest_sum(*tensors: Tensor) -> float:
+    """Return the largest sum of a row or of a column, at least 1."""
+    return 1 + max(float(T.sum(dim).max()) for T in tensors for dim in (0, T.dim() - 1))
+
+
+def layer_with(spec: pl.kinds.Spec, t: Numbers, values: Values) -> nn.Linear:
+    """Return a layer with an adapter of these factors at its weight."""
+    layer = nn.Linear(K, M, dtype=t.W.dtype)
+    pl.attach(layer, spec, "weight")
+    with torch.no_grad():
+        layer.load_state_dict({"weight": t.W, "bias": t.b}, strict=False)
+        held = layer.parametrizations.weight[0].factors["default"].tensors  # type: ignore[union-attr, index]
+        assert held.keys() == values.keys()
+        for key, value in values.items():
+            held[key].copy_(value)
+    return layer
+
+
+def computed(kind: Kind, t: Numbers, values: Values) -> tuple[Tensor, Tensor, Values]:
+    """Return W', y and the gradients in float64: of x, and of each factor."""
+    leaves = {key: v.double().clone().requires_grad_() for key, v in values.items()}
+    x = t.x.double().clone().requires_grad_()
+    W = t.W.double() + kind.update(leaves, t.W.double())
+    y = x @ W.T + t.b.double()
+    found = torch.autograd.grad(y, [x, *leaves.values()], t.dy.double())
+    return W.detach(), y.detach(), dict(zip(["x", *leaves], found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", OTHERS.values(), ids=OTHERS)
+def test_other_kinds_keep_the_bound(kind: Kind, dtype: torch.dtype) -> None:
+    """LoHa, LoKr, HiRA, MiSS and LoRA-XS: weight, output and gradients.
+
+    ΔW is computed with the epsilon ε₊ and the smallest normal number τ₊ of the factors, float32 at
+    least. A part of it that underflows is then multiplied by `between`, and as a part of W' by x or
+    dy. dW', which underflows in the layer's dtype, is multiplied by the derivatives of ΔW.
+
+        L ε τ · U + L ε₊ τ₊ · U · C        C = 1 + s · the largest of `between`
+    """
+    draw = torch.Generator().manual_seed(0)
+    A2 = (torch.randn(R, K, generator=draw).clamp(-2, 2) / 16).to(dtype)
+    B2 = torch.randn(M, R, generator=draw).clamp(-2, 2).to(dtype)
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+    wide = torch.finfo(torch.promote_types(dtype, torch.float32))
+    length = N + K + M + R + 8
+    for case in CASES:
+        t = numbers(case, dtype)
+        values = kind.values(t, A2, B2)
+        if case == "cancels the base":
+            doubles = {key: value.double() for key, value in values.items()}
+            t = t._replace(W=-kind.update(doubles, t.W.double()).to(dtype))
+        layer, x = layer_with(kind.spec, t, values), t.x.clone().requires_grad_()
+        W, y, gradients = computed(kind, t, values)
+        sizes, size = {key: v.double().abs() for key, v in values.items()}, t.double().abs()
+        W_size, y_size, gradients_size = computed(kind, t.abs(), sizes)
+        # U for results, and for the gradients of factors.
+        through = largest_sum(size.x, size.dy, *kind.through(sizes))
+        deep = largest_sum(size.x, size.dy, *sizes.values(), *kind.through(sizes))
+        between = [float(T.max()) for T in kind.between(sizes, size.W)]
+        deep *= 1 + S * max([0.0, *between])
+        ones = t.abs()._replace(x=torch.ones(1, K), dy=torch.ones(1, M), b=t.b * 0)
+        _, _, derivatives = computed(kind, ones, sizes)
+
+        def limit(magnitude: Tensor, U: Tensor | float, deep: float = deep) -> Tensor:
+            relative = (4 * eps + length * wide.eps) * magnitude
+            underflow = eps * tiny * (1 + S) * U + wide.eps * wide.smallest_normal * deep
+            return relative + length * underflow
+
+        check(layer.weight, W, limit(W_size, 1.0))
+        found = layer(x)
+        check(found, y, limit(y_size, through))
+        trained = [key for key in values if key not in kind.spec.constants]
+        tensors = layer.parametrizations.weight[0].factors["default"].tensors  # type: ignore[union-attr, index]
+        leaves = [x, *(tensors[key] for key in trained)]
+        for key, gradient in zip(
+            ["x", *trained], torch.autograd.grad(found, leaves, t.dy), strict=True
+        ):
+            U = through if key == "x" else through + derivatives[key]
+            check(gradient, gradients[key], limit(gradients_size[key], U))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_oft_keeps_the_bound_times_the_condition(dtype: torch.dtype) -> None:
+    """M has |W| + 4 κ ‖Q‖ ‖w‖ for |W|, with κ = √(1 + ‖Q‖²) and the row w of W in a block.
+
+    κ is the condition of I + Q, whose singular values are between 1 and κ. Its inverse by
+    elimination, (b, b), has a relative error of at most 2 b · 2^(b − 1) · κ · ε₊ / 2, that is
+    32 κ ε₊ < L κ ε₊ for b = 4. −2 Q and W are multiplied with it. Q is at most 4 here.
+    """
+    b = 4
+    for case in CASES:
+        t = numbers(case, dtype)
+        Q = t.A.double().flatten()[: K * (b - 1) // 2]
+        Q = (Q / max(1.0, float(Q.abs().max()) / 4)).to(dtype).view(-1, b * (b - 1) // 2)
+        layer = layer_with(pl.OFT(b), t, {"Q": Q})
+        exact, sizes = t.double(), t.double().abs()
+        skew = torch.zeros(K // b, b, b, dtype=torch.float64)
+        for i, (row, column) in enumerate(itertools.combinations(range(b), 2)):
+            skew[:, row, column], skew[:, column, row] = Q.double()[:, i], -Q.double()[:, i]
+        eye = torch.eye(b, dtype=torch.float64)
+        R_of = torch.block_diag(*((eye - q) @ torch.linalg.inv(eye + q) for q in skew))
+        norm = torch.linalg.matrix_norm(skew, 2)  # (n,)
+        largest = exact.W.abs().amax().clamp_min(1e-300)  # so that squares do not overflow
+        rows = (exact.W / largest).view(M, -1, b).norm(dim=2) * largest  # (m, n)
+        change = (4 * norm * (1 + norm**2).sqrt() * rows).repeat_interleave(b, dim=1)
+        W, size = exact.W @ R_of.T, sizes.W + change
+        # The blocks underflow in the dtype of the factors, before they are multiplied by W.
+        deep = float(size.sum(1).max()) * torch.finfo(torch.float32).smallest_normal
+        check(layer.weight, W, bound(size + deep, t))
+        y = exact.x @ W.T + exact.b
+        check(layer(t.x), y, bound(sizes.x @ (size + deep).T + sizes.b, t))
 
 
 def trained(device: str = "cpu") -> str:

@@ -19,6 +19,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 import paramlora as pl
+from tests.support.versions import torch_before
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
@@ -104,6 +105,28 @@ def test_lines_of_peers_exist(peer: str) -> None:
             assert row["line"] in files[folder / where], row
 
 
+def test_the_nightly_run_fails_if_the_result_is_worse_than_the_table() -> None:
+    """Its limits are the numbers of the first table of PEFT's tests, and one case less fails."""
+    table = TEXT.split("## Other projects' tests")[1].split("As a control")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    numbers = {"passed": 0, "failed": 0}
+    for result, cases, *_ in rows:
+        if result in numbers:
+            numbers[result] += int(cases.replace(",", ""))
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    limits = re.findall(r"--(?:fewest-passed|most-failures) (\d+)", workflow)
+    assert [int(limit) for limit in limits] == [*numbers.values()]
+    pytest.importorskip("peft")
+    from tests.support.peft_suite.__main__ import Counts
+
+    counts = Counts()
+    counts.passed, counts.reasons["failed"]["a reason"] = numbers.values()
+    assert not counts.worse(*numbers.values())
+    counts.passed -= 1
+    counts.reasons["failed"]["another"] += 1
+    assert len(counts.worse(*numbers.values())) == 2
+
+
 def graphs(call: Any, switch: Callable[..., object], settings: Iterable[Any]) -> list[int]:
     """Return how many graphs a compiled model has after each setting; its outputs are right."""
     torch._dynamo.reset()
@@ -160,7 +183,7 @@ def test_graphs_of_peft() -> None:
         for layer in layers:
             layer.set_scale("one", value)
 
-    if torch.__version__.startswith("2.6."):
+    if torch_before("2.7"):
         pytest.skip("torch 2.6 makes other graphs of PEFT's model")
     assert graphs(model, activate, SETS) == [1, 2, *[3] * 4]
     activate("a")

@@ -72,7 +72,6 @@ def run_command(line: str, reader_files: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "title"), CASES)
 def test_examples(
     name: str, title: str, reader_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -21,7 +21,8 @@ def test_sections_have_code() -> None:
         assert BLOCK.search(match[2]), title
 
 
-@pytest.mark.filterwarnings("ignore")
+# By other libraries, of torch.
+@pytest.mark.filterwarnings(r"ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
 @pytest.mark.parametrize("title", SECTIONS)
 def test_examples(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks of a section run, each after those before it, and their assertions pass."""

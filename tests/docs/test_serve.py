@@ -41,7 +41,6 @@ ROWS: dict[str, Any] = {
 NOT_ONE_FOLDER = {"float32 factors", "another base of the same shapes"}
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page's blocks run, one after the other, and its assertions pass.
 

@@ -147,4 +147,5 @@ def test_nothing_is_unpickled(tmp_path: Path, protocol: int | str) -> None:
 def test_folder_and_missing_file(tmp_path: Path) -> None:
     """A folder raises CheckpointError, a missing file FileNotFoundError."""
     refuses_file(tmp_path, "{path} is a folder; name the .safetensors file in it")
-    refuses_file(tmp_path / "no", "[...]No such file[...]{path}[...]", FileNotFoundError)
+    path = str(tmp_path / "no")
+    refuses_file(tmp_path / "no", f"[...]No such file[...]{path!r}[...]", FileNotFoundError)

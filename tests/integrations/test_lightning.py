@@ -14,7 +14,15 @@ from lightning.pytorch.callbacks import Callback  # noqa: E402
 
 from paramlora.integrations.lightning import AdapterCheckpoint  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+# Lightning calls what torch has deprecated, and warns of the folders of checkpoints.
+pytestmark = [
+    pytest.mark.filterwarnings(
+        r"ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"
+    ),
+    pytest.mark.filterwarnings(
+        "ignore:(The dirpath has changed|Checkpoint directory):UserWarning:lightning"
+    ),
+]
 BATCHES: Any = torch.linspace(-1, 1, 64).view(2, 4, 8)  # two batches of four rows
 
 

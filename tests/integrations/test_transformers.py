@@ -15,8 +15,6 @@ import paramlora as pl
 transformers = pytest.importorskip("transformers")
 from paramlora.integrations.transformers import AdapterTrainer  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 class Texts(nn.Module):
     """A model in the form that the Trainer expects."""

@@ -13,6 +13,7 @@ from paramlora import LoRA
 from tests.support.helpers import LEAVE_OUT, refuses
 from tests.support.models import CountingLoRA
 from tests.support.reference import shake
+from tests.support.versions import torch_before
 
 
 class Experts(nn.Module):
@@ -243,6 +244,8 @@ def test_too_few_dimensions() -> None:
 def test_mixtral(how: str) -> None:
     """The experts of transformers' Mixtral are trained in place, and merging keeps the outputs."""
     transformers = pytest.importorskip("transformers", "5", reason="experts were lists before 5")
+    if how == "grouped_mm" and torch_before("2.9"):
+        pytest.skip("this torch has no grouped product on the CPU")
     torch.default_generator.manual_seed(0)
     config = transformers.MixtralConfig(
         vocab_size=11,

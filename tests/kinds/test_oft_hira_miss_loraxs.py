@@ -42,7 +42,6 @@ def factors_of(model: nn.Module) -> dict[str, Tensor]:
     return {NAMES[part]: value for key, value in named for part in key if part in NAMES}
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("spec", "config"), CASES.values(), ids=CASES.keys())
 def test_equal_to_peft(spec: pl.kinds.Spec, config: Any) -> None:
     """With PEFT's factors, outputs and merged weights equal PEFT's."""

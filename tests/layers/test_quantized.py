@@ -16,8 +16,6 @@ from paramlora.site.quantized import packed_tensor
 from tests.support.helpers import error
 from tests.support.quantized import FORMS, dense, inputs, layers, quantized, randomize
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 # bitsandbytes computes 8 bits in half precision.
 BOUND = {"bitsandbytes 8": 1e-3}
 SPECS = (
@@ -287,6 +285,12 @@ class Table(nn.Module):
         self.register_buffer("calls", torch.zeros(4, dtype=torch.int64))
         self.register_buffer("mask", torch.ones(3, 4, dtype=torch.bool))
         self.rows = nn.Parameter(torch.ones(3, 4))
+
+
+def test_bias_of_a_layer_without_a_weight() -> None:
+    """The bias of a layer that stores codes can be adapted."""
+    summary = pl.attach(quantized("codes"), pl.Delta(), "0.bias")
+    assert [row.site for row in summary.sites] == ["0.bias"]
 
 
 def test_tensors_that_are_no_packed_weight() -> None:

@@ -55,7 +55,8 @@ SUMS: dict[str, tuple[str, dict[str, float], int | None]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore:Adapter name '\\w+' should not be:UserWarning:peft")
+@pytest.mark.filterwarnings("ignore:method='linear' sums factors:UserWarning")
 @pytest.mark.parametrize(("method", "weights", "rank"), SUMS.values(), ids=SUMS.keys())
 def test_equal_to_peft(
     method: str, weights: dict[str, float], rank: int | None, tmp_path: Path

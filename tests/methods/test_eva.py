@@ -100,6 +100,18 @@ def test_outputs_keep_their_bits(dtype: torch.dtype) -> None:
     assert torch.equal(model.eval()(x), before)
 
 
+def test_two_ranks_at_one_layer() -> None:
+    """A layer keeps as many directions as the adapter of the highest rank needs."""
+    torch.manual_seed(0)
+    model, X = net(), torch.randn(30, 4, dtype=torch.float64) @ torch.randn(4, 40).double()
+    for rank in (1, 4, 2):
+        pl.attach(model, pl.LoRA(rank), "fc1", name=f"rank {rank}", activate="also")
+    found = pl.eva(model, X.split(10), *(f"rank {rank}" for rank in (1, 4)), oversampling=0)
+    A = pl.state_dict(model, "rank 4")["fc1.weight.A"]
+    assert_close(X @ A.T @ A, X)
+    assert found.keys() == {"fc1.weight"}
+
+
 def test_share_of_energy() -> None:
     """A holds far more of the energy of the inputs than a random start, as `eva` returns."""
     model, data = net(), batches()

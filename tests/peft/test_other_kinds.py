@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import paramlora as pl
+from paramlora.files.metadata import read
 from tests.support.helpers import refuses
 from tests.support.reference import shake
 
 peft = pytest.importorskip("peft", reason="the oracle of these tests is PEFT")
 from tests.support.peft_oracle import check_export, check_import, check_merged  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`:UserWarning:peft")
 
 
 class Net(nn.Module):
@@ -72,6 +73,20 @@ def test_adjusted_block_size(tmp_path: Path) -> None:
     shake_theirs(wrapped)
     ours = check_import(model, wrapped, IDS, tmp_path)
     assert [tuple(factor.shape) for factor in pl.parameters(ours)] == [(2, 6), (2, 3)]
+
+
+def test_default_of_coft(tmp_path: Path) -> None:
+    """A folder of the constrained form without eps has PEFT's default."""
+    folder = saved(pl.OFT(2, eps=0.25), "fc", tmp_path / "one")
+    file = folder / "adapter_config.json"
+    content = json.loads(file.read_text())
+    del content["eps"]
+    file.write_text(json.dumps(content))
+    model = net()
+    pl.load_peft(model, folder)
+    pl.save(model, tmp_path / "ours")
+    fields = read(tmp_path / "ours")[1]["sites"]["fc.weight"]["fields"]
+    assert fields["eps"] == peft.OFTConfig().eps
 
 
 @pytest.mark.parametrize("make", CONFIGS.values(), ids=CONFIGS.keys())

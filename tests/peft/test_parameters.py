@@ -27,7 +27,9 @@ from tests.support.peft_oracle import (  # noqa: E402
 )
 
 # PEFT warns of settings that are tested on purpose.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning:peft"
+)
 
 
 class Experts(nn.Module):
@@ -237,6 +239,8 @@ IDS = {"input_ids": torch.randint(20, (2, 5), generator=torch.Generator().manual
 @pytest.mark.parametrize("kind", ["Mixtral", "GptOss", "Qwen3Moe"])
 def test_experts_of_transformers(kind: str, tmp_path: Path) -> None:
     """Experts of transformers' models, beside their attention, have PEFT's logits both ways."""
+    if kind != "GptOss":
+        pytest.importorskip("transformers", "5", reason="experts were lists before 5")
     base = mixture(kind)
     settings = {
         "target_modules": ["q_proj", "v_proj"],

@@ -10,7 +10,9 @@ import paramlora as pl
 from tests.support.quantized import inputs, quantized, randomize
 
 peft = pytest.importorskip("peft", reason="the oracle of these tests is PEFT")
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:TorchaoLoraLinear was instantiated without:UserWarning:peft"
+)
 # PEFT's adapters of a plain Linear serve torchao and quanto; it has its own for the others.
 FORMS = (
     *("torchao int8", "torchao int4", "torchao float8", "bitsandbytes 4", "bitsandbytes 8"),

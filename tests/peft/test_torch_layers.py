@@ -27,7 +27,11 @@ from tests.support.peft_oracle import (  # noqa: E402
 )
 
 # PEFT warns of settings that are tested on purpose. `out_proj` has a test of its warning.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer:UserWarning:peft"),
+    pytest.mark.filterwarnings("ignore:PEFT, up to at least .*, adds the update:UserWarning"),
+    pytest.mark.filterwarnings("ignore:in training PEFT applies lora_dropout:UserWarning"),
+]
 LoraConfig = peft.LoraConfig
 
 

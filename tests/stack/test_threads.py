@@ -19,6 +19,7 @@ import paramlora as pl
 from paramlora.site.find import stacks_in
 from tests.support.helpers import unchanged
 from tests.support.threads import BLOCKS, THREADS, dense, expected, in_threads, two_adapters
+from tests.support.versions import torch_before
 
 
 def test_gradients_of_threads() -> None:
@@ -321,9 +322,7 @@ def test_strengths_as_tensors_in_one_forward() -> None:
         assert model(torch.ones(1, 4)) == [12.0 * strength for strength in range(1, 9)]
 
 
-@pytest.mark.skipif(
-    torch.__version__.startswith("2.6."), reason="two threads that compile can crash torch 2.6"
-)
+@pytest.mark.skipif(torch_before("2.7"), reason="two threads that compile can crash torch 2.6")
 def test_two_threads_with_blocks_on_a_compiled_model() -> None:
     """Each of two threads computes with its own block, also through one compiled model."""
     torch.compiler.reset()

@@ -251,7 +251,9 @@ class CheckedModel:
             assert type(module) is type(plain) or own
             assert list(module._parameters) == list(plain._parameters)
             assert list(module._modules) == list(plain._modules)
-            kept = {"_is_torch_compile"} | ({"_paramlora_before"} if frozen else set())
+            # Lightning's torch.compile, once Lightning is imported, adds the second one.
+            kept = {"_is_torch_compile", "_compile_kwargs"}
+            kept |= {"_paramlora_before"} if frozen else set()
             kept |= {"train"} if held else set()
             assert vars(module).keys() - kept == vars(plain).keys()
         if not adapted:

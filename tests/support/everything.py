@@ -1,6 +1,6 @@
 """A small model with all that a refused call might change, and arguments that verbs refuse."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ class Doubled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Dropout().eval()  # in another mode than the rest
+        self.inner = nn.Dropout()
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.fails:
@@ -35,7 +35,9 @@ class Everything(nn.Module):
         self.emb = nn.Embedding(5, 4)
         self.normalised = parametrizations.spectral_norm(nn.Linear(4, 4))
         self.doubled = nn.Linear(4, 4)
-        parametrize.register_parametrization(self.doubled, "weight", Doubled())
+        doubled = Doubled()
+        parametrize.register_parametrization(self.doubled, "weight", doubled)
+        doubled.inner.eval()  # in another mode than the rest
         self.shared = nn.Linear(4, 4)
         self.again = self.shared
         self.conv = nn.Conv1d(2, 2, 3, padding=1)
@@ -51,14 +53,16 @@ class Everything(nn.Module):
 
 
 LINEARS = ["normalised", "doubled", "shared", "emb"]
+# Adapters that start from data, by the name of the method.
+STARTS = {"eva": "kaiming", "corda": "corda", "null": "null"}
 
 
-def make() -> Any:
+def make(layers: Sequence[str] = LINEARS) -> Any:
     """Return the model with "a" on, "b" off and "scaled", an IA3, on; "b" is not zero."""
     torch.manual_seed(0)
     model: Any = Everything()
     pl.attach(model, pl.IA3(), ["shared", "conv"], name="scaled", hold_statistics=True)
-    pl.attach(model, pl.LoRA(2), LINEARS, name="a", activate="also")
+    pl.attach(model, pl.LoRA(2), layers, name="a", activate="also")
     pl.attach(model, pl.Delta(), ["shared.weight", "norm"], name="b", activate="no")
     shake(model)
     pl.unfreeze(model, "b")
@@ -75,9 +79,22 @@ def merged() -> Any:
     return model
 
 
+def starting(layers: Sequence[str] = LINEARS) -> Any:
+    """Return the model with adapters at Linears that can start from data, switched off."""
+    model = make(layers)
+    for name, init in STARTS.items():
+        spec = pl.LoRA(2, init=init)
+        at = [layer for layer in layers if layer in ("normalised", "doubled")]
+        pl.attach(model, spec, at, name=name, activate="no")
+    return model
+
+
 def failing() -> Any:
-    """Return the model with a weight that cannot be computed any more."""
-    model = make()
+    """Return the model with a weight that cannot be computed any more.
+
+    All adapters are on. None is at the layer with spectral_norm, where `merge` would stop.
+    """
+    model = starting(["emb", "doubled", "shared"])
     pl.enable(model)
     model.doubled.parametrizations.weight[0].fails = True
     return model
@@ -112,11 +129,16 @@ def plain(make: Callable[[], nn.Module] = Everything) -> nn.Module:
         return make()
 
 
-def file_of(folder: Path, peft: bool = False) -> Path:
-    """Return a file, or a PEFT folder, whose adapter fits one of the model's tensors only."""
+def file_of(
+    folder: Path, peft: bool = False, inputs: int = 3, rank: int = 2, targets: Any = None
+) -> Path:
+    """Return a file, or a PEFT folder, of an adapter for "shared" and "doubled".
+
+    It fits both if "doubled" has 4 inputs, and "shared" only if it has 3.
+    """
     path = folder / ("peft" if peft else "adapter.safetensors")
     with torch.random.fork_rng(devices=[]):
-        model = nn.ModuleDict({"shared": nn.Linear(4, 4), "doubled": nn.Linear(3, 4)})
-        pl.attach(model, pl.LoRA(2))
+        model = nn.ModuleDict({"shared": nn.Linear(4, 4), "doubled": nn.Linear(inputs, 4)})
+        pl.attach(model, pl.LoRA(rank), targets)
     (pl.save_peft if peft else pl.save)(model, path)
     return path

@@ -63,6 +63,11 @@ def bits(tensor: Tensor) -> object:
     return properties, tensor.to_dense().contiguous().flatten().view(torch.uint8).tolist()
 
 
+def _settings(module: nn.Module) -> dict[str, object]:
+    """Return a module's attributes that are numbers or strings, `training` among them."""
+    return {key: v for key, v in vars(module).items() if isinstance(v, int | float | str)}
+
+
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Return the state of a model and its adapters; equal snapshots mean bit-identical models."""
     tensors = [*model.parameters(), *model.buffers()]
@@ -71,13 +76,14 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     return {
         "fingerprint": None if no_values else pl.fingerprint(model),
         "modules": [
-            (path, id(module), type(module), module.training, list(vars(module)))
+            (path, id(module), type(module), list(vars(module)), _settings(module))
             for path, module in model.named_modules(remove_duplicate=False)
         ],
         "parameters": [
             (path, id(parameter), id(parameter.grad), bits(parameter))
             for path, parameter in model.named_parameters(remove_duplicate=False)
         ],
+        "tensors' hooks": [list(tensor._backward_hooks or ()) for tensor in tensors],
         "buffers": [(path, id(b), bits(b)) for path, b in model.named_buffers()],
         "hooks": [
             {key: list(hooks) for key, hooks in vars(module).items() if key.endswith("_hooks")}
@@ -91,7 +97,6 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             (
                 stack.active,
                 stack.merged,
-                stack.live,
                 stack.tied,
                 [bits(tensor) for tensor in stack.stored],
                 stack.written,
@@ -120,11 +125,13 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def nothing_drawn() -> Iterator[None]:
-    """Assert that the block draws no random number from torch's or Python's global generator."""
-    before = torch.get_rng_state(), random.getstate()
+def nothing_drawn(*generators: torch.Generator) -> Iterator[None]:
+    """Assert that the block draws no random number from a global generator or one of these."""
+    generators = (torch.default_generator, *generators)
+    before = [generator.get_state() for generator in generators], random.getstate()
     yield
-    assert torch.equal(torch.get_rng_state(), before[0]), "changed: torch's random state"
+    for generator, state in zip(generators, before[0], strict=True):
+        assert torch.equal(generator.get_state(), state), "changed: torch's random state"
     assert random.getstate() == before[1], "changed: Python's random state"
 
 

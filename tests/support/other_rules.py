@@ -390,12 +390,18 @@ class OtherRules(VerbRules):
     @precondition(lambda self: self.compiles > 0)
     @rule(names=some_names)
     def compiled(self, names: list[str]) -> None:
-        """Call the compiled model, once more after a switch."""
+        """Call the compiled model, once more in a block, after it, and after a switch."""
         self.compiles -= 1
         torch.compiler.reset()
         call = torch.compile(self.model, backend="eager")
         self.checked.check_outputs(self.ids, call)
         if self.reference.names():
+            outer = len(self.checked.blocks)
+            self.enter_using(names, {}, "")
+            self.checked.check_outputs(self.ids, call)
+            if len(self.checked.blocks) > outer:
+                self.checked.exit_block()
+                self.checked.check_outputs(self.ids, call)
             self.toggle("disable", names, "", 1.0)
             self.checked.check_outputs(self.ids, call)
             self.toggle("enable", names, "", 1.0)

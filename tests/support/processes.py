@@ -12,9 +12,8 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -23,6 +22,9 @@ from filelock import FileLock
 from torch import Tensor
 
 from experiments.harness.parallel import leave
+
+if TYPE_CHECKING:  # Windows lacks it
+    from multiprocessing.context import ForkServerContext
 
 WORLD = 2
 # A server process imports these once, and each process is forked from it.
@@ -55,7 +57,7 @@ def shared_folder(factory: pytest.TempPathFactory, name: str) -> Path:
     return folder
 
 
-def forked() -> ForkServerContext:
+def forked() -> "ForkServerContext":
     """Return a context of multiprocessing whose processes need not import torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)

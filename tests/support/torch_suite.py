@@ -2,9 +2,10 @@
 
     python -m tests.support.torch_suite FILE [--plain] [options of pytest]
 
-FILE is `test/nn/test_parametrization.py` of a checkout of PyTorch at the installed version; it
-needs expecttest. After each `register_parametrization` of a test, a `Delta` is attached on top. It
-starts at zero, so all values stay. `--plain` runs the tests without stacks, as a control.
+FILE is `test/nn/test_parametrization.py` of a checkout of PyTorch at the installed version, or of a
+fork: docs/comparison.md names the one that was used. It needs expecttest. After each
+`register_parametrization` of a test, a `Delta` is attached on top. It starts at zero, so all values
+stay. `--plain` runs the tests without stacks, as a control.
 """
 
 import shutil

@@ -115,6 +115,29 @@ def test_all_linear(targets: Any, tied: bool) -> None:
     assert f"1 {why}; name it to adapt it (lm_head.weight)" in str(summary)
 
 
+class Stem(nn.Conv1d):
+    """A layer with an attribute that Conv1D has too, and no Linear."""
+
+    nf = 4
+
+
+class Squeeze(nn.Module):
+    """A layer that shares its class's name with transformers' Conv1D, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 4))
+
+
+Squeeze.__name__ = "Conv1D"
+
+
+def test_layers_that_are_half_a_conv1d() -> None:
+    """Neither the name Conv1D nor an attribute `nf` alone makes a layer a linear one."""
+    model = nn.ModuleDict({"stem": Stem(4, 4, 1), "squeeze": Squeeze(), "fc": nn.Linear(4, 4)})
+    assert sites(model, LoRA(1)) == ["fc.weight"]
+
+
 def test_a_type_means_every_layer_of_it() -> None:
     """nn.Linear as a target means every nn.Linear; a head that is left out can be named."""
     assert "lm_head.weight" in sites(Model(), LoRA(1), nn.Linear)

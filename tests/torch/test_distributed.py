@@ -324,14 +324,25 @@ def checkpoints(folder: Path) -> dict[str, Any]:
 
 
 def old_sharding(folder: Path) -> dict[str, Any]:
-    """Wrap an adapted model by FSDP1, which is refused."""
+    """Wrap an adapted model by FSDP1, as a whole and each module by itself; both are refused."""
     from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import always_wrap_policy
 
-    try:
-        FullyShardedDataParallel(adapted(), use_orig_params=True, device_id=torch.device("cpu"))
-    except pl.ParamloraError as error:
-        return {"refused": str(error)}
-    return {}
+    found = {}
+    for key, policy in (("whole", None), ("each", always_wrap_policy)):
+        for target in ("*.weight", "*.bias"):
+            model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+            pl.attach(model, pl.Delta(), target)
+            try:
+                FullyShardedDataParallel(
+                    model,
+                    auto_wrap_policy=policy,
+                    use_orig_params=True,
+                    device_id=torch.device("cpu"),
+                )
+            except pl.StateError as error:
+                found[key, target] = str(error)
+    return {"refused": found}
 
 
 SCENARIOS, KINDS_OF_PARALLEL = [data_parallel, checkpoints], ["replicated"]
@@ -469,4 +480,7 @@ def test_distributed_checkpoints(results: Results) -> None:
 def test_old_sharding(results: Results) -> None:
     """FSDP1 takes parameters out of their modules; on an adapted model it is refused by name."""
     for found in results["old_sharding"]:
-        assert "shard an adapted model by torch.distributed.fsdp.fully_shard" in found["refused"]
+        assert len(found["refused"]) == 4
+        for (_, target), message in found["refused"].items():
+            assert message.startswith(f"{target[2:]!r} of this Linear has adapters")
+            assert "shard an adapted model by torch.distributed.fsdp.fully_shard" in message

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import paramlora as pl
 from tests.support.helpers import EXACT, MLP, case_of, host_name
 from tests.support.reference import Host, floats
+from tests.support.versions import torch_before
 
 # torch warns of its own slow operations, and of attributes it sets while it traces an LSTM.
 pytestmark = [
@@ -23,9 +24,9 @@ pytestmark = [
 
 # Inside a module: torch 2.6 cannot export an LSTM by itself.
 LSTM = Host(lambda: nn.Sequential(nn.LSTM(5, 4)), lambda: (torch.randn(3, 2, 5),))
-# Nor can older versions strictly export a module by itself that is adapted and not a Linear: they
-# raise an error.
-INSIDE = not hasattr(torch._dynamo.config, "install_free_tensors")
+# Nor can versions before 2.11 strictly export a module by itself that is adapted and not a Linear:
+# they raise an error.
+INSIDE = torch_before("2.11")
 
 
 @pytest.fixture(autouse=True)

@@ -211,6 +211,14 @@ def test_attach_errors(row: Row) -> None:
     refuses(make(), call, error, message)
 
 
+def test_a_sharded_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that FSDP manages is refused by name."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    monkeypatch.setattr("paramlora.stack.storage.is_fsdp_managed", lambda m: m is model[1])
+    message = "cannot adapt '1.weight' with LoRA: it is sharded over processes; attach first[...]"
+    refuses(model, lambda m: pl.attach(m, LoRA(2)), pl.TargetError, message)
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_random_state_after_a_refused_attach(own: bool) -> None:
     """A call that fails after drawing numbers gives the generators their states back."""

@@ -334,6 +334,14 @@ def test_audit_of_a_model_without_adapters() -> None:
         pl.audit(mlp(), vectors())
 
 
+def test_audit_of_a_sharded_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused, as a part of each tensor is elsewhere."""
+    model, x = fresh()
+    monkeypatch.setattr("paramlora.stack.storage.is_fsdp_managed", lambda m: m is model[0])
+    with pytest.raises(pl.StateError, match=r"'0\.weight' is sharded over processes"):
+        pl.audit(model, x)
+
+
 def test_report_is_frozen() -> None:
     """The findings of a report cannot be replaced."""
     report: Any = pl.audit(*fresh())

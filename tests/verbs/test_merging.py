@@ -191,6 +191,16 @@ def test_merging_after_a_kind_that_returns_its_input(dtype: torch.dtype) -> None
     assert_bits(layer.weight.detach(), read)
 
 
+def test_a_merged_weight_shares_no_memory_with_the_base() -> None:
+    """A write to the merged weight leaves the base, if the kind returns the weight itself."""
+    layer = nn.Linear(4, 3)
+    pl.attach(layer, Unchanged(), "weight")
+    base = layer.weight.detach().clone()
+    pl.merge(layer)
+    layer.state_dict()["weight"].zero_()
+    assert_bits(pl.base_state_dict(layer)["weight"], base)
+
+
 def test_write_to_a_merged_weight() -> None:
     """Unmerging raises if it would lose a write to the merged weight; baking keeps the write."""
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))

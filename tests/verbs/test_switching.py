@@ -207,6 +207,17 @@ def test_merging_in_a_block() -> None:
     assert_near(model(x), both)
 
 
+def test_detaching_in_a_block() -> None:
+    """A block that sets the strength of an adapter can be left after the adapter is detached."""
+    model, _ = small()
+    with pl.using(model, "b", a=0.5):
+        pl.detach(model, "a")
+        pl.scale(model, 2.0, "b")
+    assert {(row.adapter, row.active, row.scale) for row in pl.summary(model).sites} == {
+        ("b", True, 2.0)
+    }
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_attaching_in_a_block(alone: bool) -> None:
     """A block does not restore the state of an adapter onto a new one of the same name."""

@@ -77,13 +77,16 @@ def html(run: RunDirectory, pictures: Sequence[Picture]) -> str:
 
 
 def scope(run: RunDirectory, explored: int) -> str:
-    """Return a sentence on the adapters that the explorer has, if the run has more."""
+    """Return a sentence on the adapters that the explorer has, if the run has more.
+
+    Runs of earlier versions have the first three.
+    """
     count = len(rows_of(run, "lora"))
     if explored >= count:
         return ""
     return (
-        f"The explorer has the first {explored} of {count} adapter seeds, at every strength and "
-        f"every set of layers; more would make the page large. The tables below have all {count}."
+        f"The explorer has the first {explored} of {count} adapter seeds. The tables below have "
+        f"all {count}. Run the command of the run again, and the explorer has them too."
     )
 
 

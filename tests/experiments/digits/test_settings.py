@@ -2,9 +2,12 @@
 
 import doctest
 import importlib
+import io
 import json
 import re
+import runpy
 import shlex
+import sys
 
 import pytest
 
@@ -102,6 +105,18 @@ def test_every_field_is_an_option(name):
     needed |= {"route": {"replay": 1}, "null_space_of": {"replay": 1}, "digits": {"validation": 1}}
     changes = {**needed.get(name, {}), **given}
     assert values(replace(DigitSettings(), **changes))[name] == value
+
+
+def test_help_in_an_encoding_without_greek_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe on Windows, which may lack the letter λ, gets a question mark in its place."""
+    pipe = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    monkeypatch.setattr(sys, "stdout", pipe)
+    monkeypatch.setattr(sys, "argv", ["experiments", "digits", "--help"])
+    monkeypatch.delitem(sys.modules, "experiments.__main__")  # runpy would warn of it
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("experiments", run_name="__main__")
+    pipe.seek(0)
+    assert "strength ? in W' = W + ?·" in pipe.read()
 
 
 def test_the_help_has_every_option(capsys, monkeypatch):

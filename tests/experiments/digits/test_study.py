@@ -324,14 +324,33 @@ def test_rows_that_come_together_are_written_or_refused_together(tmp_path):
 
 
 def test_the_explorer_shows_what_the_rows_say(finished):
-    """The explorer's counts are the base's at strength 0 and the adapter's at strength 1."""
+    """The explorer's counts are the base's at strength 0 and the adapter's at strength 1.
+
+    It has every seed with every set of layers.
+    """
     explored = json.loads((finished / "run" / "explore.json").read_text())
+    masks = {name: len(states) for name, states in explored["adapters"].items()}
+    assert masks == {"seed 0": 7, "seed 1": 7}
     zero, one = (explored["strengths"].index(strength) for strength in (0.0, 1.0))
     rows = {(row["stage"], row["method"], row["seed"]): row for row in rows_in(finished)}
     for seed in range(2):
         states = explored["adapters"][f"seed {seed}"]["7"]
         assert states[zero] == rows["base", "base", None]["confusion"]
         assert states[one] == rows["on", "lora", seed]["confusion"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_page_that_lacks_seeds_says_so_until_the_run_is_called_again(copied, finished):
+    """The page says how many seeds its explorer has; the run's command adds the others."""
+    path, page = copied / "run" / "explore.json", copied / "run" / "report.html"
+    explored = json.loads(path.read_text())
+    del explored["adapters"]["seed 1"]
+    path.write_text(json.dumps(explored))
+    assert main(["report", str(copied / "run")]) == 0
+    assert "The explorer has the first 1 of 2 adapter seeds." in page.read_text()
+    assert study(copied) == 0
+    assert path.read_bytes() == (finished / "run" / "explore.json").read_bytes()
+    assert "The explorer has the first" not in page.read_text()
 
 
 def test_a_report_is_made_from_rows_alone(finished, tmp_path, trainings, capsys):

@@ -52,6 +52,7 @@ def explored() -> dict[str, Any]:
         images=images,
         strengths=STRENGTHS,
         all_subsets=["one"],
+        pictured=["one"],
         mean=True,
     )
 
@@ -76,7 +77,10 @@ def test_every_state_is_that_of_the_model(explored):
 
 
 def test_images_have_their_own_predictions(explored):
-    """The sprite's images have their labels, and the model's predictions for each state."""
+    """The sprite's images have their labels, and the model's predictions for each state.
+
+    Only the adapters that are named have images; by default, all have.
+    """
     from PIL import Image
 
     model, loader, _ = made()
@@ -88,10 +92,12 @@ def test_images_have_their_own_predictions(explored):
     ]
     labels = torch.cat([y for _, y in loader])
     assert labels[rows].tolist() == pictures["labels"]
-    for name in ("one", "two"):
-        with pl.using(model, **{name: 2.0}):
-            predicted = predict(model, loader).predicted
-        assert predicted[rows].tolist() == pictures["answers"][name]["3"][3]
+    assert list(pictures["answers"]) == ["one"]
+    with pl.using(model, one=2.0):
+        predicted = predict(model, loader).predicted
+    assert predicted[rows].tolist() == pictures["answers"]["one"]["3"][3]
+    both = explore(model, loader, CLASSES, images=made()[2], strengths=[1.0])
+    assert list(both["images"]["answers"]) == ["one", "two"]
     for states in pictures["answers"].values():
         for predictions in states.values():
             assert all(len(row) == len(rows) for row in predictions)
@@ -302,6 +308,9 @@ def test_a_cell_shows_its_images(opened, explored):
         assert title == f"{names}: {matrix[label][answer]} images"
     opened.locator("#strength").fill("0")
     assert f"{explored['base'][2][0]} images" in opened.locator("#pictures p").first.text_content()
+    choose(opened, "two")
+    assert opened.locator("#pictures .grid").count() == 0
+    assert "it has those of one only" in opened.locator("#pictures p").last.text_content()
 
 
 def test_the_keyboard_reaches_everything_in_few_stops(opened):

@@ -1,6 +1,5 @@
 """The comparison of kinds: what is trained, how a rate is chosen, and the tables."""
 
-import doctest
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +43,6 @@ SMALL: dict[str, Any] = {
 @pytest.fixture(scope="module", autouse=True)
 def _bases(tmp_path_factory: pytest.TempPathFactory) -> None:
     SMALL["bases"] = str(tmp_path_factory.mktemp("bases"))
-
-
-def test_examples_in_docstrings_run() -> None:
-    """The examples in the docstrings pass."""
-    result = doctest.testmod(kinds_report)
-    assert result.attempted
-    assert not result.failed
 
 
 @pytest.mark.parametrize("kind", KINDS)

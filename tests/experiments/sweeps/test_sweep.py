@@ -366,7 +366,7 @@ def test_a_sweep_over_ranks_is_drawn_by_rank(tmp_path):
     ]
     assert line[5] == f"{mean(gained):.2f} ± {stdev(gained):.2f}"
     assert line[6] == "4"
-    text = (tmp_path / "run" / "sweep.md").read_text()
+    text = (tmp_path / "run" / "sweep.md").read_text(encoding="utf-8")
     assert "![Accuracy against rank" in text
     assert rank_table(run).markdown() in text
     figure = rank_figure([run, run])

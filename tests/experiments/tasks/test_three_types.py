@@ -72,9 +72,20 @@ def test_units_and_masks_of_the_scenarios(stream: str, scenario: str) -> None:
         batch = contexts.examples(contexts.test, k)
         first = 0 if scenario == "domain" else k * per
         assert set(batch.units.tolist()) == set(range(first, first + per))
-        masked = contexts.masked(torch.zeros(1, contexts.outputs), torch.tensor([k]))[0]
+        masked = contexts.masked(torch.zeros(1, contexts.outputs), torch.tensor([k]), 1)[0]
         active = range(k * per, (k + 1) * per) if scenario == "task" else range(contexts.outputs)
         assert masked.isfinite().nonzero().flatten().tolist() == list(active)
+
+
+def test_units_so_far() -> None:
+    """With --units so-far a class is one of the contexts so far, whatever the example's context."""
+    data = load_data("digits")
+    contexts = Contexts(settings_of(units="so-far"), "class", 0, (data.train, data.test))
+    logits, owners = torch.zeros(3, contexts.outputs), torch.arange(3)
+    for current in range(3):
+        finite = contexts.masked(logits, owners, current).isfinite()
+        assert torch.equal(finite.sum(1), torch.full((3,), 2 * (current + 1)))
+        assert bool(finite[:, : 2 * (current + 1)].all())
 
 
 def test_contexts_have_the_images_of_their_classes() -> None:
@@ -113,7 +124,7 @@ def cross_entropy(method: Method, z: Tensor, units: Tensor, owners: Tensor) -> T
 @pytest.mark.parametrize("name", ["none", "ewc", "si", "lwf", "er"])
 def test_losses_are_those_of_the_authors(name: str, scenario: str) -> None:
     """In the third context each method's loss is cross-entropy and its term, with its weight."""
-    method = method_of(name, scenario, replay=3)
+    method = method_of(name, scenario, replay=3, lwf_weight=4.0)
     parameters, before = list(method.model.parameters()), []
     if isinstance(method, SI):
         method.start([torch.full_like(p, 0.3) for p in parameters])
@@ -149,7 +160,7 @@ def test_losses_are_those_of_the_authors(name: str, scenario: str) -> None:
         groups = {"task": [[0, 1], [2, 3]], "domain": [[0, 1]] * 2, "class": [list(range(6))]}
         for group in groups[scenario]:
             p, log_q = (teacher[:, group] / 2).softmax(1), (z[:, group] / 2).log_softmax(1)
-            expected = expected - (p * log_q).sum() / len(z)
+            expected = expected - 4 * (p * log_q).sum() / len(z)
     loss = method.objective(2)
     if name == "er":
         memory = method.memory  # type: ignore[attr-defined]

@@ -78,7 +78,8 @@ def test_official_imdb_archive_and_folder(tmp_path: Path) -> None:
             folder = unpacked / "aclImdb" / split / name
             folder.mkdir(parents=True)
             for i in range(6):
-                (folder / f"{i}_7.txt").write_text(f"{split} {name} number {i}, naïve")
+                path, text = folder / f"{i}_7.txt", f"{split} {name} number {i}, naïve"
+                path.write_text(text, encoding="utf-8")
     with tarfile.open(archive / "aclImdb_v1.tar.gz", "w:gz") as file:
         file.add(unpacked / "aclImdb", "aclImdb")
     for folder in (unpacked, archive):
@@ -115,7 +116,7 @@ def test_csv_with_other_columns(tmp_path: Path) -> None:
     """A CSV file with a head is read by the names of its columns, line breaks in texts kept."""
     path = tmp_path / "mine.csv"
     rows = [f'"line one\nline two, {i}",{"abc"[i % 3]}' for i in range(30)]
-    path.write_text("\n".join(["review,verdict", *rows, ""]))
+    path.write_bytes("\n".join(["review,verdict", *rows, ""]).encode())
     named = {"text_column": "review", "label_column": "verdict"}
     corpus = load_corpus(settings(tmp_path, str(path), test=0.2, validation=0.25, **named))
     assert corpus.labels == ("a", "b", "c")

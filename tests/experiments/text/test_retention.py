@@ -206,6 +206,7 @@ def test_the_cells_of_a_front_differ_as_their_names_say() -> None:
     assert len({cell.name for cell in found}) == len(found) == 2 * (5 + 3 * 5 + 3 * 4 + 2 + 2)
     for cell in found:
         made = cell.settings(replace(base, retention="spam"), Path("runs"))
+        assert cell.rank is not None
         assert (made.adapter.rank, made.adapter.alpha) == (cell.rank, 2 * cell.rank)
         assert (made.seed_from, made.seeds) == (cell.seed, 1)
         assert (made.finetuning.lr, made.finetuning.full_lr) == (cell.rate, cell.rate)
