@@ -9,11 +9,12 @@ from ..layers.install import PlannedSite, check_name
 from ..site.names import check_unmerged
 from ..site.survey import Survey
 from ..stack.factors import Factors
+from ..stack.storage import check_real
 from ..verbs.add import Activate, add, check_activate, switch
 from ..verbs.summary import Summary, report
 from .safetensors_file import FilePath
 from .slot import slot_values
-from .state import factors_of, write
+from .state import write
 
 
 def attach_or_refresh(
@@ -37,6 +38,8 @@ def attach_or_refresh(
         finite: whether to refuse values that are not finite, instead of a warning.
         into: the attached adapter to copy the updates into (see slot.py), instead of `name`.
     """
+    for plan in planned:
+        check_real(plan.place.path, plan.place.stored)
     _check_finite(planned, path, finite)
     name = name if into is None else into
     if into is None and name not in survey.names:
@@ -69,12 +72,12 @@ def _copy(
     survey: Survey, planned: list[PlannedSite], name: str, path: FilePath, slot: bool
 ) -> None:
     """Copy values into a slot; or values and specs, if sites, kinds and shapes are the same."""
-    here = survey.sites_of(name)
-    check_unmerged([site.stack for site in here], [name], "load")
-    attached = factors_of(here, name)
+    parts = survey.parts([name])
+    check_unmerged([part.site.stack for part in parts], [name], "load")
+    attached = {part.path: part.factors for part in parts}
     new = {plan.place.path: plan.factors for plan in planned}
     if slot:
-        write(survey.model, here, name, slot_values(attached, new, name, path))
+        write(survey.model, parts, slot_values(attached, new, name, path))
         return
     if _signatures(new) != _signatures(attached):
         raise AdapterNameError(
@@ -82,12 +85,11 @@ def _copy(
             f"those in {path} ({', '.join(new)}); pass another name=, or detach it first"
         )
     values = {f"{site}.{key}": t for site, f in new.items() for key, t in f.tensors.items()}
-    write(survey.model, here, name, values)
-    for site, factors in attached.items():
-        factors.spec = new[site].spec
-        factors.set_strength(new[site].strength)
-    for held in here:
-        held.stack.set(held.stack.active, held.stack.merged)
+    write(survey.model, parts, values)
+    for where, _, site, factors in parts:
+        factors.spec = new[where].spec
+        factors.set_strength(new[where].strength)
+        site.stack.set(site.stack.active, site.stack.merged)
 
 
 def _signatures(by_path: dict[str, Factors]) -> dict[str, object]:

@@ -18,10 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..site.find import Site
 from ..site.names import check_unmerged
-from ..site.survey import Survey
-from ..stack.factors import Factors
+from ..site.survey import Part, Survey
 from ..stack.storage import check_real, check_settled, fill, settle
 from .compare import compare
 
@@ -48,8 +46,8 @@ def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     {'0.weight.A': (2, 4), '0.weight.B': (3, 2)}
     """
     settle(model)
-    name, here = Survey(model).one(name)
-    return tensors_of(here, name)
+    survey = Survey(model)
+    return tensors_of(survey.parts([survey.one(name)]))
 
 
 @torch.no_grad()
@@ -77,28 +75,25 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str | N
     >>> pl.state_dict(model)["0.weight.A"].sum()
     tensor(8.)
     """
-    name, here = Survey(model).one(name)
-    check_unmerged([site.stack for site in here], [name], "load")
+    survey = Survey(model)
+    name = survey.one(name)
+    parts = survey.parts([name])
+    check_unmerged([part.site.stack for part in parts], [name], "load")
     settle(model)
-    compare(state, tensors_of(here, name), f"the state for adapter {name!r}")
-    write(model, here, name, state)
+    compare(state, tensors_of(parts), f"the state for adapter {name!r}")
+    write(model, parts, state)
 
 
-def factors_of(here: Iterable[Site], name: str) -> dict[str, Factors]:
-    """Return an adapter's factors by the path of the site or block; see Note [keys of factors]."""
-    return {path: factors for site in here for path, factors in site.parts(name).items()}
-
-
-def tensors_of(here: Iterable[Site], name: str) -> dict[str, Tensor]:
-    """Return an adapter's tensors, detached, by `<site>.<factor>`."""
+def tensors_of(parts: Iterable[Part]) -> dict[str, Tensor]:
+    """Return an adapter's tensors, detached, by `<site>.<factor>`; see Note [keys of factors]."""
     return {
-        f"{path}.{key}": tensor.detach()
-        for path, factors in factors_of(here, name).items()
-        for key, tensor in factors.tensors.items()
+        f"{part.path}.{key}": tensor.detach()
+        for part in parts
+        for key, tensor in part.factors.tensors.items()
     }
 
 
-def write(model: nn.Module, here: Sequence[Site], name: str, values: Mapping[str, Tensor]) -> None:
+def write(model: nn.Module, parts: Sequence[Part], values: Mapping[str, Tensor]) -> None:
     """Copy values into an adapter's tensors, by `<site>.<factor>`.
 
     Raises:
@@ -106,11 +101,10 @@ def write(model: nn.Module, here: Sequence[Site], name: str, values: Mapping[str
             is on the meta device.
     """
     settle(model)
-    for site in here:
-        for path, factors in site.parts(name).items():
-            # Only parameters: constants are buffers, which FSDP does not shard.
-            for key, parameter in factors.named_parameters():
-                check_settled(site.module, parameter, path)
-                check_real(f"{path}.{key}", parameter)
-    for key, tensor in tensors_of(here, name).items():
+    for path, _, site, factors in parts:
+        # Only parameters: constants are buffers, which FSDP does not shard.
+        for key, parameter in factors.named_parameters():
+            check_settled(site.module, parameter, path)
+            check_real(f"{path}.{key}", parameter)
+    for key, tensor in tensors_of(parts).items():
         fill(tensor, values[key])

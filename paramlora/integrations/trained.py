@@ -18,7 +18,7 @@ def only_trained(model: nn.Module, name: str | None) -> str:
     if name is None and len(survey.names) > 1:
         several = ", ".join(map(repr, survey.names))
         raise AdapterNameError(f"there are several adapters: {several}; say which, by adapter=")
-    name, _ = survey.one(name)
+    name = survey.one(name)
     kept = {id(p) for part in survey.parts([name]) for p in part.factors.parameters()}
     lost = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
     if lost:

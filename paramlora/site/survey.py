@@ -153,8 +153,8 @@ class Survey:
         check_names(self.stacks, [name])
         return [site for site in self.first_sites if name in site.stack.named]
 
-    def one(self, name: str | None) -> tuple[str, list[Site]]:
-        """Return the name of an adapter, and its sites; for None those of the only adapter.
+    def one(self, name: str | None) -> str:
+        """Return the name of an adapter, for None that of the only adapter.
 
         Raises:
             AdapterNameError: there is no adapter of that name; or it is None, and there are several
@@ -166,7 +166,8 @@ class Survey:
             listed = ", ".join(map(repr, self.names))
             raise AdapterNameError(f"there are several adapters: {listed}; say which one, by name=")
         name = self.names[0] if name is None else name
-        return name, self.sites_of(name)
+        check_names(self.stacks, [name])
+        return name
 
 
 def _each_once(parameters: Iterable[nn.Parameter | None]) -> list[nn.Parameter]:
