@@ -10,7 +10,7 @@ from ..errors import AdapterNameError
 from ..stack.factors import Factors
 from ..stack.stack import Stack
 from ..wrappers import named_modules
-from .find import Site, parametrization_lists, sites_in, walk
+from .find import Site, dotted, parametrization_lists, sites_in, walk
 from .names import check_names, ordered_names
 from .place import Place, places_in
 
@@ -69,6 +69,10 @@ class Survey:
             if id(module) in found:  # which a stack is not
                 found[id(module)].append(path)
         return found
+
+    def paths_of(self, place: Place) -> list[str]:
+        """Return every path of a tensor; several if its module is shared."""
+        return [dotted(path, place.tensor) for path in self.paths[id(place.module)]]
 
     @cached_property
     def places(self) -> list[Place]:
