@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..files.compare import compare
 from ..files.plan import check_dtypes, check_site, plan_site
+from ..files.state import compare
 from ..kinds.hira import HiRA
 from ..kinds.miss import MiSS
 from ..kinds.oft import OFT

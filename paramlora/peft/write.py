@@ -53,7 +53,8 @@ def folder_content(model: nn.Module, name: str | None) -> Content:
         TargetError: PEFT cannot express the adapter; the message names the tensor.
     """
     seen = PeftView(Survey(model))
-    name, here = seen.survey.one(name)
+    name = seen.survey.one(name)
+    here = seen.survey.sites_of(name)
     check_whole(here)
     _check_sites(here, name, seen)
     layers = {part.site: part for parts in seen.parts.values() for part in parts}

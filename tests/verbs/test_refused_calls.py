@@ -364,7 +364,7 @@ WHILE_MERGED: dict[str, list[Row]] = {
     ],
     "merge": [(while_merged("merge"), lambda m, _: pl.merge(m, "b"))],
     "merged": [
-        ("adapter 'b' is merged already", lambda m, _: enter(pl.merged(m, "a"))),
+        ("cannot merge adapter 'b' while it is merged", lambda m, _: enter(pl.merged(m, "a"))),
     ],
     "routed": [
         (
