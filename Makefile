@@ -20,7 +20,7 @@ help:
 	@echo "make study   run the digit study; set options with ARGS=\"...\", see ARGS=--help"
 	@echo "make test    run the tests and the README; pass options to pytest with ARGS"
 	@echo "make fuzz    compare 10,000 random sequences of verbs with a dense reference; options: ARGS"
-	@echo "make lint    check style, format and types"
+	@echo "make lint    check style, format, types and spelling"
 	@echo "make docs    build the site and serve it; pass options to mkdocs serve with ARGS"
 	@echo "make site    build the site in build/site, with warnings as errors"
 	@echo "make clean   remove the environment and build outputs; keep runs and data"
@@ -44,6 +44,7 @@ lint: $(VENV)/ready-dev
 	$(PY) -m ruff format --check $(CODE)
 	$(PY) -m mypy $(filter-out notebooks docs/hooks.py,$(CODE))
 	$(PY) -m pyright --pythonpath $(PY)
+	$(PY) -m codespell_lib $(CODE) docs *.md
 
 docs: $(VENV)/ready-docs
 	$(PY) -m mkdocs serve --no-strict $(ARGS)

@@ -16,6 +16,8 @@ True
 True
 """
 
+from typing import TYPE_CHECKING, NoReturn
+
 from . import kinds
 from .errors import AdapterNameError, CheckpointError, ParamloraError, StateError, TargetError
 from .files.base import base_state_dict, fingerprint, load_base_state_dict
@@ -23,6 +25,7 @@ from .files.checkpoint import load, save
 from .files.merged import merged_state_dict
 from .files.state import load_state_dict, state_dict
 from .kinds import IA3, OFT, Delta, DoRA, HiRA, LoHa, LoKr, LoRA, LoRAXS, MiSS
+from .kinds.arguments import our_name as _our_name
 from .layers.statistics import hold_statistics
 from .methods.combine import combine
 from .methods.eva import eva
@@ -102,3 +105,9 @@ __all__ = [
     "unmerge",
     "using",
 ]
+
+if not TYPE_CHECKING:  # with it, type checkers would accept every name
+
+    def __getattr__(name: str) -> NoReturn:
+        ours = _our_name(name, __all__)
+        raise AttributeError(f"module 'paramlora' has no attribute {name!r}{ours}", name=name)

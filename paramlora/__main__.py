@@ -27,6 +27,7 @@ EXAMPLES = """examples:
   paramlora summary digits.safetensors
   paramlora convert digits.safetensors folder-for-peft --model gpt2
   paramlora convert folder-of-peft digits.safetensors --name digits"""
+EXIT_CODES = "exit with 0 if there are none, 1 if there are any, 2 if the file is damaged"
 # How each format is written.
 FORMATS: dict[str, Any] = {"paramlora": save, "peft": save_peft, "diffusers": save_diffusers}
 
@@ -53,10 +54,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.set_defaults(command=info)
+    top.add_argument("--version", action="version", version=f"paramlora {__version__}")
     commands = top.add_subparsers(metavar="COMMAND")
     for command, name, what in (
         (show, "summary", "print the sites of an adapter"),
-        (check, "audit", "find damage, values that are not finite, and zero low-rank updates"),
+        (check, "audit", "find zero updates and values that are not finite; " + EXIT_CODES),
         (convert, "convert", "write an adapter in the other format"),
     ):
         one = commands.add_parser(name, help=what, description=what)
@@ -119,6 +121,8 @@ def convert(
 ) -> int:
     """Write the adapter of a file in another format."""
     to = to or ("paramlora" if source or path.is_dir() else "peft")
+    if to == "peft" and out.suffix == ".safetensors":
+        raise ValueError(f"PEFT's format is a folder, and {out} is the name of a file; see --to")
     if to != "paramlora" and not model:
         # A Linear, transformers' Conv1D and an Embedding all have a matrix, and need other files.
         raise ValueError(f"writing the format of {to} needs the types of the layers: pass --model")

@@ -10,13 +10,13 @@ on the module inside, and paths and files have its names.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .errors import StateError
+from .errors import StateError, some
 from .private_torch import WRAPPED
 
 
@@ -78,6 +78,16 @@ def check_not_synchronized(model: nn.Module) -> None:
                 "adapter to the model inside (ddp.module) first, and wrap it then"
             )
         model = wrapped
+
+
+def check_not_peft(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise a StateError if layers of a model are PEFT's, because ours would adapt its factors."""
+    theirs = [path for path, one in modules if type(one).__module__.startswith("peft.tuners.")]
+    if theirs:
+        raise StateError(
+            f"the model has adapters of PEFT, at {some(theirs)}; call this on the plain base: load "
+            "it anew and load_peft the adapter, or take what merge_and_unload() of PEFT returns"
+        )
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:

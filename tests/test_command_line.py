@@ -54,6 +54,13 @@ def test_what_is_installed(capsys: Captured) -> None:
     assert "device" in lines
 
 
+def test_the_version(capsys: Captured) -> None:
+    """`--version` prints the version alone."""
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"paramlora {pl.__version__}\n"
+
+
 def test_the_console_script() -> None:
     """`paramlora` is the same command."""
     found = configparser.ConfigParser()
@@ -182,6 +189,10 @@ def test_with_a_base(tmp_path: Path, capsys: Captured) -> None:
         ),
         (["convert", "{artefacts}/1/LoRA.safetensors", "out", "--to", "diffusers"], "pass --model"),
         (
+            ["convert", "{artefacts}/1/LoRA.safetensors", "out.safetensors", "--model", "gpt2"],
+            "PEFT's format is a folder, and out.safetensors is the name of a file",
+        ),
+        (
             ["convert", "{artefacts}/1/LoRA.safetensors", "out", "--from", "diffusers"],
             "has no key that begins with 'unet.': load it in Python, by load_diffusers",
         ),
@@ -192,3 +203,4 @@ def test_what_cannot_be_done_is_said(words: list[str], said: str, capsys: Captur
     assert main([word.format(artefacts=ARTEFACTS) for word in words]) == 2
     assert said in capsys.readouterr().err
     assert not Path("out").exists()
+    assert not Path("out.safetensors").exists()

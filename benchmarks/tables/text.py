@@ -1,7 +1,14 @@
 """The tables of the text study."""
 
-from experiments.report.table import Table
-from experiments.text.front_report import chosen_table, difference_table, front_table
+from experiments.analysis.intruders import predictors
+from experiments.report.table import Sample, Table
+from experiments.text import kinds_report
+from experiments.text.front_report import (
+    chosen_table,
+    difference_table,
+    front_table,
+    spectra_table,
+)
 from experiments.text.report import percent2, tuned_rows
 
 from .registry import aligned, csv_rows, kept_run, table, with_minus
@@ -70,6 +77,55 @@ def mpnet_methods() -> Table:
         lines.append([row["method"], *numbers, *shares, gigabytes, "1"])
     head = ["method", "trained parameters", "share", "held out, %", "test, %", "peak GB", "n"]
     return Table(head, lines)
+
+
+@table("text-kinds")
+def kinds() -> Table:
+    """Return what each kind of adapter learned and kept at its chosen rate."""
+    return kinds_report.chosen_table(kept_run("text-kinds"))
+
+
+@table("text-kinds-differences")
+def kinds_differences() -> Table:
+    """Return each kind's differences from LoRA, paired by seed."""
+    return with_minus(kinds_report.difference_table(kept_run("text-kinds")))
+
+
+@table("text-kinds-rates")
+def kinds_rates() -> Table:
+    """Return the selection of the rates on the validation texts."""
+    return kinds_report.rate_table(kept_run("text-kinds"))
+
+
+@table("text-kinds-intruders")
+def kinds_intruders() -> Table:
+    """Return the intruder dimensions, the size of the update and what is kept, by kind."""
+    chosen = predictors((0.5, 0.7))
+    names = [name for name in chosen if not name.startswith("right")]
+    lines = []
+    for kind, by_seed in kinds_report.measured(kept_run("text-kinds")).items():
+        rows = list(by_seed.values())
+        cells = [
+            Sample(tuple(float(chosen[name](row)) for row in rows)).mean_sd(digits)
+            for name, digits in zip(names, (3, 1, 1), strict=True)
+        ]
+        kept = Sample(tuple(row["kept_agreement"] for row in rows)).mean_sd(3)
+        lines.append([kind, *cells, kept, str(len(rows))])
+    return Table(["kind", *names, "agreement", "n"], lines)
+
+
+@table("text-intruders")
+def intruders() -> Table:
+    """Return the rank correlations with the agreement, over both arms and over each."""
+    run = kept_run("text-intruders")
+    arms = {"both": ("full", "lora"), "LoRA r 8": ("lora",), "full": ("full",)}
+    found = [spectra_table(run, prefixes) for prefixes in arms.values()]
+    place = found[0].head.index("agreement")
+    lines = [
+        [rows[0][0], *(row[place] for row in rows)]
+        for rows in zip(*(one.rows for one in found), strict=True)
+    ]
+    return with_minus(Table(["predictor", *arms], lines))
 
 
 @table("text-pooling")

@@ -1,4 +1,4 @@
-"""Loggers of figures during training: in memory, as a CSV file, or for TensorBoard.
+"""Loggers of figures during training, in memory or for TensorBoard, and rows as CSV.
 
 A logger belongs to one training. Call it with the step and the figures' values by name.
 """
@@ -38,25 +38,6 @@ class Curve:
         self.steps.append(step)
         for name, value in values.items():
             self.values.setdefault(name, []).append(float(value))
-
-
-class CsvLog:
-    """A logger that writes a new CSV file with one line per call.
-
-    The columns are `step` and the figures of the first call.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.names: tuple[str, ...] = ()
-
-    def __call__(self, step: int, values: Mapping[str, float]) -> None:
-        if not self.names:
-            self.names = tuple(values)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(_line(["step", *self.names]), encoding="utf-8")
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(_line([step, *(values[name] for name in self.names)]))
 
 
 class TensorBoardLog(AbstractContextManager):

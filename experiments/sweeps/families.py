@@ -21,7 +21,6 @@ USUAL: Mapping[str, float] = {"LoRA": 1e-3, FULL: 1e-4}
 BOTH = tuple(ARMS)
 EIGHT = (0.03, 0.1, 0.2, 0.3, 0.6, 1.0, 3.0, 10.0)  # learning rates to choose from / the usual one
 FOUR = (0.1, 0.3, 1.0, 3.0)  # the same for a remedy with an option
-CANDIDATES = len(EIGHT)
 NO_REMEDY, MASKED = "no remedy", "masked cross-entropy"
 
 

@@ -44,13 +44,10 @@ STUDY = "sweeps"  # the study's name in environment.json
 Training = tuple[StudyContext, int]  # a context and an adapter seed
 
 
-def run_cell(cell: Cell) -> list[Row]:
-    """Train and evaluate a cell's adapters; return the base's row and one per seed and strength."""
-    return run_job([cell])[0]
-
-
 def run_job(cells: Sequence[Cell]) -> list[list[Row]]:
     """Train and evaluate the adapters of a job's cells; return the rows of each cell.
+
+    These are the base's row and one per seed and strength.
 
     The cells contain everything that a job needs, so it can run in any process on any machine that
     has the code and the data.

@@ -119,13 +119,13 @@ def chosen_table(run: RunDirectory) -> Table:
     return Table(head, lines)
 
 
-def spectra_table(run: RunDirectory) -> Table:
+def spectra_table(run: RunDirectory, arms: tuple[str, ...] = ("full", "lora")) -> Table:
     """Return how well intruder dimensions and the size of the update predict what is kept.
 
-    Spearman's rank correlation over all trainings of a seed with LoRA or with all weights; mean and
-    95 % interval over seeds. The rows have `sizes` if the run was made with --spectra.
+    Spearman's rank correlation over all trainings of a seed whose arm begins with one of `arms`;
+    mean and 95 % interval over seeds. The rows have `sizes` if the run was made with --spectra.
     """
-    rows = [row for row in run.rows if "sizes" in row and not row["method"].startswith("joint")]
+    rows = [row for row in run.rows if "sizes" in row and row["method"].startswith(arms)]
     lines = []
     for name, value in predictors((0.5, 0.7)).items():
         cells = []

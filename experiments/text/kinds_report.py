@@ -9,13 +9,16 @@ from pathlib import Path
 from scipy.stats import ttest_1samp
 
 from ..harness.rundir import Row, RunDirectory, replace_file
+from ..report.figures import Figure, plt, png
+from ..report.style import COLOUR
 from ..report.table import Sample, Table, holm, key_value_table
 from .front_report import KEPT, by_rate
-from .kinds import ARMS, SELECTION, TEST, best_rate, rows_of
+from .kinds import ARMS, FULL, SELECTION, TEST, best_rate, rows_of
 
 REFERENCE = "lora"
 # As KEPT: by name in the rows, the name in tables, its factor, and the digits shown.
 MEASURES = {"accuracy": ("test, %", 100, 2), **KEPT}
+DRAWN = ("accuracy", "kept_agreement")
 _VALIDATED = {"validation_accuracy": ("validation, %", 100, 2), **MEASURES}
 
 
@@ -109,9 +112,25 @@ def beyond_noise(run: RunDirectory) -> str:
     return "\n".join(said)
 
 
+def kinds_figure(run: RunDirectory) -> Figure:
+    """Draw what each kind kept against what it learned, at its chosen rate; bars are sds."""
+    figure, axis = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
+    for number, (kind, by_seed) in enumerate(measured(run).items()):
+        x, y = (_sample(list(by_seed.values()), key, MEASURES[key][1]) for key in DRAWN)
+        colour = COLOUR[{REFERENCE: "on", FULL: "full"}.get(kind, "off")]
+        marker = {REFERENCE: "s", FULL: "D"}.get(kind, "o")
+        axis.errorbar(x.mean, y.mean, y.sd, x.sd, marker=marker, color=colour, capsize=2)
+        offset = (5, -12 if number % 2 else 5)  # neighbours' names on both sides of their bars
+        axis.annotate(kind, (x.mean, y.mean), offset, textcoords="offset points", fontsize=9)
+    axis.set(xlabel="accuracy on the task, test texts, %", ylabel="kept: agreement")
+    axis.set_title(f"each kind at its chosen rate; mean ± sd of {run.settings['seeds']} seeds")
+    return figure
+
+
 def write_kinds(folder: Path) -> RunDirectory:
-    """Write kinds.md of the run in `folder` from its rows; return the run."""
+    """Write kinds.md of the run in `folder` from its rows, and kinds.png; return the run."""
     run = RunDirectory.read(folder)
+    replace_file(folder / "kinds.png", png(kinds_figure(run)))
     env, settings = run.environment, run.settings
     parts = [
         "# Kinds of adapters on texts",
@@ -124,6 +143,7 @@ def write_kinds(folder: Path) -> RunDirectory:
         f"Less {REFERENCE}, paired by seed, with 95 % intervals. A star: p < 0.05 by the paired "
         "t-test, corrected by Holm's method over the kinds of a column.",
         difference_table(run).markdown(),
+        "![What is kept against what is learned](kinds.png)",
         "## Differences beyond the noise",
         beyond_noise(run),
         "## The learning rate",

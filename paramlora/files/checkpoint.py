@@ -16,7 +16,7 @@ from ..site.survey import Survey
 from ..stack.storage import settle, writes_files
 from ..verbs.add import Activate
 from ..verbs.summary import Summary
-from ..wrappers import check_model
+from ..wrappers import check_model, check_not_peft
 from .base import check_base as check_same_base
 from .base import checksums
 from .metadata import ENTRY, describe, digest_of, read
@@ -140,6 +140,7 @@ def load(
     name = content["name"] if name is None else name
     survey = Survey(model)
     refresh = into is not None or name in survey.names
+    check_not_peft(survey.modules)
     planned = plan_sites(survey.places, tensors, content["sites"], path, refresh=refresh)
     check_tied(survey, [plan.place for plan in planned])
     # The digest is checked last, because the checks above can name the key or site that differs. It

@@ -62,7 +62,7 @@ def read(path: FilePath) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if ENTRY not in metadata:
         raise CheckpointError(
             f"{path} was not written by paramlora.save: its metadata has no {ENTRY!r}, only "
-            f"{sorted(metadata)}"
+            f"{sorted(metadata)}; load_peft reads PEFT's folders, load_diffusers files of diffusers"
         )
     return tensors, _parse(metadata[ENTRY], path)
 

@@ -98,7 +98,9 @@ def read_tensors(path: FilePath) -> tuple[dict[str, Tensor], dict[str, str]]:
         CheckpointError: the file is damaged or has another format.
     """
     if os.path.isdir(path):
-        raise CheckpointError(f"{path} is a folder; name the .safetensors file in it")
+        raise CheckpointError(
+            f"{path} is a folder; name the .safetensors file in it, or use load_peft for PEFT's"
+        )
     # safetensors reports a file that may not be read as missing.
     open(path, "rb").close()
     try:

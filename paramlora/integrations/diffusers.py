@@ -115,6 +115,7 @@ def load_diffusers(
     path: str | os.PathLike[str],
     *,
     name: str = "default",
+    into: str | None = None,
     component: str | None = None,
     pipeline: Any = None,
     activate: Activate | None = None,
@@ -127,7 +128,7 @@ def load_diffusers(
     Args:
         model: the model, without another library's adapters.
         path: the `.safetensors` file, or a folder with `pytorch_lora_weights.safetensors`.
-        name, activate, finite: as in `load_peft`.
+        name, into, activate, finite: as in `load_peft`.
         component: the name of the model in the pipeline; by default its class gives it.
         pipeline: a pipeline class of diffusers, whose `lora_state_dict` first converts the keys.
             Files of SDXL, SD 3 and Flux with the original names of the modules need it.
@@ -153,7 +154,7 @@ def load_diffusers(
     settings = _part(parse_config(metadata.get(_ENTRY, "{}"), path), component)
     content, state = _read(_part(tensors, component), settings, model, path)
     planned = plan_content(survey, content, state, path, path)
-    return attach_or_refresh(survey, planned, name, path, activate, finite)
+    return attach_or_refresh(survey, planned, name, path, activate, finite, into)
 
 
 def _file(path: str | os.PathLike[str]) -> Path:

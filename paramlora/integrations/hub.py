@@ -12,8 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCardData, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import HfApi, ModelCardData, snapshot_download
 from torch import nn
 
 from ..errors import CheckpointError, TargetError
@@ -23,8 +22,9 @@ from ..peft.folder import load_peft, save_peft
 from ..site.survey import Survey
 from ..verbs.summary import Summary, summary
 from ..wrappers import inner
+from .trained import FILE
 
-FILE, CARD = "adapter.safetensors", "README.md"
+CARD = "README.md"
 
 
 def push_to_hub(
@@ -78,7 +78,7 @@ def from_hub(
     Args:
         model: the base that the adapter is for.
         repo_id: the repository, or a local folder with the same files.
-        revision, token: as for `hf_hub_download`.
+        revision, token: as for `snapshot_download`.
         **options: as for `load` or `load_peft`, such as `name` and `activate`. Without a name,
             paramlora's file has its own, and the adapter of PEFT's folder is "default".
 
@@ -88,14 +88,10 @@ def from_hub(
     Raises:
         CheckpointError: the repository has neither; or as `load` and `load_peft`.
     """
-    if os.path.isdir(repo_id):
-        folder = Path(repo_id)
-    else:
+    folder = Path(repo_id)
+    if not folder.is_dir():
         where: dict[str, Any] = {"revision": revision, "token": token}
-        try:
-            return load(model, hf_hub_download(repo_id, FILE, **where), **options)
-        except EntryNotFoundError:
-            folder = Path(snapshot_download(repo_id, allow_patterns=[CONFIG, TENSORS], **where))
+        folder = Path(snapshot_download(repo_id, allow_patterns=[FILE, CONFIG, TENSORS], **where))
     if (folder / FILE).exists():
         return load(model, folder / FILE, **options)
     if not (folder / CONFIG).exists():

@@ -1,9 +1,11 @@
-"""The check that checkpoints of one adapter contain everything that is trained."""
+"""Shared by integrations: the name of an adapter's file, and the check that it has all."""
 
 from torch import nn
 
-from ..errors import AdapterNameError, StateError, some
+from ..errors import StateError, some
 from ..site.survey import Survey
+
+FILE = "adapter.safetensors"  # in a checkpoint of transformers, and in a repository of the Hub
 
 
 def only_trained(model: nn.Module, name: str | None) -> str:
@@ -15,10 +17,7 @@ def only_trained(model: nn.Module, name: str | None) -> str:
         StateError: a parameter that does not belong to the adapter requires a gradient.
     """
     survey = Survey(model)
-    if name is None and len(survey.names) > 1:
-        several = ", ".join(map(repr, survey.names))
-        raise AdapterNameError(f"there are several adapters: {several}; say which, by adapter=")
-    name = survey.one(name)
+    name = survey.one(name, "adapter")
     kept = {id(p) for part in survey.parts([name]) for p in part.factors.parameters()}
     lost = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
     if lost:

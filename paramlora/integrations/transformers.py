@@ -5,10 +5,9 @@ from typing import Any
 
 import transformers
 
+from ..errors import AdapterNameError, CheckpointError
 from ..files.checkpoint import load, save
-from .trained import only_trained
-
-FILE = "adapter.safetensors"
+from .trained import FILE, only_trained
 
 
 class AdapterTrainer(transformers.Trainer):
@@ -31,6 +30,8 @@ class AdapterTrainer(transformers.Trainer):
         NotImplementedError: FSDP or DeepSpeed is on, which save the model by themselves.
         StateError: in training, parameters that do not belong to the adapter require a gradient.
             The checkpoints would lack them.
+        FileNotFoundError, CheckpointError: a checkpoint to resume from has no adapter, or one with
+            other sites, kinds or ranks.
     """
 
     def __init__(self, *args: Any, adapter: str | None = None, **kwargs: Any) -> None:
@@ -57,8 +58,16 @@ class AdapterTrainer(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.model if model is None else model
-        name = only_trained(model, self.adapter)
-        load(model, Path(resume_from_checkpoint, FILE), name=name)
+        name, path = only_trained(model, self.adapter), Path(resume_from_checkpoint, FILE)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; AdapterTrainer wrote none there")
+        try:
+            load(model, path, name=name)
+        except AdapterNameError as error:
+            raise CheckpointError(
+                f"{path} has other sites, kinds or ranks than adapter {name!r}: attach it with the "
+                "spec and targets of that checkpoint, which `paramlora summary` prints"
+            ) from error
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -1,4 +1,4 @@
-"""Errors for arguments that other libraries have under other names, or that there are none of."""
+"""Errors for names of other libraries, whose arguments and functions have other names here."""
 
 import inspect
 from collections.abc import Collection, Iterable
@@ -34,6 +34,27 @@ _OTHERWISE = {
     "task_type": "models keep their class; leave it out",
     "inference_mode": "freeze(model) stops training; leave it out",
 }
+# The names of functions and classes of PEFT and minLoRA, by ours.
+_FUNCTIONS = {
+    "attach": "get_peft_model PeftModel add_adapter add_lora",
+    "detach": "delete_adapter unload remove_lora",
+    "activate": "set_adapter select_lora",
+    "disabled": "disable_adapter",
+    "merge": "merge_adapter merge_lora",
+    "unmerge": "unmerge_adapter",
+    "bake": "merge_and_unload",
+    "combine": "add_weighted_adapter",
+    "load_peft": "load_adapter from_pretrained hotswap_adapter",
+    "save_peft": "save_pretrained",
+    "summary": "print_trainable_parameters get_layer_status",
+    "LoRA": "LoraConfig",
+}
+
+
+def our_name(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message that names our function for another library's, or the nearest."""
+    ours = next((ours for ours, theirs in _FUNCTIONS.items() if name in theirs.split()), None)
+    return nearest(name, known) if ours is None else f"; its name here is {ours}"
 
 
 def check_fields(cls: type, given: Collection[str]) -> None:

@@ -14,7 +14,7 @@ from ..site.survey import Survey
 from ..stack.factors import Factors
 from ..stack.stack import Stack
 from ..stack.storage import is_sharded
-from ..wrappers import check_not_synchronized
+from ..wrappers import check_not_peft, check_not_synchronized
 from . import host
 from .host import keep_frozen as keep_frozen
 from .statistics import is_held, release
@@ -45,6 +45,7 @@ def check_name(survey: Survey, name: str) -> None:
     """
     check_valid_name(name)
     check_not_synchronized(survey.model)
+    check_not_peft(survey.modules)
     check_not_routed(survey.stacks, "attach an adapter")
     taken = survey.names
     if name in taken:

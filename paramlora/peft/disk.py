@@ -26,7 +26,11 @@ def check_destination(path: Path) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
     if path.is_dir():
-        others = sorted({entry.name for entry in path.iterdir()} - {CONFIG, TENSORS})
+        others = sorted(
+            entry.name + "/" * entry.is_dir()
+            for entry in path.iterdir()
+            if entry.name not in (CONFIG, TENSORS) or entry.is_dir()
+        )
         if others:
             raise FileExistsError(
                 f"cannot write {path}: the folder exists and also has {', '.join(others[:3])}, "
@@ -70,7 +74,8 @@ def check_files(path: Path) -> None:
         left = leftovers(path.absolute()) if path.absolute().parent.is_dir() else []
         hint = f"; a save that was killed has left {some(p.name for p in left)}" if left else ""
         raise FileNotFoundError(
-            f"{path} is not a folder; pass one that PEFT's save_pretrained wrote{hint}"
+            f"{path} is not a folder; pass one that PEFT's save_pretrained wrote, or use load for "
+            f"a file of paramlora.save{hint}"
         )
     if not (path / TENSORS).is_file() and (path / "adapter_model.bin").is_file():
         raise CheckpointError(

@@ -26,7 +26,7 @@ from ..site.place import check_shapes
 from ..site.survey import Survey
 from ..verbs.add import Activate
 from ..verbs.summary import Summary
-from ..wrappers import check_model, inner
+from ..wrappers import check_model, check_not_peft, inner
 from .config_file import parse_config, read_config
 from .disk import CONFIG, TENSORS, check_destination, check_files, write_folder
 from .modules import PeftView
@@ -194,6 +194,7 @@ def plan_content(
 
     `path` and `config` are what the tensors and the settings were read from, for messages.
     """
+    check_not_peft(survey.modules)
     check_shapes(survey.places)
     seen, settings = PeftView(survey), read_config(config, content)
     folder = Folder(path, content, resolve_all_linear(seen, settings), state, seen)

@@ -157,8 +157,10 @@ class Survey:
         check_names(self.stacks, [name])
         return [site for site in self.first_sites if name in site.stack.named]
 
-    def one(self, name: str | None) -> str:
+    def one(self, name: str | None, by: str = "name") -> str:
         """Return the name of an adapter, for None that of the only adapter.
+
+        `by` is the argument that the caller has for the name.
 
         Raises:
             AdapterNameError: there is no adapter of that name; or it is None, and there are several
@@ -168,7 +170,7 @@ class Survey:
             raise AdapterNameError("no adapter is attached here; attach or load one first")
         if name is None and len(self.names) > 1:
             listed = ", ".join(map(repr, self.names))
-            raise AdapterNameError(f"there are several adapters: {listed}; say which one, by name=")
+            raise AdapterNameError(f"there are several adapters: {listed}; say which one, by {by}=")
         name = self.names[0] if name is None else name
         check_names(self.stacks, [name])
         return name

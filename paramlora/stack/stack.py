@@ -38,7 +38,7 @@ class Stack(nn.Module):
     """The named adapters at a site, with their factors and states (active, merged).
 
     The state is kept in tuples of names in attaching order, which torch.compile can guard on.
-    `active`, `live` and the strengths of the factors are the stack's own, which persistent verbs
+    `active`, `own` and the strengths of the factors are the stack's own, which persistent verbs
     write. To compute with, use `state()`, which includes the open blocks.
 
     Attributes:

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import some
 from ..site.place import Place, is_packed
-from .matching import ALL_LINEAR, Matcher, Target, ends_with, named
+from .matching import ALL_LINEAR, Matcher, Target, ends_with, is_glob, named
 
 # What a regular expression has and a glob has not.
 _REGEX = re.compile(r"^\.\*|[\^$\\()|+{}]")
@@ -37,11 +37,13 @@ def nothing_matches(asked: Target, matcher: Matcher) -> str:
         return f"{name}; {reasons}"
     if meant:
         own = [place.path for place in places if id(place.module) in ids]
-        only = f", only {some(own)}: name those with a glob" if own else ""
+        path = f"*.{target}" if isinstance(target, str) else next(iter(meant))
+        glob = f"{path}.*".replace("*.*.", "*.").lstrip(".")
+        only = f", only {some(own)}: name those with a glob, {glob!r}" if own else ""
         return f"{name}; there is no parameter 'weight' in {some(meant)}{only}"
     if isinstance(target, str) and target != ALL_LINEAR:
         if _REGEX.search(target):
-            return f"{name}; {_no_regex(target, places)}"
+            return f"{name}; {_no_regex(str(asked), places)}"
         return name + _close(target, matcher)
     with_weight = [place.module for place in places if place.tensor == "weight"]
     types = {parametrize.type_before_parametrizations(module).__name__ for module in with_weight}
@@ -82,6 +84,8 @@ def _no_regex(target: str, places: list[Place]) -> str:
 
 def _close(target: str, matcher: Matcher) -> str:
     """Return a question that names close patterns, with what each would match."""
+    if is_glob(target) and (deeper := matcher.match(f"*.{target}", matcher.places)):
+        return f"; did you mean '*.{target}' ({len(deeper)} tensors)?"
     core = target.removeprefix("*.").rpartition("*.")[2]
     size = core.count(".") + 1
     modules = [p.module_path for p in matcher.places if p.module_path and p.tensor == "weight"]

@@ -60,7 +60,9 @@ def disable(model: nn.Module, *names: str) -> None:
         stack.switch({*stack.active} - {*(names or stack.names)})
 
 
-def scale(model: nn.Module, factor: Strength, *names: str) -> None:
+def scale(
+    model: nn.Module, factor: Strength | None = None, *names: str, **strengths: Strength
+) -> None:
     """Set the strength λ of adapters, by default all: W' = W + λ·ΔW.
 
     Args:
@@ -69,10 +71,11 @@ def scale(model: nn.Module, factor: Strength, *names: str) -> None:
             the base. It stays until it is set again, and is saved with the adapter. A tensor may
             change, or require a gradient, without recompiling a compiled model.
         names: the adapters; by default all.
+        strengths: a strength for each adapter instead: `scale(model, digits=0.5, letters=2)`.
 
     Raises:
-        ValueError: the factor is not a finite number.
-        TypeError: the factor is a name.
+        ValueError: a strength is not a finite number.
+        TypeError: there is no strength, or a name in its place.
         AdapterNameError: there is no adapter of that name.
         StateError: there are no adapters, or one is merged.
 
@@ -83,13 +86,18 @@ def scale(model: nn.Module, factor: Strength, *names: str) -> None:
     >>> pl.summary(model).sites[0].scale
     0.5
     """
-    stacks = _checked(model, names, "scale")
-    if isinstance(factor, str):
-        raise TypeError(f"the strength comes before the names: scale(model, 0.5, {factor!r})")
-    _check_strength(factor)
-    for stack in stacks:
-        here = [name for name in stack.names if not names or name in names]
-        stack.set_strengths(dict.fromkeys(here, factor))
+    one_form = strengths and not names if factor is None else not strengths
+    if not one_form or isinstance(factor, str | Mapping):
+        raise TypeError(
+            "the strength comes before the names, scale(model, 0.5, 'digits'), or is given by "
+            f"name, scale(model, digits=0.5); got {factor!r}"
+        )
+    if factor is not None:
+        _check_strength(factor)
+    wanted = _wanted(names, strengths) or ordered_names(stacks_in(model))
+    for stack in _checked(model, wanted, "scale"):
+        here = [name for name in stack.names if name in wanted]
+        stack.set_strengths({n: strengths[n] if factor is None else factor for n in here})
 
 
 def names(model: nn.Module) -> list[str]:

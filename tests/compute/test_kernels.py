@@ -120,7 +120,7 @@ for found, expected in (
 
 def test_fused_product_in_the_interpreter() -> None:
     """Without a GPU, Triton's interpreter runs the fused product on ragged sizes."""
-    pytest.importorskip("triton", "3.6", reason="older interpreters need rows of 16 n elements")
+    pytest.importorskip("triton", "3.7", reason="older interpreters fail with numpy 2.4")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", INTERPRETED]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -48,7 +48,10 @@ def test_arguments(argument: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(method: str) -> None:
-    """PEFT's model has each method, and paramlora the functions beside it."""
+    """PEFT's model has each method, and paramlora the functions beside it.
+
+    Asked for PEFT's name, paramlora names one of them.
+    """
     model = peft.get_peft_model(
         nn.Sequential(nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"])
     )
@@ -57,6 +60,8 @@ def test_methods(method: str) -> None:
         r"\b[a-z_]{3,}\b", METHODS[method].replace("print(pl.summary(model))", "summary")
     )
     assert all(hasattr(pl, name) for name in ours)
+    with pytest.raises(AttributeError, match=rf"'{method}'; its name here is ({'|'.join(ours)})$"):
+        getattr(pl, method)
 
 
 class Attention(nn.Module):

@@ -85,13 +85,14 @@ def test_safetensors_file_of_another_library(tmp_path: Path) -> None:
     save_file(dict(plain().state_dict()), path)
     refuses_file(
         path,
-        "{path} was not written by paramlora.save: its metadata has no 'paramlora', only []",
+        "{path} was not written by paramlora.save: its metadata has no 'paramlora', only []; "
+        "load_peft reads PEFT's folders, load_diffusers files of diffusers",
     )
     save_file(dict(plain().state_dict()), path, {"format": "pt", "epoch": "3"})
     refuses_file(
         path,
         "{path} was not written by paramlora.save: its metadata has no 'paramlora', only "
-        "['epoch', 'format']",
+        "['epoch', 'format']; load_peft reads PEFT's folders, load_diffusers files of diffusers",
     )
 
 
@@ -146,6 +147,9 @@ def test_nothing_is_unpickled(tmp_path: Path, protocol: int | str) -> None:
 
 def test_folder_and_missing_file(tmp_path: Path) -> None:
     """A folder raises CheckpointError, a missing file FileNotFoundError."""
-    refuses_file(tmp_path, "{path} is a folder; name the .safetensors file in it")
+    refuses_file(
+        tmp_path,
+        "{path} is a folder; name the .safetensors file in it, or use load_peft for PEFT's",
+    )
     path = str(tmp_path / "no")
     refuses_file(tmp_path / "no", f"[...]No such file[...]{path!r}[...]", FileNotFoundError)

@@ -23,15 +23,6 @@ def two_linears() -> Any:
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
-def another() -> Any:
-    """Return a `small` with other values everywhere."""
-    model = small()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1)
-    return model
-
-
 def tied(seed: int = 0) -> Any:
     """Return a tied model with one adapter, its factors random."""
     torch.default_generator.manual_seed(seed)

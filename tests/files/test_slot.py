@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import paramlora as pl
+from paramlora.integrations.diffusers import load_diffusers, save_diffusers
 from tests.support.helpers import pattern, unchanged
 from tests.support.reference import shake
 
@@ -43,7 +44,10 @@ def slotted(rank: int = 16, **settings: Any) -> Any:
 @pytest.mark.parametrize(
     "slot", [{}, {"alpha": 5, "rank_stabilized": True}, {"transposed": True}], ids=str
 )
-@pytest.mark.parametrize(("save", "load"), [(pl.save, pl.load), (pl.save_peft, pl.load_peft)])
+@pytest.mark.parametrize(
+    ("save", "load"),
+    [(pl.save, pl.load), (pl.save_peft, pl.load_peft), (save_diffusers, load_diffusers)],
+)
 def test_ranks_up_to_the_slot(tmp_path: Path, slot: dict[str, Any], save: Save, load: Save) -> None:
     """Each file in turn gives the weights that it gives as an adapter of its own."""
     model = slotted(**slot)

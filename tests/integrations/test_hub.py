@@ -44,17 +44,11 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copytree(folder_path, tmp_path / repo_id, dirs_exist_ok=True)
         return commit_message
 
-    def download(repo_id: str, file: str, *, revision: Any, token: Any) -> str:
-        if not (tmp_path / repo_id / file).exists():
-            raise hub_library.errors.EntryNotFoundError(file)
-        return str(tmp_path / repo_id / file)
-
     def snapshot(repo_id: str, *, allow_patterns: list[str], revision: Any, token: Any) -> str:
         return str(tmp_path / repo_id)
 
     monkeypatch.setattr(hub.HfApi, "create_repo", create)
     monkeypatch.setattr(hub.HfApi, "upload_folder", upload)
-    monkeypatch.setattr(hub, "hf_hub_download", download)
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     return repository
 

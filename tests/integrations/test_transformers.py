@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import paramlora as pl
+from tests.support.helpers import unchanged
 
 transformers = pytest.importorskip("transformers")
 from paramlora.integrations.transformers import AdapterTrainer  # noqa: E402
@@ -122,13 +123,30 @@ def test_best_model(tmp_path: Path) -> None:
         assert all(torch.equal(saved[key], factor) for key, factor in found.items())
 
 
+def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
+    """A checkpoint without an adapter, or with one of another rank, is refused before training."""
+    trainer(tmp_path, adapted()).save_model(str(tmp_path / "two"))
+    model = copy.deepcopy(BASE)
+    pl.attach(model, pl.LoRA(3), "head", name="digits")
+    for folder, kind, message in (
+        (
+            "none",
+            FileNotFoundError,
+            r"none.adapter\.safetensors does not exist; AdapterTrainer",
+        ),
+        ("two", pl.CheckpointError, r"has other sites, kinds or ranks than adapter 'digits': att"),
+    ):
+        with unchanged(model), pytest.raises(kind, match=message):
+            trainer(tmp_path, model).train(resume_from_checkpoint=str(tmp_path / folder))
+
+
 def test_parameters_that_checkpoints_would_lack(tmp_path: Path) -> None:
     """Training refuses to start if it would train more than checkpoints contain."""
     model = adapted()
     model.embed.parametrizations.weight.original.requires_grad_()  # type: ignore[union-attr]
     with pytest.raises(pl.StateError, match=r"'digits' would lack .*embed.*; freeze them"):
         trainer(tmp_path, model).train()
-    with pytest.raises(pl.AdapterNameError, match="'digits', 'spam'; say which, by adapter="):
+    with pytest.raises(pl.AdapterNameError, match="'digits', 'spam'; say which one, by adapter="):
         trainer(tmp_path, adapted("digits", "spam")).train()
 
 

@@ -283,7 +283,8 @@ FILES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "no folder": (
         lambda path: path.rename(path.with_name("elsewhere")),
         FileNotFoundError,
-        "{path} is not a folder; pass one that PEFT's save_pretrained wrote",
+        "{path} is not a folder; pass one that PEFT's save_pretrained wrote, or use load for a "
+        "file of paramlora.save",
     ),
     "no config": (
         lambda path: (path / "adapter_config.json").unlink(),
@@ -378,3 +379,26 @@ def test_refresh(folder: Path) -> None:
     pl.load_peft(other, folder)
     for key, factor in pl.state_dict(other).items():
         assert torch.equal(pl.state_dict(model)[key], factor), key
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["the PeftModel", "the model inside"])
+def test_a_model_with_adapters_of_peft(folder: Path, wrapped: bool) -> None:
+    """A model with PEFT's layers is refused, since PEFT's own factors would be adapted."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(net(), peft.LoraConfig(target_modules=["fc"]))
+    model = model if wrapped else model.base_model.model
+    path = "base_model, base_model.model.fc" if wrapped else "fc"
+    pl.load_peft(other := net(), folder)
+    pl.save(other, folder.parent / "digits.safetensors")
+    for call in (
+        lambda m: pl.attach(m, LoRA(2)),
+        lambda m: pl.load_peft(m, folder),
+        lambda m: pl.load(m, folder.parent / "digits.safetensors"),
+    ):
+        refuses(
+            model,
+            call,
+            pl.StateError,
+            f"the model has adapters of PEFT, at {path}; call this on the plain base: load it anew "
+            "and load_peft the adapter, or take what merge_and_unload() of PEFT returns",
+        )

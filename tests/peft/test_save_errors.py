@@ -181,8 +181,7 @@ def test_a_folder_in_place_of_a_file(folder: Path) -> None:
         (folder / name).unlink()
         (folder / name).mkdir()
         (folder / name / "notes.txt").write_text("mine")
-        message = f"cannot write {folder}: {name} in it is a folder, which would be lost; choose "
-        with pytest.raises(FileExistsError, match=pattern(message + "another path")):
+        with pytest.raises(FileExistsError, match=f"also has .*{name}/, which would be lost"):
             pl.save_peft(attached(), folder)
         assert (folder / name / "notes.txt").read_text() == "mine"
         with pytest.raises(FileNotFoundError, match=pattern(f"{folder} has no {name}[...]")):

@@ -162,6 +162,7 @@ CLOSE = {
     "a misspelt name": ("q_lyn", "; did you mean '*.q_lin' (2 modules), '*.v_lin' (2 modules)?"),
     "a misspelt glob": ("*.q_lyn", "; did you mean '*.q_lin' (2 modules), '*.v_lin' (2 modules)?"),
     "the name in another model": ("q_proj", "; did you mean '*.q_lin' (2 modules), "),
+    "a glob from the top": ("[qv]_lin", "; did you mean '*.[qv]_lin' (4 tensors)?"),
     "a tensor": ("q_lin.bais", "; did you mean '*.q_lin.bias' (2 tensors), "),
     "a single module": ("lm_heat", "; did you mean lm_head"),
 }
@@ -181,6 +182,7 @@ def test_close_patterns_are_counted(target: str, hint: str) -> None:
         (r".*\.(q|v)_lin", "4 modules"),
         (r".*q_lin$", "2 modules"),
         (r"layers\.\d+\.q_lin", "2 modules"),
+        (r".*\.mlp\.[02]", "4 modules"),
         ("^lm_head", "1 module"),
         ("(q_lin", None),
     ],
@@ -291,6 +293,24 @@ def test_arguments_of_other_libraries(kind: Any, arguments: dict[str, Any], mess
     """An argument of PEFT raises TypeError with ours, or says that there is none."""
     with pytest.raises(TypeError, match=re.escape(message)):
         kind(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("get_peft_model", "; its name here is attach"),
+        ("disable_adapter", "; its name here is disabled"),
+        ("merge_and_unload", "; its name here is bake"),
+        ("add_lora", "; its name here is attach"),
+        ("atach", "; did you mean attach"),
+        ("zzz", ""),
+    ],
+)
+def test_functions_of_other_libraries(name: str, message: str) -> None:
+    """A function of PEFT or minLoRA, or a typing error, raises AttributeError with ours."""
+    expected = f"module 'paramlora' has no attribute {name!r}{message}"
+    with pytest.raises(AttributeError, match=f"^{re.escape(expected)}"):
+        getattr(pl, name)
 
 
 @pytest.mark.parametrize(

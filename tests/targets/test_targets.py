@@ -102,7 +102,7 @@ TARGETS: dict[str, Row] = {
         lambda m: pl.attach(m, LoRA(2), nn.LSTM),
         pl.TargetError,
         "no tensor matches LSTM; there is no parameter 'weight' in rnn, only rnn.weight_ih_l0, "
-        "rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0: name those with a glob",
+        "rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0: name those with a glob, 'rnn.*'",
     ),
     "a path without a weight": (
         plain,

@@ -226,7 +226,7 @@ CALLS: dict[str, list[Row]] = {
             lambda m, f: pl.load_peft(m, file_of(f, peft=True), name="new"),
         ),
         (
-            "is not a folder; pass one that PEFT's save_pretrained wrote",
+            "is not a folder; pass one that PEFT's save_pretrained wrote, or use load for a file",
             lambda m, f: pl.load_peft(m, f / "no folder", name="new"),
         ),
         (

@@ -12,6 +12,10 @@ import paramlora as pl
 from tests.support.helpers import Row, enter, refuses
 from tests.support.models import attached, half_merged, plain
 
+FORMS = (
+    "the strength comes before the names, scale(model, 0.5, 'digits'), or is given by name, "
+    "scale(model, digits=0.5)"
+)
 SWITCHING: dict[str, Row] = {
     "one of two names unknown": (
         attached,
@@ -49,11 +53,30 @@ SWITCHING: dict[str, Row] = {
         ValueError,
         "a strength must be a finite number, got -inf",
     ),
-    "strength a name": (
+    "a name in place of the strength": (
         attached,
-        lambda m: pl.scale(m, "digits"),  # type: ignore[arg-type]
+        lambda m: pl.scale(m, "digits", 0.5),  # type: ignore[arg-type]
         TypeError,
-        "the strength comes before the names: scale(model, 0.5, 'digits')",
+        f"{FORMS}; got 'digits'",
+    ),
+    "a mapping in place of the strength": (
+        plain,
+        lambda m: pl.scale(m, {"digits": 0.5}),  # type: ignore[arg-type]
+        TypeError,
+        FORMS + "; got {'digits': 0.5}",
+    ),
+    "no strength": (attached, lambda m: pl.scale(m), TypeError, f"{FORMS}; got None"),
+    "a strength for all and one by name": (
+        attached,
+        lambda m: pl.scale(m, 0.5, letters=2.0),
+        TypeError,
+        f"{FORMS}; got 0.5",
+    ),
+    "the second strength nan": (
+        attached,
+        lambda m: pl.scale(m, digits=2.0, letters=math.nan),
+        ValueError,
+        "a strength must be a finite number, got nan",
     ),
     "strength a boolean": (
         attached,
@@ -101,6 +124,7 @@ VERBS: dict[str, Callable[[nn.Module, str], Any]] = {
     "enable": pl.enable,
     "disable": pl.disable,
     "scale": lambda m, name: pl.scale(m, 2.0, name),
+    "scale by name": lambda m, name: pl.scale(m, **{name: 2.0}),
     "enabled": lambda m, name: enter(pl.enabled(m, name)),
     "disabled": lambda m, name: enter(pl.disabled(m, name)),
     "using": lambda m, name: enter(pl.using(m, name)),
@@ -132,6 +156,7 @@ CHANGES_MERGED = {
     "enable": "enable",
     "disable": "disable",
     "scale": "scale",
+    "scale by name": "scale",
     "enabled": "enable",
     "disabled": "disable",
     "using": "toggle",

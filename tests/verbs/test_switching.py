@@ -81,6 +81,10 @@ def test_toggling_keeps_requires_grad(names: tuple[str, ...]) -> None:
     assert flags(model) == before
     touched = {row.adapter for row in pl.summary(model).sites if row.scale in (0.5, 0.75)}
     assert touched == set(names or ("low", "full"))
+    pl.scale(model, low=0.25)  # by name: the others keep theirs
+    assert {float(row.scale) for row in pl.summary(model).sites if row.adapter == "full"} == {
+        0.5 if "full" in touched else 1.0
+    }
 
 
 @pytest.mark.parametrize("block", [pl.enabled, pl.disabled, pl.using])

@@ -15,7 +15,7 @@ from experiments.digits.shared import settings_and_data
 from experiments.harness.rundir import Row, RunDirectory
 from experiments.report.table import Sample
 from experiments.sweeps.cells import cells
-from experiments.sweeps.sweep import run_cell
+from experiments.sweeps.sweep import run_job
 
 FEW = ["--data", "digits", "--device", "cpu", "--hidden", "8,8", "--seeds", "1"]
 
@@ -56,7 +56,7 @@ def test_the_small_version_shows_learning_and_forgetting(tmp_path):
     """Over 8 seeds, tuned digits gain and others lose more than twice the standard deviation."""
     settings = preset("small", device="cpu", bases=str(tmp_path))
     (cell,) = cells(settings, {})
-    base, *adapters = run_cell(cell)
+    base, *adapters = run_job([cell])[0]
     assert base["accuracy"] > 0.9
     for group, sign in (("tuned", 1), ("other", -1)):
         key = f"{group}_accuracy"

@@ -26,7 +26,6 @@ from experiments.digits.model import DigitNet
 from experiments.digits.settings import preset
 from experiments.harness.batches import Batches, loader_order, seeded_order
 from experiments.harness.loggers import (
-    CsvLog,
     Curve,
     EarlyStopping,
     TensorBoardLog,
@@ -386,13 +385,7 @@ def test_early_stopping_goes_back_to_the_best_step():
 
 
 def test_logs_on_disk_hold_what_was_logged(tmp_path):
-    """CSV and TensorBoard files have the logged figures of each step."""
-    log = CsvLog(tmp_path / "deep" / "log.csv")
-    for step in (5, 10):
-        log(step, {"loss": 1 / step, "other": 2.0 * step})
-    assert (
-        tmp_path / "deep" / "log.csv"
-    ).read_text() == "step,loss,other\n5,0.2,10.0\n10,0.1,20.0\n"
+    """TensorBoard files have the logged figures of each step."""
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with TensorBoardLog(tmp_path / "board") as board:
         board(3, {"loss": 0.25})

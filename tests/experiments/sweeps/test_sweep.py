@@ -31,7 +31,7 @@ from experiments.sweeps import select as select_module
 from experiments.sweeps.cells import cells, jobs_of, trains_together
 from experiments.sweeps.families import (
     BOTH,
-    CANDIDATES,
+    EIGHT,
     NO_REMEDY,
     Family,
     contenders,
@@ -44,7 +44,7 @@ from experiments.sweeps.report import points, table
 from experiments.sweeps.select import SELECTION, TEST, choose, gains, rows_of, run_remedies
 from experiments.sweeps.sweep import (
     full_logits,
-    run_cell,
+    run_job,
     run_sweep,
     tune_one_by_one,
     tune_together,
@@ -230,7 +230,9 @@ def test_a_dask_cluster_gives_the_same_rows(finished, tmp_path):
 def test_seeds_together_are_seeds_one_by_one(tmp_path):
     """A cell trained with vmap has the counts of one trained seed by seed."""
     settings = small(tmp_path, seeds=8, steps=40)
-    made = [run_cell(next(cells(settings, {}, together=together))) for together in (True, False)]
+    made = [
+        run_job([next(cells(settings, {}, together=together))])[0] for together in (True, False)
+    ]
     for one, two in zip(*made, strict=True):
         assert one["confusion"] == two["confusion"]
         assert one["accuracy"] == two["accuracy"]
@@ -277,7 +279,7 @@ def test_full_fine_tuning_is_that_of_the_plain_network(tmp_path):
 def test_an_update_of_no_scale_is_a_cell_like_any_other(tmp_path):
     """At alpha 0 all predictions equal the base's, also beside cells that learn."""
     settings = small(tmp_path, seeds=2)
-    rows = [run_cell(cell) for cell in cells(settings, {"alpha": [0.0, 1.0]})]
+    rows = [run_job([cell])[0] for cell in cells(settings, {"alpha": [0.0, 1.0]})]
     assert len(jobs_of(list(cells(settings, {"alpha": [0.0, 0.0, 1.0]})))) == 2
     assert all(row["confusion"] == rows[0][0]["confusion"] for row in rows[0])
     assert any(row["confusion"] != rows[1][0]["confusion"] for row in rows[1])
@@ -288,7 +290,7 @@ def test_strengths_are_those_of_a_pass_for_each(tmp_path):
     strengths = [0.0, 0.5, 1.5]
     cell = next(cells(small(tmp_path, activation="relu"), {"strength": strengths}))
     context = context_of(cell.settings)
-    rows = [row for row in run_cell(cell) if row["stage"] == "on"]
+    rows = [row for row in run_job([cell])[0] if row["stage"] == "on"]
     for seed, (factors, _) in enumerate(tune_together([(context, 0), (context, 1)])):
         model = context.model()
         pl.attach(model, lora_of(cell.settings.adapter), name=ADAPTER)
@@ -567,7 +569,7 @@ def test_every_remedy_can_be(tmp_path):
     for one in every:
         timing = schedules(settings)[one.schedule]
         tried = [{**one.changes, **candidate} for candidate in one.family.candidates(one.arm)]
-        assert len({json.dumps(candidate) for candidate in tried}) == CANDIDATES
+        assert len({json.dumps(candidate) for candidate in tried}) == len(EIGHT)
         for changes in tried:
             extra = {"validation": 1} if "patience" in changes else {}
             made = replace(settings, **{**changes, **extra})
