@@ -94,9 +94,9 @@ def scale(
         )
     if factor is not None:
         _check_strength(factor)
-    wanted = _wanted(names, strengths) or ordered_names(stacks_in(model))
+    wanted = _wanted(names, strengths)
     for stack in _checked(model, wanted, "scale"):
-        here = [name for name in stack.names if name in wanted]
+        here = [name for name in stack.names if not wanted or name in wanted]
         stack.set_strengths({n: strengths[n] if factor is None else factor for n in here})
 
 
@@ -267,7 +267,10 @@ def _wanted(
         elif isinstance(given, str):
             wanted.setdefault(given, None)
         else:
-            raise TypeError(f"adapter names are separate arguments, each a string, got {given!r}")
+            raise TypeError(
+                f"adapter names are separate arguments, each a string, got {given!r}; a strength "
+                "is given by name, as in digits=0.5"
+            )
     return wanted
 
 
