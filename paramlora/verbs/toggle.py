@@ -10,6 +10,7 @@ from ..site.find import stacks_in
 from ..site.names import check_names, check_not_routed, check_order, check_unmerged, ordered_names
 from ..stack.overlay import KEEP, Change, opened
 from ..stack.stack import Stack
+from ..wrappers import check_model
 
 
 def enable(model: nn.Module, *names: str) -> None:
@@ -86,6 +87,7 @@ def scale(
     >>> pl.summary(model).sites[0].scale
     0.5
     """
+    check_model(model)
     one_form = strengths and not names if factor is None else not strengths
     if not one_form or isinstance(factor, str | Mapping):
         raise TypeError(

@@ -69,8 +69,8 @@ SWITCHING: dict[str, Row] = {
         attached,
         lambda m: enter(pl.using(m, "digits", 0.5)),  # type: ignore[arg-type]
         TypeError,
-        "adapter names are separate arguments, each a string, got 0.5; a strength is given by name, "
-        "as in digits=0.5",
+        "adapter names are separate arguments, each a string, got 0.5; a strength is given by "
+        "name, as in digits=0.5",
     ),
     "no strength": (attached, lambda m: pl.scale(m), TypeError, f"{FORMS}; got None"),
     "a strength for all and one by name": (
