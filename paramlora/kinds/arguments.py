@@ -81,15 +81,10 @@ def check_attach_arguments(known: Iterable[str], given: Collection[str]) -> None
     """Raise a TypeError if `attach` is given an argument that it does not have."""
     for key in given:
         ours = _OURS.get(key)
-        if ours is None and key not in _OTHERWISE:
-            raise TypeError(f"attach() has no argument {key!r}{nearest(key, known)}")
-        if ours in _OF_ATTACH:
-            hint = f"write {ours}="
-        elif ours is not None:
-            hint = f"write LoRA({ours}=...) as the spec"
-        else:
-            hint = _OTHERWISE[key]
-        raise TypeError(f"attach() has no argument {key!r}: {hint}")
+        hint = f": write {ours}=" if ours in _OF_ATTACH else f": write LoRA({ours}=...) as the spec"
+        if ours is None:
+            hint = f": {_OTHERWISE[key]}" if key in _OTHERWISE else nearest(key, known)
+        raise TypeError(f"attach() has no argument {key!r}{hint}")
 
 
 class SignatureOfInit:

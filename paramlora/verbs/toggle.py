@@ -10,6 +10,7 @@ from ..site.find import stacks_in
 from ..site.names import check_names, check_not_routed, check_order, check_unmerged, ordered_names
 from ..stack.overlay import KEEP, Change, opened
 from ..stack.stack import Stack
+from ..wrappers import check_model
 
 
 def enable(model: nn.Module, *names: str) -> None:
@@ -86,7 +87,7 @@ def scale(
     >>> pl.summary(model).sites[0].scale
     0.5
     """
-    attached = ordered_names(stacks_in(model))
+    check_model(model)
     one_form = strengths and not names if factor is None else not strengths
     if not one_form or isinstance(factor, str | Mapping):
         raise TypeError(
@@ -95,9 +96,9 @@ def scale(
         )
     if factor is not None:
         _check_strength(factor)
-    wanted = _wanted(names, strengths) or attached
+    wanted = _wanted(names, strengths)
     for stack in _checked(model, wanted, "scale"):
-        here = [name for name in stack.names if name in wanted]
+        here = [name for name in stack.names if not wanted or name in wanted]
         stack.set_strengths({n: strengths[n] if factor is None else factor for n in here})
 
 
@@ -268,7 +269,10 @@ def _wanted(
         elif isinstance(given, str):
             wanted.setdefault(given, None)
         else:
-            raise TypeError(f"adapter names are separate arguments, each a string, got {given!r}")
+            raise TypeError(
+                f"adapter names are separate arguments, each a string, got {given!r}; a strength "
+                "is given by name, as in digits=0.5"
+            )
     return wanted
 
 

@@ -65,6 +65,13 @@ SWITCHING: dict[str, Row] = {
         TypeError,
         FORMS + "; got {'digits': 0.5}",
     ),
+    "a strength in place of a name": (
+        attached,
+        lambda m: enter(pl.using(m, "digits", 0.5)),  # type: ignore[arg-type]
+        TypeError,
+        "adapter names are separate arguments, each a string, got 0.5; a strength is given by "
+        "name, as in digits=0.5",
+    ),
     "no strength": (attached, lambda m: pl.scale(m), TypeError, f"{FORMS}; got None"),
     "a strength for all and one by name": (
         attached,
