@@ -62,10 +62,17 @@ def relinked(text: str, path: str) -> str:
 
 
 def formulas(text: str) -> str:
-    """Return Markdown with its formulas as MathML, which browsers show without a script."""
+    """Return Markdown with its formulas as MathML, which browsers show without a script.
+
+    Python-Markdown would end a paragraph at a `<math>` that begins a line; a span prevents that.
+
+    >>> formulas("$r$ is the rank")[:11], formulas("$r$ is the rank")[-26:]
+    ('<span><math', '</math></span> is the rank')
+    """
 
     def formula(match: re.Match[str]) -> str:
-        return convert((match[1] or match[2]).strip(), "block" if match[1] else "inline")
+        text = convert((match[1] or match[2]).strip(), display="block" if match[1] else "inline")
+        return text if match[1] else f"<span>{text}</span>"
 
     parts = CODE.split(text)
     return "".join(part if i % 2 else MATH.sub(formula, part) for i, part in enumerate(parts))
@@ -92,7 +99,11 @@ def notebook(source: Path) -> str:
 
 
 def output_of(output: dict[str, Any]) -> str:
-    """Return an output of a cell as Markdown."""
+    """Return an output of a cell as Markdown.
+
+    >>> output_of({"data": {"text/markdown": ["| a |"], "text/plain": ["<Markdown>"]}})
+    '<div class="output" markdown>\\n\\n| a |\\n\\n</div>'
+    """
     data = {key: "".join(value) for key, value in output.get("data", {}).items()}
     if "image/png" in data:
         image = data["image/png"].replace("\n", "")
@@ -100,6 +111,8 @@ def output_of(output: dict[str, Any]) -> str:
     if "text/html" in data:
         lines = (line.strip() for line in data["text/html"].splitlines())
         return f'<div class="output">{"".join(lines)}</div>'
+    if "text/markdown" in data:
+        return f'<div class="output" markdown>\n\n{data["text/markdown"]}\n\n</div>'
     text = "".join(output.get("text", "")) or data.get("text/plain", "")
     return f"```text {{ .output }}\n{text.rstrip()}\n```"
 
@@ -138,8 +151,15 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def pairs(markdown: str) -> str:
-    """Return Markdown with tables of two code blocks as divisions, which may contain Markdown."""
-    heads, cells = "<th>(.*?)</th><th>(.*?)</th>", "<td>(.*?)</td><td>(.*?)</td>"
+    """Return Markdown with tables of two code blocks as divisions, which may contain Markdown.
+
+    Other tables stay, such as a summary in a notebook:
+
+    >>> row = "<tr><{0}>1</{0}><{0}>2</{0}><{0}>3</{0}></tr>".format
+    >>> pairs(table := f"<table>{row('th')}{row('td')}</table>") == table
+    True
+    """
+    heads, cells = "<th>([^<]*)</th><th>([^<]*)</th>", "<td>(.*?)</td><td>(.*?)</td>"
     table = f"<table><tr>{heads}</tr><tr>{cells}</tr></table>"
     pair = (
         r'<div class="pair" markdown><div markdown>\n\n**\1**\n\3\n</div>'

@@ -26,8 +26,8 @@ PACKAGES = ("torch", "safetensors", "transformers", "peft", "diffusers", "accele
 EXAMPLES = """examples:
   paramlora summary digits.safetensors
   paramlora convert digits.safetensors folder-for-peft --model gpt2
-  paramlora convert folder-of-peft digits.safetensors --name digits"""
-EXIT_CODES = "exit with 0 if there are none, 1 if there are any, 2 if the file is damaged"
+  paramlora convert folder-of-peft digits.safetensors --name digits
+exit codes: 0, 1 if audit finds something, 2 after an error, such as a damaged file"""
 # How each format is written.
 FORMATS: dict[str, Any] = {"paramlora": save, "peft": save_peft, "diffusers": save_diffusers}
 
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(metavar="COMMAND")
     for command, name, what in (
         (show, "summary", "print the sites of an adapter"),
-        (check, "audit", "find zero updates and values that are not finite; " + EXIT_CODES),
+        (check, "audit", "find updates that are zero or not finite; exit with 1 if there are any"),
         (convert, "convert", "write an adapter in the other format"),
     ):
         one = commands.add_parser(name, help=what, description=what)

@@ -77,11 +77,10 @@ def _in_folder(path: Path) -> _Shapes:
     """Return the tensors that a PEFT folder of plain LoRA adapts."""
     check_files(path)
     content = parse_config((path / CONFIG).read_bytes(), path / CONFIG)
-    of_base = content.get("peft_type") != "LORA" or content.get("target_parameters")
-    if not of_base:
-        config = read_config(path / CONFIG, content)
-        of_base = config.use_dora or config.modules_to_save or config.init != "kaiming"
-    if of_base or content.get("fan_in_fan_out"):
+    config = read_config(path / CONFIG, content)
+    of_base = config.use_dora or config.modules_to_save or config.target_parameters
+    of_kind = content["peft_type"] != "LORA" or config.init != "kaiming"
+    if of_base or of_kind or content.get("fan_in_fan_out"):
         raise CheckpointError(f"{path} needs its base, because of its settings: pass --model")
     return _of_factors(path, _PEFT, read_tensors(path / TENSORS)[0])
 

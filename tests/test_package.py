@@ -79,6 +79,19 @@ def test_contents_of_the_wheel(tmp_path: Path) -> None:
     assert "Project-URL: Source, https://host/owner/name\n" in description
 
 
+def test_ci_runs_the_oldest_versions() -> None:
+    """CI pins the oldest versions that setup.cfg allows, with the oldest Python."""
+    setup = (ROOT / "setup.cfg").read_text(encoding="utf-8")
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    found = re.search(r'python: "(.+)"\n +pins: "(.*peft.*)"', workflow)
+    assert found is not None
+    assert f"python_requires = >={found[1]}\n" in setup
+    for name, version in (pin.split("==") for pin in found[2].split()):
+        bound = re.search(rf"\n +{name}(\[\w+\])?>=(.+)\n", setup)
+        assert bound is not None
+        assert version.removesuffix(".0") == bound[2]
+
+
 def test_version():
     """The citation and the newest heading of the changelog have the package's version."""
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")

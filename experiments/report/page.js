@@ -234,7 +234,7 @@ function start() {
       totals[i][0].textContent = mean(values).toFixed(2) + (spread ? ` ± ${spread.toFixed(2)}` : "") +
         " %";
       totals[i][1].textContent = (change < 0 ? "−" : "+") + Math.abs(change).toFixed(2) +
-        " points vs. base" + (spread ? `; mean ± sd, n = ${members.length}` : "");
+        " points vs. base" + (members.length > 1 ? `; mean ± sd, n = ${members.length}` : "");
     });
     every.forEach((c) => {
       const value = mean(matrices.map((one) => accuracy(one, [c])));

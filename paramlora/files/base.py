@@ -27,8 +27,8 @@ from ..site.quantized import is_wrapper, packed_tensor
 from ..stack.stack import Stack
 from ..stack.storage import check_real, check_settled, in_parts
 from ..wrappers import check_model, inner, without_wrappers
-from .compare import compare
 from .digest import checksum, digest
+from .state import compare
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..layers.install import check_tied
 from ..site.survey import Survey
-from ..stack.storage import check_real, settle, writes_files
+from ..stack.storage import settle, writes_files
 from ..verbs.add import Activate
 from ..verbs.summary import Summary
 from ..wrappers import check_model, check_not_peft
@@ -55,10 +55,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     2.0
     """
     settle(model)
-    name, here = Survey(model).one(name)
-    state = tensors_of(here, name)
+    survey = Survey(model)
+    name = survey.one(name)
+    parts = survey.parts([name])
+    state = tensors_of(parts)
     tensors = on_cpu(state)
-    content = describe(here, name)
+    content = describe(parts, name)
     sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
     content["base"] = {} if sharded else checksums(model)  # these would gather the whole base
     try:
@@ -140,8 +142,6 @@ def load(
     refresh = into is not None or name in survey.names
     check_not_peft(survey.modules)
     planned = plan_sites(survey.places, tensors, content["sites"], path, refresh=refresh)
-    for plan in planned:
-        check_real(plan.place.path, plan.place.stored)
     check_tied(survey, [plan.place for plan in planned])
     # The digest is checked last, because the checks above can name the key or site that differs. It
     # also finds changed values, so it is checked before anything is attached.

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..kinds.spec import Spec, is_finite
 from ..site.find import Site, base_weight
+from ..site.survey import Part
 from ..stack.factors import Factors
 from .digest import digest
 from .safetensors_file import FilePath, damaged, read_tensors
@@ -30,14 +31,10 @@ _FILE = {"version": int, "name": str, "sites": dict, "digest": str}
 _SITE = {"kind": str, "fields": dict, "strength": (int, float), "shape": list}
 
 
-def describe(here: Iterable[Site], name: str) -> dict[str, Any]:
-    """Return the metadata of an adapter at these sites, without the digest."""
-    described = {
-        path: _describe_site(factors, site)
-        for site in here
-        for path, factors in site.parts(name).items()
-    }
-    return {"version": VERSION, "name": name, "sites": described}
+def describe(parts: Iterable[Part], name: str) -> dict[str, Any]:
+    """Return the metadata of an adapter with these parts, without the digest."""
+    sites = {part.path: _describe_site(part.factors, part.site) for part in parts}
+    return {"version": VERSION, "name": name, "sites": sites}
 
 
 def digest_of(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> str:

@@ -16,9 +16,9 @@ from ..site.place import Place, check, check_shapes, first_overlap
 from ..stack.block import Part, split
 from ..stack.factors import Factors
 from ..stack.storage import is_sharded
-from .compare import compare
 from .metadata import spec_of
 from .safetensors_file import FilePath, damaged
+from .state import compare
 
 Described = Mapping[str, dict[str, Any]]
 

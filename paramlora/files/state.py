@@ -1,4 +1,4 @@
-"""The state dict of one adapter: its factors under the keys `<site>.<factor>`.
+"""The state dict of one adapter, with keys `<site>.<factor>`, and `compare` for any state dict.
 
 Note [keys of factors]
     adapted by `digits`                        keys
@@ -14,16 +14,15 @@ Note [keys of factors]
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..site.find import Site
+from ..errors import CheckpointError
 from ..site.names import check_unmerged
-from ..site.survey import Survey
-from ..stack.factors import Factors
+from ..site.survey import Part, Survey
 from ..stack.storage import check_real, check_settled, fill, settle
-from .compare import compare
 
 
 def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
@@ -48,8 +47,8 @@ def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     {'0.weight.A': (2, 4), '0.weight.B': (3, 2)}
     """
     settle(model)
-    name, here = Survey(model).one(name)
-    return tensors_of(here, name)
+    survey = Survey(model)
+    return tensors_of(survey.parts([survey.one(name)]))
 
 
 @torch.no_grad()
@@ -77,28 +76,25 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str | N
     >>> pl.state_dict(model)["0.weight.A"].sum()
     tensor(8.)
     """
-    name, here = Survey(model).one(name)
-    check_unmerged([site.stack for site in here], [name], "load")
+    survey = Survey(model)
+    name = survey.one(name)
+    parts = survey.parts([name])
+    check_unmerged([part.site.stack for part in parts], [name], "load")
     settle(model)
-    compare(state, tensors_of(here, name), f"the state for adapter {name!r}")
-    write(model, here, name, state)
+    compare(state, tensors_of(parts), f"the state for adapter {name!r}")
+    write(model, parts, state)
 
 
-def factors_of(here: Iterable[Site], name: str) -> dict[str, Factors]:
-    """Return an adapter's factors by the path of the site or block; see Note [keys of factors]."""
-    return {path: factors for site in here for path, factors in site.parts(name).items()}
-
-
-def tensors_of(here: Iterable[Site], name: str) -> dict[str, Tensor]:
-    """Return an adapter's tensors, detached, by `<site>.<factor>`."""
+def tensors_of(parts: Iterable[Part]) -> dict[str, Tensor]:
+    """Return an adapter's tensors, detached, by `<site>.<factor>`; see Note [keys of factors]."""
     return {
-        f"{path}.{key}": tensor.detach()
-        for path, factors in factors_of(here, name).items()
-        for key, tensor in factors.tensors.items()
+        f"{part.path}.{key}": tensor.detach()
+        for part in parts
+        for key, tensor in part.factors.tensors.items()
     }
 
 
-def write(model: nn.Module, here: Sequence[Site], name: str, values: Mapping[str, Tensor]) -> None:
+def write(model: nn.Module, parts: Sequence[Part], values: Mapping[str, Tensor]) -> None:
     """Copy values into an adapter's tensors, by `<site>.<factor>`.
 
     Raises:
@@ -106,11 +102,48 @@ def write(model: nn.Module, here: Sequence[Site], name: str, values: Mapping[str
             is on the meta device.
     """
     settle(model)
-    for site in here:
-        for path, factors in site.parts(name).items():
-            # Only parameters: constants are buffers, which FSDP does not shard.
-            for key, parameter in factors.named_parameters():
-                check_settled(site.module, parameter, path)
-                check_real(f"{path}.{key}", parameter)
-    for key, tensor in tensors_of(here, name).items():
+    for path, _, site, factors in parts:
+        # Only parameters: constants are buffers, which FSDP does not shard.
+        for key, parameter in factors.named_parameters():
+            check_settled(site.module, parameter, path)
+            check_real(f"{path}.{key}", parameter)
+    for key, tensor in tensors_of(parts).items():
         fill(tensor, values[key])
+
+
+def compare(state: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+    """Raise a CheckpointError that lists every difference in keys and shapes.
+
+    One message has all missing keys, then all unexpected keys, then each tensor of another shape:
+
+        … does not fit: missing fc1.weight.A; unexpected fc1.A; fc2.weight.B: expected (3, 2), found
+        (3, 4)
+
+    Shapes are compared for tensors in `expected` only, because a state dict may also have other
+    entries (a module's extra state). Dtypes may differ: values are cast when they are copied.
+
+    Args:
+        state: the given values, by key.
+        expected: the values that the model needs, by key. Tensors may be on the meta device.
+        what: a description of the given state, for the message.
+    """
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
+    problems = [f"missing {', '.join(missing)}"] if missing else []
+    problems += [f"unexpected {', '.join(unexpected)}"] if unexpected else []
+    for key, tensor in expected.items():
+        if key in state and isinstance(tensor, Tensor):
+            found, shape = _shape_or_problem(state[key], tensor), tuple(tensor.shape)
+            if found != shape:
+                problems.append(f"{key}: expected {shape}, found {found}")
+    if problems:
+        raise CheckpointError(f"{what} does not fit: {'; '.join(problems)}")
+
+
+def _shape_or_problem(value: Any, expected: Tensor) -> tuple[int, ...] | str:
+    """Return a value's shape, or a description of it if it has nothing to copy."""
+    if not isinstance(value, Tensor):
+        return f"{type(value).__name__} instead of a tensor"
+    if value.is_meta and not expected.is_meta:
+        return "a tensor on the meta device, which has no data"
+    return tuple(value.shape)

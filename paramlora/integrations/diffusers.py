@@ -170,7 +170,7 @@ def _component(model: nn.Module) -> str:
 
 def _content(model: nn.Module, name: str | None, format: str) -> Content:
     """Return PEFT's settings and tensors of an adapter, or raise if diffusers cannot read them."""
-    name, _ = Survey(model).one(name)
+    name = Survey(model).one(name)
     config, state = folder_content(model, name)
     paths = _paths(model)
     for key in state:

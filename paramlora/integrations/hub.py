@@ -110,7 +110,7 @@ def write_folder(
     repo_id: str = "user/name",
 ) -> None:
     """Write the files that `push_to_hub` uploads to an existing folder."""
-    name, path = Survey(model).one(name)[0], Path(folder)
+    name, path = Survey(model).one(name), Path(folder)
     save(model, path / FILE, name)
     for file in (CONFIG, TENSORS):  # of an earlier adapter
         (path / file).unlink(missing_ok=True)

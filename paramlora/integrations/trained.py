@@ -17,7 +17,7 @@ def only_trained(model: nn.Module, name: str | None) -> str:
         StateError: a parameter that does not belong to the adapter requires a gradient.
     """
     survey = Survey(model)
-    name, _ = survey.one(name, "adapter")
+    name = survey.one(name, "adapter")
     kept = {id(p) for part in survey.parts([name]) for p in part.factors.parameters()}
     lost = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
     if lost:

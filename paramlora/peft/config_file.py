@@ -1,7 +1,7 @@
 """Read `adapter_config.json` into a `Config`, and make its content for an adapter.
 
 PEFT writes about forty settings. `Config` has those that determine the adapted tensors and
-their updates. Some others do not affect a trained adapter (`NO_EFFECT`). All remaining settings
+their updates. Some others do not affect a trained adapter (`_NO_EFFECT`). All remaining settings
 must be off: null, false or empty. Ignoring one would silently load another model than PEFT's.
 """
 
@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -188,27 +189,23 @@ def _is_mapping_to(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(is_valid, value.values()))
 
 
-# The condition on each setting of `Config`, in words and as a function.
-_TEXTS = ("a string or a list of strings", lambda v: isinstance(v, str) or _is_names(v))
-_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "r": ("an integer of at least 1", _is_rank),
-    "lora_alpha": ("a finite number", _is_number),
-    "lora_dropout": ("at least 0 and below 1", lambda v: _is_number(v) and 0 <= v < 1),
-    "target_modules": _TEXTS,
-    "exclude_modules": _TEXTS,
-    "layers_to_transform": (
+# The condition on the settings of each type in `Config`, in words and as a function.
+_BY_TYPE: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("an integer of at least 1", _is_rank),
+    float: ("a finite number", _is_number),
+    bool: ("true or false", lambda v: isinstance(v, bool)),
+    str: ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
+    list[str]: ("a list of strings", _is_names),
+    str | list[str]: ("a string or a list of strings", lambda v: type(v) is str or _is_names(v)),
+    int | list[int] | None: (
         "an integer or a list of integers",
         lambda v: _is_integer(v) or (isinstance(v, list) and all(map(_is_integer, v))),
     ),
-    "layers_pattern": _TEXTS,
-    "rank_pattern": ("integers of at least 1 by pattern", _is_mapping_to(_is_rank)),
-    "alpha_pattern": ("finite numbers by pattern", _is_mapping_to(_is_number)),
-    "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
-    "use_dora": ("true or false", lambda v: isinstance(v, bool)),
-    "bias": ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
-    "modules_to_save": ("a list of strings", _is_names),
-    "target_parameters": ("a list of strings", _is_names),
+    Mapping[str, int]: ("integers of at least 1 by pattern", _is_mapping_to(_is_rank)),
+    Mapping[str, float]: ("finite numbers by pattern", _is_mapping_to(_is_number)),
 }
+_CHECKS = {field.name: _BY_TYPE[field.type] for field in fields(Config) if field.name != "init"}
+_CHECKS["lora_dropout"] = "at least 0 and below 1", lambda v: _is_number(v) and 0 <= v < 1
 
 
 def _short(number: float) -> float:

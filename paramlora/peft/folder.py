@@ -24,7 +24,6 @@ from ..files.safetensors_file import on_cpu, read_tensors
 from ..layers.install import PlannedSite
 from ..site.place import check_shapes
 from ..site.survey import Survey
-from ..stack.storage import check_real
 from ..verbs.add import Activate
 from ..verbs.summary import Summary
 from ..wrappers import check_model, check_not_peft, inner
@@ -201,8 +200,6 @@ def plan_content(
     folder = Folder(path, content, resolve_all_linear(seen, settings), state, seen)
     with cut_off(path):
         planned = plan_other(folder) if content["peft_type"] in OTHER_TYPES else plan_folder(folder)
-    for plan in planned:
-        check_real(plan.place.path, plan.place.stored)
     order = {site: i for i, site in enumerate(seen.places)}
     return sorted(planned, key=lambda plan: order[plan.place.path])
 

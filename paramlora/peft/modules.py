@@ -4,7 +4,6 @@ from functools import cached_property
 
 from torch import nn
 
-from ..site.find import dotted
 from ..site.place import Place
 from ..site.survey import Survey
 from .layout import Part, parts_of
@@ -55,11 +54,7 @@ class PeftView:
         found: dict[str, list[str]] = {}
         for places in self.survey.holders.values():
             # A module with two paths has tied parameters.
-            paths = [
-                dotted(path, place.tensor)
-                for place in places
-                for path in self.survey.paths[id(place.module)]
-            ]
+            paths = [path for place in places for path in self.survey.paths_of(place)]
             if len(paths) > 1:
                 found |= {path: [other for other in paths if other != path] for path in paths}
         return found

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..files.compare import compare
 from ..files.plan import check_dtypes, check_site, plan_site
+from ..files.state import compare
 from ..kinds.hira import HiRA
 from ..kinds.miss import MiSS
 from ..kinds.oft import OFT
@@ -28,6 +28,7 @@ from ..kinds.spec import Spec
 from ..layers.install import PlannedSite
 from ..site.find import Site
 from ..site.place import Place
+from ..stack.factors import Factors
 from .config_file import Content
 from .layout import Part, cannot_store
 from .read import check_untied, targets_of
@@ -60,17 +61,11 @@ def other_content(
         if part is None or reason is not None:
             raise cannot_store(site.path, reason or "")
         (factors,) = site.stack.parts(name)
-        specs[part.module_path], strength = factors.spec, float(factors.strength)
+        specs[part.module_path] = factors.spec
         if _settings(factors.spec) != _settings(next(iter(specs.values()))):
             # PEFT to 0.21.2 ignores HiRA's setting rank_pattern.
             raise cannot_store(site.path, f"PEFT needs the same settings of {peft_type} everywhere")
-        if getattr(factors.spec, "eps", None) is not None and strength != 1:
-            raise cannot_store(site.path, f"PEFT has no strength, {strength:g}, beside eps")
-        # The strength is multiplied into the last factor.
-        last = [*OTHER_TYPES[peft_type][1]][-1]
-        for ours, key in _keys(part, peft_type).items():
-            factor = factors.tensors[ours] * (strength if ours == last else 1)
-            tensors[key] = _converted(part, peft_type, factor)
+        tensors |= _to_peft(part, peft_type, factors)
     return {
         "peft_type": peft_type,
         "target_modules": "|".join(re.escape(path) for path in specs),
@@ -173,6 +168,16 @@ def _keys(part: Part, peft_type: str) -> dict[str, str]:
     ends = [end.format("embedding_" if embedding else "") for end in names.values()]
     pairs = zip(names, ends[::-1] if embedding else ends, strict=True)
     return {ours: f"{part.module_path}.{end}" for ours, end in pairs}
+
+
+def _to_peft(part: Part, peft_type: str, factors: Factors) -> dict[str, Tensor]:
+    """Return PEFT's tensors with the strength multiplied into the last factor."""
+    strength, keys = float(factors.strength), _keys(part, peft_type)
+    if getattr(factors.spec, "eps", None) is not None and strength != 1:
+        raise cannot_store(part.site, f"PEFT has no strength, {strength:g}, beside eps")
+    *_, last = keys
+    scaled = {**factors.tensors, last: factors.tensors[last] * strength}
+    return {key: _converted(part, peft_type, scaled[ours]) for ours, key in keys.items()}
 
 
 def _converted(part: Part, peft_type: str, factor: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, nearest, some
-from ..files.compare import compare
 from ..files.plan import check_dtypes, check_site, plan_site
+from ..files.state import compare
 from ..kinds.dora import DoRA
 from ..kinds.lora import LoRA
 from ..kinds.spec import factor_dtype

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files.base import base_state_dict
-from ..files.compare import compare
 from ..files.plan import check_dtypes, check_site, plan_site
+from ..files.state import compare
 from ..kinds.delta import Delta
 from ..kinds.spec import factor_dtype
 from ..layers.install import PlannedSite

@@ -53,7 +53,8 @@ def folder_content(model: nn.Module, name: str | None) -> Content:
         TargetError: PEFT cannot express the adapter; the message names the tensor.
     """
     seen = PeftView(Survey(model))
-    name, here = seen.survey.one(name)
+    name = seen.survey.one(name)
+    here = seen.survey.sites_of(name)
     check_whole(here)
     _check_sites(here, name, seen)
     layers = {part.site: part for parts in seen.parts.values() for part in parts}
@@ -90,8 +91,7 @@ def folder_content(model: nn.Module, name: str | None) -> Content:
         for path, site in full.items()
     }
     return config, {
-        **_factors(updates),
-        **_placeholders(updates, adapted, targets),
+        **_factors(updates, adapted, targets),
         **{peft_key(path, wrapped): values[path] for path in biases},
         **{peft_key(k, depths): t for k, t in saved_tensors(seen, config, targets, values).items()},
     }
@@ -226,31 +226,25 @@ def _alpha(update: _Update, rslora: bool) -> float:
     return alpha * update.part.groups * (sqrt(spec.rank) if spec.rank_stabilized else 1)
 
 
-def _factors(updates: list[_Update]) -> dict[str, Tensor]:
-    """Return PEFT's A and B, and the magnitudes of a DoRA, by key."""
+def _factors(updates: list[_Update], adapted: list[Part], targets: Targets) -> dict[str, Tensor]:
+    """Return PEFT's A and B, and the magnitudes of a DoRA, by key.
+
+    PEFT adapts both projections of a MultiheadAttention, and refuses a folder that has the factors
+    of only one. So a projection that the adapter does not update has zeros.
+    """
+    by_site = {update.part.site: update for update in updates}
     tensors: dict[str, Tensor] = {}
-    for part, factors, weight, term in updates:
+    for part in adapted:
+        if part.site not in by_site:
+            weight, (rank, _) = part.place.value, targets[part.target]
+            shapes = part.shapes(weight, rank)
+            tensors |= {key: weight.new_zeros(shape) for key, shape in shapes.items()}
+            continue
+        _, factors, weight, term = by_site[part.site]
         tensors |= part.to_peft(weight, term.A, term.B)
         if isinstance(factors.spec, DoRA):
             d = factors.get_parameter("d")
             # ‖W‖ + λ·d, the norm for each output
             magnitude = norms(weight.to(d.dtype), part.output_dim) + float(factors.strength) * d
             tensors[part.magnitude_key] = magnitude.view(part.magnitude_shape(weight))
-    return tensors
-
-
-def _placeholders(
-    updates: list[_Update], adapted: list[Part], targets: Targets
-) -> dict[str, Tensor]:
-    """Return zeros for the projection of a MultiheadAttention that the adapter does not update.
-
-    PEFT adapts both projections, and refuses a folder that has the factors of only one.
-    """
-    updated = {update.part.site for update in updates}
-    tensors: dict[str, Tensor] = {}
-    for part in adapted:
-        if part.site not in updated:
-            weight, (rank, _) = part.place.value, targets[part.target]
-            shapes = part.shapes(weight, rank)
-            tensors |= {key: weight.new_zeros(shape) for key, shape in shapes.items()}
     return tensors

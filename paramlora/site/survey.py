@@ -10,7 +10,7 @@ from ..errors import AdapterNameError
 from ..stack.factors import Factors
 from ..stack.stack import Stack
 from ..wrappers import named_modules
-from .find import Site, parametrization_lists, sites_in, walk
+from .find import Site, dotted, parametrization_lists, sites_in, walk
 from .names import check_names, ordered_names
 from .place import Place, places_in
 
@@ -69,6 +69,10 @@ class Survey:
             if id(module) in found:  # which a stack is not
                 found[id(module)].append(path)
         return found
+
+    def paths_of(self, place: Place) -> list[str]:
+        """Return every path of a tensor; several if its module is shared."""
+        return [dotted(path, place.tensor) for path in self.paths[id(place.module)]]
 
     @cached_property
     def places(self) -> list[Place]:
@@ -153,8 +157,8 @@ class Survey:
         check_names(self.stacks, [name])
         return [site for site in self.first_sites if name in site.stack.named]
 
-    def one(self, name: str | None, by: str = "name") -> tuple[str, list[Site]]:
-        """Return the name of an adapter, and its sites; for None those of the only adapter.
+    def one(self, name: str | None, by: str = "name") -> str:
+        """Return the name of an adapter, for None that of the only adapter.
 
         `by` is the argument that the caller has for the name.
 
@@ -168,7 +172,8 @@ class Survey:
             listed = ", ".join(map(repr, self.names))
             raise AdapterNameError(f"there are several adapters: {listed}; say which one, by {by}=")
         name = self.names[0] if name is None else name
-        return name, self.sites_of(name)
+        check_names(self.stacks, [name])
+        return name
 
 
 def _each_once(parameters: Iterable[nn.Parameter | None]) -> list[nn.Parameter]:

@@ -99,11 +99,6 @@ class Block:
         return f"[{', '.join(texts)}]"
 
     @property
-    def inner(self) -> tuple[int, ...]:
-        """The shape of the block itself."""
-        return tuple(self.cut(torch.empty(self.shape, device="meta")).shape)
-
-    @property
     def ranges(self) -> list[tuple[int, int]]:
         """The range (start, stop) in each dimension."""
         parts = [*self.index, *((0, size) for size in self.shape[len(self.index) :])]

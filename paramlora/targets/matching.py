@@ -12,7 +12,7 @@ A target is
 A module means its `weight`, or all parameters of it and of the modules inside it (`whole`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 
@@ -71,12 +71,16 @@ class Matcher:
         """
         modules = self.modules(target)
         tensor = target if isinstance(target, str) and target != ALL_LINEAR else None
+        within = [path for path, module in self.by_path.items() if whole and id(module) in modules]
+        inside = tuple(f"{path}." if path else "" for path in within)
         return [
             place
             for place in places
             if (place.tensor == "weight" and id(place.module) in modules)
-            or (whole and any(id(self.by_path[path]) in modules for path in self._above(place)))
-            or (tensor is not None and any(named(p, tensor) for p in self.paths(place)))
+            or any(
+                path.startswith(inside) or (tensor is not None and named(path, tensor))
+                for path in self.survey.paths_of(place)
+            )
         ]
 
     def modules(self, target: Target) -> set[int]:
@@ -84,19 +88,6 @@ class Matcher:
         if isinstance(target, str) and target == ALL_LINEAR:
             return {id(module) for module in self.linear}
         return {id(module) for path, module in self.by_path.items() if _means(target, path, module)}
-
-    def paths(self, place: Place) -> list[str]:
-        """Return the paths of a tensor; several if its module is shared."""
-        found = self.survey.paths[id(place.module)]
-        return [f"{path}.{place.tensor}" if path else place.tensor for path in found]
-
-    def _above(self, place: Place) -> Iterable[str]:
-        """Yield the paths of the module that has a tensor, and of the modules around it."""
-        for path in self.survey.paths[id(place.module)]:
-            yield path
-            while path:
-                path = path.rpartition(".")[0]
-                yield path
 
     @cached_property
     def linear(self) -> list[nn.Module]:

@@ -88,13 +88,10 @@ def undone(survey: Survey, name: str) -> Iterator[None]:
 def left_out(survey: Survey, resolved: Resolved, freeze: bool) -> Iterator[Skipped]:
     """Yield the tensors that do not get the adapter, in model order."""
     taken = {id(place.stored) for place, _ in resolved.found}
-    for place in survey.places:
-        if id(place.stored) not in taken:
-            _, reason = resolved.left_out.get(place.path, (place, "matching no target"))
-            yield skip(place, reason, place.stored.requires_grad and not freeze)
-    for place, reason in resolved.left_out.values():
-        if id(place.stored) in taken:
-            yield skip(place, reason, place.stored.requires_grad and not freeze)
+    bare = [place for place in survey.places if id(place.stored) not in taken]
+    rest = {place.path: (place, "matching no target") for place in bare}
+    for place, reason in (rest | resolved.left_out).values():
+        yield skip(place, reason, place.stored.requires_grad and not freeze)
 
 
 def _active(survey: Survey) -> list[str]:

@@ -121,7 +121,7 @@ def attach(
     resolved = resolve(survey, spec, targets, exclude)
     check_tied(survey, [place for place, _ in resolved.found])
     skipped = tuple(left_out(survey, resolved, freeze))
-    with _random_state_kept_on_failure(generator, on_success=dry_run):
+    with _random_state_kept(generator, on_success=dry_run):
         planned = []
         for place, spec in resolved.found:
             weight = place.value.detach()
@@ -225,10 +225,8 @@ def parameters(model: nn.Module, *names: str) -> list[nn.Parameter]:
 
 
 @contextmanager
-def _random_state_kept_on_failure(
-    generator: torch.Generator | None, on_success: bool
-) -> Iterator[None]:
-    """Give torch's CPU generator and `generator` their states back if the block raises."""
+def _random_state_kept(generator: torch.Generator | None, on_success: bool) -> Iterator[None]:
+    """Give the generators, torch's own and `generator`, their states back, at least on failure."""
     generators = [torch.default_generator, *([] if generator is None else [generator])]
     states = [one.get_state() for one in generators]
     kept = False

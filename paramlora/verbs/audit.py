@@ -192,7 +192,8 @@ def _untouched(survey: Survey) -> Iterator[list[tuple[str, nn.Module, str]]]:
     saved = [
         (path, module, name, tensor, tensor.detach().clone())
         for path, module in survey.modules
-        for name, tensor in _volatile(module)
+        for name, tensor in _volatile(module).items()
+        if tensor is not None
     ]
     devices = sorted({p.device.index for p in survey.base_parameters if p.is_cuda})
     try:
@@ -211,13 +212,11 @@ def _untouched(survey: Survey) -> Iterator[list[tuple[str, nn.Module, str]]]:
                     tensor.copy_(before)
 
 
-def _volatile(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a module that its forward may write to."""
+def _volatile(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the tensors of a module that its forward may write to."""
     renormalised = ("weight", "original") if getattr(module, "max_norm", None) is not None else ()
     own = {name: p for name, p in module._parameters.items() if name in renormalised}
-    for name, tensor in {**module._buffers, **own}.items():
-        if tensor is not None:
-            yield name, tensor
+    return {**module._buffers, **own}
 
 
 def _same(a: Tensor | None, b: Tensor) -> bool:

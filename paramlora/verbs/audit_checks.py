@@ -1,6 +1,6 @@
 """The checks of `audit`, on the gradients of one step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from ..layers.host import froze_base
 from ..site.find import base_weight, dotted
 from ..site.quantized import UnreadWeight
 from ..site.survey import Part, Survey
+from .summary import gradient_of
 
 # The share of the elements of an update that merging has to round away to be reported.
 _MOST = 0.5
@@ -41,22 +42,6 @@ class Finding:
     message: str
 
 
-class AuditedPart(Part):
-    """The factors of one adapter at one tensor or block, with the states that the checks read."""
-
-    @property
-    def active(self) -> bool:
-        return self.name in self.site.stack.seen().active
-
-    @property
-    def merged(self) -> bool:
-        return self.name in self.site.stack.merged
-
-    @property
-    def trained(self) -> dict[str, nn.Parameter]:
-        return {key: p for key, p in self.factors.named_parameters() if p.requires_grad}
-
-
 @dataclass
 class Step:
     """A model, and what one step on it has shown.
@@ -76,8 +61,8 @@ class Step:
 
 def findings(step: Step) -> Iterator[Finding]:
     """Yield what is wrong with adapters, and then with the base."""
-    parts = [AuditedPart(*part) for part in step.survey.parts()]
-    nothing_trains = not any(part.active and part.trained for part in parts)
+    parts = step.survey.parts()
+    nothing_trains = not any(_active(part) and _trained(part) for part in parts)
     for part in parts:
         for kind, message in _faults(step, part, nothing_trains):
             yield Finding(kind, part.path, part.name, message)
@@ -86,34 +71,20 @@ def findings(step: Step) -> Iterator[Finding]:
             yield Finding(kind, path, "", message)
 
 
-def _faults(step: Step, part: AuditedPart, nothing_trains: bool) -> Iterator[tuple[str, str]]:
+def _faults(step: Step, part: Part, nothing_trains: bool) -> Iterator[tuple[str, str]]:
     """Yield the kind and the message of each fault of an adapter at one tensor."""
-    gradients = {key: step.gradients.get(id(p)) for key, p in part.trained.items()}
-    # It is still if it has no gradient that is missing, and none that is not zero.
-    still = all(gradient is not None and not gradient.any() for gradient in gradients.values())
-    if part.active or part.merged:
-        weight, update = _update(part)
-        moves = bool(update.any())
-        # A new adapter has a zero update too, but a gradient.
-        if still and not moves:
-            strength = float(_strength(part))
-            at = f" (its strength is {strength:g})" if strength == 0 else ""
-            learns = ", and so is its gradient" if gradients else ""
-            yield "update", f"its update is exactly zero{at}{learns}; it changes nothing"
-        if moves and _is_rounded_away(weight, update):
-            dtype = str(weight.dtype).removeprefix("torch.")
-            yield (
-                "rounding",
-                f"merging rounds away most of its update, because the base is in {dtype}; leave it "
-                "unmerged, or convert the base to float32 first",
-            )
-        message = _of_gradients(gradients, part.merged, still and moves)
-        if message:
+    trained, active, merged = _trained(part), _active(part), part.name in part.site.stack.merged
+    gradients = {key: step.gradients.get(id(p)) for key, p in trained.items()}
+    if active or merged:
+        found = dict(_of_update(part, gradients))
+        yield from found.items()
+        message = _of_gradients(gradients, merged)
+        if message and (merged or "update" not in found):
             yield "gradient", message
     elif gradients and nothing_trains:
         yield "gradient", "its factors are to be trained, but it is switched off; enable it"
-    if step.held is not None and part.active:
-        missing = [key for key, p in part.trained.items() if id(p) not in step.held]
+    if step.held is not None and active:
+        missing = [key for key, p in trained.items() if id(p) not in step.held]
         if missing:
             yield (
                 "optimizer",
@@ -122,12 +93,38 @@ def _faults(step: Step, part: AuditedPart, nothing_trains: bool) -> Iterator[tup
             )
 
 
-def _strength(part: AuditedPart) -> Strength:
+def _of_update(part: Part, gradients: Mapping[str, Tensor | None]) -> Iterator[tuple[str, str]]:
+    weight, update = _update(part)
+    if update.any():
+        if _is_rounded_away(weight, update):
+            dtype = str(weight.dtype).removeprefix("torch.")
+            yield (
+                "rounding",
+                f"merging rounds away most of its update, because the base is in {dtype}; leave it "
+                "unmerged, or convert the base to float32 first",
+            )
+    # A new adapter has a zero update too, but a gradient.
+    elif all(gradient is not None and not gradient.any() for gradient in gradients.values()):
+        strength = float(_strength(part))
+        at = f" (its strength is {strength:g})" if strength == 0 else ""
+        learns = ", and so is its gradient" if gradients else ""
+        yield "update", f"its update is exactly zero{at}{learns}; it changes nothing"
+
+
+def _active(part: Part) -> bool:
+    return part.name in part.site.stack.seen().active
+
+
+def _trained(part: Part) -> dict[str, nn.Parameter]:
+    return {key: p for key, p in part.factors.named_parameters() if p.requires_grad}
+
+
+def _strength(part: Part) -> Strength:
     return part.factors.at(part.site.stack.seen().strengths.get(part.name))  # type: ignore[union-attr]
 
 
 @torch.no_grad()
-def _update(part: AuditedPart) -> tuple[Tensor, Tensor]:
+def _update(part: Part) -> tuple[Tensor, Tensor]:
     """Return the base's weight, and the update of it; of a quantized layer, of zeros."""
     weight = base_weight(part.site.plist, part.site.stack).detach()
     if isinstance(weight, UnreadWeight):
@@ -142,19 +139,15 @@ def _is_rounded_away(weight: Tensor, update: Tensor) -> bool:
     return bool(gone.sum() >= _MOST * changed.sum())
 
 
-def _of_gradients(gradients: dict[str, Tensor | None], merged: bool, still: bool) -> str:
+def _of_gradients(gradients: Mapping[str, Tensor | None], merged: bool) -> str:
     """Return what is wrong with the gradients of the trained factors, or an empty string."""
-    without = [key for key, gradient in gradients.items() if gradient is None]
     infinite = [key for key, g in gradients.items() if g is not None and not g.isfinite().all()]
+    _, note = gradient_of(gradients)
     if merged and gradients:
         return "it is merged, so its factors get no gradient; unmerge it, or freeze it"
-    if without and len(without) == len(gradients):
-        return "its factors get no gradient from this batch"
-    if without:
-        return f"no gradient from this batch in {', '.join(without)}"
-    if infinite:
-        return f"the gradient is not finite in {', '.join(infinite)}"
-    return "the gradient from this batch is zero" if gradients and still else ""
+    if note:
+        return f"{note}, with this batch"
+    return f"the gradient is not finite in {', '.join(infinite)}" if infinite else ""
 
 
 def _moved(step: Step) -> Iterator[tuple[str, str, str]]:

@@ -180,12 +180,13 @@ def _plan(survey: Survey, names: tuple[str, ...]) -> list[tuple[Site, list[str],
     _check_still_tied(survey.sites)
     check_tied(survey, [Place(s.path, "", s.module, s.tensor) for s in survey.first_sites])
     check_whole(survey.sites)
+    check_not_routed(survey.stacks, "merge")
     for site in survey.first_sites:
         here = chosen.get(id(site.stack), []) if names else list(site.stack.seen().live)
-        check_not_routed([site.stack], "merge")
-        _check(site.stack, here)
-        _check_order(site, here)
         if here:
+            check_unmerged([site.stack], here, "merge")
+            _check_on(site.stack, here)
+            _check_order(site, here)
             order = [name for name in site.stack.named if name in (*here, *site.stack.merged)]
             W, strengths = base_weight(site.plist, site.stack), site.stack.seen().strengths
             folds.append((site, here, folded(site, W, order, strengths or {})))
@@ -211,11 +212,9 @@ def _check_still_tied(sites: list[Site]) -> None:
             )
 
 
-def _check(stack: Stack, names: list[str]) -> None:
-    check_unmerged([stack] if names else [], names, "merge")
-    state = stack.seen()
+def _check_on(stack: Stack, names: list[str]) -> None:
     for name in names:
-        if name not in state.active:
+        if name not in stack.seen().active:
             raise StateError(
                 f"adapter {name!r} is switched off, so merging it would change what the model "
                 "computes; enable it first"

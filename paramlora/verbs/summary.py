@@ -1,7 +1,7 @@
 """The adapters of a model and the tensors without one, as a table and as data."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from ..kinds.spec import Spec
 from ..layers.statistics import is_held, with_statistics
 from ..site.place import Place
 from ..site.survey import Part, Survey
-from ..stack.factors import Factors
 from .table import as_html, as_text, cells, grouped
 
 
@@ -179,7 +178,8 @@ def row(part: Part, seen: bool) -> SiteSummary:
     state = stack.seen()
     merged, active = name in stack.merged, name in state.active or name not in stack.factors
     strength = (state.strengths or {}).get(name)
-    gradient, without = _gradient(factors) if seen else (None, "")
+    trained = {key: p.grad for key, p in factors.named_parameters() if p.requires_grad}
+    gradient, without = gradient_of(trained) if seen else (None, "")
     if gradient is False:
         without += ", it is merged" if merged else "" if active else ", it is switched off"
     notes = [
@@ -195,7 +195,7 @@ def row(part: Part, seen: bool) -> SiteSummary:
         rank=factors.spec.rank,
         scale=float(factors.at(strength) * factors.spec.scaling),
         active=active,
-        trainable=any(p.requires_grad for p in factors.parameters()),
+        trainable=bool(trained),
         merged=merged,
         parameters=parameters,
         share=parameters / math.prod(shape),
@@ -215,12 +215,11 @@ def _wasted(spec: Spec, shape: tuple[int, ...]) -> bool:
     return spec.rank is not None and spec.rank > min(rows, math.prod(columns))
 
 
-def _gradient(factors: Factors) -> tuple[bool | None, str]:
+def gradient_of(trained: Mapping[str, Tensor | None]) -> tuple[bool | None, str]:
     """Return whether trained factors have a nonzero gradient, and a note on the other factors.
 
     The first value is None if no factor is trained.
     """
-    trained = {key: p.grad for key, p in factors.named_parameters() if p.requires_grad}
     without = [key for key, grad in trained.items() if grad is None]
     if not trained:
         return None, ""

@@ -86,6 +86,7 @@ def scale(
     >>> pl.summary(model).sites[0].scale
     0.5
     """
+    attached = ordered_names(stacks_in(model))
     one_form = strengths and not names if factor is None else not strengths
     if not one_form or isinstance(factor, str | Mapping):
         raise TypeError(
@@ -94,7 +95,7 @@ def scale(
         )
     if factor is not None:
         _check_strength(factor)
-    wanted = _wanted(names, strengths) or ordered_names(stacks_in(model))
+    wanted = _wanted(names, strengths) or attached
     for stack in _checked(model, wanted, "scale"):
         here = [name for name in stack.names if name in wanted]
         stack.set_strengths({n: strengths[n] if factor is None else factor for n in here})

@@ -363,9 +363,7 @@ WHILE_MERGED: dict[str, list[Row]] = {
         (while_merged("load"), lambda m, _: pl.load_state_dict(m, pl.state_dict(m, "b"), "b"))
     ],
     "merge": [(while_merged("merge"), lambda m, _: pl.merge(m, "b"))],
-    "merged": [
-        ("adapter 'b' is merged already", lambda m, _: enter(pl.merged(m, "a"))),
-    ],
+    "merged": [(while_merged("merge"), lambda m, _: enter(pl.merged(m, "a")))],
     "routed": [
         (
             "cannot route to adapter 'b' while it is merged",

@@ -237,6 +237,10 @@ def test_the_page_opens_on_the_mean_over_the_adapters(opened, explored):
         assert total == f"{both.mean_sd(2)} %"
         text = opened.locator("#totals small").nth(number).text_content()
         assert "n = 2" in text
+    opened.locator("#strength").fill("0")  # the base, where nothing spreads
+    assert "±" not in opened.locator("#totals b").first.text_content()
+    assert "n = 2" in opened.locator("#totals small").first.text_content()
+    opened.locator("#strength").fill("2")
     opened.locator("#cells button").first.click()
     assert "choose one adapter" in opened.locator("#pictures").text_content()
 
