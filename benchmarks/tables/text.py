@@ -1,9 +1,17 @@
 """The tables of the text study."""
 
+from collections.abc import Sequence
+
+from scipy.stats import spearmanr
+
 from experiments.analysis.intruders import predictors
+from experiments.harness.rundir import Row
 from experiments.report.table import Sample, Table
 from experiments.text import kinds_report
 from experiments.text.front_report import (
+    KEPT,
+    arms_in,
+    by_rate,
     chosen_table,
     difference_table,
     front_table,
@@ -12,6 +20,10 @@ from experiments.text.front_report import (
 from experiments.text.report import percent2, tuned_rows
 
 from .registry import aligned, csv_rows, kept_run, table, with_minus
+
+PREDICTORS = predictors((0.5, 0.7))
+# Those of the tables of counts, and the digits shown: the right vectors give the same counts.
+COUNTED = dict(zip([name for name in PREDICTORS if "right" not in name], (3, 1, 1), strict=True))
 
 
 @table("text-imdb-summary")
@@ -94,38 +106,74 @@ def kinds_differences() -> Table:
 @table("text-kinds-rates")
 def kinds_rates() -> Table:
     """Return the selection of the rates on the validation texts."""
-    return kinds_report.rate_table(kept_run("text-kinds"))
+    return with_minus(kinds_report.rate_table(kept_run("text-kinds")))
+
+
+@table("text-kinds-front")
+def kinds_front() -> Table:
+    """Return what each kind keeps less LoRA of rank 8 at equal accuracy, paired by seed."""
+    runs = kept_run("text-kinds"), kept_run("text-front")
+    return with_minus(kinds_report.equal_table(*runs, "lora+head r 8"))
 
 
 @table("text-kinds-intruders")
 def kinds_intruders() -> Table:
     """Return the intruder dimensions, the size of the update and what is kept, by kind."""
-    chosen = predictors((0.5, 0.7))
-    names = [name for name in chosen if not name.startswith("right")]
-    lines = []
-    for kind, by_seed in kinds_report.measured(kept_run("text-kinds")).items():
-        rows = list(by_seed.values())
-        cells = [
-            Sample(tuple(float(chosen[name](row)) for row in rows)).mean_sd(digits)
-            for name, digits in zip(names, (3, 1, 1), strict=True)
-        ]
-        kept = Sample(tuple(row["kept_agreement"] for row in rows)).mean_sd(3)
-        lines.append([kind, *cells, kept, str(len(rows))])
-    return Table(["kind", *names, "agreement", "n"], lines)
+    kinds = kinds_report.measured(kept_run("text-kinds"))
+    lines = [[kind, *_counted(list(by_seed.values()))] for kind, by_seed in kinds.items()]
+    return Table(["kind", *COUNTED, "agreement", "n"], lines)
+
+
+@table("text-intruders-rates")
+def intruders_rates() -> Table:
+    """Return the same for LoRA and full fine-tuning at several rates."""
+    lines = [
+        [arm, f"{rate:g}", *_counted(these)]
+        for arm, rows in arms_in(kept_run("text-intruders")).items()
+        for rate, these in by_rate(rows).items()
+    ]
+    return Table(["arm", "rate", *COUNTED, "agreement", "n"], lines)
+
+
+def _counted(rows: Sequence[Row]) -> list[str]:
+    """Return cells with the means of the predictors in COUNTED, the agreement, and n."""
+    cells = [
+        Sample(tuple(float(PREDICTORS[name](row)) for row in rows)).mean_sd(digits)
+        for name, digits in COUNTED.items()
+    ]
+    kept = Sample(tuple(row["kept_agreement"] for row in rows)).mean_sd(3)
+    return [*cells, kept, str(len(rows))]
 
 
 @table("text-intruders")
 def intruders() -> Table:
-    """Return the rank correlations with the agreement, over both arms and over each."""
+    """Return the rank correlations with the agreement, over both arms, each, and the kinds."""
     run = kept_run("text-intruders")
     arms = {"both": ("full", "lora"), "LoRA r 8": ("lora",), "full": ("full",)}
     found = [spectra_table(run, prefixes) for prefixes in arms.values()]
-    place = found[0].head.index("agreement")
+    place = found[0].head.index(KEPT["kept_agreement"][0])
     lines = [
-        [rows[0][0], *(row[place] for row in rows)]
+        [rows[0][0], *(row[place] for row in rows), _across_kinds(rows[0][0])]
         for rows in zip(*(one.rows for one in found), strict=True)
     ]
-    return with_minus(Table(["predictor", *arms], lines))
+    return with_minus(Table(["predictor", *arms, "kinds"], lines))
+
+
+def _across_kinds(name: str) -> str:
+    """Return a predictor's rank correlation with the agreement over the kinds of a seed."""
+    kinds = kinds_report.measured(kept_run("text-kinds")).values()
+    pairs = [
+        [(PREDICTORS[name](rows[seed]), rows[seed]["kept_agreement"]) for rows in kinds]
+        for seed in next(iter(kinds))
+    ]
+    found = Sample(tuple(float(spearmanr(one).statistic) for one in pairs))
+    return f"{found.mean:+.2f} ({found.interval(2)})"
+
+
+@table("text-intruders-measures")
+def intruders_measures() -> Table:
+    """Return the rank correlations with all measures, over both arms."""
+    return with_minus(spectra_table(kept_run("text-intruders")))
 
 
 @table("text-pooling")

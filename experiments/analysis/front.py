@@ -38,6 +38,22 @@ def rising(points: Points) -> Points:
     return list(points[: best + 1])
 
 
+def level(points: Points, x: float) -> float | None:
+    """Return y at x, interpolated linearly between the points up to the one that has learned most.
+
+    None if x is not between them.
+
+    Args:
+        points: (x, y) in ascending order of the learning rate.
+        x: how much is learned.
+
+    >>> level([(0.0, 1.0), (1.0, 0.5)], 0.5), level([(0.0, 1.0), (1.0, 0.5)], 1.5)
+    (0.75, None)
+    """
+    xs, ys = np.array(sorted(rising(points))).T
+    return float(np.interp(x, xs, ys)) if xs[0] <= x <= xs[-1] else None
+
+
 def difference(
     ours: Points, theirs: Points, part: tuple[float, float] = (0.0, 1.0)
 ) -> float | None:

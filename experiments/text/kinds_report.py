@@ -3,11 +3,12 @@
 A seed is one observation: it sets the new head, the start of the adapter and the order of texts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from scipy.stats import ttest_1samp
 
+from ..analysis.front import level
 from ..harness.rundir import Row, RunDirectory, replace_file
 from ..report.figures import Figure, plt, png
 from ..report.style import COLOUR
@@ -19,6 +20,7 @@ REFERENCE = "lora"
 # As KEPT: by name in the rows, the name in tables, its factor, and the digits shown.
 MEASURES = {"accuracy": ("test, %", 100, 2), **KEPT}
 DRAWN = ("accuracy", "kept_agreement")
+Differences = dict[str, tuple[Sample, float]]  # of each kind, with its p
 _VALIDATED = {"validation_accuracy": ("validation, %", 100, 2), **MEASURES}
 
 
@@ -73,30 +75,59 @@ def chosen_table(run: RunDirectory) -> Table:
     return Table(head, lines)
 
 
-def differences(run: RunDirectory, key: str) -> dict[str, tuple[Sample, float]]:
-    """Return each kind's difference from LoRA, paired by seed, and its p corrected by Holm.
+def _corrected(samples: Mapping[str, Sample]) -> Differences:
+    """Return samples with the p of the paired t-test, corrected by Holm's method over the kinds."""
+    p = holm([float(ttest_1samp(sample.values, 0).pvalue) for sample in samples.values()])
+    return dict(zip(samples, zip(samples.values(), p, strict=True), strict=True))
 
-    The p is that of the paired t-test. The correction is over the kinds.
-    """
+
+def differences(run: RunDirectory, key: str) -> Differences:
+    """Return each kind's difference from LoRA, paired by seed, and its p corrected by Holm."""
     rows, samples = measured(run), dict[str, Sample]()
     theirs = rows.get(REFERENCE, {})
     for kind, ours in rows.items():
         pairs = [(row, theirs[seed]) for seed, row in ours.items() if seed in theirs]
         if kind != REFERENCE and len(pairs) > 1:
             samples[kind] = Sample(tuple(MEASURES[key][1] * (a[key] - b[key]) for a, b in pairs))
-    p = holm([float(ttest_1samp(sample.values, 0).pvalue) for sample in samples.values()])
-    return dict(zip(samples, zip(samples.values(), p, strict=True), strict=True))
+    return _corrected(samples)
+
+
+def at_equal_accuracy(run: RunDirectory, front: RunDirectory, arm: str, key: str) -> Differences:
+    """Return what each kind keeps less an arm of a front with the same accuracy and seed.
+
+    A seed with another accuracy than those between the arm's rates does not count, nor do kinds
+    with fewer than two such seeds.
+    """
+    factor, found = KEPT[key][1], dict[str, list[float]]()
+    ascending = sorted(front.rows, key=lambda row: row["rate"])
+    for kind, by_seed in measured(run).items():
+        for seed, row in by_seed.items():
+            rows = [r for r in ascending if (r["method"], r["seed"]) == (arm, seed)]
+            points = [(r["accuracy"], r[key]) for r in rows]
+            other = level(points, row["accuracy"]) if points and kind != REFERENCE else None
+            found.setdefault(kind, []).extend(
+                () if other is None else (factor * (row[key] - other),)
+            )
+    return _corrected({kind: Sample(tuple(v)) for kind, v in found.items() if len(v) > 1})
 
 
 def difference_table(run: RunDirectory) -> Table:
     """Return each kind's differences from LoRA with 95 % intervals; a star: p < 0.05 by Holm."""
-    found = {key: differences(run, key) for key in MEASURES}
-    head = [f"kind − {REFERENCE}", *(name for name, _, _ in MEASURES.values()), "n"]
+    return _starred(REFERENCE, {key: differences(run, key) for key in MEASURES})
+
+
+def equal_table(run: RunDirectory, front: RunDirectory, arm: str) -> Table:
+    """Return each kind's differences from an arm of a front at equal accuracy, in the same way."""
+    return _starred(arm, {key: at_equal_accuracy(run, front, arm, key) for key in KEPT})
+
+
+def _starred(reference: str, found: Mapping[str, Differences]) -> Table:
+    head = [f"kind − {reference}", *(MEASURES[key][0] for key in found), "n"]
     lines = []
-    for kind, (sample, _) in found["accuracy"].items():
+    for kind, (sample, _) in next(iter(found.values())).items():
         cells = []
-        for key, (_, _, digits) in MEASURES.items():
-            one, p = found[key][kind]
+        for key, of_kinds in found.items():
+            (one, p), digits = of_kinds[kind], MEASURES[key][2]
             cells.append(f"{one.mean:+.{digits}f} ({one.interval(digits)})" + "*" * (p < 0.05))
         lines.append([kind, *cells, str(len(sample.values))])
     return Table(head, lines)

@@ -96,7 +96,7 @@ def title(run: RunDirectory) -> str:
     return (
         f"{settings['model']} on {env['data']}, {env['train_texts']:,} training, "
         f"{env['validation_texts']:,} validation and {env['test_texts']:,} test texts of "
-        f"{settings['max_length']} tokens at most; n = {seeds} seeds"
+        f"{settings['max_length']} tokens at most; n = {seeds} seed{'s' * (seeds != 1)}"
     )
 
 
@@ -221,16 +221,16 @@ def strengths_picture(run: RunDirectory) -> Picture:
 
 
 def _strengths(run: RunDirectory, axes: Any) -> None:
+    found = {row["method"] for row in strength_rows(run)}
+    drawn = [method for method in methods_in(run) if method in found]
     for axis, key, name in zip(
         axes,
         ("agreement", "retrieval"),
         ("agreement with the checkpoint's similarities", "retrieval of a text's other half, %"),
         strict=True,
     ):
-        for method, look in looks(methods_in(run)).items():
+        for method, look in looks(drawn).items():
             these = [row for row in strength_rows(run) if row["method"] == method]
-            if not these:
-                continue
             scale = 100 if key == "retrieval" else 1
             count = range(len(these[0]["strengths"]))
             x = [scale * sum(row[key][i] for row in these) / len(these) for i in count]
@@ -241,10 +241,11 @@ def _strengths(run: RunDirectory, axes: Any) -> None:
                 seed_y = [100 * value for value in row["accuracy"]]
                 axis.plot(seed_x, seed_y, ".", color=look["color"], alpha=0.6)
             for i in count:
-                # Rotated, so that the labels of close points do not overlap.
+                # Rotated, above and below in turn, so that labels of close points do not overlap.
+                up = i % 2 == 0
                 axis.annotate(f"{these[0]['strengths'][i]:g}", (x[i], y[i]), fontsize=7,
-                              xytext=(0, 5), textcoords="offset points",
-                              rotation=90, ha="center", va="bottom")  # fmt: skip
+                              xytext=(0, 5 if up else -5), textcoords="offset points",
+                              rotation=90, ha="center", va="bottom" if up else "top")  # fmt: skip
         axis.margins(y=0.12)
         axis.set_xlabel(name)
         axis.set_ylabel("accuracy on the task, test rows, %")

@@ -34,20 +34,30 @@ _OTHERWISE = {
     "task_type": "models keep their class; leave it out",
     "inference_mode": "freeze(model) stops training; leave it out",
 }
-# The names of functions and classes of PEFT and minLoRA, by ours.
+# The names of functions and classes of PEFT, minLoRA and loralib, and those of ours that
+# `paramlora` does not import, by our names.
 _FUNCTIONS = {
-    "attach": "get_peft_model PeftModel add_adapter add_lora",
+    "attach": "get_peft_model PeftModel add_adapter inject_adapter_in_model add_lora "
+    "mark_only_lora_as_trainable",
     "detach": "delete_adapter unload remove_lora",
     "activate": "set_adapter select_lora",
     "disabled": "disable_adapter",
-    "merge": "merge_adapter merge_lora",
+    "merge": "merge_adapter",
     "unmerge": "unmerge_adapter",
-    "bake": "merge_and_unload",
+    "bake": "merge_and_unload merge_lora",
     "combine": "add_weighted_adapter",
     "load_peft": "load_adapter from_pretrained hotswap_adapter",
     "save_peft": "save_pretrained",
     "summary": "print_trainable_parameters get_layer_status",
+    "parameters": "get_lora_params",
+    "state_dict": "get_peft_model_state_dict get_lora_state_dict lora_state_dict",
+    "load_state_dict": "set_peft_model_state_dict",
     "LoRA": "LoraConfig",
+    "integrations.hub.push_to_hub": "push_to_hub",
+    "integrations.hub.from_hub": "from_hub",
+    "integrations.diffusers.load_diffusers": "load_diffusers",
+    "integrations.diffusers.save_diffusers": "save_diffusers",
+    "integrations.transformers.AdapterTrainer": "AdapterTrainer",
 }
 
 

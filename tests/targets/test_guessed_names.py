@@ -3,6 +3,7 @@
 import copy
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import paramlora as pl
 from paramlora import Delta, LoRA
+from paramlora.kinds import arguments
 from tests.support.helpers import refuses
 from tests.support.reference import shake
 
@@ -302,15 +304,32 @@ def test_arguments_of_other_libraries(kind: Any, arguments: dict[str, Any], mess
         ("disable_adapter", "; its name here is disabled"),
         ("merge_and_unload", "; its name here is bake"),
         ("add_lora", "; its name here is attach"),
+        ("merge_lora", "; its name here is bake"),
+        ("get_peft_model_state_dict", "; its name here is state_dict"),
+        ("lora_state_dict", "; its name here is state_dict"),
+        ("from_hub", "; its name here is integrations.hub.from_hub"),
         ("atach", "; did you mean attach"),
         ("zzz", ""),
     ],
 )
 def test_functions_of_other_libraries(name: str, message: str) -> None:
-    """A function of PEFT or minLoRA, or a typing error, raises AttributeError with ours."""
+    """A function of another library or in a submodule, or a typing error, raises with ours."""
     expected = f"module 'paramlora' has no attribute {name!r}{message}"
     with pytest.raises(AttributeError, match=f"^{re.escape(expected)}"):
         getattr(pl, name)
+
+
+def test_names_in_messages_exist() -> None:
+    """Every function that a message names exists, in `paramlora` or in the submodule it says."""
+    for ours in arguments._FUNCTIONS:
+        module, _, name = ours.rpartition(".")
+        if module:  # which needs its library, so it is read and not imported
+            source = Path(pl.__file__).parent.joinpath(*module.split(".")).with_suffix(".py")
+            assert re.search(rf"^(def|class) {name}\b", source.read_text("utf-8"), re.MULTILINE), (
+                ours
+            )
+        else:
+            assert name in pl.__all__, ours
 
 
 @pytest.mark.parametrize(

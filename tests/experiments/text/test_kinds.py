@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experiments.__main__ import main
-from experiments.harness.rundir import RunDirectory
+from experiments.harness.rundir import Row, RunDirectory
 from experiments.harness.settings import StudyError, replace
 from experiments.text import front, kinds, kinds_report
 from experiments.text.kinds import SELECTION, TEST, best_rate, parse_kinds
@@ -87,6 +87,33 @@ def test_validation_texts_choose_the_rate() -> None:
     (line,) = kinds_report.difference_table(run).rows
     assert line[:2] == ["ia3", "+20.00 (20.00 to 20.00)*"]
     assert kinds_report.beyond_noise(run).startswith("- test, %: ia3 +20.00\n")
+
+
+def test_kinds_are_compared_with_a_front_at_equal_accuracy() -> None:
+    """The front is interpolated at each seed's accuracy; seeds beyond its rates do not count."""
+    measures = [key for key in kinds_report.MEASURES if key != "accuracy"]
+
+    def row(method: str, rate: float, seed: int, accuracy: float, kept: float, **more: str) -> Row:
+        found = {"method": method, "rate": rate, "seed": seed, "accuracy": accuracy}
+        return found | dict.fromkeys(measures, kept) | {"validation_accuracy": accuracy} | more
+
+    seeds = range(3)
+    kinds_run = [
+        row(kind, 1e-3, seed, 0.9 if seed == 2 else 0.75, kept, part=part)
+        for kind, kept in (("lora", 0.5), ("ia3", 0.8))
+        for part, seed in [(SELECTION, 3), *((TEST, seed) for seed in seeds)]
+    ]
+    front_rows = [
+        row("lora r 8", rate, seed, accuracy, kept + 0.1 * seed)
+        for rate, accuracy, kept in ((1e-3, 0.8, 0.4), (1e-4, 0.7, 0.6), (1e-2, 0.75, 0.0))
+        for seed in seeds
+    ]
+    run, front_run = (RunDirectory(Path(), {}, {}, rows) for rows in (kinds_run, front_rows))
+    found = kinds_report.at_equal_accuracy(run, front_run, "lora r 8", "kept_agreement")
+    assert list(found) == ["ia3"]  # lora is the reference, and not compared with itself
+    assert found["ia3"][0].values == pytest.approx((0.3, 0.2))
+    (line,) = kinds_report.equal_table(run, front_run, "lora r 8").rows
+    assert (line[0], line[-1]) == ("ia3", "2")
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
