@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import nearest
 
@@ -73,28 +73,26 @@ def check_fields(cls: type, given: Collection[str]) -> None:
     if not foreign:
         return
     known = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
-    for key in foreign:
-        if key not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
-            ours = _OURS.get(key)
-            if ours is None:
-                hint = _OTHERWISE[key]
-            elif ours in known:
-                hint = f"write {ours}="
-            elif ours in _OF_ATTACH:
-                hint = f"pass the {ours} to attach: attach(model, {cls.__name__}(...), {ours}=...)"
-            else:
-                hint = f"this kind has no {ours}"
-            raise TypeError(f"{cls.__name__}() has no argument {key!r}: {hint}")
+    if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        at_attach = f"pass the {{0}} to attach: attach(model, {cls.__name__}(...), {{0}}=...)"
+        for key in [key for key in foreign if key not in known]:
+            elsewhere = at_attach if _OURS.get(key) in _OF_ATTACH else "this kind has no {0}"
+            _refuse(cls.__name__, key, known, elsewhere)
 
 
-def check_attach_arguments(known: Iterable[str], given: Collection[str]) -> None:
+def check_attach_arguments(known: Collection[str], given: Collection[str]) -> None:
     """Raise a TypeError if `attach` is given an argument that it does not have."""
     for key in given:
-        ours = _OURS.get(key)
-        hint = f": write {ours}=" if ours in _OF_ATTACH else f": write LoRA({ours}=...) as the spec"
-        if ours is None:
-            hint = f": {_OTHERWISE[key]}" if key in _OTHERWISE else nearest(key, known)
-        raise TypeError(f"attach() has no argument {key!r}{hint}")
+        _refuse("attach", key, known, "write LoRA({0}=...) as the spec")
+
+
+def _refuse(called: str, key: str, known: Collection[str], elsewhere: str) -> NoReturn:
+    """Raise the TypeError for an unknown argument; `elsewhere` is used if ours is not known."""
+    ours = _OURS.get(key)
+    hint = f": {_OTHERWISE[key]}" if key in _OTHERWISE else nearest(key, known)
+    if ours is not None:
+        hint = f": write {ours}=" if ours in known else f": {elsewhere.format(ours)}"
+    raise TypeError(f"{called}() has no argument {key!r}{hint}")
 
 
 class SignatureOfInit:
