@@ -243,15 +243,14 @@ def using(
     """
     wanted = _wanted(names, strengths)
     stacks = _checked(model, wanted, "toggle", every=True)
-    changes = {}
-    for stack in stacks:
-        numbers = stack.numbers
-        scales = {numbers[name]: s for name, s in wanted.items() if name in numbers}
-        changes[stack] = Change(
-            {number: name in wanted for name, number in numbers.items()},
-            {number: s for number, s in scales.items() if s is not None},
+    changes = {
+        stack: Change(
+            {n: name in wanted for name, n in stack.numbers.items()},
+            {n: s for name, n in stack.numbers.items() if (s := wanted.get(name)) is not None},
             None,
         )
+        for stack in stacks
+    }
     with opened("using", changes):
         yield
 
