@@ -1,5 +1,6 @@
 """Check for the two files of a PEFT folder, and write both atomically."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -70,6 +71,8 @@ def check_files(path: Path) -> None:
         CheckpointError: the tensors are in a pickle.
         FileNotFoundError: the folder or one of the files does not exist.
     """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.stat(path / CONFIG)  # a PermissionError, which `is_dir` hides from Python 3.14 on
     if not path.is_dir():
         left = leftovers(path.absolute()) if path.absolute().parent.is_dir() else []
         hint = f"; a save that was killed has left {some(p.name for p in left)}" if left else ""
