@@ -198,21 +198,17 @@ def _differentiable_grads(
 
 
 def _one(terms: Sequence[LowRank]) -> tuple[Tensor, Tensor, float]:
-    """Return A, B and s of the sum of the terms; s is a number."""
-    A, B, s = terms[0] if len(terms) == 1 else _concatenate(terms)
-    if isinstance(s, Tensor):
-        return A, B * s, 1.0  # s may require a gradient, which autograd takes from this product
-    return A, B, s
-
-
-def _concatenate(terms: Sequence[LowRank]) -> LowRank:
-    """Return the sum of several updates as one update, whose rank is the sum of their ranks.
+    """Return A, B and s of the sum of the terms, whose rank is the sum of their ranks.
 
         s₁ B₁ A₁ + s₂ B₂ A₂ = [s₁ B₁, s₂ B₂] [A₁; A₂]
 
     Two adapters then cost two larger products instead of four. The scales differ between the
-    terms, so they are multiplied into B.
+    terms, so they are multiplied into B. The returned s is a number.
     """
-    A = torch.cat([term.A for term in terms])  # (Σ r, k)
-    B = torch.cat([term.B * term.scale for term in terms], dim=1)  # (m, Σ r)
-    return LowRank(A, B, 1.0)
+    if len(terms) > 1:
+        A = torch.cat([term.A for term in terms])  # (Σ r, k)
+        return A, torch.cat([term.B * term.scale for term in terms], dim=1), 1.0  # (m, Σ r)
+    A, B, s = terms[0]
+    if isinstance(s, Tensor):
+        return A, B * s, 1.0  # s may require a gradient, which autograd takes from this product
+    return A, B, s

@@ -144,7 +144,8 @@ def _register_parameter(plain: Any) -> Callable[..., None]:
         if packs:
             pack(self, param)
             vars(self)[BEFORE].frozen.pop(name, None)  # its flag is the library's from now on
-            type(self).forward = quantized_forward(_plain(self).forward)
+            cls: Any = type(self)
+            cls.forward = quantized_forward(cls.__bases__[0].forward)
 
     return register_parameter
 
@@ -209,7 +210,3 @@ def _merged_lists(module: nn.Module) -> Iterator[parametrize.ParametrizationList
             pairs = zip(stack.written, stored_tensors(plist), strict=True)
             if all(written.is_in(parameter) for written, parameter in pairs):
                 yield plist
-
-
-def _plain(module: nn.Module) -> Any:
-    return type(module).__bases__[0]

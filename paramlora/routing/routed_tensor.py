@@ -37,14 +37,6 @@ class RoutedTensor(StandIn):
     path: str
     build: Callable[[int], Tensor]
 
-    @classmethod
-    def of(
-        cls, route: Any, path: str, weight: Tensor, build: Callable[[int], Tensor]
-    ) -> "RoutedTensor":
-        made = cls.like(weight)
-        made.route, made.path, made.build = route, path, build
-        return made
-
     @staticmethod
     def refusal(read: Any, asked: str) -> str:
         return (

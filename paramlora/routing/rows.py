@@ -133,7 +133,9 @@ class Route:
             name = self.names[index]
             return stack.build(weight, state, [name] if index >= 0 and name in state.live else [])
 
-        return RoutedTensor.of(self, self.paths[stack.key], weight, build)
+        made = RoutedTensor.like(weight)
+        made.route, made.path, made.build = self, self.paths[stack.key], build
+        return made
 
     def mask(self, terms: Sequence[tuple[int, LowRank]], like: Tensor) -> Tensor:
         """Return ¬M, bool (n, 1, …, R): True if the column belongs to another adapter.

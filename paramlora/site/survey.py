@@ -154,8 +154,7 @@ class Survey:
         Raises:
             AdapterNameError: there is no adapter of that name.
         """
-        check_names(self.stacks, [name])
-        return [site for site in self.first_sites if name in site.stack.named]
+        return [site for site, _ in self.select([name])]
 
     def one(self, name: str | None, by: str = "name") -> str:
         """Return the name of an adapter, for None that of the only adapter.

@@ -303,12 +303,10 @@ class Stack(nn.Module):
         """Set the active and the merged adapters."""
         names = tuple(self.named)
         merged = tuple(name for name in names if name in merged)
+        drops = any(part.spec.dropout for name in names for part in self.parts(name))
         # Not through nn.Module.__setattr__, which is slow: a model may have hundreds of stacks.
-        vars(self).update(names=names, merged=merged, drops=self._drops())
+        vars(self).update(names=names, merged=merged, drops=drops)
         self.switch(active)
-
-    def _drops(self) -> bool:
-        return any(part.spec.dropout for name in self.named for part in self.parts(name))
 
     def switch(self, active: Container[str]) -> None:
         """Set the active adapters. The others stay attached, and merged adapters stay merged."""

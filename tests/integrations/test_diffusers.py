@@ -238,7 +238,10 @@ def test_kohya_file_whose_layers_have_other_alphas(tmp_path: Path) -> None:
 
 
 def test_kohya_file_of_a_unet_and_its_text_encoder(tmp_path: Path) -> None:
-    """Each layer computes with W + alpha / r · up down, in kohya's names and half precision."""
+    """Each layer computes with W + alpha / r · up down, in kohya's names and half precision.
+
+    A slot of a higher rank takes the same update.
+    """
     models = {"lora_unet_": unet(), "lora_te1_": text_encoder()}
     layers: dict[str, dict[str, float | None]] = {
         "lora_unet_": {
@@ -262,9 +265,14 @@ def test_kohya_file_of_a_unet_and_its_text_encoder(tmp_path: Path) -> None:
             weights[start, path] = weight + update * (1 if alpha is None else alpha / 2)
     save_file(state, tmp_path / "kohya.safetensors", {"ss_network_dim": "2"})
     for start, model in models.items():
+        slotted = copy.deepcopy(model)
+        pl.attach(slotted, pl.LoRA(4), [*layers[start]], name="slot")
         load_diffusers(model, tmp_path / "kohya.safetensors")
+        load_diffusers(slotted, tmp_path / "kohya.safetensors", into="slot")
+        assert pl.names(slotted) == ["slot"]
         for path in layers[start]:
             assert_close(model.get_submodule(path).weight, weights[start, path])
+            assert_close(slotted.get_submodule(path).weight, weights[start, path])
 
 
 @pytest.mark.parametrize("kind", ["SDXL", "Flux"])
