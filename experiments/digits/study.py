@@ -111,7 +111,7 @@ def run_digits(
 def explored(folder: Path, count: int) -> bool:
     """Return whether explore.json exists, is whole and has this number of adapters."""
     try:
-        return len(read_json(folder / EXPLORED, "")["adapters"]) == count
+        return len(read_json(folder / EXPLORED, "").get("adapters", ())) == count
     except (FileNotFoundError, StudyError):
         return False
 

@@ -101,7 +101,7 @@ def keep_frozen(factors: Factors) -> None:
 
 def unfreeze_rest(survey: Survey, adapters: set[str] | None) -> None:
     """Unfreeze what only these adapters froze; None unfreezes all of it."""
-    for module in (*_base_modules(survey), *(factors for _, factors in _factors(survey))):
+    for module in _freezable(survey):
         frozen = _frozen(module)
         for key, holders in list(frozen.items()):
             holders -= holders if adapters is None else adapters
@@ -125,6 +125,11 @@ def froze_base(survey: Survey) -> bool:
     return any(_frozen(module) for module in _base_modules(survey))
 
 
+def frozen_by(survey: Survey) -> list[set[str]]:
+    """Return for each frozen parameter, of the base or a factor, the adapters that froze it."""
+    return [names for module in _freezable(survey) for names in _frozen(module).values()]
+
+
 def has_traces(module: nn.Module) -> bool:
     """Return whether an adapter, here or elsewhere in the model, has left something to restore."""
     return BEFORE in vars(module)
@@ -145,6 +150,10 @@ def _before(module: nn.Module) -> Before:
 
 def _frozen(module: nn.Module) -> dict[str, set[str]]:
     return vars(module)[BEFORE].frozen if BEFORE in vars(module) else {}
+
+
+def _freezable(survey: Survey) -> Iterator[nn.Module]:
+    yield from (*_base_modules(survey), *(factors for _, factors in _factors(survey)))
 
 
 def _base_modules(survey: Survey) -> Iterator[nn.Module]:

@@ -106,6 +106,11 @@ def release(modules: Modules, holders: Set[Hashable] | None) -> None:
                 module.training = lock.mode
 
 
+def held_by(modules: Modules) -> list[set[Hashable]]:
+    """Return for each held layer the adapters and blocks that hold it."""
+    return [vars(module)["train"].holders for _, module in modules if is_held(module)]
+
+
 def with_statistics(modules: Modules) -> list[tuple[str, nn.Module]]:
     """Return the layers that have running statistics, by path."""
     return [

@@ -37,12 +37,6 @@ def check_destination(path: Path) -> None:
                 f"cannot write {path}: the folder exists and also has {', '.join(others[:3])}, "
                 "which would be lost; choose another path"
             )
-        for file in (CONFIG, TENSORS):
-            if (path / file).is_dir():
-                raise FileExistsError(
-                    f"cannot write {path}: {file} in it is a folder, which would be lost; choose "
-                    "another path"
-                )
     elif path.exists() or path.is_symlink():
         raise FileExistsError(f"cannot write {path}: a file of that name exists")
 

@@ -48,7 +48,7 @@ def folder_content(model: nn.Module, name: str | None) -> Content:
         name: the adapter; by default the only one.
 
     Raises:
-        AdapterNameError: there is no adapter of this name, or no only one.
+        AdapterNameError: there is no adapter of this name; or none is named, and there are several.
         StateError: a tensor is sharded.
         TargetError: PEFT cannot express the adapter; the message names the tensor.
     """

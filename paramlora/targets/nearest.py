@@ -37,14 +37,15 @@ def nothing_matches(asked: Target, matcher: Matcher) -> str:
         return f"{name}; {reasons}"
     if meant:
         own = [place.path for place in places if id(place.module) in ids]
-        path = f"*.{target}" if isinstance(target, str) else next(iter(meant))
+        path = f"*.{target}" if target and isinstance(target, str) else next(iter(meant))
         glob = f"{path}.*".replace("*.*.", "*.").lstrip(".")
         only = f", only {some(own)}: name those with a glob, {glob!r}" if own else ""
-        return f"{name}; there is no parameter 'weight' in {some(meant)}{only}"
+        paths = some(path or "the model itself" for path in meant)
+        return f"{name}; there is no parameter 'weight' in {paths}{only}"
     if isinstance(target, str) and target != ALL_LINEAR:
         if _REGEX.search(target):
             return f"{name}; {_no_regex(str(asked), places)}"
-        return name + _close(target, matcher)
+        return name + _close(target, matcher, str(asked).removeprefix(target))
     with_weight = [place.module for place in places if place.tensor == "weight"]
     types = {parametrize.type_before_parametrizations(module).__name__ for module in with_weight}
     return f"{name}; modules with a weight here are {some(sorted(types)) or 'none'}"
@@ -82,10 +83,13 @@ def _no_regex(target: str, places: list[Place]) -> str:
     return f"{hint}, lambda path, module: re.fullmatch({target!r}, path) ({modules})"
 
 
-def _close(target: str, matcher: Matcher) -> str:
+def _close(target: str, matcher: Matcher, index: str) -> str:
     """Return a question that names close patterns, with what each would match."""
     if is_glob(target) and (deeper := matcher.match(f"*.{target}", matcher.places)):
-        return f"; did you mean '*.{target}' ({len(deeper)} tensors)?"
+        # Brackets at the end would be an index.
+        end = f".{deeper[0].tensor}" if target.endswith("]") and not index else index
+        count = "1 tensor" if len(deeper) == 1 else f"{len(deeper)} tensors"
+        return f"; did you mean '*.{target}{end}' ({count})?"
     core = target.removeprefix("*.").rpartition("*.")[2]
     size = core.count(".") + 1
     modules = [p.module_path for p in matcher.places if p.module_path and p.tensor == "weight"]

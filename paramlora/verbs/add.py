@@ -4,10 +4,12 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..errors import StateError
+from ..layers.host import frozen_by
 from ..layers.install import PlannedSite, install, remove
+from ..layers.statistics import held_by
 from ..site.names import check_order
 from ..site.survey import Survey
 from ..targets.targets import Resolved
@@ -77,10 +79,18 @@ def switch(
 def undone(survey: Survey, name: str) -> Iterator[None]:
     """Undo what the block attaches under a name: detaching is the exact inverse."""
     active = {stack: stack.active for stack in survey.stacks}
+    # In another part of the model an adapter may have this name. What it froze or holds here is
+    # noted under a name that no adapter can have, so that detaching leaves it alone.
+    others: list[set[Any]] = [*frozen_by(survey), *held_by(survey.modules)]
+    others = [noted for noted in others if name in noted]
+    for noted in others:
+        noted ^= {name, "."}
     try:
         yield
     finally:
         remove(survey.again(), {name})
+        for noted in others:
+            noted ^= {name, "."}
         for stack, names in active.items():
             stack.switch(names)
 

@@ -148,6 +148,19 @@ def test_failed_attach_and_dry_run() -> None:
     assert (dry.held, dry.moving) == (("1", "2.1"), ())
 
 
+def test_dry_run_on_a_part() -> None:
+    """A dry run leaves what an adapter of the same name in another part froze and holds."""
+    model = net()
+    pl.attach(model[0], LoRA(2), name="a")
+    pl.attach(model, LoRA(2), "4", name="b", activate="also", hold_statistics=True)
+    with unchanged(model):
+        pl.attach(model[2], LoRA(2), name="b", hold_statistics=True, dry_run=True)
+    assert not model[2][1].training
+    pl.detach(model)
+    assert model[2][1].training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_detach_a_part() -> None:
     """Detaching from a part releases its layers only; detaching the whole releases all."""
     model = net()

@@ -165,6 +165,8 @@ CLOSE = {
     "a misspelt glob": ("*.q_lyn", "; did you mean '*.q_lin' (2 modules), '*.v_lin' (2 modules)?"),
     "the name in another model": ("q_proj", "; did you mean '*.q_lin' (2 modules), "),
     "a glob from the top": ("[qv]_lin", "; did you mean '*.[qv]_lin' (4 tensors)?"),
+    "a block of a glob": ("[qv]_lin[:2]", "; did you mean '*.[qv]_lin[:2]' (4 tensors)?"),
+    "a glob that ends with digits": ("[02]", "; did you mean '*.[02].weight' (6 tensors)?"),
     "a tensor": ("q_lin.bais", "; did you mean '*.q_lin.bias' (2 tensors), "),
     "a single module": ("lm_heat", "; did you mean lm_head"),
 }
@@ -176,6 +178,9 @@ def test_close_patterns_are_counted(target: str, hint: str) -> None:
     expected = f"no tensor matches {target!r}{hint}"
     with pytest.raises(pl.TargetError, match=f"^{re.escape(expected)}"):
         pl.attach(Model(), LoRA(1), target)
+    if glob := re.search(r"'(\S+)' \((\d+) tensors", hint):
+        spec = Delta() if "bias" in glob[1] else LoRA(1)
+        assert len(sites(Model(), spec, glob[1])) == int(glob[2])
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,13 @@ TARGETS: dict[str, Row] = {
         "no tensor matches LSTM; there is no parameter 'weight' in rnn, only rnn.weight_ih_l0, "
         "rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0: name those with a glob, 'rnn.*'",
     ),
+    "the model itself without a weight": (
+        lambda: nn.LSTM(3, 3, bias=False),
+        lambda m: pl.attach(m, LoRA(2), nn.LSTM),
+        pl.TargetError,
+        "no tensor matches LSTM; there is no parameter 'weight' in the model itself, only "
+        "weight_ih_l0, weight_hh_l0: name those with a glob, '*'",
+    ),
     "a path without a weight": (
         plain,
         lambda m: pl.attach(m, LoRA(2), "act"),

@@ -23,6 +23,7 @@ from experiments.digits.report.report import columns_legend, markdown, methods_c
 from experiments.digits.report.tables import PUBLISHED, digit_table, published_for, seed_table
 from experiments.digits.settings import DigitSettings, preset
 from experiments.digits.shared import context_of, prepare
+from experiments.digits.study import explored as is_explored
 from experiments.digits.study import run_digits
 from experiments.harness.rundir import RunDirectory
 from experiments.harness.settings import StudyError, flattened
@@ -351,6 +352,13 @@ def test_a_page_that_lacks_seeds_says_so_until_the_run_is_called_again(copied, f
     assert study(copied) == 0
     assert path.read_bytes() == (finished / "run" / "explore.json").read_bytes()
     assert "The explorer has the first" not in page.read_text()
+
+
+def test_page_data_without_adapters_is_made_again(tmp_path):
+    """JSON that lacks the adapters counts as missing, as JSON that is cut off does."""
+    for text in ("{}", '{"adapters": {'):
+        (tmp_path / "explore.json").write_text(text)
+        assert not is_explored(tmp_path, 2)
 
 
 def test_a_report_is_made_from_rows_alone(finished, tmp_path, trainings, capsys):
