@@ -76,8 +76,11 @@ def switch(
 
 
 @contextmanager
-def undone(survey: Survey, name: str) -> Iterator[None]:
-    """Undo what the block attaches under a name: detaching is the exact inverse."""
+def undone(survey: Survey, name: str, on_success: bool = True) -> Iterator[None]:
+    """Undo what the block attaches under a name, at least if it raises.
+
+    Detaching is the exact inverse. A warning that is turned into an error is raised last.
+    """
     active = {stack: stack.active for stack in survey.stacks}
     # In another part of the model an adapter may have this name. What it froze or holds here is
     # noted under a name that no adapter can have, so that detaching leaves it alone.
@@ -85,14 +88,19 @@ def undone(survey: Survey, name: str) -> Iterator[None]:
     others = [noted for noted in others if name in noted]
     for noted in others:
         noted ^= {name, "."}
+    undo = True
     try:
         yield
+        undo = on_success
     finally:
-        remove(survey.again(), {name})
+        if undo:
+            remove(survey.again(), {name})
         for noted in others:
-            noted ^= {name, "."}
-        for stack, names in active.items():
-            stack.switch(names)
+            noted -= {"."}
+            noted |= {name}
+        if undo:
+            for stack, names in active.items():
+                stack.switch(names)
 
 
 def left_out(survey: Survey, resolved: Resolved, freeze: bool) -> Iterator[Skipped]:

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
 import torch
@@ -121,13 +121,13 @@ def attach(
     resolved = resolve(survey, spec, targets, exclude)
     check_tied(survey, [place for place, _ in resolved.found])
     skipped = tuple(left_out(survey, resolved, freeze))
-    with _random_state_kept(generator, on_success=dry_run):
+    kept = _random_state_kept(generator, on_success=dry_run)
+    with kept, undone(survey, name, on_success=dry_run):
         planned = []
         for place, spec in resolved.found:
             weight = place.value.detach()
             tensors = spec.create(weight.to("meta") if dry_run else weight, generator)
             planned.append(PlannedSite(place, Factors(spec, tensors, place.block)))
-    with undone(survey, name) if dry_run else nullcontext():
         if hold_statistics:
             hold(survey.modules, name)
         added = add(survey, planned, name, activate, freeze)

@@ -229,3 +229,27 @@ def test_random_state_after_a_refused_attach(own: bool) -> None:
     with unchanged(model), pytest.raises(ValueError, match="did not fill a factor"):
         pl.attach(model, specs, generator=generator)
     assert torch.equal(source.get_state(), before)
+
+
+def test_a_warning_that_is_an_error_leaves_nothing_attached() -> None:
+    """With warnings as errors, an attach that would warn changes nothing."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    pl.attach(model, LoRA(2), "0", name="a")
+    random_state = torch.get_rng_state()
+    with unchanged(model), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="'b' is now the only active adapter"):
+            pl.attach(model, LoRA(2), "2", name="b", hold_statistics=True)
+    assert pl.names(model) == ["a"]
+    assert pl.summary(model).active == ("a",)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_adapters_of_one_name_in_two_parts_are_detached_together() -> None:
+    """After the whole model is detached, all of its parameters are trained again."""
+    part = nn.ModuleDict({"fc": nn.Linear(3, 2)})
+    model = nn.ModuleDict({"first": nn.Linear(4, 3), "part": part})
+    pl.attach(model, LoRA(2), "first", name="a")
+    pl.attach(part, LoRA(2), name="a")
+    pl.detach(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
