@@ -1,5 +1,6 @@
 """The checks of `audit`, on the gradients of one step."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -130,7 +131,9 @@ def _update(part: Part) -> tuple[Tensor, Tensor]:
     if isinstance(weight, UnreadWeight):
         weight = torch.zeros(weight.shape, device=weight.device)
     wide = weight.to(factor_dtype(weight))
-    return weight, part.factors(wide, _strength(part)) - wide
+    # Factors in half precision would round the update themselves.
+    factors = copy.deepcopy(part.factors).to(wide.dtype)
+    return weight, factors(wide, _strength(part)) - wide
 
 
 def _is_rounded_away(weight: Tensor, update: Tensor) -> bool:
