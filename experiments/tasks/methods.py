@@ -125,6 +125,7 @@ class LwF(Method):
         groups = [active.nonzero().squeeze(1) for active in self.contexts.active[:context]]
         scenario, weight = self.contexts.scenario, self.settings.continual.lwf_weight
         self.groups = groups if scenario == "task" else groups[-1:]
+        # In domain the authors sum over the earlier contexts, which all have the same units.
         self.weight = weight * context if scenario == "domain" else weight
 
     def penalty(self, logits: Tensor, rows: Tensor, context: int) -> Tensor:

@@ -145,8 +145,7 @@ def lwf(logits: Tensor, teacher: Tensor, earlier: Sequence[Tensor], temperature:
         logits: z, (n, units).
         teacher: z⁰, (n, units).
         earlier: the units of each group: in the scenario task the units of each earlier context, in
-            the others all units. The sum counts once in class, and in domain as often as there are
-            earlier contexts.
+            the others all units.
         temperature: T.
     """
     groups = [soft_cross_entropy(logits[:, u], teacher[:, u], temperature) for u in earlier]
