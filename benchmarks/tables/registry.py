@@ -1,9 +1,9 @@
 """The functions that make tables, and the rows in docs/data that they read."""
 
 import csv
-import gzip
 import importlib
 import json
+import lzma
 import pkgutil
 import re
 from collections.abc import Callable, Sequence
@@ -67,8 +67,8 @@ def csv_rows(name: str) -> list[dict[str, str]]:
 
 
 def json_rows(name: str) -> list[dict[str, Any]]:
-    """Return the rows of docs/data/NAME.jsonl.gz."""
-    text = gzip.decompress((DATA / f"{name}.jsonl.gz").read_bytes()).decode()
+    """Return the rows of docs/data/NAME.jsonl.xz."""
+    text = lzma.decompress((DATA / f"{name}.jsonl.xz").read_bytes()).decode()
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -119,8 +119,8 @@ def keep_run(name: str, folder: Path, without: Sequence[str] = ()) -> Path:
     run, target = RunDirectory.read(folder), DATA / name
     rows = [{key: row[key] for key in row if key not in without} for row in run.rows]
     lines = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
-    # Time 0, so that the same rows give the same bytes.
-    replace_file(target / "results.jsonl.gz", gzip.compress(lines.encode(), mtime=0))
+    packed = lzma.compress(lines.encode(), preset=9 | lzma.PRESET_EXTREME)
+    replace_file(target / "results.jsonl.xz", packed)
     for part in ("settings.json", "environment.json"):
         values = json.loads((folder / part).read_text(encoding="utf-8"))
         text = json.dumps(without_paths(values), indent=2) + "\n"

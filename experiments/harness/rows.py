@@ -1,9 +1,8 @@
 """The rows of results.jsonl: those that are whole, each once."""
 
-import gzip
 import json
+import lzma
 import warnings
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,17 +81,17 @@ def differences(there: Row, row: Row) -> list[str]:
 
 
 def read_rows(folder: Path) -> Recorded:
-    """Return the rows in results.jsonl, or in results.jsonl.gz of a run that is kept compressed.
+    """Return the rows in results.jsonl, or in results.jsonl.xz of a run that is kept compressed.
 
     Raises:
-        StudyError: results.jsonl.gz is damaged.
+        StudyError: results.jsonl.xz is damaged.
     """
-    path, compressed = folder / FILE, folder / f"{FILE}.gz"
+    path, compressed = folder / FILE, folder / f"{FILE}.xz"
     if path.exists() or not compressed.exists():
         return parsed(path.read_bytes() if path.exists() else b"")
     try:
-        return parsed(gzip.decompress(compressed.read_bytes()))
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        return parsed(lzma.decompress(compressed.read_bytes()))
+    except lzma.LZMAError as error:
         raise StudyError(f"{compressed} is damaged ({error}): copy it again") from None
 
 

@@ -1,8 +1,8 @@
 """The tables of the documents are those that `python -m benchmarks tables` makes from docs/data."""
 
 import doctest
-import gzip
 import json
+import lzma
 from itertools import pairwise
 from pathlib import Path
 
@@ -91,8 +91,8 @@ def test_a_run_is_kept_without_the_paths_of_its_machine(tmp_path, monkeypatch, c
     kept = registry.kept_run("one")
     assert kept.rows == [{"stage": "on", "seed": 1}]
     assert (kept.settings, kept.environment) == ({"model": "m"}, {"why": "in x"})
-    packed = Path(tmp_path / "kept" / "one" / "results.jsonl.gz").read_bytes()
-    assert json.loads(gzip.decompress(packed)) == kept.rows[0]
+    packed = Path(tmp_path / "kept" / "one" / "results.jsonl.xz").read_bytes()
+    assert json.loads(lzma.decompress(packed)) == kept.rows[0]
 
 
 def test_a_table_is_shown(capsys) -> None:

@@ -1,8 +1,8 @@
 """Run directories: which folders are runs, who may write to them, and what damage leaves."""
 
 import errno
-import gzip
 import json
+import lzma
 import os
 import signal
 import subprocess
@@ -153,8 +153,8 @@ def test_all_damaged_lines_are_kept(folder: Path) -> None:
 
 def test_a_compressed_run_goes_on(folder: Path) -> None:
     """A run whose rows are kept compressed goes on from them; damaged ones are named."""
-    path, compressed = folder / "results.jsonl", folder / "results.jsonl.gz"
-    content = gzip.compress(path.read_bytes())
+    path, compressed = folder / "results.jsonl", folder / "results.jsonl.xz"
+    content = lzma.compress(path.read_bytes())
     compressed.write_bytes(content)
     path.unlink()
     with start(folder) as run:
@@ -162,7 +162,7 @@ def test_a_compressed_run_goes_on(folder: Path) -> None:
     assert len(RunDirectory.read(folder).rows) == 4
     path.unlink()
     compressed.write_bytes(content[:-12])
-    with pytest.raises(StudyError, match=r"results.jsonl.gz is damaged .*: copy it again"):
+    with pytest.raises(StudyError, match=r"results.jsonl.xz is damaged .*: copy it again"):
         RunDirectory.read(folder)
 
 
