@@ -122,11 +122,18 @@ class LwF(Method):
         for part in rows.split(5000):
             batch = self.contexts.batch(side, part, torch.full_like(part, context))
             self.teacher[part] = self.model(batch.inputs)
-        groups = [active.nonzero().squeeze(1) for active in self.contexts.active[:context]]
-        scenario, weight = self.contexts.scenario, self.settings.continual.lwf_weight
-        self.groups = groups if scenario == "task" else groups[-1:]
-        # In domain the authors sum over the earlier contexts, which all have the same units.
-        self.weight = weight * context if scenario == "domain" else weight
+        scenario, active = self.contexts.scenario, self.contexts.active
+        groups = [units.nonzero().squeeze(1) for units in active[: context + 1]]
+        self.groups = groups[:-1] if scenario == "task" else groups[-1:]
+        self.weight = self.settings.continual.lwf_weight
+        if scenario == "domain":
+            # The authors sum over the earlier contexts, which all have the same units.
+            self.weight *= context
+        elif scenario == "class" and self.contexts.masks:
+            # In their first code the new units have a target of 0, the mean is over the units of
+            # all k contexts so far, and the distillation weighs k - 1 times the cross-entropy.
+            self.teacher[:, ~active[context - 1]] = -torch.inf
+            self.weight *= context / (context + 1)
 
     def penalty(self, logits: Tensor, rows: Tensor, context: int) -> Tensor:
         temperature = self.settings.continual.temperature

@@ -143,9 +143,9 @@ def lwf(logits: Tensor, teacher: Tensor, earlier: Sequence[Tensor], temperature:
 
     Args:
         logits: z, (n, units).
-        teacher: z⁰, (n, units).
+        teacher: z⁰, (n, units), with -∞ at units whose target is 0.
         earlier: the units of each group: in the scenario task the units of each earlier context, in
-            the others all units.
+            the others all active units.
         temperature: T.
     """
     groups = [soft_cross_entropy(logits[:, u], teacher[:, u], temperature) for u in earlier]

@@ -144,7 +144,9 @@ class ContinualSettings(SettingsGroup):
     replay: int = option(100, "images of each class that er stores", COUNT)
     temperature: float = option(2.0, "temperature T of lwf's distillation", POSITIVE)
     lwf_weight: float = option(
-        1.0, "weight of lwf's distillation; T² in the authors' first code, 1 later", NOT_NEGATIVE
+        1.0,
+        "weight of lwf's distillation; the authors' first code has T² / classes of a context",
+        NOT_NEGATIVE,
     )
     units: str = option(
         "all",

@@ -32,10 +32,10 @@ def settings_of(stream: str = "split", **more: Any) -> TaskSettings:
     return TaskSettings.of_preset(STREAM[stream], **{**SMALL, "data": "digits", **more})
 
 
-def contexts_of(scenario: str, stream: str = "split") -> Contexts:
+def contexts_of(scenario: str, stream: str = "split", **more: Any) -> Contexts:
     """Return three contexts with images in float64."""
     data = load_data("digits")
-    found = Contexts(settings_of(stream), scenario, 0, (data.train, data.test))
+    found = Contexts(settings_of(stream, **more), scenario, 0, (data.train, data.test))
     for name in ("train", "test"):
         side = getattr(found, name)
         setattr(found, name, Side(side.images.double(), side.labels, side.members))
@@ -43,7 +43,7 @@ def contexts_of(scenario: str, stream: str = "split") -> Contexts:
 
 
 def method_of(name: str, scenario: str, seed: int = 0, **more: Any) -> Method:
-    contexts = contexts_of(scenario)
+    contexts = contexts_of(scenario, **more)
     torch.manual_seed(seed)
     model = DigitNet((6, 5), "relu", outputs=contexts.outputs).double()
     return KINDS[name](settings_of(**more), contexts, model, seed)
@@ -120,11 +120,15 @@ def cross_entropy(method: Method, z: Tensor, units: Tensor, owners: Tensor) -> T
     return total / len(z)
 
 
-@pytest.mark.parametrize("scenario", ["task", "domain", "class"])
-@pytest.mark.parametrize("name", ["none", "ewc", "si", "lwf", "er"])
-def test_losses_are_those_of_the_authors(name: str, scenario: str) -> None:
+CASES = [
+    (n, s, "all") for n in ("none", "ewc", "si", "lwf", "er") for s in ("task", "domain", "class")
+]
+
+
+@pytest.mark.parametrize(("name", "scenario", "units"), [*CASES, ("lwf", "class", "so-far")])
+def test_losses_are_those_of_the_authors(name: str, scenario: str, units: str) -> None:
     """In the third context each method's loss is cross-entropy and its term, with its weight."""
-    method = method_of(name, scenario, replay=3, lwf_weight=4.0)
+    method = method_of(name, scenario, replay=3, lwf_weight=4.0, units=units)
     parameters, before = list(method.model.parameters()), []
     if isinstance(method, SI):
         method.start([torch.full_like(p, 0.3) for p in parameters])
@@ -139,9 +143,9 @@ def test_losses_are_those_of_the_authors(name: str, scenario: str) -> None:
         with torch.no_grad():
             teacher = method.model(batch_of(method, 2)[0])
             parameters[0].add_(0.1)
-    x, units, owners, rows = batch_of(method, 2)
+    x, answers, owners, rows = batch_of(method, 2)
     z = method.model(x)
-    expected = cross_entropy(method, z, units, owners)
+    expected = cross_entropy(method, z, answers, owners)
     if name == "ewc":
         weight = EWC_LAMBDA["split"][scenario] / 2
         for context, centers in enumerate(before):
@@ -159,8 +163,12 @@ def test_losses_are_those_of_the_authors(name: str, scenario: str) -> None:
     elif name == "lwf":
         groups = {"task": [[0, 1], [2, 3]], "domain": [[0, 1]] * 2, "class": [list(range(6))]}
         for group in groups[scenario]:
-            p, log_q = (teacher[:, group] / 2).softmax(1), (z[:, group] / 2).log_softmax(1)
-            expected = expected - 4 * (p * log_q).sum() / len(z)
+            soft, log_q = (teacher[:, group] / 2).softmax(1), (z[:, group] / 2).log_softmax(1)
+            weight = 4.0
+            if units == "so-far":  # context 3 of 3: targets among the four earlier units, 2/3
+                soft, weight = torch.zeros_like(soft), 4 * 2 / 3
+                soft[:, :4] = (teacher[:, :4] / 2).softmax(1)
+            expected = expected - weight * (soft * log_q).sum() / len(z)
     loss = method.objective(2)
     if name == "er":
         memory = method.memory  # type: ignore[attr-defined]
@@ -169,7 +177,7 @@ def test_losses_are_those_of_the_authors(name: str, scenario: str) -> None:
         old_x, old_units, old_owners, _ = next(iter(draws))
         stored = cross_entropy(method, method.model(old_x), old_units, old_owners)
         expected = expected / 3 + 2 / 3 * stored
-    assert_close(loss(method.model, x, units, owners, rows), expected)
+    assert_close(loss(method.model, x, answers, owners, rows), expected)
 
 
 def test_joint_draws_from_all_contexts_so_far() -> None:
