@@ -112,8 +112,9 @@ def kinds_rates() -> Table:
 @table("text-kinds-front")
 def kinds_front() -> Table:
     """Return what each kind keeps less LoRA of rank 8 at equal accuracy, paired by seed."""
-    runs = kept_run("text-kinds"), kept_run("text-front")
-    return with_minus(kinds_report.equal_table(*runs, "lora+head r 8"))
+    front = kept_run("text-front")  # seeds 0 to 2
+    front.rows.extend(kept_run("text-front-head").rows)  # seeds 3 and 4
+    return with_minus(kinds_report.equal_table(kept_run("text-kinds"), front, "lora+head r 8"))
 
 
 @table("text-kinds-intruders")

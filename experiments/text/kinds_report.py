@@ -151,7 +151,7 @@ def kinds_figure(run: RunDirectory) -> Figure:
         colour = COLOUR[{REFERENCE: "on", FULL: "full"}.get(kind, "off")]
         marker = {REFERENCE: "s", FULL: "D"}.get(kind, "o")
         axis.errorbar(x.mean, y.mean, y.sd, x.sd, marker=marker, color=colour, capsize=2)
-        offset = (5, -12 if number % 2 else 5)  # neighbours' names on both sides of their bars
+        offset = (5, 5 if number % 2 else -12)  # neighbours' names on both sides of their bars
         axis.annotate(kind, (x.mean, y.mean), offset, textcoords="offset points", fontsize=9)
     axis.set(xlabel="accuracy on the task, test texts, %", ylabel="kept: agreement")
     axis.set_title(f"each kind at its chosen rate; mean ± sd of {run.settings['seeds']} seeds")
