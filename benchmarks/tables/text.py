@@ -1,6 +1,7 @@
 """The tables of the text study."""
 
 from collections.abc import Sequence
+from itertools import combinations
 
 from scipy.stats import spearmanr
 
@@ -79,16 +80,41 @@ def mpnet_differences() -> Table:
 
 @table("text-mpnet-methods")
 def mpnet_methods() -> Table:
-    """Return the methods with MPNet at the published settings' equivalents, one training each."""
-    run = kept_run("text-mpnet")
+    """Return the methods with MPNet at the published settings' equivalents, over the seeds."""
     lines = []
-    for row in tuned_rows(run):
-        numbers = [f"{row['trainable']:,}", f"{100 * row['trainable'] / row['parameters']:.2f} %"]
-        shares = [f"{100 * row[key]:.2f}" for key in ("validation_accuracy", "accuracy")]
-        gigabytes = f"{row['peak_bytes'] / 1e9:.2f}"
-        lines.append([row["method"], *numbers, *shares, gigabytes, "1"])
+    for method, rows in _by_method(tuned_rows(kept_run("text-mpnet"))).items():
+        first = rows[0]
+        numbers = [
+            f"{first['trainable']:,}",
+            f"{100 * first['trainable'] / first['parameters']:.2f} %",
+        ]
+        shares = [
+            percent2([row[key] for row in rows]) for key in ("validation_accuracy", "accuracy")
+        ]
+        gigabytes = Sample(tuple(row["peak_bytes"] / 1e9 for row in rows)).mean_sd(1)
+        lines.append([method, *numbers, *shares, gigabytes, str(len(rows))])
     head = ["method", "trained parameters", "share", "held out, %", "test, %", "peak GB", "n"]
     return Table(head, lines)
+
+
+@table("text-mpnet-methods-differences")
+def mpnet_methods_differences() -> Table:
+    """Return the differences between the methods with MPNet, paired by seed, in points."""
+    rows = _by_method(tuned_rows(kept_run("text-mpnet")))
+    accuracy = {name: {r["seed"]: 100 * r["accuracy"] for r in of} for name, of in rows.items()}
+    lines = []
+    for one, other in combinations(reversed(accuracy), 2):
+        ours, theirs = accuracy[one], accuracy[other]
+        found = Sample(tuple(ours[seed] - theirs[seed] for seed in ours))
+        lines.append([f"{one} − {other}", f"{found.mean:+.2f}", found.interval(2), str(len(ours))])
+    return with_minus(Table(["difference", "points", "95 % interval", "n"], lines))
+
+
+def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["method"], []).append(row)
+    return found
 
 
 @table("text-kinds")
