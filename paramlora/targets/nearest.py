@@ -42,12 +42,14 @@ def nothing_matches(asked: Target, matcher: Matcher) -> str:
         only = f", only {some(own)}: name those with a glob, {glob!r}" if own else ""
         paths = some(path or "the model itself" for path in meant)
         return f"{name}; there is no parameter 'weight' in {paths}{only}"
+    with_weight = [place.module for place in places if place.tensor == "weight"]
+    types = {parametrize.type_before_parametrizations(module).__name__ for module in with_weight}
+    if target in types:
+        return f"{name}; give the class itself, {target} without quotation marks"
     if isinstance(target, str) and target != ALL_LINEAR:
         if _REGEX.search(target):
             return f"{name}; {_no_regex(str(asked), places)}"
         return name + _close(target, matcher, str(asked).removeprefix(target))
-    with_weight = [place.module for place in places if place.tensor == "weight"]
-    types = {parametrize.type_before_parametrizations(module).__name__ for module in with_weight}
     return f"{name}; modules with a weight here are {some(sorted(types)) or 'none'}"
 
 

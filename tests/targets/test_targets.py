@@ -97,6 +97,12 @@ TARGETS: dict[str, Row] = {
         pl.TargetError,
         "no tensor matches Conv2d; modules with a weight here are Embedding, LayerNorm, Linear",
     ),
+    "the name of a type": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), "Linear"),
+        pl.TargetError,
+        "no tensor matches 'Linear'; give the class itself, Linear without quotation marks",
+    ),
     "a type without a weight": (
         plain,
         lambda m: pl.attach(m, LoRA(2), nn.LSTM),
