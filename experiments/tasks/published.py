@@ -137,7 +137,8 @@ def metrics_table(run: RunDirectory) -> Table:
 
 def figure(run: RunDirectory) -> Figure:
     """Draw ACC of each method, one panel per scenario, with the spread of the published figures."""
-    names, count = scenarios_in(run), len(rows_of(run, methods_in(run)[0], scenarios_in(run)[0]))
+    names = scenarios_in(run)
+    counts = {len(rows_of(run, method, name)) for method in methods_in(run) for name in names} - {0}
     made, panels = plt.subplots(
         1, len(names), figsize=(3.2 * len(names), 3.7), layout="constrained", squeeze=False
     )
@@ -153,7 +154,8 @@ def figure(run: RunDirectory) -> Figure:
     panels[0][0].set_ylabel("ACC, %")
     marks = [plt.Line2D([], [], ls="", color=colour, marker=mark) for colour, mark in LOOKS]
     keys = [*marks, plt.Rectangle((0, 0), 1, 1, facecolor=SPREAD, **EDGE)]
-    labels = ["all weights", "adapters", f"95 % interval of published figures; n = {count} here"]
+    count = f"n {'=' if len(counts) == 1 else '≤'} {max(counts)}"
+    labels = ["all weights", "adapters", f"95 % interval of published figures; {count} here"]
     made.legend(keys, labels, frameon=False, ncols=3, loc="outside upper center")
     return made
 
