@@ -100,6 +100,37 @@ def three_types_permuted_first() -> Table:
     return _by_scenario("tasks-permuted-mnist-first", _beside_published)
 
 
+@table("three-types-permuted-weights")
+def three_types_permuted_weights() -> Table:
+    """Return class-incremental ACC with other weights of the penalty, units so far, one seed."""
+    first = kept_run("tasks-permuted-mnist-first")
+    lines = []
+    for row in json_rows("tasks-permuted-mnist-weights"):
+        run = RunDirectory(first.folder, first.settings, first.environment, [row])
+        found = (100 * row[name] for name in ("LA", "forgetting"))
+        lines.append(
+            [
+                row["method"],
+                f"{row['weight']:g}",
+                _beside_published(run, row["method"], "class"),
+                *(f"{value:.1f}" for value in found),
+            ]
+        )
+    return Table(["method", "λ or c", "ACC (published)", "learned (LA)", "forgetting"], lines)
+
+
+@table("three-types-permuted-rates")
+def three_types_permuted_rates() -> Table:
+    """Return adapters on Permuted MNIST at two learning rates, one seed."""
+    lines = []
+    for row in json_rows("tasks-permuted-mnist-rates"):
+        found = (100 * row[name] for name in ("ACC", "LA", "forgetting"))
+        rate, cells = f"{row['rate']:g}", (minus(f"{value:.1f}") for value in found)
+        lines.append([row["method"], row["scenario"], rate, *cells])
+    head = ["method", "scenario", "rate", "ACC", "learned (LA)", "forgetting"]
+    return Table(head, lines, (0, 1))
+
+
 def _by_scenario(name: str, cell: Callable[[RunDirectory, str, str], str]) -> Table:
     run, scenarios = kept_run(name), ("task", "domain", "class")
     lines = []
