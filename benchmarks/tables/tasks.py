@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from experiments.harness.rundir import RunDirectory
+from experiments.harness.rundir import Row, RunDirectory
 from experiments.report.table import Sample, Table
 from experiments.tasks import published
 from experiments.tasks.report import differences, methods_in, units_of
@@ -119,15 +119,20 @@ def three_types_permuted_weights() -> Table:
     return Table(["method", "λ or c", "ACC (published)", "learned (LA)", "forgetting"], lines)
 
 
-@table("three-types-permuted-rates")
-def three_types_permuted_rates() -> Table:
-    """Return adapters on Permuted MNIST at two learning rates, one seed."""
+@table("three-types-permuted-adapters")
+def three_types_permuted_adapters() -> Table:
+    """Return adapters on Permuted MNIST at two learning rates, and with and without a penalty."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in json_rows("tasks-permuted-mnist-adapters"):
+        penalty = "" if row["penalty"] is None else f"{row['penalty']:g}"
+        settings = (row["method"], row["scenario"], f"{row['rate']:g}", penalty)
+        groups.setdefault(settings, []).append(row)
     lines = []
-    for row in json_rows("tasks-permuted-mnist-rates"):
-        found = (100 * row[name] for name in ("ACC", "LA", "forgetting"))
-        rate, cells = f"{row['rate']:g}", (minus(f"{value:.1f}") for value in found)
-        lines.append([row["method"], row["scenario"], rate, *cells])
-    head = ["method", "scenario", "rate", "ACC", "learned (LA)", "forgetting"]
+    for key, rows in groups.items():
+        names = ("ACC", "LA", "forgetting")
+        cells = [Sample(tuple(100 * row[name] for row in rows)).mean_sd(1) for name in names]
+        lines.append([*key, *cells, str(len(rows))])
+    head = ["method", "scenario", "rate", "penalty", "ACC", "learned (LA)", "forgetting", "n"]
     return Table(head, lines, (0, 1))
 
 
