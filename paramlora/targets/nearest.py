@@ -44,9 +44,9 @@ def nothing_matches(asked: Target, matcher: Matcher) -> str:
         return f"{name}; there is no parameter 'weight' in {paths}{only}"
     with_weight = [place.module for place in places if place.tensor == "weight"]
     types = {parametrize.type_before_parametrizations(module).__name__ for module in with_weight}
-    if target in types:
-        return f"{name}; give the class itself, {target} without quotation marks"
     if isinstance(target, str) and target != ALL_LINEAR:
+        if target in types:
+            return f"{name}; give the class itself, {target} without quotation marks"
         if _REGEX.search(target):
             return f"{name}; {_no_regex(str(asked), places)}"
         return name + _close(target, matcher, str(asked).removeprefix(target))

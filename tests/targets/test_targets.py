@@ -1,5 +1,7 @@
 """Targets: types of layers, tensors without elements, and errors word by word."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,14 @@ from paramlora import LoRA
 from tests.support.helpers import Row, refuses
 from tests.support.mixed import train
 from tests.support.models import attached, plain
+
+
+@dataclass
+class Nothing:
+    """A filter that matches nothing, and has no hash."""
+
+    def __call__(self, path: str, module: nn.Module) -> bool:
+        return False
 
 
 def test_type_matches_subclasses() -> None:
@@ -96,6 +106,12 @@ TARGETS: dict[str, Row] = {
         lambda m: pl.attach(m, LoRA(2), nn.Conv2d),
         pl.TargetError,
         "no tensor matches Conv2d; modules with a weight here are Embedding, LayerNorm, Linear",
+    ),
+    "a callable without a hash": (
+        plain,
+        lambda m: pl.attach(m, LoRA(2), Nothing()),
+        pl.TargetError,
+        "no tensor matches Nothing(); modules with a weight here are Embedding, LayerNorm, Linear",
     ),
     "the name of a type": (
         plain,
