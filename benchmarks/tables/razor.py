@@ -1,8 +1,8 @@
 """The tables of RL's Razor on ParityMNIST."""
 
-from experiments.razor.analysis import PARTS, Found
+from experiments.razor.analysis import Found
 from experiments.razor.report import (
-    cell,
+    excess_table,
     explained_table,
     fit_table,
     least_table,
@@ -44,8 +44,6 @@ def explained() -> Table:
 @table("razor-layers")
 def layers() -> Table:
     """Return the excess of the controls with the oracle, in the first parts of KL."""
-    found = Found(kept_run(KEPT))
-    shown = [arm for arm in found.arms if arm.startswith("lora-8") or "layer" in arm]
-    head = ["arm", *(f"KL {low:g} to {high:g}" for low, high in PARTS[:3])]
-    lines = [[arm, *(cell(found.excess(arm, p, "oracle")) for p in PARTS[:3])] for arm in shown]
-    return with_minus(Table(head, lines))
+    found = excess_table(Found(kept_run(KEPT)), "oracle")
+    shown = [row for row in found.rows if row[0].startswith("lora-8") or "layer" in row[0]]
+    return with_minus(Table(found.head[:4], [row[:4] for row in shown]))

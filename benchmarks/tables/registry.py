@@ -6,11 +6,11 @@ import json
 import lzma
 import pkgutil
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.harness.rundir import RunDirectory, replace_file
+from experiments.harness.rundir import Row, RunDirectory, replace_file
 from experiments.report.table import Table
 
 DATA = Path(__file__).parents[2] / "docs" / "data"
@@ -70,6 +70,18 @@ def json_rows(name: str) -> list[dict[str, Any]]:
     """Return the rows of docs/data/NAME.jsonl.xz."""
     text = lzma.decompress((DATA / f"{name}.jsonl.xz").read_bytes()).decode()
     return [json.loads(line) for line in text.splitlines()]
+
+
+def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Return the rows with equal values of some keys, by these values, in order of appearance.
+
+    >>> grouped([{"a": 1, "n": 1}, {"a": 2, "n": 2}, {"a": 1, "n": 3}], "a")
+    {(1,): [{'a': 1, 'n': 1}, {'a': 1, 'n': 3}], (2,): [{'a': 2, 'n': 2}]}
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
 
 
 def kept_run(name: str) -> RunDirectory:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from experiments.harness.rundir import Row, RunDirectory
+from experiments.harness.rundir import RunDirectory
 from experiments.report.table import Sample, Table
 from experiments.tasks import published
 from experiments.tasks.report import differences, methods_in, units_of
 
-from .registry import json_rows, kept_run, minus, table
+from .registry import grouped, json_rows, kept_run, minus, table
 
 RUNS = {
     "split": "tasks-split",
@@ -49,9 +49,7 @@ def compared() -> Table:
 @table("tasks-rates")
 def rates() -> Table:
     """Return what one adapter and all weights learn and forget at several rates, rotated digits."""
-    groups: dict[tuple[str, float], list[dict[str, float]]] = {}
-    for row in json_rows("tasks-rates"):
-        groups.setdefault((row["method"], row["rate"]), []).append(row)
+    groups = grouped(json_rows("tasks-rates"), "method", "rate")
     lines = []
     for (method, rate), rows in sorted(groups.items(), reverse=True):
         cells = [Sample(tuple(100 * row[key] for row in rows)) for key in ("LA", "forgetting")]
@@ -96,48 +94,40 @@ def three_types_permuted_kept() -> Table:
 
 @table("three-types-permuted-first")
 def three_types_permuted_first() -> Table:
-    """Return ACC on Permuted MNIST as in the authors' first code, with the published figure."""
+    """Return ACC with the units and LwF's weight of the authors' first code, Permuted MNIST."""
     return _by_scenario("tasks-permuted-mnist-first", _beside_published)
 
 
 @table("three-types-permuted-weights")
 def three_types_permuted_weights() -> Table:
     """Return class-incremental ACC with other weights of the penalty, units so far, one seed."""
-    first = kept_run("tasks-permuted-mnist-first")
-    lines = []
+    run, lines = kept_run("tasks-permuted-mnist-first"), []
     for row in json_rows("tasks-permuted-mnist-weights"):
-        run = RunDirectory(first.folder, first.settings, first.environment, [row])
-        found = (100 * row[name] for name in ("LA", "forgetting"))
-        lines.append(
-            [
-                row["method"],
-                f"{row['weight']:g}",
-                _beside_published(run, row["method"], "class"),
-                *(f"{value:.1f}" for value in found),
-            ]
-        )
+        method, accuracy = row["method"], Sample((100 * row["ACC"],))
+        cells = [_with_published(run, method, "class", accuracy)]
+        cells += [f"{100 * row[name]:.1f}" for name in ("LA", "forgetting")]
+        lines.append([method, f"{row['weight']:g}", *cells])
     return Table(["method", "λ or c", "ACC (published)", "learned (LA)", "forgetting"], lines)
 
 
 @table("three-types-permuted-adapters")
 def three_types_permuted_adapters() -> Table:
     """Return adapters on Permuted MNIST at two learning rates, and with and without a penalty."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in json_rows("tasks-permuted-mnist-adapters"):
-        penalty = "" if row["penalty"] is None else f"{row['penalty']:g}"
-        settings = (row["method"], row["scenario"], f"{row['rate']:g}", penalty)
-        groups.setdefault(settings, []).append(row)
+    groups = grouped(
+        json_rows("tasks-permuted-mnist-adapters"), "method", "scenario", "rate", "penalty"
+    )
     lines = []
-    for key, rows in groups.items():
+    for (method, scenario, rate, penalty), rows in groups.items():
+        settings = [method, scenario, f"{rate:g}", "" if penalty is None else f"{penalty:g}"]
         names = ("ACC", "LA", "forgetting")
         cells = [Sample(tuple(100 * row[name] for row in rows)).mean_sd(1) for name in names]
-        lines.append([*key, *cells, str(len(rows))])
+        lines.append([*settings, *cells, str(len(rows))])
     head = ["method", "scenario", "rate", "penalty", "ACC", "learned (LA)", "forgetting", "n"]
     return Table(head, lines, (0, 1))
 
 
-def _by_scenario(name: str, cell: Callable[[RunDirectory, str, str], str]) -> Table:
-    run, scenarios = kept_run(name), ("task", "domain", "class")
+def _by_scenario(kept: str, cell: Callable[[RunDirectory, str, str], str]) -> Table:
+    run, scenarios = kept_run(kept), ("task", "domain", "class")
     lines = []
     for method in published.methods_in(run):
         counts = {len(published.rows_of(run, method, name)) for name in scenarios} - {0}
@@ -147,11 +137,15 @@ def _by_scenario(name: str, cell: Callable[[RunDirectory, str, str], str]) -> Ta
 
 
 def _beside_published(run: RunDirectory, method: str, scenario: str) -> str:
+    found = tuple(100 * row["ACC"] for row in published.rows_of(run, method, scenario))
+    return _with_published(run, method, scenario, Sample(found)) if found else ""
+
+
+def _with_published(run: RunDirectory, method: str, scenario: str, found: Sample) -> str:
     """Return "ACC (published mean ± standard error)", with an asterisk outside of their spread."""
-    found = Sample(tuple(100 * row["ACC"] for row in published.rows_of(run, method, scenario)))
     known = published.published(run, method, scenario)
-    if not found.values or known is None:
-        return found.mean_sd(2) if found.values else ""
+    if known is None:
+        return found.mean_sd(2)
     mark = "" if published.is_within(known, found) else "*"
     return f"{found.mean_sd(2)}{mark} ({known[0]:.2f} ± {known[1]:.2f})"
 

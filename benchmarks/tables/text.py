@@ -20,7 +20,7 @@ from experiments.text.front_report import (
 )
 from experiments.text.report import percent2, tuned_rows
 
-from .registry import aligned, csv_rows, kept_run, table, with_minus
+from .registry import aligned, csv_rows, grouped, kept_run, table, with_minus
 
 PREDICTORS = predictors((0.5, 0.7))
 # Those of the tables of counts, and the digits shown: the right vectors give the same counts.
@@ -82,7 +82,7 @@ def mpnet_differences() -> Table:
 def mpnet_methods() -> Table:
     """Return the methods with MPNet at the published settings' equivalents, over the seeds."""
     lines = []
-    for method, rows in _by_method(tuned_rows(kept_run("text-mpnet"))).items():
+    for (method,), rows in grouped(tuned_rows(kept_run("text-mpnet")), "method").items():
         first = rows[0]
         numbers = [
             f"{first['trainable']:,}",
@@ -100,21 +100,14 @@ def mpnet_methods() -> Table:
 @table("text-mpnet-methods-differences")
 def mpnet_methods_differences() -> Table:
     """Return the differences between the methods with MPNet, paired by seed, in points."""
-    rows = _by_method(tuned_rows(kept_run("text-mpnet")))
-    accuracy = {name: {r["seed"]: 100 * r["accuracy"] for r in of} for name, of in rows.items()}
+    groups = grouped(tuned_rows(kept_run("text-mpnet")), "method").items()
+    accuracy = {name: {r["seed"]: 100 * r["accuracy"] for r in rows} for (name,), rows in groups}
     lines = []
     for one, other in combinations(reversed(accuracy), 2):
         ours, theirs = accuracy[one], accuracy[other]
         found = Sample(tuple(ours[seed] - theirs[seed] for seed in ours))
         lines.append([f"{one} − {other}", f"{found.mean:+.2f}", found.interval(2), str(len(ours))])
     return with_minus(Table(["difference", "points", "95 % interval", "n"], lines))
-
-
-def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row["method"], []).append(row)
-    return found
 
 
 @table("text-kinds")
@@ -206,11 +199,8 @@ def intruders_measures() -> Table:
 @table("text-pooling")
 def pooling() -> Table:
     """Return the last two layers with the checkpoint's pooler and with the mean over the tokens."""
-    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for row in csv_rows("text-pooling"):
-        groups.setdefault((row["pooling"], row["last_lr"]), []).append(row)
     lines = []
-    for (name, rate), rows in groups.items():
+    for (name, rate), rows in grouped(csv_rows("text-pooling"), "pooling", "last_lr").items():
         cells = [
             percent2([float(row[key]) for row in rows])
             for key in ("validation_accuracy", "accuracy")

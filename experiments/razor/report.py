@@ -56,11 +56,12 @@ def counted(run: RunDirectory, arm: str) -> dict[str, int]:
     return {"total": found.total, "diverged": found.diverged, "beyond": found.beyond}
 
 
-def excess_table(found: Found) -> Table:
-    """Return the excess of each arm over full fine-tuning in each part of KL, over all methods."""
+def excess_table(found: Found, method: str | None = None) -> Table:
+    """Return the excess of each arm in each part of KL, over all methods or for one alone."""
     head = ["arm", *(f"KL {low:g} to {high:g}" for low, high in PARTS)]
     arms = [arm for arm in found.arms if arm != REFERENCE]
-    return Table(head, [[arm, *(cell(found.excess(arm, part)) for part in PARTS)] for arm in arms])
+    lines = [[arm, *(cell(found.excess(arm, part, method)) for part in PARTS)] for arm in arms]
+    return Table(head, lines)
 
 
 def method_table(found: Found) -> Table:

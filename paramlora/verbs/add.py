@@ -77,13 +77,14 @@ def switch(
 
 @contextmanager
 def undone(survey: Survey, name: str, on_success: bool = True) -> Iterator[None]:
-    """Undo what the block attaches under a name, at least if it raises.
+    """Undo what the block attaches under a name, if it raises or if `on_success` is True.
 
     Detaching is the exact inverse. A warning that is turned into an error is raised last.
     """
     active = {stack: stack.active for stack in survey.stacks}
-    # In another part of the model an adapter may have this name. What it froze or holds here is
-    # noted under a name that no adapter can have, so that detaching leaves it alone.
+    # Another part of the model may have an adapter of the same name, which has frozen parameters or
+    # holds layers here. They are noted under ".", which is no adapter's name, until the end of the
+    # block, so that detaching does not release them.
     others: list[set[Any]] = [*frozen_by(survey), *held_by(survey.modules)]
     others = [noted for noted in others if name in noted]
     for noted in others:

@@ -149,7 +149,7 @@ def test_failed_attach_and_dry_run() -> None:
 
 
 def test_dry_run_on_a_part() -> None:
-    """A dry run leaves what an adapter of the same name in another part froze and holds."""
+    """A dry run on a part does not change what an adapter of the same name elsewhere has frozen."""
     model = net()
     pl.attach(model[0], LoRA(2), name="a")
     pl.attach(model, LoRA(2), "4", name="b", activate="also", hold_statistics=True)
